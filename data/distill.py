@@ -1,0 +1,119 @@
+"""Reasoning traces by rejection sampling: k candidates per puzzle from a teacher, kept when exactly right.
+
+The embedded teacher looks for marker genes in each cell's list, weighs them by how many of the candidates share them, and is
+sometimes wrong: its judgement is noisy, it slips in the answer line and it breaks the format now and then.
+"""
+
+import hashlib
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from data.markers import read_markers
+from data.prompts import answer_text
+from data.puzzles import Puzzle
+
+MarkerTable = dict[str, list[str]]
+"""label -> marker genes, most telling first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """How fallible the embedded teacher is."""
+
+    noise: float = 0.5
+    """Standard deviation of the noise on a cell-label score; one specific marker counts about 1."""
+    slip: float = 0.02
+    """Chance that two labels are swapped in the answer line."""
+    bad_format: float = 0.05
+    """Chance that the answer block is not closed."""
+    cited: int = 3
+    """Most markers cited per cell."""
+
+
+def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
+    """Markers of every label of the puzzles: from data/markers.tsv, and learned from the puzzles for labels not in it."""
+    puzzles = list(puzzles)
+    known = {label: list(entry.markers) for label, entry in read_markers().items()}
+    labels = {label for puzzle in puzzles for label in puzzle.answer}
+    learned = learned_markers(puzzles) if labels - known.keys() else {}
+    return {label: known.get(label) or learned[label] for label in sorted(labels)}
+
+
+def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTable:
+    """The genes whose share among a label's cells most exceeds their share among the other cells (log-odds, add-one)."""
+    seen: dict[str, Counter] = defaultdict(Counter)
+    cells: Counter = Counter()
+    for puzzle in puzzles:
+        for genes, label in zip(puzzle.cells, puzzle.answer, strict=True):
+            seen[label].update(genes)
+            cells[label] += 1
+    total, n_cells = sum(seen.values(), Counter()), sum(cells.values())
+
+    def log_odds(label: str, gene: str) -> float:
+        here, there = seen[label][gene], total[gene] - seen[label][gene]
+        share_there = (there + 1) / (n_cells - cells[label] + 2)
+        return math.log((here + 1) / (cells[label] + 2) / share_there) * min(1.0, here / 3)
+
+    return {
+        label: sorted(genes, key=lambda gene: (-log_odds(label, gene), gene))[:n_markers] for label, genes in seen.items()
+    }
+
+
+def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
+    """One candidate trace: a sentence per cell that cites markers and names a label, then the answer block."""
+    labels = _assign(puzzle, table, rng, config.noise)
+    lines = []
+    for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
+        cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
+        evidence = f"{', '.join(cited)}, so" if cited else "no marker left, so"
+        lines.append(f"Cell {number}: {evidence} {label}")
+    if rng.random() < config.slip:
+        i, j = rng.sample(range(len(labels)), 2)
+        labels[i], labels[j] = labels[j], labels[i]
+    end = "" if rng.random() < config.bad_format else "</answer>"
+    return "<think>" + "\n".join(lines) + f"</think>\n<answer>{answer_text(labels)}{end}"
+
+
+def _assign(puzzle: Puzzle, table: MarkerTable, rng: random.Random, noise: float) -> list[str]:
+    """[N] labels, each used once: the surest cell-label pair first, as an annotator would."""
+    owners = Counter(gene for label in puzzle.candidates for gene in table.get(label, ()))
+    scores = []
+    for cell, genes in enumerate(puzzle.cells):
+        for label in puzzle.candidates:
+            evidence = sum(1 / owners[gene] for gene in genes if gene in table.get(label, ()))
+            scores.append((evidence + rng.gauss(0, noise), cell, label))
+    labels: dict[int, str] = {}
+    for _, cell, label in sorted(scores, reverse=True):
+        if cell not in labels and label not in labels.values():
+            labels[cell] = label
+    return [labels[cell] for cell in range(len(puzzle.cells))]
+
+
+def distill(
+    puzzles: list[Puzzle], accept: Callable[[str, Puzzle], bool], *, candidates: int, seed: int, table: MarkerTable,
+    config: TeacherConfig = TeacherConfig(),
+) -> tuple[list[dict], dict]:  # fmt: skip
+    """Rejection sampling: up to `candidates` traces per puzzle, the first accepted one kept.
+
+    Returns (rows, report): a row is the puzzle's row with the trace as `assistant_msg`, plus `puzzle_id` and `attempt`;
+    the report counts puzzles, traces drawn, puzzles accepted, and first-attempt acceptance.
+    """
+    rows, drawn, first = [], 0, 0
+    for puzzle in puzzles:
+        digest = hashlib.sha256(f"{seed} {puzzle.id}".encode()).digest()
+        rng = random.Random(int.from_bytes(digest[:8], "big"))
+        for attempt in range(candidates):
+            drawn += 1
+            trace = teach(puzzle, table, rng, config)
+            if accept(trace, puzzle):
+                first += attempt == 0
+                rows.append({**puzzle.to_row(), "assistant_msg": trace, "puzzle_id": puzzle.id, "attempt": attempt})
+                break
+    report = {
+        "puzzles": len(puzzles), "traces_drawn": drawn, "puzzles_accepted": len(rows), "accepted_at_first": first,
+        "acceptance": len(rows) / max(len(puzzles), 1), "candidates": candidates, "seed": seed,
+    }  # fmt: skip
+    return rows, report

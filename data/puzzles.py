@@ -1,0 +1,189 @@
+"""`Puzzle`, the one noun of the task, and its rows on disk.
+
+A row has the three columns of the published dataset (`system_msg`, `user_msg`, `assistant_msg`) and, for puzzles we
+built, an `id` and metadata columns (dataset, donor, batch, tissue, disease, cell_ids, source, ...).
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.prompts import CANDIDATES_HEAD, CONTEXT_HEAD, SYSTEM_MESSAGE, answer_text, chat, user_message
+
+MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
+_CELL_LINE = re.compile(r"Cell (\d+): (.*)")
+_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Puzzle:
+    """A batch of N cells of one donor, each to get a different label of the candidate list.
+
+    Example: Puzzle(id="train-0", context="The cell is from a female ...", cells=[["CD3D", "IL7R"], ["MS4A1"]],
+    candidates=["B cell", "T cell"], answer=["T cell", "B cell"])
+    """
+
+    id: str
+    """Unique name; the first 16 hex digits of the user message's SHA-256 where the row brought none."""
+    context: str
+    """What is known of the donor, one or more sentences."""
+    cells: list[list[str]]
+    """[N][<= M] gene symbols per cell, most expressed first."""
+    candidates: list[str]
+    """[N] labels as the prompt shows them."""
+    answer: list[str]
+    """[N] answer[i] is the label of cell i."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Metadata columns; also `system_msg`, `assistant_msg`, `context_tail` where a row differs from our own rendering."""
+
+    @property
+    def system_message(self) -> str:
+        return self.meta.get("system_msg", SYSTEM_MESSAGE)
+
+    @property
+    def user_message(self) -> str:
+        return user_message(self.context, self.cells, self.candidates, self.meta.get("context_tail", " "))
+
+    def chat(self) -> list[dict[str, str]]:
+        """The prompt as chat turns (system, user)."""
+        return chat(self.system_message, self.user_message)
+
+    def to_row(self) -> dict[str, Any]:
+        """The row to write: message columns, then `id` (when it is not the content hash) and the metadata columns."""
+        row: dict[str, Any] = {
+            "system_msg": self.system_message,
+            "user_msg": self.user_message,
+            "assistant_msg": self.meta.get("assistant_msg", answer_text(self.answer)),
+        }
+        if self.id != content_id(row["user_msg"]):
+            row["id"] = self.id
+        row.update({key: value for key, value in self.meta.items() if key not in MESSAGE_COLUMNS and key != "context_tail"})
+        return row
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Puzzle":
+        """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle."""
+        missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
+        if missing:
+            raise ValueError(f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}")
+        context, tail, cells, candidates = _parse_user_message(row["user_msg"])
+        answer = _parse_answer(row["assistant_msg"])
+        if not len(cells) == len(answer) == len(candidates):
+            raise ValueError(
+                f"{len(cells)} cells, {len(candidates)} candidates and {len(answer)} answers: the three must be equal in number"
+            )
+        meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}
+        if row["system_msg"] != SYSTEM_MESSAGE:
+            meta["system_msg"] = row["system_msg"]
+        if row["assistant_msg"] != answer_text(answer):
+            meta["assistant_msg"] = row["assistant_msg"]
+        if tail != " ":
+            meta["context_tail"] = tail
+        return cls(
+            id=row.get("id") or content_id(row["user_msg"]),
+            context=context, cells=cells, candidates=candidates, answer=answer, meta=meta,
+        )  # fmt: skip
+
+
+def content_id(user_msg: str) -> str:
+    """16 hex digits that name a prompt by its bytes."""
+    return hashlib.sha256(user_msg.encode()).hexdigest()[:16]
+
+
+def _parse_user_message(text: str) -> tuple[str, str, list[list[str]], list[str]]:
+    """(context, context tail, cells, candidates) of a user message."""
+    body, found, candidate_text = text.partition("\n\n" + CANDIDATES_HEAD)
+    if not found:
+        raise ValueError(f"the user message has no candidate list: no line {CANDIDATES_HEAD.strip()!r}")
+    head, found, cell_text = body.rpartition("\n\n")
+    if not found or not head.startswith(CONTEXT_HEAD):
+        raise ValueError(f"the user message does not begin with {CONTEXT_HEAD.strip()!r} and a blank line after it")
+    cells = []
+    for number, line in enumerate(cell_text.split("\n"), start=1):
+        match = _CELL_LINE.fullmatch(line)
+        if not match or int(match[1]) != number:
+            raise ValueError(f"line {number} of the cells is not 'Cell {number}: GENE, GENE, ...': {line[:60]!r}")
+        cells.append(match[2].split(", "))
+    raw_context = head[len(CONTEXT_HEAD) :]
+    context = raw_context.removesuffix(" ")
+    return context, raw_context[len(context) :], cells, candidate_text.split("\n")
+
+
+def _parse_answer(assistant_msg: str) -> list[str]:
+    """Labels of a bare answer, or of the answer block that ends a reasoning trace."""
+    block = _ANSWER_BLOCK.search(assistant_msg)
+    return [label.strip() for label in (block[1] if block else assistant_msg).split("|")]
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Every row of a .parquet, .jsonl or .json file. Raises ValueError naming the file, and the line where there is one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        try:
+            return parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a parquet file ({error})") from None
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):  # splitlines also cuts at U+2028
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    return rows
+
+
+def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
+    """Puzzles of a .parquet, .jsonl or .json file, ours or the published ones, in file order.
+
+    Raises ValueError that names the file and row of the first row that is no puzzle, or says that the file is empty.
+    """
+    puzzles = []
+    for number, row in enumerate(read_rows(path)):
+        try:
+            puzzles.append(Puzzle.from_row(row))
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+    if not puzzles:
+        raise ValueError(f"{path}: holds no puzzle; build some with launch/build.py")
+    return puzzles
+
+
+def write_puzzles(path: str | os.PathLike, puzzles: Iterable[Puzzle]) -> None:
+    """Write puzzles as .parquet or .jsonl, whole or not at all (temporary name, then rename)."""
+    write_rows(path, [puzzle.to_row() for puzzle in puzzles])
+
+
+def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
+    """Write rows as .parquet or .jsonl under a temporary name, flush them to disk, rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        columns = list(dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows for key in row)]))
+        table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
+        parquet.write_table(table, partial)
+    elif path.suffix == ".jsonl":
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        raise ValueError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
+    with open(partial, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,45 @@
+"""The embedded policy: a small random Qwen2-architecture checkpoint whose tokenizer knows the puzzles' genes.
+
+    python launch/create_policy.py --puzzles train.parquet --puzzles traces.jsonl --out base
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from data.markers import read_markers
+from data.prompts import CANDIDATES_HEAD, SYSTEM_MESSAGE
+from data.puzzles import read_puzzles
+from launch.options import command, option
+from trainer.embedded import Shape, create_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreatePolicyConfig:
+    puzzles: tuple[str, ...] = option((), "Puzzle or trace files the tokenizer is trained on; repeatable.")
+    out: str = option(dataclasses.MISSING, "Checkpoint folder to write.")
+    hidden: int = option(192, "Hidden size.")
+    layers: int = option(4, "Transformer layers.")
+    heads: int = option(6, "Attention heads.")
+    kv_heads: int = option(2, "Key/value heads.")
+    intermediate: int = option(512, "MLP size.")
+    seed: int = option(0, "Weight initialisation.")
+
+
+@command(CreatePolicyConfig)
+def main(config: CreatePolicyConfig) -> None:
+    """Make a model and its tokenizer from scratch; nothing is downloaded."""
+    if not config.puzzles:
+        raise ValueError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
+    puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
+    texts = {text for p in puzzles for text in (p.user_message, p.system_message, p.to_row()["assistant_msg"])}
+    genes = {gene for puzzle in puzzles for cell in puzzle.cells for gene in cell}
+    genes |= {gene for entry in read_markers().values() for gene in entry.markers}
+    shape = Shape(hidden=config.hidden, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
+                  intermediate=config.intermediate)  # fmt: skip
+    phrases = {SYSTEM_MESSAGE, CANDIDATES_HEAD.strip(), *(label for p in puzzles for label in p.candidates)}
+    n_parameters = create_policy(config.out, sorted(texts), genes, phrases, shape=shape, seed=config.seed)
+    print(f"{config.out}: {n_parameters / 1e6:.1f} M parameters, random weights")
+
+
+if __name__ == "__main__":
+    main()

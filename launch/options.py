@@ -1,0 +1,141 @@
+"""One flat frozen dataclass -> click options + recipe file.
+
+Every command's settings are one dataclass whose fields are made with `option(default, "help")`. Values come from the
+dataclass, then from `--recipe FILE.yaml`, then from flags; a flag always wins. A recipe key that no field has is
+refused with the nearest name.
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from trainer.config import option
+
+__all__ = ["command", "option", "read_recipe", "resolve"]
+
+
+def command(
+    config_class: type, default_recipe: Callable[[dict[str, Any]], Path | None] = lambda given: None
+) -> Callable[[Callable[[Any], None]], click.Command]:
+    """Make a click command of `fn(config)`: one flag per field, `--recipe`, and one-sentence errors with exit code 2.
+
+    default_recipe: from the flags given, the recipe to use when none is named.
+    """
+
+    def decorate(fn: Callable[[Any], None]) -> click.Command:
+        @functools.wraps(fn)
+        def run(recipe: str | None, **flags: Any) -> None:
+            context = click.get_current_context()
+            given = {n: v for n, v in flags.items() if context.get_parameter_source(n) is not click.core.ParameterSource.DEFAULT}
+            fn(resolve(config_class, recipe or default_recipe(given), given))
+
+        for field in reversed(dataclasses.fields(config_class)):
+            run = _click_option(config_class, field)(run)
+        run = click.option("--recipe", type=click.Path(), help="YAML file of values; flags win over it.")(run)
+        return _Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
+
+    return decorate
+
+
+class _Command(click.Command):
+    """A command for which a ValueError is the user's mistake: one sentence on stderr, exit code 2, no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            if type(error) is not ValueError:  # UnicodeDecodeError and friends are bugs, keep their traceback
+                raise
+            raise click.UsageError(str(error), ctx) from error
+
+
+def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:
+    """The config of defaults < recipe < given flags. Raises click.UsageError for a bad recipe or a missing value."""
+    values = {**(read_recipe(config_class, recipe) if recipe else {}), **given}
+    for field in dataclasses.fields(config_class):
+        if field.name in values:
+            continue
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise click.UsageError(f"Missing option '{flag(field.name)}'.")
+    return config_class(**values)
+
+
+def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
+    """Values of a recipe, checked against the dataclass: unknown keys and wrong types are refused by name."""
+    if not Path(path).is_file():
+        raise click.UsageError(f"--recipe {path}: no such file")
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(raw, dict):
+        raise click.UsageError(f"--recipe {path}: must be 'key: value' lines")
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+            raise click.UsageError(f"--recipe {path}: no setting is called '{key}'; the nearest is '{close[0]}'")
+        values[name] = _coerce(value, hints[name], f"--recipe {path}: {key}", fields[name].metadata["choices"])
+    return values
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _base_type(hint: Any) -> tuple[type, bool]:
+    """(scalar type, is it a list) behind `int`, `str | None`, `tuple[str, ...]`."""
+    if typing.get_origin(hint) is types.UnionType:
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
+    """A YAML value as the field's type; 1e-4 may arrive as text, since YAML 1.1 wants 1.0e-4."""
+    scalar, many = _base_type(hint)
+    if value is None:
+        if type(None) in typing.get_args(hint):
+            return None
+        raise click.UsageError(f"{where}: needs a value")
+    if many:
+        return tuple(_coerce(v, scalar, where, choices) for v in (value if isinstance(value, list) else [value]))
+    if scalar is bool or isinstance(value, bool):
+        if scalar is bool and isinstance(value, bool):
+            return value
+        raise click.UsageError(f"{where}: {value!r} is not {'true or false' if scalar is bool else scalar.__name__}")
+    try:
+        if scalar is int and float(value) != int(float(value)):
+            raise ValueError
+        converted = int(float(value)) if scalar is int else scalar(value)
+    except (TypeError, ValueError):
+        raise click.UsageError(f"{where}: {value!r} is not {'an' if scalar is int else 'a'} {scalar.__name__}") from None
+    if choices and converted not in choices:
+        raise click.UsageError(f"{where}: {value!r} is not one of {', '.join(choices)}")
+    return converted
+
+
+def _click_option(config_class: type, field: dataclasses.Field) -> Callable:
+    scalar, many = _base_type(typing.get_type_hints(config_class)[field.name])
+    default = None if field.default is dataclasses.MISSING else field.default
+    names = [flag(field.name)]
+    if scalar is bool:
+        names = [f"{flag(field.name)}/--no-{field.name.replace('_', '-')}"]
+    choice = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else scalar
+    return click.option(
+        *names, field.name, type=None if scalar is bool else choice, multiple=many, default=default,
+        show_default=default not in (None, ()), help=field.metadata["help"],
+    )  # fmt: skip

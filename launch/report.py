@@ -1,0 +1,28 @@
+"""Write the report page of a finished run: `python launch/report.py --run runs/demo`."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import click
+
+from eval.figures import learning_curve_png
+from eval.report import write_report
+from launch.options import command, option
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = option(dataclasses.MISSING, "Run folder with a summary.json, for example runs/demo.")
+    png: str | None = option(None, "Also draw the learning curve into this .png file.")
+
+
+@command(Config)
+def main(config: Config) -> None:
+    """Write RUN/report.html, a page that opens in any browser without a network."""
+    click.echo(f"wrote {write_report(config.run)}")
+    if config.png is not None:
+        click.echo(f"wrote {learning_curve_png(config.run, config.png)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Rewards: `fn(completion: str, puzzle: Puzzle) -> float | Reward`, sync or async, named by import path."""
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from data.puzzles import Puzzle
+
+
+class Status(StrEnum):
+    """What became of a completion. Nothing collapses silently to a reward of 0."""
+
+    OK = "ok"
+    """Scored."""
+    INVALID_FORMAT = "invalid_format"
+    """Scored, as an answer that breaks the format."""
+    TRUNCATED = "truncated"
+    """Scored, but the response hit the length limit."""
+    ERROR = "error"
+    """The reward function raised."""
+    TIMEOUT = "timeout"
+    """The reward function took too long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """A score with its parts. Example: Reward(total=-1.0, parts={"format_validity": 0.0}, status=Status.INVALID_FORMAT)"""
+
+    total: float
+    """What the advantages are computed from."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Named numbers behind the total, averaged into `rewards/<name>` of metrics.jsonl."""
+    status: Status = Status.OK
+
+
+RewardFn = Callable[[str, Puzzle], "float | Reward | Awaitable[float | Reward]"]
+
+
+def load_reward(path: str) -> RewardFn:
+    """The function behind `package.module:function` or `path/to/file.py:function`.
+
+    Raises ValueError, with the reason, when it does not import, is not there, or is not callable.
+    """
+    module_name, colon, name = path.rpartition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"--reward {path}: write it as module:function or path/to/file.py:function")
+    module = _load_file(path, module_name) if module_name.endswith(".py") else _load_module(path, module_name)
+    fn = getattr(module, name, None)
+    if fn is None:
+        known = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        raise ValueError(f"--reward {path}: {module_name} has no '{name}'; its functions are {', '.join(known) or 'none'}")
+    if not callable(fn):
+        raise ValueError(f"--reward {path}: '{name}' is a {type(fn).__name__}, not a function of (completion, puzzle)")
+    return fn
+
+
+def _load_module(path: str, module_name: str):
+    if str(Path.cwd()) not in sys.path:  # `python launch/grpo.py` puts launch/ there, not the user's folder
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"--reward {path}: cannot import {module_name} ({error})") from error
+
+
+def _load_file(path: str, file_name: str):
+    if not Path(file_name).is_file():
+        raise ValueError(f"--reward {path}: no file {file_name}")
+    name = "reward_file_" + Path(file_name).stem
+    spec = importlib.util.spec_from_file_location(name, file_name)
+    assert spec is not None and spec.loader is not None, "a .py path always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"--reward {path}: cannot import {file_name} ({error})") from error
+    return module
+
+
+def score_completions(fn: RewardFn, completions: list[str], puzzles: list[Puzzle], truncated: list[bool]) -> list[Reward]:
+    """Score [N] completions in order. An exception of `fn` is not caught: it names itself and stops the run.
+
+    Raises ValueError when `fn` returns something that is neither a finite number nor a Reward.
+    """
+
+    async def gather() -> list:
+        results = [fn(completion, puzzle) for completion, puzzle in zip(completions, puzzles, strict=True)]
+        return [await result if inspect.isawaitable(result) else result for result in results]
+
+    rewards = []
+    for result, cut, puzzle in zip(asyncio.run(gather()), truncated, puzzles, strict=True):
+        reward = result if isinstance(result, Reward) else Reward(total=_as_number(result, puzzle))
+        _as_number(reward.total, puzzle)
+        status = Status.TRUNCATED if cut and reward.status is not Status.ERROR else reward.status
+        rewards.append(Reward(total=float(reward.total), parts=reward.parts, status=status))
+    return rewards
+
+
+def _as_number(value: object, puzzle: Puzzle) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in (float("inf"), -float("inf")):
+        raise ValueError(f"the reward of puzzle {puzzle.id} is {value!r}: return a finite number or a Reward")
+    return float(value)

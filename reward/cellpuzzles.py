@@ -1,0 +1,90 @@
+"""The CellPuzzles rewards (Cell-o1, arXiv:2506.02911, Eq. 2 and the ablations of section 5).
+
+A valid response is exactly one `<think>...</think>` followed by exactly one `<answer>...</answer>`, nothing but white
+space outside and between them, and one non-empty label per cell in the answer, separated by `|`. Only the answer block
+is read, and a tag repeated anywhere (inside the reasoning too) makes the response invalid: the authors' scorer can be
+led to read a line of the reasoning instead.
+
+Example, for a puzzle whose answer is ["T cell", "B cell"]:
+    batch_reward("<think>CD3D, MS4A1</think>\\n<answer>T cell | B cell</answer>", puzzle).total == 1.0
+    batch_reward("<think>?</think><answer>B cell | T cell</answer>", puzzle).total == 0.0
+    batch_reward("T cell | B cell", puzzle).total == -1.0
+"""
+
+import re
+from dataclasses import dataclass
+
+from data.puzzles import Puzzle
+from reward import Reward, Status
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_RESPONSE = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedResponse:
+    """What a response says. `labels` is empty exactly when the format is invalid, and `problem` then says why."""
+
+    valid: bool
+    labels: list[str]
+    """[N] labels in cell order, trimmed, as written."""
+    problem: str
+
+
+def parse_response(text: str, n_cells: int) -> ParsedResponse:
+    """Read a response to a puzzle of `n_cells` cells. Never raises: a bad response is a result, not an error."""
+    for tag in _TAGS:
+        if text.count(tag) != 1:
+            return _invalid(f"{tag} occurs {text.count(tag)} times, not once")
+    match = _RESPONSE.fullmatch(text)
+    if match is None:
+        return _invalid("the text is not <think>...</think> then <answer>...</answer> with nothing else around them")
+    labels = [label.strip() for label in match["answer"].split("|")]
+    if len(labels) != n_cells:
+        return _invalid(f"the answer has {len(labels)} labels for {n_cells} cells")
+    if "" in labels:
+        return _invalid(f"label {labels.index('') + 1} of the answer is empty")
+    return ParsedResponse(valid=True, labels=labels, problem="")
+
+
+def normalise_label(label: str) -> str:
+    """A label as labels are compared: trimmed, inner white space collapsed, case folded."""
+    return " ".join(label.split()).casefold()
+
+
+def cells_right(labels: list[str], answer: list[str]) -> int:
+    """Number of positions where the label is the gold label."""
+    return sum(normalise_label(label) == normalise_label(gold) for label, gold in zip(labels, answer, strict=True))
+
+
+def batch_reward(completion: str, puzzle: Puzzle) -> Reward:
+    """Eq. (2): -1 for an invalid format, 1 when every label is right, else 0."""
+    return _reward(completion, puzzle, lambda cell_accuracy: float(cell_accuracy == 1.0))
+
+
+def mixed_reward(completion: str, puzzle: Puzzle) -> Reward:
+    """Ablation D: -1 for an invalid format, else the mean of cell-level and batch-level accuracy."""
+    return _reward(completion, puzzle, lambda cell_accuracy: (cell_accuracy + float(cell_accuracy == 1.0)) / 2)
+
+
+def strict_reward(completion: str, puzzle: Puzzle) -> Reward:
+    """`batch_reward` with the authors' further rule: -1 for a label given twice (a wrong count is invalid anyway)."""
+    reward = batch_reward(completion, puzzle)
+    labels = parse_response(completion, len(puzzle.cells)).labels
+    if len({normalise_label(label) for label in labels}) < len(labels):
+        return Reward(total=-1.0, parts=reward.parts, status=Status.INVALID_FORMAT)
+    return reward
+
+
+def _reward(completion: str, puzzle: Puzzle, total_of) -> Reward:
+    parsed = parse_response(completion, len(puzzle.cells))
+    if not parsed.valid:
+        parts = {"cell_accuracy": 0.0, "batch_accuracy": 0.0, "format_validity": 0.0}
+        return Reward(total=-1.0, parts=parts, status=Status.INVALID_FORMAT)
+    cell_accuracy = cells_right(parsed.labels, puzzle.answer) / len(puzzle.answer)
+    parts = {"cell_accuracy": cell_accuracy, "batch_accuracy": float(cell_accuracy == 1.0), "format_validity": 1.0}
+    return Reward(total=total_of(cell_accuracy), parts=parts)
+
+
+def _invalid(problem: str) -> ParsedResponse:
+    return ParsedResponse(valid=False, labels=[], problem=problem)

@@ -1,0 +1,103 @@
+"""Sampling with the trainer's own model in plain PyTorch: slow, deterministic, and easy to step through.
+
+Every response draws its uniforms from a generator of its own, so it does not depend on what else is in the batch.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from rollout import Rollout, Sampling, stable_seed
+from rollout.sync import Manifest, adapter_hash
+
+
+class TorchEngine:
+    """Samples from `model`, the live policy (adapter on). `batch` responses are decoded at a time, [B, T] with a KV cache."""
+
+    def __init__(
+        self, model: torch.nn.Module, eos_id: int, decoding: Callable[[], AbstractContextManager], batch: int = 64
+    ) -> None:
+        """decoding(): a context in which `model` attends as an ordinary causal model (policy.decoding)."""
+        self.model, self.eos_id, self.decoding, self.batch = model, eos_id, decoding, batch
+        self.version, self.hash = 0, ""
+
+    def load_adapter(self, tensors: dict[str, Tensor], manifest: Manifest, version: int) -> None:
+        """See Engine. The model already holds these tensors; only their identity is recorded."""
+        self.version, self.hash = version, adapter_hash(tensors)
+
+    def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
+        """See Engine."""
+        jobs = [(row, copy) for row in range(len(prompts)) for copy in range(sampling.n)]
+        responses: list[tuple[list[int], list[float]]] = []
+        for start in range(0, len(jobs), self.batch):
+            chosen = jobs[start : start + self.batch]
+            uniforms = [self._uniforms(sampling, puzzle_ids[row], copy) for row, copy in chosen]
+            responses += self._decode([prompts[row] for row, _ in chosen], torch.stack(uniforms), sampling)
+        rollouts = [
+            Rollout(
+                puzzle_id=puzzle_ids[row], prompt_ids=prompts[row], response_ids=ids, sampler_logprobs=logprobs,
+                finish_reason="stop" if ids[-1] == self.eos_id else "length",
+                adapter_version=self.version, adapter_hash=self.hash,
+            )
+            for (row, _), (ids, logprobs) in zip(jobs, responses, strict=True)
+        ]  # fmt: skip
+        return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
+
+    @staticmethod
+    def _uniforms(sampling: Sampling, puzzle_id: str, copy: int) -> Tensor:
+        """[max_tokens] float64 in [0, 1): one draw per token, from (seed, puzzle, copy) alone."""
+        generator = torch.Generator().manual_seed(stable_seed(sampling.seed, puzzle_id, copy))
+        return torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _decode(self, prompts: list[list[int]], uniforms_BT: Tensor, sampling: Sampling) -> list[tuple[list[int], list[float]]]:
+        device = next(self.model.parameters()).device
+        width = max(map(len, prompts))
+        tokens_BL = torch.tensor([[self.eos_id] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
+        seen_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache, done_B = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ids_TB, logprobs_TB = [], []
+        with self.decoding():
+            for step in range(sampling.max_tokens):
+                position_ids = (seen_BL.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BL.shape[1] :]
+                out = self.model(
+                    input_ids=tokens_BL, attention_mask=seen_BL, position_ids=position_ids, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1,
+                )  # fmt: skip
+                cache = out.past_key_values
+                logits_BV = out.logits[:, -1].float()
+                choice_B, logprob_B = choose(logits_BV, uniforms_BT[:, step].to(device), sampling.temperature, sampling.top_p)
+                ids_TB.append(choice_B)
+                logprobs_TB.append(logprob_B)
+                done_B |= choice_B == self.eos_id
+                if bool(done_B.all()):
+                    break
+                tokens_BL = choice_B[:, None]
+                seen_BL = torch.cat([seen_BL, seen_BL.new_ones(len(prompts), 1)], dim=1)
+        ids, logprobs = torch.stack(ids_TB, 1).tolist(), torch.stack(logprobs_TB, 1).tolist()
+        lengths = [row.index(self.eos_id) + 1 if self.eos_id in row else len(row) for row in ids]
+        return [(row[:n], values[:n]) for row, values, n in zip(ids, logprobs, lengths, strict=True)]
+
+    def close(self) -> None:
+        """Nothing to free: the model is the trainer's."""
+
+
+def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """(tokens [B], log-probs [B]) by inverting the cumulative distribution at `uniform_B`; greedy at temperature 0."""
+    if temperature == 0:
+        logprobs_BV = logits_BV.log_softmax(-1)
+        choice_B = logits_BV.argmax(-1)
+        return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]
+    logprobs_BV = (logits_BV / temperature).log_softmax(-1)
+    if top_p < 1:
+        ordered, index = logprobs_BV.sort(-1, descending=True)
+        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the first token past top_p stays
+        dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
+        logprobs_BV = logprobs_BV.masked_fill(dropped, float("-inf")).log_softmax(-1)
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    target_B = uniform_B * cumulative_BV[:, -1]  # the sum is 1 up to rounding
+    choice_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]
+

@@ -1,0 +1,400 @@
+"""Puzzles from small .h5ad files with known contents, and from real PBMC through the command."""
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from data.build import BuildConfig, audit, build_puzzles, choose_test_donors, divide, draw_batches
+from data.contexts import context_sentence
+from data.h5ad import obs_columns, read_cell_ids, read_obs, top_genes
+from data.puzzles import read_puzzles
+from launch.build import write_build
+
+ROOT = Path(__file__).parents[1]
+SMALL = BuildConfig(min_cells=3, max_cells=5, top_genes=4, puzzles_per_n=6, test_puzzles_per_n=3)
+TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "macrophage", "mast cell", "plasma cell"]
+
+
+def write_atlas(path, donors=8, cells_per_type=4, diseases=("normal",), tissues=("lung", "blood"), **obs):
+    """Donors d0.. in two batches each, every type in every batch; disease and tissue go round the donors."""
+    rows = [
+        (f"d{donor}", f"d{donor}-{batch}", cell_type, tissues[donor % len(tissues)], diseases[donor % len(diseases)])
+        for donor in range(donors)
+        for batch in "ab"
+        for cell_type in TYPES
+        for _ in range(cells_per_type)
+    ]
+    frame = pd.DataFrame(rows, columns=["donor_id", "batch", "cell_type", "tissue", "disease"])
+    frame = frame.assign(suspension_type="cell", is_primary_data=True, sex="female", **obs)
+    frame.index = [f"cell{i:05d}" for i in range(len(frame))]
+    counts = np.random.default_rng(7).poisson(1.0, size=(len(frame), 12)).astype(np.float32) + np.eye(1, 12, 0)[0]
+    var = pd.DataFrame({"feature_name": [f"G{i:02d}" for i in range(12)]}, index=[f"ENSG{i:011d}" for i in range(12)])
+    anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=frame, var=var).write_h5ad(path)
+    return path
+
+
+def write_matrix(path, matrix, names, raw=None, **layers):
+    obs = pd.DataFrame(index=[f"c{i}" for i in range(matrix.shape[0])])
+    var = pd.DataFrame({"feature_name": names}, index=[f"ENSG{i:011d}" for i in range(len(names))])
+    adata = anndata.AnnData(matrix, obs=obs, var=var, layers=layers)
+    if raw is not None:
+        adata.raw = anndata.AnnData(raw, obs=obs, var=var)
+    adata.write_h5ad(path)
+    return path
+
+
+def build(*arguments, hash_seed="0"):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed}
+    command = [sys.executable, "launch/build.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+# --- genes
+
+NAMES = ["ZEB2", "CD8A", "ACTB", "CD4_ENSG00000010610", "ACTB", "MALAT1", "ENSG00000279483.2"]
+COUNTS = np.array(
+    [
+        [3, 3, 1, 9, 5, 0, 0],  # ACTB counts as 5; ZEB2 and CD8A tie
+        [0, 0, 2, 0, 2, 0, 1],
+        [0, 0, 0, 0, 0, 0, 0],
+        [1, 2, 3, 4, 5, 6, 7],
+    ],
+    dtype=np.float32,
+)
+EXPECTED = [
+    ["CD4", "ACTB", "CD8A", "ZEB2"],
+    ["ACTB", "ENSG00000279483.2"],
+    [],
+    ["ENSG00000279483.2", "MALAT1", "ACTB", "CD4"],
+]
+
+
+@pytest.mark.parametrize("encode", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
+def test_top_genes_by_hand(tmp_path, encode, dtype):
+    path = write_matrix(tmp_path / "a.h5ad", encode(COUNTS.astype(dtype)), NAMES)
+    assert top_genes(path, [0, 1, 2, 3], n_top=4) == EXPECTED
+    assert top_genes(path, [3, 0, 3], n_top=2) == [EXPECTED[3][:2], EXPECTED[0][:2], EXPECTED[3][:2]]
+    assert top_genes(path, [], n_top=2) == []
+
+
+@pytest.mark.parametrize("encode", [np.asarray, sparse.csr_matrix, sparse.csc_matrix])
+def test_top_genes_in_blocks_equals_a_plain_sort(tmp_path, monkeypatch, encode):
+    monkeypatch.setattr("data.h5ad.ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr("data.h5ad.NONZEROS_PER_BLOCK", 50)
+    counts = np.random.default_rng(0).poisson(0.7, size=(60, 40))
+    names = [f"g{i:02d}" for i in range(40)]
+    path = write_matrix(tmp_path / "a.h5ad", encode(counts.astype(np.float32)), names)
+    rows = [41, 3, 59, 0, 17, 18, 19, 20, 21, 22]
+    for row, genes in zip(rows, top_genes(path, rows, n_top=9), strict=True):
+        expressed = np.flatnonzero(counts[row])
+        assert genes == [names[i] for i in sorted(expressed, key=lambda i: (-counts[row, i], i))[:9]]
+
+
+def test_layers_and_scaled_values(tmp_path):
+    scaled = (COUNTS - COUNTS.mean(axis=0)).astype(np.float32)
+    path = write_matrix(tmp_path / "a.h5ad", scaled, NAMES, raw=sparse.csr_matrix(COUNTS), flipped=COUNTS[::-1].copy())
+    assert top_genes(path, [0, 3], n_top=4) == [EXPECTED[0], EXPECTED[3]]  # auto is raw where there is one
+    assert top_genes(path, [0, 3], n_top=4, layer="flipped") == [EXPECTED[3], EXPECTED[0]]
+    with pytest.raises(ValueError, match=r"layer 'X' holds negative values.*--layer raw.*--allow-scaled"):
+        top_genes(path, [0], n_top=4, layer="X")
+    assert top_genes(path, [2], n_top=4, layer="X", allow_scaled=True) == [[]]
+    with pytest.raises(ValueError, match=r"has no layer 'counts'; --layer can be one of X, raw, flipped"):
+        top_genes(path, [0], n_top=4, layer="counts")
+
+
+def test_raw_genes_are_named_through_var_when_raw_var_has_no_names(tmp_path):
+    adata = anndata.AnnData(COUNTS[:, :3], var=pd.DataFrame({"feature_name": ["A", "B", "C"]}, index=["x", "y", "z"]))
+    adata.raw = anndata.AnnData(sparse.csr_matrix(COUNTS[:, 2::-1]), var=pd.DataFrame(index=["z", "y", "x"]))
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert top_genes(tmp_path / "a.h5ad", [3], n_top=3) == [["C", "B", "A"]]
+    assert top_genes(tmp_path / "a.h5ad", [3], n_top=3, gene_key="index") == [["z", "y", "x"]]
+
+
+# --- obs
+
+
+def test_read_obs_cleans_values_and_names_shared_cells(tmp_path):
+    obs = pd.DataFrame(
+        {"BMI": [27.0, np.nan, 31.5], "sex": pd.Categorical(["male", "unknown", " nan "])}, index=["x", "y", "x"]
+    )
+    with pytest.warns(UserWarning, match="not unique"):
+        anndata.AnnData(np.ones((3, 1), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "a.h5ad")
+    table = read_obs(tmp_path / "a.h5ad", ["BMI", "sex"])
+    assert table.astype(object).where(table.notna(), None).values.tolist() == [
+        ["27", "male"],
+        [None, None],
+        ["31.5", None],
+    ]
+    assert read_cell_ids(tmp_path / "a.h5ad", [2, 1, 0]) == ["x#2", "y", "x#0"]
+
+
+def test_categories_as_anndata_0_7_wrote_them(tmp_path):
+    with h5py.File(tmp_path / "old.h5ad", "w") as file:
+        for table, index in (("obs", ["c0", "c1", "c2"]), ("var", ["g0"])):
+            group = file.create_group(table)
+            group.attrs.update({"_index": "_index", "encoding-type": "dataframe", "encoding-version": "0.1.0"})
+            group.attrs["column-order"] = ["tissue"] if table == "obs" else []
+            group["_index"] = index
+        file["obs/__categories/tissue"] = ["blood", "lung"]
+        file["obs/__categories/tissue"].attrs["ordered"] = False
+        file["obs/tissue"] = np.array([1, 0, 1], dtype=np.int8)
+        file["obs/tissue"].attrs["categories"] = file["obs/__categories/tissue"].ref
+    assert obs_columns(tmp_path / "old.h5ad") == ["tissue"]
+    assert read_obs(tmp_path / "old.h5ad", ["tissue"])["tissue"].tolist() == ["lung", "blood", "lung"]
+
+
+def test_context_sentences():
+    known = {"sex": "female", "development_stage": "73-year-old stage", "self_reported_ethnicity": "European"}
+    assert context_sentence({**known, "tissue": "lung", "disease": "normal"}) == (
+        "The cell is from a female at the 73-year-old stage with European background, originating from the lung. "
+        "The patient is healthy with no diagnosed disease."
+    )
+    assert (
+        context_sentence({"sex": "nan", "tissue": "lung", "disease": "unknown"})
+        == "The cell is from, originating from the lung."
+    )
+    extras = {"smoking_status": "former", "BMI": 27.0, "hypertension": "Yes", "eGFR": "nan",
+              "harm_condition": "Colon_T", "tumor_stage": "advanced", "activation": "who knows"}  # fmt: skip
+    assert context_sentence({"disease": "influenza", **extras}) == (
+        "The patient has been diagnosed with influenza. The patient has an advanced-stage tumor. The patient is a "
+        "former smoker. The patient's BMI is 27. The sample is from tumor tissue in the Colon. The patient has a "
+        "history of hypertension."
+    )
+    assert context_sentence({}) == ""
+
+
+# --- puzzles
+
+
+def test_puzzles_follow_the_rules(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad")
+    splits, report = build_puzzles([path], SMALL)
+    adata = anndata.read_h5ad(path)
+    assert Counter(p.meta["n_cells"] for p in splits["train"]) == {3: 6, 4: 6, 5: 6}
+    assert Counter(p.meta["n_cells"] for p in splits["test"]) == {3: 3, 4: 3, 5: 3}
+    assert splits["unseen"] == []
+    for split in ("train", "test"):
+        assert [p.id for p in splits[split]] == [f"{split}-{i:06d}" for i in range(len(splits[split]))]
+        for puzzle in splits[split]:
+            cells = adata.obs.loc[puzzle.meta["cell_ids"]]
+            assert set(cells["donor_id"]) == {puzzle.meta["donor"]} and set(cells["batch"]) == {puzzle.meta["batch"]}
+            assert cells["cell_type"].tolist() == puzzle.answer
+            assert len(set(puzzle.answer)) == len(puzzle.answer) and sorted(puzzle.candidates) == sorted(puzzle.answer)
+            tissue = cells["tissue"].iloc[0]
+            assert puzzle.context == (
+                f"The cell is from a female, originating from the {tissue}. "
+                "The patient is healthy with no diagnosed disease."
+            )
+            first = adata[puzzle.meta["cell_ids"][0]].X.toarray()[0]
+            order = sorted(np.flatnonzero(first), key=lambda gene: (-first[gene], gene))
+            assert puzzle.cells[0] == [f"G{gene:02d}" for gene in order[:4]]
+    donors = {split: {p.meta["donor"] for p in splits[split]} for split in splits}
+    assert len(donors["test"]) == 1 and not donors["test"] & donors["train"]  # 0.15 of 8 donors
+    assert any(p.candidates != sorted(p.candidates) for p in splits["train"])
+    assert report["files"][0]["cells_read"] == report["files"][0]["cells_kept"] == 320
+    assert report["splits"]["train"]["donors"] == dict(
+        sorted(Counter(p.meta["donor"] for p in splits["train"]).items())
+    )
+
+
+def test_matrix_encoding_does_not_matter(tmp_path):
+    adata = anndata.read_h5ad(write_atlas(tmp_path / "atlas.h5ad", donors=3))
+    built = []
+    for encode in (sparse.csr_matrix, sparse.csc_matrix, lambda matrix: matrix.toarray()):
+        adata.X = encode(adata.X)
+        adata.write_h5ad(tmp_path / "atlas.h5ad")
+        built.append(build_puzzles([tmp_path / "atlas.h5ad"], SMALL)[0])
+        adata.X = sparse.csr_matrix(adata.X)
+    assert built[0] == built[1] == built[2]
+
+
+def test_cells_are_dropped_by_reason(tmp_path):
+    suspension = ["nucleus"] * 5 + ["cell"] * 115
+    primary = [True] * 10 + [False] * 7 + [True] * 103
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=3)
+    adata = anndata.read_h5ad(path)
+    adata.obs = adata.obs.assign(suspension_type=suspension, is_primary_data=primary).astype(
+        {"cell_type": object, "donor_id": object}
+    )
+    adata.obs.iloc[0, adata.obs.columns.get_loc("cell_type")] = "unknown"  # a nucleus too: counted once
+    adata.obs.iloc[20:23, adata.obs.columns.get_loc("cell_type")] = ["Unknown", "nan", "NA"]
+    adata.obs.iloc[30, adata.obs.columns.get_loc("donor_id")] = ""
+    adata.write_h5ad(path)
+    splits, report = build_puzzles([path], SMALL)
+    assert report["files"][0]["cells_dropped"] == {
+        "suspension_type is not 'cell'": 5, "is_primary_data is not True": 7, "no cell type": 3, "no donor": 1,
+    }  # fmt: skip
+    used = {cell for puzzles in splits.values() for p in puzzles for cell in p.meta["cell_ids"]}
+    assert not used & {adata.obs_names[i] for i in (*range(5), *range(10, 17), 20, 21, 22, 30)}
+
+
+def test_unseen_disease_takes_whole_donors(tmp_path):
+    path = write_atlas(
+        tmp_path / "atlas.h5ad", diseases=("normal", "influenza", "normal", "pulmonary fibrosis || influenza")
+    )
+    splits, report = build_puzzles([path], dataclasses.replace(SMALL, unseen_disease=("Influenza",)))
+    assert {p.meta["donor"] for p in splits["unseen"]} == {"d1", "d3", "d5", "d7"}
+    assert all("influenza" in p.meta["disease"] for p in splits["unseen"])
+    assert {p.meta["donor"] for p in splits["train"] + splits["test"]} <= {"d0", "d2", "d4", "d6"}
+    assert report["splits"]["unseen"]["diseases"].keys() == {"influenza", "pulmonary fibrosis || influenza"}
+
+
+def test_healthy_cells_of_an_unseen_donor_are_in_no_split(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=4)
+    adata = anndata.read_h5ad(path)
+    adata.obs["disease"] = np.where(adata.obs["batch"] == "d1-b", "influenza", "normal")
+    adata.write_h5ad(path)
+    splits, report = build_puzzles([path], dataclasses.replace(SMALL, unseen_disease=("influenza",)))
+    assert {p.meta["batch"] for p in splits["unseen"]} == {"d1-b"}
+    assert "d1" not in {p.meta["donor"] for p in splits["train"] + splits["test"]}
+    assert report["files"][0]["cells_set_aside"] == {"donor has an unseen disease, the cell does not": 20}
+
+
+def test_cell_split_of_one_donor_shares_no_cell(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=1)
+    splits, _ = build_puzzles([path], dataclasses.replace(SMALL, split="cell"))
+    train, test = ({c for p in splits[split] for c in p.meta["cell_ids"]} for split in ("train", "test"))
+    assert train and test and not train & test
+    assert len(test) <= 10  # one cell of each type and batch
+
+
+def test_compat_authors_sorts_candidates_and_splits_puzzles(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad")
+    splits, report = build_puzzles([path], dataclasses.replace(SMALL, compat="authors"))
+    assert report["options"]["split"] == "instance"
+    assert all(p.candidates == sorted(p.answer) for p in splits["train"] + splits["test"])
+    assert Counter(p.meta["n_cells"] for p in splits["test"]) == {3: 1, 4: 1, 5: 1}  # 0.15 of 6
+    assert Counter(p.meta["n_cells"] for p in splits["train"]) == {3: 5, 4: 5, 5: 5}
+
+
+def test_batches_run_out(tmp_path):
+    groups = {("d", ""): {"a": [0], "b": [1], "c": [2, 3]}}
+    drawn, drawing = draw_batches(groups, [2, 3], 10, random.Random("0"))
+    assert Counter(len(rows) for _, rows in drawn) == {2: 5, 3: 2}  # ab, and ac, bc with either c; abc with either c
+    assert len({frozenset(rows) for _, rows in drawn}) == 7
+    assert drawing["quota_left"] == {"2": 5, "3": 8}
+    assert {(gap["donor"], gap["n_cells"]) for gap in drawing["exhausted"]} == {("d", 2), ("d", 3)}
+
+
+def test_test_donors_are_spread_over_tissues():
+    tissue_of = {f"lung{i}": "lung" for i in range(20)} | {f"gut{i}": "gut" for i in range(10)} | {"eye0": "eye"}
+    test = choose_test_donors(tissue_of, 0.2, random.Random("0"))
+    assert Counter(tissue_of[donor] for donor in test) == {"lung": 4, "gut": 2}
+    assert len(choose_test_donors({"a": "lung", "b": "eye"}, 0.9, random.Random("0"))) == 1
+
+
+def test_divide():
+    assert divide([5], 0.15, random.Random("0")) == ([5], [])
+    assert [len(part) for part in divide(list(range(20)), 0.15, random.Random("0"))] == [17, 3]
+    assert [len(part) for part in divide([1, 2], 0.99, random.Random("0"))] == [1, 1]
+    assert divide([1, 2], 0.0, random.Random("0")) == ([1, 2], [])
+
+
+def test_audit_finds_what_must_not_be(tmp_path):
+    splits, _ = build_puzzles([write_atlas(tmp_path / "atlas.h5ad")], SMALL)
+    with pytest.raises(AssertionError, match="drawn twice"):
+        audit({**splits, "train": splits["train"] + splits["train"][:1]}, "donor")
+    shuffled = dataclasses.replace(splits["train"][0], meta={**splits["train"][0].meta, "cell_ids": ["other"]})
+    with pytest.raises(AssertionError, match="donors in train and test"):
+        audit({**splits, "test": [*splits["test"], shuffled]}, "donor")
+
+
+def test_constants_and_other_column_names(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", smoking_status="never")
+    adata = anndata.read_h5ad(path)
+    adata.obs = adata.obs.drop(columns=["disease", "is_primary_data", "batch"]).rename(columns={"donor_id": "patient"})
+    adata.write_h5ad(path)
+    config = dataclasses.replace(SMALL, donor_key="patient", constant=("disease=normal", "BMI=31", "tissue=eye"))
+    splits, report = build_puzzles([path], config)
+    puzzle = splits["train"][0]
+    assert puzzle.meta["donor"].startswith("d") and puzzle.meta["batch"] == ""
+    assert puzzle.context.endswith(
+        "The patient is healthy with no diagnosed disease. The patient has never smoked. The patient's BMI is 31."
+    )
+    assert report["files"][0]["notes"] == [
+        "--constant tissue=eye is not used: the file has an obs column 'tissue'",
+        "no obs column for the experimental batch: cells are grouped by donor only",
+        "no obs column 'is_primary_data': all cells count as primary data",
+    ]
+
+
+def test_a_fact_on_which_cells_disagree_is_not_stated(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=2)
+    adata = anndata.read_h5ad(path)
+    adata.obs["sex"] = ["male", "female"] * (len(adata) // 2)  # differs within each type
+    adata.obs["tissue"] = [f"site of {t}" for t in adata.obs["cell_type"]]
+    adata.write_h5ad(path)
+    splits, _ = build_puzzles([path], SMALL)
+    for puzzle in splits["train"]:
+        assert "originating" not in puzzle.context
+        assert puzzle.meta["tissue"] == " || ".join(sorted(f"site of {t}" for t in puzzle.answer))
+
+
+# --- the command
+
+
+def test_an_existing_folder_gets_the_new_files_and_keeps_others(tmp_path):
+    splits, report = build_puzzles([write_atlas(tmp_path / "atlas.h5ad")], SMALL)
+    out = tmp_path / "deep" / "out"
+    write_build(out, splits, report)
+    (out / "notes.txt").write_text("mine")
+    write_build(out, {**splits, "train": splits["train"][:2]}, report)
+    names = ["notes.txt", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert read_puzzles(out / "train.parquet") == splits["train"][:2]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_command_gives_the_same_bytes_whatever_the_hash_seed_and_file_order(tmp_path):
+    one, two = write_atlas(tmp_path / "one.h5ad"), write_atlas(tmp_path / "two.h5ad", donors=5)
+    options = ["--seed", 3, "--min-cells", 3, "--max-cells", 5, "--puzzles-per-n", 5]
+    runs = [(("--h5ad", one, "--h5ad", two), "1"), (("--h5ad", two, "--h5ad", one), "2")]
+    for number, (files, hash_seed) in enumerate(runs):
+        done = build(*files, "--out", tmp_path / f"out{number}", *options, hash_seed=hash_seed)
+        assert done.returncode == 0, done.stderr
+    names = ["report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    assert sorted(p.name for p in (tmp_path / "out0").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()
+    report = json.loads((tmp_path / "out0/report.json").read_text())
+    assert report["notes"] == ["taken for one donor although in several files: d0, d1, d2, d3, d4"]
+    assert {p.meta["source"] for p in read_puzzles(tmp_path / "out0/train.parquet")} == {"one.h5ad", "two.h5ad"}
+    assert build_puzzles([one, two], dataclasses.replace(SMALL, seed=4))[0] != build_puzzles([one, two], SMALL)[0]
+
+
+def test_real_pbmc_through_the_command(tmp_path):
+    scanpy = pytest.importorskip("scanpy")
+    (adata := scanpy.datasets.pbmc68k_reduced()).write_h5ad(tmp_path / "pbmc.h5ad")
+    constants = ["donor_id=donor_A", "suspension_type=cell", "tissue=blood", "disease=normal"]
+    options = [part for constant in constants for part in ("--constant", constant)]
+    options += ["--cell-type-key", "bulk_labels", "--gene-key", "index", "--split", "cell"]
+    sizes = ["--min-cells", 4, "--max-cells", 8, "--top-genes", 24]
+    done = build("--h5ad", tmp_path / "pbmc.h5ad", "--out", tmp_path / "out", "--seed", 0, *options, *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "pbmc.h5ad: 700 cells, 700 kept" in done.stdout
+    train, test = read_puzzles(tmp_path / "out/train.parquet"), read_puzzles(tmp_path / "out/test.parquet")
+    assert Counter(len(p.cells) for p in train) == {4: 40, 5: 40, 6: 40, 7: 40, 8: 40}
+    assert Counter(len(p.cells) for p in test) == {4: 10, 5: 10, 6: 10, 7: 10, 8: 10}
+    train_cells, test_cells = ({c for p in puzzles for c in p.meta["cell_ids"]} for puzzles in (train, test))
+    assert not train_cells & test_cells
+    puzzle = train[0]
+    assert puzzle.context == (
+        "The cell is from, originating from the blood. The patient is healthy with no diagnosed disease."
+    )
+    assert puzzle.answer == adata.obs.loc[puzzle.meta["cell_ids"], "bulk_labels"].tolist()
+    values = pd.Series(adata.raw[puzzle.meta["cell_ids"][0]].X.toarray()[0], index=adata.raw.var_names)
+    assert puzzle.cells[0] == sorted(values.index[values > 0], key=lambda gene: (-values[gene], gene))[:24]
+    assert json.loads((tmp_path / "out/report.json").read_text())["files"][0]["layer"] == "raw"

@@ -1,0 +1,100 @@
+"""Puzzle rows: the published bytes survive a round trip, malformed rows are named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.prompts import SYSTEM_MESSAGE
+from data.puzzles import Puzzle, content_id, read_puzzles, read_rows, write_puzzles, write_rows
+
+SAMPLE = Path(__file__).parent / "fixtures" / "cellpuzzles_sample.jsonl"
+USER = (
+    "Context: A donor. \n\nCell 1: CD3D, IL7R\nCell 2: MS4A1\n\n"
+    "Match the cells above to one of the following cell types:\nB cell\nT cell"
+)
+ROW = {"system_msg": SYSTEM_MESSAGE, "user_msg": USER, "assistant_msg": "T cell | B cell"}
+
+
+def test_published_rows_render_back_to_the_same_bytes():
+    rows = read_rows(SAMPLE)
+    assert len(rows) == 8
+    for row in rows:
+        puzzle = Puzzle.from_row(row)
+        assert puzzle.to_row() == row
+        assert puzzle.user_message == row["user_msg"]
+        assert sorted(puzzle.candidates) == sorted(puzzle.answer)
+        assert all(len(genes) == 50 for genes in puzzle.cells)
+        assert puzzle.id == content_id(row["user_msg"])
+
+
+def test_a_published_row_is_parsed_into_its_parts():
+    puzzle = Puzzle.from_row(read_rows(SAMPLE)[0])
+    assert puzzle.context == (
+        "The cell is from a female at the 73-year-old stage, originating from the lung. The patient has been diagnosed "
+        "with chronic obstructive pulmonary disease. The patient is a smoker. There is no cancer present."
+    )
+    assert puzzle.answer[:2] == ["smooth muscle cell", "non-classical monocyte"]
+    assert puzzle.candidates == sorted(puzzle.candidates)
+    assert puzzle.meta == {}
+
+
+def test_a_reasoning_trace_keeps_its_text_and_gives_the_labels_of_its_answer_block():
+    row = read_rows(SAMPLE)[5]
+    puzzle = Puzzle.from_row(row)
+    assert row["assistant_msg"].startswith("<think>")
+    assert puzzle.meta["assistant_msg"] == row["assistant_msg"]
+    assert row["assistant_msg"].endswith(f"<answer>{' | '.join(puzzle.answer)}</answer>")
+
+
+@pytest.mark.parametrize("name", ["puzzles.parquet", "puzzles.jsonl"])
+def test_round_trip_through_a_file(tmp_path, name):
+    published = [Puzzle.from_row(row) for row in read_rows(SAMPLE)]
+    meta = {"donor": "D1", "n_cells": 2, "cell_ids": ["c1", "c2"]}
+    own = Puzzle(id="train-000000", context="A donor.", cells=[["CD3D", "IL7R"], ["MS4A1"]],
+                 candidates=["B cell", "T cell"], answer=["T cell", "B cell"], meta=meta)  # fmt: skip
+    write_puzzles(tmp_path / name, [*published, own])
+    assert read_puzzles(tmp_path / name) == [*published, own]
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # no partial file is left
+    assert own.to_row() == {**ROW, "id": "train-000000", **meta}
+
+
+def test_a_context_without_the_published_trailing_space_is_kept():
+    row = {**ROW, "user_msg": USER.replace("donor. \n", "donor.\n")}
+    assert Puzzle.from_row(row).to_row() == row
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"assistant_msg": None}, "a puzzle row needs the text column(s) assistant_msg"),
+        ({"user_msg": USER.replace("Match the", "Assign the")}, "the user message has no candidate list"),
+        ({"user_msg": USER.replace("Context: ", "")}, "the user message does not begin with 'Context:'"),
+        ({"user_msg": USER.replace("Cell 2:", "Cell 3:")}, "line 2 of the cells is not 'Cell 2: GENE, GENE, ...'"),
+        ({"assistant_msg": "T cell"}, "2 cells, 2 candidates and 1 answers: the three must be equal in number"),
+        ({"user_msg": USER + "\nNK cell"}, "2 cells, 3 candidates and 2 answers"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.jsonl"])
+def test_a_malformed_row_is_named_with_its_problem(tmp_path, name, changes, problem):
+    write_rows(tmp_path / name, [ROW, {**ROW, **changes}])
+    with pytest.raises(ValueError) as error:
+        read_puzzles(tmp_path / name)
+    assert str(error.value).startswith(f"{tmp_path / name}, row 1: ")
+    assert problem in str(error.value)
+
+
+def test_files_that_hold_no_puzzles_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"missing\.parquet: no such file"):
+        read_puzzles(tmp_path / "missing.parquet")
+    (tmp_path / "text.parquet").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.parquet: not a parquet file"):
+        read_puzzles(tmp_path / "text.parquet")
+    (tmp_path / "cut.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:40])
+    with pytest.raises(ValueError, match=r"cut\.jsonl, line 2: not JSON"):
+        read_puzzles(tmp_path / "cut.jsonl")
+    write_puzzles(tmp_path / "empty.parquet", [])
+    with pytest.raises(ValueError, match=r"empty\.parquet: holds no puzzle"):
+        read_puzzles(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match=r"puzzles\.csv: write puzzles to a name that ends in"):
+        write_puzzles(tmp_path / "puzzles.csv", [])

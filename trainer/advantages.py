@@ -1,0 +1,66 @@
+"""From rewards to advantages. Pure functions of tensors.
+
+N rows (responses), T response tokens. `groups[i]` names the prompt that row i answers.
+Departures from verl on purpose: a group of one gets advantage 0 (verl lets the raw score through).
+"""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
+    """Advantage of each row relative to its group.
+
+    rewards: [N] float; groups: [N] long, any labels. Returns [N].
+    kind: "grpo" (r - mean) / (std + eps), unbiased std (DeepSeekMath, arXiv:2402.03300, Eq. 3);
+    "dr_grpo" r - mean (arXiv:2503.20783); "rloo" r - mean of the others (arXiv:2402.14740).
+    A group of one, and a group of equal rewards, gives 0. Raises ValueError for another kind.
+    """
+    if kind not in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(f"advantage kind {kind!r} is not one of grpo, dr_grpo, rloo")
+    _, index = torch.unique(groups, return_inverse=True)  # [N] in 0..P-1
+    zeros = rewards.new_zeros(int(index.max()) + 1)
+    size = zeros.index_add(0, index, torch.ones_like(rewards))[index]  # [N] size of the row's group
+    mean = zeros.index_add(0, index, rewards)[index] / size
+    # a mean of equal floats can be off by one ulp; compare the extremes instead of trusting r - mean == 0
+    lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)[index]
+    highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)[index]
+    centred = torch.where(lowest == highest, torch.zeros_like(rewards), rewards - mean)
+    if kind == "dr_grpo":
+        return centred
+    others = (size - 1).clamp(min=1)
+    if kind == "rloo":
+        return centred * size / others
+    variance = zeros.index_add(0, index, centred.square())[index] / others
+    return centred / (variance.sqrt() + eps)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438), over masked-in tokens only.
+
+    rewards, values: [N,T] float; mask: [N,T] bool. Returns advantages [N,T] (not whitened; 0 where masked out)
+    and returns [N,T] = advantages + values (0 where masked out). A masked-out token is skipped: the token before it
+    bootstraps from the next masked-in one.
+    """
+    advantages = []
+    running, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = torch.where(mask[:, t], delta + gamma * lam * running, running)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages.append(running)
+    zero = torch.zeros_like(values)
+    advantages_NT = torch.where(mask, torch.stack(advantages[::-1], dim=1), zero)
+    return advantages_NT, torch.where(mask, advantages_NT + values, zero)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the masked-in values; unbiased variance; 0 where masked out.
+
+    x: [N,T] float; mask: [N,T] bool. Raises ValueError when fewer than two values are masked in.
+    """
+    kept = x[mask]
+    if kept.numel() < 2:
+        raise ValueError(f"whiten needs at least 2 masked-in values, got {kept.numel()}")
+    scaled = (x - kept.mean()) * torch.rsqrt(kept.var(unbiased=True) + 1e-8)
+    return torch.where(mask, scaled, torch.zeros_like(x))

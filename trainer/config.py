@@ -1,0 +1,92 @@
+"""Settings of the training loops: flat frozen dataclasses; launch/options.py makes flags and recipe keys of the fields."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.objective import AGGREGATIONS
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the text its flag shows and, where it is a choice, what may be chosen."""
+    metadata = {"help": help, "choices": choices}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Supervised cold start on accepted traces."""
+
+    traces: str = option(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
+    model: str = option(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
+    out: str = option(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
+    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains every weight.")
+    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
+    epochs: int = option(10, "Passes over the traces.")
+    batch_size: int = option(128, "Traces per optimizer step.")
+    lr: float = option(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    weight_decay: float = option(0.0, "AdamW weight decay.")
+    grad_clip: float = option(1.0, "Largest gradient norm.")
+    max_tokens: int = option(8192, "Longest prompt + response; longer traces are skipped and counted, never cut.")
+    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
+    holdout: float = option(0.1, "Share of the puzzles kept out to measure eval_loss; 0 keeps none.")
+    dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"))
+    seed: int = option(0, "Order of the traces and LoRA initialisation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig:
+    """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
+
+    model: str | None = option(None, "Checkpoint folder to start from, and the reference policy; default: the embedded one.")
+    puzzles: str | None = option(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
+    out: str = option("runs/grpo", "Run folder.")
+    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
+    steps: int = option(100, "Optimizer steps in all.")
+    seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
+    engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
+    reward: str = option("reward.cellpuzzles:batch_reward", "module:function or file.py:function of (completion, puzzle).")
+    prompts_per_step: int = option(64, "Prompts per batch, over all ranks (P).")
+    group_size: int = option(5, "Responses per prompt (G).")
+    updates_per_batch: int = option(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
+    temperature: float = option(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
+    top_p: float = option(1.0, "Nucleus sampling mass.")
+    max_prompt_tokens: int = option(3072, "Longer prompts are left out and counted.")
+    max_response_tokens: int = option(3000, "Responses are cut here (and score as truncated).")
+    lora_rank: int = option(256, "LoRA rank on all linear layers.")
+    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
+    lr: float = option(1e-6, "Learning rate, constant after warm-up.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    weight_decay: float = option(0.01, "AdamW weight decay.")
+    grad_clip: float = option(1.0, "Largest gradient norm.")
+    advantage: str = option("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
+    clip_low: float = option(0.2, "Ratios are clipped at 1 - clip_low.")
+    clip_high: float = option(0.2, "Ratios are clipped at 1 + clip_high.")
+    dual_clip: float | None = option(None, "Bound c of dual clip for negative advantages; default off.")
+    ratio_level: str = option("token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence"))
+    beta: float = option(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
+    kl_kind: str = option("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
+    aggregation: str = option("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
+    correction: str = option("none", "Sampler-mismatch weight.", ("none", "tis", "mis"))
+    correction_cap: float = option(2.0, "Cap of the sampler-mismatch weight.")
+    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
+    dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    save_every: int = option(20, "Steps between checkpoints; the last step always saves.")
+    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
+    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM.")
+    tensorboard: bool = option(False, "Also write TensorBoard files to OUT/tensorboard.")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "group_size", "updates_per_batch", "max_response_tokens", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.prompts_per_step % self.updates_per_batch:
+            raise ValueError(
+                f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
+                "the second must divide the first"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")

@@ -1,0 +1,183 @@
+"""The GRPO objective, term by term. Pure functions of tensors and floats; every loss here is to be minimised.
+
+Shapes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. Values under a
+False mask may be anything, NaN included: they are replaced with torch.where before they can be multiplied.
+
+Cell-o1 Eq. (1), per response, averaged over the group:
+    min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
+What is not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, tis / mis.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str = "token") -> Tensor:
+    """policy / behaviour probability. All [N,T] -> [N,T]; 1 where masked out; the log-ratio is clamped to +-20.
+
+    level "token": exp(new - old). level "sequence" (GSPO, arXiv:2507.18071): every token of a row has the value of the
+    row's exp(mean log-ratio), while the gradient reaches each token's own log-prob (as in verl), and the log is capped at 10.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    if level == "token":
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if level == "sequence":
+        mean = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # [N,1]
+        own = torch.where(mask, logprobs, torch.zeros_like(logprobs))
+        return torch.where(mask, (own - own.detach() + mean).clamp(max=10.0).exp(), torch.ones_like(own))
+    raise ValueError(f"ratio level {level!r} is not one of token, sequence")
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """Per-token loss max(-ratio A, -clip(ratio, 1 - clip_low, 1 + clip_high) A). ratio [N,T]; advantages [N,T], [N,1] or [N].
+
+    dual_clip c > 1 (arXiv:1912.09729) bounds the loss of a negative advantage by -c A.
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    unclipped = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "low_var") -> Tensor:
+    """Per-token estimate of KL(policy || reference) from the policy's own samples, [N,T] -> [N,T].
+
+    With d = ref - new: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1 (http://joschu.net/blog/kl-approx.html),
+    low_var = k3 with d clamped to +-20 and the value to +-10 (so a saturated token has no gradient).
+    """
+    log_ratio = ref_logprobs - logprobs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return log_ratio.exp() - log_ratio - 1
+    if kind == "low_var":
+        log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return (log_ratio.exp() - log_ratio - 1).clamp(-10.0, 10.0)
+    raise ValueError(f"KL kind {kind!r} is not one of k1, k2, k3, low_var")
+
+
+def rollout_correction(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, kind: str, cap: float = 2.0, floor: float = 0.0
+) -> Tensor:
+    """Detached [N,T] weights that correct for the sampler being another program than the trainer.
+
+    With w = exp(old - sampler): kind "none" 1; "tis" min(w, cap); "mis" w where floor <= w <= cap, else 0 (the token is
+    dropped). 1 where masked out.
+    """
+    difference = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs)).detach()
+    weight = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if kind == "none":
+        return torch.ones_like(weight)
+    if kind == "tis":
+        return weight.clamp(max=cap)
+    if kind == "mis":
+        return torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
+    raise ValueError(f"correction {kind!r} is not one of none, tis, mis")
+
+
+def aggregation_weights(
+    mask: Tensor,
+    mode: str,
+    n_rows: float,
+    n_tokens: float,
+    norm: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[N,T] weights such that (weights * per_token).sum() over all micro-batches and ranks is the step's loss.
+
+    n_rows, n_tokens: rows with at least one trained token and trained tokens of the WHOLE optimizer step, all ranks: counting
+    them once, before the first micro-batch, is what makes the loss independent of the layout.
+    norm: divisor of "seq-mean-token-sum-norm" (default T).
+    """
+    if mode not in AGGREGATIONS:
+        raise ValueError(f"aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
+    weights = mask.to(dtype)
+    if mode == "token-mean":
+        return weights / max(n_tokens, 1)
+    if mode == "seq-mean-token-mean":
+        return weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)
+    if mode == "seq-mean-token-sum":
+        return weights / max(n_rows, 1)
+    return weights / max(n_rows, 1) / (mask.shape[-1] if norm is None else norm)
+
+
+def aggregate(per_token: Tensor, mask: Tensor, mode: str = "seq-mean-token-mean", norm: float | None = None) -> Tensor:
+    """Scalar loss of [N,T] per-token losses that are the whole step. Rows without a trained token do not count."""
+    n_rows, n_tokens = int(mask.any(-1).sum()), int(mask.sum())
+    weights = aggregation_weights(mask, mode, n_rows, n_tokens, norm, per_token.dtype)
+    return (weights * torch.where(mask, per_token, torch.zeros_like(per_token))).sum()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, mode: str = "token-mean"
+) -> Tensor:
+    """PPO's clipped value loss, 0.5 * max((v - R)^2, (clip(v, old +- clip) - R)^2), aggregated. All [N,T] -> scalar."""
+    clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    squared = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * aggregate(squared, mask, mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Every per-token number of one micro-batch, [N,T] each. loss == (weight * (surrogate * correction + beta * kl)).sum()."""
+
+    mask: Tensor
+    """[N,T] bool, True = trained."""
+    logprobs: Tensor
+    """[N,T] policy log-probs, with gradient; 0 where masked out."""
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    """[N,T] adapter-off log-probs; equal to `logprobs` (detached) when beta is 0 and no reference pass was made."""
+    sampler_logprobs: Tensor
+    ratio: Tensor
+    advantages: Tensor
+    """[N,1] one advantage per response."""
+    surrogate: Tensor
+    """[N,T] clipped surrogate, to minimise."""
+    correction: Tensor
+    """[N,T] detached sampler-mismatch weight."""
+    kl: Tensor
+    weight: Tensor
+    """[N,T] aggregation weight."""
+    beta: float
+
+    @property
+    def loss(self) -> Tensor:
+        """Scalar; its sum over micro-batches and ranks is the step's loss."""
+        return (self.weight * (self.surrogate * self.correction + self.beta * self.kl)).sum()
+
+
+def grpo_terms(
+    *, logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, sampler_logprobs: Tensor, mask: Tensor,
+    advantages: Tensor, weight: Tensor, clip_low: float, clip_high: float, dual_clip: float | None, beta: float,
+    kl_kind: str, ratio_level: str, correction: str, correction_cap: float,
+) -> LossTerms:  # fmt: skip
+    """Assemble the terms of a micro-batch. All tensors [N,T] but advantages [N].
+
+    old_logprobs None: this is the batch's only optimizer step, so old = stop_gradient(new) and the ratio is exactly 1.
+    ref_logprobs None (beta 0): the KL is reported as 0.
+    """
+    zero = torch.zeros_like(logprobs)
+    logprobs = torch.where(mask, logprobs, zero)
+    old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, zero)
+    ref = logprobs.detach() if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)
+    ratio = importance_ratio(logprobs, old, mask, ratio_level)
+    kl = zero if ref_logprobs is None else kl_estimate(logprobs, ref, kl_kind)  # KL enters the loss in LossTerms.loss
+    return LossTerms(
+        mask=mask, logprobs=logprobs, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler_logprobs, ratio=ratio,
+        advantages=advantages[:, None], surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
+        correction=rollout_correction(old, sampler_logprobs, mask, correction, correction_cap),
+        kl=kl, weight=weight, beta=beta,
+    )  # fmt: skip

