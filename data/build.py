@@ -48,6 +48,7 @@ class BuildConfig:
         "paper", "authors: sorted candidates and the instance split of the code.", ("paper", "authors")
     )
     layer: str = _setting("auto", "X, raw, or a name in layers; auto: raw where the file has it, else X.")
+    drop_genes: tuple[str, ...] = _setting((), "Gene class never listed: ribosomal or mitochondrial; repeatable.")
     allow_scaled: bool = _setting(False, "Rank genes even where the layer holds negative values.")
     gene_key: str = _setting("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = _setting("cell_type", "obs column with the cell type.")
@@ -119,6 +120,9 @@ def check_config(config: BuildConfig) -> None:
     for name in ("top_genes", "puzzles_per_n", "test_puzzles_per_n"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    unknown = [name for name in config.drop_genes if name not in h5ad.GENE_CLASSES]
+    if unknown:
+        raise ValueError(f"--drop-genes {unknown[0]}: not one of {', '.join(h5ad.GENE_CLASSES)}")
     if not 0 <= config.test_fraction < 1:
         raise ValueError(f"--test-fraction {config.test_fraction}: must be at least 0 and below 1")
     if config.compat == "authors" and config.split_mode != "instance":
@@ -316,6 +320,7 @@ def _puzzles_of_source(source: Source, assignment: dict[str, str], config: Build
     genes = h5ad.top_genes(
         source.path, rows, config.top_genes,
         layer=config.layer, gene_key=config.gene_key, allow_scaled=config.allow_scaled,
+        drop=config.drop_genes,
     )  # fmt: skip
     gene_lists = dict(zip(rows, genes, strict=True))
     cell_ids = dict(zip(rows, h5ad.read_cell_ids(source.path, rows), strict=True))

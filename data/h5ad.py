@@ -33,6 +33,11 @@ COLUMN_FLAGS = {
     "self_reported_ethnicity": "--ethnicity-key",
 }
 """CELLxGENE obs column -> flag of launch/build.py that names it in files that call it otherwise."""
+GENE_CLASSES = {
+    "ribosomal": re.compile(r"RP[LS]\d+[AXYL]?\d*$|RPLP\d$|RPSA$"),
+    "mitochondrial": re.compile(r"MT-"),
+}
+"""Gene class -> symbols of its genes, matched at their beginning."""
 REQUIRED_COLUMNS = ("cell_type", "donor_id", "suspension_type", "tissue", "disease")
 
 Groups = dict[tuple[str, str], dict[str, list[int]]]
@@ -247,25 +252,29 @@ def top_genes(
     layer: str = "auto",
     gene_key: str = "feature_name",
     allow_scaled: bool = False,
+    drop: Sequence[str] = (),
 ) -> list[list[str]]:
     """[len(row_indices)][<= n_top] gene names per cell, most expressed first.
 
     A gene that is not expressed (value <= 0) is never listed, so a list may be short or empty. Equal values are ordered
     by gene name; of several genes with one name the larger value counts. Raises ValueError, naming the layer, when the
-    rows hold NaN, or negative values, which mean scaled data that cannot be ranked by expression.
+    rows hold NaN, or negative values, which mean scaled data that cannot be ranked by expression. `drop` names the
+    GENE_CLASSES that are never listed.
     """
     layer = resolve_layer(path, layer)
     names, name_ids, copies = np.unique(
         read_gene_names(path, gene_key, layer).astype(str), return_inverse=True, return_counts=True
     )
     rows, back = np.unique(np.asarray(row_indices, dtype=np.int64), return_inverse=True)
+    listed = np.array([not any(GENE_CLASSES[kind].match(name) for kind in drop) for name in names])
     keep = n_top * int(copies.max(initial=1))
     ranked: list[list[str]] = []
     with open_h5ad(path) as file:
         for block in _expression_blocks(file[_element(layer)], rows):
             _check_values(block, allow_scaled, f"{path}: layer {layer!r}", _layers(file))
             for columns, values in _row_entries(block):
-                ranked.append(names[_rank(name_ids[columns], values, n_top, keep)].tolist())
+                wanted = listed[name_ids[columns]]
+                ranked.append(names[_rank(name_ids[columns[wanted]], values[wanted], n_top, keep)].tolist())
     return [ranked[i] for i in back]
 
 

@@ -120,7 +120,7 @@ class Programs:
 
 
 def simulate_atlas(
-    n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0
+    n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0, n_types: int | None = None
 ) -> anndata.AnnData:
     """Raw counts [C, G] (CSR, float32) of cells of 6 tissues, with CELLxGENE obs columns and `feature_name` in var.
 
@@ -130,6 +130,7 @@ def simulate_atlas(
     noise: scales leak, dropout and marker weakness. Matching the cells of 5 types of one batch to the types by the
         number of markers in their top 50 (24) genes gets about 100 % (99 %) of the cells right at noise 0.5,
         94 % (88 %) at 1, 71 % (67 %) at 2.
+    n_types: cell types in all, taken from the tissues in turn; default every type of data/markers.tsv.
 
     var is indexed by ENSG ids that are synthetic, made from a hash of the symbol (they start with ENSG9, which no real
     one does), and sorted by them, so that the order of genes says nothing about cell types.
@@ -144,7 +145,7 @@ def simulate_atlas(
     if not 0 <= noise <= 5:
         raise ValueError(f"--noise {noise} is out of range: give 0 (no noise) to 5")
     rng = np.random.default_rng(seed)
-    entries = read_markers()
+    entries = choose_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
     counts, obs = [], []
     for donor in draw_donors(rng, n_donors):
@@ -160,7 +161,7 @@ def simulate_atlas(
     cells = pd.concat(obs, ignore_index=True)
     cells.index = [f"cell_{i:06d}" for i in range(len(cells))]
     cells = cells.astype({column: "category" for column in cells.columns.drop("is_primary_data")})
-    settings = {"donors": n_donors, "seed": seed, "cells_per_type": cells_per_type, "noise": noise}
+    settings = {"donors": n_donors, "seed": seed, "cells_per_type": cells_per_type, "noise": noise, "types": len(entries)}
     return anndata.AnnData(
         X=scipy.sparse.vstack(counts, format="csr"),
         obs=cells,
@@ -170,8 +171,9 @@ def simulate_atlas(
 
 
 def write_atlas(
-    path: str | os.PathLike, n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0
-) -> anndata.AnnData:
+    path: str | os.PathLike, n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0,
+    n_types: int | None = None,
+) -> anndata.AnnData:  # fmt: skip
     """Simulate an atlas and write it as .h5ad, whole or not at all (temporary name, then rename); returns the atlas.
 
     An old file is replaced. Settings as for `simulate_atlas`; the same ones write the same bytes.
@@ -180,7 +182,7 @@ def write_atlas(
     path = Path(path)
     if path.suffix != ".h5ad":
         raise ValueError(f"--out {path}: the file name must end in .h5ad")
-    adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise)
+    adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     adata.write_h5ad(partial, compression="gzip")
@@ -245,6 +247,21 @@ def draw_donors(rng: np.random.Generator, n_donors: int) -> list[Donor]:
             )
         )
     return donors
+
+
+def choose_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[str, MarkerEntry]:
+    """n_types entries, the tissues taking turns. Raises ValueError when there are fewer, or too few for every tissue."""
+    if n_types is None:
+        return entries
+    if not 2 * len(TISSUES) <= n_types <= len(entries):
+        raise ValueError(f"--types {n_types} is out of range: give {2 * len(TISSUES)} to {len(entries)}")
+    chosen: set[str] = set()
+    for turn in range(len(entries) * len(TISSUES)):
+        tissue, specific = TISSUES[turn % len(TISSUES)], turn // len(TISSUES) % 2 == 0
+        waiting = [name for name, entry in entries.items() if tissue in entry.tissues and name not in chosen]
+        if waiting and len(chosen) < n_types:  # its own types and widespread ones by turns
+            chosen.add(min(waiting, key=lambda name: len(entries[name].tissues) * (1 if specific else -1)))
+    return {name: entry for name, entry in entries.items() if name in chosen}
 
 
 def types_of(donor: Donor, entries: dict[str, MarkerEntry]) -> list[str]:

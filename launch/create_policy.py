@@ -17,11 +17,11 @@ from trainer.embedded import Shape, create_policy
 class CreatePolicyConfig:
     puzzles: tuple[str, ...] = option((), "Puzzle or trace files the tokenizer is trained on; repeatable.")
     out: str = option(dataclasses.MISSING, "Checkpoint folder to write.")
-    hidden: int = option(192, "Hidden size.")
+    hidden: int = option(128, "Hidden size.")
     layers: int = option(4, "Transformer layers.")
-    heads: int = option(6, "Attention heads.")
+    heads: int = option(4, "Attention heads.")
     kv_heads: int = option(2, "Key/value heads.")
-    intermediate: int = option(512, "MLP size.")
+    intermediate: int = option(384, "MLP size.")
     seed: int = option(0, "Weight initialisation.")
 
 

@@ -30,7 +30,7 @@ class DemoConfig:
     noise: float = option(1.0, "Difficulty of the simulated atlas (0.5 easy, 2 hard).")
     build: tuple[str, ...] = option((), "Options for launch/build.py as name=value, in place of the simulated atlas's.")
     traces_from: int = option(1500, "Training puzzles shown to the teacher; the rest is for GRPO alone.")
-    hidden: int = option(192, "Hidden size of the embedded policy.")
+    hidden: int = option(128, "Hidden size of the embedded policy.")
     layers: int = option(4, "Layers of the embedded policy.")
     sft_epochs: int = option(6, "Epochs of the cold start (all weights).")
     sft_lr: float = option(2e-3, "Peak learning rate of the cold start.")

@@ -54,7 +54,13 @@ class _Command(click.Command):
         except ValueError as error:
             if type(error) is not ValueError:  # UnicodeDecodeError and friends are bugs, keep their traceback
                 raise
-            raise click.UsageError(str(error), ctx) from error
+            raise _InputError(str(error)) from error
+
+
+class _InputError(click.ClickException):
+    """Printed as `Error: sentence`."""
+
+    exit_code = 2
 
 
 def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ class Config:
     donors: int = option(48, "Number of donors, spread over 6 tissues.")
     seed: int = option(0, "Seed of every random draw; the same seed writes the same file.")
     cells_per_type: float = option(8.0, "Mean number of cells of each type in one batch of one donor.")
+    types: int | None = option(None, "Number of cell types; default all of data/markers.tsv.")
     noise: float = option(1.0, "Difficulty: 0.5 is easy to annotate, 2 is hard.")
 
 
@@ -19,7 +20,8 @@ class Config:
 def main(config: Config) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
     adata = write_atlas(
-        config.out, config.donors, config.seed, cells_per_type=config.cells_per_type, noise=config.noise
+        config.out, config.donors, config.seed, cells_per_type=config.cells_per_type, noise=config.noise,
+        n_types=config.types,
     )
     diseases = set(adata.obs["disease"]) - {"normal"}
     types = set(adata.obs["cell_type"]) - {"unknown"}

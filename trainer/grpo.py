@@ -25,7 +25,16 @@ from trainer.config import GrpoConfig
 from trainer.metrics import TokenSums, rollout_rows, step_metrics
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
 from trainer.policy import Policy, encode_prompt
-from trainer.runfolder import append_jsonl, list_checkpoints, load_checkpoint, open_run, rewind, save_checkpoint, write_json
+from trainer.runfolder import (
+    append_jsonl,
+    check_run,
+    list_checkpoints,
+    load_checkpoint,
+    open_run,
+    rewind,
+    save_checkpoint,
+    write_json,
+)
 from trainer.world import World, join_world, leave_world
 
 
@@ -42,11 +51,12 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle], reward_fn: RewardFn) -> Path:
     Raises ValueError for settings or data the user must change, FloatingPointError before a non-finite optimizer step.
     """
     assert cfg.model is not None
+    check_run(cfg)
     world = join_world()
-    out = open_run(cfg, world)
     policy = Policy(cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed,
                     device=world.device, dtype=getattr(torch, cfg.dtype))  # fmt: skip
     prompts = encode_prompts(policy, puzzles, cfg, world)
+    out = open_run(cfg, world)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
     first_step = restore(out, policy, optimizer, world) if cfg.resume else 0

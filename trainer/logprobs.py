@@ -4,6 +4,7 @@ M tokens, H hidden size, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,34 +22,33 @@ def fused_logprobs(
 def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """[m,V] logits with float32 (or float64) accumulation."""
     logits = hidden @ weight.T
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
 
 
 class _FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         logprobs = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        log_z = torch.empty_like(logprobs)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             logits = _chunk_logits(hidden[rows], weight, temperature)
-            log_z[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(-1, targets[rows, None])[:, 0] - log_z[rows]
-        ctx.save_for_backward(hidden, weight, targets, log_z)
+            logprobs[rows] = -F.cross_entropy(logits, targets[rows], reduction="none")
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, log_z = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             # d logprob / d logits = onehot(target) - softmax
-            grad_logits = _chunk_logits(hidden[rows], weight, ctx.temperature).sub_(log_z[rows, None]).exp_().neg_()
-            grad_logits[torch.arange(len(grad_logits), device=grad.device), targets[rows]] += 1
-            grad_logits.mul_(grad[rows, None] / ctx.temperature)
+            grad_logits = _chunk_logits(hidden[rows], weight, ctx.temperature).softmax(-1)
+            grad_logits[torch.arange(len(grad_logits), device=grad.device), targets[rows]] -= 1
+            grad_logits.mul_(-grad[rows, None] / ctx.temperature)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_logits.to(weight.dtype) @ weight
             if grad_weight is not None:

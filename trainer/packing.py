@@ -113,6 +113,10 @@ def _shared_prefix_attention(module, query, key, value, attention_mask, scaling=
 
 def _attend_group(query, key, value, start, prompt, lengths, scaling) -> list[Tensor]:
     """Outputs [1,Hq,*,D] of one group: the prompt, then the responses."""
+    if len(lengths) == 1:  # nothing is shared: an ordinary causal row
+        row = slice(start, start + prompt + lengths[0])
+        q, k, v = query[:, :, row], key[:, :, row], value[:, :, row]
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)]
     inside = slice(start, start + prompt)
     prompt_key, prompt_value = key[:, :, inside], value[:, :, inside]
     on_prompt = F.scaled_dot_product_attention(

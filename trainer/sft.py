@@ -17,7 +17,7 @@ from data.puzzles import Puzzle, read_rows
 from trainer.config import SftConfig
 from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy, encode_prompt
-from trainer.runfolder import append_jsonl, open_run, write_json
+from trainer.runfolder import append_jsonl, check_run, open_run, write_json
 from trainer.world import World, join_world, leave_world
 
 
@@ -34,16 +34,17 @@ def train(cfg: SftConfig) -> Path:
     rows = read_rows(cfg.traces)
     if not rows:
         raise ValueError(f"--traces {cfg.traces}: holds no trace; make some with launch/distill.py")
+    check_run(cfg, allow_resume=False)
     world = join_world()
-    out = open_run(cfg, world, allow_resume=False)
     policy = Policy(cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed,
                     device=world.device, dtype=getattr(torch, cfg.dtype))  # fmt: skip
     examples, skipped = encode_traces(policy, rows, cfg)
     kept, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
+    out = open_run(cfg, world)
     steps_per_epoch = math.ceil(len(kept) / cfg.batch_size)
     n_steps = cfg.epochs * steps_per_epoch
     parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
     if world.is_main:
         print(f"SFT: {len(kept)} traces, {len(held_out)} held out, {skipped} too long, {n_steps} steps", flush=True)
     bar = tqdm(total=n_steps, desc="SFT", unit="step", disable=None if world.is_main else True)

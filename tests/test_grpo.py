@@ -1,0 +1,176 @@
+"""The GRPO command end to end with real vLLM and real torch.distributed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command, succeed
+
+SMALL = ("--prompts-per-step", 4, "--group-size", 3, "--max-prompt-tokens", 400, "--max-response-tokens", 16,
+         "--lora-rank", 8, "--lora-alpha", 16, "--lr", 1e-2, "--save-every", 2)  # fmt: skip
+CHECK = """
+import sys, torch
+from pathlib import Path
+from rollout import Sampling
+from rollout.sync import manifest_of
+from rollout.vllm_engine import VLLMEngine
+from trainer.packing import pack
+from trainer.policy import Policy
+from trainer.runfolder import load_checkpoint
+from trainer.world import join_world, leave_world
+
+base, checkpoint = sys.argv[1:]
+join_world()
+policy = Policy(base, lora_rank=8, lora_alpha=16, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+step, adapter, _ = load_checkpoint(Path(checkpoint))
+for name, tensor in policy.adapter_tensors().items():
+    tensor.copy_(adapter[name])
+engine = VLLMEngine(base, lora=policy.lora, max_model_len=256)
+engine.load_adapter(adapter, manifest_of(adapter), version=step)
+prompt = list(range(5, 45))
+sampling = Sampling(n=1, max_tokens=40, temperature=1.0, top_p=1.0, seed=1)
+(rollout,) = engine.generate(["x"], [prompt], sampling)[0]
+(again,) = engine.generate(["x"], [prompt], sampling)[0]
+assert again.response_ids == rollout.response_ids, "the same seed must sample the same response"
+batch = pack([(prompt, [rollout.response_ids])])
+with torch.no_grad():
+    on, off = policy.response_logprobs(batch)[0], policy.response_logprobs(batch, reference=True)[0]
+sampler = torch.tensor(rollout.sampler_logprobs)
+print("RESULT", (sampler - on).abs().mean().item(), (sampler - off).abs().mean().item(), step, rollout.adapter_hash)
+engine.close()
+leave_world()
+"""
+
+
+def grpo(pipeline: Path, out: Path, *more: object, **kwargs) -> str:
+    base, puzzles = pipeline / "base", pipeline / "puzzles/train.parquet"
+    return succeed("grpo", "--model", base, "--puzzles", puzzles, "--out", out, *SMALL, *more, **kwargs)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def length_reward(tmp_path) -> str:
+    """A reward a random model can move: the share of short answers."""
+    file = tmp_path / "short.py"
+    file.write_text("def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n")
+    return f"{file}:fewer_letters"
+
+
+def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(pipeline, out, "--steps", 6, "--reward", length_reward)
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["reward"] > rows[0]["reward"]
+    assert all(row["sampling/logp_difference/mean"] < 1e-4 for row in rows), "vLLM samples from the trainer's policy"
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert len({row["adapter_hash"] for row in rows}) == 6
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 6 * 12
+    assert {r["adapter_hash"] for r in rollouts if r["step"] == 3} == {rows[1]["adapter_hash"]}, "step 3 samples step 2's adapter"
+    # ---- the sampler's adapter is the trainer's, and not the base model
+    checkpoint = out / "checkpoints/step-000006"
+    command = [sys.executable, "-c", CHECK, str(pipeline / "base"), str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()
+    assert float(result[1]) < 1e-4 and float(result[2]) > 1e-3
+    assert result[3:] == ["6", rows[-1]["adapter_hash"]]
+
+
+def test_two_processes_train_one_policy(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(pipeline, out, "--steps", 3, "--reward", length_reward, ranks=2)
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["sampling/logp_difference/mean"] < 1e-4 for row in rows)
+    assert json.loads((out / "config.json").read_text())["world_size"] == 2
+
+
+def test_one_and_two_processes_give_the_same_numbers(pipeline, tmp_path, length_reward):
+    more = ("--steps", 3, "--engine", "torch", "--reward", length_reward)
+    grpo(pipeline, tmp_path / "one", *more)
+    grpo(pipeline, tmp_path / "two", *more, ranks=2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["reward"] == b["reward"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_several_updates_per_batch_move_the_ratio(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(pipeline, out, "--steps", 2, "--engine", "torch", "--reward", length_reward, "--updates-per-batch", 2,
+         "--clip-low", 1e-4, "--clip-high", 1e-4)  # fmt: skip
+    assert any(row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"] > 0 for row in metrics(out))
+
+
+@pytest.mark.parametrize("engine", ["vllm", "torch"])
+def test_kill_and_resume_give_the_same_metrics_bit_for_bit(pipeline, tmp_path, length_reward, engine):
+    more = ("--engine", engine, "--reward", length_reward)
+    grpo(pipeline, tmp_path / "whole", "--steps", 4, *more)
+    words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "cut"]
+    command = [sys.executable, ROOT / "launch/grpo.py", *words, *SMALL, "--steps", 4000, *more]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while (line := process.stdout.readline()) and not line.startswith("step 3/"):
+        pass
+    process.send_signal(signal.SIGKILL)  # after step 3, checkpointed at step 2
+    process.wait()
+    assert line.startswith("step 3/")
+    grpo(pipeline, tmp_path / "cut", "--steps", 4, "--resume", *more)
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut/rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(pipeline, tmp_path, length_reward):
+    words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / "launch/grpo.py", *words, *SMALL, "--steps", 4000, "--engine", "torch"]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    process.communicate(timeout=deadline - time.monotonic())
+    assert process.returncode == 0
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step-{step:06d}/state.json").is_file()
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
+    out = tmp_path / "run"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("group_sise: 4\n")
+    model, puzzles = ("--model", pipeline / "base"), ("--puzzles", pipeline / "puzzles/train.parquet")
+    cases = [
+        ([*model, *puzzles, "--reward", "reward.cellpuzzles:nope"], "has no 'nope'"),
+        ([*model, *puzzles, "--recipe", recipe], "no setting is called 'group_sise'; the nearest is 'group_size'"),
+        ([*model, "--puzzles", tmp_path / "none.parquet"], "none.parquet: no such file"),
+        (["--model", tmp_path, *puzzles], "no Hugging Face checkpoint there"),
+        ([*model, *puzzles, "--prompts-per-step", 1000], "fewer than --prompts-per-step 1000"),
+        ([*model, *puzzles, "--steps", 0], "--steps 0: must be at least 1"),
+        ([*model], "--model needs --puzzles"),
+    ]
+    for arguments, says in cases:
+        done = run_command("grpo", *arguments, "--out", out, "--engine", "torch")
+        assert done.returncode == 2 and says in done.stderr, (arguments, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
+        assert not out.exists(), arguments
+
+
+def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(pipeline, out, "--steps", 1, "--engine", "torch", "--reward", length_reward)
+    before = (out / "metrics.jsonl").read_bytes()
+    arguments = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out, *SMALL)
+    again = run_command("grpo", *arguments, "--engine", "torch")
+    assert again.returncode == 2 and "already holds a run; add --resume" in again.stderr
+    other = run_command("grpo", *arguments, "--engine", "torch", "--resume", "--reward", length_reward, "--beta", 0.5)
+    assert other.returncode == 2 and "--resume: beta was 0.001" in other.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
