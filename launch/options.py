@@ -8,6 +8,7 @@ refused with the nearest name.
 import dataclasses
 import difflib
 import functools
+import linecache
 import types
 import typing
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import yaml
 
 from trainer.config import option
 
+ROOT = Path(__file__).resolve().parent.parent
 __all__ = ["command", "option", "read_recipe", "resolve"]
 
 
@@ -52,9 +54,20 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except ValueError as error:
-            if type(error) is not ValueError:  # UnicodeDecodeError and friends are bugs, keep their traceback
+            if not _said_on_purpose(error):
                 raise
             raise _InputError(str(error)) from error
+
+
+def _said_on_purpose(error: ValueError) -> bool:
+    """Was it raised by a `raise` statement of ours? A ValueError out of a library or a builtin is a bug: keep its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    file = Path(trace.tb_frame.f_code.co_filename).resolve()
+    ours = file.is_relative_to(ROOT) and "site-packages" not in file.parts
+    return ours and linecache.getline(str(file), trace.tb_lineno).lstrip().startswith("raise ")
 
 
 class _InputError(click.ClickException):

@@ -97,7 +97,7 @@ def split_by_tokens(sizes: list[tuple[int, list[int]]], budget: int) -> list[lis
             members.append(index)
             used += length
         batches[-1].append((group, members))
-    return batches
+    return [batch for batch in batches if batch]
 
 
 def _shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
