@@ -1,7 +1,9 @@
 """Reasoning traces by rejection sampling: k candidates per puzzle from a teacher, kept when exactly right.
 
 The embedded teacher looks for marker genes in each cell's list, weighs them by how many of the candidates share them, and is
-sometimes wrong: its judgement is noisy, it slips in the answer line and it breaks the format now and then.
+sometimes wrong: its judgement is noisy, it slips in the answer line and it breaks the format now and then. Now and
+then it is in a hurry: it names the labels at a glance, without the markers that led to them. Such traces pass rejection
+sampling as well, so a cold start learns both manners of answering; which of the two pays is left for GRPO to find out.
 """
 
 import hashlib
@@ -31,6 +33,8 @@ class TeacherConfig:
     """Chance that the answer block is not closed."""
     cited: int = 3
     """Most markers cited per cell."""
+    glance: float = 0.4
+    """Chance that a trace names the labels at a glance and cites no marker."""
 
 
 def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
@@ -58,18 +62,20 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
         return math.log((here + 1) / (cells[label] + 2) / share_there) * min(1.0, here / 3)
 
     return {
-        label: sorted(genes, key=lambda gene: (-log_odds(label, gene), gene))[:n_markers] for label, genes in seen.items()
+        label: sorted(genes, key=lambda gene: (-log_odds(label, gene), gene))[:n_markers]
+        for label, genes in seen.items()
     }
 
 
 def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
-    """One candidate trace: a sentence per cell that cites markers and names a label, then the answer block."""
+    """One candidate trace: a line per cell that names a label, with or without its markers, then the answer block."""
     labels = _assign(puzzle, table, rng, config.noise)
-    lines = []
+    at_a_glance = rng.random() < config.glance
+    lines = ["At a glance." if at_a_glance else "By the markers."]
     for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
         cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
         evidence = f"{', '.join(cited)}, so" if cited else "no marker left, so"
-        lines.append(f"Cell {number}: {evidence} {label}")
+        lines.append(f"Cell {number}: {label}" if at_a_glance else f"Cell {number}: {evidence} {label}")
     if rng.random() < config.slip:
         i, j = rng.sample(range(len(labels)), 2)
         labels[i], labels[j] = labels[j], labels[i]

@@ -62,7 +62,9 @@ class Puzzle:
         }
         if self.id != content_id(row["user_msg"]):
             row["id"] = self.id
-        row.update({key: value for key, value in self.meta.items() if key not in MESSAGE_COLUMNS and key != "context_tail"})
+        row.update(
+            {key: value for key, value in self.meta.items() if key not in MESSAGE_COLUMNS and key != "context_tail"}
+        )
         return row
 
     @classmethod
@@ -70,7 +72,9 @@ class Puzzle:
         """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle."""
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
         if missing:
-            raise ValueError(f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}")
+            raise ValueError(
+                f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}"
+            )
         context, tail, cells, candidates = _parse_user_message(row["user_msg"])
         answer = _parse_answer(row["assistant_msg"])
         if not len(cells) == len(answer) == len(candidates):

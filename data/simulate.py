@@ -161,7 +161,13 @@ def simulate_atlas(
     cells = pd.concat(obs, ignore_index=True)
     cells.index = [f"cell_{i:06d}" for i in range(len(cells))]
     cells = cells.astype({column: "category" for column in cells.columns.drop("is_primary_data")})
-    settings = {"donors": n_donors, "seed": seed, "cells_per_type": cells_per_type, "noise": noise, "types": len(entries)}
+    settings = {
+        "donors": n_donors,
+        "seed": seed,
+        "cells_per_type": cells_per_type,
+        "noise": noise,
+        "types": len(entries),
+    }
     return anndata.AnnData(
         X=scipy.sparse.vstack(counts, format="csr"),
         obs=cells,

@@ -1,6 +1,6 @@
 """The embedded policy: a small random Qwen2-architecture checkpoint whose tokenizer knows the puzzles' genes.
 
-    python launch/create_policy.py --puzzles train.parquet --puzzles traces.jsonl --out base
+python launch/create_policy.py --puzzles train.parquet --puzzles traces.jsonl --out base
 """
 
 import dataclasses

@@ -80,11 +80,21 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     seconds: dict[str, float] = {}
     h5ad = Path(config.h5ad) if config.h5ad else out / "atlas.h5ad"
     if not config.h5ad:
-        seconds |= run("simulate", h5ad, "simulate", "--out", h5ad, "--donors", config.donors, "--noise", config.noise, *seed)
-    build = [part for item in config.build or SIMULATED_BUILD for part in ("--" + item.split("=", 1)[0], item.split("=", 1)[1])]
-    seconds |= run("build", out / "puzzles/report.json", "build", "--h5ad", h5ad, "--out", out / "puzzles", *seed, *build)
+        seconds |= run(
+            "simulate", h5ad, "simulate", "--out", h5ad, "--donors", config.donors, "--noise", config.noise, *seed
+        )
+    build = [
+        part
+        for item in config.build or SIMULATED_BUILD
+        for part in ("--" + item.split("=", 1)[0], item.split("=", 1)[1])
+    ]
+    seconds |= run(
+        "build", out / "puzzles/report.json", "build", "--h5ad", h5ad, "--out", out / "puzzles", *seed, *build
+    )
     train, traces = out / "puzzles/train.parquet", out / "traces.jsonl"
-    seconds |= run("distill", traces, "distill", "--puzzles", train, "--out", traces, "--limit", config.traces_from, *seed)
+    seconds |= run(
+        "distill", traces, "distill", "--puzzles", train, "--out", traces, "--limit", config.traces_from, *seed
+    )
     seconds |= run("create policy", out / "base/config.json", "create_policy", "--puzzles", train, "--puzzles", traces,
                    "--out", out / "base", "--hidden", config.hidden, "--layers", config.layers, *seed)  # fmt: skip
     seconds |= run("sft", out / "sft/model/config.json", "sft", "--traces", traces, "--model", out / "base", "--out", out / "sft",

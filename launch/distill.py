@@ -1,6 +1,6 @@
 """Reasoning traces by rejection sampling from the embedded teacher.
 
-    python launch/distill.py --puzzles train.parquet --out traces.jsonl
+python launch/distill.py --puzzles train.parquet --out traces.jsonl
 """
 
 import dataclasses
@@ -36,7 +36,9 @@ def main(config: DistillConfig) -> None:
         config=TeacherConfig(noise=config.teacher_noise),
     )
     if not rows:
-        raise ValueError(f"--puzzles {config.puzzles}: no trace was accepted; raise --candidates or lower --teacher-noise")
+        raise ValueError(
+            f"--puzzles {config.puzzles}: no trace was accepted; raise --candidates or lower --teacher-noise"
+        )
     write_rows(config.out, rows)
     print(json.dumps(report))
 

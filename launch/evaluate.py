@@ -1,8 +1,8 @@
 """The paper's five metrics of a model, or of saved predictions, on a puzzle file.
 
-    python launch/evaluate.py --puzzles test.parquet --model runs/demo/sft/model --out eval/sft
-    python launch/evaluate.py --puzzles test.parquet --model runs/demo/grpo/checkpoints/step-000060 --out eval/grpo
-    python launch/evaluate.py --puzzles test.parquet --predictions answers.jsonl --out eval/mine
+python launch/evaluate.py --puzzles test.parquet --model runs/demo/sft/model --out eval/sft
+python launch/evaluate.py --puzzles test.parquet --model runs/demo/grpo/checkpoints/step-000060 --out eval/grpo
+python launch/evaluate.py --puzzles test.parquet --predictions answers.jsonl --out eval/mine
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ from launch.options import command, option
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    puzzles: tuple[str, ...] = option((), "Puzzles, .parquet or .jsonl; repeat for several files (then OUT/<name> each).")
+    puzzles: tuple[str, ...] = option(
+        (), "Puzzles, .parquet or .jsonl; repeat for several files (then OUT/<name> each)."
+    )
     model: str | None = option(None, "Checkpoint folder, or an adapter folder (a GRPO checkpoint).")
     base: str | None = option(None, "Checkpoint under an adapter; default: the one the adapter names.")
     predictions: str | None = option(None, "Saved predictions (.jsonl with id, prediction) instead of a model.")
@@ -67,9 +69,7 @@ def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str,
                   for puzzles in sets.values() for p in puzzles)  # fmt: skip
     join_world()
     lora = {k: adapter_config[k] for k in ("r", "lora_alpha", "target_modules")} if adapter else None
-    engine = VLLMEngine(
-        str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype
-    )
+    engine = VLLMEngine(str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype)
     if adapter:
         engine.load_adapter(adapter, manifest_of(adapter), version=1)
     answers = {name: predict(engine, tokenizer, puzzles, config.max_response_tokens) for name, puzzles in sets.items()}

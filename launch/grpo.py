@@ -1,8 +1,8 @@
 """GRPO: train a LoRA adapter on cell-type puzzles with vLLM sampling.
 
-    python launch/grpo.py                                   # the embedded default; builds what it lacks
-    torchrun --nproc-per-node 2 launch/grpo.py
-    torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
+python launch/grpo.py                                   # the embedded default; builds what it lacks
+torchrun --nproc-per-node 2 launch/grpo.py
+torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from trainer.config import GrpoConfig
 DEMO = Path("runs/demo")
 
 
-@command(GrpoConfig, default_recipe=lambda given: None if given.get("model") else Path(__file__).parent / "recipes/demo.yaml")
+@command(
+    GrpoConfig, default_recipe=lambda given: None if given.get("model") else Path(__file__).parent / "recipes/demo.yaml"
+)
 def main(config: GrpoConfig) -> None:
     """Train with GRPO. Without --model the embedded default is trained (recipe demo.yaml), and built where missing."""
     reward_fn = load_reward(config.reward)

@@ -36,7 +36,11 @@ def command(
         @functools.wraps(fn)
         def run(recipe: str | None, **flags: Any) -> None:
             context = click.get_current_context()
-            given = {n: v for n, v in flags.items() if context.get_parameter_source(n) is not click.core.ParameterSource.DEFAULT}
+            given = {
+                n: v
+                for n, v in flags.items()
+                if context.get_parameter_source(n) is not click.core.ParameterSource.DEFAULT
+            }
             fn(resolve(config_class, recipe or default_recipe(given), given))
 
         for field in reversed(dataclasses.fields(config_class)):
@@ -141,7 +145,9 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
             raise ValueError
         converted = int(float(value)) if scalar is int else scalar(value)
     except (TypeError, ValueError):
-        raise click.UsageError(f"{where}: {value!r} is not {'an' if scalar is int else 'a'} {scalar.__name__}") from None
+        raise click.UsageError(
+            f"{where}: {value!r} is not {'an' if scalar is int else 'a'} {scalar.__name__}"
+        ) from None
     if choices and converted not in choices:
         raise click.UsageError(f"{where}: {value!r} is not one of {', '.join(choices)}")
     return converted

@@ -1,6 +1,6 @@
 """Cold start: fine-tune a checkpoint on accepted traces.
 
-    python launch/sft.py --traces traces.jsonl --model base --out runs/sft
+python launch/sft.py --traces traces.jsonl --model base --out runs/sft
 """
 
 from launch.options import command

@@ -20,7 +20,11 @@ class Config:
 def main(config: Config) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
     adata = write_atlas(
-        config.out, config.donors, config.seed, cells_per_type=config.cells_per_type, noise=config.noise,
+        config.out,
+        config.donors,
+        config.seed,
+        cells_per_type=config.cells_per_type,
+        noise=config.noise,
         n_types=config.types,
     )
     diseases = set(adata.obs["disease"]) - {"normal"}

@@ -54,7 +54,9 @@ def load_reward(path: str) -> RewardFn:
     fn = getattr(module, name, None)
     if fn is None:
         known = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
-        raise ValueError(f"--reward {path}: {module_name} has no '{name}'; its functions are {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"--reward {path}: {module_name} has no '{name}'; its functions are {', '.join(known) or 'none'}"
+        )
     if not callable(fn):
         raise ValueError(f"--reward {path}: '{name}' is a {type(fn).__name__}, not a function of (completion, puzzle)")
     return fn
@@ -84,7 +86,9 @@ def _load_file(path: str, file_name: str):
     return module
 
 
-def score_completions(fn: RewardFn, completions: list[str], puzzles: list[Puzzle], truncated: list[bool]) -> list[Reward]:
+def score_completions(
+    fn: RewardFn, completions: list[str], puzzles: list[Puzzle], truncated: list[bool]
+) -> list[Reward]:
     """Score [N] completions in order. An exception of `fn` is not caught: it names itself and stops the run.
 
     Raises ValueError when `fn` returns something that is neither a finite number nor a Reward.
@@ -104,6 +108,11 @@ def score_completions(fn: RewardFn, completions: list[str], puzzles: list[Puzzle
 
 
 def _as_number(value: object, puzzle: Puzzle) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value in (float("inf"), -float("inf")):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value != value
+        or value in (float("inf"), -float("inf"))
+    ):
         raise ValueError(f"the reward of puzzle {puzzle.id} is {value!r}: return a finite number or a Reward")
     return float(value)

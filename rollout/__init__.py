@@ -46,7 +46,9 @@ class Engine(Protocol):
     def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
         """Sample `sampling.n` responses per prompt; the outer list is in prompt order."""
 
-    def load_adapter(self, tensors: dict[str, Tensor], manifest: "list[tuple[str, tuple, str, int]]", version: int) -> None:
+    def load_adapter(
+        self, tensors: dict[str, Tensor], manifest: "list[tuple[str, tuple, str, int]]", version: int
+    ) -> None:
         """Replace the adapter by `tensors` (PEFT names), verified against the manifest of rollout/sync.py."""
 
     def close(self) -> None:

@@ -44,7 +44,11 @@ def verify(tensors: dict[str, Tensor], manifest: Manifest) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().cpu()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.dtype == torch.bfloat16 else memoryview(flat.numpy()).cast("B")
+    return (
+        memoryview(flat.view(torch.uint8).numpy())
+        if flat.dtype == torch.bfloat16
+        else memoryview(flat.numpy()).cast("B")
+    )
 
 
 def broadcast_adapter(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Manifest]:

@@ -52,7 +52,9 @@ class TorchEngine:
         return torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
-    def _decode(self, prompts: list[list[int]], uniforms_BT: Tensor, sampling: Sampling) -> list[tuple[list[int], list[float]]]:
+    def _decode(
+        self, prompts: list[list[int]], uniforms_BT: Tensor, sampling: Sampling
+    ) -> list[tuple[list[int], list[float]]]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         tokens_BL = torch.tensor([[self.eos_id] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
@@ -68,7 +70,9 @@ class TorchEngine:
                 )  # fmt: skip
                 cache = out.past_key_values
                 logits_BV = out.logits[:, -1].float()
-                choice_B, logprob_B = choose(logits_BV, uniforms_BT[:, step].to(device), sampling.temperature, sampling.top_p)
+                choice_B, logprob_B = choose(
+                    logits_BV, uniforms_BT[:, step].to(device), sampling.temperature, sampling.top_p
+                )
                 ids_TB.append(choice_B)
                 logprobs_TB.append(logprob_B)
                 done_B |= choice_B == self.eos_id
@@ -100,4 +104,3 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     target_B = uniform_B * cumulative_BV[:, -1]  # the sum is 1 up to rounding
     choice_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
     return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]
-

@@ -34,7 +34,9 @@ class LoRAWorker:
         )
         given = len(lora.loras)
         if 2 * given != len(tensors):
-            raise RuntimeError(f"LoRA sync: {len(tensors)} tensors made {given} adapter modules, expected {len(tensors) // 2}")
+            raise RuntimeError(
+                f"LoRA sync: {len(tensors)} tensors made {given} adapter modules, expected {len(tensors) // 2}"
+            )
         for loaded in list(manager.list_adapters()):
             adapters.remove_adapter(loaded)
         adapters.add_adapter(lora)  # packs q/k/v and gate/up in place

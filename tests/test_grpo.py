@@ -74,7 +74,9 @@ def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, lengt
     assert len({row["adapter_hash"] for row in rows}) == 6
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 6 * 12
-    assert {r["adapter_hash"] for r in rollouts if r["step"] == 3} == {rows[1]["adapter_hash"]}, "step 3 samples step 2's adapter"
+    assert {r["adapter_hash"] for r in rollouts if r["step"] == 3} == {rows[1]["adapter_hash"]}, (
+        "step 3 samples step 2's adapter"
+    )
     # ---- the sampler's adapter is the trainer's, and not the base model
     checkpoint = out / "checkpoints/step-000006"
     command = [sys.executable, "-c", CHECK, str(pipeline / "base"), str(checkpoint)]

@@ -25,7 +25,9 @@ def tiny_model(attention: str, dtype: torch.dtype) -> Qwen2ForCausalLM:
     model = Qwen2ForCausalLM(config).to(dtype)
     for module in model.modules():
         if isinstance(module, Qwen2RMSNorm):  # transformers rounds to float32 inside; a float64 check must not
-            module.forward = lambda x, m=module: m.weight * x * torch.rsqrt(x.square().mean(-1, True) + m.variance_epsilon)
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.square().mean(-1, True) + m.variance_epsilon)
+            )
     return model
 
 

@@ -29,7 +29,9 @@ def test_choose_inverts_the_cumulative_distribution():
     assert tokens.tolist() == [0, 1, 2, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.2, 0.7, 0.7]))
     assert choose(logits, torch.zeros(4).double(), 0.0, 1.0)[0].tolist() == [2, 2, 2, 2]
-    tokens, logprobs = choose(logits, torch.tensor([0.05, 0.1, 0.3, 0.9], dtype=torch.float64), 1.0, 0.85)  # drops token 0
+    tokens, logprobs = choose(
+        logits, torch.tensor([0.05, 0.1, 0.3, 0.9], dtype=torch.float64), 1.0, 0.85
+    )  # drops token 0
     assert tokens.tolist() == [1, 1, 2, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.7, 0.7]) / 0.9)
 
@@ -40,7 +42,9 @@ def test_stable_seed_is_stable():
 
 
 def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(pipeline):
-    policy = Policy(str(pipeline / "base"), lora_rank=4, lora_alpha=8, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    policy = Policy(
+        str(pipeline / "base"), lora_rank=4, lora_alpha=8, seed=0, device=torch.device("cpu"), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, parameter in policy.trainable().items():
             if "lora_B" in name:

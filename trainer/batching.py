@@ -48,7 +48,10 @@ def micro_batches(
     for plan in split_by_tokens(sizes, budget):
         members = [(chosen[place], index) for place, indices in plan for index in indices]
         packed = pack(
-            [(prompt_ids[chosen[place]], [groups[chosen[place]][i].response_ids for i in indices]) for place, indices in plan],
+            [
+                (prompt_ids[chosen[place]], [groups[chosen[place]][i].response_ids for i in indices])
+                for place, indices in plan
+            ],
             device,
         )
         logprobs = [value for g, i in members for value in groups[g][i].sampler_logprobs]

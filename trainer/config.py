@@ -41,14 +41,18 @@ class SftConfig:
 class GrpoConfig:
     """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
 
-    model: str | None = option(None, "Checkpoint folder to start from, and the reference policy; default: the embedded one.")
+    model: str | None = option(
+        None, "Checkpoint folder to start from, and the reference policy; default: the embedded one."
+    )
     puzzles: str | None = option(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
     out: str = option("runs/grpo", "Run folder.")
     resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
     steps: int = option(100, "Optimizer steps in all.")
     seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
-    reward: str = option("reward.cellpuzzles:batch_reward", "module:function or file.py:function of (completion, puzzle).")
+    reward: str = option(
+        "reward.cellpuzzles:batch_reward", "module:function or file.py:function of (completion, puzzle)."
+    )
     prompts_per_step: int = option(64, "Prompts per batch, over all ranks (P).")
     group_size: int = option(5, "Responses per prompt (G).")
     updates_per_batch: int = option(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
@@ -66,7 +70,9 @@ class GrpoConfig:
     clip_low: float = option(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = option(0.2, "Ratios are clipped at 1 + clip_high.")
     dual_clip: float | None = option(None, "Bound c of dual clip for negative advantages; default off.")
-    ratio_level: str = option("token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence"))
+    ratio_level: str = option(
+        "token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence")
+    )
     beta: float = option(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
     kl_kind: str = option("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
     aggregation: str = option("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
@@ -80,7 +86,14 @@ class GrpoConfig:
     tensorboard: bool = option(False, "Also write TensorBoard files to OUT/tensorboard.")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "group_size", "updates_per_batch", "max_response_tokens", "lora_rank"):
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "group_size",
+            "updates_per_batch",
+            "max_response_tokens",
+            "lora_rank",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.prompts_per_step % self.updates_per_batch:

@@ -229,7 +229,9 @@ def record(out: Path, bar: tqdm, metrics: dict, rows: list[dict], clock: "Clock"
     append_jsonl(out / "rollouts.jsonl", rows)
     seconds = clock.total()
     rate = metrics["num_tokens"] / seconds
-    append_jsonl(out / "timing.jsonl", [{"step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate}])
+    append_jsonl(
+        out / "timing.jsonl", [{"step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate}]
+    )
     bar.set_postfix_str(f"reward {metrics['reward']:+.3f}, {rate:.0f} tok/s")
     bar.update()
     if bar.disable:  # not a terminal: plain lines
@@ -251,7 +253,12 @@ def save(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int,
         for key, value in state.items()
     }  # fmt: skip
     assert policy.lora is not None
-    adapter_config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model, **policy.lora}
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.model,
+        **policy.lora,
+    }
     save_checkpoint(out, step, policy.adapter_tensors(), adapter_config, moments, cfg.keep_checkpoints)
 
 

@@ -28,7 +28,9 @@ class TokenSums:
         with torch.no_grad():
             low = terms.mask & (terms.surrogate > -terms.ratio * terms.advantages) & (terms.advantages < 0)
             high = terms.mask & (terms.surrogate > -terms.ratio * terms.advantages) & (terms.advantages > 0)
-            difference = torch.where(terms.mask, terms.old_logprobs - terms.sampler_logprobs, torch.zeros_like(terms.kl))
+            difference = torch.where(
+                terms.mask, terms.old_logprobs - terms.sampler_logprobs, torch.zeros_like(terms.kl)
+            )
             values = {
                 "loss": loss, "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(), "kl": terms.kl.sum(),
                 "clip_low": low.sum(), "clip_high": high.sum(), "mismatch": difference.abs().sum(),
@@ -48,7 +50,9 @@ class TokenSums:
         )  # fmt: skip
 
 
-def rollout_rows(step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor) -> list[dict]:
+def rollout_rows(
+    step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor
+) -> list[dict]:
     """Rows of rollouts.jsonl: one sampled response each, with everything to read it, rescore it, or sample it again."""
     return [
         {

@@ -100,7 +100,9 @@ def split_by_tokens(sizes: list[tuple[int, list[int]]], budget: int) -> list[lis
     return [batch for batch in batches if batch]
 
 
-def _shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def _shared_prefix_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
+):
     """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
     assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
     pieces = [

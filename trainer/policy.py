@@ -28,7 +28,9 @@ class Policy:
             # PEFT draws lora_A from torch's global generator; lora_B starts at 0, so adapter on == adapter off
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+                config = LoraConfig(
+                    r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+                )
                 self.model = get_peft_model(base, config)
             targets = sorted(self.model.peft_config["default"].target_modules)
             self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
@@ -60,7 +62,9 @@ class Policy:
             hidden = self.causal_lm.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
             ).last_hidden_state[0]  # [L,H]
-            logprobs = fused_logprobs(hidden[batch.predict_at], self.causal_lm.lm_head.weight, batch.targets, temperature)
+            logprobs = fused_logprobs(
+                hidden[batch.predict_at], self.causal_lm.lm_head.weight, batch.targets, temperature
+            )
         return batch.unpack(logprobs)
 
     @contextmanager

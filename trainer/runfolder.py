@@ -88,7 +88,11 @@ def rewind(out: Path, step: int) -> None:
     for name in STREAMS:
         path = out / name
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            kept = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
             partial = path.with_name(name + ".partial")
             partial.write_text("".join(line + "\n" for line in kept))
             os.replace(partial, path)
@@ -127,7 +131,9 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
     state = json.loads((path / "state.json").read_text())
     for name, crc in state["crc32"].items():
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != crc:
-            raise ValueError(f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before")
+            raise ValueError(
+                f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before"
+            )
     return state["step"], load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
 
 

@@ -60,7 +60,9 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # torchrun's default of 1 wastes cores
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // local_size)
+        )  # torchrun's default of 1 wastes cores
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
