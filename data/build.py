@@ -69,9 +69,7 @@ class BuildConfig:
     @property
     def column_keys(self) -> dict[str, str]:
         """{CELLxGENE obs column: what the files call it}."""
-        return {
-            name: getattr(self, flag.removeprefix("--").replace("-", "_")) for name, flag in h5ad.COLUMN_FLAGS.items()
-        }
+        return {name: getattr(self, flag[2:].replace("-", "_")) for name, flag in h5ad.COLUMN_FLAGS.items()}
 
     @property
     def constants(self) -> dict[str, str]:
@@ -317,11 +315,8 @@ def _puzzles_of_source(source: Source, assignment: dict[str, str], config: Build
     rows = sorted({row for batches in drawn.values() for _, batch in batches for row in batch})
     if not rows:
         return {}
-    genes = h5ad.top_genes(
-        source.path, rows, config.top_genes,
-        layer=config.layer, gene_key=config.gene_key, allow_scaled=config.allow_scaled,
-        drop=config.drop_genes,
-    )  # fmt: skip
+    settings = {"layer": config.layer, "gene_key": config.gene_key, "drop": config.drop_genes}
+    genes = h5ad.top_genes(source.path, rows, config.top_genes, allow_scaled=config.allow_scaled, **settings)
     gene_lists = dict(zip(rows, genes, strict=True))
     cell_ids = dict(zip(rows, h5ad.read_cell_ids(source.path, rows), strict=True))
     puzzles = {}

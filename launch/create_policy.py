@@ -18,9 +18,9 @@ class CreatePolicyConfig:
     puzzles: tuple[str, ...] = option((), "Puzzle or trace files the tokenizer is trained on; repeatable.")
     out: str = option(dataclasses.MISSING, "Checkpoint folder to write.")
     hidden: int = option(128, "Hidden size.")
-    layers: int = option(4, "Transformer layers.")
+    layers: int = option(3, "Transformer layers.")
     heads: int = option(4, "Attention heads.")
-    kv_heads: int = option(2, "Key/value heads.")
+    kv_heads: int = option(4, "Key/value heads.")
     intermediate: int = option(384, "MLP size.")
     seed: int = option(0, "Weight initialisation.")
 

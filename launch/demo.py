@@ -8,6 +8,7 @@ Each stage is one of the commands of launch/, printed before it runs. A stage wh
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -27,20 +28,22 @@ class DemoConfig:
     seed: int = option(0, "Every random choice of every stage.")
     h5ad: str | None = option(None, "Your own single-cell file; default: a simulated atlas.")
     donors: int = option(64, "Donors of the simulated atlas.")
-    noise: float = option(1.0, "Difficulty of the simulated atlas (0.5 easy, 2 hard).")
+    types: int = option(40, "Cell types of the simulated atlas.")
+    noise: float = option(0.35, "Difficulty of the simulated atlas (0.5 easy, 2 hard).")
     build: tuple[str, ...] = option((), "Options for launch/build.py as name=value, in place of the simulated atlas's.")
-    traces_from: int = option(1500, "Training puzzles shown to the teacher; the rest is for GRPO alone.")
+    traces_from: int | None = option(None, "Training puzzles shown to the teacher; default: all.")
     hidden: int = option(128, "Hidden size of the embedded policy.")
-    layers: int = option(4, "Layers of the embedded policy.")
-    sft_epochs: int = option(6, "Epochs of the cold start (all weights).")
-    sft_lr: float = option(2e-3, "Peak learning rate of the cold start.")
+    layers: int = option(3, "Layers of the embedded policy.")
+    sft_epochs: int = option(2, "Epochs of the cold start (all weights).")
+    sft_lr: float = option(3e-3, "Peak learning rate of the cold start.")
     grpo_recipe: str = option(str(LAUNCH / "recipes/demo.yaml"), "Recipe of the GRPO stage.")
     grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.")
     eval_puzzles: int = option(300, "Puzzles per held-out split that are evaluated.")
 
 
 SIMULATED_BUILD = (
-    "min-cells=4", "max-cells=6", "top-genes=24", "puzzles-per-n=1500", "test-puzzles-per-n=100",
+    "min-cells=3", "max-cells=4", "top-genes=12", "drop-genes=ribosomal", "drop-genes=mitochondrial",
+    "puzzles-per-n=2500", "test-puzzles-per-n=150",
     "unseen-disease=systemic lupus erythematosus", "unseen-disease=Crohn disease",
 )  # fmt: skip
 
@@ -54,21 +57,26 @@ def main(config: DemoConfig) -> None:
         return
     seconds = prepare(config)
     splits = [str(p) for p in (out / "puzzles/test.parquet", out / "puzzles/unseen.parquet") if has_rows(p)]
-    puzzles = [flag for path in splits for flag in ("--puzzles", path)]
-    evaluate = [*puzzles, "--limit", config.eval_puzzles, "--max-response-tokens", response_tokens(config)]
-    for stage in ("base", "sft"):
-        model = out / "base" if stage == "base" else out / "sft/model"
-        seconds |= run(f"evaluate {stage}", out / f"eval/{stage}/test/metrics.json", "evaluate", "--model", model, *evaluate,
-                       "--out", eval_folder(out, stage, splits))  # fmt: skip
-    grpo = ["--recipe", config.grpo_recipe, "--model", out / "sft/model", "--puzzles", out / "puzzles/train.parquet"]
-    grpo += ["--out", out / "grpo", "--seed", config.seed]
-    grpo += ["--steps", config.grpo_steps] if config.grpo_steps else []
-    grpo += ["--resume"] if (out / "grpo/config.json").is_file() else []
-    seconds |= run("grpo", out / "grpo/finished.json", "grpo", *grpo)
-    seconds |= run("evaluate grpo", out / "eval/grpo/test/metrics.json", "evaluate", "--model",
-                   list_checkpoints(out / "grpo")[-1], *evaluate, "--out", eval_folder(out, "grpo", splits))  # fmt: skip
+    puzzles = [word for path in splits for word in ("--puzzles", path)]
+
+    def evaluate(stage: str, model: Path) -> dict[str, float]:
+        folder = out / "eval" / stage  # launch/evaluate.py makes one folder per file by itself when there are several
+        return run_stage(
+            f"evaluate {stage}", folder / "test/metrics.json", "evaluate", *puzzles, model=model,
+            out=folder if len(splits) > 1 else folder / "test", limit=config.eval_puzzles,
+            max_response_tokens=response_tokens(config),
+        )  # fmt: skip
+
+    seconds |= evaluate("base", out / "base")
+    seconds |= evaluate("sft", out / "sft/model")
+    resume = ["--resume"] if (out / "grpo/config.json").is_file() else []
+    seconds |= run_stage(
+        "grpo", out / "grpo/finished.json", "grpo", *resume, recipe=config.grpo_recipe, model=out / "sft/model",
+        puzzles=out / "puzzles/train.parquet", out=out / "grpo", steps=config.grpo_steps, seed=config.seed,
+    )  # fmt: skip
+    seconds |= evaluate("grpo", list_checkpoints(out / "grpo")[-1])
     write_summary(config, out, seconds)
-    run("report", None, "report", "--run", out)
+    run_stage("report", None, "report", run=out, png=out / "curve.png")
     print_summary(out)
 
 
@@ -76,43 +84,49 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     """Everything before GRPO: atlas, puzzles, traces, base checkpoint, SFT. Returns seconds per stage that ran."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    seed = ("--seed", config.seed)
+    seed = {"seed": config.seed}
     seconds: dict[str, float] = {}
     h5ad = Path(config.h5ad) if config.h5ad else out / "atlas.h5ad"
     if not config.h5ad:
-        seconds |= run(
-            "simulate", h5ad, "simulate", "--out", h5ad, "--donors", config.donors, "--noise", config.noise, *seed
-        )
-    build = [
-        part
-        for item in config.build or SIMULATED_BUILD
-        for part in ("--" + item.split("=", 1)[0], item.split("=", 1)[1])
-    ]
-    seconds |= run(
-        "build", out / "puzzles/report.json", "build", "--h5ad", h5ad, "--out", out / "puzzles", *seed, *build
-    )
+        atlas = {"donors": config.donors, "types": config.types, "noise": config.noise}
+        seconds |= run_stage("simulate", h5ad, "simulate", out=h5ad, **atlas, **seed)
+    build = [word for item in config.build or SIMULATED_BUILD for word in ("--" + item).split("=", 1)]
+    seconds |= run_stage("build", out / "puzzles/report.json", "build", *build, h5ad=h5ad, out=out / "puzzles", **seed)
     train, traces = out / "puzzles/train.parquet", out / "traces.jsonl"
-    seconds |= run(
-        "distill", traces, "distill", "--puzzles", train, "--out", traces, "--limit", config.traces_from, *seed
-    )
-    seconds |= run("create policy", out / "base/config.json", "create_policy", "--puzzles", train, "--puzzles", traces,
-                   "--out", out / "base", "--hidden", config.hidden, "--layers", config.layers, *seed)  # fmt: skip
-    seconds |= run("sft", out / "sft/model/config.json", "sft", "--traces", traces, "--model", out / "base", "--out", out / "sft",
-                   "--lora-rank", 0, "--epochs", config.sft_epochs, "--batch-size", 64, "--lr", config.sft_lr,
-                   "--warmup-steps", 20, "--weight-decay", 0.01, *seed)  # fmt: skip
+    seconds |= run_stage("distill", traces, "distill", puzzles=train, out=traces, limit=config.traces_from, **seed)
+    shape = {"hidden": config.hidden, "layers": config.layers}
+    seconds |= run_stage("create policy", out / "base/config.json", "create_policy", "--puzzles", traces, puzzles=train,
+                   out=out / "base", **shape, **seed)  # fmt: skip
+    cold_start = {
+        "lora_rank": 0, "epochs": config.sft_epochs, "batch_size": 8, "lr": config.sft_lr, "warmup_steps": 20,
+        "weight_decay": 0.01, "holdout": 0.02,
+    }  # fmt: skip
+    ranks = min(2, len(os.sched_getaffinity(0)))  # small matrices: two processes are faster than two threads
+    seconds |= run_stage("sft", out / "sft/model/config.json", "sft", ranks=ranks, traces=traces, model=out / "base",
+                   out=out / "sft", **cold_start, **seed)  # fmt: skip
     return seconds
 
 
-def run(stage: str, result: Path | None, verb: str, *arguments: object) -> dict[str, float]:
-    """Run launch/VERB.py as a process of its own unless its result is there; returns {stage: seconds} when it ran."""
+def run_stage(
+    stage: str, result: Path | None, verb: str, *words: object, ranks: int = 1, **flags: object
+) -> dict[str, float]:
+    """Run launch/VERB.py as a process of its own, or as `ranks` processes under torchrun, unless its result is there.
+
+    words are passed as they are, flags as --name value (None is left out). Returns {stage: seconds} when it ran.
+    A stage that fails ends the demo with the stage's own message and exit code.
+    """
     if result is not None and result.is_file():
         print(f"[{stage}] found {result}", flush=True)
         return {}
-    words = [str(argument) for argument in arguments]
-    print(f"\n[{stage}] $ python launch/{verb}.py {' '.join(repr(w) if ' ' in w else w for w in words)}", flush=True)
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None]
+    arguments = [str(word) for word in (*words, *(word for pair in given for word in pair))]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    print(f"\n[{stage}] $ {shlex.join([*launcher, f'launch/{verb}.py', *arguments])}", flush=True)
     start = time.perf_counter()
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC")}
-    done = subprocess.run([sys.executable, str(LAUNCH / f"{verb}.py"), *words], env=env, check=False)
+    env |= {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}  # torchrun's own default, without its banner
+    launcher = [sys.executable, *(["-m", "torch.distributed.run", *launcher[1:]] if ranks > 1 else [])]
+    done = subprocess.run([*launcher, str(LAUNCH / f"{verb}.py"), *arguments], env=env, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
     seconds = time.perf_counter() - start
@@ -133,16 +147,11 @@ def response_tokens(config: DemoConfig) -> int:
     return yaml.safe_load(Path(config.grpo_recipe).read_text())["max_response_tokens"]
 
 
-def eval_folder(out: Path, stage: str, splits: list[str]) -> Path:
-    """launch/evaluate.py makes one folder per file by itself when there are several."""
-    return out / "eval" / stage / ("" if len(splits) > 1 else Path(splits[0]).stem)
-
-
 def write_summary(config: DemoConfig, out: Path, seconds: dict[str, float]) -> None:
     """summary.json: {stage: {split: metrics}}, and under "run" the settings, seconds and versions."""
     summary: dict[str, dict] = {}
     for stage in ("base", "sft", "grpo"):
-        folders = sorted((out / "eval" / stage).glob("*/metrics.json"), reverse=False)
+        folders = sorted((out / "eval" / stage).glob("*/metrics.json"))
         summary[stage] = {path.parent.name: json.loads(path.read_text()) for path in folders}
     summary["run"] = {"config": vars(config), "seconds": seconds, **provenance()}
     write_json(out / "summary.json", summary)

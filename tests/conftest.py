@@ -35,8 +35,10 @@ def pipeline(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     succeed("simulate", "--out", folder / "atlas.h5ad", "--donors", 18, "--cells-per-type", 6, "--noise", 0.5)
     succeed("build", "--h5ad", folder / "atlas.h5ad", "--out", folder / "puzzles", "--min-cells", 3, "--max-cells", 4,
-            "--top-genes", 10, "--puzzles-per-n", 40, "--test-puzzles-per-n", 8, "--unseen-disease", "Crohn disease")  # fmt: skip
+            "--top-genes", 10,
+            "--puzzles-per-n", 40, "--test-puzzles-per-n", 8, "--unseen-disease", "Crohn disease")  # fmt: skip
     succeed("distill", "--puzzles", folder / "puzzles/train.parquet", "--out", folder / "traces.jsonl")
     succeed("create_policy", "--puzzles", folder / "puzzles/train.parquet", "--puzzles", folder / "traces.jsonl",
-            "--out", folder / "base", "--hidden", 64, "--layers", 2, "--heads", 2, "--intermediate", 128)  # fmt: skip
+            "--out", folder / "base", "--hidden", 64, "--layers", 2, "--heads", 2,
+            "--kv-heads", 2, "--intermediate", 128)  # fmt: skip
     return folder

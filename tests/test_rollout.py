@@ -9,6 +9,8 @@ from rollout.torch_engine import TorchEngine, choose
 from trainer.packing import pack
 from trainer.policy import Policy, encode_prompt
 
+SEED = 2382639945643606760
+
 
 def test_a_flipped_bit_is_named():
     tensors = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.zeros(3, 2)}
@@ -37,8 +39,8 @@ def test_choose_inverts_the_cumulative_distribution():
 
 
 def test_stable_seed_is_stable():
-    assert stable_seed(0, "sample", 3) == 5311437204637204371 or stable_seed(0, "sample", 3) < 2**63
-    assert stable_seed(0, "sample", 3) == stable_seed(0, "sample", 3) != stable_seed(0, "sample", 4)
+    assert stable_seed(0, "sample", 3) == SEED
+    assert stable_seed(0, "sample", 4) != SEED
 
 
 def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(pipeline):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space
@@ -27,9 +28,9 @@ class Shape:
     """Size of the embedded model."""
 
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
-    kv_heads: int = 2
+    kv_heads: int = 4
     intermediate: int = 384
     context: int = 4096
 
@@ -72,6 +73,7 @@ def create_policy(
         initializer_range=shape.hidden**-0.5,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
+    transformers_logging.disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config).to(torch.float32)

@@ -10,9 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from trainer.logprobs import fused_logprobs
 from trainer.packing import ATTENTION, PackedBatch
+
+transformers_logging.disable_progress_bar()  # one line per loaded shard says nothing here
 
 
 class Policy:
