@@ -33,7 +33,7 @@ class TeacherConfig:
     """Chance that the answer block is not closed."""
     cited: int = 3
     """Most markers cited per cell."""
-    glance: float = 0.4
+    glance: float = 0.45
     """Chance that a trace names the labels at a glance and cites no marker."""
 
 

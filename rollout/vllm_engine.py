@@ -40,7 +40,8 @@ class VLLMEngine:
             model_dir, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0,
             enforce_eager=not on_gpu, distributed_executor_backend="external_launcher", tensor_parallel_size=1,
             worker_extension_cls="rollout.vllm_worker.LoRAWorker", logprobs_mode="processed_logprobs",
-            skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=True, enable_prefix_caching=True, **memory, **adapter,
+            skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=True, enable_prefix_caching=True,
+            **memory, **adapter,
         )  # fmt: skip
 
     def load_adapter(self, tensors: dict[str, Tensor], manifest: Manifest, version: int) -> None:
