@@ -73,5 +73,6 @@ def sync_adapter(engine: Engine, tensors: dict[str, Tensor], version: int) -> st
     """
     received, manifest = broadcast_adapter(tensors)
     verify(tensors, manifest)  # data-parallel ranks hold the same weights, or the run is wrong
+    identity = adapter_hash(received)  # before the hand-over: vLLM folds alpha / r into lora_B in place
     engine.load_adapter(received, manifest, version)
-    return adapter_hash(received)
+    return identity
