@@ -2,9 +2,9 @@
 
 The embedded teacher looks for marker genes in each cell's list, weighs them by how many of the candidates share them, and is
 sometimes wrong: its judgement is noisy, it slips in the answer line and it breaks the format now and then. It writes in
-three manners: by the markers (each label after the genes that led to it), at a glance (a label per cell), and, most often,
-by heart (the answer alone). All three pass rejection sampling, so a cold start learns all three; which of them pays is left
-for GRPO to find out.
+two manners: by the markers (each label after the genes that led to it), always opened with the same words, or at a glance
+(a label per cell), opened with one of several. Both pass rejection sampling, so a cold start learns both; which of them
+pays is left for GRPO to find out.
 """
 
 import hashlib
@@ -34,10 +34,12 @@ class TeacherConfig:
     """Chance that the answer block is not closed."""
     cited: int = 3
     """Most markers cited per cell."""
-    by_heart: float = 0.45
-    """Chance that a trace is the answer alone."""
-    glance: float = 0.4
+    glance: float = 0.63
     """Chance that a trace names a label per cell and cites no marker."""
+
+
+GLANCE_OPENINGS = ("At a glance.", "At first sight.", "In short.")
+MARKERS_OPENING = "By the markers."
 
 
 def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
@@ -71,18 +73,14 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
 
 
 def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
-    """One candidate trace: the reasoning in one of the three manners, then the answer block."""
+    """One candidate trace: a line per cell that names a label, with or without its markers, then the answer block."""
     labels = _assign(puzzle, table, rng, config.noise)
-    manner = rng.random()
-    if manner < config.by_heart:
-        lines = ["By heart."]
-    elif manner < config.by_heart + config.glance:
-        lines = ["At a glance.", *(f"Cell {number}: {label}" for number, label in enumerate(labels, start=1))]
-    else:
-        lines = ["By the markers."]
-        for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
-            cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
-            lines.append(f"Cell {number}: {', '.join(cited) if cited else 'no marker left'}, so {label}")
+    at_a_glance = rng.random() < config.glance
+    lines = [rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING]
+    for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
+        cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
+        evidence = f"{', '.join(cited) if cited else 'no marker left'}, so "
+        lines.append(f"Cell {number}: {'' if at_a_glance else evidence}{label}")
     if rng.random() < config.slip:
         i, j = rng.sample(range(len(labels)), 2)
         labels[i], labels[j] = labels[j], labels[i]

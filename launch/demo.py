@@ -34,7 +34,7 @@ class DemoConfig:
     traces_from: int | None = option(None, "Training puzzles shown to the teacher; default: all.")
     hidden: int = option(128, "Hidden size of the embedded policy.")
     layers: int = option(3, "Layers of the embedded policy.")
-    sft_epochs: int = option(4, "Epochs of the cold start (all weights).")
+    sft_epochs: int = option(3, "Epochs of the cold start (all weights).")
     sft_lr: float = option(3e-3, "Peak learning rate of the cold start.")
     grpo_recipe: str = option(str(LAUNCH / "recipes/demo.yaml"), "Recipe of the GRPO stage.")
     grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.")

@@ -84,7 +84,9 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle], reward_fn: RewardFn) -> Path:
         adapter_hash = sync_adapter(engine, policy.adapter_tensors(), version=step + 1)
         clock.lap("sync")
         # ---- record
-        rows = world.gather(rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages))
+        rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages)
+        by_group = [rows[i : i + cfg.group_size] for i in range(0, len(rows), cfg.group_size)]
+        rows = [row for group in world.gather(by_group) for row in group]  # in prompt order, whatever the world's size
         metrics = step_metrics(step + 1, rows, sums, cfg.group_size, adapter_hash) if world.is_main else {}
         if world.is_main:
             record(out, bar, metrics, rows, clock, step + 1, cfg)

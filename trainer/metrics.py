@@ -69,7 +69,7 @@ def rollout_rows(
 
 def step_metrics(step: int, rows: list[dict], sums: TokenSums, group_size: int, adapter_hash: str) -> dict:
     """The line of metrics.jsonl; every key is explained in the README's glossary."""
-    rewards = torch.tensor([row["reward"] for row in rows])
+    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
     groups = rewards.view(-1, group_size)
     equal = (groups == groups[:, :1]).all(-1)
     best = groups.max(-1).values >= 1.0

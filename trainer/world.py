@@ -30,11 +30,14 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
-    def gather(self, rows: list) -> list:
-        """On rank 0 every rank's rows in rank order, elsewhere []. Collective."""
+    def gather(self, items: list) -> list:
+        """On rank 0 all ranks' items, elsewhere []. Collective.
+
+        Undoes a split by [rank::size]: item k of rank r comes back at place k * size + r, whatever the world's size.
+        """
         boxes = [None] * self.size if self.is_main else None
-        dist.gather_object(rows, boxes, dst=0)
-        return [row for box in boxes for row in box] if boxes else []
+        dist.gather_object(items, boxes, dst=0)
+        return [item for items_k in zip(*boxes, strict=True) for item in items_k] if boxes else []
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum .grad over the ranks in place, as one flat tensor. Collective."""
