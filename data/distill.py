@@ -38,7 +38,7 @@ class TeacherConfig:
     """Chance that a trace names a label per cell and cites no marker."""
 
 
-GLANCE_OPENINGS = ("At a glance.", "At first sight.", "In short.")
+GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.")
 MARKERS_OPENING = "By the markers."
 
 
