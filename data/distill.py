@@ -52,7 +52,10 @@ def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
 
 
 def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTable:
-    """The genes whose share among a label's cells most exceeds their share among the other cells (log-odds, add-one)."""
+    """The genes that most tell a label's cells from the others: share among them times log of the ratio of shares.
+
+    The product ranks a gene by how much it says about a typical cell of the label; a gene of one odd cell says little.
+    """
     seen: dict[str, Counter] = defaultdict(Counter)
     cells: Counter = Counter()
     for puzzle in puzzles:
@@ -61,13 +64,13 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
             cells[label] += 1
     total, n_cells = sum(seen.values(), Counter()), sum(cells.values())
 
-    def log_odds(label: str, gene: str) -> float:
-        here, there = seen[label][gene], total[gene] - seen[label][gene]
-        share_there = (there + 1) / (n_cells - cells[label] + 2)
-        return math.log((here + 1) / (cells[label] + 2) / share_there) * min(1.0, here / 3)
+    def telling(label: str, gene: str) -> float:
+        share_here = (seen[label][gene] + 1) / (cells[label] + 2)
+        share_there = (total[gene] - seen[label][gene] + 1) / (n_cells - cells[label] + 2)
+        return share_here * math.log(share_here / share_there)
 
     return {
-        label: sorted(genes, key=lambda gene: (-log_odds(label, gene), gene))[:n_markers]
+        label: sorted(genes, key=lambda gene: (-telling(label, gene), gene))[:n_markers]
         for label, genes in seen.items()
     }
 
