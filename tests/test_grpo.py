@@ -65,26 +65,27 @@ def length_reward(tmp_path) -> str:
 
 def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, length_reward):
     out = tmp_path / "run"
-    grpo(pipeline, out, "--steps", 6, "--reward", length_reward)
+    grpo(pipeline, out, "--steps", 20, "--group-size", 8, "--lr", 3e-2, "--reward", length_reward)
     rows = metrics(out)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[-1]["reward"] > rows[0]["reward"]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    mean = [sum(row["reward"] for row in part) / 5 for part in (rows[:5], rows[-5:])]
+    assert mean[1] > mean[0] + 0.1, mean
     assert all(row["sampling/logp_difference/mean"] < 1e-4 for row in rows), "vLLM samples from the trainer's policy"
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
-    assert len({row["adapter_hash"] for row in rows}) == 6
+    assert len({row["adapter_hash"] for row in rows}) == 20
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 6 * 12
+    assert len(rollouts) == 20 * 4 * 8
     assert {r["adapter_hash"] for r in rollouts if r["step"] == 3} == {rows[1]["adapter_hash"]}, (
         "step 3 samples step 2's adapter"
     )
     # ---- the sampler's adapter is the trainer's, and not the base model
-    checkpoint = out / "checkpoints/step-000006"
+    checkpoint = out / "checkpoints/step-000020"
     command = [sys.executable, "-c", CHECK, str(pipeline / "base"), str(checkpoint)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()
     assert float(result[1]) < 1e-4 and float(result[2]) > 1e-3
-    assert result[3:] == ["6", rows[-1]["adapter_hash"]]
+    assert result[3:] == ["20", rows[-1]["adapter_hash"]]
 
 
 def test_two_processes_train_one_policy(pipeline, tmp_path, length_reward):
