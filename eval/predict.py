@@ -4,17 +4,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from data.puzzles import Puzzle, read_rows
+from data.puzzles import Puzzle
 from eval.metrics import Metrics, score
 from rollout import Engine, Sampling
 
 
-def predict(engine: Engine, tokenizer, puzzles: list[Puzzle], max_tokens: int) -> list[dict]:
-    """Rows {id, prediction, response_tokens, finish_reason} in puzzle order; greedy decoding."""
-    prompts = [
-        tokenizer.apply_chat_template(p.chat(), add_generation_prompt=True, tokenize=True, return_dict=False)
-        for p in puzzles
-    ]
+def predict(engine: Engine, tokenizer, puzzles: list[Puzzle], prompts: list[list[int]], max_tokens: int) -> list[dict]:
+    """Rows {id, prediction, response_tokens, finish_reason} in puzzle order; greedy decoding. prompts: token ids."""
     greedy = Sampling(n=1, max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0)
     groups = engine.generate([p.id for p in puzzles], prompts, greedy)
     return [
@@ -47,11 +43,6 @@ def score_rows(rows: list[dict], puzzles: list[Puzzle]) -> Metrics:
         raise ValueError(f"{len(rows)} predictions for {len(puzzles)} puzzles, and no 'id' column to match them by")
     lengths = [row["response_tokens"] for row in rows] if all("response_tokens" in row for row in rows) else None
     return score([row["prediction"] for row in rows], puzzles, lengths)
-
-
-def read_predictions(path: str) -> list[dict]:
-    """Rows of a predictions file (.jsonl, .json or .parquet)."""
-    return read_rows(path)
 
 
 def write_evaluation(out: Path, rows: list[dict], metrics: Metrics) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from data.puzzles import Puzzle, read_puzzles
-from eval.predict import predict, read_predictions, score_rows, write_evaluation
+from data.puzzles import Puzzle, read_puzzles, read_rows
+from eval.predict import predict, score_rows, write_evaluation
 from launch.options import command, option
 
 
@@ -42,7 +42,7 @@ def main(config: EvaluateConfig) -> None:
         raise click.UsageError("--predictions answers one --puzzles file")
     sets = {Path(path).stem: read_puzzles(path)[: config.limit] for path in config.puzzles}
     if config.predictions:
-        answers = {name: read_predictions(config.predictions) for name in sets}
+        answers = {name: read_rows(config.predictions) for name in sets}
     else:
         answers = generate(config, sets)
     for name, puzzles in sets.items():
@@ -56,7 +56,7 @@ def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str,
     """Predictions per puzzle set from one engine."""
     from rollout.sync import manifest_of
     from rollout.vllm_engine import VLLMEngine
-    from trainer.policy import load_tokenizer
+    from trainer.policy import encode_prompt, load_tokenizer
     from trainer.runfolder import read_adapter
     from trainer.world import join_world, leave_world
 
@@ -65,14 +65,15 @@ def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str,
         adapter, adapter_config = read_adapter(folder)
         folder = Path(config.base or adapter_config["base_model_name_or_path"])
     tokenizer = load_tokenizer(str(folder))
-    longest = max(len(tokenizer.apply_chat_template(p.chat(), add_generation_prompt=True, tokenize=True, return_dict=False))
-                  for puzzles in sets.values() for p in puzzles)  # fmt: skip
+    prompts = {name: [encode_prompt(tokenizer, p.chat()) for p in puzzles] for name, puzzles in sets.items()}
+    longest = max(len(ids) for encoded in prompts.values() for ids in encoded)
     join_world()
     lora = {k: adapter_config[k] for k in ("r", "lora_alpha", "target_modules")} if adapter else None
     engine = VLLMEngine(str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype)
     if adapter:
         engine.load_adapter(adapter, manifest_of(adapter), version=1)
-    answers = {name: predict(engine, tokenizer, puzzles, config.max_response_tokens) for name, puzzles in sets.items()}
+    limit = config.max_response_tokens
+    answers = {name: predict(engine, tokenizer, puzzles, prompts[name], limit) for name, puzzles in sets.items()}
     engine.close()
     leave_world()
     return answers

@@ -90,7 +90,7 @@ def rewind(out: Path, step: int) -> None:
         if path.is_file():
             kept = [
                 line
-                for line in path.read_text().splitlines()
+                for line in path.read_text().split("\n")  # splitlines would also cut at U+2028
                 if line.endswith("}") and json.loads(line)["step"] <= step
             ]
             partial = path.with_name(name + ".partial")
