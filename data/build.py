@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data import h5ad
 from data.contexts import agreed_facts, context_sentence, has_disease, joined_values
 from data.puzzles import Puzzle
+from data.splits import audit, choose_test_donors, divide
 
 SPLITS = ("train", "test", "unseen")
 TRIES = 50
@@ -49,6 +50,10 @@ class BuildConfig:
     )
     layer: str = _setting("auto", "X, raw, or a name in layers; auto: raw where the file has it, else X.")
     drop_genes: tuple[str, ...] = _setting((), "Gene class never listed: ribosomal or mitochondrial; repeatable.")
+    gene_dropout: float = _setting(
+        0.0,
+        "Chance that a gene of a train cell is passed over, drawn anew per puzzle, so that few cells give many views.",
+    )
     allow_scaled: bool = _setting(False, "Rank genes even where the layer holds negative values.")
     gene_key: str = _setting("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = _setting("cell_type", "obs column with the cell type.")
@@ -123,6 +128,10 @@ def check_config(config: BuildConfig) -> None:
         raise ValueError(f"--drop-genes {unknown[0]}: not one of {', '.join(h5ad.GENE_CLASSES)}")
     if not 0 <= config.test_fraction < 1:
         raise ValueError(f"--test-fraction {config.test_fraction}: must be at least 0 and below 1")
+    if not 0 <= config.gene_dropout <= 0.5:
+        raise ValueError(f"--gene-dropout {config.gene_dropout}: must be from 0 to 0.5")
+    if config.gene_dropout and config.split_mode == "instance":
+        raise ValueError("--gene-dropout changes train cells only, so it needs --split donor or cell, not instance")
     if config.compat == "authors" and config.split_mode != "instance":
         raise ValueError(f"--compat authors means --split instance, which contradicts --split {config.split}")
 
@@ -205,28 +214,6 @@ def assign_donors(sources: list[Source], config: BuildConfig) -> dict[str, str]:
     return assignment
 
 
-def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.Random) -> set[str]:
-    """A share of the donors (at least one, never all), spread over tissues in proportion.
-
-    One by one from the tissue that lags most behind its share; the last donor of a tissue goes only when it must.
-    """
-    queues: dict[str, list[str]] = {}
-    for donor, tissue in sorted(tissue_of.items()):
-        queues.setdefault(tissue, []).append(donor)
-    tissues = sorted(queues)
-    rng.shuffle(tissues)
-    for tissue in tissues:
-        rng.shuffle(queues[tissue])
-    share = {tissue: fraction * len(queues[tissue]) for tissue in tissues}
-    test: set[str] = set()
-    for _ in range(min(max(1, round(fraction * len(tissue_of))), len(tissue_of) - 1)):
-        open_tissues = [t for t in tissues if len(queues[t]) > 1] or [t for t in tissues if queues[t]]
-        tissue = max(open_tissues, key=lambda t: share[t])
-        share[tissue] -= 1
-        test.add(queues[tissue].pop())
-    return test
-
-
 def split_groups(source: Source, assignment: dict[str, str], config: BuildConfig) -> dict[str, h5ad.Groups]:
     """The groups of a file by split. Unseen holds the cells that have an unseen disease, not its donors' other cells.
 
@@ -253,13 +240,6 @@ def split_groups(source: Source, assignment: dict[str, str], config: BuildConfig
             splits["train"][group] = {cell_type: train for cell_type, (train, _) in divided.items()}
             splits["test"][group] = {cell_type: test for cell_type, (_, test) in divided.items() if test}
     return splits
-
-
-def divide(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:
-    """(train, test), each in the given order; of two items or more, at least one in each (test: if fraction > 0)."""
-    n_test = max(0, min(max(round(fraction * len(items)), fraction > 0), len(items) - 1))
-    test = set(rng.sample(range(len(items)), n_test))
-    return [x for i, x in enumerate(items) if i not in test], [x for i, x in enumerate(items) if i in test]
 
 
 def draw_batches(
@@ -316,13 +296,15 @@ def _puzzles_of_source(source: Source, assignment: dict[str, str], config: Build
     if not rows:
         return {}
     settings = {"layer": config.layer, "gene_key": config.gene_key, "drop": config.drop_genes}
-    genes = h5ad.top_genes(source.path, rows, config.top_genes, allow_scaled=config.allow_scaled, **settings)
+    n_ranked = 3 * config.top_genes if config.gene_dropout else config.top_genes
+    genes = h5ad.top_genes(source.path, rows, n_ranked, allow_scaled=config.allow_scaled, **settings)
     gene_lists = dict(zip(rows, genes, strict=True))
     cell_ids = dict(zip(rows, h5ad.read_cell_ids(source.path, rows), strict=True))
     puzzles = {}
     for split, batches in drawn.items():
         rng = random.Random(f"{config.seed}:candidates:{dataset}:{split}")
         made = [_puzzle(source, group, batch, gene_lists, cell_ids, config.compat, rng) for group, batch in batches]
+        made = [dataclasses.replace(p, cells=_listed(p.cells, split == "train", config, rng)) for p in made]
         puzzles[split] = [puzzle for puzzle in made if all(puzzle.cells)]
         source.report["splits"][split]["puzzles_with_a_cell_without_genes"] = len(made) - len(puzzles[split])
     if config.split_mode == "instance":
@@ -333,6 +315,13 @@ def _puzzles_of_source(source: Source, assignment: dict[str, str], config: Build
     for split, made in puzzles.items():
         source.report["splits"][split].update(_summary(made))
     return puzzles
+
+
+def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: random.Random) -> list[list[str]]:
+    """[N][<= M] genes shown of each cell's ranked genes; --gene-dropout passes over some of a train cell's."""
+    if is_train and config.gene_dropout:
+        ranked = [[gene for gene in genes if rng.random() >= config.gene_dropout] for genes in ranked]
+    return [genes[: config.top_genes] for genes in ranked]
 
 
 def _puzzle(source: Source, group, rows, gene_lists, cell_ids, compat: str, rng: random.Random) -> Puzzle:
@@ -352,19 +341,6 @@ def _puzzle(source: Source, group, rows, gene_lists, cell_ids, compat: str, rng:
     context = context_sentence(agreed_facts(cells))
     genes = [gene_lists[row] for row in rows]
     return Puzzle(id="", context=context, cells=genes, candidates=candidates, answer=answer, meta=meta)
-
-
-def audit(splits: dict[str, list[Puzzle]], split_mode: str) -> None:
-    """Assert what the splits promise: no batch twice, no cell in two (but for instance), no donor in two (donor)."""
-    batches = Counter((p.meta["source"], frozenset(p.meta["cell_ids"])) for ps in splits.values() for p in ps)
-    assert all(count == 1 for count in batches.values()), "a batch of cells was drawn twice"
-    cells = {s: {(p.meta["source"], cell) for p in ps for cell in p.meta["cell_ids"]} for s, ps in splits.items()}
-    donors = {split: {puzzle.meta["donor"] for puzzle in puzzles} for split, puzzles in splits.items()}
-    for one, other in (("train", "test"), ("train", "unseen"), ("test", "unseen")):
-        if split_mode == "donor" or other == "unseen":
-            assert not donors[one] & donors[other], f"donors in {one} and {other}: {donors[one] & donors[other]}"
-        if split_mode != "instance" or other == "unseen":
-            assert not cells[one] & cells[other], f"cells in {one} and {other}: {cells[one] & cells[other]}"
 
 
 def _summary(puzzles: list[Puzzle]) -> dict[str, Any]:

@@ -34,11 +34,11 @@ class TeacherConfig:
     """Chance that the answer block is not closed."""
     cited: int = 3
     """Most markers cited per cell."""
-    glance: float = 0.63
+    glance: float = 0.78
     """Chance that a trace names a label per cell and cites no marker."""
 
 
-GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.")
+GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.", "Quickly.", "No genes named.", "Straight away.")
 MARKERS_OPENING = "By the markers."
 
 

@@ -16,6 +16,9 @@ from trainer.embedded import Shape, create_policy
 @dataclass(frozen=True, kw_only=True)
 class CreatePolicyConfig:
     puzzles: tuple[str, ...] = option((), "Puzzle or trace files the tokenizer is trained on; repeatable.")
+    words_of: tuple[str, ...] = option(
+        (), "Puzzle files whose genes and words of context become tokens too; their answers are not read; repeatable."
+    )
     out: str = option(dataclasses.MISSING, "Checkpoint folder to write.")
     hidden: int = option(128, "Hidden size.")
     layers: int = option(3, "Transformer layers.")
@@ -32,12 +35,14 @@ def main(config: CreatePolicyConfig) -> None:
         raise ValueError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
     puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
     texts = {text for p in puzzles for text in (p.user_message, p.system_message, p.to_row()["assistant_msg"])}
-    genes = {gene for puzzle in puzzles for cell in puzzle.cells for gene in cell}
-    genes |= {gene for entry in read_markers().values() for gene in entry.markers}
+    named = [puzzle for path in config.words_of for puzzle in read_puzzles(path)]
+    words = {gene for puzzle in (*puzzles, *named) for cell in puzzle.cells for gene in cell}
+    words |= {word for puzzle in named for word in puzzle.context.split()}
+    words |= {gene for entry in read_markers().values() for gene in entry.markers}
     shape = Shape(hidden=config.hidden, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
                   intermediate=config.intermediate)  # fmt: skip
     phrases = {SYSTEM_MESSAGE, CANDIDATES_HEAD.strip(), *(label for p in puzzles for label in p.candidates)}
-    n_parameters = create_policy(config.out, sorted(texts), genes, phrases, shape=shape, seed=config.seed)
+    n_parameters = create_policy(config.out, sorted(texts), words, phrases, shape=shape, seed=config.seed)
     print(f"{config.out}: {n_parameters / 1e6:.1f} M parameters, random weights")
 
 

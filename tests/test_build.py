@@ -280,6 +280,28 @@ def test_compat_authors_sorts_candidates_and_splits_puzzles(tmp_path):
     assert Counter(p.meta["n_cells"] for p in splits["train"]) == {3: 5, 4: 5, 5: 5}
 
 
+def test_gene_dropout_gives_train_cells_many_views_and_leaves_test_cells_alone(tmp_path):
+    path = write_atlas(tmp_path / "a.h5ad", cells_per_type=2)
+    plain, _ = build_puzzles([path], SMALL)
+    dropped, report = build_puzzles([path], dataclasses.replace(SMALL, gene_dropout=0.4))
+    assert [p.cells for p in dropped["test"]] == [p.cells for p in plain["test"]]
+    assert [(p.meta["cell_ids"], p.answer) for p in dropped["train"]] == [
+        (p.meta["cell_ids"], p.answer) for p in plain["train"]
+    ]
+    full = {cell: genes for p in plain["train"] for cell, genes in zip(p.meta["cell_ids"], p.cells, strict=True)}
+    views = [(cell, genes) for p in dropped["train"] for cell, genes in zip(p.meta["cell_ids"], p.cells, strict=True)]
+    assert all(len(genes) <= 4 for _, genes in views) and any(genes != full[cell] for cell, genes in views)
+    seen = {cell: {tuple(genes) for c, genes in views if c == cell} for cell, _ in views}
+    assert any(len(lists) > 1 for lists in seen.values()), "a cell in two puzzles is drawn anew"
+    assert report["options"]["gene_dropout"] == 0.4
+    for options, says in (
+        ({"gene_dropout": 0.9}, "from 0 to 0.5"),
+        ({"gene_dropout": 0.2, "split": "instance"}, "not instance"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            build_puzzles([path], dataclasses.replace(SMALL, **options))
+
+
 def test_batches_run_out(tmp_path):
     groups = {("d", ""): {"a": [0], "b": [1], "c": [2, 3]}}
     drawn, drawing = draw_batches(groups, [2, 3], 10, random.Random("0"))
