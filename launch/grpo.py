@@ -23,7 +23,7 @@ DEMO = Path("runs/demo")
 )
 def main(config: GrpoConfig) -> None:
     """Train with GRPO. Without --model the embedded default is trained (recipe demo.yaml), and built where missing."""
-    reward_fn = load_reward(config.reward)
+    load_reward(config.reward)  # the workers load their own; a bad path is refused before anything is built
     if config.model and not config.puzzles:
         raise click.UsageError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
@@ -34,7 +34,7 @@ def main(config: GrpoConfig) -> None:
 
     from trainer.grpo import train  # torch and vLLM load only once the settings are known to be good
 
-    out = train(config, puzzles, reward_fn)
+    out = train(config, puzzles)
     print(f"wrote {out}")
 
 

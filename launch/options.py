@@ -18,10 +18,12 @@ from typing import Any
 import click
 import yaml
 
-from trainer.config import option
+from trainer.config import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
-__all__ = ["command", "option", "read_recipe", "resolve"]
+RECIPES = ROOT / "launch/recipes"
+RECIPE_HELP = "YAML file of values, or the name of one in launch/recipes; flags win over it."
+__all__ = ["argument", "command", "option", "read_recipe", "resolve"]
 
 
 def command(
@@ -45,7 +47,9 @@ def command(
 
         for field in reversed(dataclasses.fields(config_class)):
             run = _click_option(config_class, field)(run)
-        run = click.option("--recipe", type=click.Path(), help="YAML file of values; flags win over it.")(run)
+        run = click.option(
+            "--recipe", type=click.Path(), help="YAML file of values, or a name in launch/recipes; flags win over it."
+        )(run)
         return _Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
 
     return decorate
@@ -57,6 +61,10 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (
+            FloatingPointError
+        ) as error:  # the run's, not the user's: exit code 1, its sentence names sample and bundle
+            raise click.ClickException(str(error)) from error
         except ValueError as error:
             if not _said_on_purpose(error):
                 raise
@@ -81,8 +89,13 @@ class _InputError(click.ClickException):
 
 
 def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:
-    """The config of defaults < recipe < given flags. Raises click.UsageError for a bad recipe or a missing value."""
+    """The config of defaults < preset < recipe < given flags. Raises click.UsageError for a bad recipe or a missing value.
+
+    A preset is the values that `config_class.presets(name)` gives for the setting `preset`.
+    """
     values = {**(read_recipe(config_class, recipe) if recipe else {}), **given}
+    if "preset" in values:
+        values = {**config_class.presets(values["preset"]), **values}
     for field in dataclasses.fields(config_class):
         if field.name in values:
             continue
@@ -92,9 +105,15 @@ def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]
 
 
 def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
-    """Values of a recipe, checked against the dataclass: unknown keys and wrong types are refused by name."""
+    """Values of a recipe, checked against the dataclass: unknown keys and wrong types are refused by name.
+
+    path: a file, or the name of one of launch/recipes/ (demo).
+    """
+    shipped = RECIPES / f"{path}.yaml"
+    path = shipped if shipped.is_file() and not Path(path).exists() else path
     if not Path(path).is_file():
-        raise click.UsageError(f"--recipe {path}: no such file")
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise click.UsageError(f"--recipe {path}: no such file, and not one of {names}")
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -155,6 +174,8 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
 
 def _click_option(config_class: type, field: dataclasses.Field) -> Callable:
     scalar, many = _base_type(typing.get_type_hints(config_class)[field.name])
+    if field.metadata.get("argument"):
+        return click.argument(field.name, type=scalar)
     default = None if field.default is dataclasses.MISSING else field.default
     names = [flag(field.name)]
     if scalar is bool:

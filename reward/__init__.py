@@ -1,9 +1,12 @@
-"""Rewards: `fn(completion: str, puzzle: Puzzle) -> float | Reward`, sync or async, named by import path."""
+"""Rewards: `fn(completion: str, puzzle: Puzzle) -> float | Reward`, sync or async, named by import path.
 
-import asyncio
+`reward/scoring.py` runs them in worker processes; `reward/adapters.py` takes functions in TRL's and verl's styles.
+"""
+
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,9 +26,14 @@ class Status(StrEnum):
     TRUNCATED = "truncated"
     """Scored, but the response hit the length limit."""
     ERROR = "error"
-    """The reward function raised."""
+    """The reward function raised, returned no number, or brought its process down. Not scored."""
     TIMEOUT = "timeout"
-    """The reward function took too long."""
+    """The reward function took too long. Not scored."""
+    DECLINED = "declined"
+    """A TRL-style function returned None for this completion. Not scored; left out of its group under every policy."""
+
+
+NOT_SCORED = (Status.ERROR, Status.TIMEOUT, Status.DECLINED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +41,16 @@ class Reward:
     """A score with its parts. Example: Reward(total=-1.0, parts={"format_validity": 0.0}, status=Status.INVALID_FORMAT)"""
 
     total: float
-    """What the advantages are computed from."""
+    """What the advantages are computed from; nan when the status says that the completion was not scored."""
     parts: dict[str, float] = field(default_factory=dict)
     """Named numbers behind the total, averaged into `rewards/<name>` of metrics.jsonl."""
     status: Status = Status.OK
+    message: str = ""
+    """Why it was not scored."""
+
+    @property
+    def scored(self) -> bool:
+        return self.status not in NOT_SCORED
 
 
 RewardFn = Callable[[str, Puzzle], "float | Reward | Awaitable[float | Reward]"]
@@ -45,9 +59,20 @@ RewardFn = Callable[[str, Puzzle], "float | Reward | Awaitable[float | Reward]"]
 def load_reward(path: str) -> RewardFn:
     """The function behind `package.module:function` or `path/to/file.py:function`.
 
+    `trl:` and `verl:` in front take a function written for those programs (reward/adapters.py).
     Raises ValueError, with the reason, when it does not import, is not there, or is not callable.
     """
-    module_name, colon, name = path.rpartition(":")
+    style, _, rest = path.partition(":")
+    if style in ("trl", "verl") and ":" in rest:
+        from reward.adapters import adapt
+
+        return adapt(style, _load_function(path, rest))
+    return _load_function(path, path)
+
+
+def _load_function(path: str, function: str) -> Callable:
+    """`function` is what names the function, `path` what the user wrote."""
+    module_name, colon, name = function.rpartition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"--reward {path}: write it as module:function or path/to/file.py:function")
     module = _load_file(path, module_name) if module_name.endswith(".py") else _load_module(path, module_name)
@@ -86,33 +111,15 @@ def _load_file(path: str, file_name: str):
     return module
 
 
-def score_completions(
-    fn: RewardFn, completions: list[str], puzzles: list[Puzzle], truncated: list[bool]
-) -> list[Reward]:
-    """Score [N] completions in order. An exception of `fn` is not caught: it names itself and stops the run.
-
-    Raises ValueError when `fn` returns something that is neither a finite number nor a Reward.
-    """
-
-    async def gather() -> list:
-        results = [fn(completion, puzzle) for completion, puzzle in zip(completions, puzzles, strict=True)]
-        return [await result if inspect.isawaitable(result) else result for result in results]
-
-    rewards = []
-    for result, cut, puzzle in zip(asyncio.run(gather()), truncated, puzzles, strict=True):
-        reward = result if isinstance(result, Reward) else Reward(total=_as_number(result, puzzle))
-        _as_number(reward.total, puzzle)
-        status = Status.TRUNCATED if cut and reward.status is not Status.ERROR else reward.status
-        rewards.append(Reward(total=float(reward.total), parts=reward.parts, status=status))
-    return rewards
+def as_reward(result: object) -> Reward:
+    """What a reward function returned, as a Reward. Raises ValueError when it is neither a finite number nor a Reward."""
+    reward = result if isinstance(result, Reward) else Reward(total=_as_number(result))
+    if reward.scored:
+        _as_number(reward.total)
+    return reward
 
 
-def _as_number(value: object, puzzle: Puzzle) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or value != value
-        or value in (float("inf"), -float("inf"))
-    ):
-        raise ValueError(f"the reward of puzzle {puzzle.id} is {value!r}: return a finite number or a Reward")
+def _as_number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"the reward is {value!r}: return a finite number or a Reward")
     return float(value)

@@ -1,6 +1,7 @@
 """Sampling with vLLM inside every rank: the engine shares the process, and its world, with the trainer."""
 
 import os
+import warnings
 from typing import Any
 
 # Set before vLLM is imported: the engine core runs in this process, so a debugger and torch's RNG reach it.
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from rollout import Rollout, Sampling
-from rollout.sync import Manifest, adapter_hash
+from rollout.sync import Manifest, adapter_hash, verify
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of vLLM's own calls to torch
 
 
 class VLLMEngine:
@@ -39,7 +42,7 @@ class VLLMEngine:
         self.llm = LLM(
             model_dir, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0,
             enforce_eager=not on_gpu, distributed_executor_backend="external_launcher", tensor_parallel_size=1,
-            worker_extension_cls="rollout.vllm_worker.LoRAWorker", logprobs_mode="processed_logprobs",
+            worker_extension_cls="rollout.vllm_engine.LoRAWorker", logprobs_mode="processed_logprobs",
             skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=True, enable_prefix_caching=True,
             **memory, **adapter,
         )  # fmt: skip
@@ -91,3 +94,56 @@ def vllm_rank(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise ValueError(f"--lora-rank {rank}: vLLM serves adapters up to rank 512")
+
+
+class LoRAWorker:
+    """Mixed into vLLM's worker class (`worker_extension_cls`); `self` is the worker. Puts adapter tensors into its LoRA slots.
+
+    vLLM packs q/k/v and gate/up into one module each, so "modules bound" counts vLLM's modules, not PEFT's.
+    """
+
+    def set_adapter(
+        self, tensors: dict[str, Tensor], manifest: Manifest, config: dict, adapter_id: int
+    ) -> tuple[int, int]:
+        """Replace whatever adapter is loaded by `tensors`; returns (PEFT modules given, vLLM modules bound).
+
+        config: PEFT's r, lora_alpha, target_modules. Raises RuntimeError naming a tensor that arrived damaged or unbound.
+        """
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.peft_helper import PEFTHelper
+
+        verify(tensors, manifest)
+        manager = self.model_runner.lora_manager
+        adapters = manager._adapter_manager
+        lora = LoRAModel.from_lora_tensors(
+            adapter_id,
+            tensors,
+            PEFTHelper.from_dict({**config, "peft_type": "LORA"}),
+            device="cpu",
+            dtype=manager.lora_config.lora_dtype,
+            model_vocab_size=manager.vocab_size,
+        )
+        given = len(lora.loras)
+        if 2 * given != len(tensors):
+            raise RuntimeError(
+                f"LoRA sync: {len(tensors)} tensors made {given} adapter modules, expected {len(tensors) // 2}"
+            )
+        for loaded in list(manager.list_adapters()):
+            adapters.remove_adapter(loaded)
+        adapters.add_adapter(lora)  # packs q/k/v and gate/up in place
+        adapters.activate_adapter(adapter_id)
+        bound = [name for name in adapters.modules if lora.get_lora(name) is not None]
+        unbound = sorted(set(lora.loras) - set(bound) - _packed_away(adapters, lora))
+        if unbound or not bound:
+            raise RuntimeError(f"LoRA sync: vLLM has no module for {unbound[0] if unbound else 'any adapter tensor'}")
+        return given, len(bound)
+
+
+def _packed_away(adapters, lora) -> set[str]:
+    """Names of adapter modules that live on inside a packed vLLM module (q_proj in qkv_proj)."""
+    return {
+        part
+        for name, parts in adapters.packed_modules.items()
+        if lora.get_lora(name) is not None
+        for part in parts
+    }  # fmt: skip

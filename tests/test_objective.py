@@ -7,8 +7,10 @@ import torch
 
 from trainer.advantages import gae, group_advantages, whiten
 from trainer.objective import (
+    CLIPS,
     aggregate,
     aggregation_weights,
+    clip_fired,
     clipped_surrogate,
     grpo_terms,
     importance_ratio,
@@ -68,6 +70,28 @@ def test_clipped_surrogate_by_hand(ratio, advantage, dual, loss):
     assert out.item() == pytest.approx(loss, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual", "fired"),
+    [
+        (1.0, 2.0, None, ""),
+        (1.5, 2.0, None, "high"),
+        (1.3, 2.0, None, ""),  # clip_high is 0.4
+        (0.5, 2.0, None, ""),
+        (0.5, -1.0, None, "low"),
+        (0.85, -1.0, None, ""),
+        (5.0, -1.0, None, ""),
+        (5.0, -1.0, 3.0, "dual"),
+        (5.0, 1.0, 3.0, "high"),
+        (0.5, 0.0, 3.0, ""),
+    ],
+)
+def test_the_clip_that_fired_is_the_one_that_takes_the_gradient(ratio, advantage, dual, fired):
+    ratios, advantages = t64([ratio]).requires_grad_(), torch.tensor([advantage], dtype=F64)
+    clipped_surrogate(ratios, advantages, 0.2, 0.4, dual).sum().backward()
+    assert CLIPS[clip_fired(ratios.detach(), advantages, 0.2, 0.4, dual).item()] == fired
+    assert (ratios.grad.item() == 0) == bool(fired or advantage == 0)
+
+
 def test_kl_estimators_by_hand():
     new, ref = t64([math.log(0.5)]), t64([math.log(0.25)])  # d = ref - new = -log 2
     log2 = math.log(2)
@@ -116,6 +140,32 @@ def test_rollout_correction_by_hand():
     assert rollout_correction(old, sampler, mask, "none").tolist() == [[1.0, 1.0]]
     assert rollout_correction(old, sampler, mask, "tis").tolist() == [pytest.approx([2.0, 0.5])]
     assert rollout_correction(old, sampler, mask, "mis").tolist() == [pytest.approx([0.0, 0.5])]
+
+
+def test_sequence_corrections_by_hand():
+    """Row 0: 3 * 0.5 = 1.5; row 1: 3 * 3 = 9; the masked-out token counts in neither."""
+    log3, half = math.log(3), math.log(0.5)
+    old, sampler = t64([log3, half, 5.0], [log3, log3, 0.0]), t64([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    tis = rollout_correction(old, sampler, mask, "seq-tis")
+    assert tis.tolist() == [pytest.approx([1.5, 1.5, 1.0]), pytest.approx([2.0, 2.0, 2.0])]
+    mis = rollout_correction(old, sampler, mask, "seq-mis", cap=3.0, floor=1.6)
+    assert mis.tolist() == [[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]  # below the floor; above the cap
+    kept = rollout_correction(old, sampler, mask, "seq-mis", cap=10.0, floor=1.0)
+    assert kept.tolist() == [pytest.approx([1.5, 1.5, 1.0]), pytest.approx([9.0, 9.0, 9.0])]
+    with pytest.raises(ValueError, match="not one of none, tis, mis, seq-tis, seq-mis"):
+        rollout_correction(old, sampler, mask, "ris")
+
+
+def test_the_correction_multiplies_the_surrogate_and_not_the_kl():
+    one = torch.tensor([[True]])
+    terms = grpo_terms(
+        logprobs=t64([math.log(0.5)]), old_logprobs=t64([math.log(0.5)]), ref_logprobs=t64([math.log(0.25)]),
+        sampler_logprobs=t64([math.log(0.4)]), mask=one, advantages=torch.tensor([2.0], dtype=F64),
+        weight=aggregation_weights(one, "token-mean", 1, 1, dtype=F64), clip_low=0.2, clip_high=0.2, dual_clip=None,
+        beta=0.1, kl_kind="k1", ratio_level="token", correction="tis", correction_cap=2.0,
+    )  # fmt: skip
+    assert terms.contribution.item() == pytest.approx(-2.0 * 1.25 + 0.1 * math.log(2), abs=1e-12)
 
 
 def test_gae_by_hand():

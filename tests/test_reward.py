@@ -1,12 +1,13 @@
 """The CellPuzzles rewards and the import-path loader."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from data.puzzles import Puzzle, read_puzzles
-from reward import Reward, Status, load_reward, score_completions
+from reward import Reward, load_reward
 from reward.cellpuzzles import batch_reward, mixed_reward, parse_response, strict_reward
 
 REAL = Path(__file__).parent / "fixtures/cellpuzzles_sample.jsonl"
@@ -75,8 +76,7 @@ def test_load_reward_by_module_and_by_file(tmp_path):
     assert load_reward("reward.cellpuzzles:batch_reward") is batch_reward
     (tmp_path / "mine.py").write_text("async def shortest(completion, puzzle):\n    return -float(len(completion))\n")
     fn = load_reward(f"{tmp_path}/mine.py:shortest")
-    scored = score_completions(fn, ["ab", "abc"], [PUZZLE, PUZZLE], [False, True])
-    assert [(r.total, r.status) for r in scored] == [(-2.0, Status.OK), (-3.0, Status.TRUNCATED)]
+    assert asyncio.run(fn("abc", PUZZLE)) == -3.0
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,9 @@ def test_load_reward_by_module_and_by_file(tmp_path):
         ("reward.cellpuzzles:bach_reward", "has no 'bach_reward'; its functions are .*batch_reward"),
         ("reward.cellpuzzles:_TAGS", "is a tuple, not a function"),
         ("nowhere.py:f", "no file nowhere.py"),
+        ("trl:nowhere.py:f", "--reward trl:nowhere.py:f: no file nowhere.py"),
     ],
 )
 def test_load_reward_says_what_is_wrong(path, says):
     with pytest.raises(ValueError, match=says):
         load_reward(path)
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), "1", True])
-def test_a_reward_that_is_no_number_stops(value):
-    with pytest.raises(ValueError, match="the reward of puzzle p is"):
-        score_completions(lambda completion, puzzle: value, ["x"], [PUZZLE], [False])

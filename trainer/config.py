@@ -1,10 +1,36 @@
 """Settings of the training loops: flat frozen dataclasses; launch/options.py makes flags and recipe keys of the fields."""
 
 import dataclasses
+import importlib.util
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from trainer.objective import AGGREGATIONS
+from trainer.objective import AGGREGATIONS, CORRECTIONS
+
+# --preset: what each program's objective is, as values of the settings below; recipe keys and flags win over a preset.
+#   paper  Cell-o1 Eq. (1) and appendix B.3
+#   verl   verl's defaults with the KL loss of its GRPO examples; also the authors' run (there: low_var without +-20)
+#   trl    TRL's GRPOConfig defaults (loss_type "dapo", sampler correction "sequence_mask")
+PRESETS: dict[str, dict[str, Any]] = {
+    "advantage":           {"paper": "grpo",                "verl": "grpo",       "trl": "grpo"},
+    "advantage_eps":       {"paper": 1e-6,                  "verl": 1e-6,         "trl": 1e-4},
+    "ratio_level":         {"paper": "token",               "verl": "token",      "trl": "token"},
+    "clip_low":            {"paper": 0.2,                   "verl": 0.2,          "trl": 0.2},
+    "clip_high":           {"paper": 0.2,                   "verl": 0.2,          "trl": 0.2},
+    "dual_clip":           {"paper": None,                  "verl": 3.0,          "trl": None},
+    "beta":                {"paper": 0.001,                 "verl": 0.001,        "trl": 0.0},
+    "kl_kind":             {"paper": "low_var",             "verl": "low_var",    "trl": "k3"},
+    "aggregation":         {"paper": "seq-mean-token-mean", "verl": "token-mean", "trl": "token-mean"},
+    "correction":          {"paper": "none",                "verl": "none",       "trl": "seq-mis"},
+    "correction_cap":      {"paper": 2.0,                   "verl": 2.0,          "trl": 3.0},
+    "correction_floor":    {"paper": 0.0,                   "verl": 0.0,          "trl": 0.0},
+}  # fmt: skip
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """{setting: value} of a preset."""
+    return {setting: values[name] for setting, values in PRESETS.items()}
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -13,6 +39,11 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def argument(help: str) -> Any:
+    """A dataclass field that is a positional argument of its command."""
+    return dataclasses.field(metadata={"help": help, "choices": (), "argument": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +72,12 @@ class SftConfig:
 class GrpoConfig:
     """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
 
+    presets: ClassVar = staticmethod(preset_values)
+
+    preset: str = option(
+        "paper", "Sets the whole objective at once; other flags and recipe keys win.", ("paper", "verl", "trl")
+    )
+
     model: str | None = option(
         None, "Checkpoint folder to start from, and the reference policy; default: the embedded one."
     )
@@ -51,7 +88,15 @@ class GrpoConfig:
     seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
     reward: str = option(
-        "reward.cellpuzzles:batch_reward", "module:function or file.py:function of (completion, puzzle)."
+        "reward.cellpuzzles:batch_reward",
+        "module:function or file.py:function of (completion, puzzle); trl:... and verl:... take functions in those styles.",
+    )
+    reward_workers: int = option(1, "Processes that score, per rank; 0 scores in the trainer (to debug a reward).")
+    reward_seconds: float = option(60.0, "Time limit per response, in a worker process.")
+    on_reward_error: str = option(
+        "stop",
+        "When the reward of a response fails or takes too long: stop, or drop it from its group.",
+        ("stop", "drop"),
     )
     prompts_per_step: int = option(64, "Prompts per batch, over all ranks (P).")
     group_size: int = option(5, "Responses per prompt (G).")
@@ -67,6 +112,7 @@ class GrpoConfig:
     weight_decay: float = option(0.01, "AdamW weight decay.")
     grad_clip: float = option(1.0, "Largest gradient norm.")
     advantage: str = option("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
+    advantage_eps: float = option(1e-6, "Added to the group's standard deviation.")
     clip_low: float = option(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = option(0.2, "Ratios are clipped at 1 + clip_high.")
     dual_clip: float | None = option(None, "Bound c of dual clip for negative advantages; default off.")
@@ -76,24 +122,34 @@ class GrpoConfig:
     beta: float = option(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
     kl_kind: str = option("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
     aggregation: str = option("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
-    correction: str = option("none", "Sampler-mismatch weight.", ("none", "tis", "mis"))
+    correction: str = option(
+        "none", "Sampler-mismatch weight: truncated or masked, per token or sequence.", CORRECTIONS
+    )
     correction_cap: float = option(2.0, "Cap of the sampler-mismatch weight.")
+    correction_floor: float = option(0.0, "Smallest weight that mis and seq-mis keep.")
+    packing: str = option(
+        "shared", "Responses share their prompt in the forward pass, or each has a copy.", ("shared", "plain")
+    )
     micro_tokens: int = option(16384, "Packed tokens per forward pass.")
     dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
     save_every: int = option(20, "Steps between checkpoints; the last step always saves.")
     keep_checkpoints: int = option(2, "Newest checkpoints kept.")
+    save_steps: str = option(
+        "never", "Steps kept as replayable bundles in OUT/steps: never, every:10, or 3,17 (launch/replay.py)."
+    )
     memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM.")
     tensorboard: bool = option(False, "Also write TensorBoard files to OUT/tensorboard.")
 
     def __post_init__(self) -> None:
-        for name in (
+        at_least_1 = (
             "steps",
             "prompts_per_step",
             "group_size",
             "updates_per_batch",
             "max_response_tokens",
             "lora_rank",
-        ):
+        )
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.prompts_per_step % self.updates_per_batch:
@@ -103,3 +159,18 @@ class GrpoConfig:
             )
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
+        if self.reward_seconds <= 0 or self.reward_workers < 0:
+            raise ValueError("--reward-seconds must be above 0 and --reward-workers 0 or more")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
+        self.keeps_step(1)
+
+    def keeps_step(self, step: int) -> bool:
+        """Does --save-steps ask for a bundle of this (1-based) step? Raises ValueError when it cannot be read."""
+        if self.save_steps == "never":
+            return False
+        if every := re.fullmatch(r"every:([1-9]\d*)", self.save_steps):
+            return step % int(every[1]) == 0
+        if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.save_steps):
+            return str(step) in self.save_steps.split(",")
+        raise ValueError(f"--save-steps {self.save_steps}: write never, every:10 or a list of steps such as 3,17")

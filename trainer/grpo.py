@@ -1,41 +1,34 @@
 """GRPO, one step after another, read top to bottom in `train`.
 
-    torchrun --nproc-per-node 2 launch/grpo.py --recipe launch/recipes/demo.yaml
-    python -m pdb launch/grpo.py --engine torch            # one process, stops anywhere
+    torchrun --nproc-per-node 2 launch/grpo.py --recipe demo
+    python -m pdb launch/grpo.py --recipe demo             # one process, stops anywhere
 
 What is not here: a critic, a replay of old batches, any callback. P prompts and G responses a step, N = P * G rows;
 every rank trains and samples whole groups, so advantages need no communication; gradients are summed over ranks.
 """
 
-import signal
-import time
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from data.puzzles import Puzzle
-from reward import Reward, RewardFn, score_completions
+from reward import Reward, Status
+from reward.scoring import Scorer
 from rollout import Engine, Rollout, Sampling, stable_seed
-from rollout.sync import sync_adapter
+from rollout.sync import adapter_hash, sync_adapter
 from trainer.advantages import group_advantages
-from trainer.batching import MicroBatch, micro_batches, prompts_of_step
+from trainer.bundle import StepInputs, write_bundle
 from trainer.config import GrpoConfig
-from trainer.metrics import TokenSums, rollout_rows, step_metrics
+from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
+from trainer.nonfinite import BadToken, first_bad_gradient, first_bad_token
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
+from trainer.packing import MicroBatch, micro_batches
 from trainer.policy import Policy, encode_prompt
-from trainer.runfolder import (
-    append_jsonl,
-    check_run,
-    list_checkpoints,
-    load_checkpoint,
-    open_run,
-    rewind,
-    save_checkpoint,
-    write_json,
-)
-from trainer.world import World, join_world, leave_world
+from trainer.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
+from trainer.world import StopRequest, World, join_world, leave_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,63 +38,72 @@ class Prompt:
     """[P] prompt tokens."""
 
 
-def train(cfg: GrpoConfig, puzzles: list[Puzzle], reward_fn: RewardFn) -> Path:
+def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
     """Train a LoRA adapter with GRPO; returns the run folder. Called by every rank.
 
-    Raises ValueError for settings or data the user must change, FloatingPointError before a non-finite optimizer step.
+    Raises ValueError for settings or data the user must change and for a reward that fails under --on-reward-error stop,
+    FloatingPointError before an optimizer step that would not be finite.
     """
     assert cfg.model is not None
     check_run(cfg)
     world = join_world()
-    policy = Policy(cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed,
-                    device=world.device, dtype=getattr(torch, cfg.dtype))  # fmt: skip
+    policy = load_policy(cfg, world.device)
     prompts = encode_prompts(policy, puzzles, cfg, world)
+    scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds)
     out = open_run(cfg, world)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
-    first_step = restore(out, policy, optimizer, world) if cfg.resume else 0
+    first_step = restore_training(out, policy, optimizer, world) if cfg.resume else 0
     engine = make_engine(cfg, policy, world)
     sync_adapter(engine, policy.adapter_tensors(), version=first_step)
     stop = StopRequest(world)
-    bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO", unit="step", disable=None if world.is_main else True)
+    log = StepLog(out, cfg, first_step) if world.is_main else None
 
     for step in range(first_step, cfg.steps):
         clock = Clock()
         # ---- sample: this rank's share of the step's prompts, G responses each
         batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
         groups = sample_groups(engine, batch, cfg, step)
+        rollouts = [rollout for group in groups for rollout in group]
         clock.lap("sample")
         # ---- score, and compare within each group
-        rollouts = [rollout for group in groups for rollout in group]
-        rewards = score(policy, batch, groups, reward_fn)
-        group_of_row = torch.arange(len(batch)).repeat_interleave(cfg.group_size)  # [N]
-        advantages = group_advantages(torch.tensor([r.total for r in rewards]), group_of_row, cfg.advantage)  # [N]
+        rewards = score(scorer, policy, batch, rollouts, cfg, step)
+        advantages, trained = compare(rewards, cfg)  # [N], [N]
         clock.lap("score")
         # ---- update: usually one optimizer step on everything just sampled
-        sums = update(policy, optimizer, batch, groups, advantages, cfg, step, world)
+        rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
+        sums = update(policy, optimizer, groups, rows, advantages, trained, cfg, step, out, world)
         clock.lap("update")
         # ---- hand the new adapter to the sampler
-        adapter_hash = sync_adapter(engine, policy.adapter_tensors(), version=step + 1)
+        identity = sync_adapter(engine, policy.adapter_tensors(), version=step + 1)
         clock.lap("sync")
         # ---- record
-        rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages)
         by_group = [rows[i : i + cfg.group_size] for i in range(0, len(rows), cfg.group_size)]
         rows = [row for group in world.gather(by_group) for row in group]  # in prompt order, whatever the world's size
-        metrics = step_metrics(step + 1, rows, sums, cfg.group_size, adapter_hash) if world.is_main else {}
-        if world.is_main:
-            record(out, bar, metrics, rows, clock, step + 1, cfg)
+        if log is not None:
+            log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock)
         last = step + 1 == cfg.steps or stop.requested()
         if world.is_main and (last or (step + 1) % cfg.save_every == 0):
-            save(out, policy, optimizer, step + 1, cfg)
+            save_training(out, policy, optimizer, step + 1, cfg)
         if last:
             break
 
-    bar.close()
-    if world.is_main and list_checkpoints(out)[-1].name == f"step-{cfg.steps:06d}":
-        write_json(out / "finished.json", {"steps": cfg.steps})
+    if log is not None:
+        log.close()
+        if list_checkpoints(out)[-1].name == f"step-{cfg.steps:06d}":
+            write_json(out / "finished.json", {"steps": cfg.steps})
+    scorer.close()
     engine.close()
     leave_world()
     return out
+
+
+def load_policy(cfg: GrpoConfig, device: torch.device) -> Policy:
+    """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
+    return Policy(
+        str(cfg.model), lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed, device=device,
+        dtype=getattr(torch, cfg.dtype),
+    )  # fmt: skip
 
 
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
@@ -121,6 +123,18 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world
     if world.is_main and len(fitting) < len(prompts):
         print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
     return fitting
+
+
+def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) -> list[Prompt]:
+    """The `per_step` prompts of optimizer step `step` (0-based): epochs of a seeded shuffle, the ragged end dropped.
+
+    A function of the arguments alone, so a resumed run needs no stored position.
+    """
+    steps_per_epoch = len(prompts) // per_step
+    epoch, place = divmod(step, steps_per_epoch)
+    order = list(range(len(prompts)))
+    random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
+    return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
 
 
 def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
@@ -146,167 +160,203 @@ def sample_groups(engine: Engine, batch: list[Prompt], cfg: GrpoConfig, step: in
     return engine.generate([p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
 
 
-def score(policy: Policy, batch: list[Prompt], groups: list[list[Rollout]], reward_fn: RewardFn) -> list[Reward]:
-    """[N] rewards in row order. Special tokens (end of turn) are not part of the text."""
-    rollouts = [rollout for group in groups for rollout in group]
+def score(
+    scorer: Scorer, policy: Policy, batch: list[Prompt], rollouts: list[Rollout], cfg: GrpoConfig, step: int
+) -> list[Reward]:
+    """[N] rewards in row order. Special tokens (end of turn) are not part of the text.
+
+    Raises ValueError, naming the first response that could not be scored, under --on-reward-error stop.
+    """
     texts = policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
-    puzzles = [prompt.puzzle for prompt, group in zip(batch, groups, strict=True) for _ in group]
-    return score_completions(reward_fn, texts, puzzles, [r.finish_reason == "length" for r in rollouts])
+    puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
+    rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts])
+    failed = [i for i, reward in enumerate(rewards) if reward.status in (Status.ERROR, Status.TIMEOUT)]
+    if failed and cfg.on_reward_error == "stop":
+        first = failed[0]
+        raise ValueError(
+            f"step {step + 1}: --reward {cfg.reward} failed for {len(failed)} of {len(rewards)} responses; the first, puzzle "
+            f"{puzzles[first].id}, response {first % cfg.group_size + 1} of {cfg.group_size}: {rewards[first].message}. "
+            "Mend it and --resume, or leave such responses out with --on-reward-error drop"
+        )
+    return rewards
+
+
+def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
+    """([N] advantages within each group, [N] bool: is the response trained on). One that was not scored takes no part."""
+    trained = torch.tensor([reward.scored for reward in rewards])
+    totals = torch.tensor([reward.total for reward in rewards])
+    group = torch.arange(len(rewards)) // cfg.group_size
+    advantages = torch.zeros_like(totals)
+    if trained.any():
+        advantages[trained] = group_advantages(totals[trained], group[trained], cfg.advantage, cfg.advantage_eps)
+    return advantages, trained
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, batch: list[Prompt], groups: list[list[Rollout]],
-    advantages: torch.Tensor, cfg: GrpoConfig, step: int, world: World,
+    policy: Policy, optimizer: torch.optim.Optimizer, groups: list[list[Rollout]], rows: list[dict], advantages: Tensor,
+    trained: Tensor, cfg: GrpoConfig, step: int, out: Path, world: World,
 ) -> TokenSums:  # fmt: skip
     """--updates-per-batch optimizer steps over the rank's groups; returns the sums behind the step's metrics."""
-    prompt_ids = [prompt.ids for prompt in batch]
-    share = len(batch) // cfg.updates_per_batch
-    parts = [range(i * share, (i + 1) * share) for i in range(cfg.updates_per_batch)]
-    plans = [micro_batches(part, prompt_ids, groups, advantages, cfg.micro_tokens, world.device) for part in parts]
-    references = [[fixed_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
+    share = len(groups) // cfg.updates_per_batch
+    parts = [slice(i * share, (i + 1) * share) for i in range(cfg.updates_per_batch)]
+    parts_of_rows = [slice(part.start * cfg.group_size, part.stop * cfg.group_size) for part in parts]
+    packing = {"budget": cfg.micro_tokens, "device": world.device, "share_prompts": cfg.packing == "shared"}
+    plans = [
+        micro_batches(groups[part], advantages[of_rows], trained[of_rows], **packing)
+        for part, of_rows in zip(parts, parts_of_rows, strict=True)
+    ]
+    references = [[reference_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
     # one step per batch: old = stop_gradient(new), and no extra pass; else before the first step changes the weights
     on_policy = cfg.updates_per_batch == 1
     olds = [[None if on_policy else no_grad_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
     sums = TokenSums()
-    for plan, reference, old in zip(plans, references, olds, strict=True):
+    for number, of_rows in enumerate(parts_of_rows):
+        inputs = StepInputs(
+            plan=plans[number], references=references[number], olds=olds[number], responses=rows[of_rows]
+        )
         # the denominators, over all ranks, before the first micro-batch
-        n_rows = sum(int(m.packed.mask.any(-1).sum()) for m in plan)
-        n_tokens = sum(int(m.packed.mask.sum()) for m in plan)
-        n_rows, n_tokens = world.total(n_rows, n_tokens)
+        counts = count_trained(inputs.plan, world)
         optimizer.zero_grad(set_to_none=True)
-        for micro, ref_logprobs, old_logprobs in zip(plan, reference, old, strict=True):
-            terms = loss_terms(policy, micro, ref_logprobs, old_logprobs, n_rows, n_tokens, cfg)
-            loss = terms.loss
-            loss.backward()
-            sums.add(terms, loss)
-        optimizer_step(policy, optimizer, cfg, step, sums, world)
+        own = TokenSums()
+        problem = accumulate(policy, inputs, counts, cfg, own)
+        finish_gradient(policy, inputs, counts, problem, cfg, own, step, number, out, world)
+        if counts[1]:
+            optimizer_step(optimizer, cfg, step, own)
+        sums.take_in(own)
     return sums.over_ranks(world)
 
 
+def count_trained(plan: list[MicroBatch], world: World) -> tuple[float, float]:
+    """(rows with a trained token, trained tokens) of the whole optimizer step. Collective."""
+    n_rows, n_tokens = world.total(sum(int(m.mask.any(-1).sum()) for m in plan), sum(int(m.mask.sum()) for m in plan))
+    return n_rows, n_tokens
+
+
+def accumulate(
+    policy: Policy, inputs: StepInputs, counts: tuple[float, float], cfg: GrpoConfig, sums: TokenSums,
+    keep: list[LossTerms] | None = None,
+) -> tuple[int, BadToken] | None:  # fmt: skip
+    """Forward and backward over a rank's micro-batches; gradients add up in .grad, numbers in `sums`.
+
+    Stops at the first term that is not finite and returns (micro-batch, token). keep: a list that collects the terms.
+    """
+    for number, micro in enumerate(inputs.plan):
+        terms = loss_terms(policy, micro, inputs.references[number], inputs.olds[number], counts, cfg)
+        bad = first_bad_token(terms)
+        if bad is not None:
+            return number, bad
+        loss = terms.loss
+        loss.backward()
+        sums.add(terms, loss)
+        if keep is not None:
+            keep.append(terms)
+    return None
+
+
 def loss_terms(
-    policy: Policy, micro: MicroBatch, ref_logprobs: torch.Tensor | None, old_logprobs: torch.Tensor | None,
-    n_rows: float, n_tokens: float, cfg: GrpoConfig,
+    policy: Policy, micro: MicroBatch, ref_logprobs: Tensor | None, old_logprobs: Tensor | None,
+    counts: tuple[float, float], cfg: GrpoConfig,
 ) -> LossTerms:  # fmt: skip
     """Forward one micro-batch and name every term of its loss. A breakpoint here sees everything."""
     logprobs = policy.response_logprobs(micro.packed, cfg.temperature)  # [N,T]
-    mask = micro.packed.mask
-    weight = aggregation_weights(mask, cfg.aggregation, n_rows, n_tokens, cfg.max_response_tokens, logprobs.dtype)
+    return terms_of(logprobs, micro, ref_logprobs, old_logprobs, counts, cfg)
+
+
+def terms_of(
+    logprobs: Tensor, micro: MicroBatch, ref_logprobs: Tensor | None, old_logprobs: Tensor | None,
+    counts: tuple[float, float], cfg: GrpoConfig,
+) -> LossTerms:  # fmt: skip
+    """The settings, applied to log-probs [N,T]."""
+    weight = aggregation_weights(
+        micro.mask, cfg.aggregation, *counts, norm=cfg.max_response_tokens, dtype=logprobs.dtype
+    )
     return grpo_terms(
         logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        sampler_logprobs=micro.sampler_logprobs, mask=mask, advantages=micro.advantages, weight=weight,
+        sampler_logprobs=micro.sampler_logprobs, mask=micro.mask, advantages=micro.advantages, weight=weight,
         clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, beta=cfg.beta, kl_kind=cfg.kl_kind,
         ratio_level=cfg.ratio_level, correction=cfg.correction, correction_cap=cfg.correction_cap,
+        correction_floor=cfg.correction_floor,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def no_grad_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> torch.Tensor:
+def no_grad_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor:
     """[N,T] log-probs of the policy as it is now."""
     return policy.response_logprobs(micro.packed, cfg.temperature)
 
 
-def fixed_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> torch.Tensor | None:
+def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
     """[N,T] log-probs of the reference (adapter off); no pass is made when beta is 0."""
     return policy.response_logprobs(micro.packed, cfg.temperature, reference=True) if cfg.beta else None
 
 
-def optimizer_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, cfg: GrpoConfig, step: int, sums: TokenSums, world: World
-) -> None:
-    """Sum gradients over ranks, clip, step. Raises FloatingPointError, before stepping, when the norm is not finite."""
+def finish_gradient(
+    policy: Policy, inputs: StepInputs, counts: tuple[float, float], problem: tuple[int, BadToken] | None, cfg: GrpoConfig,
+    sums: TokenSums, step: int, number: int, out: Path, world: World,
+) -> None:  # fmt: skip
+    """Sum gradients over ranks, write the step's bundle when asked for, clip. Collective.
+
+    Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
+    """
     parameters = list(policy.trainable().values())
-    world.sum_gradients(parameters)
-    sums.grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip))
-    if not torch.isfinite(torch.tensor(sums.grad_norm)):
-        raise FloatingPointError(f"step {step + 1}: the gradient norm is {sums.grad_norm}; no optimizer step was made")
+    recorded: dict = {}
+    failed = world.largest(float(problem is not None)) > 0
+    if not failed:
+        world.sum_gradients(parameters)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        sums.grad_norm = float(norm)
+        failed = not torch.isfinite(norm)
+        problem = find_bad_gradient(policy, inputs, counts, cfg) if failed else None
+    if failed or cfg.keeps_step(step + 1):
+        if not failed:
+            loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
+            gradients = {name: p.grad for name, p in policy.trainable().items()}
+            recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm,
+                        "gradient_hash": adapter_hash(gradients)}  # fmt: skip
+        found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world)) if text]
+        sentence = (
+            (found or ["the gradient is not finite, though each token's own share of it is"])[0] if failed else None
+        )
+        bundle = write_bundle(
+            out, step=step + 1, update=number + 1, config=cfg, inputs=inputs, adapter=policy.adapter_tensors(),
+            counts=counts, recorded=recorded, problem=sentence, world=world,
+        )  # fmt: skip
+        if failed:
+            raise FloatingPointError(f"step {step + 1}: {sentence}. No optimizer step was made; look with "
+                                     f"python launch/replay.py {bundle}")  # fmt: skip
+    torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
+
+
+def find_bad_gradient(
+    policy: Policy, inputs: StepInputs, counts: tuple[float, float], cfg: GrpoConfig
+) -> tuple[int, BadToken] | None:
+    """(micro-batch, token) on this rank whose share of the gradient is not finite. Forward passes only when it is needed."""
+    parameters = list(policy.trainable().values())
+    for number, micro in enumerate(inputs.plan):
+        parts = (micro, inputs.references[number], inputs.olds[number], counts, cfg)
+        bad = first_bad_gradient(lambda parts=parts: loss_terms(policy, *parts), parameters)
+        if bad is not None:
+            return number, bad
+    return None
+
+
+def describe(problem: tuple[int, BadToken] | None, inputs: StepInputs, world: World) -> str | None:
+    """One sentence that names sample, token and values."""
+    if problem is None:
+        return None
+    number, bad = problem
+    micro = inputs.plan[number]
+    row = inputs.responses[micro.rows[bad.row]]
+    token = row["response_ids"][bad.position]
+    return (
+        f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of {len(row['response_ids'])} "
+        f"(id {token}), rank {world.rank}: {bad}"
+    )
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, cfg: GrpoConfig, step: int, sums: TokenSums) -> None:
+    """Warm-up, then AdamW."""
     sums.lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
     for group in optimizer.param_groups:
         group["lr"] = sums.lr
     optimizer.step()
-
-
-def record(out: Path, bar: tqdm, metrics: dict, rows: list[dict], clock: "Clock", step: int, cfg: GrpoConfig) -> None:
-    """Append to the run folder and show the step."""
-    append_jsonl(out / "metrics.jsonl", [metrics])
-    append_jsonl(out / "rollouts.jsonl", rows)
-    seconds = clock.total()
-    rate = metrics["num_tokens"] / seconds
-    append_jsonl(
-        out / "timing.jsonl", [{"step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate}]
-    )
-    bar.set_postfix_str(f"reward {metrics['reward']:+.3f}, {rate:.0f} tok/s")
-    bar.update()
-    if bar.disable:  # not a terminal: plain lines
-        left = (cfg.steps - step) * seconds
-        print(
-            f"step {step}/{cfg.steps}  reward {metrics['reward']:+.3f}  batch accuracy "
-            f"{metrics.get('rewards/batch_accuracy', float('nan')):.3f}  kl {metrics['kl']:.4f}  "
-            f"length {metrics['completions/mean_length']:.0f}  {rate:.0f} tok/s  {left / 60:.1f} min left",
-            flush=True,
-        )
-
-
-def save(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, step: int, cfg: GrpoConfig) -> None:
-    """Write a checkpoint: adapter and AdamW moments by parameter name."""
-    names = list(policy.trainable())
-    moments = {
-        f"{key}/{names[index]}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }  # fmt: skip
-    assert policy.lora is not None
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.model,
-        **policy.lora,
-    }
-    save_checkpoint(out, step, policy.adapter_tensors(), adapter_config, moments, cfg.keep_checkpoints)
-
-
-def restore(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> int:
-    """Load the newest checkpoint into policy and optimizer; returns its step (0 when the run died before its first)."""
-    checkpoints = list_checkpoints(out)
-    if not checkpoints:
-        step = 0
-    else:
-        step, adapter, moments = load_checkpoint(checkpoints[-1])
-        for name, tensor in policy.adapter_tensors().items():
-            tensor.copy_(adapter[name])  # adapter_tensors shares storage with the parameters
-        state = {}
-        for index, name in enumerate(policy.trainable()):
-            state[index] = {key: moments[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if world.is_main:
-        rewind(out, step)
-    return step
-
-
-class Clock:
-    """Seconds per phase of a step."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"timing_s/{phase}"], self.last = now - self.last, now
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
-
-
-class StopRequest:
-    """SIGTERM asks for a stop; the step is finished and saved, and the process exits 0."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.asked = world, False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-
-    def requested(self) -> bool:
-        """True on every rank as soon as one rank was asked. Collective."""
-        return self.world.largest(float(self.asked)) > 0

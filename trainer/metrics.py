@@ -1,22 +1,30 @@
-"""Numbers of a step: sums over tokens while training, rows of rollouts.jsonl, and the line of metrics.jsonl."""
+"""Numbers of a step: sums over tokens while training, rows of rollouts.jsonl, the line of metrics.jsonl, what is shown."""
 
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from reward import Reward
 from rollout import Rollout
-from trainer.objective import LossTerms
+from trainer.config import GrpoConfig
+from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
+from trainer.runfolder import append_jsonl
 from trainer.world import World
 
-SUMMED = ("loss", "pg_loss", "kl", "clip_low", "clip_high", "mismatch", "mismatch_kl", "tokens")
+SUMMED = (
+    "loss", "pg_loss", "kl", "clip_low", "clip_high", "clip_dual", "mismatch", "mismatch_kl", "is_weight", "is_weight_squared",
+    "tokens",
+)  # fmt: skip
 
 
 @dataclass
 class TokenSums:
-    """Running sums over a step's trained tokens (over its last pass's micro-batches and, after over_ranks, all ranks)."""
+    """Running sums over a step's trained tokens, over all its updates and, after over_ranks, all ranks."""
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     mismatch_max: float = 0.0
@@ -24,22 +32,29 @@ class TokenSums:
     lr: float = 0.0
 
     def add(self, terms: LossTerms, loss: Tensor) -> None:
-        """Add one micro-batch. `.item()` waits for the device, once per micro-batch."""
+        """Add one micro-batch. `float()` waits for the device, once per number."""
         with torch.no_grad():
-            low = terms.mask & (terms.surrogate > -terms.ratio * terms.advantages) & (terms.advantages < 0)
-            high = terms.mask & (terms.surrogate > -terms.ratio * terms.advantages) & (terms.advantages > 0)
-            difference = torch.where(
-                terms.mask, terms.old_logprobs - terms.sampler_logprobs, torch.zeros_like(terms.kl)
-            )
+            # 0 where masked out, since both log-probs are 0 there
+            difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            weight = torch.where(terms.mask, difference.exp(), torch.zeros_like(difference))
             values = {
                 "loss": loss, "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(), "kl": terms.kl.sum(),
-                "clip_low": low.sum(), "clip_high": high.sum(), "mismatch": difference.abs().sum(),
+                **{f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name},
+                "mismatch": difference.abs().sum(),
                 # k3 of the sampler against the trainer
-                "mismatch_kl": (difference.exp() - difference - 1).sum(), "tokens": terms.mask.sum(),
+                "mismatch_kl": (difference.exp() - difference - 1).sum(),
+                "is_weight": weight.sum(), "is_weight_squared": weight.square().sum(), "tokens": terms.mask.sum(),
             }  # fmt: skip
             for name, value in values.items():
                 self.sums[name] += float(value)
             self.mismatch_max = max(self.mismatch_max, float(difference.abs().max()))
+
+    def take_in(self, later: "TokenSums") -> None:
+        """Add the sums of a later update of the same batch."""
+        for name, value in later.sums.items():
+            self.sums[name] += value
+        self.mismatch_max = max(self.mismatch_max, later.mismatch_max)
+        self.grad_norm, self.lr = later.grad_norm, later.lr
 
     def over_ranks(self, world: World) -> "TokenSums":
         """Sums and maximum over all ranks. Collective."""
@@ -51,58 +66,159 @@ class TokenSums:
 
 
 def rollout_rows(
-    step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor
+    step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor, group_size: int
 ) -> list[dict]:
     """Rows of rollouts.jsonl: one sampled response each, with everything to read it, rescore it, or sample it again."""
     return [
         {
-            "step": step, "puzzle_id": rollout.puzzle_id,
+            "step": step, "puzzle_id": rollout.puzzle_id, "response": place % group_size + 1,
             "completion": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
-            "reward": reward.total, "parts": reward.parts, "status": str(reward.status), "advantage": advantage,
+            "reward": reward.total if reward.scored else None, "parts": reward.parts, "status": str(reward.status),
+            **({"message": reward.message} if reward.message else {}), "advantage": advantage,
             "finish_reason": rollout.finish_reason, "prompt_tokens": len(rollout.prompt_ids),
             "response_ids": rollout.response_ids, "sampler_logprobs": rollout.sampler_logprobs,
             "adapter_version": rollout.adapter_version, "adapter_hash": rollout.adapter_hash,
         }
-        for rollout, reward, advantage in zip(rollouts, rewards, advantages.tolist(), strict=True)
+        for place, (rollout, reward, advantage) in enumerate(zip(rollouts, rewards, advantages.tolist(), strict=True))
     ]  # fmt: skip
 
 
-def step_metrics(step: int, rows: list[dict], sums: TokenSums, group_size: int, adapter_hash: str) -> dict:
-    """The line of metrics.jsonl; every key is explained in the README's glossary."""
-    rewards = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
-    groups = rewards.view(-1, group_size)
-    equal = (groups == groups[:, :1]).all(-1)
-    best = groups.max(-1).values >= 1.0
-    lengths = torch.tensor([len(row["response_ids"]) for row in rows], dtype=torch.float32)
+def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, adapter_hash: str) -> dict:
+    """The line of metrics.jsonl; every key is explained in the README's glossary. rows: those of rollouts.jsonl."""
     totals, tokens = sums.sums, max(sums.sums["tokens"], 1)
-    parts: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        for name, value in row["parts"].items():
-            parts[name].append(value)
+    lengths = [len(row["response_ids"]) for row in rows]
     status = Counter(row["status"] for row in rows)
     return {
         "step": step,
-        "reward": rewards.mean().item(),
-        "reward_std": groups.std(-1).mean().item() if group_size > 1 else 0.0,
-        "frac_reward_zero_std": equal.float().mean().item(),
-        **{f"rewards/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
+        **reward_metrics(rows, cfg.group_size),
         **{f"status/{name}": count / len(rows) for name, count in sorted(status.items())},
-        "groups/all_right": (equal & best).float().mean().item(),
-        "groups/all_wrong": (equal & ~best).float().mean().item(),
-        "groups/mixed": (~equal).float().mean().item(),
         "loss": totals["loss"],
         "pg_loss": totals["pg_loss"],
         "kl": totals["kl"] / tokens,
         "clip_ratio/low_mean": totals["clip_low"] / tokens,
         "clip_ratio/high_mean": totals["clip_high"] / tokens,
+        "clip_ratio/dual_mean": totals["clip_dual"] / tokens,
         "sampling/logp_difference/mean": totals["mismatch"] / tokens,
         "sampling/logp_difference/max": sums.mismatch_max,
         "sampling/kl": totals["mismatch_kl"] / tokens,
+        "sampling/effective_sample_size": totals["is_weight"] ** 2 / max(totals["is_weight_squared"], 1e-30) / tokens,
         "grad_norm": sums.grad_norm,
         "lr": sums.lr,
-        "completions/mean_length": lengths.mean().item(),
-        "completions/max_length": lengths.max().item(),
+        "completions/mean_length": sum(lengths) / len(rows),
+        "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        "num_tokens": int(lengths.sum()) + sum(row["prompt_tokens"] for row in rows) // group_size,
+        "num_tokens": sum(lengths) + sum(row["prompt_tokens"] for row in rows) // cfg.group_size,
         "adapter_hash": adapter_hash,
     }
+
+
+def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
+    """Rewards, their parts, and how many groups teach. Rows without a reward (failed, declined) do not count."""
+    groups = [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
+    scored = [[row["reward"] for row in group if row["reward"] is not None] for group in groups]
+    all_rewards = torch.tensor([reward for group in scored for reward in group], dtype=torch.float64)
+    deviations = [torch.tensor(group, dtype=torch.float64).std().item() if len(group) > 1 else 0.0 for group in scored]
+    kinds = Counter("mixed" if len(set(g)) > 1 else "all_right" if g and g[0] >= 1 else "all_wrong" for g in scored)
+    parts: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row["parts"].items():
+            parts[name].append(value)
+    return {
+        "reward": all_rewards.mean().item() if len(all_rewards) else 0.0,
+        "reward_std": sum(deviations) / len(groups),
+        "frac_reward_zero_std": 1 - kinds["mixed"] / len(groups),
+        **{f"rewards/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
+        **{f"groups/{kind}": kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed")},
+        "groups/dropped_responses": (len(rows) - len(all_rewards)) / len(rows),
+    }
+
+
+def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
+    """Why a number of the step is 0: healthy zeros and broken ones look the same otherwise."""
+    notes = []
+    on_policy = cfg.updates_per_batch == 1
+    if metrics["groups/dropped_responses"] == 1:
+        return ["loss 0: no response of the step was scored, so no optimizer step was made"]
+    if metrics["groups/mixed"] == 0:
+        right, wrong = metrics["groups/all_right"], metrics["groups/all_wrong"]
+        which = (
+            "all groups right" if right == 1 else "all groups wrong" if wrong == 1 else "groups all right or all wrong"
+        )
+        left = "only the KL term moves the weights" if cfg.beta else "nothing moves the weights"
+        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and {left}")
+    elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
+        notes.append(
+            "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
+        )
+    if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
+        reason = (
+            "one update per batch, so every ratio is exactly 1" if on_policy else "every ratio stayed inside the bounds"
+        )
+        notes.append(f"no clip: {reason}")
+    if metrics["kl"] == 0:
+        reason = (
+            "the adapter starts at zero, so policy and reference are the same"
+            if cfg.beta
+            else "beta is 0: no reference"
+        )
+        notes.append(f"kl 0: {reason}")
+    return notes
+
+
+class Clock:
+    """Seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"timing_s/{phase}"], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+class StepLog:
+    """Rank 0's record of a run: the three streams of the run folder, and a progress bar or plain lines."""
+
+    def __init__(self, out: Path, cfg: GrpoConfig, first_step: int) -> None:
+        self.out, self.cfg, self.notes = out, cfg, [""]
+        self.bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO", unit="step", disable=None)
+        self.board = None
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, metrics: dict, rows: list[dict], clock: Clock) -> None:
+        """Append the step to the run folder, and show it."""
+        seconds, step = clock.total(), metrics["step"]
+        rate = metrics["num_tokens"] / seconds
+        times = {"step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate}
+        for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
+            append_jsonl(self.out / f"{name}.jsonl", lines)
+        if self.board is not None:
+            for name, value in {**metrics, **times}.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, step)
+        self.bar.set_postfix_str(f"reward {metrics['reward']:+.3f}, {rate:.0f} tok/s")
+        self.bar.update()
+        if self.bar.disable:  # not a terminal: plain lines
+            print(
+                f"step {step}/{self.cfg.steps}  reward {metrics['reward']:+.3f}  batch accuracy "
+                f"{metrics.get('rewards/batch_accuracy', float('nan')):.3f}  kl {metrics['kl']:.4f}  "
+                f"length {metrics['completions/mean_length']:.0f}  {rate:.0f} tok/s  "
+                f"{(self.cfg.steps - step) * seconds / 60:.1f} min left",
+                flush=True,
+            )
+        notes = explain_zeros(metrics, self.cfg)
+        if notes != self.notes:  # said once, and again when it changes
+            tqdm.write("\n".join(f"  note: {note}" for note in notes) or "  note: no zero to explain any more")
+            self.notes = notes
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()

@@ -5,7 +5,7 @@ False mask may be anything, NaN included: they are replaced with torch.where bef
 
 Cell-o1 Eq. (1), per response, averaged over the group:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
-What is not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, tis / mis.
+What is not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, the corrections.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CLIPS = ("", "low", "high", "dual")
+"""What each code of clip_fired means; "" = no clip."""
+CORRECTIONS = ("none", "tis", "mis", "seq-tis", "seq-mis")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
 
@@ -49,6 +52,23 @@ def clipped_surrogate(
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
+def clip_fired(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> Tensor:
+    """[N,T] int8 codes into CLIPS: which bound took the gradient of clipped_surrogate away. advantages [N,T], [N,1] or [N].
+
+    "low": a worse-than-average token already below 1 - clip_low; "high": a better one already above 1 + clip_high;
+    "dual": a worse one above dual_clip.
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    codes = torch.zeros_like(ratio, dtype=torch.int8)
+    codes = codes.masked_fill((ratio < 1 - clip_low) & (advantages < 0), CLIPS.index("low"))
+    codes = codes.masked_fill((ratio > 1 + clip_high) & (advantages > 0), CLIPS.index("high"))
+    if dual_clip is None:
+        return codes
+    return codes.masked_fill((ratio > dual_clip) & (advantages < 0), CLIPS.index("dual"))
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "low_var") -> Tensor:
     """Per-token estimate of KL(policy || reference) from the policy's own samples, [N,T] -> [N,T].
 
@@ -74,17 +94,22 @@ def rollout_correction(
     """Detached [N,T] weights that correct for the sampler being another program than the trainer.
 
     With w = exp(old - sampler): kind "none" 1; "tis" min(w, cap); "mis" w where floor <= w <= cap, else 0 (the token is
-    dropped). 1 where masked out.
+    dropped). "seq-tis" and "seq-mis" do so with the row's product of w, which shrinks or explodes with length (TRL's
+    default is seq-mis with cap 3). 1 where masked out. Log-weights are clamped to +-20.
     """
-    difference = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs)).detach()
-    weight = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if kind not in CORRECTIONS:
+        raise ValueError(f"correction {kind!r} is not one of {', '.join(CORRECTIONS)}")
     if kind == "none":
-        return torch.ones_like(weight)
-    if kind == "tis":
-        return weight.clamp(max=cap)
-    if kind == "mis":
-        return torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
-    raise ValueError(f"correction {kind!r} is not one of none, tis, mis")
+        return torch.ones_like(old_logprobs)
+    log_weight = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs)).detach()
+    if kind.startswith("seq-"):
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
+    weight = log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    if kind.endswith("tis"):
+        weight = weight.clamp(max=cap)
+    else:
+        weight = torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
+    return torch.where(mask, weight, torch.ones_like(weight))
 
 
 def aggregation_weights(
@@ -131,38 +156,45 @@ def value_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """Every per-token number of one micro-batch, [N,T] each. loss == (weight * (surrogate * correction + beta * kl)).sum()."""
+    """Every per-token number of one micro-batch, [N,T] each; those of masked-out tokens are fillers, never garbage."""
 
     mask: Tensor
     """[N,T] bool, True = trained."""
     logprobs: Tensor
-    """[N,T] policy log-probs, with gradient; 0 where masked out."""
+    """[N,T] policy log-probs, with gradient; 0 where masked out, as the three below."""
     old_logprobs: Tensor
     ref_logprobs: Tensor
     """[N,T] adapter-off log-probs; equal to `logprobs` (detached) when beta is 0 and no reference pass was made."""
     sampler_logprobs: Tensor
     ratio: Tensor
+    clip: Tensor
+    """[N,T] int8 codes into CLIPS."""
     advantages: Tensor
     """[N,1] one advantage per response."""
     surrogate: Tensor
     """[N,T] clipped surrogate, to minimise."""
     correction: Tensor
-    """[N,T] detached sampler-mismatch weight."""
+    """[N,T] detached sampler-mismatch weight; it multiplies the surrogate, not the KL."""
     kl: Tensor
     weight: Tensor
-    """[N,T] aggregation weight."""
+    """[N,T] aggregation weight; 0 where masked out."""
     beta: float
+
+    @property
+    def contribution(self) -> Tensor:
+        """[N,T] each token's share of the step's loss: sums over a response, a group or the clipped tokens are theirs."""
+        return self.weight * (self.surrogate * self.correction + self.beta * self.kl)
 
     @property
     def loss(self) -> Tensor:
         """Scalar; its sum over micro-batches and ranks is the step's loss."""
-        return (self.weight * (self.surrogate * self.correction + self.beta * self.kl)).sum()
+        return self.contribution.sum()
 
 
 def grpo_terms(
     *, logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, sampler_logprobs: Tensor, mask: Tensor,
     advantages: Tensor, weight: Tensor, clip_low: float, clip_high: float, dual_clip: float | None, beta: float,
-    kl_kind: str, ratio_level: str, correction: str, correction_cap: float,
+    kl_kind: str, ratio_level: str, correction: str, correction_cap: float, correction_floor: float = 0.0,
 ) -> LossTerms:  # fmt: skip
     """Assemble the terms of a micro-batch. All tensors [N,T] but advantages [N].
 
@@ -173,11 +205,13 @@ def grpo_terms(
     logprobs = torch.where(mask, logprobs, zero)
     old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, zero)
     ref = logprobs.detach() if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)
+    sampler = torch.where(mask, sampler_logprobs, zero)
     ratio = importance_ratio(logprobs, old, mask, ratio_level)
-    kl = zero if ref_logprobs is None else kl_estimate(logprobs, ref, kl_kind)  # KL enters the loss in LossTerms.loss
+    kl = zero if ref_logprobs is None else kl_estimate(logprobs, ref, kl_kind)  # KL enters the loss in `contribution`
     return LossTerms(
-        mask=mask, logprobs=logprobs, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler_logprobs, ratio=ratio,
-        advantages=advantages[:, None], surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
-        correction=rollout_correction(old, sampler_logprobs, mask, correction, correction_cap),
+        mask=mask, logprobs=logprobs, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler, ratio=ratio,
+        clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip), advantages=advantages[:, None],
+        surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
+        correction=rollout_correction(old, sampler, mask, correction, correction_cap, correction_floor),
         kl=kl, weight=weight, beta=beta,
     )  # fmt: skip

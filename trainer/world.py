@@ -1,8 +1,10 @@
 """The processes of a run: torch.distributed under torchrun, or one process that is its own world."""
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,12 @@ class World:
         boxes = [None] * self.size if self.is_main else None
         dist.gather_object(items, boxes, dst=0)
         return [item for items_k in zip(*boxes, strict=True) for item in items_k] if boxes else []
+
+    def gather_in_rank_order(self, item: Any) -> list[Any]:
+        """On every rank, one item per rank. Collective."""
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, item)
+        return boxes
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum .grad over the ranks in place, as one flat tensor. Collective."""
@@ -76,3 +84,18 @@ def leave_world() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+class StopRequest:
+    """SIGTERM asks for a stop; the step is finished and saved, and the process exits 0."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.asked = world, False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def requested(self) -> bool:
+        """True on every rank as soon as one rank was asked. Collective."""
+        return self.world.largest(float(self.asked)) > 0

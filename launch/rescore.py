@@ -1,0 +1,71 @@
+"""Score saved rollouts with another reward, offline, and see how rewards and advantages change.
+
+python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward reward.cellpuzzles:mixed_reward
+python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward my_rewards.py:fn --out rescored.jsonl
+"""
+
+import json
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from data.puzzles import read_puzzles, read_rows
+from launch.options import argument, command, option
+from reward import load_reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescoreConfig:
+    rollouts: str = argument("rollouts.jsonl of a GRPO run.")
+    reward: str = option(MISSING, "As for launch/grpo.py: module:function, file.py:function, trl:... or verl:...")
+    puzzles: str | None = option(None, "Puzzle file of the run; default: the one its config.json names.")
+    step: tuple[int, ...] = option((), "Only the rollouts of this step, repeatable.")
+    out: str | None = option(None, "Write one line per response, .jsonl.")
+    reward_workers: int = option(1, "Processes that score; 0 scores in this one (to debug a reward).")
+    reward_seconds: float = option(60.0, "Time limit per response, in a worker process.")
+
+
+@command(RescoreConfig)
+def main(config: RescoreConfig) -> None:
+    """Re-score saved rollouts and print what changes. A response whose reward fails is named, never counted as 0."""
+    load_reward(config.reward)
+    if config.out and not config.out.endswith(".jsonl"):
+        raise ValueError(f"--out {config.out}: name a file that ends in .jsonl")
+    rows = read_rows(config.rollouts)
+    lacking = [
+        name for name in ("step", "puzzle_id", "completion", "reward", "advantage") if not rows or name not in rows[0]
+    ]
+    if lacking:
+        raise ValueError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
+    settings = run_settings(Path(config.rollouts).parent)
+    puzzle_file = config.puzzles or settings.get("puzzles")
+    if puzzle_file is None:
+        raise ValueError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
+    if config.step:
+        rows = [row for row in rows if row["step"] in config.step]
+        if not rows:
+            raise ValueError(f"{config.rollouts}: holds no rollout of step {config.step[0]}")
+
+    from reward.scoring import Scorer
+    from trainer.rescore import rescore, summary_lines
+
+    scorer = Scorer(config.reward, config.reward_workers, config.reward_seconds)
+    puzzles = {puzzle.id: puzzle for puzzle in read_puzzles(puzzle_file)}
+    rescored = rescore(rows, puzzles, scorer, settings.get("advantage", "grpo"), settings.get("advantage_eps", 1e-6))
+    scorer.close()
+    print(f"{config.rollouts}: {settings.get('reward', 'its reward')} -> {config.reward}")
+    print("\n".join(summary_lines(rescored)))
+    if config.out:
+        partial = Path(config.out + ".partial")
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rescored), encoding="utf-8")
+        partial.rename(config.out)
+        print(f"wrote {config.out}")
+
+
+def run_settings(folder: Path) -> dict:
+    """The settings of the run a rollouts file belongs to; {} where there is no config.json."""
+    path = folder / "config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
+
+
+if __name__ == "__main__":
+    main()

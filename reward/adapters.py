@@ -1,0 +1,90 @@
+"""Reward functions written for TRL or verl, used unchanged: `--reward trl:module:fn`, `--reward verl:file.py:fn`.
+
+TRL   fn(prompts, completions, **columns) -> list of float or None. Puzzles are chats, so a prompt is a list of
+      {"role", "content"} turns and a completion is one such turn in a list, as TRL passes them for a chat dataset.
+      columns: puzzle_id, answer, candidates, cells, context and the columns of the puzzle's row. Called with one response
+      at a time: a function that compares the responses of a call with each other cannot be used so.
+verl  fn(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float, ...}. ground_truth is the
+      answer as published, "T cell | B cell"; extra_info has puzzle_id, candidates, n_cells.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from data.prompts import answer_text
+from data.puzzles import Puzzle
+from reward import Reward, RewardFn, Status
+
+
+def adapt(style: str, fn: Callable) -> RewardFn:
+    """`fn` as a reward function of (completion, puzzle). Raises ValueError when it needs what we cannot give."""
+    if style == "verl":
+        return _from_verl(fn)
+    needed = [
+        name
+        for name, parameter in inspect.signature(fn).parameters.items()
+        if parameter.default is parameter.empty and name in ("completion_ids", "environments")
+    ]
+    if needed:
+        raise ValueError(f"--reward trl:...:{fn.__name__}: it needs '{needed[0]}', which is not passed on here")
+    return _from_trl(fn)
+
+
+def _from_trl(fn: Callable) -> RewardFn:
+    # TRL passes every column as a keyword; a function without **kwargs can only take those it names
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
+    names = set(inspect.signature(fn).parameters)
+
+    def arguments(completion: str, puzzle: Puzzle, parts: dict[str, float]) -> dict[str, Any]:
+        columns = {
+            **puzzle.to_row(), "puzzle_id": puzzle.id, "answer": puzzle.answer, "candidates": puzzle.candidates,
+            "cells": puzzle.cells, "context": puzzle.context,
+        }  # fmt: skip
+        given = {
+            "prompts": [puzzle.chat()], "completions": [[{"role": "assistant", "content": completion}]],
+            **{name: [value] for name, value in columns.items()}, "trainer_state": None,
+            "log_metric": lambda name, value: parts.update({name: float(value)}), "log_extra": lambda name, values: None,
+        }  # fmt: skip
+        return given if takes_all else {name: value for name, value in given.items() if name in names}
+
+    def settle(results: list, parts: dict[str, float]) -> Reward:
+        if not isinstance(results, (list, tuple)) or len(results) != 1:
+            raise ValueError(f"a TRL-style reward returns one number per completion; for one it returned {results!r}")
+        if results[0] is None:
+            return Reward(total=float("nan"), parts=parts, status=Status.DECLINED, message="the function returned None")
+        return Reward(total=float(results[0]), parts=parts)
+
+    def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
+        parts: dict[str, float] = {}
+        return _then(fn(**arguments(completion, puzzle, parts)), lambda results: settle(results, parts))
+
+    return scored
+
+
+def _from_verl(fn: Callable) -> RewardFn:
+    def settle(result: Any) -> Reward:
+        if not isinstance(result, dict):
+            return Reward(total=float(result))
+        numbers = {k: float(v) for k, v in result.items() if k != "score" and isinstance(v, (bool, int, float))}
+        return Reward(total=float(result["score"]), parts=numbers)
+
+    def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
+        result = fn(
+            data_source="cellpuzzles", solution_str=completion, ground_truth=answer_text(puzzle.answer),
+            extra_info={"puzzle_id": puzzle.id, "candidates": puzzle.candidates, "n_cells": len(puzzle.cells)},
+        )  # fmt: skip
+        return _then(result, settle)
+
+    return scored
+
+
+def _then(result: Any, settle: Callable[[Any], Reward]) -> Reward | Awaitable[Reward]:
+    """settle(result), now or, for an async function, when it is there."""
+    if not inspect.isawaitable(result):
+        return settle(result)
+
+    async def later() -> Reward:
+        return settle(await result)
+
+    return later()

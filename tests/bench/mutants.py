@@ -1,0 +1,118 @@
+"""Mutation check: flip each sign and each bound of the objective once; a test must fail every time.
+
+    python -m tests.bench.mutants          # about 3 minutes; exit code 1 when a mutant survives
+
+Each mutant is one replacement in a copy of the repository; tests/test_objective.py and tests/test_parity.py run against it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTS = ("tests/test_objective.py", "tests/test_parity.py")
+OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
+SHARE = "self.surrogate * self.correction + self.beta * self.kl"
+MUTANTS = [
+    # (file, what is there, what the mutant has)
+    (OBJECTIVE, "torch.where(mask, logprobs - old_logprobs,", "torch.where(mask, old_logprobs - logprobs,"),
+    (OBJECTIVE, "log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", "log_ratio.exp()"),
+    (OBJECTIVE, "(own - own.detach() + mean)", "(own - own.detach() - mean)"),
+    (OBJECTIVE, "(own - own.detach() + mean)", "(own.detach() - own + mean)"),
+    (OBJECTIVE, ".clamp(max=10.0).exp()", ".clamp(max=0.01).exp()"),
+    (OBJECTIVE, "unclipped = -ratio * advantages", "unclipped = ratio * advantages"),
+    (OBJECTIVE, "clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages",
+     "clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages"),
+    (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 + clip_low, 1 + clip_high)"),
+    (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_low, 1 - clip_high)"),
+    (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
+    (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(max=1 + clip_high)"),
+    (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(min=1 - clip_low)"),
+    (OBJECTIVE, "loss = torch.maximum(unclipped, clipped)", "loss = torch.minimum(unclipped, clipped)"),
+    (OBJECTIVE, "torch.where(advantages < 0, torch.minimum(loss,", "torch.where(advantages > 0, torch.minimum(loss,"),
+    (OBJECTIVE, "torch.minimum(loss, -dual_clip * advantages)", "torch.minimum(loss, dual_clip * advantages)"),
+    (OBJECTIVE, "torch.minimum(loss, -dual_clip * advantages)", "torch.maximum(loss, -dual_clip * advantages)"),
+    (OBJECTIVE, "(ratio < 1 - clip_low) & (advantages < 0)", "(ratio < 1 - clip_low) & (advantages > 0)"),
+    (OBJECTIVE, "(ratio < 1 - clip_low) & (advantages < 0)", "(ratio > 1 - clip_low) & (advantages < 0)"),
+    (OBJECTIVE, "(ratio > 1 + clip_high) & (advantages > 0)", "(ratio > 1 + clip_high) & (advantages < 0)"),
+    (OBJECTIVE, "(ratio > 1 + clip_high) & (advantages > 0)", "(ratio > 1 - clip_high) & (advantages > 0)"),
+    (OBJECTIVE, "(ratio > dual_clip) & (advantages < 0)", "(ratio > dual_clip) & (advantages > 0)"),
+    (OBJECTIVE, "log_ratio = ref_logprobs - logprobs\n", "log_ratio = logprobs - ref_logprobs\n"),
+    (OBJECTIVE, "return -log_ratio\n", "return log_ratio\n"),
+    (OBJECTIVE, "return 0.5 * log_ratio.square()", "return -0.5 * log_ratio.square()"),
+    (OBJECTIVE, 'if kind == "k3":\n        return log_ratio.exp() - log_ratio - 1',
+     'if kind == "k3":\n        return log_ratio.exp() + log_ratio - 1'),
+    (OBJECTIVE, "(log_ratio.exp() - log_ratio - 1).clamp", "(log_ratio.exp() - log_ratio + 1).clamp"),
+    (OBJECTIVE, ".clamp(-10.0, 10.0)", ""),
+    (OBJECTIVE, "log_weight = torch.where(mask, old_logprobs - sampler_logprobs,",
+     "log_weight = torch.where(mask, sampler_logprobs - old_logprobs,"),
+    (OBJECTIVE, "weight = weight.clamp(max=cap)", "weight = weight.clamp(min=cap)"),
+    (OBJECTIVE, "(weight >= floor) & (weight <= cap)", "(weight >= floor)"),
+    (OBJECTIVE, "(weight >= floor) & (weight <= cap)", "(weight <= cap)"),
+    (OBJECTIVE, "log_weight.sum(-1, keepdim=True)", "log_weight.mean(-1, keepdim=True)"),
+    (OBJECTIVE, "return weights / max(n_tokens, 1)", "return weights / max(n_rows, 1)"),
+    (OBJECTIVE, "weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)", "weights / max(n_rows, 1)"),
+    (OBJECTIVE, "(mask.shape[-1] if norm is None else norm)", "mask.shape[-1]"),
+    (OBJECTIVE, "int(mask.any(-1).sum()), int(mask.sum())", "len(mask), int(mask.sum())"),
+    (OBJECTIVE, "squared = torch.maximum(", "squared = torch.minimum("),
+    (OBJECTIVE, "torch.maximum(values, old_values - clip), old_values + clip",
+     "torch.maximum(values, old_values + clip), old_values + clip"),
+    (OBJECTIVE, "torch.maximum(values, old_values - clip), old_values + clip",
+     "torch.maximum(values, old_values - clip), old_values - clip"),
+    (OBJECTIVE, "return 0.5 * aggregate", "return aggregate"),
+    (OBJECTIVE, SHARE, "self.surrogate * self.correction - self.beta * self.kl"),
+    (OBJECTIVE, SHARE, "self.surrogate + self.beta * self.kl"),
+    (OBJECTIVE, SHARE, "(self.surrogate + self.beta * self.kl) * self.correction"),
+    (OBJECTIVE, "old = logprobs.detach() if old_logprobs is None", "old = logprobs if old_logprobs is None"),
+    (ADVANTAGES, "rewards - mean)", "mean - rewards)"),
+    (ADVANTAGES, "torch.where(lowest == highest,", "torch.where(lowest != highest,"),
+    (ADVANTAGES, "others = (size - 1).clamp(min=1)", "others = size"),
+    (ADVANTAGES, "centred * size / others", "centred"),
+    (ADVANTAGES, "(variance.sqrt() + eps)", "(variance.sqrt() + 100 * eps)"),
+    (ADVANTAGES, "gamma * next_value - values[:, t]", "gamma * next_value + values[:, t]"),
+    (ADVANTAGES, "delta + gamma * lam * running", "delta - gamma * lam * running"),
+    (ADVANTAGES, "advantages_NT + values, zero", "advantages_NT - values, zero"),
+    (ADVANTAGES, "unbiased=True", "unbiased=False"),
+    (ADVANTAGES, "scaled = (x - kept.mean())", "scaled = (x + kept.mean())"),
+]  # fmt: skip
+
+
+def main() -> int:
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for room in ("data", "reward", "rollout", "trainer", "launch", "tests"):
+            shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "setup.cfg", copy / "setup.cfg")
+        print(f"{'none':60} {run_tests(copy)}", flush=True)
+        for file, there, mutated in MUTANTS:
+            original = (ROOT / file).read_text()
+            assert original.count(there) == 1, f"{file}: {original.count(there)} times {there!r}"
+            (copy / file).write_text(original.replace(there, mutated))
+            failed = run_tests(copy)
+            (copy / file).write_text(original)
+            survivors += failed == "all pass"
+            change = f"{there.strip()} -> {mutated.strip() or '(nothing)'}".replace("\n", " ")
+            print(f"{'SURVIVES' if failed == 'all pass' else 'killed  '} {change}\n         {failed}", flush=True)
+    print(f"{len(MUTANTS)} mutants, {survivors} survive")
+    return int(survivors > 0)
+
+
+def run_tests(copy: Path) -> str:
+    """Which tests fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:warnings", *TESTS], cwd=copy, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}, check=False,
+    )  # fmt: skip
+    names = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1):
+        return f"broken: {done.stdout[-300:]}{done.stderr[-300:]}"
+    return f"{len(names)} fail: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "all pass"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
