@@ -3,7 +3,7 @@
 python launch/grpo.py --save-steps every:10 ...           # leaves OUT/steps/step-000010
 python launch/replay.py runs/grpo/steps/step-000010
 python launch/replay.py runs/grpo/steps/step-000010 --row 3 --html step.html --ledger tokens.csv
-python -m pdb launch/replay.py runs/grpo/steps/step-000010       # b trainer/grpo.py:loss_terms
+python -m pdb -c "import trainer.grpo" -c "b trainer.grpo.loss_terms" -c c launch/replay.py runs/grpo/steps/step-000010
 """
 
 import csv
@@ -45,13 +45,15 @@ def main(config: ReplayConfig) -> None:
     equal = report(bundle, replayed)
     if replayed.bad is None:
         rows = ledger(bundle, replayed.terms, replayed.policy.tokenizer)
-        report_ledger(rows)
+        report_ledger(rows, replayed.loss)
         if config.row is not None:
             print("\n" + explain_response(bundle, rows, config.row))
         if config.ledger:
             write_csv(Path(config.ledger), rows)
         if config.html:
             write_html(Path(config.html), bundle, rows, replayed.policy.tokenizer)
+    elif config.row is not None or config.html or config.ledger:
+        print("--row, --html and --ledger need terms that are finite: nothing was written for them")
     if not equal:
         raise SystemExit(1)
 
@@ -95,11 +97,13 @@ def report(bundle, replayed) -> bool:
     return replayed.equals(bundle)
 
 
-def report_ledger(rows: list[dict[str, Any]]) -> None:
+def report_ledger(rows: list[dict[str, Any]], loss: float) -> None:
     """The sums of the ledger that mean something."""
     from trainer.ledger import total, totals_by
 
-    print(f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {total(rows):.9g} (float64)")
+    exact = total(rows)
+    print(f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 step's "
+          f"own sum is {exact - loss:.2g} off)")  # fmt: skip
     by_clip = totals_by(rows, "clip")
     print("  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())))
     by_group = sorted(totals_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))

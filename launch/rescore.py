@@ -12,6 +12,8 @@ from data.puzzles import read_puzzles, read_rows
 from launch.options import argument, command, option
 from reward import load_reward
 
+NEEDED = ("step", "puzzle_id", "response", "completion", "reward", "advantage", "finish_reason")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RescoreConfig:
@@ -31,9 +33,7 @@ def main(config: RescoreConfig) -> None:
     if config.out and not config.out.endswith(".jsonl"):
         raise ValueError(f"--out {config.out}: name a file that ends in .jsonl")
     rows = read_rows(config.rollouts)
-    lacking = [
-        name for name in ("step", "puzzle_id", "completion", "reward", "advantage") if not rows or name not in rows[0]
-    ]
+    lacking = [name for name in NEEDED if not rows or name not in rows[0]]
     if lacking:
         raise ValueError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
     settings = run_settings(Path(config.rollouts).parent)

@@ -7,9 +7,10 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -112,14 +113,18 @@ def _load_file(path: str, file_name: str):
 
 
 def as_reward(result: object) -> Reward:
-    """What a reward function returned, as a Reward. Raises ValueError when it is neither a finite number nor a Reward."""
-    reward = result if isinstance(result, Reward) else Reward(total=_as_number(result))
-    if reward.scored:
-        _as_number(reward.total)
-    return reward
+    """What a reward function returned, as a Reward of plain floats.
+
+    Raises ValueError when it is neither a finite number nor a Reward whose total and parts are finite numbers.
+    """
+    if not isinstance(result, Reward):
+        return Reward(total=_as_number(result, "the reward"))
+    total = _as_number(result.total, "the total of the reward") if result.scored else math.nan
+    parts = {str(name): _as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
+    return replace(result, total=total, parts=parts, status=Status(result.status))
 
 
-def _as_number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"the reward is {value!r}: return a finite number or a Reward")
+def _as_number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{what} is {value!r}: return a finite number or a Reward")
     return float(value)

@@ -59,6 +59,7 @@ def _from_trl(fn: Callable) -> RewardFn:
         parts: dict[str, float] = {}
         return _then(fn(**arguments(completion, puzzle, parts)), lambda results: settle(results, parts))
 
+    scored.is_async = inspect.iscoroutinefunction(fn)
     return scored
 
 
@@ -76,6 +77,7 @@ def _from_verl(fn: Callable) -> RewardFn:
         )  # fmt: skip
         return _then(result, settle)
 
+    scored.is_async = inspect.iscoroutinefunction(fn)
     return scored
 
 

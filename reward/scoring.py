@@ -1,20 +1,27 @@
 """Scoring in worker processes: a time limit per response, and a reward function that cannot take the trainer down.
 
-scorer = Scorer("my_rewards.py:fn", workers=2, seconds=60)
-rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
-scorer.close()
+    scorer = Scorer("my_rewards.py:fn", workers=2, seconds=60)
+    rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
+    scorer.close()
+
+A worker is `python -m reward.scoring PATH SECONDS`: one JSON job {"index", "completion", "puzzle"} a line in, one JSON
+result {"index", "total", "parts", "status", "message"} a line out. What the reward prints goes to standard error. A plain
+function gets one response at a time; of an async one up to CONCURRENT run side by side, each with its own time limit.
 """
 
 import asyncio
 import inspect
 import json
+import math
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,46 +30,53 @@ from typing import TextIO
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 
+CONCURRENT = 64
 GRACE = 1.0  # seconds beyond the limit before a process is killed: a coroutine's own time-out gets to reply first
 START_SECONDS = 300.0  # a reward module may load a model
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Scorer:
     """path: what load_reward takes. workers 0 scores in this process: no time limit, breakpoints reach the function.
 
-    Raises ValueError when the reward does not load.
+    Worker processes start with the first call of `score`, which raises ValueError when one does not come up.
     """
 
     def __init__(self, path: str, workers: int = 1, seconds: float = 60.0) -> None:
         self.fn = load_reward(path) if workers == 0 else None
-        self.seconds = seconds
         self.workers = [_Worker(path, seconds) for _ in range(workers)]
 
-    def score(self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool]) -> list[Reward]:
-        """[N] rewards in order. A response cut at the length limit has the status TRUNCATED; its reward stays as given."""
+    def score(
+        self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
+    ) -> list[Reward | None]:
+        """[N] rewards in order. A response cut at the length limit has the status TRUNCATED; its reward stays as given.
+
+        stop_at_failure: give up at the first ERROR or TIMEOUT; what was not scored by then is None.
+        """
         jobs = [
             {"index": index, "completion": completion, "puzzle": asdict(puzzle)}
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
-        results = self._in_workers(jobs) if self.workers else self._here(completions, puzzles)
+        found = self._in_workers(jobs, stop_at_failure) if self.workers else self._here(completions, puzzles)
+        results = [found.get(index) for index in range(len(jobs))]
         return [
-            replace(result, status=Status.TRUNCATED) if cut and result.scored else result
+            replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
             for result, cut in zip(results, truncated, strict=True)
         ]
 
-    def _here(self, completions: list[str], puzzles: list[Puzzle]) -> list[Reward]:
+    def _here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
         async def gather() -> list[Reward]:
             pairs = zip(completions, puzzles, strict=True)
             return await asyncio.gather(*(score_one(self.fn, text, puzzle, None) for text, puzzle in pairs))
 
-        return asyncio.run(gather())
+        return dict(enumerate(asyncio.run(gather())))
 
-    def _in_workers(self, jobs: list[dict]) -> list[Reward]:
+    def _in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
+        stop = threading.Event() if stop_at_failure else None
         with ThreadPoolExecutor(len(self.workers)) as threads:
-            parts = threads.map(lambda worker, share: worker.score(share), self.workers, shares)
-            by_index = {index: reward for part in parts for index, reward in part.items()}
-        return [by_index[index] for index in range(len(jobs))]
+            parts = threads.map(lambda worker, share: worker.score(share, stop), self.workers, shares)
+            return {index: reward for part in parts for index, reward in part.items()}
 
     def close(self) -> None:
         """End the worker processes."""
@@ -77,87 +91,151 @@ class _Worker:
         self.path, self.seconds = path, seconds
         self.process: subprocess.Popen | None = None
         self.unread = b""
+        self.is_async = False
 
-    def score(self, jobs: list[dict]) -> dict[int, Reward]:
-        """{index: reward}. The job that stops a process is named in its reward; the others go to a new process."""
+    def score(self, jobs: list[dict], stop: threading.Event | None) -> dict[int, Reward]:
+        """{index: reward}. When the process hangs or dies with several jobs in flight, each of them is tried again alone, so
+        that only the one at fault has the failure."""
         done: dict[int, Reward] = {}
-        while waiting := [job for job in jobs if job["index"] not in done]:
-            self._start()
-            self._send(waiting)
-            for _ in waiting:
-                reply = self._receive(self.seconds + GRACE)
-                if isinstance(reply, Reward):  # too late, or gone: the first job without an answer is to blame
-                    done[next(job["index"] for job in waiting if job["index"] not in done)] = reply
-                    self.stop()
-                    break
-                index = reply.pop("index")
-                done[index] = Reward(**{**reply, "status": Status(reply["status"])})
+        waiting, alone = deque(jobs), deque()
+        while (waiting or alone) and not (stop and stop.is_set()):
+            queue, window = (alone, 1) if alone else (waiting, CONCURRENT)
+            alone.extend(self._run(queue, window, done, stop))
         return done
 
+    def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event | None) -> list[dict]:
+        """Work off the queue, at most `window` jobs in flight, until it is empty or the process fails; the jobs to try alone."""
+        self._start()
+        window = window if self.is_async else 1
+        flying: dict[int, tuple[dict, float]] = {}
+        while (queue or flying) and not (stop and stop.is_set()):
+            failure = None
+            while queue and len(flying) < window and failure is None:
+                job = queue.popleft()
+                flying[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
+                failure = self._send(job)
+            reply = failure or self._receive(min(deadline for _, deadline in flying.values()))
+            if isinstance(reply, Reward):
+                self.stop()
+                if len(flying) > 1:
+                    return [job for job, _ in flying.values()]
+                done[next(iter(flying))] = reply
+                flying.clear()
+                if queue:
+                    self._start()
+            else:
+                index = reply.pop("index")
+                del flying[index]
+                done[index] = Reward(**{**reply, "status": Status(reply["status"])})
+            if stop and any(done[i].status in (Status.ERROR, Status.TIMEOUT) for i in done):
+                stop.set()
+        if flying:
+            self.stop()  # its answers are no longer wanted
+        return []
+
     def _start(self) -> None:
+        if self.process is not None and self.process.poll() is not None:
+            self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:
             return
         root = str(Path(__file__).resolve().parent.parent)
-        paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths},
+            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=env, start_new_session=True,  # a SIGTERM for the run must not reach it
         )  # fmt: skip
+        os.set_blocking(self.process.stdin.fileno(), False)
         self.unread = b""
-        if isinstance(self._receive(START_SECONDS), Reward):
+        ready = self._receive(time.monotonic() + START_SECONDS)
+        if isinstance(ready, Reward):
+            why = ready.message if ready.status is Status.ERROR else f"it was not ready within {START_SECONDS:g} s"
             self.stop()
-            raise ValueError(f"--reward {self.path}: its scoring process did not start; its own words stand above")
+            raise ValueError(f"--reward {self.path}: its scoring process did not start: {why}")
+        self.is_async = ready["is_async"]
 
-    def _send(self, jobs: list[dict]) -> None:
-        try:
-            self.process.stdin.write((json.dumps(jobs) + "\n").encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died between two steps; _receive says so
+    def _send(self, job: dict) -> Reward | None:
+        """Write one job; the Reward that says why it could not be written."""
+        data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.process.stdin.fileno()
+        deadline = time.monotonic() + self.seconds + GRACE
+        while data:
+            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
+                return timed_out(self.seconds)
+            try:
+                data = data[os.write(pipe, data) :]
+            except BrokenPipeError:
+                return self._ended()
+        return None
 
-    def _receive(self, seconds: float) -> dict | Reward:
+    def _receive(self, deadline: float) -> dict | Reward:
         """The next reply, or the Reward that says why there is none."""
-        deadline = time.monotonic() + seconds
         pipe = self.process.stdout.fileno()
         while b"\n" not in self.unread:
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return timed_out(self.seconds)
             piece = os.read(pipe, 1 << 16)
             if not piece:
-                message = f"its scoring process ended with exit code {self.process.wait()}"
-                return Reward(total=float("nan"), status=Status.ERROR, message=message)
+                return self._ended()
             self.unread += piece
         line, _, self.unread = self.unread.partition(b"\n")
         return json.loads(line)
 
+    def _ended(self) -> Reward:
+        message = f"its scoring process ended with exit code {self.process.wait()}"
+        return Reward(total=math.nan, status=Status.ERROR, message=message)
+
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process = None
+        """Kill the process and whatever it started."""
+        if self.process is None:
+            return
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it is gone
+        self.process.wait()
+        os.set_blocking(self.process.stdin.fileno(), True)
+        self.process.stdin.close()  # nothing is buffered: _send writes to the descriptor
+        self.process.stdout.close()
+        self.process = None
+
+
+# ---- what runs in the worker
 
 
 def serve(path: str, seconds: float) -> None:
+    """Answer jobs until standard input ends."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     fn = load_reward(path)
-    _reply(replies, {"ready": True})
-    for line in sys.stdin:
-        asyncio.run(_score_chunk(fn, json.loads(line), seconds, replies))
+    _reply(replies, {"ready": True, "is_async": is_async(fn)})
+    asyncio.run(_serve_jobs(fn, seconds, replies))
 
 
-async def _score_chunk(fn: RewardFn, jobs: list[dict], seconds: float, replies: TextIO) -> None:
-    """Plain functions run one after another; coroutines run side by side. Each reply leaves as soon as it is there."""
+async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
+    jobs: asyncio.Queue = asyncio.Queue()
+    loop, tasks = asyncio.get_running_loop(), set()
 
-    async def one(job: dict) -> None:
+    def read() -> None:  # a thread, so that jobs keep arriving while coroutines run
+        for line in sys.stdin:
+            loop.call_soon_threadsafe(jobs.put_nowait, json.loads(line))
+        os._exit(0)  # the trainer is done; a reward's own threads may still be stuck
+
+    async def answer(job: dict) -> None:
         reward = await score_one(fn, job["completion"], Puzzle(**job["puzzle"]), seconds)
         values = {"total": reward.total, "parts": reward.parts, "status": reward.status, "message": reward.message}
         _reply(replies, {"index": job["index"], **values})
 
-    await asyncio.gather(*(one(job) for job in jobs))
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        task = loop.create_task(answer(await jobs.get()))
+        tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(tasks.discard)
+
+
+def is_async(fn: RewardFn) -> bool:
+    """Is `fn` (or what an adapter wraps) a coroutine function?"""
+    return inspect.iscoroutinefunction(fn) or getattr(fn, "is_async", False)
 
 
 async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
@@ -176,16 +254,14 @@ async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: floa
             return timed_out(seconds)
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
-        return Reward(total=float("nan"), status=Status.ERROR, message=" ".join(message.split()))
+        return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))
     if seconds is not None and time.monotonic() - start > seconds:
         return timed_out(seconds)
     return reward
 
 
 def timed_out(seconds: float) -> Reward:
-    return Reward(
-        total=float("nan"), status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}"
-    )
+    return Reward(total=math.nan, status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}")
 
 
 def _reply(replies: TextIO, message: dict) -> None:

@@ -14,13 +14,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from rollout import Rollout
 from trainer.bundle import StepInputs
 from trainer.config import GrpoConfig
-from trainer.grpo import accumulate, count_trained
+from trainer.grpo import accumulate, count_trained, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.packing import micro_batches
 from trainer.policy import Policy
 from trainer.world import join_world, leave_world
 
 OBJECTIVES = {
+    "on-policy": {"beta": 0.04},  # old = stop_gradient(new), references from the model itself
     "paper": {"beta": 0.04},
     "verl": {"aggregation": "token-mean", "dual_clip": 1.5, "clip_high": 0.28, "correction": "tis"},
     "gspo": {"aggregation": "seq-mean-token-sum", "ratio_level": "sequence", "beta": 0.0},
@@ -38,7 +39,7 @@ N_GROUPS, G = 6, 3
 
 
 def layouts_of(objective: str) -> tuple:
-    """Every layout for the paper's objective, some for the others: what they change does not see the layout."""
+    """Every layout for the paper's objective, some for the others."""
     return LAYOUTS if objective == "paper" else SOME_LAYOUTS
 
 
@@ -74,13 +75,13 @@ def random_step(seed: int) -> list[dict]:
     return groups
 
 
-def loss_and_gradient(policy, world, step, objective, packing, budget, shuffled) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> tuple[torch.Tensor, torch.Tensor]:
     rng = random.Random(f"{budget}{packing}")
     order = list(range(N_GROUPS))
     if shuffled:
         rng.shuffle(order)
     mine = [step[g] if not shuffled else rng.sample(step[g], G) for g in order][world.rank :: world.size]
-    cfg = GrpoConfig(group_size=G, max_response_tokens=16, **objective)
+    cfg = GrpoConfig(group_size=G, max_response_tokens=16, **OBJECTIVES[name])
     rows = [row for group in mine for row in group]
     rollouts = [[row["rollout"] for row in group] for group in mine]
     advantages = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
@@ -91,8 +92,11 @@ def loss_and_gradient(policy, world, step, objective, packing, budget, shuffled)
         flat = [[value for row in micro.rows for value in rows[row][name]] for micro in plan]
         return [m.packed.unpack(torch.tensor(v, dtype=torch.float64)) for m, v in zip(plan, flat, strict=True)]
 
-    references = recorded("ref") if cfg.beta else [None] * len(plan)
-    inputs = StepInputs(plan=plan, references=references, olds=recorded("old"), responses=[])
+    if name == "on-policy":
+        references, olds = [reference_logprobs(policy, micro, cfg) for micro in plan], [None] * len(plan)
+    else:
+        references, olds = recorded("ref") if cfg.beta else [None] * len(plan), recorded("old")
+    inputs = StepInputs(plan=plan, references=references, olds=olds, responses=[])
     parameters = list(policy.trainable().values())
     for p in parameters:
         p.grad = None
@@ -108,9 +112,9 @@ def main(checkpoint: str, out: str) -> None:
     world = join_world()
     policy = float64_policy(checkpoint)
     results = {}
-    for name, objective in OBJECTIVES.items():
+    for name in OBJECTIVES:
         for packing, budget, shuffled in layouts_of(name):
-            loss, gradient = loss_and_gradient(policy, world, random_step(0), objective, packing, budget, shuffled)
+            loss, gradient = loss_and_gradient(policy, world, random_step(0), name, packing, budget, shuffled)
             key = f"{name}/{packing}/{budget}/{shuffled}"
             results |= {f"{key}/loss": loss, f"{key}/gradient": gradient}
     if world.is_main:

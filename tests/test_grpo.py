@@ -1,6 +1,7 @@
 """The GRPO command end to end with real vLLM and real torch.distributed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -135,10 +136,14 @@ def test_kill_and_resume_give_the_same_metrics_bit_for_bit(pipeline, tmp_path, l
 def test_sigterm_finishes_the_step_saves_and_exits_0(pipeline, tmp_path, length_reward):
     words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"]
     command = [sys.executable, ROOT / "launch/grpo.py", *words, *SMALL, "--steps", 4000, "--engine", "torch"]
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not process.stdout.readline().startswith("step 1/"):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # the whole group, as torchrun and schedulers do: the reward worker must live on
     deadline = time.monotonic() + 60
     process.communicate(timeout=deadline - time.monotonic())
     assert process.returncode == 0

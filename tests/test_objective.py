@@ -98,6 +98,9 @@ def test_kl_estimators_by_hand():
     for kind, value in (("k1", log2), ("k2", log2**2 / 2), ("k3", 0.5 + log2 - 1), ("low_var", 0.5 + log2 - 1)):
         assert kl_estimate(new, ref, kind).item() == pytest.approx(value, abs=1e-12)
     assert kl_estimate(t64([-30.0]), t64([0.0]), "low_var").item() == 10.0
+    far = t64([-1000.0]).requires_grad_()  # exp(1000) overflows; the clamp at 20 keeps value and gradient finite
+    kl_estimate(far, t64([0.0]), "low_var").sum().backward()
+    assert far.grad.item() == 0.0
 
 
 def test_kl_pulls_the_policy_towards_the_reference():
@@ -140,6 +143,8 @@ def test_rollout_correction_by_hand():
     assert rollout_correction(old, sampler, mask, "none").tolist() == [[1.0, 1.0]]
     assert rollout_correction(old, sampler, mask, "tis").tolist() == [pytest.approx([2.0, 0.5])]
     assert rollout_correction(old, sampler, mask, "mis").tolist() == [pytest.approx([0.0, 0.5])]
+    huge = rollout_correction(t64([50.0]), t64([0.0]), torch.tensor([[True]]), "tis", cap=math.inf)
+    assert huge.item() == pytest.approx(math.exp(20))
 
 
 def test_sequence_corrections_by_hand():

@@ -17,6 +17,7 @@ from trainer.objective import (
     aggregate,
     aggregation_weights,
     clipped_surrogate,
+    grpo_terms,
     importance_ratio,
     kl_estimate,
     rollout_correction,
@@ -304,17 +305,14 @@ def test_nan_in_padding_is_harmless_where_verl_is_poisoned():
 # ---- presets: the whole objective of each program at once
 
 
-def preset_loss(logprobs, preset: str, mask=B_MASK, **changed):
-    """changed: the numbers of parity_trl.json were made with clip_high 0.28, which is nobody's default."""
+def preset_loss(logprobs, preset: str, **changed):
+    """The trainer's own assembly of the loss. changed: parity_trl.json was made with clip_high 0.28, nobody's default."""
     values = {**preset_values(preset), **changed}
-    ratio = importance_ratio(logprobs, B["old"], mask, values["ratio_level"])
-    loss = clipped_surrogate(ratio, B["A"], values["clip_low"], values["clip_high"], values["dual_clip"])
-    loss = loss * rollout_correction(
-        B["old"], B["rollout"], mask, values["correction"], values["correction_cap"], values["correction_floor"]
-    )
-    if values["beta"]:
-        loss = loss + values["beta"] * kl_estimate(logprobs, B["ref"], values["kl_kind"])
-    return aggregate(loss, mask, values["aggregation"])
+    weight = aggregation_weights(B_MASK, values.pop("aggregation"), N_ROWS, N_TOKENS, dtype=F64)
+    reference = B["ref"] if values["beta"] else None
+    del values["advantage"], values["advantage_eps"]
+    return grpo_terms(logprobs=logprobs, old_logprobs=B["old"], ref_logprobs=reference, sampler_logprobs=B["rollout"],
+                      mask=B_MASK, advantages=B["A"], weight=weight, **values).loss  # fmt: skip
 
 
 def test_preset_trl_is_trls_default_loss():

@@ -49,6 +49,22 @@ async def meet(completion, puzzle):
         await asyncio.sleep(0.01)
     return float(len(completion))
 
+async def fragile(completion, puzzle):
+    if completion == "die":
+        await asyncio.sleep(0.2)
+        os._exit(7)
+    if completion == "block":
+        time.sleep(600)
+    await asyncio.sleep(0.5)
+    return 1.0
+
+def whole(completion, puzzle):
+    import numpy as np
+    from reward import Reward
+    if completion == "words":
+        return Reward(total=1, parts={"why": "because"})
+    return Reward(total=len(completion), parts={"share": np.float32(0.5)})
+
 # ---- as written for TRL: batches in, a list out, columns as keywords
 def trl_format(completions, **kwargs):
     return [1.0 if turns[0]["content"].endswith("</answer>") else 0.0 for turns in completions]
@@ -119,6 +135,32 @@ def test_coroutines_run_side_by_side_and_time_out_alone(rewards):
     got = score(f"{rewards}:meet", ["a" * n for n in range(1, 41)] + ["hang"], seconds=3.0)
     assert [r.total for r in got[:-1]] == [float(n) for n in range(1, 41)]
     assert got[-1].status is Status.TIMEOUT
+
+
+def test_only_the_coroutine_at_fault_is_blamed(rewards):
+    texts = ["a", "b", "die", "c", "block", "d"]
+    got = score(f"{rewards}:fragile", texts, seconds=2.0)
+    assert [str(r.status) for r in got] == ["ok", "ok", "error", "ok", "timeout", "ok"]
+    assert "exit code 7" in got[2].message
+
+
+def test_numbers_become_floats_and_words_are_refused(rewards):
+    fine, bad = score(f"{rewards}:whole", ["abc", "words"])
+    assert (fine.total, fine.parts) == (3.0, {"share": 0.5}) and isinstance(fine.total, float)
+    assert "part 'why' of the reward is 'because'" in bad.message
+
+
+def test_it_stops_at_the_first_failure_when_asked(rewards):
+    scorer = Scorer(f"{rewards}:plain", 1, 2.0)
+    got = scorer.score(["a", "raise", "b", "c"], [PUZZLE] * 4, [False] * 4, stop_at_failure=True)
+    assert got[0].total == 1.0 and got[1].status is Status.ERROR and got[2:] == [None, None]
+    again = scorer.score(["dd"], [PUZZLE], [False])
+    scorer.close()
+    assert again[0].total == 2.0
+    with pytest.raises(
+        ValueError, match="its scoring process did not start: its scoring process ended with exit code 1"
+    ):
+        score("nowhere.py:fn", ["a"])
 
 
 def test_cellpuzzles_rewards_keep_parts_and_status(rewards):
@@ -215,9 +257,12 @@ def test_groups_are_counted_and_zeros_explained():
     assert notes(rows_of([0.0, 0.0]), paper)[0] == " all groups wrong"
     assert notes(rows_of([0.0, 0.0], [1.0, 1.0]), paper)[0] == " groups all right or all wrong"
     assert notes(rows_of([None, None]), paper) == [" no response of the step was scored"]
+    unscored = reward_metrics(rows_of([None, None], [1.0, 1.0]), 2)
+    assert unscored["groups/unscored"] == unscored["groups/all_right"] == unscored["frac_reward_zero_std"] == 0.5
+    assert reward_metrics(rows_of([None, None]), 2)["reward"] is None, "no reward is not a reward of 0"
     several = GrpoConfig(updates_per_batch=2, beta=0.0)
     assert notes(mixed, several, pg_loss=0.2) == [
-        "no clip: every ratio stayed inside the bounds",
+        "no clip: no ratio went past the bound on its advantage's side",
         " no reference",
     ]
     busy = {"pg_loss": 0.1, "kl": 0.2, "clip_ratio/low_mean": 0.1}
@@ -251,9 +296,14 @@ def run(pipeline, tmp_path_factory):
 
 def test_a_failing_reward_stops_the_run_by_name(run):
     folder, stopped, _ = run
-    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
-    assert "step 1: --reward" in stopped.stderr and "RuntimeError: odd (odd.py, line 3)" in stopped.stderr
-    assert "leave such responses out with --on-reward-error drop" in stopped.stderr
+    assert stopped.returncode != 0
+    said = [line for line in stopped.stderr.splitlines() if line.startswith("Error: step 1: --reward")]
+    assert said and len(set(said)) == 1, "every rank that gets to speak says the same"
+    assert "RuntimeError: odd (odd.py, line 3)" in said[0] and "--resume --on-reward-error drop" in said[0]
+    case = json.loads((folder / "stop/reward_failure.json").read_text())
+    assert (
+        len(case["completion"]) % 2 == 1 and f"puzzle {case['puzzle_id']}, response {case['response']} of 3" in said[0]
+    )
 
 
 def test_or_is_dropped_and_counted(run):

@@ -72,8 +72,18 @@ def write_bundle(
     """Write the bundle of an optimizer step that has not been made yet; returns its folder. Collective."""
     final = bundle_folder(out, step, update, config.updates_per_batch)
     ranks = world.gather_in_rank_order(_portable(inputs))
-    if not world.is_main:
-        return final
+    if world.is_main:
+        _write(final, ranks, step=step, update=update, config=config, adapter=adapter, counts=counts, recorded=recorded,
+               problem=problem, world=world)  # fmt: skip
+    world.total(0)  # nobody goes on, or gives up, before it is written
+    return final
+
+
+def _write(
+    final: Path, ranks: list, *, step: int, update: int, config: GrpoConfig, adapter: dict[str, Tensor],
+    counts: tuple[float, float], recorded: dict[str, Any], problem: str | None, world: World,
+) -> None:  # fmt: skip
+    """Rank 0's part: everything under a temporary name, flushed, renamed."""
     tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
     layout = []
     for rank, (plan, responses) in enumerate(ranks):
@@ -97,7 +107,6 @@ def write_bundle(
     write_json(partial / "bundle.json", content)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    return final
 
 
 def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
@@ -137,9 +146,15 @@ def read_bundle(path: str | Path) -> Bundle:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged ({error})") from None
+    known = {field.name for field in dataclasses.fields(GrpoConfig)}
+    if set(content["settings"]) != known:
+        odd = sorted(set(content["settings"]) ^ known)[0]
+        raise ValueError(f"{path}: written by another version of the trainer (setting '{odd}'); replay it with commit "
+                         f"{content['git_commit']}")  # fmt: skip
+    config = GrpoConfig(**{**content["settings"], "tensorboard": False})
     adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
     return Bundle(
-        path=path, step=content["step"], update=content["update"], config=GrpoConfig(**content["settings"]),
+        path=path, step=content["step"], update=content["update"], config=config,
         threads=content["threads"], n_rows=content["n_rows"], n_tokens=content["n_tokens"], adapter=adapter,
         ranks=[_rank_inputs(rank, part, tensors) for rank, part in enumerate(content["ranks"])],
         recorded=content["recorded"], problem=content["problem"], versions=content["versions"],

@@ -84,7 +84,7 @@ class GrpoConfig:
     puzzles: str | None = option(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
     out: str = option("runs/grpo", "Run folder.")
     resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
-    steps: int = option(100, "Optimizer steps in all.")
+    steps: int = option(100, "Steps in all: batches that are sampled, scored and trained on.")
     seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
     reward: str = option(
@@ -92,7 +92,7 @@ class GrpoConfig:
         "module:function or file.py:function of (completion, puzzle); trl:... and verl:... take functions in those styles.",
     )
     reward_workers: int = option(1, "Processes that score, per rank; 0 scores in the trainer (to debug a reward).")
-    reward_seconds: float = option(60.0, "Time limit per response, in a worker process.")
+    reward_seconds: float = option(60.0, "Time limit per response (needs a worker process).")
     on_reward_error: str = option(
         "stop",
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",

@@ -81,7 +81,9 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
 
 
 def _token_lines(token: dict, cfg) -> list[str]:
-    a, ratio, d = token["advantage"], token["ratio"], token["ref_logprob"] - token["logprob"]
+    a, ratio = token["advantage"], token["ratio"]
+    d = 0.0 if token["ref_logprob"] is None else token["ref_logprob"] - token["logprob"]
+    reference = "none (beta is 0)" if token["ref_logprob"] is None else f"{token['ref_logprob']:.6g}"
     low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
     clipped = min(max(ratio, low), high)
     level = "exp(new - old)" if cfg.ratio_level == "token" else "exp(mean of new - old over the response)"
@@ -90,7 +92,7 @@ def _token_lines(token: dict, cfg) -> list[str]:
     return [
         f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
         f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, sampler {token['sampler_logprob']:.6g}, "
-        f"reference {token['ref_logprob']:.6g}",
+        f"reference {reference}",
         f"    ratio       {level} = {ratio:.6g}",
         f"    surrogate   max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = max({-ratio * a:.6g}, {-clipped * a:.6g}) "
         f"-> {token['surrogate']:.6g}; {token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",

@@ -67,7 +67,7 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
         rollouts = [rollout for group in groups for rollout in group]
         clock.lap("sample")
         # ---- score, and compare within each group
-        rewards = score(scorer, policy, batch, rollouts, cfg, step)
+        rewards = score(scorer, policy, batch, rollouts, cfg, step, out, world)
         advantages, trained = compare(rewards, cfg)  # [N], [N]
         clock.lap("score")
         # ---- update: usually one optimizer step on everything just sampled
@@ -161,24 +161,37 @@ def sample_groups(engine: Engine, batch: list[Prompt], cfg: GrpoConfig, step: in
 
 
 def score(
-    scorer: Scorer, policy: Policy, batch: list[Prompt], rollouts: list[Rollout], cfg: GrpoConfig, step: int
-) -> list[Reward]:
-    """[N] rewards in row order. Special tokens (end of turn) are not part of the text.
+    scorer: Scorer, policy: Policy, batch: list[Prompt], rollouts: list[Rollout], cfg: GrpoConfig, step: int, out: Path,
+    world: World,
+) -> list[Reward]:  # fmt: skip
+    """[N] rewards in row order. Special tokens (end of turn) are not part of the text. Collective.
 
-    Raises ValueError, naming the first response that could not be scored, under --on-reward-error stop.
+    Under --on-reward-error stop the first response that could not be scored, on whatever rank, ends the run on every rank:
+    ValueError that names it; its text stays in OUT/reward_failure.json.
     """
     texts = policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
-    rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts])
-    failed = [i for i, reward in enumerate(rewards) if reward.status in (Status.ERROR, Status.TIMEOUT)]
-    if failed and cfg.on_reward_error == "stop":
-        first = failed[0]
-        raise ValueError(
-            f"step {step + 1}: --reward {cfg.reward} failed for {len(failed)} of {len(rewards)} responses; the first, puzzle "
-            f"{puzzles[first].id}, response {first % cfg.group_size + 1} of {cfg.group_size}: {rewards[first].message}. "
-            "Mend it and --resume, or leave such responses out with --on-reward-error drop"
-        )
-    return rewards
+    stop = cfg.on_reward_error == "stop"
+    rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts], stop_at_failure=stop)
+    failed = (
+        [i for i, r in enumerate(rewards) if r is not None and r.status in (Status.ERROR, Status.TIMEOUT)]
+        if stop
+        else []
+    )
+    if world.largest(float(bool(failed))) == 0:
+        return rewards
+    case = {} if not failed else {
+        "step": step + 1, "rank": world.rank, "puzzle_id": puzzles[failed[0]].id, "response": failed[0] % cfg.group_size + 1,
+        "message": rewards[failed[0]].message, "completion": texts[failed[0]],
+    }  # fmt: skip
+    first = next(case for case in world.gather_in_rank_order(case) if case)
+    if world.is_main:
+        write_json(out / "reward_failure.json", first)
+    raise ValueError(
+        f"step {step + 1}: --reward {cfg.reward} failed for puzzle {first['puzzle_id']}, response {first['response']} of "
+        f"{cfg.group_size} (rank {first['rank']}; its text is in {out / 'reward_failure.json'}): {first['message']}. "
+        "Mend the function and --resume, or leave such responses out: --resume --on-reward-error drop"
+    )
 
 
 def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
@@ -322,7 +335,7 @@ def finish_gradient(
             counts=counts, recorded=recorded, problem=sentence, world=world,
         )  # fmt: skip
         if failed:
-            raise FloatingPointError(f"step {step + 1}: {sentence}. No optimizer step was made; look with "
+            raise FloatingPointError(f"step {step + 1}, update {number + 1}: {sentence}. This update was not made; look with "
                                      f"python launch/replay.py {bundle}")  # fmt: skip
     torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
 

@@ -52,7 +52,8 @@ def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTo
                 rows += _response_rows(named, inputs.responses[row], wide, place, tokenizer)
         first += len(inputs.responses)
     rows.sort(key=lambda row: (row["row"], row["position"]))
-    assert abs(total(rows) - math.fsum(losses)) <= TOLERANCE, "the ledger does not sum to the loss"
+    scale = max(1.0, math.fsum(abs(row["contribution"]) for row in rows))
+    assert abs(total(rows) - math.fsum(losses)) <= TOLERANCE * scale, "the ledger does not sum to the loss"
     return rows
 
 
@@ -67,12 +68,13 @@ def _response_rows(
         "correction": terms.correction, "weight": terms.weight, "contribution": terms.contribution,
     }  # fmt: skip
     numbers = {name: values[place, : len(ids)].tolist() for name, values in columns.items()}
+    no_reference = {} if terms.beta else {"ref_logprob": None}  # no reference pass was made
     codes, mask = terms.clip[place].tolist(), terms.mask[place].tolist()
     return [
         {
             **named, "position": t + 1, "token_id": token, "token": tokenizer.decode([token]),
             **{name: values[t] for name, values in numbers.items()}, "clip": CLIPS[codes[t]] if mask[t] else "",
-            "advantage": float(terms.advantages[place, 0]), "mask": mask[t],
+            "advantage": float(terms.advantages[place, 0]), "mask": mask[t], **no_reference,
         }
         for t, token in enumerate(ids)
     ]  # fmt: skip

@@ -92,8 +92,8 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, 
         "step": step,
         **reward_metrics(rows, cfg.group_size),
         **{f"status/{name}": count / len(rows) for name, count in sorted(status.items())},
-        "loss": totals["loss"],
-        "pg_loss": totals["pg_loss"],
+        "loss": totals["loss"] / cfg.updates_per_batch,
+        "pg_loss": totals["pg_loss"] / cfg.updates_per_batch,
         "kl": totals["kl"] / tokens,
         "clip_ratio/low_mean": totals["clip_low"] / tokens,
         "clip_ratio/high_mean": totals["clip_high"] / tokens,
@@ -118,19 +118,28 @@ def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
     scored = [[row["reward"] for row in group if row["reward"] is not None] for group in groups]
     all_rewards = torch.tensor([reward for group in scored for reward in group], dtype=torch.float64)
     deviations = [torch.tensor(group, dtype=torch.float64).std().item() if len(group) > 1 else 0.0 for group in scored]
-    kinds = Counter("mixed" if len(set(g)) > 1 else "all_right" if g and g[0] >= 1 else "all_wrong" for g in scored)
+    kinds = Counter(_group_kind(group) for group in scored)
     parts: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row["parts"].items():
             parts[name].append(value)
     return {
-        "reward": all_rewards.mean().item() if len(all_rewards) else 0.0,
+        "reward": all_rewards.mean().item() if len(all_rewards) else None,
         "reward_std": sum(deviations) / len(groups),
-        "frac_reward_zero_std": 1 - kinds["mixed"] / len(groups),
+        "frac_reward_zero_std": (kinds["all_right"] + kinds["all_wrong"]) / len(groups),
         **{f"rewards/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
-        **{f"groups/{kind}": kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed")},
+        **{f"groups/{kind}": kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed", "unscored")},
         "groups/dropped_responses": (len(rows) - len(all_rewards)) / len(rows),
     }
+
+
+def _group_kind(rewards: list[float]) -> str:
+    """rewards: of a group's scored responses."""
+    if not rewards:
+        return "unscored"
+    if len(set(rewards)) > 1:
+        return "mixed"
+    return "all_right" if rewards[0] >= 1 else "all_wrong"
 
 
 def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
@@ -144,15 +153,16 @@ def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
         which = (
             "all groups right" if right == 1 else "all groups wrong" if wrong == 1 else "groups all right or all wrong"
         )
-        left = "only the KL term moves the weights" if cfg.beta else "nothing moves the weights"
-        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and {left}")
+        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
     elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
         notes.append(
             "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
         )
     if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
         reason = (
-            "one update per batch, so every ratio is exactly 1" if on_policy else "every ratio stayed inside the bounds"
+            "one update per batch, so every ratio is exactly 1"
+            if on_policy
+            else "no ratio went past the bound on its advantage's side"
         )
         notes.append(f"no clip: {reason}")
     if metrics["kl"] == 0:
@@ -184,7 +194,7 @@ class StepLog:
     """Rank 0's record of a run: the three streams of the run folder, and a progress bar or plain lines."""
 
     def __init__(self, out: Path, cfg: GrpoConfig, first_step: int) -> None:
-        self.out, self.cfg, self.notes = out, cfg, [""]
+        self.out, self.cfg, self.notes = out, cfg, []
         self.bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO", unit="step", disable=None)
         self.board = None
         if cfg.tensorboard:
@@ -203,11 +213,12 @@ class StepLog:
             for name, value in {**metrics, **times}.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, step)
-        self.bar.set_postfix_str(f"reward {metrics['reward']:+.3f}, {rate:.0f} tok/s")
+        reward = "none" if metrics["reward"] is None else f"{metrics['reward']:+.3f}"
+        self.bar.set_postfix_str(f"reward {reward}, {rate:.0f} tok/s")
         self.bar.update()
         if self.bar.disable:  # not a terminal: plain lines
             print(
-                f"step {step}/{self.cfg.steps}  reward {metrics['reward']:+.3f}  batch accuracy "
+                f"step {step}/{self.cfg.steps}  reward {reward}  batch accuracy "
                 f"{metrics.get('rewards/batch_accuracy', float('nan')):.3f}  kl {metrics['kl']:.4f}  "
                 f"length {metrics['completions/mean_length']:.0f}  {rate:.0f} tok/s  "
                 f"{(self.cfg.steps - step) * seconds / 60:.1f} min left",

@@ -70,7 +70,7 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
             tokens = first
         elif overflows(second):
             tokens = second
-        else:  # only the sum overflows: name where the larger half begins
-            break
+        else:
+            return None  # only their sum overflows
     row, position = tokens[0].tolist()
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))

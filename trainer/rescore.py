@@ -28,7 +28,7 @@ def rescore(
     )  # fmt: skip
     numbers: dict[tuple, int] = defaultdict(lambda: len(numbers))
     groups = torch.tensor([numbers[row["step"], row["puzzle_id"]] for row in rollouts])
-    totals = torch.tensor([reward.total for reward in rewards], dtype=torch.float64)
+    totals = torch.tensor([reward.total for reward in rewards])  # float32, as in training
     scored = torch.tensor([reward.scored for reward in rewards])
     advantages = torch.zeros_like(totals)
     if scored.any():

