@@ -23,7 +23,8 @@ from eval.metrics import SPLITS, STAGES, read_steps, read_summary, wilson_interv
 
 STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
 _SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}
-SPLIT_NAMES = {"test": "held-out donors", "unseen": "unseen diseases"}
+TEST_NAMES = {"donor": "held-out donors", "cell": "held-out cells", "instance": "held-out puzzles"}
+"""By the builder's --split: what the test puzzles do not share with training."""
 
 BLUE, ORANGE, GREEN, GREY = "#1f83c9", "#e08600", "#00936b", "#8a8f98"
 STAGE_COLOURS = {"base": GREY, "sft": ORANGE, "grpo": BLUE}
@@ -168,6 +169,11 @@ def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, nam
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
+def split_name(summary: dict[str, Any], split: str) -> str:
+    """What a split is called; summary["run"]["split"] is the builder's, donors where nothing is said."""
+    return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
+
+
 def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
     """Bars of batch accuracy, one per stage and split, with 95 % intervals. None when no stage was evaluated."""
     bars = [
@@ -197,7 +203,12 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
         for split in splits:
             middle = np.mean([position for position, bar in zip(x, bars, strict=True) if bar[0] == split])
             axes.text(
-                middle, -0.22, SPLIT_NAMES[split], transform=axes.get_xaxis_transform(), ha="center", weight="bold"
+                middle,
+                -0.22,
+                split_name(summary, split),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                weight="bold",
             )
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(x[0] - 0.7, x[-1] + 0.7)
@@ -255,7 +266,7 @@ def _draw_learning(axes: Axes, steps: list[dict[str, Any]], summary: dict[str, A
         above = stage == marks[-1][0]  # the lower mark's text hangs below its line, so that close marks stay readable
         axes.axhline(share, color=ORANGE if stage == "sft" else GREEN, linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
-            f"held-out donors, {STAGE_NAMES[stage]}: {percent(share)}",
+            f"{split_name(summary, 'test')}, {STAGE_NAMES[stage]}: {percent(share)}",
             (1, share),
             (-2, 4 if above else -4),
             xycoords=("axes fraction", "data"),

@@ -19,7 +19,6 @@ from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.figures import (
     GRPO_CURVES,
     SFT_CURVES,
-    SPLIT_NAMES,
     STAGE_NAMES,
     Curve,
     batch_accuracy_svg,
@@ -27,6 +26,7 @@ from eval.figures import (
     dot_spacing,
     percent,
     smoothing_window,
+    split_name,
 )
 from eval.metrics import SPLITS, STAGES, PuzzleScore, read_steps, read_summary, score_one
 
@@ -44,7 +44,8 @@ GLOSSARY = {
     "its own, so a careful annotator reaches 100 %.",
     "Response length": "Mean length of the answers, reasoning included, in tokens (a token is about three quarters of "
     "an English word), or in words where no token counts were recorded.",
-    "Held-out donors": "Puzzles set aside for testing; the builder's default split shares no donor with training.",
+    "Held-out donors, held-out cells": "Puzzles set aside for testing. Held-out donors share no donor with training; held-out "
+    "cells share no cell with it, but their donors do.",
     "Unseen diseases": "Puzzles of donors whose disease does not occur in training at all.",
     "SFT": "Supervised fine-tuning: the model imitates worked examples.",
     "GRPO": "Group relative policy optimisation: the model answers each puzzle several times and is moved towards "
@@ -76,7 +77,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
         _results_section(summary),
         _curves_section(run_dir, "grpo", GRPO_CURVES, "What GRPO training looked like"),
         _curves_section(run_dir, "sft", SFT_CURVES, "What supervised fine-tuning looked like"),
-        _examples_section(answers),
+        _examples_section(answers, split_name(summary, "test")),
         _glossary_section(),
         _settings_section(summary.get("run", {})),
     ]
@@ -114,7 +115,7 @@ def headline(summary: dict[str, Any]) -> str:
         if not found:
             continue
         (last, share), earlier = found[-1], found[-2::-1]
-        words = {"test": "held-out donors' puzzles", "unseen": "the puzzles of unseen diseases"}[split]
+        words = f"the puzzles of {split_name(summary, split)}"
         opening = STAGE_NAMES[last][0].upper() + STAGE_NAMES[last][1:]
         sentence = f"{opening} the annotator names every cell of a batch right in {percent(share)} of {words}"
         against = " and ".join(f"{percent(other)} {STAGE_NAMES[stage]}" for stage, other in earlier)
@@ -162,9 +163,11 @@ def _results_section(summary: dict[str, Any]) -> str:
     rows, missing = [], ""
     for split in SPLITS:
         if not any(summary.get(stage, {}).get(split) for stage in STAGES):
-            missing += _missing(f"This run was not evaluated on {SPLIT_NAMES[split]}.")
+            missing += _missing(f"This run was not evaluated on {split_name(summary, split)}.")
             continue
-        rows.append(f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{SPLIT_NAMES[split]}</th></tr>')
+        rows.append(
+            f'<tr class="group"><th colspan="{len(columns)}" scope="rowgroup">{split_name(summary, split)}</th></tr>'
+        )
         rows += [_result_row(stage, summary.get(stage, {}).get(split)) for stage in STAGES]
     bars = _figure(
         batch_accuracy_svg(summary),
@@ -202,7 +205,7 @@ def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: s
     return _section(title, f'{intro}{note}<div class="grid">{figures}</div>')
 
 
-def _examples_section(answers: dict[str, list[Answered]]) -> str:
+def _examples_section(answers: dict[str, list[Answered]], test_name: str) -> str:
     if not any(answers.values()):
         files = "predictions (eval/*/test/predictions.jsonl) with their puzzles (puzzles/test.parquet)"
         return _section("Examples", _missing(f"This run folder has no {files}, so there is no example to show."))
@@ -219,7 +222,7 @@ def _examples_section(answers: dict[str, list[Answered]]) -> str:
         if example is not None:
             body = _example(example, STAGE_NAMES[last], sft[example.puzzle.id] if kind == "rescued" else None)
         articles += f"<article><h3>{titles[kind]}</h3>{body}</article>"
-    intro = "<p>Of each kind the first puzzle in the file of held-out donors, not the prettiest.</p>"
+    intro = f"<p>Of each kind the first puzzle in the file of {test_name}, not the prettiest.</p>"
     return _section("Examples", intro + articles)
 
 

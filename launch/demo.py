@@ -157,7 +157,8 @@ def write_summary(config: DemoConfig, out: Path, seconds: dict[str, float]) -> N
     for stage in ("base", "sft", "grpo"):
         folders = sorted((out / "eval" / stage).glob("*/metrics.json"))
         summary[stage] = {path.parent.name: json.loads(path.read_text()) for path in folders}
-    summary["run"] = {"config": vars(config), "seconds": seconds, **provenance()}
+    split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
+    summary["run"] = {"config": vars(config), "split": split, "seconds": seconds, **provenance()}
     write_json(out / "summary.json", summary)
 
 

@@ -66,11 +66,13 @@ def length_reward(tmp_path) -> str:
 
 def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, length_reward):
     out = tmp_path / "run"
-    grpo(pipeline, out, "--steps", 20, "--group-size", 8, "--reward", length_reward)
+    # a cold random model: at temperature 1 its 3,000 tokens are nearly equally likely, and 32 responses say little about each
+    learning = ("--steps", 20, "--group-size", 8, "--temperature", 0.3)
+    grpo(pipeline, out, *learning, "--reward", length_reward)
     rows = metrics(out)
     assert [row["step"] for row in rows] == list(range(1, 21))
     mean = [sum(row["reward"] for row in part) / 5 for part in (rows[:5], rows[-5:])]
-    assert mean[1] > mean[0] + 0.05, mean
+    assert mean[1] > mean[0] + 0.1, mean
     assert all(row["sampling/logp_difference/mean"] < 1e-4 for row in rows), "vLLM samples from the trainer's policy"
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
     assert len({row["adapter_hash"] for row in rows}) == 20

@@ -97,7 +97,7 @@ def marks(article: str) -> list[str]:
 def test_headline_is_a_sentence_with_the_numbers(run_dir):
     page = write_report(run_dir).read_text()
     sentence = (
-        "After GRPO the annotator names every cell of a batch right in 67&nbsp;% of held-out donors&#x27; puzzles, "
+        "After GRPO the annotator names every cell of a batch right in 67&nbsp;% of the puzzles of held-out donors, "
         "against 67&nbsp;% after SFT and 0&nbsp;% before training."
     )
     assert f"<h1>{sentence}</h1>" in page
@@ -205,7 +205,7 @@ def test_headline_rounding():
     assert [percent(x) for x in (0, 0.001, 0.618, 0.999, 1)] == ["0 %", "<1 %", "62 %", ">99 %", "100 %"]
     summary = {"base": {"test": {"batch_accuracy": 0.001}}}
     assert headline(summary) == (
-        "Before training the annotator names every cell of a batch right in <1 % of held-out donors' puzzles."
+        "Before training the annotator names every cell of a batch right in <1 % of the puzzles of held-out donors."
     )
 
 
@@ -247,3 +247,11 @@ def test_command(run_dir, tmp_path):
     failed = subprocess.run([*command, tmp_path / "nowhere"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "summary.json: no such file; `make demo`" in failed.stderr
+
+
+def test_a_cell_split_is_not_called_donors(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["run"]["split"] = "cell"
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    page = write_report(run_dir).read_text()
+    assert "of the puzzles of held-out cells" in page and "held-out donors" not in page.split("Words used here")[0]

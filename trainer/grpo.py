@@ -173,12 +173,8 @@ def score(
     puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
     stop = cfg.on_reward_error == "stop"
     rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts], stop_at_failure=stop)
-    failed = (
-        [i for i, r in enumerate(rewards) if r is not None and r.status in (Status.ERROR, Status.TIMEOUT)]
-        if stop
-        else []
-    )
-    if world.largest(float(bool(failed))) == 0:
+    failed = [i for i, r in enumerate(rewards) if r is not None and r.status in (Status.ERROR, Status.TIMEOUT)]
+    if not stop or world.largest(float(bool(failed))) == 0:
         return rewards
     case = {} if not failed else {
         "step": step + 1, "rank": world.rank, "puzzle_id": puzzles[failed[0]].id, "response": failed[0] % cfg.group_size + 1,
@@ -327,9 +323,8 @@ def finish_gradient(
             recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm,
                         "gradient_hash": adapter_hash(gradients)}  # fmt: skip
         found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world)) if text]
-        sentence = (
-            (found or ["the gradient is not finite, though each token's own share of it is"])[0] if failed else None
-        )
+        whole = "the gradient or its norm is not finite, although each token's own share of it is"
+        sentence = (found or [whole])[0] if failed else None
         bundle = write_bundle(
             out, step=step + 1, update=number + 1, config=cfg, inputs=inputs, adapter=policy.adapter_tensors(),
             counts=counts, recorded=recorded, problem=sentence, world=world,
