@@ -51,6 +51,9 @@ class Engine(Protocol):
     ) -> None:
         """Replace the adapter by `tensors` (PEFT names), verified against the manifest of rollout/sync.py."""
 
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """[T-1] log-probs of ids[1:], each given what stands before it, under the adapter at hand; nothing is sampled."""
+
     def close(self) -> None:
         """Free what the engine holds."""
 

@@ -76,3 +76,26 @@ def sync_adapter(engine: Engine, tensors: dict[str, Tensor], version: int) -> st
     identity = adapter_hash(received)  # before the hand-over: vLLM folds alpha / r into lora_B in place
     engine.load_adapter(received, manifest, version)
     return identity
+
+
+def check_canary(
+    engine: Engine, ids: list[int], policy: list[float], reference: list[float], tolerance: float
+) -> float:
+    """The sampler's log-probs of a fixed text must be the trainer's; returns their mean |difference| in nats.
+
+    policy, reference: [T-1] the trainer's log-probs of ids[1:] with its adapter and without. Raises RuntimeError when the
+    sampler is farther from the policy than `tolerance`, and says whether it then samples from the base model.
+    """
+    sampler = engine.prompt_logprobs(ids)
+    to_policy, to_reference = _mean_difference(sampler, policy), _mean_difference(sampler, reference)
+    if not to_policy <= tolerance:  # nan is a failure too
+        nearer = "; it is nearer to the policy without its adapter" if to_reference < to_policy else ""
+        raise RuntimeError(
+            f"LoRA sync: the sampler is not the policy: on the canary text their log-probs differ by {to_policy:.3g} nats on "
+            f"average, more than {tolerance:g} ({to_reference:.3g} from the reference){nearer}"
+        )
+    return to_policy
+
+
+def _mean_difference(a: list[float], b: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a)

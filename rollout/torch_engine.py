@@ -45,6 +45,14 @@ class TorchEngine:
         ]  # fmt: skip
         return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
 
+    @torch.no_grad()
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """See Engine."""
+        tokens_1T = torch.tensor([ids], device=next(self.model.parameters()).device)
+        with self.decoding():
+            logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0, :-1].float()
+        return logits_TV.log_softmax(-1).gather(-1, tokens_1T[0, 1:, None])[:, 0].tolist()
+
     @staticmethod
     def _uniforms(sampling: Sampling, puzzle_id: str, copy: int) -> Tensor:
         """[max_tokens] float64 in [0, 1): one draw per token, from (seed, puzzle, copy) alone."""

@@ -74,6 +74,17 @@ class VLLMEngine:
             for puzzle_id, ids, output in zip(puzzle_ids, prompts, outputs, strict=True)
         ]
 
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """See Engine. vLLM reads no prefix cache for it, so every layer runs under the adapter at hand."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        with torch.random.fork_rng():
+            (output,) = self.llm.generate(
+                [{"prompt_token_ids": ids}], params, lora_request=self.request, use_tqdm=False
+            )
+        return [step[token].logprob for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+
     def _rollout(self, puzzle_id: str, prompt_ids: list[int], completion) -> Rollout:
         ids = list(completion.token_ids)
         return Rollout(

@@ -17,7 +17,7 @@ CHECK = """
 import sys, torch
 from pathlib import Path
 from rollout import Sampling
-from rollout.sync import manifest_of
+from rollout.sync import check_canary, manifest_of
 from rollout.vllm_engine import VLLMEngine
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -41,6 +41,18 @@ batch = pack([(prompt, [rollout.response_ids])])
 with torch.no_grad():
     on, off = policy.response_logprobs(batch)[0], policy.response_logprobs(batch, reference=True)[0]
 sampler = torch.tensor(rollout.sampler_logprobs)
+text = pack([(prompt[:1], [prompt[1:]])])
+with torch.no_grad():
+    known, base_known = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
+assert check_canary(engine, prompt, known, base_known, 1e-4) < 1e-5
+wrong = {name: t * 0 if "lora_B" in name else t.clone() for name, t in policy.adapter_tensors().items()}
+engine.load_adapter(wrong, manifest_of(wrong), version=step + 1)
+try:
+    check_canary(engine, prompt, known, base_known, 1e-4)
+except RuntimeError as error:
+    assert "nearer to the policy without its adapter" in str(error)
+else:
+    raise AssertionError("the canary must notice an adapter of zeros")
 print("RESULT", (sampler - on).abs().mean().item(), (sampler - off).abs().mean().item(), step, rollout.adapter_hash)
 engine.close()
 leave_world()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rollout import Sampling, stable_seed
-from rollout.sync import adapter_hash, manifest_of, verify
+from rollout.sync import adapter_hash, check_canary, manifest_of, verify
 from rollout.torch_engine import TorchEngine, choose
 from trainer.packing import pack
 from trainer.policy import Policy, encode_prompt
@@ -67,3 +67,14 @@ def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(p
     sampler = torch.tensor([x for group in groups for r in group for x in r.sampler_logprobs])
     torch.testing.assert_close(trainer_NT[batch.mask], sampler, rtol=0, atol=1e-5)
     assert (trainer_NT - reference_NT)[batch.mask].abs().mean() > 1e-2
+    # ---- the canary: passes for this adapter, and tells a sampler without it
+    ids = prompts[0][:40]
+    text = pack([(ids[:1], [ids[1:]])])
+    with torch.no_grad():
+        on, off = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
+    assert check_canary(engine, ids, on, off, 1e-4) < 1e-5
+    with (
+        policy.model.disable_adapter(),
+        pytest.raises(RuntimeError, match="it is nearer to the policy without its adapter"),
+    ):
+        check_canary(engine, ids, on, off, 1e-4)

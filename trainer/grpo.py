@@ -18,17 +18,21 @@ from data.puzzles import Puzzle
 from reward import Reward, Status
 from reward.scoring import Scorer
 from rollout import Engine, Rollout, Sampling, stable_seed
-from rollout.sync import adapter_hash, sync_adapter
+from rollout.sync import adapter_hash, check_canary, sync_adapter
 from trainer.advantages import group_advantages
 from trainer.bundle import StepInputs, write_bundle
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
 from trainer.nonfinite import BadToken, first_bad_gradient, first_bad_token
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
-from trainer.packing import MicroBatch, micro_batches
+from trainer.packing import MicroBatch, micro_batches, pack
 from trainer.policy import Policy, encode_prompt
 from trainer.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
 from trainer.world import StopRequest, World, join_world, leave_world
+
+CANARY_TOKENS = 64
+CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest mean |log-prob difference| in nats between sampler and trainer on the canary text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,8 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
     first_step = restore_training(out, policy, optimizer, world) if cfg.resume else 0
     engine = make_engine(cfg, policy, world)
-    sync_adapter(engine, policy.adapter_tensors(), version=first_step)
+    canary = prompts[0].ids[:CANARY_TOKENS]
+    hand_over(engine, policy, canary, cfg, version=first_step)
     stop = StopRequest(world)
     log = StepLog(out, cfg, first_step) if world.is_main else None
 
@@ -75,7 +80,7 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
         sums = update(policy, optimizer, groups, rows, advantages, trained, cfg, step, out, world)
         clock.lap("update")
         # ---- hand the new adapter to the sampler
-        identity = sync_adapter(engine, policy.adapter_tensors(), version=step + 1)
+        identity = hand_over(engine, policy, canary, cfg, version=step + 1)
         clock.lap("sync")
         # ---- record
         by_group = [rows[i : i + cfg.group_size] for i in range(0, len(rows), cfg.group_size)]
@@ -149,6 +154,16 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
         str(cfg.model), lora=policy.lora, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
         dtype=cfg.dtype, memory_fraction=cfg.memory_fraction, rank=world.rank,
     )  # fmt: skip
+
+
+def hand_over(engine: Engine, policy: Policy, canary: list[int], cfg: GrpoConfig, version: int) -> str:
+    """Give the sampler the policy's adapter, and see in its log-probs of a fixed text that it arrived; returns its hash."""
+    identity = sync_adapter(engine, policy.adapter_tensors(), version)
+    text = pack([(canary[:1], [canary[1:]])], policy.device)
+    with torch.no_grad():
+        on, off = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
+    check_canary(engine, canary, on, off, CANARY_TOLERANCE[cfg.dtype])
+    return identity
 
 
 def sample_groups(engine: Engine, batch: list[Prompt], cfg: GrpoConfig, step: int) -> list[list[Rollout]]:
