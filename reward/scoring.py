@@ -181,7 +181,10 @@ class _Worker:
         return json.loads(line)
 
     def _ended(self) -> Reward:
-        message = f"its scoring process ended with exit code {self.process.wait()}"
+        try:
+            message = f"its scoring process ended with exit code {self.process.wait(timeout=5)}"
+        except subprocess.TimeoutExpired:
+            message = "its scoring process closed its pipes"
         return Reward(total=math.nan, status=Status.ERROR, message=message)
 
     def stop(self) -> None:

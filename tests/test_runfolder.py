@@ -1,10 +1,13 @@
 """Checkpoints: whole, checked, resumable; a damaged one is refused by name."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
+from trainer.config import GrpoConfig
+from trainer.metrics import StepLog
 from trainer.runfolder import list_checkpoints, load_checkpoint, rewind, save_checkpoint
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
@@ -40,3 +43,14 @@ def test_rewind_drops_later_rows_and_a_torn_last_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "rew']))
     rewind(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_tensorboard_gets_every_number_or_says_what_is_missing(tmp_path):
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match="--tensorboard: the package is not installed; pip install tensorboard"):
+            GrpoConfig(tensorboard=True)
+        return
+    log = StepLog(tmp_path, GrpoConfig(tensorboard=True, steps=2), first_step=0)
+    log.board.add_scalar("reward", 0.5, 1)
+    log.close()
+    assert [path.name.startswith("events.out.tfevents") for path in (tmp_path / "tensorboard").iterdir()] == [True]
