@@ -47,9 +47,7 @@ def command(
 
         for field in reversed(dataclasses.fields(config_class)):
             run = _click_option(config_class, field)(run)
-        run = click.option(
-            "--recipe", type=click.Path(), help="YAML file of values, or a name in launch/recipes; flags win over it."
-        )(run)
+        run = click.option("--recipe", type=click.Path(), help=RECIPE_HELP)(run)
         return _Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
 
     return decorate
