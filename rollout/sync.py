@@ -4,6 +4,7 @@ Nothing goes through a file and nothing is merged. A manifest row is (name, shap
 """
 
 import hashlib
+import math
 import zlib
 
 import torch
@@ -84,8 +85,11 @@ def check_canary(
     """The sampler's log-probs of a fixed text must be the trainer's; returns their mean |difference| in nats.
 
     policy, reference: [T-1] the trainer's log-probs of ids[1:] with its adapter and without. Raises RuntimeError when the
-    sampler is farther from the policy than `tolerance`, and says whether it then samples from the base model.
+    sampler is farther from the policy than `tolerance`, and says whether it then samples from the base model. A policy that
+    is not finite itself is no failure of the hand-over: nan comes back, and the next update names the token.
     """
+    if not all(math.isfinite(value) for value in policy):
+        return math.nan
     sampler = engine.prompt_logprobs(ids)
     to_policy, to_reference = _mean_difference(sampler, policy), _mean_difference(sampler, reference)
     if not to_policy <= tolerance:  # nan is a failure too
