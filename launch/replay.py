@@ -69,10 +69,9 @@ def report(bundle, replayed) -> bool:
         rank, number, token = replayed.bad
         micro = bundle.ranks[rank].plan[number]
         response = bundle.ranks[rank].responses[micro.rows[token.row]]
-        print(
-            f"replayed    puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}: {token}"
-        )
-        return bool(bundle.problem)
+        found = f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
+        print(f"replayed    {found}: {token}")
+        return bundle.problem is not None and bundle.problem.startswith(f"{found} of ")
     if bundle.problem:
         print(f"replayed    loss {replayed.loss:.9g}, gradient norm {replayed.grad_norm:.9g}")
         return not math.isfinite(replayed.grad_norm)

@@ -190,7 +190,8 @@ def test_a_nan_stops_the_run_names_the_token_and_leaves_a_bundle(pipeline, tmp_p
     assert said and "This update was not made" in done.stderr
     assert not list((out / "checkpoints").glob("*")) if (out / "checkpoints").exists() else True
     bundle = out / f"steps/step-{int(said[1]):06d}"
-    _, text, _ = replay(bundle)
+    code, text, _ = replay(bundle, "--row", 0)
+    assert code == 0 and "nothing was written for them" in text
     assert f"puzzle {said[2]}, response {said[3]}, token {said[4]}: {said[5]} is not finite" in text
 
 

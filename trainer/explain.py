@@ -75,8 +75,10 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
     if cfg.advantage == "rloo":
         filled = f"{_number(r)} - {(sum(rewards) - r) / (len(rewards) - 1):.6g}"
     meaning = (
-        "better than its group: its tokens are made likelier" if advantage > 0 else "worse: they are made less likely"
-    )
+        "better than its group: its tokens are made likelier" if advantage > 0
+        else "worse than its group: its tokens are made less likely" if advantage < 0
+        else "its group's mean: the surrogate leaves its tokens alone"
+    )  # fmt: skip
     return [*told, f"    {filled} = {advantage:+.6g}, {meaning}"]
 
 
