@@ -59,9 +59,8 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (
-            FloatingPointError
-        ) as error:  # the run's, not the user's: exit code 1, its sentence names sample and bundle
+        except FloatingPointError as error:
+            # the run's, not the user's: exit code 1, and its sentence names sample and bundle
             raise click.ClickException(str(error)) from error
         except ValueError as error:
             if not _said_on_purpose(error):

@@ -34,13 +34,13 @@ def main(config: ReplayConfig) -> None:
         raise ValueError(f"--ledger {config.ledger}: name a file that ends in .csv")
 
     from trainer.bundle import read_bundle  # torch and transformers load only once the options are known to be good
-    from trainer.explain import explain_response, response_count
+    from trainer.explain import explain_response
     from trainer.ledger import ledger
     from trainer.replay import replay
 
     bundle = read_bundle(config.bundle)
-    if config.row is not None and not 0 <= config.row < response_count(bundle):
-        raise ValueError(f"--row {config.row}: the step has responses 0 to {response_count(bundle) - 1}")
+    if config.row is not None and not 0 <= config.row < len(bundle.responses):
+        raise ValueError(f"--row {config.row}: the step has responses 0 to {len(bundle.responses) - 1}")
     replayed = replay(bundle, config.model)
     equal = report(bundle, replayed)
     if replayed.bad is None:
@@ -60,9 +60,8 @@ def main(config: ReplayConfig) -> None:
 
 def report(bundle, replayed) -> bool:
     """Print recorded beside replayed; returns whether the replay tells the recorded story."""
-    responses = [response for inputs in bundle.ranks for response in inputs.responses]
-    print(f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(responses)} responses, {bundle.n_tokens:g} trained "
-          f"tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}")  # fmt: skip
+    print(f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
+          f"{bundle.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}")  # fmt: skip
     if bundle.problem:
         print(f"recorded    stopped: {bundle.problem}")
     if replayed.bad is not None:
@@ -133,9 +132,8 @@ def write_html(path: Path, bundle, rows: list[dict[str, Any]], tokenizer) -> Non
                     prompts[inputs.responses[next(places)]["puzzle_id"]] = tokenizer.decode(prompt)
     names = ("advantage", "clip_low", "clip_high", "dual_clip", "beta", "kl_kind", "aggregation", "correction")
     settings = {name: getattr(bundle.config, name) for name in names}
-    responses = [response for inputs in bundle.ranks for response in inputs.responses]
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(step_page(bundle.step, settings, responses, rows, prompts), encoding="utf-8")
+    partial.write_text(step_page(bundle.step, settings, bundle.responses, rows, prompts), encoding="utf-8")
     os.replace(partial, path)
     print(f"wrote {path}")
 

@@ -8,7 +8,7 @@ import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from data.puzzles import read_puzzles, read_rows
+from data.puzzles import read_puzzles, read_rows, write_rows
 from launch.options import argument, command, option
 from reward import load_reward
 
@@ -55,9 +55,7 @@ def main(config: RescoreConfig) -> None:
     print(f"{config.rollouts}: {settings.get('reward', 'its reward')} -> {config.reward}")
     print("\n".join(summary_lines(rescored)))
     if config.out:
-        partial = Path(config.out + ".partial")
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rescored), encoding="utf-8")
-        partial.rename(config.out)
+        write_rows(config.out, rescored)
         print(f"wrote {config.out}")
 
 

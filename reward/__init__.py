@@ -50,6 +50,11 @@ class Reward:
     """Why it was not scored."""
 
     @property
+    def failed(self) -> bool:
+        """Is this a case for --on-reward-error?"""
+        return self.status in (Status.ERROR, Status.TIMEOUT)
+
+    @property
     def scored(self) -> bool:
         return self.status not in NOT_SCORED
 

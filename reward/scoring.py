@@ -119,15 +119,15 @@ class _Worker:
                 self.stop()
                 if len(flying) > 1:
                     return [job for job, _ in flying.values()]
-                done[next(iter(flying))] = reply
-                flying.clear()
+                index, reward = next(iter(flying)), reply
                 if queue:
                     self._start()
             else:
                 index = reply.pop("index")
-                del flying[index]
-                done[index] = Reward(**{**reply, "status": Status(reply["status"])})
-            if stop and any(done[i].status in (Status.ERROR, Status.TIMEOUT) for i in done):
+                reward = Reward(**{**reply, "status": Status(reply["status"])})
+            del flying[index]
+            done[index] = reward
+            if stop and reward.failed:
                 stop.set()
         if flying:
             self.stop()  # its answers are no longer wanted

@@ -43,6 +43,9 @@ class Rollout:
 class Engine(Protocol):
     """What a sampler does. One engine lives in every rank."""
 
+    hash: str
+    """SHA-256 (16 hex digits) of the adapter at hand; "" before the first."""
+
     def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
         """Sample `sampling.n` responses per prompt; the outer list is in prompt order."""
 

@@ -6,6 +6,7 @@ Nothing goes through a file and nothing is merged. A manifest row is (name, shap
 import hashlib
 import math
 import zlib
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -74,25 +75,25 @@ def sync_adapter(engine: Engine, tensors: dict[str, Tensor], version: int) -> st
     """
     received, manifest = broadcast_adapter(tensors)
     verify(tensors, manifest)  # data-parallel ranks hold the same weights, or the run is wrong
-    identity = adapter_hash(received)  # before the hand-over: vLLM folds alpha / r into lora_B in place
     engine.load_adapter(received, manifest, version)
-    return identity
+    return engine.hash
 
 
 def check_canary(
-    engine: Engine, ids: list[int], policy: list[float], reference: list[float], tolerance: float
+    engine: Engine, ids: list[int], policy: list[float], reference: Callable[[], list[float]], tolerance: float
 ) -> float:
     """The sampler's log-probs of a fixed text must be the trainer's; returns their mean |difference| in nats.
 
-    policy, reference: [T-1] the trainer's log-probs of ids[1:] with its adapter and without. Raises RuntimeError when the
+    policy: [T-1] the trainer's log-probs of ids[1:]; reference(): the same without its adapter. Raises RuntimeError when the
     sampler is farther from the policy than `tolerance`, and says whether it then samples from the base model. A policy that
     is not finite itself is no failure of the hand-over: nan comes back, and the next update names the token.
     """
     if not all(math.isfinite(value) for value in policy):
         return math.nan
     sampler = engine.prompt_logprobs(ids)
-    to_policy, to_reference = _mean_difference(sampler, policy), _mean_difference(sampler, reference)
+    to_policy = _mean_difference(sampler, policy)
     if not to_policy <= tolerance:  # nan is a failure too
+        to_reference = _mean_difference(sampler, reference())
         nearer = "; it is nearer to the policy without its adapter" if to_reference < to_policy else ""
         raise RuntimeError(
             f"LoRA sync: the sampler is not the policy: on the canary text their log-probs differ by {to_policy:.3g} nats on "

@@ -51,6 +51,7 @@ class VLLMEngine:
         """See Engine. A new LoRA name and id per version: vLLM's prefix cache is keyed by the name."""
         from vllm.lora.request import LoRARequest
 
+        # before the hand-over: vLLM folds alpha / r into lora_B in place
         self.hash, self.version = adapter_hash(tensors), version
         self.llm.collective_rpc("set_adapter", args=(tensors, manifest, self.lora, version + 1))
         # a cache that starts empty also makes a resumed run sample what the unbroken one would have

@@ -37,7 +37,7 @@ class StepInputs:
     olds: list[Tensor | None]
     """Per micro-batch [N,T] log-probs before the batch's first step; None when it is the batch's only step."""
     responses: list[dict[str, Any]]
-    """Per row: puzzle_id, response (number within its group), reward, status, group_rewards, completion."""
+    """Per row, what rollouts.jsonl says of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,11 @@ class Bundle:
     """loss, pg_loss, grad_norm, gradient_hash, adapter_hash."""
     problem: str | None
     versions: dict[str, str]
+
+    @property
+    def responses(self) -> list[dict[str, Any]]:
+        """The responses of all ranks, in row order."""
+        return [response for inputs in self.ranks for response in inputs.responses]
 
 
 def bundle_folder(out: Path, step: int, update: int, updates: int) -> Path:

@@ -22,16 +22,9 @@ WEIGHTS = {
 }
 
 
-def response_count(bundle: Bundle) -> int:
-    return sum(len(inputs.responses) for inputs in bundle.ranks)
-
-
 def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> str:
-    """rows: the ledger. row: number of the response in the step, from 0. Raises ValueError when there is no such row."""
-    n = response_count(bundle)
-    if not 0 <= row < n:
-        raise ValueError(f"--row {row}: the step has responses 0 to {n - 1}")
-    responses = [response for inputs in bundle.ranks for response in inputs.responses]
+    """rows: the ledger. row: number of the response in bundle.responses."""
+    responses = bundle.responses
     first = row - row % bundle.config.group_size
     group = responses[first : first + bundle.config.group_size]
     tokens = [token for token in rows if token["row"] == row]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.puzzles import Puzzle
-from reward import Reward, Status
+from reward import Reward
 from reward.scoring import Scorer
 from rollout import Engine, Rollout, Sampling, stable_seed
 from rollout.sync import adapter_hash, check_canary, sync_adapter
@@ -160,9 +160,12 @@ def hand_over(engine: Engine, policy: Policy, canary: list[int], cfg: GrpoConfig
     """Give the sampler the policy's adapter, and see in its log-probs of a fixed text that it arrived; returns its hash."""
     identity = sync_adapter(engine, policy.adapter_tensors(), version)
     text = pack([(canary[:1], [canary[1:]])], policy.device)
-    with torch.no_grad():
-        on, off = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
-    check_canary(engine, canary, on, off, CANARY_TOLERANCE[cfg.dtype])
+
+    @torch.no_grad()
+    def logprobs(reference: bool = False) -> list[float]:
+        return policy.response_logprobs(text, reference=reference)[0].tolist()
+
+    check_canary(engine, canary, logprobs(), lambda: logprobs(reference=True), CANARY_TOLERANCE[cfg.dtype])
     return identity
 
 
@@ -188,7 +191,7 @@ def score(
     puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
     stop = cfg.on_reward_error == "stop"
     rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts], stop_at_failure=stop)
-    failed = [i for i, r in enumerate(rewards) if r is not None and r.status in (Status.ERROR, Status.TIMEOUT)]
+    failed = [i for i, reward in enumerate(rewards) if reward is not None and reward.failed]
     if not stop or world.largest(float(bool(failed))) == 0:
         return rewards
     case = {} if not failed else {

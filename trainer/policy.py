@@ -55,6 +55,11 @@ class Policy:
         """The adapter under PEFT's file names (`base_model.model....lora_A.weight`), which vLLM reads too."""
         return {re.sub(r"\.default(?=\.)", "", name): p.detach() for name, p in self.trainable().items()}
 
+    def load_adapter(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the values of an adapter of the same names and shapes, in place."""
+        for name, tensor in self.adapter_tensors().items():
+            tensor.copy_(tensors[name])  # adapter_tensors shares storage with the parameters
+
     def response_logprobs(self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token.
 

@@ -70,12 +70,10 @@ def policy_of(bundle: Bundle, model: str | None) -> Policy:
     """The policy as it was before the step."""
     config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
     policy = load_policy(config, torch.device("cpu"))
-    own = policy.adapter_tensors()
-    shapes = {name: tuple(t.shape) for name, t in own.items()}
+    shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
     if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
         raise ValueError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")
-    for name, tensor in own.items():
-        tensor.copy_(bundle.adapter[name])  # adapter_tensors shares storage with the parameters
+    policy.load_adapter(bundle.adapter)
     return policy
 
 

@@ -184,8 +184,7 @@ def restore_training(out: Path, policy: "Policy", optimizer: "torch.optim.Optimi
         step = 0
     else:
         step, adapter, moments = load_checkpoint(checkpoints[-1])
-        for name, tensor in policy.adapter_tensors().items():
-            tensor.copy_(adapter[name])  # adapter_tensors shares storage with the parameters
+        policy.load_adapter(adapter)
         state = {}
         for index, name in enumerate(policy.trainable()):
             state[index] = {key: moments[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
