@@ -6,10 +6,12 @@ from pathlib import Path
 
 from data.puzzles import Puzzle
 from eval.metrics import Metrics, score
-from rollout import Engine, Sampling
+from rollout import LocalEngine, Sampling
 
 
-def predict(engine: Engine, tokenizer, puzzles: list[Puzzle], prompts: list[list[int]], max_tokens: int) -> list[dict]:
+def predict(
+    engine: LocalEngine, tokenizer, puzzles: list[Puzzle], prompts: list[list[int]], max_tokens: int
+) -> list[dict]:
     """Rows {id, prediction, response_tokens, finish_reason} in puzzle order; greedy decoding. prompts: token ids."""
     greedy = Sampling(n=1, max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0)
     groups = engine.generate([p.id for p in puzzles], prompts, greedy)

@@ -54,7 +54,7 @@ def main(config: EvaluateConfig) -> None:
 
 def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str, list[dict]]:
     """Predictions per puzzle set from one engine."""
-    from rollout.sync import manifest_of
+    from rollout.sync import Parcel
     from rollout.vllm_engine import VLLMEngine
     from trainer.policy import encode_prompt, load_tokenizer
     from trainer.runfolder import read_adapter
@@ -71,7 +71,8 @@ def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str,
     lora = {k: adapter_config[k] for k in ("r", "lora_alpha", "target_modules")} if adapter else None
     engine = VLLMEngine(str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype)
     if adapter:
-        engine.load_adapter(adapter, manifest_of(adapter), version=1)
+        parcel = Parcel.of(adapter)
+        engine.load_adapter(parcel, parcel.manifest(), version=1)
     limit = config.max_response_tokens
     answers = {name: predict(engine, tokenizer, puzzles, prompts[name], limit) for name, puzzles in sets.items()}
     engine.close()

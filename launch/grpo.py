@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.par
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ from data.puzzles import read_puzzles
 from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig
+from trainer.preflight import check, launch_of, memory, refuse_problems, table
+from trainer.runfolder import check_run
 
 DEMO = Path("runs/demo")
 
@@ -24,30 +27,56 @@ DEMO = Path("runs/demo")
 def main(config: GrpoConfig) -> None:
     """Train with GRPO. Without --model the embedded default is trained (recipe demo.yaml), and built where missing."""
     load_reward(config.reward)  # the workers load their own; a bad path is refused before anything is built
+    if config.dry_run:
+        dry_run(config)
+        return
     if config.model and not config.puzzles:
         raise click.UsageError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
-        build_embedded()
+        build_embedded(config)
         puzzles = config.puzzles or str(DEMO / "puzzles/train.parquet")
         config = dataclasses.replace(config, model=str(DEMO / "sft/model"), puzzles=puzzles)
+    if config.placement == "colocate":  # a rank that only samples may come when the folder is there already
+        check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
+    launch = launch_of(config)
+    refuse_problems(check(config, launch))
+    if os.environ.get("RANK", "0") == "0":
+        for row in memory(config, launch):  # an estimate: said, not refused
+            if row.problem:
+                click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
 
     from trainer.grpo import train  # torch and vLLM load only once the settings are known to be good
 
     out = train(config, puzzles)
-    print(f"wrote {out}")
+    if os.environ["RANK"] == "0":
+        print(f"wrote {out}")
 
 
-def build_embedded() -> None:
+def dry_run(config: GrpoConfig) -> None:
+    """Print what a run would need, without loading a model; exit code 2 when it cannot work."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))
+    launch = launch_of(config)
+    rows = check(config, launch)
+    rows += memory(config, launch)
+    click.echo(table(rows))
+    if any(row.problem for row in rows):
+        raise SystemExit(2)
+
+
+def build_embedded(config: GrpoConfig) -> None:
     """Simulate, build, distill and cold-start the embedded default on rank 0 while the other ranks wait."""
-    from trainer.world import join_world
+    from trainer.world import guarded, join_world
 
-    world = join_world()
-    if world.is_main and not (DEMO / "sft/model/config.json").is_file():
-        from launch.demo import DemoConfig, prepare
+    world = join_world(config.ranks_apart, config.hang_seconds)
+    with guarded(world):
+        if world.is_main and not (DEMO / "sft/model/config.json").is_file():
+            from launch.demo import DemoConfig, prepare
 
-        prepare(DemoConfig(out=str(DEMO)))
-    world.total(0)
+            prepare(DemoConfig(out=str(DEMO)))
+        world.meet("the embedded default to be built")
 
 
 if __name__ == "__main__":

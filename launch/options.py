@@ -9,6 +9,8 @@ import dataclasses
 import difflib
 import functools
 import linecache
+import os
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from typing import Any
 import click
 import yaml
 
+from rollout import RunError
 from trainer.config import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +62,10 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except RunError as error:
+            click.ClickException(str(error)).show()
+            sys.stdout.flush()
+            os._exit(1)  # other processes are gone or stuck: groups and engines cannot be taken down in order any more
         except FloatingPointError as error:
             # the run's, not the user's: exit code 1, and its sentence names sample and bundle
             raise click.ClickException(str(error)) from error

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,9 +43,12 @@ class Scorer:
     Worker processes start with the first call of `score`, which raises ValueError when one does not come up.
     """
 
-    def __init__(self, path: str, workers: int = 1, seconds: float = 60.0) -> None:
+    def __init__(
+        self, path: str, workers: int = 1, seconds: float = 60.0, on_reply: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_reply() is called for every response that has been scored in a worker."""
         self.fn = load_reward(path) if workers == 0 else None
-        self.workers = [_Worker(path, seconds) for _ in range(workers)]
+        self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
@@ -87,8 +91,8 @@ class Scorer:
 class _Worker:
     """One scoring process, started when it is first needed and again after it was killed or died."""
 
-    def __init__(self, path: str, seconds: float) -> None:
-        self.path, self.seconds = path, seconds
+    def __init__(self, path: str, seconds: float, on_reply: Callable[[], None]) -> None:
+        self.path, self.seconds, self.on_reply = path, seconds, on_reply
         self.process: subprocess.Popen | None = None
         self.unread = b""
         self.is_async = False
@@ -127,6 +131,7 @@ class _Worker:
                 reward = Reward(**{**reply, "status": Status(reply["status"])})
             del flying[index]
             done[index] = reward
+            self.on_reply()
             if stop and reward.failed:
                 stop.set()
         if flying:

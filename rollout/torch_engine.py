@@ -4,31 +4,41 @@ Every response draws its uniforms from a generator of its own, so it does not de
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from rollout import Rollout, Sampling, stable_seed
-from rollout.sync import Manifest, adapter_hash
+from rollout import LocalEngine, Rollout, Sampling, stable_seed
+from rollout.sync import Manifest, Parcel, manifest_hash
 
 
-class TorchEngine:
+class TorchEngine(LocalEngine):
     """Samples from `model`, the live policy (adapter on). `batch` responses are decoded at a time, [B, T] with a KV cache."""
 
     def __init__(
-        self, model: torch.nn.Module, eos_id: int, decoding: Callable[[], AbstractContextManager], batch: int = 64
-    ) -> None:
-        """decoding(): a context in which `model` attends as an ordinary causal model (policy.decoding)."""
-        self.model, self.eos_id, self.decoding, self.batch = model, eos_id, decoding, batch
-        self.version, self.hash = 0, ""
+        self, model: torch.nn.Module, eos_id: int, decoding: Callable[[], AbstractContextManager], *, batch: int = 64,
+        rank: int = 0, size: int = 1, adopt: Callable[[dict[str, Tensor]], None] | None = None,
+        anyone: Callable[[bool], bool] = bool,
+    ) -> None:  # fmt: skip
+        """decoding(): a context in which `model` attends as an ordinary causal model (policy.decoding).
 
-    def load_adapter(self, tensors: dict[str, Tensor], manifest: Manifest, version: int) -> None:
-        """See Engine. The model already holds these tensors; only their identity is recorded."""
-        self.version, self.hash = version, adapter_hash(tensors)
+        adopt: takes over an adapter, where the model is not the trainer's own. anyone(wish): does any rank wish it; a sharded
+        model decodes on all ranks until the last is done.
+        """
+        super().__init__(rank, size)
+        self.model, self.eos_id, self.decoding, self.batch = model, eos_id, decoding, batch
+        self.adopt, self.anyone = adopt, anyone
+
+    def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
+        """See LocalEngine. The trainer's own model already holds these tensors; only their identity is recorded."""
+        parcel.verify(manifest)
+        if self.adopt is not None:
+            self.adopt(parcel.tensors)
+        self.version, self.hash = version, manifest_hash(manifest)
 
     def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
-        """See Engine."""
+        """See LocalEngine."""
         jobs = [(row, copy) for row in range(len(prompts)) for copy in range(sampling.n)]
         responses: list[tuple[list[int], list[float]]] = []
         for start in range(0, len(jobs), self.batch):
@@ -46,10 +56,10 @@ class TorchEngine:
         return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
 
     @torch.no_grad()
-    def prompt_logprobs(self, ids: list[int]) -> list[float]:
-        """See Engine."""
+    def prompt_logprobs(self, ids: list[int], adapter: bool = True) -> list[float]:
+        """See LocalEngine."""
         tokens_1T = torch.tensor([ids], device=next(self.model.parameters()).device)
-        with self.decoding():
+        with self.decoding(), nullcontext() if adapter else self.model.disable_adapter():
             logits_TV = self.model(input_ids=tokens_1T, use_cache=False).logits[0, :-1].float()
         return logits_TV.log_softmax(-1).gather(-1, tokens_1T[0, 1:, None])[:, 0].tolist()
 
@@ -84,16 +94,13 @@ class TorchEngine:
                 ids_TB.append(choice_B)
                 logprobs_TB.append(logprob_B)
                 done_B |= choice_B == self.eos_id
-                if bool(done_B.all()):
+                if not self.anyone(not bool(done_B.all())):
                     break
                 tokens_BL = choice_B[:, None]
                 seen_BL = torch.cat([seen_BL, seen_BL.new_ones(len(prompts), 1)], dim=1)
         ids, logprobs = torch.stack(ids_TB, 1).tolist(), torch.stack(logprobs_TB, 1).tolist()
         lengths = [row.index(self.eos_id) + 1 if self.eos_id in row else len(row) for row in ids]
         return [(row[:n], values[:n]) for row, values, n in zip(ids, logprobs, lengths, strict=True)]
-
-    def close(self) -> None:
-        """Nothing to free: the model is the trainer's."""
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:

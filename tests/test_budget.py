@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("data", "reward", "rollout", "trainer", "eval", "launch")
 STEP_PATH = (
     "trainer/grpo.py", "trainer/packing.py", "trainer/policy.py", "trainer/logprobs.py", "trainer/advantages.py",
-    "trainer/objective.py", "trainer/nonfinite.py", "trainer/metrics.py", "rollout/vllm_engine.py", "rollout/sync.py",
+    "trainer/objective.py", "trainer/metrics.py", "rollout/__init__.py", "rollout/vllm_engine.py", "rollout/sync.py",
     "reward/__init__.py", "reward/scoring.py",
 )  # fmt: skip
+"""What a step that goes well runs through. Around it, and not counted: settings, run folder, world and watch, bundles, and what
+names a bad token."""
 MAY_IMPORT = {
     "data": {"data"},
     "reward": {"data", "reward"},

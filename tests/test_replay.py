@@ -43,9 +43,9 @@ def on_policy(pipeline, tmp_path_factory, length_reward) -> Path:
 
 @pytest.fixture(scope="module")
 def off_policy(pipeline, tmp_path_factory, length_reward) -> Path:
-    """One batch of vLLM samples on two ranks, two updates of it with narrow clips, micro-batches of a few responses."""
+    """Two batches of vLLM samples on two ranks, two updates of each with narrow clips, micro-batches of a few responses."""
     out = tmp_path_factory.mktemp("off-policy") / "run"
-    grpo(pipeline, out, length_reward, "--steps", 1, "--updates-per-batch", 2, "--save-steps", "1", "--clip-low", 1e-4,
+    grpo(pipeline, out, length_reward, "--steps", 2, "--updates-per-batch", 2, "--save-steps", "1", "--clip-low", 1e-4,
          "--clip-high", 2e-4, "--micro-tokens", 250, ranks=2)  # fmt: skip
     return out
 
@@ -85,6 +85,11 @@ def test_two_ranks_with_vllm_replay_bit_for_bit(off_policy, tmp_path, update):
     code, text, _ = replay(bundle, "--ledger", tmp_path / "tokens.csv")
     assert code == 0
     assert re.search(r"loss +recorded .*equal", text) and re.search(r"gradient_hash +recorded .*equal", text)
+    steps = [json.loads(line) for line in (off_policy / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(
+        step["sampling/logp_difference/max"] < 1e-4 for step in steps
+    )  # both ranks sample from the adapter of step 1
     rows = read_csv(tmp_path / "tokens.csv")
     assert {row["rank"] for row in rows} == {"0", "1"}
     ratios = {float(row["ratio"]) for row in rows}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rollout import Sampling, stable_seed
-from rollout.sync import adapter_hash, check_canary, manifest_of, verify
+from rollout.sync import Canary, Parcel, SyncError, adapter_hash, manifest_of
 from rollout.torch_engine import TorchEngine, choose
 from trainer.packing import pack
 from trainer.policy import Policy, encode_prompt
@@ -15,14 +15,14 @@ SEED = 2382639945643606760
 def test_a_flipped_bit_is_named():
     tensors = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.zeros(3, 2)}
     manifest, before = manifest_of(tensors), adapter_hash(tensors)
-    verify(tensors, manifest)
+    Parcel.of(tensors).verify(manifest)
     tensors["a.lora_B.weight"].view(torch.int32)[1, 0] ^= 1
-    with pytest.raises(RuntimeError, match="a.lora_B.weight arrived as"):
-        verify(tensors, manifest)
+    with pytest.raises(SyncError, match="a.lora_B.weight arrived as"):
+        Parcel.of(tensors).verify(manifest)
     assert adapter_hash(tensors) != before
     del tensors["a.lora_A.weight"]
-    with pytest.raises(RuntimeError, match="a.lora_A.weight is on one side only"):
-        verify(tensors, manifest)
+    with pytest.raises(SyncError, match="a.lora_A.weight is on one side only"):
+        Parcel.of(tensors).verify(manifest)
 
 
 def test_choose_inverts_the_cumulative_distribution():
@@ -72,9 +72,11 @@ def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(p
     text = pack([(ids[:1], [ids[1:]])])
     with torch.no_grad():
         on, off = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
-    assert check_canary(engine, ids, on, lambda: off, 1e-4) < 1e-5
+    canary = Canary(ids=ids, policy=on, reference=off, tolerance=1e-4)
+    sampler_on, sampler_off = engine.prove(canary)
+    assert canary.check(sampler_on, sampler_off) < 1e-5 and sampler_on != sampler_off
     with (
         policy.model.disable_adapter(),
-        pytest.raises(RuntimeError, match="it is nearer to the policy without its adapter"),
+        pytest.raises(SyncError, match="it is nearer to the policy without its adapter"),
     ):
-        check_canary(engine, ids, on, lambda: off, 1e-4)
+        engine.prove(canary)

@@ -87,6 +87,28 @@ class GrpoConfig:
     steps: int = option(100, "Steps in all: batches that are sampled, scored and trained on.")
     seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
+    placement: str = option(
+        "colocate", "Every rank trains and samples, or the last --sampler-ranks only sample.", ("colocate", "split")
+    )
+    sampler_ranks: int = option(1, "Ranks that sample under --placement split.")
+    tensor_parallel: int = option(1, "Neighbouring ranks that form one vLLM sampler.")
+    max_staleness: int = option(
+        0, "Steps that sampling may run ahead of training (split); above 0, --correction none becomes tis."
+    )
+    restart_samplers: int = option(0, "Times a sampler that died is started again (split); 0 stops the run.")
+    sync_host: str | None = option(
+        None, "Interface (eth0) or address of rank 0 where samplers meet the trainers; default: MASTER_ADDR's."
+    )
+    sync_port: int = option(0, "Port for that; 0 takes a free one.")
+    shard: str = option("none", "Every rank holds the model, or its share of every layer (FSDP2).", ("none", "fsdp"))
+    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
+    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
+    dry_run: bool = option(
+        False, "Check settings, world and memory, print the table, and stop before a model is loaded."
+    )
+    nodes: int = option(0, "For --dry-run: nodes of the machine to check for; 0: the launch's own.")
+    ranks_per_node: int = option(0, "For --dry-run: GPUs (ranks) of a node; 0: the launch's own.")
+    rank_gib: float = option(0.0, "For --dry-run: memory of a rank in GiB; 0: what is free here.")
     reward: str = option(
         "reward.cellpuzzles:batch_reward",
         "module:function or file.py:function of (completion, puzzle); trl:... and verl:... take functions in those styles.",
@@ -105,7 +127,7 @@ class GrpoConfig:
     top_p: float = option(1.0, "Nucleus sampling mass.")
     max_prompt_tokens: int = option(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = option(3000, "Responses are cut here (and score as truncated).")
-    lora_rank: int = option(256, "LoRA rank on all linear layers.")
+    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains, and ships, every weight.")
     lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
     lr: float = option(1e-6, "Learning rate, constant after warm-up.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
@@ -147,7 +169,8 @@ class GrpoConfig:
             "group_size",
             "updates_per_batch",
             "max_response_tokens",
-            "lora_rank",
+            "sampler_ranks",
+            "tensor_parallel",
         )
         for name in at_least_1:
             if getattr(self, name) < 1:
@@ -157,6 +180,18 @@ class GrpoConfig:
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
                 "the second must divide the first"
             )
+        for name in (
+            "lora_rank",
+            "max_staleness",
+            "restart_samplers",
+            "sync_port",
+            "nodes",
+            "ranks_per_node",
+            "rank_gib",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        self._check_placement()
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
         if self.reward_seconds <= 0 or self.reward_workers < 0:
@@ -164,6 +199,28 @@ class GrpoConfig:
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
         self.keeps_step(1)
+
+    @property
+    def ranks_apart(self) -> int:
+        """Ranks of the launch that only sample."""
+        return self.sampler_ranks if self.placement == "split" else 0
+
+    def _check_placement(self) -> None:
+        """Raises ValueError for settings that exclude one another; staleness switches the sampler correction on."""
+        if self.placement == "colocate":
+            for name in ("max_staleness", "restart_samplers"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --placement split")
+        elif self.sampler_ranks % self.tensor_parallel:
+            raise ValueError(
+                f"--sampler-ranks {self.sampler_ranks}: must be a multiple of --tensor-parallel {self.tensor_parallel}"
+            )
+        if self.engine == "torch" and self.tensor_parallel > 1:
+            raise ValueError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")
+        if self.hang_seconds <= 0:
+            raise ValueError(f"--hang-seconds {self.hang_seconds}: must be above 0")
+        if self.max_staleness and self.correction == "none":
+            object.__setattr__(self, "correction", "tis")
 
     def keeps_step(self, step: int) -> bool:
         """Does --save-steps ask for a bundle of this (1-based) step? Raises ValueError when it cannot be read."""

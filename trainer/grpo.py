@@ -7,8 +7,8 @@ What is not here: a critic, a replay of old batches, any callback. P prompts and
 every rank trains and samples whole groups, so advantages need no communication; gradients are summed over ranks.
 """
 
-import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,79 +17,86 @@ from torch import Tensor
 from data.puzzles import Puzzle
 from reward import Reward
 from reward.scoring import Scorer
-from rollout import Engine, Rollout, Sampling, stable_seed
-from rollout.sync import adapter_hash, check_canary, sync_adapter
+from rollout import Ahead, Engine, Rollout, Sampling, stable_seed
+from rollout.sync import Canary, adapter_hash
 from trainer.advantages import group_advantages
 from trainer.bundle import StepInputs, write_bundle
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
-from trainer.nonfinite import BadToken, first_bad_gradient, first_bad_token
+from trainer.nonfinite import BadToken, describe, first_bad_gradient, first_bad_token
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
 from trainer.packing import MicroBatch, micro_batches, pack
-from trainer.policy import Policy, encode_prompt
+from trainer.policy import Policy, Prompt, encode_prompts, prompts_of_step
 from trainer.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
-from trainer.world import StopRequest, World, join_world, leave_world
+from trainer.sampler import keep, make_split_engine
+from trainer.world import StopRequest, World, guarded, join_world, leave_world, local, whole
 
-CANARY_TOKENS = 64
+CANARY_TOKENS = 16
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest mean |log-prob difference| in nats between sampler and trainer on the canary text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    puzzle: Puzzle
-    ids: list[int]
-    """[P] prompt tokens."""
-
-
 def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
-    """Train a LoRA adapter with GRPO; returns the run folder. Called by every rank.
+    """Train a LoRA adapter with GRPO; returns the run folder. Called by every rank of the launch.
 
     Raises ValueError for settings or data the user must change and for a reward that fails under --on-reward-error stop,
-    FloatingPointError before an optimizer step that would not be finite.
+    FloatingPointError before an optimizer step that would not be finite, RunError when a rank, a sampler or a hand-over fails.
     """
-    assert cfg.model is not None
+    world = join_world(cfg.ranks_apart, cfg.hang_seconds)
+    with guarded(world):
+        if world.sampler is not None:
+            keep(cfg, world)
+        else:
+            train_rank(cfg, puzzles, world)
+    leave_world()
+    return Path(cfg.out)
+
+
+def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
+    """The whole work of a rank that trains."""
     check_run(cfg)
-    world = join_world()
-    policy = load_policy(cfg, world.device)
+    stop = StopRequest(world)
+    policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
     prompts = encode_prompts(policy, puzzles, cfg, world)
-    scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds)
+    scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
     out = open_run(cfg, world)
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
-    first_step = restore_training(out, policy, optimizer, world) if cfg.resume else 0
+    first_step, pending = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
     engine = make_engine(cfg, policy, world)
-    canary = prompts[0].ids[:CANARY_TOKENS]
-    hand_over(engine, policy, canary, cfg, version=first_step)
-    stop = StopRequest(world)
+    canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
+    hand_over(engine, policy, canary, version=first_step)
+    ahead = Ahead(engine, lambda step: ask(engine, prompts, cfg, step), cfg.max_staleness, first_step, cfg.steps)
+    ahead.restore(pending, world.rank, world.size)
     log = StepLog(out, cfg, first_step) if world.is_main else None
 
     for step in range(first_step, cfg.steps):
-        clock = Clock()
-        # ---- sample: this rank's share of the step's prompts, G responses each
+        clock = Clock(world, step + 1)
+        # ---- sample: G responses to each of this rank's prompts (asked for --max-staleness steps ago)
+        clock.enter("sample")
         batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
-        groups = sample_groups(engine, batch, cfg, step)
+        groups = ahead.groups(step)
         rollouts = [rollout for group in groups for rollout in group]
-        clock.lap("sample")
         # ---- score, and compare within each group
+        clock.enter("score")
         rewards = score(scorer, policy, batch, rollouts, cfg, step, out, world)
         advantages, trained = compare(rewards, cfg)  # [N], [N]
-        clock.lap("score")
         # ---- update: usually one optimizer step on everything just sampled
+        clock.enter("update")
         rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
         sums = update(policy, optimizer, groups, rows, advantages, trained, cfg, step, out, world)
-        clock.lap("update")
         # ---- hand the new adapter to the sampler
-        identity = hand_over(engine, policy, canary, cfg, version=step + 1)
-        clock.lap("sync")
+        clock.enter("sync")
+        identity = hand_over(engine, policy, canary, version=step + 1)
         # ---- record
+        clock.enter("record")
         by_group = [rows[i : i + cfg.group_size] for i in range(0, len(rows), cfg.group_size)]
         rows = [row for group in world.gather(by_group) for row in group]  # in prompt order, whatever the world's size
         if log is not None:
             log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock)
         last = step + 1 == cfg.steps or stop.requested()
-        if world.is_main and (last or (step + 1) % cfg.save_every == 0):
-            save_training(out, policy, optimizer, step + 1, cfg)
+        if last or (step + 1) % cfg.save_every == 0:
+            save_training(out, policy, optimizer, step + 1, cfg, world, ahead.unused(world.gather))
         if last:
             break
 
@@ -99,83 +106,65 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
             write_json(out / "finished.json", {"steps": cfg.steps})
     scorer.close()
     engine.close()
-    leave_world()
-    return out
 
 
-def load_policy(cfg: GrpoConfig, device: torch.device) -> Policy:
+def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) -> Policy:
     """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
     return Policy(
         str(cfg.model), lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed, device=device,
-        dtype=getattr(torch, cfg.dtype),
+        dtype=getattr(torch, cfg.dtype), sharded=sharded, checkpointing=cfg.checkpointing, frozen=cfg.beta > 0,
     )  # fmt: skip
 
 
-def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
-    """Prompts that fit --max-prompt-tokens. Raises ValueError when too few are left or the ranks cannot share them."""
-    if cfg.prompts_per_step % (world.size * cfg.updates_per_batch):
-        raise ValueError(
-            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of ranks x --updates-per-batch "
-            f"({world.size} x {cfg.updates_per_batch})"
-        )
-    prompts = [Prompt(puzzle=puzzle, ids=encode_prompt(policy.tokenizer, puzzle.chat())) for puzzle in puzzles]
-    fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
-    if len(fitting) < cfg.prompts_per_step:
-        raise ValueError(
-            f"{cfg.puzzles}: {len(fitting)} of {len(puzzles)} puzzles fit --max-prompt-tokens {cfg.max_prompt_tokens} "
-            f"(longest {max(len(p.ids) for p in prompts)}), fewer than --prompts-per-step {cfg.prompts_per_step}"
-        )
-    if world.is_main and len(fitting) < len(prompts):
-        print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
-    return fitting
-
-
-def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) -> list[Prompt]:
-    """The `per_step` prompts of optimizer step `step` (0-based): epochs of a seeded shuffle, the ragged end dropped.
-
-    A function of the arguments alone, so a resumed run needs no stored position.
-    """
-    steps_per_epoch = len(prompts) // per_step
-    epoch, place = divmod(step, steps_per_epoch)
-    order = list(range(len(prompts)))
-    random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
-    return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
-
-
 def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
-    """The sampler of this rank."""
+    """The sampler of this rank: inside its process, or the trainers' end of those apart."""
+    if cfg.placement == "split":
+        return make_split_engine(cfg, policy, world)
     if cfg.engine == "torch":
         from rollout.torch_engine import TorchEngine
 
-        return TorchEngine(policy.model, policy.eos_id, policy.decoding)
+        def anyone(wish: bool) -> bool:
+            return world.largest(float(wish)) > 0 if policy.sharded else wish
+
+        return TorchEngine(
+            policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
+        )
     from rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(
         str(cfg.model), lora=policy.lora, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
-        dtype=cfg.dtype, memory_fraction=cfg.memory_fraction, rank=world.rank,
+        dtype=cfg.dtype, memory_fraction=cfg.memory_fraction, rank=world.rank, size=world.size,
+        tensor_parallel=cfg.tensor_parallel, may_sleep=True,
     )  # fmt: skip
 
 
-def hand_over(engine: Engine, policy: Policy, canary: list[int], cfg: GrpoConfig, version: int) -> str:
-    """Give the sampler the policy's adapter, and see in its log-probs of a fixed text that it arrived; returns its hash."""
-    identity = sync_adapter(engine, policy.adapter_tensors(), version)
-    text = pack([(canary[:1], [canary[1:]])], policy.device)
-
-    @torch.no_grad()
-    def logprobs(reference: bool = False) -> list[float]:
-        return policy.response_logprobs(text, reference=reference)[0].tolist()
-
-    check_canary(engine, canary, logprobs(), lambda: logprobs(reference=True), CANARY_TOLERANCE[cfg.dtype])
-    return identity
-
-
-def sample_groups(engine: Engine, batch: list[Prompt], cfg: GrpoConfig, step: int) -> list[list[Rollout]]:
-    """G rollouts per prompt, in prompt order."""
+def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
+    """Ask for G responses to each prompt of a step; every rank asks for all of them, and collects its own."""
+    batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
     sampling = Sampling(
         n=cfg.group_size, max_tokens=cfg.max_response_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
         seed=stable_seed(cfg.seed, "sample", step),
     )  # fmt: skip
-    return engine.generate([p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
+    engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
+
+
+def make_canary(policy: Policy, text: list[int], cfg: GrpoConfig) -> Canary:
+    """A fixed text with the reference's log-probs, which never change; the policy's are filled in at every hand-over."""
+    reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
+    return Canary(ids=text, policy=[], reference=reference, tolerance=CANARY_TOLERANCE[cfg.dtype])
+
+
+@torch.no_grad()
+def canary_logprobs(policy: Policy, text: list[int], reference: bool = False) -> list[float]:
+    """[T-1] log-probs of text[1:]."""
+    return policy.response_logprobs(pack([(text[:1], [text[1:]])], policy.device), reference=reference)[0].tolist()
+
+
+def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> str:
+    """Give the sampler the policy's adapter, with the trainer's log-probs of the canary as proof; returns its hash."""
+    canary = replace(canary, policy=canary_logprobs(policy, canary.ids))
+    engine.deliver(policy.adapter_tensors(), version, canary)
+    return engine.hash
 
 
 def score(
@@ -232,10 +221,16 @@ def update(
         micro_batches(groups[part], advantages[of_rows], trained[of_rows], **packing)
         for part, of_rows in zip(parts, parts_of_rows, strict=True)
     ]
+    passes = [int(world.largest(len(plan))) if policy.sharded else len(plan) for plan in plans]
+    missing = sum(passes) - sum(map(len, plans))
     references = [[reference_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
+    keep_pace(policy, missing if cfg.beta else 0, reference=True)
+    world.advance()
     # one step per batch: old = stop_gradient(new), and no extra pass; else before the first step changes the weights
     on_policy = cfg.updates_per_batch == 1
     olds = [[None if on_policy else no_grad_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
+    keep_pace(policy, 0 if on_policy else missing)
+    world.advance()
     sums = TokenSums()
     for number, of_rows in enumerate(parts_of_rows):
         inputs = StepInputs(
@@ -245,7 +240,7 @@ def update(
         counts = count_trained(inputs.plan, world)
         optimizer.zero_grad(set_to_none=True)
         own = TokenSums()
-        problem = accumulate(policy, inputs, counts, cfg, own)
+        problem = accumulate(policy, inputs, counts, cfg, own, passes=passes[number], advance=world.advance)
         finish_gradient(policy, inputs, counts, problem, cfg, own, step, number, out, world)
         if counts[1]:
             optimizer_step(optimizer, cfg, step, own)
@@ -261,23 +256,37 @@ def count_trained(plan: list[MicroBatch], world: World) -> tuple[float, float]:
 
 def accumulate(
     policy: Policy, inputs: StepInputs, counts: tuple[float, float], cfg: GrpoConfig, sums: TokenSums,
-    keep: list[LossTerms] | None = None,
+    keep: list[LossTerms] | None = None, passes: int = 0, advance: Callable[[], None] = lambda: None,
 ) -> tuple[int, BadToken] | None:  # fmt: skip
     """Forward and backward over a rank's micro-batches; gradients add up in .grad, numbers in `sums`.
 
     Stops at the first term that is not finite and returns (micro-batch, token). keep: a list that collects the terms.
+    passes: the most micro-batches of any rank, where the layers are sharded; then nothing stops early.
     """
+    found = None
     for number, micro in enumerate(inputs.plan):
         terms = loss_terms(policy, micro, inputs.references[number], inputs.olds[number], counts, cfg)
         bad = first_bad_token(terms)
         if bad is not None:
-            return number, bad
+            found = found or (number, bad)
+            if not policy.sharded:
+                return found
         loss = terms.loss
         loss.backward()
         sums.add(terms, loss)
+        advance()
         if keep is not None:
             keep.append(terms)
-    return None
+    for _ in range(passes - len(inputs.plan)):
+        policy.idle_pass()
+    return found
+
+
+@torch.no_grad()
+def keep_pace(policy: Policy, missing: int, reference: bool = False) -> None:
+    """The passes without gradient that a rank with more micro-batches makes and this one does not need."""
+    for _ in range(missing):
+        policy.idle_pass(reference)
 
 
 def loss_terms(
@@ -330,19 +339,20 @@ def finish_gradient(
     failed = world.largest(float(problem is not None)) > 0
     if not failed:
         world.sum_gradients(parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         sums.grad_norm = float(norm)
         failed = not torch.isfinite(norm)
-        problem = find_bad_gradient(policy, inputs, counts, cfg) if failed else None
+        if failed and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
+            problem = find_bad_gradient(policy, inputs, counts, cfg)
     if failed or cfg.keeps_step(step + 1):
         if not failed:
             loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
-            gradients = {name: p.grad for name, p in policy.trainable().items()}
+            gradients = {name: whole(p.grad) for name, p in policy.trainable().items()}
             recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm,
                         "gradient_hash": adapter_hash(gradients)}  # fmt: skip
-        found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world)) if text]
-        whole = "the gradient or its norm is not finite, although each token's own share of it is"
-        sentence = (found or [whole])[0] if failed else None
+        found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world.rank)) if text]
+        in_sum = "the gradient or its norm is not finite, although each token's own share of it is"
+        sentence = (found or [in_sum])[0] if failed else None
         bundle = write_bundle(
             out, step=step + 1, update=number + 1, config=cfg, inputs=inputs, adapter=policy.adapter_tensors(),
             counts=counts, recorded=recorded, problem=sentence, world=world,
@@ -350,7 +360,8 @@ def finish_gradient(
         if failed:
             raise FloatingPointError(f"step {step + 1}, update {number + 1}: {sentence}. This update was not made; look with "
                                      f"python launch/replay.py {bundle}")  # fmt: skip
-    torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, norm)
+    scale = torch.clamp(cfg.grad_clip / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_([local(p.grad) for p in parameters], scale)
 
 
 def find_bad_gradient(
@@ -364,20 +375,6 @@ def find_bad_gradient(
         if bad is not None:
             return number, bad
     return None
-
-
-def describe(problem: tuple[int, BadToken] | None, inputs: StepInputs, world: World) -> str | None:
-    """One sentence that names sample, token and values."""
-    if problem is None:
-        return None
-    number, bad = problem
-    micro = inputs.plan[number]
-    row = inputs.responses[micro.rows[bad.row]]
-    token = row["response_ids"][bad.position]
-    return (
-        f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of {len(row['response_ids'])} "
-        f"(id {token}), rank {world.rank}: {bad}"
-    )
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: GrpoConfig, step: int, sums: TokenSums) -> None:

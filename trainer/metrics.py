@@ -176,15 +176,21 @@ def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
 
 
 class Clock:
-    """Seconds per phase of a step."""
+    """Seconds per phase of a step; the watch is told of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World, step: int) -> None:
+        self.world, self.step = world, step
         self.start = self.last = time.perf_counter()
+        self.phase = ""
         self.laps: dict[str, float] = {}
 
-    def lap(self, phase: str) -> None:
+    def enter(self, phase: str) -> None:
+        """The phase before ends, this one begins."""
         now = time.perf_counter()
-        self.laps[f"timing_s/{phase}"], self.last = now - self.last, now
+        if self.phase:
+            self.laps[f"timing_s/{self.phase}"] = now - self.last
+        self.last, self.phase = now, phase
+        self.world.enter(phase, self.step)
 
     def total(self) -> float:
         return time.perf_counter() - self.start

