@@ -56,7 +56,8 @@ def generate(config: EvaluateConfig, sets: dict[str, list[Puzzle]]) -> dict[str,
     """Predictions per puzzle set from one engine."""
     from rollout.sync import Parcel
     from rollout.vllm_engine import VLLMEngine
-    from trainer.policy import encode_prompt, load_tokenizer
+    from trainer.loading import load_tokenizer
+    from trainer.policy import encode_prompt
     from trainer.runfolder import read_adapter
     from trainer.world import join_world, leave_world
 

@@ -1,6 +1,7 @@
 """Sampling: the `Rollout` noun, the engine protocol, engines in the trainer's process or apart from it, the LoRA sync."""
 
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,6 +51,8 @@ class Engine(Protocol):
     """Where a rank's rollouts come from. A step's prompts are asked for by all ranks, the same list; each collects its share."""
 
     hash: str
+    seconds: float
+    """What sampling the groups collected last took the sampler."""
     """Hash (16 hex digits) of the adapter last handed over; "" before the first."""
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
@@ -76,7 +79,7 @@ class LocalEngine(ABC):
 
     def __init__(self, rank: int = 0, size: int = 1, tensor_parallel: int = 1) -> None:
         self.rank, self.size, self.tensor_parallel = rank, size, tensor_parallel
-        self.version, self.hash = 0, ""
+        self.version, self.hash, self.seconds = 0, "", 0.0
         self.asked: dict[int, tuple] = {}
         self.parcel: Parcel | None = None
         self.off: list[float] | None = None
@@ -120,11 +123,13 @@ class LocalEngine(ABC):
 
     def collect(self, step: int) -> list[list[Rollout]]:
         """See Engine."""
+        start = time.perf_counter()
         puzzle_ids, prompts, sampling = self.asked.pop(step)
         first = self.rank // self.tensor_parallel * self.tensor_parallel
         team = range(first, first + self.tensor_parallel)
         ours = [i for i in range(len(prompts)) if i % self.size in team]
         groups = self.generate([puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling)
+        self.seconds = time.perf_counter() - start
         self.sleep()
         return [group for i, group in zip(ours, groups, strict=True) if i % self.size == self.rank]
 

@@ -66,7 +66,7 @@ class SplitEngine:
     ) -> None:  # fmt: skip
         self.address, self.store, self.rank, self.size, self.members = address, store, rank, size, members
         self.lora, self.device, self.synchronous, self.waiting = lora, device, synchronous, waiting
-        self.version, self.hash = 0, ""
+        self.version, self.hash, self.seconds = 0, "", 0.0
         self.asked: dict[int, tuple] = {}
         self.off: dict[int, list[float]] = {}
         """Per sampler, its log-probs of the canary without an adapter."""
@@ -114,6 +114,7 @@ class SplitEngine:
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
                                 f"asked for under {version} ({identity})")  # fmt: skip
+            self.seconds = sampled["seconds"]
             groups.append([
                 Rollout(puzzle_id=puzzle_ids[place], prompt_ids=prompts[place], response_ids=ids, sampler_logprobs=logprobs,
                         finish_reason=reason, adapter_version=version, adapter_hash=identity)
@@ -313,7 +314,7 @@ class SamplerEnd:
         put(self.store, f"{self.prefix}/answer/{self.orders}/{self.member}", values, self.address.token)
 
     def deliver_rollouts(
-        self, step: int, places: list[int], groups: list[list[Rollout]], version: int, identity: str
+        self, step: int, places: list[int], groups: list[list[Rollout]], version: int, identity: str, seconds: float
     ) -> None:
         """Leave each prompt's rollouts for the rank that trains on them."""
         for place, group in zip(places, groups, strict=True):
@@ -321,6 +322,6 @@ class SamplerEnd:
             put(
                 self.store,
                 f"rollouts/{step}/{place}",
-                {"version": version, "hash": identity, "responses": responses},
+                {"version": version, "hash": identity, "responses": responses, "seconds": seconds},
                 self.address.token,
             )

@@ -16,7 +16,7 @@ from trainer.bundle import StepInputs
 from trainer.config import GrpoConfig
 from trainer.grpo import accumulate, count_trained, reference_logprobs
 from trainer.metrics import TokenSums
-from trainer.packing import micro_batches
+from trainer.packing import micro_batches, scored_groups
 from trainer.policy import Policy
 from trainer.world import join_world, leave_world
 
@@ -86,7 +86,8 @@ def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> t
     rollouts = [[row["rollout"] for row in group] for group in mine]
     advantages = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
     trained = torch.tensor([row["trained"] for row in rows])
-    plan = micro_batches(rollouts, advantages, trained, budget, world.device, packing == "shared")
+    scored = scored_groups(rollouts, rows, advantages, trained)
+    plan = micro_batches(scored, budget, world.device, packing == "shared")
 
     def recorded(name: str) -> list[torch.Tensor]:
         flat = [[value for row in micro.rows for value in rows[row][name]] for micro in plan]

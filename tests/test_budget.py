@@ -18,8 +18,8 @@ STEP_PATH = (
     "trainer/objective.py", "trainer/metrics.py", "rollout/__init__.py", "rollout/vllm_engine.py", "rollout/sync.py",
     "reward/__init__.py", "reward/scoring.py",
 )  # fmt: skip
-"""What a step that goes well runs through. Around it, and not counted: settings, run folder, world and watch, bundles, and what
-names a bad token."""
+"""What a step that goes well runs through. Around it, and not counted: settings, run folder, world and watch, bundles, what
+names a bad token; below it: the model's layers, which are transformers', and their attention (trainer/attention.py)."""
 MAY_IMPORT = {
     "data": {"data"},
     "reward": {"data", "reward"},

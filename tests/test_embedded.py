@@ -3,7 +3,7 @@
 from conftest import succeed
 
 from data.puzzles import read_puzzles
-from trainer.policy import load_tokenizer
+from trainer.loading import load_tokenizer
 
 
 def test_words_of_held_out_puzzles_are_tokens_and_their_answers_are_not_read(pipeline, tmp_path):

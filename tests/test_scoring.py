@@ -15,7 +15,8 @@ from reward import Reward, Status, load_reward
 from reward.scoring import Scorer
 from trainer.config import GrpoConfig
 from trainer.grpo import compare
-from trainer.metrics import explain_zeros, reward_metrics
+from trainer.metrics import reward_metrics
+from trainer.zeros import explain_zeros
 
 PUZZLE = Puzzle(id="p", context="blood", cells=[["CD3D"], ["MS4A1"]], candidates=["B cell", "T cell"],
                 answer=["T cell", "B cell"], meta={"donor": "d1"})  # fmt: skip

@@ -39,6 +39,10 @@ class StepInputs:
     responses: list[dict[str, Any]]
     """Per row, what rollouts.jsonl says of it."""
 
+    def of(self, number: int) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
+        """(micro-batch, its reference log-probs, its old log-probs)"""
+        return self.plan[number], self.references[number], self.olds[number]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:

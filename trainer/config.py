@@ -154,6 +154,17 @@ class GrpoConfig:
     )
     micro_tokens: int = option(16384, "Packed tokens per forward pass.")
     dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    autocast: bool = option(
+        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
+    )
+    attn: str = option(
+        "sdpa", "Attention kernels: PyTorch's own, or those of the flash-attn package (GPU).", ("sdpa", "flash")
+    )
+    quantize: str = option(
+        "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
+    )
+    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
+    entropy: bool = option(False, "Also report the policy's exact entropy per token (a pass over the logits more).")
     save_every: int = option(20, "Steps between checkpoints; the last step always saves.")
     keep_checkpoints: int = option(2, "Newest checkpoints kept.")
     save_steps: str = option(
@@ -192,6 +203,7 @@ class GrpoConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         self._check_placement()
+        self._check_precision()
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
         if self.reward_seconds <= 0 or self.reward_workers < 0:
@@ -204,6 +216,27 @@ class GrpoConfig:
     def ranks_apart(self) -> int:
         """Ranks of the launch that only sample."""
         return self.sampler_ranks if self.placement == "split" else 0
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of matrix products in the trainer."""
+        return "bfloat16" if self.autocast else self.dtype
+
+    def _check_precision(self) -> None:
+        """Raises ValueError for settings of weights and optimizer that exclude one another."""
+        eight_bit = self.optimizer == "adamw8bit"
+        for name, used in (
+            (f"--quantize {self.quantize}", self.quantize != "none"),
+            (f"--optimizer {self.optimizer}", eight_bit),
+        ):
+            if used and self.shard == "fsdp":
+                raise ValueError(f"{name}: cannot be sharded; use --shard none")
+            if used and importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError(f"{name}: the package is not installed; pip install bitsandbytes")
+        if self.quantize != "none" and not self.lora_rank:
+            raise ValueError(
+                f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"
+            )
 
     def _check_placement(self) -> None:
         """Raises ValueError for settings that exclude one another; staleness switches the sampler correction on."""

@@ -23,12 +23,13 @@ from trainer.advantages import group_advantages
 from trainer.bundle import StepInputs, write_bundle
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
-from trainer.nonfinite import BadToken, describe, first_bad_gradient, first_bad_token
+from trainer.nonfinite import BadToken, describe, find_bad_gradient, first_bad_token
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
-from trainer.packing import MicroBatch, micro_batches, pack
-from trainer.policy import Policy, Prompt, encode_prompts, prompts_of_step
+from trainer.packing import MicroBatch, ScoredGroup, balance, micro_batches, pack, packing_figures, scored_groups
+from trainer.parts import encode_prompts, load_policy, make_engine, make_optimizer
+from trainer.policy import Policy, Prompt, prompts_of_step
 from trainer.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
-from trainer.sampler import keep, make_split_engine
+from trainer.sampler import keep
 from trainer.world import StopRequest, World, guarded, join_world, leave_world, local, whole
 
 CANARY_TOKENS = 16
@@ -61,7 +62,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
     out = open_run(cfg, world)
     parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.999))
+    optimizer = make_optimizer(cfg, parameters)
     first_step, pending = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
     engine = make_engine(cfg, policy, world)
     canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
@@ -84,16 +85,16 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         # ---- update: usually one optimizer step on everything just sampled
         clock.enter("update")
         rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
-        sums = update(policy, optimizer, groups, rows, advantages, trained, cfg, step, out, world)
+        sampled = world.gather(scored_groups(groups, rows, advantages, trained))  # of all ranks, in prompt order
+        sums, figures = update(policy, optimizer, sampled, cfg, step, out, world)
         # ---- hand the new adapter to the sampler
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
         # ---- record
         clock.enter("record")
-        by_group = [rows[i : i + cfg.group_size] for i in range(0, len(rows), cfg.group_size)]
-        rows = [row for group in world.gather(by_group) for row in group]  # in prompt order, whatever the world's size
         if log is not None:
-            log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock)
+            rows = [row for group in sampled for row in group.rows]
+            log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock, engine.seconds, figures)
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
             save_training(out, policy, optimizer, step + 1, cfg, world, ahead.unused(world.gather))
@@ -106,36 +107,6 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             write_json(out / "finished.json", {"steps": cfg.steps})
     scorer.close()
     engine.close()
-
-
-def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) -> Policy:
-    """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
-    return Policy(
-        str(cfg.model), lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed, device=device,
-        dtype=getattr(torch, cfg.dtype), sharded=sharded, checkpointing=cfg.checkpointing, frozen=cfg.beta > 0,
-    )  # fmt: skip
-
-
-def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
-    """The sampler of this rank: inside its process, or the trainers' end of those apart."""
-    if cfg.placement == "split":
-        return make_split_engine(cfg, policy, world)
-    if cfg.engine == "torch":
-        from rollout.torch_engine import TorchEngine
-
-        def anyone(wish: bool) -> bool:
-            return world.largest(float(wish)) > 0 if policy.sharded else wish
-
-        return TorchEngine(
-            policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
-        )
-    from rollout.vllm_engine import VLLMEngine
-
-    return VLLMEngine(
-        str(cfg.model), lora=policy.lora, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
-        dtype=cfg.dtype, memory_fraction=cfg.memory_fraction, rank=world.rank, size=world.size,
-        tensor_parallel=cfg.tensor_parallel, may_sleep=True,
-    )  # fmt: skip
 
 
 def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
@@ -151,7 +122,7 @@ def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> No
 def make_canary(policy: Policy, text: list[int], cfg: GrpoConfig) -> Canary:
     """A fixed text with the reference's log-probs, which never change; the policy's are filled in at every hand-over."""
     reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
-    return Canary(ids=text, policy=[], reference=reference, tolerance=CANARY_TOLERANCE[cfg.dtype])
+    return Canary(ids=text, policy=[], reference=reference, tolerance=CANARY_TOLERANCE[cfg.compute_dtype])
 
 
 @torch.no_grad()
@@ -209,18 +180,19 @@ def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, groups: list[list[Rollout]], rows: list[dict], advantages: Tensor,
-    trained: Tensor, cfg: GrpoConfig, step: int, out: Path, world: World,
-) -> TokenSums:  # fmt: skip
-    """--updates-per-batch optimizer steps over the rank's groups; returns the sums behind the step's metrics."""
-    share = len(groups) // cfg.updates_per_batch
-    parts = [slice(i * share, (i + 1) * share) for i in range(cfg.updates_per_batch)]
-    parts_of_rows = [slice(part.start * cfg.group_size, part.stop * cfg.group_size) for part in parts]
-    packing = {"budget": cfg.micro_tokens, "device": world.device, "share_prompts": cfg.packing == "shared"}
-    plans = [
-        micro_batches(groups[part], advantages[of_rows], trained[of_rows], **packing)
-        for part, of_rows in zip(parts, parts_of_rows, strict=True)
-    ]
+    policy: Policy, optimizer: torch.optim.Optimizer, sampled: list[ScoredGroup], cfg: GrpoConfig, step: int, out: Path,
+    world: World,
+) -> tuple[TokenSums, dict[str, float]]:  # fmt: skip
+    """--updates-per-batch optimizer steps over what all ranks sampled; returns what the step's metrics are made of.
+
+    Groups are dealt to ranks by what they cost to train on, whoever sampled them.
+    """
+    share = len(sampled) // cfg.updates_per_batch
+    parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]
+    dealt = [balance([policy.cost.of(*group.size) for group in part], world.size) for part in parts]
+    ours = [[part[i] for i in ranks[world.rank]] for part, ranks in zip(parts, dealt, strict=True)]
+    sharing = cfg.packing == "shared" and not policy.cannot_share
+    plans = [micro_batches(groups, cfg.micro_tokens, world.device, sharing) for groups in ours]
     passes = [int(world.largest(len(plan))) if policy.sharded else len(plan) for plan in plans]
     missing = sum(passes) - sum(map(len, plans))
     references = [[reference_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
@@ -232,10 +204,11 @@ def update(
     keep_pace(policy, 0 if on_policy else missing)
     world.advance()
     sums = TokenSums()
-    for number, of_rows in enumerate(parts_of_rows):
+    for number, groups in enumerate(ours):
         inputs = StepInputs(
-            plan=plans[number], references=references[number], olds=olds[number], responses=rows[of_rows]
-        )
+            plan=plans[number], references=references[number], olds=olds[number],
+            responses=[row for group in groups for row in group.rows],
+        )  # fmt: skip
         # the denominators, over all ranks, before the first micro-batch
         counts = count_trained(inputs.plan, world)
         optimizer.zero_grad(set_to_none=True)
@@ -245,7 +218,7 @@ def update(
         if counts[1]:
             optimizer_step(optimizer, cfg, step, own)
         sums.take_in(own)
-    return sums.over_ranks(world)
+    return sums.over_ranks(world), packing_figures(plans, parts, policy.cost, cfg.micro_tokens, world)
 
 
 def count_trained(plan: list[MicroBatch], world: World) -> tuple[float, float]:
@@ -264,8 +237,8 @@ def accumulate(
     passes: the most micro-batches of any rank, where the layers are sharded; then nothing stops early.
     """
     found = None
-    for number, micro in enumerate(inputs.plan):
-        terms = loss_terms(policy, micro, inputs.references[number], inputs.olds[number], counts, cfg)
+    for number in range(len(inputs.plan)):
+        terms = loss_terms(policy, *inputs.of(number), counts, cfg)
         bad = first_bad_token(terms)
         if bad is not None:
             found = found or (number, bad)
@@ -294,8 +267,9 @@ def loss_terms(
     counts: tuple[float, float], cfg: GrpoConfig,
 ) -> LossTerms:  # fmt: skip
     """Forward one micro-batch and name every term of its loss. A breakpoint here sees everything."""
-    logprobs = policy.response_logprobs(micro.packed, cfg.temperature)  # [N,T]
-    return terms_of(logprobs, micro, ref_logprobs, old_logprobs, counts, cfg)
+    found = policy.response_logprobs(micro.packed, cfg.temperature, entropy=cfg.entropy)
+    logprobs, entropy = found if cfg.entropy else (found, None)  # [N,T]
+    return replace(terms_of(logprobs, micro, ref_logprobs, old_logprobs, counts, cfg), entropy=entropy)
 
 
 def terms_of(
@@ -343,7 +317,9 @@ def finish_gradient(
         sums.grad_norm = float(norm)
         failed = not torch.isfinite(norm)
         if failed and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
-            problem = find_bad_gradient(policy, inputs, counts, cfg)
+            problem = find_bad_gradient(
+                lambda n: loss_terms(policy, *inputs.of(n), counts, cfg), len(inputs.plan), parameters
+            )
     if failed or cfg.keeps_step(step + 1):
         if not failed:
             loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
@@ -362,19 +338,6 @@ def finish_gradient(
                                      f"python launch/replay.py {bundle}")  # fmt: skip
     scale = torch.clamp(cfg.grad_clip / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([local(p.grad) for p in parameters], scale)
-
-
-def find_bad_gradient(
-    policy: Policy, inputs: StepInputs, counts: tuple[float, float], cfg: GrpoConfig
-) -> tuple[int, BadToken] | None:
-    """(micro-batch, token) on this rank whose share of the gradient is not finite. Forward passes only when it is needed."""
-    parameters = list(policy.trainable().values())
-    for number, micro in enumerate(inputs.plan):
-        parts = (micro, inputs.references[number], inputs.olds[number], counts, cfg)
-        bad = first_bad_gradient(lambda parts=parts: loss_terms(policy, *parts), parameters)
-        if bad is not None:
-            return number, bad
-    return None
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: GrpoConfig, step: int, sums: TokenSums) -> None:

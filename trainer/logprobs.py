@@ -1,56 +1,95 @@
 """Log-probs of chosen tokens straight from hidden states, never holding a [tokens, V] tensor.
 
-M tokens, H hidden size, V vocabulary.
+M tokens, H hidden size, V vocabulary, m tokens of a chunk.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK_LOGITS = 1 << 25
+"""Most logits that exist at a time, whatever the chunk asked for: 128 MiB of float32."""
 
 
 def fused_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024
-) -> Tensor:
+    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """log softmax(hidden @ lm_head_weight.T / temperature)[targets].
 
-    hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M], float32 (float64 for float64 input).
-    `chunk` tokens of logits exist at a time; they are recomputed in backward. Differentiable in hidden and in the weight.
+    hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M], float32 (float64 for float64 input); with entropy
+    also the entropy of each distribution, [M] in nats, without a graph. Differentiable in hidden and in the weight.
+
+    The logits of at most `chunk` tokens exist at a time, in one buffer. The gradient of a log-prob with respect to its hidden
+    state, (weight[target] - softmax @ weight) / temperature, is known as soon as the logits are: it is kept ([M,H]) instead of
+    computing the logits again in backward, where each row is scaled by the gradient that arrives. Only the gradient of the
+    weight computes them again.
     """
-    return _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk)
-
-
-def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[m,V] logits with float32 (or float64) accumulation."""
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1.0 else logits / temperature
+    chunk = max(1, min(chunk, CHUNK_LOGITS // len(lm_head_weight)))
+    logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy)
+    return (logprobs, entropies) if entropy else logprobs
 
 
 class _FusedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        logprobs = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            logits = _chunk_logits(hidden[rows], weight, temperature)
-            logprobs[rows] = -F.cross_entropy(logits, targets[rows], reduction="none")
-        ctx.save_for_backward(hidden, weight, targets)
+    def forward(ctx, hidden, weight, targets, temperature, chunk, entropy):
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(len(targets), dtype=accurate)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows, logits in _chunks(hidden, weight, temperature, chunk):
+            at = targets[rows, None]
+            chosen = logits.gather(1, at)[:, 0]
+            softmax, lse = _softmax(logits)
+            logprobs[rows] = chosen - lse
+            if entropy:
+                entropies[rows] = torch.special.entr(softmax).sum(1)
+            if slopes is not None:
+                slopes[rows] = _slope(softmax, at).to(weight.dtype) @ weight
+        ctx.save_for_backward(hidden, weight, targets, slopes)
         ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs
+        if entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            # d logprob / d logits = onehot(target) - softmax
-            grad_logits = _chunk_logits(hidden[rows], weight, ctx.temperature).softmax(-1)
-            grad_logits[torch.arange(len(grad_logits), device=grad.device), targets[rows]] -= 1
-            grad_logits.mul_(-grad[rows, None] / ctx.temperature)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad_logits.to(weight.dtype) @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows].to(grad_logits.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+    def backward(ctx, grad, _):
+        hidden, weight, targets, slopes = ctx.saved_tensors
+        scaled = grad[:, None] / ctx.temperature
+        grad_hidden = None if slopes is None else (slopes * scaled).to(hidden.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+            for rows, logits in _chunks(hidden, weight, ctx.temperature, ctx.chunk):
+                slope = _slope(_softmax(logits)[0], targets[rows, None])
+                grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
+    """Yields (rows, their logits [m,V]), accumulated and kept in float32 (or float64); a yield overwrites the last one's."""
+    accurate = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=accurate)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        part = hidden[rows]
+        logits = buffer[: len(part)]
+        if part.dtype == accurate:
+            torch.mm(part, weight.T, out=logits)
+        elif part.is_cuda:
+            torch.mm(part, weight.T, out_dtype=accurate, out=logits)
+        else:  # no product of bfloat16 with a float32 result on a CPU
+            logits.copy_(part @ weight.T)
+        yield rows, logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax, written over the logits; [m] logsumexp)"""
+    largest = logits.amax(1, keepdim=True)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    return logits.div_(total), (largest + total.log())[:, 0]
+
+
+def _slope(softmax: Tensor, targets: Tensor) -> Tensor:
+    """d log-prob of the targets [m,1] / d logits, written over the softmax."""
+    return softmax.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=softmax.dtype))

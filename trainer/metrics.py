@@ -15,10 +15,11 @@ from trainer.config import GrpoConfig
 from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
 from trainer.runfolder import append_jsonl
 from trainer.world import World
+from trainer.zeros import explain_zeros
 
 SUMMED = (
     "loss", "pg_loss", "kl", "clip_low", "clip_high", "clip_dual", "mismatch", "mismatch_kl", "is_weight", "is_weight_squared",
-    "tokens",
+    "tokens", "entropy",
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ class TokenSums:
                 "mismatch_kl": (difference.exp() - difference - 1).sum(),
                 "is_weight": weight.sum(), "is_weight_squared": weight.square().sum(), "tokens": terms.mask.sum(),
             }  # fmt: skip
+            if terms.entropy is not None:
+                values["entropy"] = terms.entropy[terms.mask].sum()
             for name, value in values.items():
                 self.sums[name] += float(value)
             self.mismatch_max = max(self.mismatch_max, float(difference.abs().max()))
@@ -95,6 +98,7 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, 
         "loss": totals["loss"] / cfg.updates_per_batch,
         "pg_loss": totals["pg_loss"] / cfg.updates_per_batch,
         "kl": totals["kl"] / tokens,
+        **({"entropy": totals["entropy"] / tokens} if cfg.entropy else {}),
         "clip_ratio/low_mean": totals["clip_low"] / tokens,
         "clip_ratio/high_mean": totals["clip_high"] / tokens,
         "clip_ratio/dual_mean": totals["clip_dual"] / tokens,
@@ -142,39 +146,6 @@ def _group_kind(rewards: list[float]) -> str:
     return "all_right" if rewards[0] >= 1 else "all_wrong"
 
 
-def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
-    """Why a number of the step is 0: healthy zeros and broken ones look the same otherwise."""
-    notes = []
-    on_policy = cfg.updates_per_batch == 1
-    if metrics["groups/dropped_responses"] == 1:
-        return ["loss 0: no response of the step was scored, so no optimizer step was made"]
-    if metrics["groups/mixed"] == 0:
-        right, wrong = metrics["groups/all_right"], metrics["groups/all_wrong"]
-        which = (
-            "all groups right" if right == 1 else "all groups wrong" if wrong == 1 else "groups all right or all wrong"
-        )
-        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
-    elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
-        notes.append(
-            "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
-        )
-    if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
-        reason = (
-            "one update per batch, so every ratio is exactly 1"
-            if on_policy
-            else "no ratio went past the bound on its advantage's side"
-        )
-        notes.append(f"no clip: {reason}")
-    if metrics["kl"] == 0:
-        reason = (
-            "the adapter starts at zero, so policy and reference are the same"
-            if cfg.beta
-            else "beta is 0: no reference"
-        )
-        notes.append(f"kl 0: {reason}")
-    return notes
-
-
 class Clock:
     """Seconds per phase of a step; the watch is told of each."""
 
@@ -208,11 +179,18 @@ class StepLog:
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, metrics: dict, rows: list[dict], clock: Clock) -> None:
-        """Append the step to the run folder, and show it."""
+    def write(
+        self, metrics: dict, rows: list[dict], clock: Clock, sampler_seconds: float, figures: dict[str, float]
+    ) -> None:
+        """Append the step to the run folder, and show it. sampler_seconds: it took the sampler; figures: of packing."""
         seconds, step = clock.total(), metrics["step"]
         rate = metrics["num_tokens"] / seconds
-        times = {"step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate}
+        sampled = sum(len(row["response_ids"]) for row in rows)
+        times = {
+            "step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate,
+            "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),
+            "sampling/share": clock.laps["timing_s/sample"] / seconds, **figures,
+        }  # fmt: skip
         for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
             append_jsonl(self.out / f"{name}.jsonl", lines)
         if self.board is not None:

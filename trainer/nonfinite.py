@@ -77,6 +77,17 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))
 
 
+def find_bad_gradient(
+    terms_of: Callable[[int], LossTerms], micro_batches: int, parameters: list[Tensor]
+) -> tuple[int, BadToken] | None:
+    """(micro-batch, token) of the first whose share of the gradient is not finite. terms_of(number) makes a fresh graph."""
+    for number in range(micro_batches):
+        bad = first_bad_gradient(lambda number=number: terms_of(number), parameters)
+        if bad is not None:
+            return number, bad
+    return None
+
+
 def describe(problem: tuple[int, BadToken] | None, inputs: StepInputs, rank: int) -> str | None:
     """One sentence that names sample, token and values. problem: (micro-batch, token)."""
     if problem is None:

@@ -179,6 +179,8 @@ class LossTerms:
     weight: Tensor
     """[N,T] aggregation weight; 0 where masked out."""
     beta: float
+    entropy: Tensor | None = None
+    """[N,T] nats, with --entropy; no part of the loss."""
 
     @property
     def contribution(self) -> Tensor:

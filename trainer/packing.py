@@ -11,17 +11,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from rollout import Rollout
-
-ATTENTION = "shared_prefix"
+from trainer.attention import Layout, Segments
+from trainer.world import World
 
 Group = tuple[list[int], list[list[int]]]
 """(prompt token ids, the responses' token ids)"""
+
+
+def make_layout(sizes: list[tuple[int, list[int]]], device: torch.device | str) -> Layout:
+    """sizes: per group (prompt length, response lengths), packed one after another."""
+    own, responses, prompts, at = [], [], [], 0
+    for prompt, lengths in sizes:
+        if len(lengths) > 1:
+            responses.append((at + prompt, sum(lengths)))
+            prompts.append((at, prompt))
+        for length in [prompt, *lengths] if len(lengths) > 1 else [prompt + lengths[0]]:
+            own.append((at, length))
+            at += length
+    device = torch.device(device)
+    shared = Segments(tuple(responses), tuple(prompts), causal=False, device=device) if prompts else None
+    return Layout(Segments(tuple(own), tuple(own), causal=True, device=device), shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +45,8 @@ class PackedBatch:
     """[1,L]"""
     position_ids: Tensor
     """[1,L]"""
-    layout: tuple[tuple[int, int, tuple[int, ...]], ...]
-    """Per group: (first token, prompt length, response lengths)."""
+    layout: Layout
+    """Who attends to whom."""
     predict_at: Tensor
     """[M] the packed position whose hidden state predicts each response token."""
     targets: Tensor
@@ -53,10 +65,10 @@ class PackedBatch:
 
 def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedBatch:
     """Pack groups into one micro-batch. Every prompt and response must have at least one token."""
-    ids, positions, layout, predict_at, targets, rows, cols, lengths = [], [], [], [], [], [], [], []
+    ids, positions, sizes, predict_at, targets, rows, cols, lengths = [], [], [], [], [], [], [], []
     for prompt, responses in groups:
         assert prompt and all(responses), "an empty prompt or response has nothing to predict from"
-        layout.append((len(ids), len(prompt), tuple(map(len, responses))))
+        sizes.append((len(prompt), [len(response) for response in responses]))
         last_prompt_token = len(ids) + len(prompt) - 1
         ids += prompt
         positions += range(len(prompt))
@@ -72,35 +84,93 @@ def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedB
     as_long = [torch.tensor(x, dtype=torch.long, device=device) for x in (predict_at, targets, rows, cols)]
     return PackedBatch(
         input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        layout=tuple(layout), predict_at=as_long[0], targets=as_long[1], rows=as_long[2], cols=as_long[3],
+        layout=make_layout(sizes, device), predict_at=as_long[0], targets=as_long[1], rows=as_long[2], cols=as_long[3],
         mask=mask.to(device),
     )  # fmt: skip
 
 
-def split_by_tokens(sizes: list[tuple[int, list[int]]], budget: int) -> list[list[tuple[int, list[int]]]]:
-    """Micro-batches of at most `budget` packed tokens, in order.
+Sizes = list[tuple[int, list[int]]]
+"""Per group (prompt length, response lengths)."""
 
-    sizes: per group (prompt length, response lengths). Returns lists of (group index, response indices). A group too
-    large for the budget is cut between responses, its prompt repeated; a single response is never cut.
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Floating-point operations of a forward pass; what balances ranks, and what benchmarks count."""
+
+    token: float
+    """Of one token in all linear layers."""
+    pair: float
+    """Of one query and one key it sees, in all layers."""
+    target: float
+    """Of one response token in the head."""
+
+    def of(self, prompt: int, responses: list[int]) -> float:
+        """One prompt and the responses that share it."""
+        pairs = _causal(prompt) + sum(_causal(n) + n * prompt for n in responses)
+        return self.token * (prompt + sum(responses)) + self.pair * pairs + self.target * sum(responses)
+
+
+def _causal(n: int) -> float:
+    """Pairs of a causal segment."""
+    return n * (n + 1) / 2
+
+
+def balance(costs: list[float], ranks: int) -> list[list[int]]:
+    """Deal items to ranks so that the dearest rank costs little more than the mean; item numbers per rank, in order.
+
+    The dearest item first, each to the rank that has least so far. With at least as many items as ranks none goes without.
     """
-    batches: list[list[tuple[int, list[int]]]] = [[]]
-    used = 0
-    for group, (prompt, responses) in enumerate(sizes):
-        fits = used + prompt + sum(responses) <= budget
-        if not fits and used > 0:
-            batches.append([])
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[item]
+        dealt[rank].append(item)
+    return [sorted(items) for items in dealt]
+
+
+def split_by_tokens(sizes: Sizes, budget: int) -> list[list[tuple[int, list[int]]]]:
+    """Micro-batches of at most `budget` packed tokens: in order, or largest first where that needs fewer.
+
+    Returns lists of (group index, response indices). A group too large for the budget is cut between responses, its prompt
+    repeated; a single response is never cut.
+    """
+    pieces = [
+        (prompt + sum(responses[i] for i in members), (group, members))
+        for group, (prompt, responses) in enumerate(sizes)
+        for members in _cut(responses, budget - prompt)
+    ]
+    in_order: list[tuple[int, list]] = []
+    largest_first: list[tuple[int, list]] = []
+    for size, piece in pieces:
+        _place(size, piece, in_order, len(in_order) - 1, budget)
+    for size, piece in sorted(pieces, key=lambda sized: (-sized[0], sized[1])):
+        _place(size, piece, largest_first, 0, budget)
+    fewer = largest_first if len(largest_first) < len(in_order) else in_order
+    return [sorted(batch) for _, batch in fewer]
+
+
+def _cut(lengths: list[int], room: int) -> list[list[int]]:
+    """A group's responses in runs of at most `room` tokens."""
+    runs: list[list[int]] = []
+    used = room
+    for index, length in enumerate(lengths):
+        if not runs or used + length > room:
+            runs.append([])
             used = 0
-        members: list[int] = []
-        used += prompt
-        for index, length in enumerate(responses):
-            if members and used + length > budget:
-                batches[-1].append((group, members))
-                batches.append([])
-                members, used = [], prompt
-            members.append(index)
-            used += length
-        batches[-1].append((group, members))
-    return [batch for batch in batches if batch]
+        runs[-1].append(index)
+        used += length
+    return runs
+
+
+def _place(size: int, piece: tuple[int, list[int]], batches: list[tuple[int, list]], first: int, budget: int) -> None:
+    """Put a piece into the first batch from number `first` on that has room, or into a new one."""
+    for number in range(max(first, 0), len(batches)):
+        used, inside = batches[number]
+        if used + size <= budget:
+            batches[number] = (used + size, [*inside, piece])
+            return
+    batches.append((size, [piece]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,15 +190,43 @@ class MicroBatch:
     """[N,T], 0 where there is no token."""
 
 
-def micro_batches(
-    groups: list[list[Rollout]], advantages: Tensor, trained: Tensor, budget: int, device: torch.device,
-    share_prompts: bool = True,
-) -> list[MicroBatch]:  # fmt: skip
-    """Pack groups of rollouts into micro-batches of at most `budget` tokens.
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """A prompt's rollouts, ready to train on; what ranks exchange."""
 
-    advantages, trained (bool): one per rollout, group after group. share_prompts False gives every response a copy of its
-    prompt: the same numbers at more cost, for comparison.
+    rollouts: list[Rollout]
+    rows: list[dict]
+    """Per rollout, what rollouts.jsonl says of it."""
+    advantages: Tensor
+    """[G]"""
+    trained: Tensor
+    """[G] bool"""
+
+    @property
+    def size(self) -> tuple[int, list[int]]:
+        """(prompt length, response lengths)"""
+        return len(self.rollouts[0].prompt_ids), [len(r.response_ids) for r in self.rollouts]
+
+
+def scored_groups(
+    groups: list[list[Rollout]], rows: list[dict], advantages: Tensor, trained: Tensor
+) -> list[ScoredGroup]:
+    """rows, advantages, trained: one per rollout, group after group."""
+    return [
+        ScoredGroup(rollouts=group, rows=[rows[i] for i in at], advantages=advantages[at], trained=trained[at])
+        for group, at in zip(groups, _numbered(groups), strict=True)
+    ]
+
+
+def micro_batches(
+    scored: list[ScoredGroup], budget: int, device: torch.device, share_prompts: bool = True
+) -> list[MicroBatch]:
+    """Pack groups into micro-batches of at most `budget` tokens.
+
+    share_prompts False gives every response a copy of its prompt: the same numbers at more cost.
     """
+    groups = [group.rollouts for group in scored]
+    advantages, trained = (torch.cat(x) for x in zip(*((g.advantages, g.trained) for g in scored), strict=True))
     row_of = list(_numbered(groups))
     if not share_prompts:
         groups, row_of = [[r] for group in groups for r in group], [[row] for rows in row_of for row in rows]
@@ -154,53 +252,25 @@ def make_micro_batch(
     )  # fmt: skip
 
 
+def packing_figures(
+    plans: list[list[MicroBatch]], parts: list[list[ScoredGroup]], cost: Cost, budget: int, world: World
+) -> dict[str, float]:
+    """What packing saved and how even it is. plans: this rank's, per update; parts: all ranks' groups. Collective."""
+    micros = [micro for plan in plans for micro in plan]
+    packed = sum(micro.packed.input_ids.numel() for micro in micros)
+    load = sum(cost.of(len(prompt), list(map(len, responses))) for m in micros for prompt, responses in m.groups)
+    all_packed, batches, all_load = world.total(packed, len(micros), load)
+    sizes = [group.size for part in parts for group in part]
+    return {
+        "packing/sharing": sum(len(lengths) * prompt + sum(lengths) for prompt, lengths in sizes) / all_packed,
+        "packing/fill": all_packed / (batches * budget),
+        "packing/balance": all_load / world.size / world.largest(load),
+    }
+
+
 def _numbered(groups: list[list[Rollout]]) -> Iterator[list[int]]:
     """Row numbers of each group's rollouts: [[0, 1], [2, 3, 4], ...]."""
     first = 0
     for group in groups:
         yield list(range(first, first + len(group)))
         first += len(group)
-
-
-def _shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
-):
-    """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
-    assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
-    pieces = [
-        piece
-        for start, prompt, lengths in layout
-        for piece in _attend_group(query, key, value, start, prompt, lengths, scaling)
-    ]  # fmt: skip
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _attend_group(query, key, value, start, prompt, lengths, scaling) -> list[Tensor]:
-    """Outputs [1,Hq,*,D] of one group: the prompt, then the responses."""
-    if len(lengths) == 1:  # nothing is shared: an ordinary causal row
-        row = slice(start, start + prompt + lengths[0])
-        q, k, v = query[:, :, row], key[:, :, row], value[:, :, row]
-        return [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)]
-    inside = slice(start, start + prompt)
-    prompt_key, prompt_value = key[:, :, inside], value[:, :, inside]
-    on_prompt = F.scaled_dot_product_attention(
-        query[:, :, inside], prompt_key, prompt_value, is_causal=True, scale=scaling, enable_gqa=True
-    )
-    # responses side by side as a batch, padded on the right: padding is causally after every real query
-    own_q, own_k, own_v = (_side_by_side(x, start + prompt, lengths) for x in (query, key, value))  # [G,H,R,D]
-    n, longest = len(lengths), max(lengths)
-    keys = torch.cat([prompt_key.expand(n, -1, -1, -1), own_k], dim=2)
-    values = torch.cat([prompt_value.expand(n, -1, -1, -1), own_v], dim=2)
-    visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=query.device).tril(prompt)
-    out = F.scaled_dot_product_attention(own_q, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True)
-    return [on_prompt, *(out[i : i + 1, :, :length] for i, length in enumerate(lengths))]
-
-
-def _side_by_side(x: Tensor, start: int, lengths: tuple[int, ...]) -> Tensor:
-    """[1,H,L,D] -> [G,H,R,D]: the responses that begin at `start`, padded with zeros to the longest."""
-    parts = x[:, :, start : start + sum(lengths)].split(lengths, dim=2)
-    return torch.cat([F.pad(part, (0, 0, 0, max(lengths) - part.shape[2])) for part in parts])
-
-
-AttentionInterface.register(ATTENTION, _shared_prefix_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # no [L,L] mask is ever built

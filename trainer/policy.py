@@ -3,37 +3,25 @@
 And what it is asked: prompts as tokens, and which of them a step takes.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from types import MethodType
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.puzzles import Puzzle
 from rollout import stable_seed
-from trainer.config import GrpoConfig
+from trainer.attention import ATTENTION
+from trainer.loading import add_adapter, cost_of, load_base, load_tokenizer, recompute_layers, why_not_shared
 from trainer.logprobs import fused_logprobs
-from trainer.packing import ATTENTION, PackedBatch, pack
-from trainer.sharding import empty_model, shard
-from trainer.world import World, local, rows_of, whole
-
-transformers_logging.disable_progress_bar()  # one line per loaded shard says nothing here
+from trainer.packing import PackedBatch, pack
+from trainer.padded import predicting_padded
+from trainer.sharding import shard
+from trainer.world import local, rows_of, whole
 
 
 class Policy:
@@ -41,41 +29,42 @@ class Policy:
 
     sharded: over the ranks of the world (FSDP2); then every call below is collective. checkpointing: activations of a layer
     are computed again in backward. frozen: with lora_rank 0, keep the checkpoint's own weights beside as the reference.
+    quantize: "nf4" holds the base's linear layers in 4 bits. autocast: matrix products in bfloat16; always so where the base
+    is bfloat16 and an adapter, which stays float32, is trained on it.
     """
 
     def __init__(
         self, model_dir: str, *, lora_rank: int, lora_alpha: float, seed: int, device: torch.device, dtype: torch.dtype,
-        sharded: bool = False, checkpointing: bool = False, frozen: bool = False,
+        sharded: bool = False, checkpointing: bool = False, frozen: bool = False, quantize: str = "none",
+        autocast: bool = False,
     ) -> None:  # fmt: skip
         self.tokenizer = load_tokenizer(model_dir)
         self.device, self.sharded, self.lora = device, sharded, None
+        self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
-
-        def load() -> PreTrainedModel:
-            if sharded:
-                return empty_model(model_dir, dtype, ATTENTION)
-            return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation=ATTENTION)
-
-        self.model = self.causal_lm = load()
+        self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, sharded)
+        self.cannot_share = why_not_shared(self.causal_lm.config)
+        self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
+        self.cost = cost_of(self.causal_lm, lora_rank)
         if lora_rank:
-            # PEFT draws lora_A from torch's global generator; lora_B starts at 0, so adapter on == adapter off
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                config = LoraConfig(
-                    r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-                )
-                self.model = get_peft_model(self.causal_lm, config, low_cpu_mem_usage=sharded)
+            self.model = add_adapter(self.causal_lm, lora_rank, lora_alpha, seed, sharded)
             targets = sorted(self.model.peft_config["default"].target_modules)
             self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
         # the reference: the same weights with the adapter off, or the frozen copy
-        self.reference_lm = load().requires_grad_(False) if frozen and not lora_rank else self.causal_lm
+        self.reference_lm = self.causal_lm
+        if frozen and not lora_rank:
+            self.reference_lm = load_base(model_dir, dtype, quantize, device, sharded).requires_grad_(False)
         for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
+            causal_lm.predicting = MethodType(predicting_padded if self.cannot_share else predicting_packed, causal_lm)
             causal_lm.packed_logprobs = MethodType(packed_logprobs, causal_lm)
             if checkpointing:
                 recompute_layers(causal_lm)
             if sharded:
                 shard(causal_lm, model_dir, seed, device, "packed_logprobs")
             causal_lm.to(device).eval()  # dropout stays off: sampler and trainer must agree on every log-prob
+        for module in self.model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = not self.autocast  # PEFT would widen every layer's input to float32
         self.model.eval()
 
     @property
@@ -100,18 +89,21 @@ class Policy:
         for name, p in self.trainable().items():
             local(p.detach()).copy_(tensors[name.replace(".default.", ".")][rows_of(p)])
 
-    def response_logprobs(self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False) -> Tensor:
-        """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token.
+    def response_logprobs(
+        self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token. With entropy also [N,T] entropies.
 
         reference: switch the adapter off and make no graph.
         """
         adapter = self.model.disable_adapter() if reference and self.lora else nullcontext()
         causal_lm = self.reference_lm if reference else self.causal_lm
         with torch.set_grad_enabled(torch.is_grad_enabled() and not reference), adapter:
-            logprobs = causal_lm.packed_logprobs(batch, temperature)
+            found = causal_lm.packed_logprobs(batch, temperature, self.autocast, entropy)
+        logprobs, entropies = found if entropy else (found, None)
         if self.sharded and not logprobs.requires_grad:
             causal_lm.reshard()  # no backward will do it
-        return batch.unpack(logprobs)
+        return batch.unpack(logprobs) if entropies is None else (batch.unpack(logprobs), batch.unpack(entropies))
 
     def idle_pass(self, reference: bool = False) -> None:
         """A pass (and its backward, where graphs are made) that adds nothing, for a rank with fewer micro-batches than others.
@@ -126,38 +118,39 @@ class Policy:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Attend as an ordinary causal model (KV cache, left padding) inside this context."""
-        self.causal_lm.config._attn_implementation = "sdpa"
+        self.causal_lm.config._attn_implementation = self.own_attention
         try:
-            yield
+            with matrix_products(self.device, self.autocast):
+                yield
         finally:
-            self.causal_lm.config._attn_implementation = ATTENTION
+            if not self.cannot_share:
+                self.causal_lm.config._attn_implementation = ATTENTION
             if self.sharded:
                 self.causal_lm.reshard()
 
 
-def packed_logprobs(causal_lm: PreTrainedModel, batch: PackedBatch, temperature: float) -> Tensor:
-    """[M] log-probs of a packed batch's response tokens, in place of the model's own forward."""
+def matrix_products(device: torch.device, bfloat16: bool):
+    """A context in which matrix products are made in bfloat16, or as the weights are."""
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
+
+
+def packed_logprobs(
+    causal_lm: PreTrainedModel, batch: PackedBatch, temperature: float, autocast: bool, entropy: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """[M] log-probs of a packed batch's response tokens (with entropy also theirs), in place of the model's own forward."""
+    with matrix_products(batch.input_ids.device, autocast):
+        hidden, head = causal_lm.predicting(batch), causal_lm.lm_head.weight
+    if autocast:
+        hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
+    return fused_logprobs(hidden, head, batch.targets, temperature, entropy=entropy)
+
+
+def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """[M,H] last hidden states of the tokens that predict the targets."""
     hidden = causal_lm.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
     ).last_hidden_state[0]  # [L,H]
-    return fused_logprobs(hidden[batch.predict_at], causal_lm.lm_head.weight, batch.targets, temperature)
-
-
-def recompute_layers(causal_lm: PreTrainedModel) -> None:
-    """Activation checkpointing: keep a layer's input alone, and run the layer again in backward."""
-    for layer in causal_lm.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises ValueError when the folder holds no checkpoint."""
-    if not (Path(model_dir) / "config.json").is_file():
-        raise ValueError(f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing)")
-    settings = Path(model_dir) / "tokenizer_config.json"
-    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
-        # AutoTokenizer would take Qwen2's own tokenizer for a Qwen2 model and drop our word pattern
-        return PreTrainedTokenizerFast.from_pretrained(model_dir)
-    return AutoTokenizer.from_pretrained(model_dir)
+    return hidden[batch.predict_at]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
@@ -170,20 +163,6 @@ class Prompt:
     puzzle: Puzzle
     ids: list[int]
     """[P] prompt tokens."""
-
-
-def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
-    """Prompts that fit --max-prompt-tokens. Raises ValueError when too few are left."""
-    prompts = [Prompt(puzzle=puzzle, ids=encode_prompt(policy.tokenizer, puzzle.chat())) for puzzle in puzzles]
-    fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
-    if len(fitting) < cfg.prompts_per_step:
-        raise ValueError(
-            f"{cfg.puzzles}: {len(fitting)} of {len(puzzles)} puzzles fit --max-prompt-tokens {cfg.max_prompt_tokens} "
-            f"(longest {max(len(p.ids) for p in prompts)}), fewer than --prompts-per-step {cfg.prompts_per_step}"
-        )
-    if world.is_main and len(fitting) < len(prompts):
-        print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
-    return fitting
 
 
 def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) -> list[Prompt]:

@@ -17,8 +17,6 @@ from rollout.vllm_engine import vllm_rank
 from trainer.config import GrpoConfig
 
 GIB = 1 << 30
-LOGIT_CHUNK = 1024
-"""Tokens whose logits exist at a time (trainer/logprobs.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +129,7 @@ def refuse_problems(rows: list[Row]) -> None:
 
 def memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     """What a rank needs, in GiB: while it trains and while it samples; the larger must fit."""
+    from trainer.logprobs import CHUNK_LOGITS
     from trainer.sharding import empty_model  # it loads transformers, and check() should answer at once
 
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
@@ -149,7 +148,7 @@ def memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
         "gradients": n_trained * trained_size / shards,
         "AdamW moments": 2 * n_trained * trained_size / shards,
         "activations": activation_bytes(cfg, base.config),
-        "logits": 2 * LOGIT_CHUNK * base.config.vocab_size * 4.0,
+        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,
     }
     training = sum(parts.values())
     per_rank = n_base * size / cfg.tensor_parallel
@@ -197,12 +196,11 @@ def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
     norms = 2 * (2 * 4 * h + size * h)
-    rotary = 2 * size * (q + kv)
     attention = size * (q + 2 * kv + q)
     mlp = size * 4 * i
     linear_inputs = size * (h + q + h + i)
-    lora = 7 * 4 * cfg.lora_rank + (4 * (3 * h + q + 2 * h + i) if cfg.lora_rank and size < 4 else 0)
-    return norms + rotary + attention + mlp + linear_inputs + lora
+    lora = 7 * size * cfg.lora_rank
+    return norms + attention + mlp + linear_inputs + lora
 
 
 def head_size(shape: Any) -> int:

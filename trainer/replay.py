@@ -7,10 +7,11 @@ import torch
 
 from rollout.sync import adapter_hash
 from trainer.bundle import Bundle
-from trainer.grpo import accumulate, load_policy, no_grad_logprobs, reference_logprobs
+from trainer.grpo import accumulate, no_grad_logprobs, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.nonfinite import BadToken
 from trainer.objective import LossTerms
+from trainer.parts import load_policy
 from trainer.policy import Policy
 
 

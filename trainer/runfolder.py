@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, tensor
 
 from trainer.world import World, share_of, whole
 
@@ -188,7 +188,7 @@ def save_training(
     moments: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():  # one at a time, to main memory: all of them need not fit beside the model
-            gathered = whole(value)
+            gathered = whole(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
                 moments[f"{key}/{names[index]}"] = gathered.cpu()
     adapter = policy.adapter_tensors()
@@ -217,7 +217,11 @@ def restore_training(
         policy.load_adapter(adapter)
         state = {}
         for index, (name, p) in enumerate(policy.trainable().items()):
-            state[index] = {key: share_of(moments[f"{key}/{name}"], p) for key in ("step", "exp_avg", "exp_avg_sq")}
+            own = {key.partition("/")[0]: t for key, t in moments.items() if key.partition("/")[2] == name}
+            state[index] = {
+                key: share_of(value, p) if value.is_floating_point() or value.ndim else int(value)
+                for key, value in own.items()
+            }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         unused = checkpoints[-1] / "pending.json"
         pending = json.loads(unused.read_text()) if unused.is_file() else {}  # older checkpoints have none

@@ -25,6 +25,7 @@ from rollout.link import Address, join, serve
 from rollout.split import SamplerEnd, SplitEngine
 from rollout.sync import RunError, SyncError
 from trainer.config import GrpoConfig
+from trainer.loading import sampler_model
 from trainer.policy import Policy
 from trainer.world import World, own_device
 
@@ -169,9 +170,11 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         off = engine.prompt_logprobs(order["canary"], adapter=False) if order["want_off"] else None
         return {"on": engine.prompt_logprobs(order["canary"]), "off": off}
     if order["do"] == "generate":
+        start = time.perf_counter()
         groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]))
         if end.member == 0:
-            end.deliver_rollouts(order["step"], order["places"], groups, engine.version, engine.hash)
+            seconds = time.perf_counter() - start
+            end.deliver_rollouts(order["step"], order["places"], groups, engine.version, engine.hash, seconds)
     return {}
 
 
@@ -182,13 +185,14 @@ def make_engine(cfg: GrpoConfig, engine: int, member: int, device: torch.device)
         from rollout.torch_engine import TorchEngine
 
         policy = Policy(cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed, device=device,
-                        dtype=getattr(torch, cfg.dtype))  # fmt: skip
+                        dtype=getattr(torch, cfg.dtype), quantize=cfg.quantize, autocast=cfg.autocast)  # fmt: skip
         return TorchEngine(policy.model, policy.eos_id, policy.decoding, adopt=policy.load_adapter)
     from rollout.vllm_engine import VLLMEngine
 
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
+    base = sampler_model(cfg.model, cfg.quantize, cfg.dtype, cfg.out)
     return VLLMEngine(
-        cfg.model, lora=lora, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, dtype=cfg.dtype,
+        base, lora=lora, max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens, dtype=cfg.dtype,
         memory_fraction=cfg.memory_fraction, rank=engine * cfg.tensor_parallel + member, tensor_parallel=cfg.tensor_parallel,
     )  # fmt: skip
 

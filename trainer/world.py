@@ -76,14 +76,16 @@ class World:
         return tensor.item()
 
     def gather(self, items: list) -> list:
-        """On rank 0 all ranks' items, elsewhere []. Collective.
+        """On every rank, all ranks' items. Collective.
 
         Undoes a split by [rank::size]: item k of rank r comes back at place k * size + r, whatever the world's size.
         """
-        boxes = [None] * self.size if self.is_main else None
+        if self.size == 1:
+            return items
+        boxes: list[list] = [[]] * self.size
         with self.waiting("the rollouts of all ranks"):
-            dist.gather_object(items, boxes, dst=0)
-        return [item for items_k in zip(*boxes, strict=True) for item in items_k] if boxes else []
+            dist.all_gather_object(boxes, items)
+        return [item for items_k in zip(*boxes, strict=True) for item in items_k]
 
     def gather_in_rank_order(self, item: Any) -> list[Any]:
         """On every rank, one item per rank. Collective."""

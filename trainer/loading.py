@@ -1,0 +1,159 @@
+"""The policy's model: loaded, quantised, given its adapter, sharded. What happens once, before the first step."""
+
+import fcntl
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from trainer.attention import ATTENTION
+from trainer.packing import Cost
+from trainer.preflight import head_size
+from trainer.sharding import empty_model
+
+transformers_logging.disable_progress_bar()  # one line per loaded shard says nothing here
+
+SHARES_PROMPTS = ("qwen2", "qwen3", "llama", "mistral")
+"""Model types whose attention is softmax(q k scale) v through transformers' attention interface; tests run each of them."""
+CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of models that do something to the head's output, which log-probs from hidden states would miss."""
+SAMPLER_BASE = "sampler_base"
+
+
+def why_not_shared(config: PretrainedConfig) -> str:
+    """Why the model cannot be given packed rows with shared prompts; "" when it can."""
+    if config.model_type not in SHARES_PROMPTS:
+        return f"its type {config.model_type} is none of {', '.join(SHARES_PROMPTS)}"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window or any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
+        return "it attends within a sliding window"
+    return ""
+
+
+def refuse_unknown_heads(config: PretrainedConfig, model_dir: str) -> None:
+    """Raises ValueError for a model whose logits are not hidden @ head."""
+    changed = [name for name in CHANGED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if changed:
+        raise ValueError(
+            f"--model {model_dir}: a {config.model_type} changes its logits after the head ({changed[0]}), which the fused "
+            "log-probs do not; use a model without it, such as Qwen2.5, Qwen3 or Llama"
+        )
+
+
+def load_base(
+    model_dir: str, dtype: torch.dtype, quantize: str, device: torch.device, sharded: bool
+) -> PreTrainedModel:
+    """The checkpoint's model, in our attention where that can serve it and in its own where not; empty if it will be sharded.
+
+    quantize: "none", or "nf4" for linear layers in 4 bits (bitsandbytes), computed in `dtype`.
+    """
+    config = AutoConfig.from_pretrained(model_dir)
+    refuse_unknown_heads(config, model_dir)
+    attention = {} if why_not_shared(config) else {"attn_implementation": ATTENTION}
+    if sharded:
+        return empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
+    if quantize == "nf4":
+        attention["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        attention["device_map"] = {"": device}
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
+
+
+def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, sharded: bool):
+    """PEFT's model with LoRA on every linear layer. lora_B starts at 0, so adapter on == adapter off."""
+    # PEFT draws lora_A from torch's global generator
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(causal_lm, config, low_cpu_mem_usage=sharded)
+
+
+def cost_of(causal_lm: PreTrainedModel, lora_rank: int) -> Cost:
+    """Of a forward pass through the model with an adapter on every linear layer."""
+    shape = causal_lm.config
+    linear = [m for layer in causal_lm.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.in_features * m.out_features + lora_rank * (m.in_features + m.out_features) for m in linear)
+    return Cost(
+        token=2.0 * weights, pair=4.0 * shape.num_attention_heads * head_size(shape) * shape.num_hidden_layers,
+        target=2.0 * shape.vocab_size * shape.hidden_size,
+    )  # fmt: skip
+
+
+def recompute_layers(causal_lm: PreTrainedModel) -> None:
+    """Activation checkpointing: keep a layer's input alone, and run the layer again in backward."""
+    for layer in causal_lm.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Raises ValueError when the folder holds no checkpoint."""
+    if not (Path(model_dir) / "config.json").is_file():
+        raise ValueError(f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing)")
+    settings = Path(model_dir) / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        # AutoTokenizer would take Qwen2's own tokenizer for a Qwen2 model and drop our word pattern
+        return PreTrainedTokenizerFast.from_pretrained(model_dir)
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) -> str:
+    """The checkpoint that vLLM samples from: the policy's own base weights.
+
+    With quantize "nf4" a copy in OUT/sampler_base whose linear weights went through 4 bits and back, made by the first
+    process of a node that asks, one weight at a time; so sampler and trainer stay the same policy, and the canary proves it.
+    """
+    if quantize == "none":
+        return model_dir
+    folder = Path(out) / SAMPLER_BASE
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here
+        if not (folder / "config.json").is_file():
+            _write_dequantised(Path(model_dir), folder, getattr(torch, dtype))
+    return str(folder)
+
+
+def _write_dequantised(model_dir: Path, folder: Path, dtype: torch.dtype) -> None:
+    partial_folder = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir()
+    linear = {
+        f"{name}.weight"
+        for name, module in empty_model(str(model_dir), dtype, "sdpa").model.layers.named_modules(prefix="model.layers")
+        if isinstance(module, torch.nn.Linear)
+    }
+    for path in sorted(model_dir.iterdir()):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as handle:
+                tensors = {name: handle.get_tensor(name).to(dtype) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            tensors |= {name: through_nf4(tensors[name]) for name in linear & tensors.keys()}
+            save_file(tensors, partial_folder / path.name, {"format": "pt"})
+        elif path.is_file():
+            shutil.copy(path, partial_folder)
+    partial_folder.rename(folder)
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as bitsandbytes' 4-bit layers multiply with it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    return dequantize_4bit(packed, state).to(weight.dtype)
