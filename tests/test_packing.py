@@ -7,9 +7,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from trainer import attention
 from trainer.attention import ATTENTION
+from trainer.loading import why_not_shared
 from trainer.logprobs import fused_logprobs
 from trainer.objective import aggregation_weights, grpo_terms
-from trainer.packing import make_layout, pack, split_by_tokens
+from trainer.packing import Cost, balance, make_layout, pack, split_by_tokens
+from trainer.padded import predicting_padded
 
 GROUPS = [
     ([5, 6, 7, 8, 9], [[10, 11, 12], [13], [14, 15, 16, 17, 18, 19]]),
@@ -154,6 +156,51 @@ def test_split_by_tokens_keeps_the_budget_and_loses_no_response():
     assert plan == [[(0, [0, 1, 2])], [(1, [0])], [(1, [1])], [(1, [2]), (2, [0])]]
     for batch in plan:
         assert sum(sizes[g][0] + sum(sizes[g][1][i] for i in members) for g, members in batch) <= 40
+
+
+def test_largest_first_where_in_order_wastes_a_micro_batch():
+    sizes = [(10, [30]), (10, [50]), (10, [30]), (10, [50])]  # 40, 60, 40, 60 of 100: in order 3, else 2
+    assert split_by_tokens(sizes, budget=100) == [[(0, [0]), (1, [0])], [(2, [0]), (3, [0])]]
+    sizes = [(10, [30]), (10, [30]), (10, [50]), (10, [50])]  # in order: 80, 60, 60
+    assert split_by_tokens(sizes, budget=100) == [[(0, [0]), (2, [0])], [(1, [0]), (3, [0])]]
+
+
+def test_cost_counts_what_is_computed():
+    cost = Cost(token=100.0, pair=1.0, target=10.0)
+    # prompt 3: 6 pairs; responses 2 and 1: 3 + 2*3 and 1 + 1*3
+    assert cost.of(3, [2, 1]) == 100 * 6 + (6 + 9 + 4) + 10 * 3
+
+
+def test_ranks_get_even_loads_and_at_least_one_group():
+    generator = torch.Generator().manual_seed(0)
+    costs = (torch.rand(64, generator=generator) ** 3).tolist()
+    for ranks in (1, 2, 7, 16, 64):
+        dealt = balance(costs, ranks)
+        assert sorted(item for items in dealt for item in items) == list(range(64)) and all(dealt)
+        loads = [sum(costs[i] for i in items) for items in dealt]
+        assert max(loads) <= max(1.03 * sum(costs) / ranks, max(costs)), loads
+    assert balance([1.0, 1.0, 1.0, 1.0], 2) == [[0, 2], [1, 3]]
+
+
+def test_a_model_with_a_sliding_window_goes_row_by_row():
+    """The fallback's log-probs and gradients are those of single rows in the model's own attention, window included."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.2,
+    )  # fmt: skip
+    assert "sliding window" in why_not_shared(config)
+    model = MistralForCausalLM(config).eval()
+    batch = pack(GROUPS)
+    values = fused_logprobs(predicting_padded(model, batch), model.lm_head.weight, batch.targets)
+    expected = torch.cat(one_row_per_response(model))
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (values, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    config.sliding_window = None
+    assert why_not_shared(config) == ""
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

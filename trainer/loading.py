@@ -77,6 +77,13 @@ def load_base(
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
 
 
+def keep_four_bits_exact(model: torch.nn.Module) -> None:
+    """On CPUs with AVX-512 bitsandbytes repacks a 4-bit layer that is not in training mode, for good, for a bfloat16 kernel."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "quant_state"):
+            module.training = True  # nothing else in it depends on the mode
+
+
 def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, sharded: bool):
     """PEFT's model with LoRA on every linear layer. lora_B starts at 0, so adapter on == adapter off."""
     # PEFT draws lora_A from torch's global generator

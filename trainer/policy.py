@@ -16,7 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.puzzles import Puzzle
 from rollout import stable_seed
 from trainer.attention import ATTENTION
-from trainer.loading import add_adapter, cost_of, load_base, load_tokenizer, recompute_layers, why_not_shared
+from trainer.loading import (
+    add_adapter,
+    cost_of,
+    keep_four_bits_exact,
+    load_base,
+    load_tokenizer,
+    recompute_layers,
+    why_not_shared,
+)
 from trainer.logprobs import fused_logprobs
 from trainer.packing import PackedBatch, pack
 from trainer.padded import predicting_padded
@@ -66,6 +74,7 @@ class Policy:
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # PEFT would widen every layer's input to float32
         self.model.eval()
+        keep_four_bits_exact(self.model)
 
     @property
     def eos_id(self) -> int:

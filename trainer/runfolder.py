@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # they load transformers, and a report needs none
     from trainer.config import GrpoConfig
     from trainer.policy import Policy
 
+EIGHT_BIT = "__bnb_optimizer_quant_state__"
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation
 FREE_ON_RESUME = {
@@ -187,10 +188,14 @@ def save_training(
     names = list(policy.trainable())
     moments: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():  # one at a time, to main memory: all of them need not fit beside the model
+        inner = state.pop(EIGHT_BIT, {})  # bitsandbytes gives its tensors one level deeper, and takes them flat
+        for key, value in {
+            **state,
+            **inner,
+        }.items():  # one at a time, to main memory: all of them need not fit beside the model
             gathered = whole(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
-                moments[f"{key}/{names[index]}"] = gathered.cpu()
+                moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
     adapter = policy.adapter_tensors()
     if not world.is_main:
         return
