@@ -19,6 +19,7 @@ from pathlib import Path
 from rollout import Sampling
 from rollout.sync import Canary, Parcel, SyncError
 from rollout.vllm_engine import VLLMEngine
+from vllm import SamplingParams
 from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.runfolder import load_checkpoint
@@ -35,6 +36,9 @@ engine.load_adapter(parcel, parcel.manifest(), version=step)
 prompt = list(range(5, 45))
 sampling = Sampling(n=1, max_tokens=40, temperature=1.0, top_p=1.0, seed=1)
 (rollout,) = engine.generate(["x"], [prompt], sampling)[0]
+long = [{"prompt_token_ids": [5 + i % 50 for i in range(200)]}]
+output = engine.llm.generate(long, SamplingParams(n=4, max_tokens=2), lora_request=engine.request, use_tqdm=False)[0]
+assert output.num_cached_tokens >= 128, "the responses of a group share their prompt's blocks (128 tokens each on a CPU)"
 (again,) = engine.generate(["x"], [prompt], sampling)[0]
 assert again.response_ids == rollout.response_ids, "the same seed must sample the same response"
 batch = pack([(prompt, [rollout.response_ids])])
@@ -111,6 +115,11 @@ def test_one_and_two_processes_give_the_same_numbers(pipeline, tmp_path, length_
     grpo(pipeline, tmp_path / "one", *more)
     grpo(pipeline, tmp_path / "two", *more, ranks=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for run in ("one", "two"):
+        for row in map(json.loads, (tmp_path / run / "timing.jsonl").read_text().splitlines()):
+            assert row["packing/sharing"] > 1.5 and 0 < row["packing/fill"] <= 1, "three responses share each prompt"
+            assert 0.6 < row["packing/balance"] <= 1 and 0 < row["sampling/share"] < 1
+            assert row["sampling/tokens_per_second"] > 0
     for a, b in zip(one, two, strict=True):
         assert a["reward"] == b["reward"]
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

@@ -79,6 +79,15 @@ def test_what_does_not_fit_is_named(more, says):
     assert any(says in problem for problem in problems(check(paper(**more), launch())))
 
 
+def test_four_bits_and_eight_bit_moments_are_counted():
+    """6.53 G weights of linear layers at 4.5 bits, 1.09 G of embedding, head and norms at 16; 0.65 G of adapter, two moments."""
+    values = {
+        row.what.strip(): row.value
+        for row in memory(paper(shard="none", quantize="nf4", optimizer="adamw8bit"), launch())
+    }
+    assert values["weights"] == "5.45 GiB" and values["AdamW moments"] == "1.20 GiB"
+
+
 @pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_the_activation_estimate_is_near_what_autograd_keeps(pipeline, dtype, checkpointing):
     config = GrpoConfig(lora_rank=8, dtype=dtype, checkpointing=checkpointing, micro_tokens=1200, max_prompt_tokens=400,

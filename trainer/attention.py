@@ -4,7 +4,7 @@ A kernel takes segments of packed queries against segments of packed keys:
 
 Kernel.forward(q, k, v, segments, scale) -> out [Lq,Hq,D], logsumexp [Hq,Lq]
 Kernel.backward(grad, q, k, v, out, logsumexp, segments, scale) -> gradients of q, k, v
-q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq a multiple of Hkv: grouped heads). No kernel copies keys per query head or keeps a score.
+q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq a multiple of Hkv: grouped heads). None copies keys per query head; only PLAIN builds scores.
 """
 
 import importlib.util
@@ -60,6 +60,8 @@ class Layout(NamedTuple):
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
     """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
     assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
+    changed = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    assert not changed, f"shared_prefix attention knows no {changed}"
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the residual stream's dtype
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))

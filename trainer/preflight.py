@@ -141,12 +141,16 @@ def memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     n_trained = sum(cfg.lora_rank * (m.in_features + m.out_features) for m in linears) if cfg.lora_rank else n_base
     trained_size = 4 if cfg.lora_rank else size
     copies = 1 if cfg.lora_rank or not cfg.beta else 2  # a frozen reference beside
+    weights = float(n_base * size)
+    if cfg.quantize == "nf4":  # half a byte, and a float32 scale per 64
+        weights -= sum(m.weight.numel() for m in linears) * (size - 0.5 - 4 / 64)
+    moment_size = 1 if cfg.optimizer == "adamw8bit" else trained_size
     parts = {
-        "weights": copies * n_base * size / shards,
+        "weights": copies * weights / shards,
         "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * len(base.model.layers))) * size,
         "adapter": n_trained * 4 / shards if cfg.lora_rank else 0.0,
         "gradients": n_trained * trained_size / shards,
-        "AdamW moments": 2 * n_trained * trained_size / shards,
+        "AdamW moments": 2 * n_trained * moment_size / shards,
         "activations": activation_bytes(cfg, base.config),
         "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,
     }

@@ -1,0 +1,95 @@
+"""Sampling: our vLLM engine against vllm.LLM.generate on the same requests, in one process, taking turns.
+
+    python -m tests.bench.sampling [--repeats 5] [--model embedded]
+
+8 prompts x 5 responses, prompt lengths as the paper's x 0.25, one LoRA adapter (r = 16) on both sides. Ours does what a step
+does: it draws from its own seed, asks for the log-prob of every token, and makes Rollout objects. Also prints how much of the
+prompts came from the prefix cache, and writes JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from rollout import Sampling
+from rollout.sync import Parcel
+from rollout.vllm_engine import VLLMEngine
+from tests.bench.update import Task, make_checkpoint
+from trainer.policy import Policy
+from trainer.world import join_world, leave_world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--tokens", type=int, default=64, help="response tokens")
+    parser.add_argument("--json", default="runs/bench/sampling.json")
+    arguments = parser.parse_args()
+    world = join_world()
+    with tempfile.TemporaryDirectory() as folder:
+        task = Task(model=arguments.model, prompts=8, folder=folder)
+        make_checkpoint(task, Path(folder))
+        result = measure(task, arguments, world.device)
+    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
+    ratios = sorted(plain / ours for plain, ours in zip(result["plain"], result["ours"], strict=True))
+    print(f"RATIO sampling_ours_over_plain_vllm {statistics.median(ratios):.2f} {ratios[0]:.2f} {ratios[-1]:.2f}")
+    leave_world()
+
+
+def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> dict:
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    policy = Policy(task.folder, lora_rank=16, lora_alpha=32, seed=0, device=device, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.01)
+    adapter = Path(task.folder) / "adapter"
+    policy.model.save_pretrained(adapter)
+    prompts = [prompt for prompt, _ in task.groups()]
+    longest = max(map(len, prompts)) + arguments.tokens
+    engine = VLLMEngine(task.folder, lora=policy.lora, max_model_len=longest)
+    parcel = Parcel.of(policy.adapter_tensors())
+    engine.load_adapter(parcel, parcel.manifest(), version=0)
+    plain = LLM(
+        task.folder, dtype="float32", max_model_len=longest, enforce_eager=True, enable_lora=True, max_lora_rank=16, max_loras=1,
+        kv_cache_memory_bytes=1 << 30, skip_tokenizer_init=True, disable_log_stats=True,
+        distributed_executor_backend="external_launcher", use_tqdm_on_load=False,
+    )  # fmt: skip
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    ids = [str(i) for i in range(len(prompts))]
+    request = LoRARequest("plain", 1, str(adapter))
+    found: dict[str, list[float]] = {"ours": [], "plain": []}
+    for turn in range(arguments.repeats + 1):
+        start = time.perf_counter()
+        groups = engine.generate(ids, prompts, Sampling(n=task.group_size, max_tokens=arguments.tokens, temperature=1.0,
+                                                        top_p=1.0, seed=turn))  # fmt: skip
+        engine.llm.reset_prefix_cache()
+        between = time.perf_counter()
+        torch.manual_seed(turn)
+        params = SamplingParams(n=task.group_size, temperature=1.0, max_tokens=arguments.tokens, detokenize=False)
+        outputs = plain.generate(requests, params, lora_request=request, use_tqdm=False)
+        plain.reset_prefix_cache()
+        end = time.perf_counter()
+        tokens = sum(len(r.response_ids) for group in groups for r in group)
+        theirs = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+        if turn:  # the first warms up
+            found["ours"].append((between - start) / tokens)
+            found["plain"].append((end - between) / theirs)
+    for side, seconds in found.items():
+        print(f"{side}: {1 / statistics.median(seconds):.0f} response tokens per second")
+    cached = sum(output.num_cached_tokens for output in outputs)
+    print(f"prefix cache: {cached} of {sum(map(len, prompts))} prompt tokens")
+    engine.close()
+    return {**found, "cached": cached}
+
+
+if __name__ == "__main__":
+    main()
