@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen3Config
 
 from trainer import attention
 from trainer.attention import ATTENTION
@@ -18,7 +18,7 @@ GROUPS = [
     ([20, 21], [[22, 23]]),
     ([3] * 11, [[4, 4], [1, 2, 3, 4, 5]]),
 ]
-MODELS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
+MODELS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
 
 
 def tiny_model(kind: str, attn: str, dtype: torch.dtype, tied: bool):
@@ -26,8 +26,9 @@ def tiny_model(kind: str, attn: str, dtype: torch.dtype, tied: bool):
     torch.manual_seed(0)
     config = MODELS[kind](
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, attn_implementation=attn,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, attn_implementation=attn, sliding_window=None,
     )  # fmt: skip
+    assert why_not_shared(config) == ""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
@@ -74,7 +75,8 @@ def loss_of(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kernel", ["CPU", "PLAIN"])
-@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False)])
+@pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False),
+                                            ("llama", False), ("mistral", False)])  # fmt: skip
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_packed_equals_unpacked_in_value_loss_and_gradient(dtype, tolerance, kind, tied, kernel, monkeypatch):
     monkeypatch.setattr(attention, "kernel_for", lambda q: getattr(attention, kernel))
@@ -184,8 +186,6 @@ def test_ranks_get_even_loads_and_at_least_one_group():
 
 def test_a_model_with_a_sliding_window_goes_row_by_row():
     """The fallback's log-probs and gradients are those of single rows in the model's own attention, window included."""
-    from transformers import MistralConfig, MistralForCausalLM
-
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,

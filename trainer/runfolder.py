@@ -189,10 +189,8 @@ def save_training(
     moments: dict[str, Tensor] = {}
     for index, state in optimizer.state_dict()["state"].items():
         inner = state.pop(EIGHT_BIT, {})  # bitsandbytes gives its tensors one level deeper, and takes them flat
-        for key, value in {
-            **state,
-            **inner,
-        }.items():  # one at a time, to main memory: all of them need not fit beside the model
+        state = {**state, **inner}
+        for key, value in state.items():  # one at a time, to main memory: all of them need not fit beside the model
             gathered = whole(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
                 moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()

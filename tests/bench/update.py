@@ -2,13 +2,15 @@
 
     pip install -e ".[bench]"                     # TRL 1.16
     python -m tests.bench.update                  # CPU: the paper's lengths x 0.25, a tiny and a 40 M model
-    python -m tests.bench.update --model qwen2.5-7b --scale 1 --prompts 8 --rank 256 --dtype bfloat16    # one H200
+    python -m tests.bench.update --model qwen2.5-7b --scale 1 --prompts 8 --rank 256 --dtype bfloat16 --micro-tokens 16384 \\
+        --no-sweep                                # one H200; written, not run yet
 
 A step is reference log-probs, forward, backward, clipping and AdamW on the same fabricated rollouts with the same LoRA. Each
-side is a process of its own that makes a step when told to; sides take turns. TRL runs at each of checkpointing on and off x
-micro-batch 1, 2, 5 once, and its fastest setting is the one compared. On a CPU TRL runs the head over prompts and padding too;
-"changed" makes it score response tokens alone, as it does on a GPU. With --liger also Liger's fused loss in that. Memory is the
-most a process held above what its imports held (on a GPU, what PyTorch allocated). Prints RATIO lines, writes JSON and a plot.
+side is a process of its own that makes a step when told to; sides take turns, or on a GPU run one after another. TRL runs at each
+of checkpointing on and off x micro-batch 1, 2, 5 once, and its fastest setting is the one compared. On a CPU TRL runs the head
+over prompts and padding too; "changed" makes it score response tokens alone, as it does on a GPU. With --liger also Liger's
+fused loss in that. Memory is the most a process held above what its imports held (on a GPU, what PyTorch allocated). Prints
+RATIO lines, writes JSON and a plot.
 """
 
 import argparse
@@ -94,6 +96,8 @@ def make_checkpoint(task: Task, folder: Path) -> None:
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     make_tokenizer(["a few words"]).save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
 
 
 def fixed_reward(group: int, response: int) -> float:
@@ -279,12 +283,15 @@ def compare_sides(task: Task, repeats: int, liger: bool, only_trl: int) -> dict:
         sides.append({**trl, "compact": True})
     if liger:
         sides.append({**trl, "compact": True, "liger": True})
-    running = [Side(task, side) for side in sides]
-    for _ in range(repeats):
-        for side in running:
-            side.step()
-    for side in running:
-        side.close()
+    running = []
+    for batch in [[side] for side in sides] if torch.cuda.is_available() else [sides]:  # a GPU holds one at a time
+        together = [Side(task, side) for side in batch]
+        for _ in range(repeats):
+            for side in together:
+                side.step()
+        for side in together:
+            side.close()
+        running += together
     cost = Cost(**running[0].cost)
     flops = {packing: step_flops(task, cost, packing == "shared") for packing in ("shared", "plain")}
     tokens = sum(len(prompt) + len(r) for prompt, responses in task.groups() for r in responses)
