@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import run_command, succeed
 from safetensors.torch import load_file
-from transformers import AutoConfig, Gemma2Config, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+)
 
 from trainer.loading import refuse_unknown_heads, sampler_model, through_nf4, why_not_shared
 from trainer.packing import pack
@@ -160,6 +168,19 @@ def test_a_model_that_cannot_share_prompts_says_so_and_trains(pipeline, windowed
 
 
 def test_logits_that_are_changed_after_the_head_are_refused():
-    with pytest.raises(ValueError, match="--model x: a gemma2 changes its logits after the head"):
-        refuse_unknown_heads(Gemma2Config(), "x")
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    cases = [
+        (Gemma2Config(**small, head_dim=16, num_key_value_heads=2), r"gemma2 .* \(final_logit_softcapping\)"),
+        (PhiConfig(**small), r"phi .* \(a bias of the head\)"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "a gpt2 has no model.layers and lm_head"),
+    ]
+    for config, says in cases:
+        with pytest.raises(ValueError, match="--model x: .*" + says):
+            refuse_unknown_heads(AutoModelForCausalLM.from_config(config), "x")
     assert "its type gemma2 is none of" in why_not_shared(Gemma2Config())

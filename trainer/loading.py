@@ -47,13 +47,18 @@ def why_not_shared(config: PretrainedConfig) -> str:
     return ""
 
 
-def refuse_unknown_heads(config: PretrainedConfig, model_dir: str) -> None:
-    """Raises ValueError for a model whose logits are not hidden @ head."""
-    changed = [name for name in CHANGED_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+def refuse_unknown_heads(causal_lm: PreTrainedModel, model_dir: str) -> None:
+    """Raises ValueError for a model whose logits are not hidden @ head, or whose parts have other names."""
+    shape, instead = causal_lm.config, "use Qwen2.5, Qwen3, Llama or Mistral"
+    if not hasattr(causal_lm, "lm_head") or not hasattr(getattr(causal_lm, "model", None), "layers"):
+        raise ValueError(f"--model {model_dir}: a {shape.model_type} has no model.layers and lm_head; {instead}")
+    changed = [name for name in CHANGED_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]
+    if causal_lm.lm_head.bias is not None:
+        changed.append("a bias of the head")
     if changed:
         raise ValueError(
-            f"--model {model_dir}: a {config.model_type} changes its logits after the head ({changed[0]}), which the fused "
-            "log-probs do not; use a model without it, such as Qwen2.5, Qwen3 or Llama"
+            f"--model {model_dir}: the logits of this {shape.model_type} are more than hidden states times head ({changed[0]}), "
+            f"which the fused log-probs do not know; {instead}"
         )
 
 
@@ -65,7 +70,7 @@ def load_base(
     quantize: "none", or "nf4" for linear layers in 4 bits (bitsandbytes), computed in `dtype`.
     """
     config = AutoConfig.from_pretrained(model_dir)
-    refuse_unknown_heads(config, model_dir)
+    refuse_unknown_heads(empty_model(model_dir, dtype, "eager"), model_dir)
     attention = {} if why_not_shared(config) else {"attn_implementation": ATTENTION}
     if sharded:
         return empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
