@@ -130,7 +130,7 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
     """The checkpoint that vLLM samples from: the policy's own base weights.
 
     With quantize "nf4" a copy in OUT/sampler_base whose linear weights went through 4 bits and back, made by the first
-    process of a node that asks, one weight at a time; so sampler and trainer stay the same policy, and the canary proves it.
+    process of a node that asks, one file at a time; so sampler and trainer stay the same policy, and the canary proves it.
     """
     if quantize == "none":
         return model_dir
