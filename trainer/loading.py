@@ -69,17 +69,18 @@ def load_base(
 
     quantize: "none", or "nf4" for linear layers in 4 bits (bitsandbytes), computed in `dtype`.
     """
-    config = AutoConfig.from_pretrained(model_dir)
-    refuse_unknown_heads(empty_model(model_dir, dtype, "eager"), model_dir)
-    attention = {} if why_not_shared(config) else {"attn_implementation": ATTENTION}
-    if sharded:
-        return empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
+    attention = {} if why_not_shared(AutoConfig.from_pretrained(model_dir)) else {"attn_implementation": ATTENTION}
     if quantize == "nf4":
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
         attention["device_map"] = {"": device}
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
+    if sharded:
+        causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
+    else:
+        causal_lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
+    refuse_unknown_heads(causal_lm, model_dir)
+    return causal_lm
 
 
 def keep_four_bits_exact(model: torch.nn.Module) -> None:

@@ -218,13 +218,17 @@ def restore_training(
     if checkpoints:
         step, adapter, moments = load_checkpoint(checkpoints[-1])
         policy.load_adapter(adapter)
-        state = {}
-        for index, (name, p) in enumerate(policy.trainable().items()):
-            own = {key.partition("/")[0]: t for key, t in moments.items() if key.partition("/")[2] == name}
-            state[index] = {
-                key: share_of(value, p) if value.is_floating_point() or value.ndim else int(value)
-                for key, value in own.items()
+        of_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in moments.items():
+            kind, _, name = key.partition("/")
+            of_name.setdefault(name, {})[kind] = value
+        state = {
+            index: {
+                kind: share_of(value, p) if value.is_floating_point() or value.ndim else int(value)
+                for kind, value in of_name[name].items()
             }
+            for index, (name, p) in enumerate(policy.trainable().items())
+        }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         unused = checkpoints[-1] / "pending.json"
         pending = json.loads(unused.read_text()) if unused.is_file() else {}  # older checkpoints have none
