@@ -5,13 +5,8 @@ INTRO and RULES; the rest of this file only looks values up.
 """
 
 import re
-from typing import Any
 
-import numpy as np
-import pandas as pd
-
-MISSING_VALUES = frozenset({"", "unknown", "nan", "none", "na"})
-"""Values (lower case) that stand for "not known" in CELLxGENE obs tables."""
+from data.columns import Column, clean
 
 INTRO = {
     "sex": " a {}",
@@ -113,28 +108,23 @@ RULES: dict[str, dict[str, str]] = {
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
 
-def clean(value: Any) -> str | None:
-    """A value of an obs column as one line of text, or None where it stands for "not known"."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if isinstance(value, float | np.floating) and value.is_integer():  # 27.0 is 27
-        value = int(value)
-    text = " ".join(str(value).split())
-    return None if text.lower() in MISSING_VALUES or text == "<NA>" else text
+def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
+    """{context column: value} on which all cells of a batch agree; a fact that one cell lacks is left out.
 
-
-def agreed_facts(cells: pd.DataFrame) -> dict[str, str]:
-    """{context column: value} on which all cells (rows) of a batch agree; a fact that one cell lacks is left out."""
+    cells: {column: its values for the cells of the batch}.
+    """
     facts = {}
     for name in CONTEXT_COLUMNS:
-        if name in cells and cells[name].notna().all() and cells[name].nunique() == 1:
-            facts[name] = cells[name].iloc[0]
+        if name in cells:
+            codes = cells[name].codes
+            if codes[0] >= 0 and (codes == codes[0]).all():
+                facts[name] = cells[name].names[codes[0]]
     return facts
 
 
-def joined_values(values: pd.Series) -> str:
+def joined_values(column: Column) -> str:
     """The distinct values of a batch in CELLxGENE's way of writing several, 'a || b'; missing ones are 'unknown'."""
-    return " || ".join(sorted(values.fillna("unknown").unique()))
+    return " || ".join(sorted(set(column.texts(missing="unknown"))))
 
 
 def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:

@@ -1,8 +1,13 @@
-"""The words every stage puts around a puzzle: system message, user message, chat layout.
+"""The words every stage puts around a puzzle: system message, user message, chat layout, response layout.
 
 One layout everywhere (distillation, SFT, GRPO, evaluation): system message + user message. The published CellPuzzles
 rows use exactly these bytes (Cell-o1, arXiv:2506.02911, Table 10), so an official row renders back to itself.
+
+A puzzle comes in three variants: "batch" (the published one), "cell" (a cell of a batch alone, appendix C) and "open" (a
+batch without its candidates, appendix D); data/variants.py makes the last two.
 """
+
+import re
 
 SYSTEM_MESSAGE = (
     "You are an expert assistant specialized in cell type annotation. You will be given a batch of N cells from the "
@@ -15,20 +20,53 @@ SYSTEM_MESSAGE = (
     "assigned cell types in order, separated by ' | '."
 )
 
+# The wording of the next two, and of the requests of their user messages below, is ours, in the style of the one above: the
+# paper's was not at hand, so a model's scores under them need not be those of its Tables 11 and 12.
+CELL_SYSTEM_MESSAGE = (
+    "You are an expert assistant specialized in cell type annotation. You will be given one cell of a donor. Its top "
+    "expressed genes are provided in descending order of expression. Using both the gene expression data and donor "
+    "information, determine the correct cell type of the cell. You will also receive a list of candidate cell types, "
+    "exactly one of which is correct. Include your detailed reasoning within <think> and </think> tags, and provide your "
+    "final answer within <answer> and </answer> tags. The final answer should be a single string: one cell type of the "
+    "list, as it is written there."
+)
+OPEN_SYSTEM_MESSAGE = (
+    "You are an expert assistant specialized in cell type annotation. You will be given a batch of N cells from the "
+    "same donor, where each cell represents a unique cell type. For each cell, the top expressed genes are provided in "
+    "descending order of expression. Using both the gene expression data and donor information, determine the correct "
+    "cell type for each cell. There is no list to choose from: name every cell type as the Cell Ontology names it. Ensure "
+    "that you consider all cells together, rather than annotating each cell individually. Include your detailed reasoning "
+    "within <think> and </think> tags, and provide your final answer within <answer> and </answer> tags. The final answer "
+    "should be a single string listing the N cell types in the order of the cells, separated by ' | '."
+)
+SYSTEM_MESSAGES = {"batch": SYSTEM_MESSAGE, "cell": CELL_SYSTEM_MESSAGE, "open": OPEN_SYSTEM_MESSAGE}
+
 CONTEXT_HEAD = "Context: "
 CANDIDATES_HEAD = "Match the cells above to one of the following cell types:\n"
+CELL_CANDIDATES_HEAD = "Match the cell above to one of the following cell types:\n"
+OPEN_REQUEST = "Name the cell type of each cell above."
 LABEL_SEPARATOR = " | "
+
+RESPONSE_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+RESPONSE_LAYOUT = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
+
+
+def variant_of(n_cells: int, n_candidates: int) -> str:
+    """The variant, "batch", "cell" or "open": no candidates are an open-ended puzzle, one cell with several a cell-level one."""
+    if n_candidates == 0:
+        return "open"
+    return "cell" if n_cells == 1 and n_candidates > 1 else "batch"
 
 
 def user_message(context: str, cells: list[list[str]], candidates: list[str], context_tail: str = " ") -> str:
-    """Render the user turn of one puzzle.
+    """Render the user turn of one puzzle of any variant.
 
     context_tail: what stands between the context and the blank line; the published rows keep one space there.
     """
     cell_lines = [f"Cell {number}: {', '.join(genes)}" for number, genes in enumerate(cells, start=1)]
-    return "\n\n".join(
-        [f"{CONTEXT_HEAD}{context}{context_tail}", "\n".join(cell_lines), CANDIDATES_HEAD + "\n".join(candidates)]
-    )
+    head = {"batch": CANDIDATES_HEAD, "cell": CELL_CANDIDATES_HEAD, "open": OPEN_REQUEST}
+    request = head[variant_of(len(cells), len(candidates))] + "\n".join(candidates)
+    return "\n\n".join([f"{CONTEXT_HEAD}{context}{context_tail}", "\n".join(cell_lines), request])
 
 
 def answer_text(labels: list[str]) -> str:

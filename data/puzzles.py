@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.prompts import CANDIDATES_HEAD, CONTEXT_HEAD, SYSTEM_MESSAGE, answer_text, chat, user_message
+from data.prompts import (
+    CANDIDATES_HEAD,
+    CELL_CANDIDATES_HEAD,
+    CONTEXT_HEAD,
+    OPEN_REQUEST,
+    SYSTEM_MESSAGES,
+    answer_text,
+    chat,
+    user_message,
+    variant_of,
+)
 
 MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
 _CELL_LINE = re.compile(r"Cell (\d+): (.*)")
@@ -23,6 +33,8 @@ _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
 @dataclass(frozen=True, kw_only=True)
 class Puzzle:
     """A batch of N cells of one donor, each to get a different label of the candidate list.
+
+    Or a variant of one (data/variants.py): one of its cells alone, with all N candidates; or the batch without candidates.
 
     Example: Puzzle(id="train-0", context="The cell is from a female ...", cells=[["CD3D", "IL7R"], ["MS4A1"]],
     candidates=["B cell", "T cell"], answer=["T cell", "B cell"])
@@ -35,15 +47,20 @@ class Puzzle:
     cells: list[list[str]]
     """[N][<= M] gene symbols per cell, most expressed first."""
     candidates: list[str]
-    """[N] labels as the prompt shows them."""
+    """[N] labels as the prompt shows them; of a cell-level puzzle those of its batch, of an open-ended one none."""
     answer: list[str]
     """[N] answer[i] is the label of cell i."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Metadata columns; also `system_msg`, `assistant_msg`, `context_tail` where a row differs from our own rendering."""
 
     @property
+    def variant(self) -> str:
+        """Which puzzle it is: "batch", "cell" (one cell, several candidates) or "open" (no candidates)."""
+        return variant_of(len(self.cells), len(self.candidates))
+
+    @property
     def system_message(self) -> str:
-        return self.meta.get("system_msg", SYSTEM_MESSAGE)
+        return self.meta.get("system_msg", SYSTEM_MESSAGES[self.variant])
 
     @property
     def user_message(self) -> str:
@@ -70,19 +87,19 @@ class Puzzle:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Puzzle":
         """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle."""
+        if "assistant_msg" not in row:  # the authors' unseen-disease files call it so
+            row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
         if missing:
             raise ValueError(
                 f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}"
             )
-        context, tail, cells, candidates = _parse_user_message(row["user_msg"])
+        variant, body, candidates = _split_request(row["user_msg"])
+        context, tail, cells = _parse_body(body)
         answer = _parse_answer(row["assistant_msg"])
-        if not len(cells) == len(answer) == len(candidates):
-            raise ValueError(
-                f"{len(cells)} cells, {len(candidates)} candidates and {len(answer)} answers: the three must be equal in number"
-            )
+        _check_numbers(variant, len(cells), len(candidates), len(answer))
         meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}
-        if row["system_msg"] != SYSTEM_MESSAGE:
+        if row["system_msg"] != SYSTEM_MESSAGES[variant]:
             meta["system_msg"] = row["system_msg"]
         if row["assistant_msg"] != answer_text(answer):
             meta["assistant_msg"] = row["assistant_msg"]
@@ -99,11 +116,19 @@ def content_id(user_msg: str) -> str:
     return hashlib.sha256(user_msg.encode()).hexdigest()[:16]
 
 
-def _parse_user_message(text: str) -> tuple[str, str, list[list[str]], list[str]]:
-    """(context, context tail, cells, candidates) of a user message."""
-    body, found, candidate_text = text.partition("\n\n" + CANDIDATES_HEAD)
-    if not found:
-        raise ValueError(f"the user message has no candidate list: no line {CANDIDATES_HEAD.strip()!r}")
+def _split_request(text: str) -> tuple[str, str, list[str]]:
+    """(variant, what stands before the request, candidates) of a user message. Raises ValueError where it has no request."""
+    for variant, head in (("batch", CANDIDATES_HEAD), ("cell", CELL_CANDIDATES_HEAD)):
+        body, found, candidate_text = text.partition("\n\n" + head)
+        if found:
+            return variant, body, candidate_text.split("\n")
+    if text.endswith("\n\n" + OPEN_REQUEST):
+        return "open", text.removesuffix("\n\n" + OPEN_REQUEST), []
+    raise ValueError(f"the user message has no candidate list: no line {CANDIDATES_HEAD.strip()!r}")
+
+
+def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
+    """(context, context tail, cells) of a user message without its request."""
     head, found, cell_text = body.rpartition("\n\n")
     if not found or not head.startswith(CONTEXT_HEAD):
         raise ValueError(f"the user message does not begin with {CONTEXT_HEAD.strip()!r} and a blank line after it")
@@ -115,7 +140,18 @@ def _parse_user_message(text: str) -> tuple[str, str, list[list[str]], list[str]
         cells.append(match[2].split(", "))
     raw_context = head[len(CONTEXT_HEAD) :]
     context = raw_context.removesuffix(" ")
-    return context, raw_context[len(context) :], cells, candidate_text.split("\n")
+    return context, raw_context[len(context) :], cells
+
+
+def _check_numbers(variant: str, n_cells: int, n_candidates: int, n_answers: int) -> None:
+    """Raises ValueError when cells, candidates and answers do not go together in the variant."""
+    found = f"{n_cells} cells, {n_candidates} candidates and {n_answers} answers"
+    if variant == "batch" and not n_cells == n_candidates == n_answers:
+        raise ValueError(f"{found}: the three must be equal in number")
+    if variant == "cell" and not (n_cells == n_answers == 1 and n_candidates > 1):
+        raise ValueError(f"{found}: a cell-level puzzle has one cell, two or more candidates and one answer")
+    if variant == "open" and n_cells != n_answers:
+        raise ValueError(f"{n_cells} cells and {n_answers} answers: an open-ended puzzle has one answer per cell")
 
 
 def _parse_answer(assistant_msg: str) -> list[str]:
@@ -137,9 +173,24 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
             return parquet.read_table(path).to_pylist()
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a parquet file ({error})") from None
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
+    return _rows_of_json(path, text) if path.suffix == ".json" else _rows_of_jsonl(path, text)
+
+
+def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: must be a list of rows, [{{...}}, ...]")
+    return rows
+
+
+def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):  # splitlines also cuts at U+2028
         if not line:
@@ -148,6 +199,8 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number}: must be a row, {{...}}")
     return rows
 
 

@@ -10,6 +10,7 @@ doi:10.1038/nmeth.2930). What is real: names, markers, and the shape of a top-50
 
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +120,25 @@ class Programs:
     """[T] factor on the ribosomal genes, the same within a lineage."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch of one donor: which cells it has, before their counts are drawn."""
+
+    donor: Donor
+    number: int
+    """1 for the donor's first batch."""
+    types: np.ndarray
+    """[C] cell type of each cell, in the order of the rows."""
+    effect: np.ndarray
+    """[G] factor of donor and batch on each gene."""
+    raised: np.ndarray | None = None
+    """[len(PROGRAMS)] activity that the disease adds; None: drawn together with the cells."""
+
+    @property
+    def suspension(self) -> str:
+        return self.donor.suspensions[self.number - 1]
+
+
 def simulate_atlas(
     n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0, n_types: int | None = None
 ) -> anndata.AnnData:
@@ -136,28 +156,13 @@ def simulate_atlas(
     one does), and sorted by them, so that the order of genes says nothing about cell types.
     Raises ValueError naming a setting that is out of range.
     """
-    if n_donors < len(TISSUES):
-        raise ValueError(f"--donors {n_donors} is too few: give at least {len(TISSUES)}, one for each tissue")
-    if seed < 0:
-        raise ValueError(f"--seed {seed} is negative: give 0 or more")
-    if not 0 < cells_per_type <= 1000:
-        raise ValueError(f"--cells-per-type {cells_per_type} is out of range: give a number above 0 and up to 1000")
-    if not 0 <= noise <= 5:
-        raise ValueError(f"--noise {noise} is out of range: give 0 (no noise) to 5")
+    check_settings(n_donors, seed, cells_per_type, noise)
     rng = np.random.default_rng(seed)
     entries = choose_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
-    counts, obs = [], []
-    for donor in draw_donors(rng, n_donors):
-        donor_effect = np.exp(rng.normal(0, 0.2, len(programs.genes)))
-        abundance = {name: float(np.exp(rng.normal(0, 0.4))) for name in types_of(donor, entries)}
-        for number, suspension in enumerate(donor.suspensions, start=1):
-            effect = donor_effect * np.exp(rng.normal(0, 0.1, len(programs.genes)))
-            sizes = [1 + rng.poisson(max(cells_per_type * a - 1, 0)) for a in abundance.values()]
-            types = rng.permutation(np.repeat(list(abundance), sizes))
-            mean = relative_expression(rng, programs, donor, types, suspension, noise) * effect
-            counts.append(draw_counts(rng, mean))
-            obs.append(batch_obs(rng, donor, types, number, suspension))
+    batches = draw_batches(rng, programs, entries, draw_donors(rng, n_donors), cells_per_type)
+    blocks = [draw_block(rng, programs, batch, noise) for batch in batches]
+    counts, obs = [counts for counts, _ in blocks], [obs for _, obs in blocks]
     cells = pd.concat(obs, ignore_index=True)
     cells.index = [f"cell_{i:06d}" for i in range(len(cells))]
     cells = cells.astype({column: "category" for column in cells.columns.drop("is_primary_data")})
@@ -174,6 +179,18 @@ def simulate_atlas(
         var=pd.DataFrame({"feature_name": programs.genes}, index=[synthetic_ensembl_id(g) for g in programs.genes]),
         uns={"title": "Simulated atlas (no real cells)", "simulation": settings},
     )
+
+
+def check_settings(n_donors: int, seed: int, cells_per_type: float, noise: float) -> None:
+    """Raise ValueError, naming the option, for a setting that is out of range."""
+    if n_donors < len(TISSUES):
+        raise ValueError(f"--donors {n_donors} is too few: give at least {len(TISSUES)}, one for each tissue")
+    if seed < 0:
+        raise ValueError(f"--seed {seed} is negative: give 0 or more")
+    if not 0 < cells_per_type <= 1000:
+        raise ValueError(f"--cells-per-type {cells_per_type} is out of range: give a number above 0 and up to 1000")
+    if not 0 <= noise <= 5:
+        raise ValueError(f"--noise {noise} is out of range: give 0 (no noise) to 5")
 
 
 def write_atlas(
@@ -279,26 +296,65 @@ def types_of(donor: Donor, entries: dict[str, MarkerEntry]) -> list[str]:
     ]
 
 
+def draw_batches(
+    rng: np.random.Generator, programs: Programs, entries: dict[str, MarkerEntry], donors: Sequence[Donor],
+    cells_per_type: float, sizes: Iterator[int] | None = None,
+) -> Iterator[Batch]:  # fmt: skip
+    """The batches of the donors, one by one; each type of a donor's tissue has at least one cell in each.
+
+    sizes: cells of each batch, at least its number of types; default: as `cells_per_type` gives.
+    A batch is drawn when it is asked for, so draws in between (its counts) belong to the order of draws.
+    """
+    for donor in donors:
+        donor_effect = np.exp(rng.normal(0, 0.2, len(programs.genes)))
+        abundance = {name: float(np.exp(rng.normal(0, 0.4))) for name in types_of(donor, entries)}
+        for number in range(1, len(donor.suspensions) + 1):
+            effect = donor_effect * np.exp(rng.normal(0, 0.1, len(programs.genes)))
+            if sizes is None:
+                of_type = [1 + rng.poisson(max(cells_per_type * a - 1, 0)) for a in abundance.values()]
+            else:
+                share = np.array(list(abundance.values())) / sum(abundance.values())
+                of_type = 1 + rng.multinomial(next(sizes) - len(share), share)
+            types = rng.permutation(np.repeat(list(abundance), of_type))
+            yield Batch(donor, number, types, effect)
+
+
+def draw_block(
+    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice = slice(None)
+) -> tuple[scipy.sparse.csr_matrix, pd.DataFrame]:
+    """(counts [R, G], obs [R]) of some rows of a batch, by default all."""
+    mean = relative_expression(rng, programs, batch, noise, rows) * batch.effect
+    return draw_counts(rng, mean), batch_obs(rng, batch, rows)
+
+
+def disease_activity(rng: np.random.Generator, donor: Donor) -> np.ndarray:
+    """[len(PROGRAMS)] what the donor's disease adds to the activity of each state program in one batch."""
+    raised = [name in DISEASE_PROGRAMS.get(donor.disease, ()) for name in PROGRAMS]
+    return np.where(raised, rng.gamma(4, 0.25, len(PROGRAMS)), 0)
+
+
 def relative_expression(
-    rng: np.random.Generator, programs: Programs, donor: Donor, types: np.ndarray, suspension: str, noise: float
+    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice
 ) -> np.ndarray:
-    """[C, G] expected weights of the cells of one batch, not normalised; `types` is [C]."""
+    """[R, G] expected weights of some cells of one batch, not normalised."""
+    types = batch.types[rows]
     n_cells = len(types)
     own = programs.markers.loc[types].to_numpy()
-    by_lineage = programs.markers.loc[list(dict.fromkeys(types))].groupby(programs.lineage).max()  # types of this batch
-    related = by_lineage.loc[programs.lineage[types]].to_numpy()  # [C, G]
+    of_batch = programs.markers.loc[list(dict.fromkeys(batch.types))]
+    by_lineage = of_batch.groupby(programs.lineage).max()  # types of this batch
+    related = by_lineage.loc[programs.lineage[types]].to_numpy()  # [R, G]
     # a cell of low identity looks like its background: only the other cells of the puzzle give it away
     identity = rng.random((n_cells, 1)) ** noise
     detected = np.where(rng.random(own.shape) < (1 - DROPOUT) ** noise, own, 0)
     leak = np.where(rng.random(own.shape) < 1 - (1 - LINEAGE_LEAK) ** noise, related, 0)
     soup = AMBIENT_LEAK * noise * by_lineage.to_numpy().sum(axis=0)  # [G]
-    raised = [name in DISEASE_PROGRAMS.get(donor.disease, ()) for name in PROGRAMS]
-    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS))) + np.where(raised, rng.gamma(4, 0.25, len(PROGRAMS)), 0)
+    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS)))
+    activity = activity + (disease_activity(rng, batch.donor) if batch.raised is None else batch.raised)
 
     is_ribosomal, is_mitochondrial = programs.genes.isin(RIBOSOMAL), programs.genes.isin(MITOCHONDRIAL)
-    ribosomal = programs.ribosomal_share[types].to_numpy() * np.exp(rng.normal(0, 0.25, n_cells))  # [C]
-    mitochondrial = np.exp(rng.normal(0, 0.5, n_cells))  # [C]
-    if suspension == "nucleus":  # cytoplasmic RNA stays behind
+    ribosomal = programs.ribosomal_share[types].to_numpy() * np.exp(rng.normal(0, 0.25, n_cells))  # [R]
+    mitochondrial = np.exp(rng.normal(0, 0.5, n_cells))  # [R]
+    if batch.suspension == "nucleus":  # cytoplasmic RNA stays behind
         ribosomal, mitochondrial = 0.3 * ribosomal, 0.1 * mitochondrial
     factor = np.ones((n_cells, len(programs.genes)))
     factor[:, is_ribosomal] = ribosomal[:, None]
@@ -314,18 +370,19 @@ def draw_counts(rng: np.random.Generator, weights: np.ndarray) -> scipy.sparse.c
     return scipy.sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
 
 
-def batch_obs(rng: np.random.Generator, donor: Donor, types: np.ndarray, number: int, suspension: str) -> pd.DataFrame:
-    """[C] rows of obs for one batch; a few cells lose their label or are no primary data, as in real files."""
+def batch_obs(rng: np.random.Generator, batch: Batch, rows: slice) -> pd.DataFrame:
+    """[R] rows of obs for one batch; a few cells lose their label or are no primary data, as in real files."""
+    donor, types = batch.donor, batch.types[rows]
     n_cells = len(types)
     constant = {
         "donor_id": donor.donor_id,
-        "batch": f"{donor.donor_id}_batch_{number}",
+        "batch": f"{donor.donor_id}_batch_{batch.number}",
         "tissue": donor.tissue,
         "disease": donor.disease,
         "sex": donor.sex,
         "development_stage": f"{donor.age}-year-old stage",
         "self_reported_ethnicity": donor.ethnicity,
-        "suspension_type": suspension,
+        "suspension_type": batch.suspension,
         "assay": donor.assay,
         "smoking_status": donor.smoking_status,
     }

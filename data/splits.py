@@ -1,9 +1,8 @@
-"""Train, test and unseen: how donors and cells are divided, and what the splits promise each other."""
+"""Train, test and unseen: how donors and cells are divided."""
 
 import random
-from collections import Counter
 
-from data.puzzles import Puzzle
+SPLITS = ("train", "test", "unseen")
 
 
 def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.Random) -> set[str]:
@@ -33,16 +32,3 @@ def divide(items: list, fraction: float, rng: random.Random) -> tuple[list, list
     n_test = max(0, min(max(round(fraction * len(items)), fraction > 0), len(items) - 1))
     test = set(rng.sample(range(len(items)), n_test))
     return [x for i, x in enumerate(items) if i not in test], [x for i, x in enumerate(items) if i in test]
-
-
-def audit(splits: dict[str, list[Puzzle]], split_mode: str) -> None:
-    """Assert what the splits promise: no batch twice, no cell in two (but for instance), no donor in two (donor)."""
-    batches = Counter((p.meta["source"], frozenset(p.meta["cell_ids"])) for ps in splits.values() for p in ps)
-    assert all(count == 1 for count in batches.values()), "a batch of cells was drawn twice"
-    cells = {s: {(p.meta["source"], cell) for p in ps for cell in p.meta["cell_ids"]} for s, ps in splits.items()}
-    donors = {split: {puzzle.meta["donor"] for puzzle in puzzles} for split, puzzles in splits.items()}
-    for one, other in (("train", "test"), ("train", "unseen"), ("test", "unseen")):
-        if split_mode == "donor" or other == "unseen":
-            assert not donors[one] & donors[other], f"donors in {one} and {other}: {donors[one] & donors[other]}"
-        if split_mode != "instance" or other == "unseen":
-            assert not cells[one] & cells[other], f"cells in {one} and {other}: {cells[one] & cells[other]}"

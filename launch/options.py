@@ -8,7 +8,6 @@ refused with the nearest name.
 import dataclasses
 import difflib
 import functools
-import linecache
 import os
 import sys
 import types
@@ -20,8 +19,8 @@ from typing import Any
 import click
 import yaml
 
-from rollout import RunError
-from trainer.config import argument, option
+from data.errors import RunError, said_on_purpose
+from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "launch/recipes"
@@ -70,20 +69,9 @@ class _Command(click.Command):
             # the run's, not the user's: exit code 1, and its sentence names sample and bundle
             raise click.ClickException(str(error)) from error
         except ValueError as error:
-            if not _said_on_purpose(error):
+            if not said_on_purpose(error):
                 raise
             raise _InputError(str(error)) from error
-
-
-def _said_on_purpose(error: ValueError) -> bool:
-    """Was it raised by a `raise` statement of ours? A ValueError out of a library or a builtin is a bug: keep its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    assert trace is not None
-    file = Path(trace.tb_frame.f_code.co_filename).resolve()
-    ours = file.is_relative_to(ROOT) and "site-packages" not in file.parts
-    return ours and linecache.getline(str(file), trace.tb_lineno).lstrip().startswith("raise ")
 
 
 class _InputError(click.ClickException):

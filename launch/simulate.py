@@ -1,9 +1,17 @@
-"""Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad, for trying the pipeline without a download."""
+"""Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad, for trying the pipeline without a download.
+
+python launch/simulate.py --out atlas.h5ad
+python launch/simulate.py --out big.h5ad --cells 1000000 --genes 20000 --donors 200
+"""
 
 from dataclasses import MISSING, dataclass
 
+from data.atlas import stream_atlas, summarise
+from data.h5ad_writer import COMPRESSIONS, ENCODINGS
 from data.simulate import write_atlas
 from launch.options import command, option
+
+CELLS_PER_TYPE = 8.0
 
 
 @dataclass(frozen=True)
@@ -11,28 +19,38 @@ class Config:
     out: str = option(MISSING, "File to write; ends in .h5ad, an old one is replaced.")
     donors: int = option(48, "Number of donors, spread over 6 tissues.")
     seed: int = option(0, "Seed of every random draw; the same seed writes the same file.")
-    cells_per_type: float = option(8.0, "Mean number of cells of each type in one batch of one donor.")
+    cells_per_type: float = option(CELLS_PER_TYPE, "Mean number of cells of each type in one batch of one donor.")
     types: int | None = option(None, "Number of cell types; default all of data/markers.tsv.")
     noise: float = option(1.0, "Difficulty: 0.5 is easy to annotate, 2 is hard.")
+    cells: int | None = option(
+        None,
+        "Cells in all, in place of --cells-per-type; give --donors cells / 5000, as real donors have a few thousand cells "
+        "(1,000,000 cells: --donors 200). Memory stays below 500 MB whatever the number.",
+    )
+    genes: int | None = option(
+        None, "Genes in all, e.g. 20000: the rest are filler genes of invented names; default none of these."
+    )
+    encoding: str = option("csr", "Matrix: rows, columns, or dense (up to 20 GB before compression).", tuple(ENCODINGS))
+    compression: str = option(
+        "gzip", "gzip as CELLxGENE's files, lzf (larger, written faster) or none.", tuple(COMPRESSIONS)
+    )
 
 
 @command(Config)
 def main(config: Config) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
-    adata = write_atlas(
-        config.out,
-        config.donors,
-        config.seed,
-        cells_per_type=config.cells_per_type,
-        noise=config.noise,
-        n_types=config.types,
-    )
-    diseases = set(adata.obs["disease"]) - {"normal"}
-    types = set(adata.obs["cell_type"]) - {"unknown"}
-    print(
-        f"{config.out}: {adata.n_obs} cells x {adata.n_vars} genes, {adata.obs['donor_id'].nunique()} donors, "
-        f"{adata.obs['tissue'].nunique()} tissues, {len(types)} cell types, {len(diseases)} diseases besides normal"
-    )
+    if config.cells is not None and config.cells_per_type != CELLS_PER_TYPE:
+        raise ValueError(
+            f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; give one"
+        )
+    settings = {"cells_per_type": config.cells_per_type, "noise": config.noise, "n_types": config.types}
+    layout = {"cells": config.cells, "genes": config.genes}
+    layout |= {"encoding": config.encoding, "compression": config.compression}
+    if layout == {"cells": None, "genes": None, "encoding": "csr", "compression": "gzip"}:
+        summary = summarise(write_atlas(config.out, config.donors, config.seed, **settings))
+    else:
+        summary = stream_atlas(config.out, config.donors, config.seed, **settings, **layout)
+    print(f"{config.out}: {summary}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,12 @@ Example, for a puzzle whose answer is ["T cell", "B cell"]:
     batch_reward("T cell | B cell", puzzle).total == -1.0
 """
 
-import re
 from dataclasses import dataclass
 
+from data.prompts import RESPONSE_LAYOUT as _RESPONSE
+from data.prompts import RESPONSE_TAGS as _TAGS
 from data.puzzles import Puzzle
 from reward import Reward, Status
-
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_RESPONSE = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.errors import RunError
+
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 """(name, shape, dtype) of each tensor, in name order."""
 Manifest = list[tuple[str, tuple[int, ...], str, int]]
 """The layout with the CRC-32 of each tensor's bytes."""
 ALIGNMENT = 16
 """Every tensor begins at a multiple of so many bytes of the buffer."""
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; the message is one sentence for its user (exit code 1)."""
 
 
 class SyncError(RunError):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from test_build import SMALL, write_atlas
 
-from data.build import BuildConfig, build_puzzles
+from data.build import build_puzzles
+from data.settings import BuildConfig
 
 ROOT = Path(__file__).parents[1]
 

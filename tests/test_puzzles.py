@@ -98,3 +98,21 @@ def test_files_that_hold_no_puzzles_are_refused_by_name(tmp_path):
         read_puzzles(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match=r"puzzles\.csv: write puzzles to a name that ends in"):
         write_puzzles(tmp_path / "puzzles.csv", [])
+
+
+def test_files_that_are_no_rows(tmp_path):
+    for name, text, says in (
+        ("a.json", b"[1, 2]", "must be a list of rows"), ("b.json", b"{oops", "line 1: not JSON"),
+        ("c.jsonl", b"[]\n", "line 1: must be a row"), ("d.jsonl", b"\xff\xfe", "not a file of puzzles"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(ValueError, match=says):
+            read_rows(tmp_path / name)
+
+
+def test_the_authors_unseen_files_call_the_answer_answer(tmp_path):
+    rows = [Puzzle(id="", context="c.", cells=[["A"], ["B"]], candidates=["x", "y"], answer=["y", "x"]).to_row()]
+    old = [{"answer" if key == "assistant_msg" else key: value for key, value in row.items()} for row in rows]
+    (tmp_path / "melanoma.json").write_text(json.dumps(old))
+    (puzzle,) = read_puzzles(tmp_path / "melanoma.json")
+    assert puzzle.answer == ["y", "x"] and puzzle.to_row()["assistant_msg"] == "y | x"

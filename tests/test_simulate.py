@@ -1,5 +1,6 @@
 """The marker table and the simulated atlas: schema, reproducibility, biology of the top genes."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -301,3 +302,21 @@ def test_command_refuses_a_wrong_file_name(tmp_path):
     result = _run("--out", str(tmp_path / "atlas.h5"))
     assert result.returncode == 2 and "the file name must end in .h5ad" in result.stderr
     assert "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+
+
+# --- the demo's atlas stays what it is ---
+
+
+def test_an_atlas_without_new_options_is_the_one_the_published_demo_numbers_come_from(tmp_path):
+    """The digest was taken before data.atlas existed: counts, obs and var of a small atlas."""
+    adata = write_atlas(tmp_path / "a.h5ad", 6, 3, cells_per_type=2)
+    digest = hashlib.sha256()
+    for part in (adata.X.indptr, adata.X.indices, adata.X.data):
+        digest.update(part.astype("<i8").tobytes())
+    digest.update((adata.obs.to_csv() + adata.var.to_csv()).encode())
+    assert digest.hexdigest() == "c881b3eeccaf9956a867344339b8feef41f7af386c241d5602812514fe6253d0"
+    adata.write_h5ad(tmp_path / "b.h5ad", compression="gzip")
+    done = _run("--out", str(tmp_path / "c.h5ad"), "--donors", "6", "--seed", "3", "--cells-per-type", "2.0")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.h5ad").read_bytes() == (tmp_path / "b.h5ad").read_bytes()
+    assert (anndata.read_h5ad(tmp_path / "c.h5ad").X != adata.X).nnz == 0

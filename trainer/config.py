@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from data.options import option
 from trainer.objective import AGGREGATIONS, CORRECTIONS
 
 # --preset: what each program's objective is, as values of the settings below; recipe keys and flags win over a preset.
@@ -31,19 +32,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset_values(name: str) -> dict[str, Any]:
     """{setting: value} of a preset."""
     return {setting: values[name] for setting, values in PRESETS.items()}
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the text its flag shows and, where it is a choice, what may be chosen."""
-    metadata = {"help": help, "choices": choices}
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def argument(help: str) -> Any:
-    """A dataclass field that is a positional argument of its command."""
-    return dataclasses.field(metadata={"help": help, "choices": (), "argument": True})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,209 @@
+"""The cells of an .h5ad file that may stand in a puzzle, and how they are grouped by donor, batch and cell type."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.columns import Column, clean, constant_column
+from data.contexts import CONTEXT_COLUMNS
+from data.h5ad import as_text, index_of, nearest, obs_columns, open_h5ad, read_obs
+
+COLUMN_FLAGS = {
+    "cell_type": "--cell-type-key",
+    "donor_id": "--donor-key",
+    "suspension_type": "--suspension-key",
+    "tissue": "--tissue-key",
+    "disease": "--disease-key",
+    "batch": "--batch-key",
+    "sex": "--sex-key",
+    "development_stage": "--development-stage-key",
+    "self_reported_ethnicity": "--ethnicity-key",
+}
+"""CELLxGENE obs column -> flag of launch/build.py that names it in files that call it otherwise."""
+REQUIRED_COLUMNS = ("cell_type", "donor_id", "suspension_type", "tissue", "disease")
+ORGANISM_COLUMNS = ("organism", "organism_ontology_term_id")
+
+Groups = dict[tuple[str, str], dict[str, np.ndarray]]
+"""(donor, batch) -> {cell type: increasing row numbers}."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The usable cells of a file, C of them."""
+
+    rows: np.ndarray
+    """[C] row number in the file, increasing."""
+    columns: dict[str, Column]
+    """{name of COLUMN_FLAGS or of data.contexts: [C] values}; a batch that is not known is ""."""
+    n_read: int
+    """Cells in the file, usable or not."""
+    dropped: dict[str, int]
+    """{reason: cells dropped for it}; a cell counts under the first reason only."""
+    organism: str | None
+    """The one organism of the usable cells, where the file states it."""
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, rows: Sequence[int]) -> dict[str, Column]:
+        """The columns of some rows of the file, all of them usable."""
+        positions = np.searchsorted(self.rows, rows)
+        return {name: column[positions] for name, column in self.columns.items()}
+
+
+def read_cells(
+    path: str | os.PathLike,
+    keys: dict[str, str],
+    constants: dict[str, str],
+    organism: str | None = None,
+    include_non_primary: bool = False,
+) -> Cells:
+    """The usable cells: suspension type "cell", primary data, with a known cell type and donor, of one organism.
+
+    Raises ValueError when a column is absent or not understood, or the cells are of several organisms.
+    """
+    columns, supplied, notes = resolve_columns(path, keys, constants)
+    present = obs_columns(path)
+    organism_column = next((name for name in ORGANISM_COLUMNS if name in present), None)
+    table = read_obs(path, [*columns.values(), *([organism_column] if organism_column else [])])
+    n_read = _n_cells(path)
+    cells = {name: table[key] for name, key in columns.items()}
+    cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
+    if "batch" not in cells:
+        notes.append("no obs column for the experimental batch: cells are grouped by donor only")
+        cells["batch"] = constant_column("", n_read)
+    if "is_primary_data" not in cells:
+        notes.append("no obs column 'is_primary_data': all cells count as primary data")
+    is_primary = cells.pop("is_primary_data", constant_column("True", n_read))
+    unusable = {
+        "suspension_type is not 'cell'": ~cells["suspension_type"].coded_as("cell"),
+        "is_primary_data is not True": ~is_primary.coded_as("True") & (not include_non_primary),
+        "no cell type": cells["cell_type"].codes < 0,
+        "no donor": cells["donor_id"].codes < 0,
+    }
+    if organism and organism_column:
+        unusable[f"organism is not {organism!r}"] = ~_is_organism(table[organism_column], organism, path)
+    kept, dropped = np.ones(n_read, dtype=bool), {}
+    for reason, bad in unusable.items():
+        dropped[reason] = int((kept & bad).sum())
+        kept &= ~bad
+    batch = cells["batch"]
+    cells["batch"] = Column(np.where(batch.codes < 0, len(batch.names), batch.codes), [*batch.names, ""])
+    kept_rows = np.flatnonzero(kept)
+    return Cells(
+        rows=kept_rows,
+        columns={name: column[kept_rows] for name, column in cells.items()},
+        n_read=n_read,
+        dropped=dropped,
+        organism=_one_organism(path, table[organism_column][kept_rows] if organism_column else None),
+        notes=notes,
+    )
+
+
+def resolve_columns(
+    path: str | os.PathLike, keys: dict[str, str], constants: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """({name: obs column}, {name: constant}, notes) of the columns a build uses.
+
+    keys: {name of COLUMN_FLAGS: obs column asked for}; constants: {name or obs column: value}, where the file lacks it.
+    Raises ValueError for an absent column that is required or was asked for by another name.
+    """
+    present, columns, supplied, notes = obs_columns(path), {}, {}, []
+    optional = {name: name for name in (*CONTEXT_COLUMNS, "is_primary_data") if name not in keys}
+    for name, key in {**keys, **optional}.items():
+        value = constants.get(name, constants.get(key))
+        if key in present:
+            columns[name] = key
+            if value:
+                notes.append(f"--constant {name}={value} is not used: the file has an obs column {key!r}")
+        elif value:
+            supplied[name] = value
+        elif name in REQUIRED_COLUMNS or key != name:
+            raise ValueError(
+                f"{path}: no obs column {key!r} (nearest: {nearest(key, present)}); name the column with "
+                f"{COLUMN_FLAGS[name]} COLUMN, or supply its value with --constant {name}=VALUE"
+            )
+    return columns, supplied, notes
+
+
+def parse_constants(items: Iterable[str], keys: dict[str, str]) -> dict[str, str]:
+    """{column: value} of NAME=VALUE items; keys as in resolve_columns. Raises ValueError for a name without use."""
+    constants, names = {}, {*keys, *keys.values(), *CONTEXT_COLUMNS}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not clean(value):
+            raise ValueError(f"--constant {item}: must be NAME=VALUE with a known value")
+        if name not in names:
+            raise ValueError(f"--constant {item}: no column {name!r} is used (nearest: {nearest(name, names)})")
+        constants[name] = clean(value)
+    return constants
+
+
+def _n_cells(path: str | os.PathLike) -> int:
+    with open_h5ad(path) as file:
+        n_cells = index_of(file, "obs", path).shape[0]
+    if not n_cells:
+        raise ValueError(f"{path}: holds no cells; choose another file")
+    return n_cells
+
+
+def _is_organism(column: Column, organism: str, path: str | os.PathLike) -> np.ndarray:
+    found = {name.lower(): name for name in column.names}
+    if organism.lower() not in found:
+        raise ValueError(f"{path}: --organism {organism}: no cell is of it (it has {', '.join(sorted(column.names))})")
+    return column.coded_as(found[organism.lower()])
+
+
+def _one_organism(path: str | os.PathLike, column: Column | None) -> str | None:
+    """The organism stated in obs, or in uns as CELLxGENE's later schemas do. Raises ValueError for several."""
+    if column is None:
+        return _organism_of_uns(path)
+    names = sorted(column.names[code] for code in np.unique(column.codes) if code >= 0)
+    if len(names) > 1:
+        raise ValueError(
+            f"{path}: holds cells of {len(names)} organisms ({', '.join(names)}), whose genes have other names; keep one "
+            f"with --organism {names[0]!r}"
+        )
+    return names[0] if names else None
+
+
+def _organism_of_uns(path: str | os.PathLike) -> str | None:
+    with open_h5ad(path) as file:
+        for name in ORGANISM_COLUMNS:
+            node = file[f"uns/{name}"] if f"uns/{name}" in file else None
+            if isinstance(node, h5py.Dataset) and node.shape == ():
+                return clean(as_text(node[()], f"{path}: uns {name!r}"))
+    return None
+
+
+def groups_of(cells: Cells) -> Groups:
+    """Rows by donor and batch, then by cell type; everything in sorted order."""
+    groups: Groups = {}
+    columns = [cells.columns[name] for name in ("donor_id", "batch", "cell_type")]
+    orders = [np.argsort(np.argsort(np.array(column.names, dtype=object))) for column in columns]
+    ranks = [order[column.codes] for order, column in zip(orders, columns, strict=True)]
+    by_key = np.lexsort((cells.rows, *reversed(ranks)))
+    keys = np.stack([rank[by_key] for rank in ranks], axis=1)
+    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]) if len(by_key) else []
+    for members in np.split(by_key, starts[1:]) if len(by_key) else []:
+        donor, batch, cell_type = (column.names[column.codes[members[0]]] for column in columns)
+        groups.setdefault((donor, batch), {})[cell_type] = cells.rows[members]
+    return groups
+
+
+def check_labels(path: Path, labels: Iterable[str]) -> None:
+    """A label with the answer's separator, or two that differ only in case, cannot be told apart in an answer."""
+    by_case: dict[str, str] = {}
+    for label in sorted(labels):
+        if "|" in label:
+            raise ValueError(f"{path}: the cell type {label!r} holds '|', which separates answers; rename it")
+        if "<" in label and ">" in label:
+            raise ValueError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
+        other = by_case.setdefault(label.lower(), label)
+        if other != label:
+            raise ValueError(f"{path}: the cell types {other!r} and {label!r} differ only in case; give them one name")

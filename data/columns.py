@@ -1,0 +1,45 @@
+"""A column of an obs or var table as categories of cleaned text."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MISSING_VALUES = frozenset({"", "unknown", "nan", "none", "na"})
+"""Values (lower case) that stand for "not known" in CELLxGENE obs tables."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column as categories of cleaned text."""
+
+    codes: np.ndarray
+    """[C] int32 index into names; -1 where the value is not known (MISSING_VALUES)."""
+    names: list[str]
+    """Distinct values."""
+
+    def __getitem__(self, cells: Any) -> "Column":
+        return Column(self.codes[cells], self.names)
+
+    def texts(self, missing: str | None = None) -> list[str | None]:
+        """[C] the values as text."""
+        lookup = np.array([*self.names, missing], dtype=object)  # code -1 is the last one
+        return lookup[self.codes].tolist()
+
+    def coded_as(self, text: str) -> np.ndarray:
+        """[C] bool: whether the value is `text`."""
+        return self.codes == (self.names.index(text) if text in self.names else -2)
+
+
+def constant_column(text: str, n_cells: int) -> Column:
+    return Column(np.zeros(n_cells, dtype=np.int32), [text])
+
+
+def clean(value: Any) -> str | None:
+    """A value of an obs column as one line of text, or None where it stands for "not known"."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if isinstance(value, float | np.floating) and value.is_integer():  # 27.0 is 27
+        value = int(value)
+    text = " ".join(str(value).split())
+    return None if text.lower() in MISSING_VALUES or text == "<NA>" else text

@@ -1,0 +1,152 @@
+"""The paper's two variants of a batch-level puzzle (Cell-o1, arXiv:2506.02911), and the way back from one of them.
+
+- cell-level (appendix C, Table 11): every cell of a batch alone, with the batch's context and all N candidates.
+- open-ended (appendix D, Table 12): the whole batch without its candidates. Our rewards and metrics ask for the gold label
+  itself; Table 12 also takes a label that MedCPT embeds close to it (similarity above 0.8).
+
+Example: a puzzle "test-7" of 3 cells gives "test-7/cell-1", "test-7/cell-2", "test-7/cell-3", or "test-7/open".
+
+A variant keeps the batch's metadata columns (`n_cells` too: the size of the batch) and adds `batch_id`, and a cell
+`cell_index`, from 0. It drops what belongs to the batch's own prompt and answer: a system message other than the usual one,
+and a reasoning trace.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from data.prompts import RESPONSE_LAYOUT, RESPONSE_TAGS, answer_text
+from data.puzzles import Puzzle
+
+VARIANTS = ("cell", "open")
+_OF_THE_BATCH_ROW = ("system_msg", "assistant_msg")
+
+
+def cell_level(puzzle: Puzzle) -> list[Puzzle]:
+    """[N] puzzles of one cell, in cell order; `cell_ids`, where the batch has them, is reduced to the one of the cell.
+
+    Raises ValueError, naming the puzzle, when it is not a batch-level one or has a single cell.
+    """
+    meta = _batch_meta(puzzle)
+    if len(puzzle.cells) == 1:
+        raise ValueError(f"puzzle {puzzle.id} has a single cell, which is nothing to decompose: leave it out")
+    cell_ids = puzzle.meta.get("cell_ids")
+    if cell_ids is not None and len(cell_ids) != len(puzzle.cells):
+        raise ValueError(
+            f"puzzle {puzzle.id} has {len(cell_ids)} cell_ids for {len(puzzle.cells)} cells: give one per cell"
+        )
+    of_cell = [{"cell_index": i} | ({"cell_ids": [cell_ids[i]]} if cell_ids else {}) for i in range(len(puzzle.cells))]
+    return [
+        dataclasses.replace(
+            puzzle, id=f"{puzzle.id}/cell-{i + 1}", cells=[puzzle.cells[i]], answer=[puzzle.answer[i]], meta=meta | own
+        )
+        for i, own in enumerate(of_cell)
+    ]
+
+
+def open_ended(puzzle: Puzzle) -> Puzzle:
+    """The batch without its candidates. Raises ValueError, naming the puzzle, when it is not a batch-level one."""
+    return dataclasses.replace(puzzle, id=f"{puzzle.id}/open", candidates=[], meta=_batch_meta(puzzle))
+
+
+def convert(puzzles: Iterable[Puzzle], variant: str) -> list[Puzzle]:
+    """Batch-level puzzles as the variant "cell" or "open", in order.
+
+    Raises ValueError for another variant, for a puzzle that is not a batch-level one, and for an id that occurs twice: the
+    answers to the variants of the two could not be told apart.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    puzzles = list(puzzles)
+    for name, count in Counter(puzzle.id for puzzle in puzzles).items():
+        if count > 1:
+            raise ValueError(f"puzzle {name} occurs {count} times: keep it once, or give each its own id")
+    if variant == "open":
+        return [open_ended(puzzle) for puzzle in puzzles]
+    return [cell for puzzle in puzzles for cell in cell_level(puzzle)]
+
+
+def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = "") -> tuple[list[str], list[Puzzle]]:
+    """Answers to cell-level puzzles as one answer per batch, and the batches: what eval.metrics.score takes.
+
+    predictions[i] is the whole response to puzzles[i]; the cells may come in any order, a batch stands where its first cell
+    stood. An answer is "<think></think><answer>a | b</answer>", labels in cell order; a response whose format is invalid, as
+    reward.cellpuzzles.parse_response(response, 1) judges it, gives `invalid_label` at its place.
+
+    With the default, no label, one invalid cell makes the format of its batch's answer invalid, and 0 of its N cells right:
+    the rule that an answer to the batch-level puzzle stands under (B.1), and the one that gives the share of batches with a
+    valid format. For cell accuracy and uniqueness in which an invalid cell is wrong by itself only, give it a label that no
+    cell has, such as "no valid answer"; every format is then valid, and batch accuracy is the same. Which of the two
+    Table 11 uses is not said; its instruction-tuned Qwen has uniqueness .5978 above format validity .5955, which the first
+    cannot give. Its response lengths are those of single cells: take them from scoring the cells themselves.
+
+    A batch is the one that `cell_level` was given, but for the system message and reasoning trace that it drops. Raises
+    ValueError that names the puzzle, or the batch where one of its cells is missing, comes twice or belongs to another.
+    """
+    if len(predictions) != len(puzzles):
+        raise ValueError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
+    batches: dict[str, list[tuple[Puzzle, str]]] = {}
+    for puzzle, prediction in zip(puzzles, predictions, strict=True):
+        of_batch = "batch_id" in puzzle.meta and isinstance(puzzle.meta.get("cell_index"), int)
+        if puzzle.variant != "cell" or not of_batch:
+            raise ValueError(
+                f"puzzle {puzzle.id} is not a cell of a batch (one cell, with the columns batch_id and cell_index): make "
+                "cell-level puzzles with launch/variant.py"
+            )
+        batches.setdefault(puzzle.meta["batch_id"], []).append((puzzle, prediction))
+    answers, whole = [], []
+    for name, answered in batches.items():
+        answered.sort(key=lambda pair: pair[0].meta["cell_index"])
+        whole.append(_batch(name, [cell for cell, _ in answered]))
+        labels = [_label(prediction) or invalid_label for _, prediction in answered]
+        answers.append(f"<think></think><answer>{answer_text(labels)}</answer>")
+    return answers, whole
+
+
+def _batch_meta(puzzle: Puzzle) -> dict[str, Any]:
+    """Metadata of a batch's variants. Raises ValueError when the puzzle is not a batch-level one."""
+    counts = len(puzzle.cells), len(puzzle.candidates), len(puzzle.answer)
+    if puzzle.variant != "batch" or len(set(counts)) > 1:
+        raise ValueError(
+            f"puzzle {puzzle.id} is not a batch-level puzzle ({counts[0]} cells, {counts[1]} candidates, {counts[2]} answers): "
+            "convert the batch-level file it was made from"
+        )
+    for column in ("batch_id", "cell_index"):
+        if column in puzzle.meta:
+            raise ValueError(f"puzzle {puzzle.id} already has a column {column}, which its variants need: rename it")
+    return {key: value for key, value in puzzle.meta.items() if key not in _OF_THE_BATCH_ROW} | {"batch_id": puzzle.id}
+
+
+def _batch(name: str, cells: list[Puzzle]) -> Puzzle:
+    """The batch-level puzzle of its cell-level ones, which come sorted by `cell_index`. Raises ValueError naming the batch."""
+    first = cells[0]
+    count = Counter(cell.meta["cell_index"] for cell in cells)
+    expected = range(len(first.candidates))
+    missing = [f"cell-{index + 1}" for index in expected if index not in count]
+    if missing:
+        raise ValueError(
+            f"batch {name}: {len(missing)} of its {len(expected)} cells have no prediction ({', '.join(missing)}): answer "
+            "every cell of a batch"
+        )
+    again = [f"cell-{index + 1}" for index, times in count.items() if times > 1 or index not in expected]
+    if again or any((cell.context, cell.candidates) != (first.context, first.candidates) for cell in cells):
+        what = f"{again[0]} comes twice or is none of it" if again else "its cells differ in context or candidates"
+        raise ValueError(f"batch {name}: {what}: regroup the cells of one file, each once")
+    meta = {
+        key: value for key, value in first.meta.items() if key not in ("batch_id", "cell_index", *_OF_THE_BATCH_ROW)
+    }
+    if "cell_ids" in meta:
+        meta["cell_ids"] = [cell_id for cell in cells for cell_id in cell.meta["cell_ids"]]
+    return Puzzle(
+        id=name, context=first.context, cells=[cell.cells[0] for cell in cells], candidates=first.candidates,
+        answer=[cell.answer[0] for cell in cells], meta=meta,
+    )  # fmt: skip
+
+
+def _label(prediction: str) -> str:
+    """The label that a response to one cell gives; "" where its format is invalid."""
+    match = RESPONSE_LAYOUT.fullmatch(prediction)
+    if match is None or any(prediction.count(tag) != 1 for tag in RESPONSE_TAGS) or "|" in match["answer"]:
+        return ""
+    return match["answer"].strip()
