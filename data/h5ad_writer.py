@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import write_elem
 from scipy import sparse
+from tqdm import tqdm
 
 COMPRESSIONS = MappingProxyType({"gzip": "gzip", "lzf": "lzf", "none": None})
 """Name -> filter of h5py; gzip is level 4, as anndata writes it."""
@@ -126,11 +127,13 @@ class _Csc:
         self.node["indptr"][1:] = ends
         self.node.attrs["shape"] = (self.n_cells, self.n_genes)
         start = 0
-        while start < self.n_genes:
-            done = ends[start - 1] if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, done + VALUES_IN_MEMORY, side="right")))
-            self._write_columns(start, stop)
-            start = stop
+        with tqdm(total=self.n_genes, desc="columns", unit="gene", disable=None) as bar:
+            while start < self.n_genes:
+                done = ends[start - 1] if start else 0
+                stop = max(start + 1, int(np.searchsorted(ends, done + VALUES_IN_MEMORY, side="right")))
+                self._write_columns(start, stop)
+                bar.update(stop - start)
+                start = stop
 
     def _write_columns(self, start: int, stop: int) -> None:
         columns, rows, values = [], [], []

@@ -104,8 +104,9 @@ def prepare(config: DemoConfig) -> dict[str, float]:
         "weight_decay": 0.01, "holdout": 0.02,
     }  # fmt: skip
     ranks = min(2, len(os.sched_getaffinity(0)))  # small matrices: two processes are faster than two threads
-    seconds |= run_stage("sft", out / "sft/model/config.json", "sft", ranks=ranks, traces=traces, model=out / "base",
-                   out=out / "sft", **cold_start, **seed)  # fmt: skip
+    begun = ["--resume"] if (out / "sft/config.json").is_file() else []
+    seconds |= run_stage("sft", out / "sft/model/config.json", "sft", *begun, ranks=ranks, traces=traces,
+                   model=out / "base", out=out / "sft", **cold_start, **seed)  # fmt: skip
     return seconds
 
 

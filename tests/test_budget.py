@@ -9,7 +9,7 @@ import yaml
 
 from launch.demo import DemoConfig
 from launch.options import read_recipe
-from trainer.config import GrpoConfig
+from trainer.config import GrpoConfig, SftConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("data", "reward", "rollout", "trainer", "eval", "launch")
@@ -60,7 +60,7 @@ def test_recipes_parse():
     assert recipes
     for recipe in recipes:
         keys = yaml.safe_load(recipe.read_text())
-        config = DemoConfig if "h5ad" in keys else GrpoConfig
+        config = DemoConfig if "h5ad" in keys else SftConfig if recipe.stem.startswith("sft") else GrpoConfig
         assert read_recipe(config, recipe)
 
 

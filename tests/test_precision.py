@@ -18,7 +18,8 @@ from transformers import (
     PhiConfig,
 )
 
-from trainer.loading import refuse_unknown_heads, sampler_model, through_nf4, why_not_shared
+from trainer.loading import refuse_unknown_heads, through_nf4, why_not_shared
+from trainer.merge import sampler_model
 from trainer.packing import pack
 from trainer.policy import Policy
 

@@ -10,7 +10,8 @@ from conftest import run_command, succeed
 from data.puzzles import read_puzzles, read_rows
 from trainer.config import SftConfig
 from trainer.policy import Policy
-from trainer.sft import encode_traces, learning_rate, split_by_puzzle, token_losses
+from trainer.sft import learning_rate, token_losses
+from trainer.traces import encode_traces, split_by_puzzle
 
 
 def sft(pipeline, out, *more, **kwargs):

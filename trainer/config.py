@@ -41,19 +41,76 @@ class SftConfig:
     traces: str = option(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
     model: str = option(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
     out: str = option(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
+    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
+    target: str = option(
+        "trace",
+        "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",
+        ("trace", "answer"),
+    )
     lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains every weight.")
     lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
+    dora: bool = option(
+        False, "Weight-decomposed LoRA (DoRA), as the authors' script has it; vLLM cannot serve it unmerged."
+    )
     epochs: int = option(10, "Passes over the traces.")
     batch_size: int = option(128, "Traces per optimizer step.")
     lr: float = option(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
     weight_decay: float = option(0.0, "AdamW weight decay.")
     grad_clip: float = option(1.0, "Largest gradient norm.")
-    max_tokens: int = option(8192, "Longest prompt + response; longer traces are skipped and counted, never cut.")
+    max_tokens: int = option(8192, "Longest prompt + response; a longer trace is never cut.")
+    overlong: str = option("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
     micro_tokens: int = option(16384, "Packed tokens per forward pass.")
-    holdout: float = option(0.1, "Share of the puzzles kept out to measure eval_loss; 0 keeps none.")
-    dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"))
+    holdout: float = option(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
+    eval_engine: str = option(
+        "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
+    )
+    eval_puzzles: int = option(100, "Held-out puzzles answered at most.")
+    eval_response_tokens: int = option(3000, "Longest answer to them.")
+    patience: int = option(
+        0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
+    )
+    save_every: int = option(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
+    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
+    dtype: str = option("float32", "Weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    autocast: bool = option(
+        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
+    )
+    attn: str = option("sdpa", "Attention kernels: PyTorch's own, or flash-attn's (GPU).", ("sdpa", "flash"))
+    quantize: str = option("none", "Hold the base in 4 bits (QLoRA).", ("none", "nf4"))
+    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
+    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
+    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM by --eval-engine.")
+    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
     seed: int = option(0, "Order of the traces and LoRA initialisation.")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_puzzles", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name in ("lora_rank", "patience", "save_every", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"--holdout {self.holdout}: must be at least 0 and below 1")
+        for flag, used in (
+            ("--quantize nf4", self.quantize == "nf4"),
+            ("--optimizer adamw8bit", self.optimizer == "adamw8bit"),
+        ):
+            if used and importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError(f"{flag}: the package is not installed; pip install bitsandbytes")
+        for flag, used in (("--quantize nf4", self.quantize == "nf4"), ("--dora", self.dora)):
+            if used and not self.lora_rank:
+                raise ValueError(f"{flag}: trains an adapter, so --lora-rank must be above 0")
+        if self.dora and self.eval_engine == "vllm":
+            raise ValueError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
+        if not self.holdout and (self.patience or self.eval_engine != "none"):
+            raise ValueError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of matrix products."""
+        return "bfloat16" if self.autocast else self.dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,11 @@
 """The policy's model: loaded, quantised, given its adapter, sharded. What happens once, before the first step."""
 
-import fcntl
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -34,7 +30,6 @@ SHARES_PROMPTS = ("qwen2", "qwen3", "llama", "mistral")
 """Model types whose attention is softmax(q k scale) v through transformers' attention interface; tests run each of them."""
 CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Settings of models that do something to the head's output, which log-probs from hidden states would miss."""
-SAMPLER_BASE = "sampler_base"
 
 
 def why_not_shared(config: PretrainedConfig) -> str:
@@ -90,12 +85,12 @@ def keep_four_bits_exact(model: torch.nn.Module) -> None:
             module.training = True  # nothing else in it depends on the mode
 
 
-def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, sharded: bool):
-    """PEFT's model with LoRA on every linear layer. lora_B starts at 0, so adapter on == adapter off."""
+def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, sharded: bool, dora: bool = False):
+    """PEFT's model with LoRA (or DoRA) on every linear layer. lora_B starts at 0, so adapter on == adapter off."""
     # PEFT draws lora_A from torch's global generator
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
         return get_peft_model(causal_lm, config, low_cpu_mem_usage=sharded)
 
 
@@ -127,41 +122,11 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_dir)
 
 
-def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) -> str:
-    """The checkpoint that vLLM samples from: the policy's own base weights.
-
-    With quantize "nf4" a copy in OUT/sampler_base whose linear weights went through 4 bits and back, made by the first
-    process of a node that asks, one file at a time; so sampler and trainer stay the same policy, and the canary proves it.
-    """
-    if quantize == "none":
-        return model_dir
-    folder = Path(out) / SAMPLER_BASE
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here
-        if not (folder / "config.json").is_file():
-            _write_dequantised(Path(model_dir), folder, getattr(torch, dtype))
-    return str(folder)
-
-
-def _write_dequantised(model_dir: Path, folder: Path, dtype: torch.dtype) -> None:
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
-    linear = {
-        f"{name}.weight"
-        for name, module in empty_model(str(model_dir), dtype, "sdpa").model.layers.named_modules(prefix="model.layers")
-        if isinstance(module, torch.nn.Linear)
-    }
-    for path in sorted(model_dir.iterdir()):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as handle:
-                tensors = {name: handle.get_tensor(name).to(dtype) for name in handle.keys()}  # noqa: SIM118 (no mapping)
-            tensors |= {name: through_nf4(tensors[name]) for name in linear & tensors.keys()}
-            save_file(tensors, partial_folder / path.name, {"format": "pt"})
-        elif path.is_file():
-            shutil.copy(path, partial_folder)
-    partial_folder.rename(folder)
+def linear_weights(model_dir: str) -> set[str]:
+    """Checkpoint names of the layers' linear weights: those that are held in 4 bits."""
+    layers = empty_model(model_dir, torch.float32, "sdpa").model.layers
+    modules = layers.named_modules(prefix="model.layers")
+    return {f"{name}.weight" for name, module in modules if isinstance(module, torch.nn.Linear)}
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:

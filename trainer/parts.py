@@ -6,8 +6,8 @@ import torch.distributed as dist
 from data.puzzles import Puzzle
 from rollout import Engine
 from trainer.attention import choose
-from trainer.config import GrpoConfig
-from trainer.loading import sampler_model
+from trainer.config import GrpoConfig, SftConfig
+from trainer.merge import sampler_model
 from trainer.policy import Policy, Prompt, encode_prompt
 from trainer.sampler import make_split_engine
 from trainer.world import World
@@ -29,9 +29,11 @@ def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) ->
     return policy
 
 
-def make_optimizer(cfg: GrpoConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    cfg: GrpoConfig | SftConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
     """AdamW, its moments in float32 or in 8 bits."""
-    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": (0.9, 0.999)}
+    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}
     if cfg.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 

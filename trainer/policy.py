@@ -44,7 +44,7 @@ class Policy:
     def __init__(
         self, model_dir: str, *, lora_rank: int, lora_alpha: float, seed: int, device: torch.device, dtype: torch.dtype,
         sharded: bool = False, checkpointing: bool = False, frozen: bool = False, quantize: str = "none",
-        autocast: bool = False,
+        autocast: bool = False, dora: bool = False,
     ) -> None:  # fmt: skip
         self.tokenizer = load_tokenizer(model_dir)
         self.device, self.sharded, self.lora = device, sharded, None
@@ -55,9 +55,10 @@ class Policy:
         self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
         self.cost = cost_of(self.causal_lm, lora_rank)
         if lora_rank:
-            self.model = add_adapter(self.causal_lm, lora_rank, lora_alpha, seed, sharded)
+            self.model = add_adapter(self.causal_lm, lora_rank, lora_alpha, seed, sharded, dora)
             targets = sorted(self.model.peft_config["default"].target_modules)
-            self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets}
+            kind = {"use_dora": True} if dora else {}
+            self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets, **kind}
         # the reference: the same weights with the adapter off, or the frozen copy
         self.reference_lm = self.causal_lm
         if frozen and not lora_rank:

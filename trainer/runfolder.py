@@ -164,15 +164,18 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
     return state["step"], load_file(path / weights), load_file(path / "optimizer.safetensors")
 
 
-def read_adapter(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, PEFT config) of an adapter folder in PEFT's format. Raises ValueError naming what is missing or damaged."""
+def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, PEFT config) of an adapter folder in PEFT's format. Raises ValueError naming what is missing or damaged.
+
+    for_vllm: also for an adapter that vLLM cannot serve.
+    """
     for name in (ADAPTER, "adapter_config.json"):
         if not (path / name).is_file():
             raise ValueError(f"{path}: no adapter there ({name} is missing)")
     config = json.loads((path / "adapter_config.json").read_text())
-    if config.get("use_dora"):
+    if for_vllm and config.get("use_dora"):
         raise ValueError(
-            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it into its base, or train plain LoRA"
+            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain LoRA"
         )
     try:
         return load_file(path / ADAPTER), config

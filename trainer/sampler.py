@@ -25,7 +25,7 @@ from rollout.link import Address, join, serve
 from rollout.split import SamplerEnd, SplitEngine
 from rollout.sync import RunError, SyncError
 from trainer.config import GrpoConfig
-from trainer.loading import sampler_model
+from trainer.merge import sampler_model
 from trainer.policy import Policy
 from trainer.world import World, own_device
 

@@ -1,107 +1,173 @@
-"""Supervised cold start: completion-only cross entropy on accepted traces, packed and padding-free, LoRA or full.
+"""Supervised cold start: completion-only cross entropy on accepted traces, packed and padding-free, LoRA, DoRA or full.
 
 The loss of an optimizer step is the mean over its response tokens, counted before the first micro-batch. A trace that is
-too long is skipped and counted, never cut: half an answer teaches half an answer.
+too long is skipped and counted, or refused, never cut: half an answer teaches half an answer.
 """
 
 import json
 import math
 import random
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data.puzzles import Puzzle, read_rows
+from rollout import Canary, Engine, Sampling
+from trainer.attention import choose
 from trainer.config import SftConfig
+from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
+from trainer.merge import sampler_model, write_checkpoint
 from trainer.packing import pack, split_by_tokens
-from trainer.policy import Policy, encode_prompt
-from trainer.runfolder import append_jsonl, check_run, open_run, write_json
-from trainer.world import World, join_world, leave_world
+from trainer.parts import make_optimizer
+from trainer.policy import Policy
+from trainer.runfolder import append_jsonl, check_run, open_run, restore_training, save_training, write_json
+from trainer.traces import Example, encode_traces, split_by_puzzle
+from trainer.world import StopRequest, World, guarded, join_world, leave_world
+
+BETAS = (0.9, 0.95)
+Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
+"""(answers, puzzles) -> {metric: value}"""
+
+
+def train(cfg: SftConfig, judge: Judge | None = None) -> Path:
+    """Fine-tune and write OUT/model, a Hugging Face checkpoint (adapter merged in float32); returns OUT.
+
+    judge: what --eval-engine reports of the answers to the held-out puzzles. Raises ValueError for settings or data the
+    user must change, FloatingPointError before a step that would not be finite.
+    """
+    world = join_world(hang_seconds=cfg.hang_seconds)
+    with guarded(world):
+        train_rank(cfg, world, judge)
+    leave_world()
+    return Path(cfg.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
-    puzzle_id: str
-    prompt_ids: list[int]
-    response_ids: list[int]
-    """The trace and the end-of-turn token."""
+class Run:
+    """What a rank trains with."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    kept: list[Example]
+    held_out: list[Example]
+    skipped: int
+    """Traces that were too long."""
+    out: Path
+    steps_per_epoch: int
+    first_step: int
+    best: "Best"
+    answers: "HeldOutAnswers | None"
 
 
-def train(cfg: SftConfig) -> Path:
-    """Fine-tune and write OUT/model, a Hugging Face checkpoint (LoRA merged in float32); returns OUT."""
+def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
+    """The whole work of a rank."""
+    stop = StopRequest(world)
+    run = prepare(cfg, world, judge)
+    policy, optimizer, n_steps = run.policy, run.optimizer, cfg.epochs * run.steps_per_epoch
+    bar = tqdm(total=n_steps, initial=run.first_step, desc="SFT", unit="step", disable=None if world.is_main else True)
+    done, stopped = run.first_step, False
+
+    while done < n_steps and not run.best.tired() and not stopped:
+        start, (epoch, place) = time.perf_counter(), divmod(done, run.steps_per_epoch)
+        batch = batch_of_step(run.kept, cfg, epoch, place)
+        lr = learning_rate(done, n_steps, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        world.enter("update", done + 1)
+        loss = accumulate(policy, batch, cfg, world)
+        grad_norm = step_if_finite(list(policy.trainable().values()), optimizer, cfg, done, world)
+        done += 1
+        metrics = {"step": done, "epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+        timing = {"step": done, **speed(batch, time.perf_counter() - start)}
+        ends_epoch = place == run.steps_per_epoch - 1
+        if run.held_out and ends_epoch:
+            metrics |= evaluate(run, cfg, world, done)
+            run.best.seen(epoch + 1, metrics["eval_loss"], policy, world)
+        if world.is_main:
+            append_jsonl(run.out / "metrics.jsonl", [metrics])
+            append_jsonl(run.out / "timing.jsonl", [timing])
+            show(bar, metrics, n_steps)
+        stopped = stop.requested()
+        last = done == n_steps or stopped or run.best.tired()
+        if last or (ends_epoch if cfg.save_every == 0 else done % cfg.save_every == 0):
+            world.enter("save", done)
+            save_training(run.out, policy, optimizer, done, cfg, world, {})
+
+    bar.close()
+    finish(run, cfg, world, done < n_steps and not run.best.tired(), done)
+
+
+def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
+    """Read, check and load everything; the run folder is made when nothing the user must change is left."""
     rows = read_rows(cfg.traces)
     if not rows:
         raise ValueError(f"--traces {cfg.traces}: holds no trace; make some with launch/distill.py")
-    check_run(cfg, allow_resume=False)
-    world = join_world()
-    policy = Policy(cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed,
-                    device=world.device, dtype=getattr(torch, cfg.dtype))  # fmt: skip
+    check_run(cfg)
+    policy = load_student(cfg, world)
     examples, skipped = encode_traces(policy, rows, cfg)
     kept, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
     out = open_run(cfg, world)
     steps_per_epoch = math.ceil(len(kept) / cfg.batch_size)
-    n_steps = cfg.epochs * steps_per_epoch
-    parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
+    optimizer = make_optimizer(cfg, list(policy.trainable().values()), BETAS)
+    first_step, _ = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
+    answers = HeldOutAnswers(cfg, policy, held_out, world, judge) if cfg.eval_engine == "vllm" and held_out else None
     if world.is_main:
+        n_steps = cfg.epochs * steps_per_epoch
         print(f"SFT: {len(kept)} traces, {len(held_out)} held out, {skipped} too long, {n_steps} steps", flush=True)
-    bar = tqdm(total=n_steps, desc="SFT", unit="step", disable=None if world.is_main else True)
+    return Run(
+        policy=policy, optimizer=optimizer, kept=kept, held_out=held_out, skipped=skipped, out=out, answers=answers,
+        steps_per_epoch=steps_per_epoch, first_step=first_step, best=Best(out, cfg, first_step // steps_per_epoch),
+    )  # fmt: skip
 
-    for step in range(n_steps):
-        epoch, place = divmod(step, steps_per_epoch)
-        order = list(range(len(kept)))
-        random.Random(f"{cfg.seed} epoch {epoch}").shuffle(order)
-        batch = [kept[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
-        lr = learning_rate(step, n_steps, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        world.enter("update", step + 1)
-        loss = accumulate(policy, batch, cfg, world)
-        grad_norm = step_if_finite(parameters, optimizer, cfg, step, world)
-        metrics = {"step": step + 1, "epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-        if held_out and place == steps_per_epoch - 1:
-            world.enter("evaluate", step + 1)
-            metrics["eval_loss"] = evaluate_loss(policy, held_out, cfg, world)
-        if world.is_main:
-            append_jsonl(out / "metrics.jsonl", [metrics])
-            show(bar, metrics, n_steps)
 
-    bar.close()
+def evaluate(run: Run, cfg: SftConfig, world: World, step: int) -> dict[str, float]:
+    """eval_loss of the held-out traces and, with --eval-engine, the metrics of answers to their puzzles. Collective."""
+    world.enter("evaluate", step)
+    found = {"eval_loss": evaluate_loss(run.policy, run.held_out, cfg, world)}
+    return found | (run.answers.metrics(step) if run.answers else {})
+
+
+def finish(run: Run, cfg: SftConfig, world: World, stopped: bool, done: int) -> None:
+    """Write the model, unless the run was asked to stop before its end."""
+    if run.answers:
+        run.answers.close()
+    if stopped:
+        print(f"stopped after step {done} of {cfg.epochs * run.steps_per_epoch}; go on with --resume", flush=True)
+        return
+    run.best.restore(run.policy)
     if world.is_main:
-        save_model(policy, out / "model")
-        write_json(out / "traces.json", {"kept": len(kept), "held_out": len(held_out), "skipped_too_long": skipped})
-    leave_world()
-    return out
+        save_model(run.policy, cfg, run.out / "model")
+        counts = {"kept": len(run.kept), "held_out": len(run.held_out), "skipped_too_long": run.skipped}
+        write_json(run.out / "traces.json", counts)
 
 
-def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[list[Example], int]:
-    """(examples that fit --max-tokens, number that do not). Raises ValueError naming a row that is no trace."""
-    examples, skipped = [], 0
-    for number, row in enumerate(rows):
-        try:
-            puzzle = Puzzle.from_row(row)
-        except ValueError as error:
-            raise ValueError(f"{cfg.traces}, row {number}: {error}") from None
-        prompt_ids = encode_prompt(policy.tokenizer, puzzle.chat())
-        response_ids = [*policy.tokenizer.encode(row["assistant_msg"], add_special_tokens=False), policy.eos_id]
-        if len(prompt_ids) + len(response_ids) > cfg.max_tokens:
-            skipped += 1
-            continue
-        examples.append(Example(puzzle_id=puzzle.id, prompt_ids=prompt_ids, response_ids=response_ids))
-    if not examples:
-        raise ValueError(f"--max-tokens {cfg.max_tokens}: none of the {len(rows)} traces of {cfg.traces} fits")
-    return examples, skipped
+def load_student(cfg: SftConfig, world: World) -> Policy:
+    """The model to train, the same on every rank."""
+    choose(cfg.attn, world.device)
+    return Policy(
+        cfg.model, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha, seed=cfg.seed, device=world.device,
+        dtype=getattr(torch, cfg.dtype), checkpointing=cfg.checkpointing, quantize=cfg.quantize, autocast=cfg.autocast,
+        dora=cfg.dora,
+    )  # fmt: skip
 
 
-def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(kept, held out): a share of the puzzles, never one puzzle on both sides."""
-    names = sorted({example.puzzle_id for example in examples})
-    random.Random(f"{seed} holdout").shuffle(names)
-    out = set(names[: int(holdout * len(names))])
-    return [e for e in examples if e.puzzle_id not in out], [e for e in examples if e.puzzle_id in out]
+def batch_of_step(kept: list[Example], cfg: SftConfig, epoch: int, place: int) -> list[Example]:
+    """The traces of a step: a function of the settings alone, so a resumed run needs no stored position."""
+    order = list(range(len(kept)))
+    random.Random(f"{cfg.seed} epoch {epoch}").shuffle(order)
+    return [kept[i] for i in order[place * cfg.batch_size : (place + 1) * cfg.batch_size]]
+
+
+def speed(batch: list[Example], seconds: float) -> dict[str, float]:
+    tokens = sum(len(e.prompt_ids) + len(e.response_ids) for e in batch)
+    return {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
 def learning_rate(step: int, n_steps: int, cfg: SftConfig) -> float:
@@ -151,6 +217,80 @@ def evaluate_loss(policy: Policy, held_out: list[Example], cfg: SftConfig, world
     return world.total(total)[0] / sum(len(e.response_ids) for e in held_out)
 
 
+class HeldOutAnswers:
+    """Greedy answers of the model as it stands to the held-out puzzles, through vLLM, judged."""
+
+    def __init__(
+        self, cfg: SftConfig, policy: Policy, held_out: list[Example], world: World, judge: Judge | None
+    ) -> None:
+        from rollout.vllm_engine import VLLMEngine
+
+        assert judge is not None
+        of_puzzle = {example.puzzle_id: example for example in held_out}
+        self.examples = [of_puzzle[name] for name in sorted(of_puzzle)][: cfg.eval_puzzles]
+        self.cfg, self.policy, self.world, self.judge = cfg, policy, world, judge
+        longest = max(len(e.prompt_ids) for e in self.examples)
+        self.engine: Engine = VLLMEngine(
+            sampler_model(cfg.model, cfg.quantize, cfg.dtype, cfg.out), lora=policy.lora,
+            max_model_len=longest + cfg.eval_response_tokens, dtype=cfg.dtype, memory_fraction=cfg.memory_fraction,
+            rank=world.rank, size=world.size, may_sleep=True,
+        )  # fmt: skip
+        self.canary: Canary = make_canary(policy, self.examples[0].prompt_ids[:CANARY_TOKENS], cfg)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """{"eval/<metric>": value}; the same on every rank. Collective."""
+        hand_over(self.engine, self.policy, self.canary, version=step)
+        greedy = Sampling(n=1, max_tokens=self.cfg.eval_response_tokens, temperature=0.0, top_p=1.0, seed=0)
+        self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
+        ours = [group[0].response_ids for group in self.engine.collect(step)]
+        texts = self.policy.tokenizer.batch_decode(self.world.gather(ours), skip_special_tokens=True)
+        found = self.judge(texts, [e.puzzle for e in self.examples])
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Best:
+    """The epoch with the lowest eval_loss and, with --patience, its weights on disk (OUT/best)."""
+
+    def __init__(self, out: Path, cfg: SftConfig, epochs_done: int) -> None:
+        self.folder, self.patience, self.now = out / "best", cfg.patience, epochs_done
+        self.epoch, self.loss = 0, math.inf
+        record = self.folder / "best.json"
+        if self.patience and record.is_file():
+            found = json.loads(record.read_text())
+            if found["epoch"] <= epochs_done:  # of a later epoch: it will come again
+                self.epoch, self.loss = found["epoch"], found["eval_loss"]
+
+    def seen(self, epoch: int, loss: float, policy: Policy, world: World) -> None:
+        """Take note of an epoch; rank 0 keeps the weights of the best."""
+        self.now = epoch
+        if loss >= self.loss:
+            return
+        self.epoch, self.loss = epoch, loss
+        if self.patience and world.is_main:
+            partial = self.folder.with_name("best.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            save_file(
+                {name: t.contiguous().cpu() for name, t in policy.adapter_tensors().items()},
+                partial / "best.safetensors",
+            )
+            write_json(partial / "best.json", {"epoch": epoch, "eval_loss": loss})
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
+
+    def tired(self) -> bool:
+        """Was the best epoch --patience epochs ago?"""
+        return bool(self.patience and self.epoch and self.now - self.epoch >= self.patience)
+
+    def restore(self, policy: Policy) -> None:
+        """Give the policy the weights of the best epoch."""
+        if self.patience and self.epoch and self.epoch != self.now:
+            policy.load_adapter(load_file(self.folder / "best.safetensors"))
+
+
 def show(bar: tqdm, metrics: dict, n_steps: int) -> None:
     """The bar on a terminal, a line every tenth of the run elsewhere."""
     bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
@@ -159,11 +299,20 @@ def show(bar: tqdm, metrics: dict, n_steps: int) -> None:
         print("SFT " + json.dumps(metrics), flush=True)
 
 
-def save_model(policy: Policy, folder: Path) -> None:
-    """Write a plain checkpoint (adapter merged in the weights' own dtype) under a temporary name, then rename."""
-    model = policy.model.merge_and_unload() if policy.lora else policy.model
-    model.config._attn_implementation = "sdpa"
+def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
+    """Write a plain checkpoint (adapter merged in float32) under a temporary name, then rename; an old one is replaced."""
+    shutil.rmtree(folder, ignore_errors=True)
+    dtype = getattr(torch, cfg.dtype)
+    if policy.lora:
+        adapter = {name: t.cpu() for name, t in policy.adapter_tensors().items()}
+        write_checkpoint(
+            cfg.model, folder, dtype, adapter=adapter, config=policy.lora, quantize=cfg.quantize, held=dtype
+        )
+        return
+    model, attention = policy.causal_lm, policy.causal_lm.config._attn_implementation
     partial = folder.with_name(folder.name + ".partial")
+    model.config._attn_implementation = "sdpa"
     model.save_pretrained(partial)
+    model.config._attn_implementation = attention
     policy.tokenizer.save_pretrained(partial)
     partial.rename(folder)
