@@ -1,4 +1,4 @@
-"""The metrics of a set of answers, and the numbers a run folder holds.
+"""The metrics of a set of answers, votes over several answers to one puzzle, and the numbers a run folder holds.
 
 Definitions: Cell-o1, appendix B.1 (arXiv:2506.02911). A batch is one puzzle of N cells of one donor. An answer whose
 format is invalid gets 0 of N cells right, and its N cells stay in every denominator.
@@ -8,16 +8,23 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from data.prompts import answer_text
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import normalise_label, parse_response
 
 STAGES = ("base", "sft", "grpo")
 SPLITS = ("test", "unseen")
+METRICS = (
+    "cell_accuracy", "cell_accuracy_micro", "batch_accuracy", "format_validity", "uniqueness", "response_length",
+)  # fmt: skip
+"""The fields of `Metrics` that are means, in its order."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,13 @@ def score(predictions: list[str], puzzles: list[Puzzle], token_lengths: list[int
 
     Raises ValueError when there is nothing to score or the lists differ in length.
     """
+    return summarise(score_all(predictions, puzzles, token_lengths))
+
+
+def score_all(
+    predictions: Sequence[str], puzzles: Sequence[Puzzle], token_lengths: Sequence[int] | None = None
+) -> list[PuzzleScore]:
+    """[P] the scored rows behind `score`, which see for what it raises."""
     if not puzzles:
         raise ValueError("there is no puzzle to score: the list of puzzles is empty")
     if len(predictions) != len(puzzles):
@@ -124,10 +138,86 @@ def score(predictions: list[str], puzzles: list[Puzzle], token_lengths: list[int
             f"{len(token_lengths)} token lengths for {len(puzzles)} puzzles: give one length per prediction"
         )
     lengths = token_lengths if token_lengths is not None else [None] * len(puzzles)
-    return summarise([score_one(*row) for row in zip(predictions, puzzles, lengths, strict=True)])
+    return [score_one(*row) for row in zip(predictions, puzzles, lengths, strict=True)]
 
 
-def summarise(scores: list[PuzzleScore]) -> Metrics:
+def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "") -> list[dict]:
+    """[P] the prediction row of each puzzle: by id where a row has one, else by order. A row with samples needs no prediction.
+
+    where: what to call the rows in an error. Raises ValueError when a puzzle has no prediction, an id has more predictions than
+    puzzles, or a row is not a prediction.
+    """
+    checked = [_checked(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
+    if not any("id" in row for row in checked):
+        if len(checked) != len(puzzles):
+            raise ValueError(
+                f"{where}{len(checked)} predictions for {len(puzzles)} puzzles, and no 'id' column to match them by"
+            )
+        return checked
+    by_id: dict[Any, list[dict]] = defaultdict(list)
+    for number, row in enumerate(checked):
+        by_id[row.get("id", number)].append(row)
+    wanted = Counter(puzzle.id for puzzle in puzzles)
+    missing = [puzzle.id for puzzle in puzzles if puzzle.id not in by_id]
+    if missing:
+        raise ValueError(
+            f"{where}{len(missing)} of {len(puzzles)} puzzles have no prediction, the first is {missing[0]}"
+        )
+    for name, count in wanted.items():
+        if len(by_id[name]) not in (1, count):
+            raise ValueError(f"{where}puzzle {name} has {len(by_id[name])} predictions: keep the one to score")
+    seen: Counter = Counter()
+    matched = []
+    for puzzle in puzzles:
+        of_puzzle = by_id[puzzle.id]
+        matched.append(of_puzzle[min(seen[puzzle.id], len(of_puzzle) - 1)])
+        seen[puzzle.id] += 1
+    return matched
+
+
+def _checked(row: dict, where: str) -> dict:
+    """The row, with `prediction` taken from its samples where it has none. Raises ValueError when it is not a prediction."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object with the text column 'prediction'")
+    samples = row.get("samples")
+    if samples is not None and not (isinstance(samples, list) and samples and all(isinstance(s, str) for s in samples)):
+        raise ValueError(f"{where}: 'samples' must be a list of texts")
+    if samples and row.get("prediction") is None:
+        row = {**row, "prediction": samples[0]}
+    if not isinstance(row.get("prediction"), str):
+        raise ValueError(f"{where}: needs the text column 'prediction'; it has {', '.join(row)}")
+    return row
+
+
+def scores_of(
+    rows: Sequence[dict], puzzles: Sequence[Puzzle], in_words: bool = False
+) -> tuple[list[list[str]], list[list[PuzzleScore]], str]:
+    """([P][k] texts, [P][k] scores, unit of length) of matched rows; k is 1 where rows have no samples.
+
+    Unit "tokens" where every row has its token counts, else, or if in_words, "words" (white-space separated). Raises ValueError
+    when the rows differ in their number of samples.
+    """
+    texts = [row.get("samples") or [row["prediction"]] for row in rows]
+    counts = sorted({len(of_puzzle) for of_puzzle in texts})
+    if len(counts) > 1:
+        raise ValueError(
+            f"the predictions have {counts[0]} to {counts[-1]} samples per puzzle: give each the same number"
+        )
+    tokens = [row.get("samples_tokens") if counts != [1] else [row.get("response_tokens")] for row in rows]
+    in_tokens = not in_words and all(
+        isinstance(of_row, list) and len(of_row) == counts[0] and all(isinstance(n, int | float) for n in of_row)
+        for of_row in tokens
+    )
+    flat = score_all(
+        [text for of_puzzle in texts for text in of_puzzle],
+        [puzzle for puzzle, of_puzzle in zip(puzzles, texts, strict=True) for _ in of_puzzle],
+        [n for of_row in tokens for n in of_row] if in_tokens else None,
+    )
+    k = counts[0]
+    return texts, [flat[i : i + k] for i in range(0, len(flat), k)], "tokens" if in_tokens else "words"
+
+
+def summarise(scores: Sequence[PuzzleScore]) -> Metrics:
     """The metrics of rows already scored; `scores` must hold at least one."""
     return Metrics(
         cell_accuracy=fmean(row.cell_accuracy for row in scores),
@@ -138,6 +228,68 @@ def summarise(scores: list[PuzzleScore]) -> Metrics:
         response_length=fmean(row.response_length for row in scores),
         n_puzzles=len(scores),
     )
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Chance that one of k answers, drawn without replacement from n of which `right` are right, is right.
+
+    The unbiased estimator 1 - C(n - right, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374, Eq. 1), for k <= n.
+    """
+    assert 0 < k <= n and 0 <= right <= n
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
+    """The complete assignment that most answers of a valid format give, as one answer; the first seen among equals.
+
+    Assignments compare as labels do. "" (an invalid answer) when no sample has a valid format.
+    """
+    valid = _valid_labels(samples, puzzle)
+    if not valid:
+        return ""
+    keys = [tuple(normalise_label(label) for label in labels) for labels in valid]
+    (winner, _), *_ = Counter(keys).most_common(1)  # the first of equals: a Counter keeps the order of first sight
+    return answer_of(valid[keys.index(winner)])
+
+
+def cell_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
+    """The one-to-one assignment of candidates to cells with the most votes of single cells, as one answer.
+
+    votes[i, j] is the number of valid answers that give cell i candidate j; the assignment has the largest sum of votes
+    (scipy's linear_sum_assignment). Without candidates (open-ended) each cell takes its own most frequent label. "" when no
+    sample has a valid format.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
+    valid = _valid_labels(samples, puzzle)
+    if not valid:
+        return ""
+    if not puzzle.candidates:
+        return answer_of([_most_frequent([labels[i] for labels in valid]) for i in range(len(puzzle.cells))])
+    candidates = [normalise_label(label) for label in puzzle.candidates]
+    given = np.array([[normalise_label(label) for label in labels] for labels in valid])  # [S, N]
+    votes = (given[:, :, None] == np.array(candidates)).sum(axis=0)  # [N, candidates]
+    _, chosen = linear_sum_assignment(votes, maximize=True)
+    return answer_of([puzzle.candidates[j] for j in chosen])
+
+
+def answer_of(labels: Sequence[str], reasoning: str = "") -> str:
+    """A response of a valid format that gives these labels, one per cell."""
+    return f"<think>{reasoning}</think>\n<answer>{answer_text(list(labels))}</answer>"
+
+
+def _valid_labels(samples: Sequence[str], puzzle: Puzzle) -> list[list[str]]:
+    """[S][N] labels of the samples whose format is valid."""
+    parsed = [parse_response(text, len(puzzle.cells)) for text in samples]
+    return [answer.labels for answer in parsed if answer.valid]
+
+
+def _most_frequent(labels: Sequence[str]) -> str:
+    """The label, compared as labels are, that occurs most; the first seen among equals, as it was first written."""
+    keys = [normalise_label(label) for label in labels]
+    (winner, _), *_ = Counter(keys).most_common(1)
+    return labels[keys.index(winner)]
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -157,10 +157,15 @@ def write_summary(config: DemoConfig, out: Path, seconds: dict[str, float]) -> N
     summary: dict[str, dict] = {}
     for stage in ("base", "sft", "grpo"):
         folders = sorted((out / "eval" / stage).glob("*/metrics.json"))
-        summary[stage] = {path.parent.name: json.loads(path.read_text()) for path in folders}
+        summary[stage] = {path.parent.name: headline(json.loads(path.read_text())) for path in folders}
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     summary["run"] = {"config": vars(config), "split": split, "seconds": seconds, **provenance()}
     write_json(out / "summary.json", summary)
+
+
+def headline(metrics: dict) -> dict:
+    """The numbers of a metrics.json without its breakdowns."""
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) or key == "intervals"}
 
 
 def print_summary(out: Path) -> None:

@@ -1,0 +1,124 @@
+"""What became of a distillation: acceptance overall, by number of cells, tissue and disease, and why traces were rejected."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data.distill import Draws
+from data.meter import Meter
+from data.puzzles import Puzzle
+
+GROUPS: dict[str, Callable[[Puzzle], str]] = {
+    "n_cells": lambda puzzle: str(len(puzzle.cells)),
+    "tissue": lambda puzzle: str(puzzle.meta.get("tissue", "unknown")),
+    "disease": lambda puzzle: str(puzzle.meta.get("disease", "unknown")),
+}
+DETAILS = 20
+"""Most details that are listed under a reason."""
+SHOWN = 8
+"""Most values of a group that the table shows."""
+
+
+def headline(draws: Draws, seed: int) -> dict[str, Any]:
+    """The numbers of the whole run. Hinted traces count among those drawn, and their puzzles among those accepted."""
+    accepted = [draws.accepted(puzzle) for puzzle in draws.puzzles]
+    drawn = [
+        completion for judged in draws.judged.values() for completion, _ in judged.values() if not completion.error
+    ]
+    n_accepted = sum(map(bool, accepted))
+    return {
+        "puzzles": len(draws.puzzles), "traces_drawn": len(drawn), "puzzles_accepted": n_accepted,
+        "accepted_at_first": sum(map(_at_first, accepted)), "acceptance": n_accepted / max(len(draws.puzzles), 1),
+        "candidates": draws.plan.candidates, "seed": seed,
+    }  # fmt: skip
+
+
+def make_report(
+    draws: Draws, meter: Meter, *, seed: int, settings: dict[str, Any], rows: int, ended: str
+) -> dict[str, Any]:
+    """The report: settings, headline, groups, reasons, tokens and cost; all of it follows from the raw file.
+
+    settings: whatever is to be shown. rows: traces kept. ended: as distill() returned.
+    """
+    judged = [pair for of_puzzle in draws.judged.values() for pair in of_puzzle.values()]
+    rejected = [verdict for _, verdict in judged if not verdict.accepted]
+    reasons = Counter(verdict.reason for verdict in rejected)
+    accepted = [draws.accepted(puzzle) for puzzle in draws.puzzles]
+    return {
+        **headline(draws, seed),
+        "rows": rows,
+        "ended": ended or "every puzzle is settled",
+        "puzzles_never_answered": sum(not any(not c.error for c, _ in of.values()) for of in draws.judged.values()),
+        "hinted": {
+            "traces_drawn": sum(c.hinted and not c.error for c, _ in judged),
+            "puzzles_accepted": sum(bool(kept) and kept[0].hinted for kept in accepted),
+            "leaks": reasons["leak"],
+        },
+        "by": {name: _by(draws, group) for name, group in GROUPS.items()},
+        "rejected": {
+            reason: {"traces": count, "details": _details(v.detail for v in rejected if v.reason == reason)}
+            for reason, count in reasons.most_common()
+        },
+        "tokens": {"prompt": meter.prompt_tokens, "completion": meter.completion_tokens},
+        "cost": {"spent": round(meter.spent, 6), "lost_at_most": round(meter.lost, 6), "budget": meter.budget},
+        "settings": settings,
+    }  # fmt: skip
+
+
+def _at_first(accepted: list) -> bool:
+    return bool(accepted) and accepted[0].attempt == 0 and not accepted[0].hinted
+
+
+def _by(draws: Draws, group: Callable[[Puzzle], str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, Counter] = {}
+    for puzzle in draws.puzzles:
+        accepted = draws.accepted(puzzle)
+        counts = {"puzzles": 1, "accepted": bool(accepted), "accepted_at_first": _at_first(accepted)}
+        found.setdefault(group(puzzle), Counter()).update(counts)
+    by_number = sorted(found.items(), key=lambda item: (int(item[0]) if item[0].isdigit() else 0, item[0]))
+    return {name: {**counts, "acceptance": counts["accepted"] / counts["puzzles"]} for name, counts in by_number}
+
+
+def _details(details) -> dict[str, int]:
+    counts = Counter(detail for detail in details if detail)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:DETAILS])
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text, a few lines per group."""
+    width = 34
+    lines = [f"{'':{width}}{'puzzles':>8}{'accepted':>10}{'at first':>10}"]
+    whole = {"puzzles": report["puzzles"], "accepted": report["puzzles_accepted"], **report}
+    groups = [("all", {"": whole})] + list(report["by"].items())
+    for group, values in groups:
+        shown = sorted(values.items(), key=lambda item: -item[1]["puzzles"])[:SHOWN]
+        for name, counts in values.items():
+            if (name, counts) in shown:
+                first = counts["accepted_at_first"] / max(counts["puzzles"], 1)
+                label = f"{group} {name}"[: width - 1]
+                lines.append(f"{label:{width}}{counts['puzzles']:8}{counts['acceptance']:10.1%}{first:10.1%}")
+        if len(values) > len(shown):
+            lines.append(f"{group}: {len(values) - len(shown)} more in the report")
+    reasons = ", ".join(f"{found['traces']} {reason}" for reason, found in report["rejected"].items())
+    lines.append(f"{report['traces_drawn']} traces drawn, {report['rows']} kept; rejected: {reasons or 'none'}")
+    hinted, tokens, cost = report["hinted"], report["tokens"], report["cost"]
+    if hinted["traces_drawn"]:
+        leaks = f"{hinted['leaks']} rejected as leaks"
+        lines.append(f"hinted: {hinted['traces_drawn']} drawn, {hinted['puzzles_accepted']} puzzles accepted, {leaks}")
+    if tokens["completion"]:
+        lines.append(f"tokens: {tokens['prompt']} in, {tokens['completion']} out; cost {cost['spent']:g}"
+                     + (f", and at most {cost['lost_at_most']:g} lost" if cost["lost_at_most"] else ""))  # fmt: skip
+    return "\n".join(lines)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write it under a temporary name, flush, rename."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as handle:
+        handle.write(json.dumps(report, indent=1) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)

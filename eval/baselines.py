@@ -1,0 +1,145 @@
+"""Annotators that need no GPU, so that a model's numbers mean something: chance, markers, nearest profile.
+
+    random            a random assignment of the candidates; right in 1/N of the cells, and in 1/N! of the batches
+    markers           each candidate's markers counted in each cell's genes, then the assignment with the most (Hungarian
+                      method, scipy's linear_sum_assignment)
+    nearest           every cell by itself gets the candidate whose mean profile in the training cells is nearest, as
+                      cell-by-cell annotation does; labels may repeat
+    nearest-assigned  the same similarities, then one candidate per cell (Hungarian method)
+
+Their answers have a model's format, with an empty reasoning, and are scored on the same path. Ties fall by chance, from the seed
+and the puzzle's id, never by the order of cells or candidates.
+
+Example: answer("markers", puzzles, 0, train)[0][0] == {"id": "test-0", "prediction": "<think></think>\\n<answer>..."}
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+
+from data.embedded_teacher import MarkerTable, marker_table
+from data.markers import read_markers
+from data.puzzles import Puzzle
+from eval.metrics import answer_of
+from reward.cellpuzzles import normalise_label
+from rollout import stable_seed
+
+BASELINES = ("random", "markers", "nearest", "nearest-assigned")
+NEEDS_TRAINING = ("nearest", "nearest-assigned")
+
+
+def answer(
+    name: str, puzzles: Sequence[Puzzle], seed: int, train: Sequence[Puzzle] | None = None
+) -> tuple[list[dict], list[str]]:
+    """(prediction rows {id, prediction} in puzzle order, candidates that the baseline knows nothing of) of a baseline.
+
+    train: puzzles to learn profiles from, and markers of labels that data/markers.tsv lacks. Raises ValueError for another
+    name, for an open-ended puzzle, and for a baseline that needs training puzzles and has none.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"--baseline {name}: choose one of {', '.join(BASELINES)}")
+    if name in NEEDS_TRAINING and not train:
+        raise ValueError(f"--baseline {name}: learns from training puzzles; name their file with --train")
+    without = next((puzzle.id for puzzle in puzzles if not puzzle.candidates), None)
+    if without is not None:
+        raise ValueError(
+            f"puzzle {without} has no candidates (open-ended), and a baseline can only choose among candidates"
+        )
+    labels = {label for puzzle in puzzles for label in puzzle.candidates}
+    fit, known = _nothing_known, {normalise_label(label) for label in labels}
+    if name == "markers":
+        table = known_markers(train or ())
+        fit, known = partial(overlap, table=table), table.keys()
+    elif name in NEEDS_TRAINING:
+        profiles = Profiles(train)
+        fit, known = profiles.similarity, profiles.types.keys()
+    choose = each_by_itself if name == "nearest" else one_to_one
+    rows = [
+        {"id": p.id, "prediction": answer_of(assign(p, fit(p), choose, stable_seed(seed, name, p.id)))} for p in puzzles
+    ]
+    return rows, sorted(label for label in labels if normalise_label(label) not in known)
+
+
+def assign(puzzle: Puzzle, fit: np.ndarray, choose: Callable[[np.ndarray], Sequence[int]], seed: int) -> list[str]:
+    """[cells] labels. fit: [cells, candidates]; both sides are shuffled before `choose` sees them, so ties fall by chance."""
+    rng = random.Random(seed)
+    cells, candidates = list(range(fit.shape[0])), list(range(fit.shape[1]))
+    rng.shuffle(cells)
+    rng.shuffle(candidates)
+    labels = [""] * len(cells)
+    for cell, column in zip(cells, choose(fit[np.ix_(cells, candidates)]), strict=True):
+        labels[cell] = puzzle.candidates[candidates[column]]
+    return labels
+
+
+def one_to_one(fit: np.ndarray) -> list[int]:
+    """[cells] the column of each row in the assignment with the largest sum, no column twice (cells <= candidates)."""
+    return [int(column) for column in linear_sum_assignment(fit, maximize=True)[1]]
+
+
+def each_by_itself(fit: np.ndarray) -> list[int]:
+    """[cells] the best column of each row."""
+    return [int(column) for column in fit.argmax(axis=1)]
+
+
+def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
+    """{label as compared: marker genes} of data/markers.tsv, and learned from the training puzzles for labels not in it."""
+    table = {label: list(entry.markers) for label, entry in read_markers().items()} | marker_table(train)
+    return {normalise_label(label): genes for label, genes in table.items()}
+
+
+def overlap(puzzle: Puzzle, table: MarkerTable) -> np.ndarray:
+    """[cells, candidates] number of the candidate's markers among the cell's genes; 0 for a label without markers."""
+    cells = [set(genes) for genes in puzzle.cells]
+    markers = [set(table.get(normalise_label(label), ())) for label in puzzle.candidates]
+    return np.array([[len(genes & of_label) for of_label in markers] for genes in cells], dtype=float)
+
+
+def _nothing_known(puzzle: Puzzle) -> np.ndarray:
+    return np.zeros((len(puzzle.cells), len(puzzle.candidates)))
+
+
+class Profiles:
+    """The mean expression profile of each cell type of the training puzzles, as far as ranked gene lists tell it.
+
+    A cell's gene r (from 0) of M weighs (M - r) / M: the first 1, the last 1 / M, genes not listed 0. A type's profile is the
+    mean over its training cells; similarity is the cosine.
+    """
+
+    def __init__(self, train: Sequence[Puzzle]) -> None:
+        """train: at least one puzzle; a cell that is in several puzzles counts in each."""
+        pairs = [pair for puzzle in train for pair in zip(puzzle.cells, puzzle.answer, strict=True)]
+        self.genes = {gene: i for i, gene in enumerate(dict.fromkeys(g for cell, _ in pairs for g in cell))}
+        self.types = {label: i for i, label in enumerate(dict.fromkeys(normalise_label(label) for _, label in pairs))}
+        of_cell = np.array([self.types[normalise_label(label)] for _, label in pairs])
+        cells = self.vectors([cell for cell, _ in pairs])
+        member = csr_matrix((np.ones(len(pairs)), (of_cell, np.arange(len(pairs)))), (len(self.types), len(pairs)))
+        means = (member @ cells).toarray() / np.bincount(of_cell)[:, None]
+        self.profiles = means / np.linalg.norm(means, axis=1, keepdims=True)
+        """[types, genes] unit vectors."""
+
+    def vectors(self, cells: Sequence[Sequence[str]]) -> csr_matrix:
+        """[cells, genes] rank weights; genes that no training cell lists are left out."""
+        rows, columns, weights = [], [], []
+        for row, cell in enumerate(cells):
+            for rank, gene in enumerate(cell):
+                if gene in self.genes:
+                    rows.append(row)
+                    columns.append(self.genes[gene])
+                    weights.append((len(cell) - rank) / len(cell))
+        return csr_matrix((weights, (rows, columns)), (len(cells), len(self.genes)))
+
+    def similarity(self, puzzle: Puzzle) -> np.ndarray:
+        """[cells, candidates] cosine; 0 for a candidate that no training cell has, and for a cell without a known gene."""
+        cells = self.vectors(puzzle.cells)
+        lengths = np.sqrt(np.asarray(cells.multiply(cells).sum(axis=1)).ravel())
+        found = np.zeros((len(puzzle.cells), len(puzzle.candidates)))
+        for column, label in enumerate(puzzle.candidates):
+            place = self.types.get(normalise_label(label))
+            if place is not None:
+                found[:, column] = cells @ self.profiles[place] / np.where(lengths > 0, lengths, 1.0)
+        return found

@@ -1,0 +1,247 @@
+"""Where a model is right and where it is not: by N, tissue, disease, donor, cell type; per batch; per cell; over k samples.
+
+Everything is a plain dict, ready for metrics.json. Paper: Cell-o1 (arXiv:2506.02911), Figure 4 and Tables 3 and 11. Tissue and
+disease of a published row, which has no metadata, are read from its context sentence (data/describe.py).
+
+Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 137, "cells": 1096, "cell_accuracy": ..., ...}
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.describe import NOT_STATED, disease_of, tissue_of
+from data.puzzles import Puzzle
+from data.variants import regroup
+from eval.bootstrap import LEVEL, RESAMPLES, Sums, intervals, percentile_intervals, sums_of, units_of
+from eval.metrics import (
+    METRICS,
+    PuzzleScore,
+    cell_vote,
+    majority_vote,
+    pass_at_k,
+    score_all,
+    summarise,
+    wilson_interval,
+)
+from reward.cellpuzzles import normalise_label
+
+Scores = Sequence[PuzzleScore]
+HEALTHY = "normal"
+"""What CELLxGENE writes as the disease of a healthy donor."""
+NO_LABEL = "no valid answer"
+"""Stands for a cell without a valid answer where the other cells of its batch keep theirs; no cell type is called so."""
+
+
+def donor_of(puzzle: Puzzle) -> str:
+    """The donor column; 'not stated' for a row without one."""
+    return str(puzzle.meta.get("donor") or NOT_STATED)
+
+
+def size_of(puzzle: Puzzle) -> int:
+    """N, the number of cells of the batch; of a cell-level puzzle, that of the batch the cell is of."""
+    return len(puzzle.candidates) if puzzle.variant == "cell" else len(puzzle.cells)
+
+
+DIMENSIONS: dict[str, Callable[[Puzzle], Any]] = {
+    "n_cells": size_of, "tissue": tissue_of, "disease": disease_of, "donor": donor_of,
+}  # fmt: skip
+
+
+def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
+    """All breakdowns of one answer per puzzle, as metrics.json holds them. names: go into the bootstrap's seed.
+
+    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], N upwards, the others with most puzzles first;
+        empty where no puzzle states the value.
+    disease_average: see `average_over`; healthy donors are no disease; absent with fewer than two diseases.
+    batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given: cells}} of valid answers.
+    """
+    found: dict[str, Any] = {}
+    for dimension, value_of in DIMENSIONS.items():
+        members = group(puzzles, value_of)
+        found[dimension] = [
+            {"value": value, **group_metrics([scores[i] for i in places], [puzzles[i] for i in places], *names)}
+            for value, places in members.items()
+        ]
+        if set(members) == {NOT_STATED}:
+            found[dimension] = []
+    diseases = {v: places for v, places in group(puzzles, disease_of).items() if v not in (NOT_STATED, HEALTHY)}
+    if len(diseases) > 1:
+        sets = {
+            value: ([scores[i] for i in places], [puzzles[i] for i in places]) for value, places in diseases.items()
+        }
+        found["disease_average"] = average_over(sets, *names)
+    confusion = confusion_counts(scores, puzzles)
+    return found | {
+        "batch_distribution": distribution(scores),
+        "cell_type": cell_types(scores, puzzles, confusion),
+        "confusion": confusion,
+    }
+
+
+def group(puzzles: Sequence[Puzzle], value_of: Callable[[Puzzle], Any]) -> dict[Any, list[int]]:
+    """{value: places of its puzzles}; numbers upwards, names with most puzzles first."""
+    places: dict[Any, list[int]] = defaultdict(list)
+    for i, puzzle in enumerate(puzzles):
+        places[value_of(puzzle)].append(i)
+    numbers = all(isinstance(value, int) for value in places)
+    return {v: places[v] for v in sorted(places, key=lambda v: v if numbers else (-len(places[v]), v))}
+
+
+def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
+    """The metrics of some answers, their number of cells, and the 95 % bootstrap interval of each metric over batches."""
+    return {
+        **summarise(scores).to_dict(),
+        "cells": sum(score.n_cells for score in scores),
+        "intervals": intervals([[score] for score in scores], puzzles, *names),
+    }
+
+
+def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: object) -> dict[str, Any]:
+    """{metric, intervals, over} unweighted mean of each metric over sets of puzzles, as the 'Average' of Table 3 over diseases.
+
+    The batches of each set are drawn among themselves, so that every resample holds all sets; `smallest` is the least number of
+    batches of a set, and with 1 the intervals are too narrow.
+    """
+    sums = {name: sums_of([[score] for score in scores], units_of(puzzles)) for name, (scores, puzzles) in sets.items()}
+    draws = np.mean([one.draws("average", name, *names) for name, one in sums.items()], axis=0)
+    values = np.mean([one.values() for one in sums.values()], axis=0)
+    return {
+        **{metric: float(value) for metric, value in zip(METRICS, values, strict=True)},
+        "intervals": dict(zip(METRICS, percentile_intervals(draws), strict=True)),
+        "over": list(sets),
+        "smallest": min(len(one.numerators) for one in sums.values()),
+    }
+
+
+def distribution(scores: Scores) -> dict[str, Any]:
+    """How the cell accuracies of single batches are spread (Figure 4B): bins, quartiles, mean.
+
+    bins: [{from, to, batches}], batches with no cell right and with every cell right apart, and between them tenths
+    (0, 0.1), [0.1, 0.2), ..., [0.9, 1). quartiles: 25, 50 and 75 %, linear between neighbours.
+    """
+    right = [sum(score.right) for score in scores]
+    bins: Counter = Counter()
+    for n, score in zip(right, scores, strict=True):
+        bins["none" if n == 0 else "all" if n == score.n_cells else 10 * n // score.n_cells] += 1
+    shares = [score.cell_accuracy for score in scores]
+    edges = [("none", 0.0, 0.0), *((i, i / 10, (i + 1) / 10) for i in range(10)), ("all", 1.0, 1.0)]
+    return {
+        "bins": [{"from": low, "to": high, "batches": bins[key]} for key, low, high in edges],
+        "quartiles": [float(x) for x in np.percentile(shares, [25, 50, 75])],
+        "mean": float(np.mean(shares)),
+    }
+
+
+def confusion_counts(scores: Scores, puzzles: Sequence[Puzzle]) -> dict[str, dict[str, int]]:
+    """{true type: {label given: cells}} over the answers whose format is valid, true types by name, labels by count.
+
+    Labels are grouped as they are compared, and written as the answer key or the candidates first write them.
+    """
+    spelling = spellings(puzzles)
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for score, puzzle in zip(scores, puzzles, strict=True):
+        for truth, given in zip(puzzle.answer, score.labels, strict=False):  # no label where the format is invalid
+            key = normalise_label(given)
+            counts[spelling[normalise_label(truth)]][spelling.setdefault(key, given)] += 1
+    return {
+        truth: dict(sorted(of.items(), key=lambda item: (-item[1], item[0]))) for truth, of in sorted(counts.items())
+    }
+
+
+def spellings(puzzles: Sequence[Puzzle]) -> dict[str, str]:
+    """{label as labels are compared: how the puzzles first write it}"""
+    found: dict[str, str] = {}
+    for puzzle in puzzles:
+        for label in (*puzzle.answer, *puzzle.candidates):
+            found.setdefault(normalise_label(label), label)
+    return found
+
+
+def cell_types(
+    scores: Scores, puzzles: Sequence[Puzzle], confusion: dict[str, dict[str, int]], most: int = 3
+) -> list[dict[str, Any]]:
+    """[{cell_type, cells, right, accuracy, interval, answered, most_confused}], most frequent type first.
+
+    accuracy: right / cells, an invalid answer's cells wrong. interval: 95 %, Wilson's (a batch holds one cell of a type).
+    answered: cells in answers of a valid format. most_confused: [[wrong label, cells]], at most `most`, out of those.
+    """
+    cells: Counter = Counter()
+    right: Counter = Counter()
+    for score, puzzle in zip(scores, puzzles, strict=True):
+        for label, ok in zip(puzzle.answer, score.right, strict=True):
+            key = normalise_label(label)
+            cells[key] += 1
+            right[key] += ok
+    names, rows = spellings(puzzles), []
+    for key in sorted(cells, key=lambda key: (-cells[key], key)):
+        given = confusion.get(names[key], {})
+        wrong = [[label, n] for label, n in given.items() if normalise_label(label) != key]
+        share = right[key] / cells[key]
+        rows.append({
+            "cell_type": names[key], "cells": cells[key], "right": right[key], "accuracy": share,
+            "interval": list(wilson_interval(share, cells[key])), "answered": sum(given.values()),
+            "most_confused": wrong[:most],
+        })  # fmt: skip
+    return rows
+
+
+def decomposition(
+    predictions: Sequence[str], puzzles: Sequence[Puzzle], scores: Scores, *names: object
+) -> dict[str, Any]:
+    """Table 11: the answers to cell-level puzzles put together into batches, in the two ways that its text leaves open.
+
+    "spoiled": a cell without a valid answer makes its batch's answer invalid, 0 of N right, as for a batch-level answer.
+    "wrong_alone": such a cell is wrong by itself only. Each with the metrics, intervals over batches and n_puzzles batches;
+    response_length is that of a cell's own answer, and `cell_format_validity` the share of cells with a valid answer.
+    """
+    lengths = {"response_length": summarise(scores).response_length}
+    length_interval = intervals([[score] for score in scores], puzzles, "cells", *names)["response_length"]
+    found: dict[str, Any] = {"cell_format_validity": summarise(scores).format_validity}
+    for way, label in (("spoiled", ""), ("wrong_alone", NO_LABEL)):
+        answers, batches = regroup(list(predictions), list(puzzles), label)
+        found[way] = group_metrics(score_all(answers, batches), batches, way, *names) | lengths
+        found[way]["intervals"]["response_length"] = length_interval
+    return found
+
+
+def k_sample(
+    texts: Sequence[Sequence[str]], samples: Sequence[Scores], puzzles: Sequence[Puzzle], *names: object
+) -> dict[str, Any]:
+    """What k answers per puzzle say: mean, pass@k', majority vote over whole assignments, vote per cell.
+
+    texts, samples: [P][k]. mean: each metric over all samples. pass_at_k: {k': {value, interval}} of batch accuracy for
+    k' = 1..k. majority_vote, cell_vote: the metrics of the voted answers; their response_length is that of the k answers
+    together, which is what the vote costs.
+    """
+    k = len(samples[0])
+    everything = [score for of_puzzle in samples for score in of_puzzle]
+    found: dict[str, Any] = {
+        "k": k,
+        "mean": {
+            **summarise(everything).to_dict(),
+            "n_puzzles": len(puzzles),
+            "intervals": intervals(samples, puzzles, "mean", *names),
+        },
+    }
+    right = [sum(score.batch_right for score in of_puzzle) for of_puzzle in samples]
+    table = np.array([[pass_at_k(k, n, draws) for draws in range(1, k + 1)] for n in right])
+    limits = percentile_intervals(Sums(table, np.ones_like(table)).draws("pass@k", *names))
+    found["pass_at_k"] = {
+        str(i + 1): {"value": float(table[:, i].mean()), "interval": limit} for i, limit in enumerate(limits)
+    }
+    lengths = [sum(score.response_length for score in of_puzzle) for of_puzzle in samples]
+    for name, vote in (("majority_vote", majority_vote), ("cell_vote", cell_vote)):
+        answers = [vote(of_puzzle, puzzle) for of_puzzle, puzzle in zip(texts, puzzles, strict=True)]
+        found[name] = group_metrics(score_all(answers, puzzles, lengths), puzzles, name, *names)
+    return found
+
+
+def how_sure(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
+    """What the intervals of an evaluation are, in words for metrics.json."""
+    return {
+        "method": "percentile bootstrap over batches", "level": LEVEL, "resamples": RESAMPLES,
+        "batches": len(set(units_of(puzzles))),
+    }  # fmt: skip

@@ -1,0 +1,323 @@
+"""The paper's published numbers beside ours: eval/published.tsv, and evaluation.md.
+
+Published numbers are always labelled so: they are of the paper's models on the paper's puzzles (Cell-o1, arXiv:2506.02911), and
+compare with ours as far as the puzzles do.
+
+Example: published_rows(table="Table 3", setting="melanoma")[-1].cell_accuracy == 0.8591
+"""
+
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data.describe import table as markdown_table
+
+FILE = Path(__file__).with_name("published.tsv")
+SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
+NOTE = (
+    "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles do. "
+    "Published cell accuracy is shown as pooled over cells: Table 3 is (checked), of Tables 2, 11 and 12 it is not known."
+)
+DISEASES = {
+    "breast cancer": ("breast",), "melanoma": ("melanoma",), "systemic lupus erythematosus": ("lupus erythematosus",),
+    "colorectal cancer": ("colorectal", "colon ", "rectal", "rectum"),
+}  # fmt: skip
+"""Of Table 3: {disease: words by which a disease or a file's name is taken for it}."""
+CANCERS = ("cancer", "carcinoma", "tumor", "neoplasm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row of the paper's tables; None: not published. Shares in [0, 1]."""
+
+    table: str
+    setting: str
+    model: str
+    response_length: float | None
+    """Qwen2.5 tokens, for every model."""
+    cell_accuracy: float | None
+    batch_accuracy: float | None
+    format_validity: float | None
+    uniqueness: float | None
+    medcpt: float | None
+    """Mean MedCPT similarity of given and gold labels."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row with what was published, and its label."""
+        return {"label": "published"} | {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@cache
+def _all_rows() -> tuple[Published, ...]:
+    lines = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    names = lines[0].split("\t")
+    assert names == [field.name for field in fields(Published)], "eval/published.tsv has other columns"
+    numbers = names[3:]
+    rows = [dict(zip(names, line.split("\t"), strict=True)) for line in lines[1:]]
+    return tuple(Published(**row | {n: None if row[n] == "-" else float(row[n]) for n in numbers}) for row in rows)
+
+
+def published_rows(table: str | None = None, setting: str | None = None) -> list[Published]:
+    """Rows of eval/published.tsv in file order, of one table or setting where given."""
+    return [row for row in _all_rows() if table in (None, row.table) and setting in (None, row.setting)]
+
+
+def disease_of_table_3(name: str) -> str | None:
+    """Which disease of Table 3 a disease or a file is called after; None for another.
+
+    "breast carcinoma" and "breast_cancer" are its breast cancer, "cutaneous melanoma" its melanoma.
+    """
+    text = name.lower().replace("_", " ").replace("-", " ") + " "
+    for disease, words in DISEASES.items():
+        if any(word in text for word in words) and ("cancer" not in disease or any(word in text for word in CANCERS)):
+            return disease
+    return None
+
+
+def comparable(variant: str, diseases: list[str], with_similarity: bool = False) -> dict[str, Any]:
+    """What of the paper goes beside an evaluation: {label, source, note, rows}.
+
+    variant: of the puzzles: "batch" (Table 2, and Table 3 for those of its diseases that are among `diseases`, with its average
+    when all four are), "cell" (Table 11) or "open" (Table 12). with_similarity: MedCPT similarity was computed.
+    """
+    rows = published_rows({"batch": "Table 2", "cell": "Table 11", "open": "Table 12"}[variant])
+    if variant == "open":
+        rows = [row for row in rows if row.setting == "open-ended"]
+    if variant == "batch":
+        found = {disease_of_table_3(name) for name in diseases} - {None}
+        settings = {*found, "average"} if found == set(DISEASES) else found
+        rows += [row for row in published_rows("Table 3") if row.setting in settings]
+        rows += published_rows("Table 12", "constrained") if with_similarity else []
+    return {"label": "published", "source": SOURCE, "note": NOTE, "rows": [row.to_dict() for row in rows]}
+
+
+COLUMNS = {
+    "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
+    "cell_accuracy_micro": "cells right, pooled", "format_validity": "valid format", "uniqueness": "uniqueness",
+    "response_length": "response length",
+}  # fmt: skip
+OF_GROUPS = ("batch_accuracy", "cell_accuracy", "cell_accuracy_micro", "format_validity")
+"""What of them a breakdown shows."""
+BREAKDOWN_TITLES = {
+    "n_cells": ("By number of cells (Figure 4A)", "N"), "tissue": ("By tissue", "tissue"), "disease": ("By disease", "disease"),
+    "donor": ("By donor", "donor"),
+}  # fmt: skip
+LONGEST = 30
+"""Rows of a breakdown shown on the page; metrics.json has all."""
+
+
+def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
+    """evaluation.md: what metrics.json holds, for a biologist to read, ours beside the published numbers. Always the same text.
+
+    title: of the page. result: the content of metrics.json.
+    """
+    parts = [f"# {title}", _headline(result), f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
+    if "k_sample" in result:
+        parts.append(_k_sample(result["k_sample"]))
+    if "compare" in result:
+        parts.append(_compare(result["compare"]))
+    if "decomposition" in result:
+        parts.append(_decomposition(result["decomposition"]))
+    if "similarity" in result:
+        parts.append(_similarity(result["similarity"]))
+    found = result["breakdowns"]
+    parts += [_by_value(name, found[name], result) for name in BREAKDOWN_TITLES if found[name]]
+    if "disease_average" in found:
+        parts.append(
+            average_table("Unweighted average over diseases (as in Table 3)", found["disease_average"], result)
+        )
+    parts += [_distribution(found["batch_distribution"]), _cell_types(found["cell_type"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def average_table(title: str, average: dict[str, Any], result: dict[str, Any]) -> str:
+    """A section with the unweighted mean over diseases or files, beside Table 3's where `result` has it.
+
+    average: of eval.breakdowns.average_over. result: {"name", "published"}.
+    """
+    rows = [[result["name"], *_shares(average, COLUMNS)]]
+    rows += [_published_row(row) for row in result["published"]["rows"] if row.get("setting") == "average"]
+    return f"## {title}\n\nOver {', '.join(average['over'])}.\n\n" + markdown_table(["", *COLUMNS.values()], rows)
+
+
+def average_markdown(result: dict[str, Any]) -> str:
+    """evaluation.md of several files. result: the content of average.json."""
+    of_table_3 = [row for row in result["published"]["rows"] if row["table"] == "Table 3"]
+    rows = []
+    for file, metrics in result["files"].items():
+        rows.append([file, f"{metrics['n_puzzles']:,}", *_shares(metrics, COLUMNS)])
+        disease = disease_of_table_3(file)
+        for row in of_table_3:
+            if row["setting"] == disease:
+                label, *cells = _published_row(row)
+                rows.append([label, "", *cells])
+    files = markdown_table(["file", "puzzles", *COLUMNS.values()], rows)
+    parts = [f"# {result['name']} on {len(result['files'])} files", f"## By file\n\n{files}"]
+    parts += [average_table("Unweighted average over the files", result["average"], result), _glossary(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(result: dict[str, Any]) -> str:
+    low, high = result["intervals"]["batch_accuracy"]
+    n, batches = result["n_puzzles"], result["interval"]["batches"]
+    what = f"{n:,} single cells of {batches:,} batches" if result["puzzles"]["variant"] == "cell" else f"{n:,} batches"
+    return (
+        f"**{result['name']}** names every cell right in {_percent(result['batch_accuracy'])} of {what} "
+        f"(95 % interval {_range(low, high)}), and {_percent(result['cell_accuracy_micro'])} of all cells."
+    )
+
+
+def _metrics_table(result: dict[str, Any]) -> str:
+    """Ours with intervals, then the paper's models on the puzzles of the same kind."""
+    rows = [[result["name"], *_shares(result, COLUMNS)]]
+    rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] != "Table 3"]
+    return markdown_table(["", *COLUMNS.values()], rows)
+
+
+def _glossary(result: dict[str, Any]) -> str:
+    unit = result["response_length_unit"]
+    return (
+        "In brackets: the 95 % interval, by bootstrap over batches; an interval of one point says that all batches are alike, "
+        "and with few batches little else. 'Mean over batches' is the paper's definition of cell accuracy (B.1), 'pooled' counts "
+        "all cells together. An answer of an invalid format has no cell right. Uniqueness: different labels / cells. Response "
+        f"length is in {'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens of Qwen2.5.\n\n"
+        f"(published): {result['published']['source']}. {result['published']['note']}"
+    )
+
+
+def _published_row(row: dict[str, Any]) -> list[str]:
+    """Name and the cells of COLUMNS."""
+    setting = "" if row["setting"] in ("test", "open-ended", "average") else f", {row['setting']}"
+    cells = {name: _percent(row[name]) for name in COLUMNS if name in row}
+    cells["cell_accuracy"], cells["cell_accuracy_micro"] = "", cells.pop("cell_accuracy", "")
+    cells["response_length"] = f"{row['response_length']:,.1f}" if "response_length" in row else ""
+    return [f"{row['model']}{setting}, {row['table']} (published)", *(cells.get(name, "") for name in COLUMNS)]
+
+
+def _k_sample(found: dict[str, Any]) -> str:
+    k = found["k"]
+    names = {
+        "mean": f"mean of {k} answers", "majority_vote": "majority vote over whole assignments",
+        "cell_vote": "vote cell by cell, one to one",
+    }  # fmt: skip
+    rows = [[label, *_shares(found[name], COLUMNS)] for name, label in names.items()]
+    passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
+    return (
+        f"## {k} answers per batch\n\n{markdown_table(['', *COLUMNS.values()], rows)}\n\n"
+        "The response length of a vote is that of all the answers it was taken from. pass@k: the chance that at least one of k "
+        f"answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
+    )
+
+
+def _compare(found: dict[str, Any]) -> str:
+    rows = []
+    for name, title in COLUMNS.items():
+        one, show, scale = found["metrics"][name], _shown(name), 1 if name == "response_length" else 100
+        difference, low, high = (f"{scale * x:+.1f}" for x in (one["difference"], *one["interval"]))
+        rows.append(
+            [title, show(one["ours"]), show(one["theirs"]), f"{difference} ({low} to {high})", f"{one['p']:.2g}"]
+        )
+    return (
+        f"## Against {found['other']}\n\nThe same batches, drawn together (paired bootstrap). Differences of shares are in "
+        f"percentage points; response length is in {found['response_length_unit']}.\n\n"
+        + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
+    )
+
+
+def _decomposition(found: dict[str, Any]) -> str:
+    ways = {"spoiled": "an invalid cell spoils its batch", "wrong_alone": "an invalid cell is wrong by itself"}
+    rows = [[label, *_shares(found[way], COLUMNS)] for way, label in ways.items()]
+    return (
+        "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two its Table 11 uses. Of single "
+        f"answers, {_percent(found['cell_format_validity'])} have a valid format; response length is of single answers.\n\n"
+        + markdown_table(["", *COLUMNS.values()], rows)
+    )
+
+
+def _similarity(found: dict[str, Any]) -> str:
+    names = {
+        "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
+        "cell_accuracy_micro": "cells right, pooled", "mean_similarity": "mean similarity (valid answers)",
+    }  # fmt: skip
+    rows = [
+        [title, _percent(found[name]) if name != "mean_similarity" else _number(found[name], 3)]
+        for name, title in names.items()
+    ]
+    return (
+        f"## By similarity of labels (Table 12)\n\nA label is right when its similarity to the gold label is above "
+        f"{found['threshold']:g}. The paper's similarities (published): "
+        f"{'; '.join(f'{r.model} {r.medcpt:.3f}' for r in published_rows('Table 12', 'open-ended'))}.\n\n"
+        + markdown_table(["", "ours"], rows)
+    )
+
+
+def _by_value(name: str, groups: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    """One breakdown; under a disease of Table 3 the published rows."""
+    title, head = BREAKDOWN_TITLES[name]
+    with_chance, rows = name == "n_cells" and result["puzzles"]["variant"] != "open", []
+    for one in groups[:LONGEST]:
+        by_chance = [_percent(1 / one["value"])] if with_chance else []
+        rows.append([str(one["value"]), f"{one['n_puzzles']:,}", *_shares(one, OF_GROUPS), *by_chance])
+        of_paper = disease_of_table_3(str(one["value"])) if name == "disease" else None
+        for row in result["published"]["rows"]:
+            if of_paper and row["table"] == "Table 3" and row["setting"] == of_paper:
+                label, *cells = _published_row(row)
+                rows.append([label, "", *cells[: len(OF_GROUPS)]])
+    more = f"\n\nThe {LONGEST} largest of {len(groups):,}." if len(groups) > LONGEST else ""
+    columns = [
+        head,
+        "puzzles",
+        *(COLUMNS[metric] for metric in OF_GROUPS),
+        *(["cells right by chance"] if with_chance else []),
+    ]
+    return f"## {title}\n\n{markdown_table(columns, rows)}{more}"
+
+
+def _distribution(found: dict[str, Any]) -> str:
+    names = [f"{100 * one['from']:.0f} to below {100 * one['to']:.0f} %" for one in found["bins"]]
+    names[0], names[1], names[-1] = "none", "above 0, below 10 %", "all"
+    rows = [[name, f"{one['batches']:,}"] for name, one in zip(names, found["bins"], strict=True)]
+    low, middle, high = (_percent(x) for x in found["quartiles"])
+    return (
+        f"## Cells right in single batches (Figure 4B)\n\nMedian {middle}, quartiles {low} and {high}.\n\n"
+        + markdown_table(["cells right", "batches"], rows)
+    )
+
+
+def _cell_types(rows: list[dict[str, Any]]) -> str:
+    shown = [
+        [
+            one["cell_type"], f"{one['cells']:,}", _cell(one["accuracy"], one["interval"], _percent),
+            "; ".join(f"{label} ({n})" for label, n in one["most_confused"]),
+        ]
+        for one in rows[:LONGEST]
+    ]  # fmt: skip
+    more = f"\n\nThe {LONGEST} most frequent of {len(rows):,}." if len(rows) > LONGEST else ""
+    return f"## By cell type\n\n{markdown_table(['cell type', 'cells', 'right', 'most confused with'], shown)}{more}"
+
+
+def _shares(metrics: dict[str, Any], names: Any) -> list[str]:
+    """Values with their intervals, as cells of a table; of a single batch, which says nothing of others, without."""
+    several = metrics.get("n_puzzles", metrics.get("smallest", 2)) > 1
+    return [_cell(metrics[name], metrics["intervals"][name] if several else None, _shown(name)) for name in names]
+
+
+def _shown(name: str) -> Any:
+    return (lambda x: _number(x, 1)) if name == "response_length" else _percent
+
+
+def _cell(value: float, interval: list[float] | None, show: Any) -> str:
+    return show(value) + (f" ({show(interval[0])} to {show(interval[1])})".replace(" %", "") if interval else "")
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

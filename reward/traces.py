@@ -1,0 +1,93 @@
+"""The judge of distilled traces: a reward and a threshold decide, and a rejected trace gets its reason."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from data.distill import Completion, Verdict
+from data.errors import RunError, said_on_purpose
+from data.hints import leak
+from data.puzzles import Puzzle
+from reward import Reward, Status, load_reward
+from reward.cellpuzzles import cells_right, parse_response
+from reward.scoring import Scorer
+
+REASONS = {
+    "endpoint_error": "no response came",
+    "truncated": "cut at the length limit, whatever stands before",
+    "invalid_format": "not <think>...</think> then <answer>...</answer> with one label per cell",
+    "wrong_labels": "valid, and not all labels right",
+    "below_threshold": "valid and right, and the reward is below the threshold all the same",
+    "leak": "accepted by the reward, and the reasoning shows that the answer was hinted",
+    "declined": "the reward gave no score",
+    "reward_error": "the reward function raised",
+    "reward_timeout": "the reward function took too long",
+}
+"""Reasons for rejection, the first that holds."""
+HOPELESS = 8
+"""When the reward fails on each of the first so many responses, it is the reward that is wrong."""
+
+
+class TraceJudge:
+    """Called with (puzzle, completion) pairs, gives their verdicts (data.distill.Judge).
+
+    path: what load_reward takes; a trace is accepted when its reward is at least `accept_at`. Raises ValueError when the
+    function does not load.
+    """
+
+    def __init__(self, path: str, accept_at: float = 1.0, workers: int = 1, seconds: float = 60.0) -> None:
+        with _as_accept():
+            load_reward(path)  # the workers load their own; a bad path is refused before anything is asked for
+        self.path, self.accept_at = path, accept_at
+        self.scorer = Scorer(path, workers, seconds)
+        self.scored = self.failed = 0
+
+    def __call__(self, pairs: list[tuple[Puzzle, Completion]]) -> list[Verdict]:
+        """Verdicts in order. Raises RunError when the reward has failed on every response so far, HOPELESS or more."""
+        whole = [(puzzle, c) for puzzle, c in pairs if not c.error and c.finish_reason != "length"]
+        traces, puzzles = [completion.trace for _, completion in whole], [puzzle for puzzle, _ in whole]
+        with _as_accept():
+            rewards = self.scorer.score(traces, puzzles, [False] * len(whole)) if whole else []
+        self.scored += len(rewards)
+        self.failed += sum(reward.failed for reward in rewards)
+        if rewards and self.failed == self.scored >= HOPELESS:
+            raise RunError(
+                f"--accept {self.path}: failed on all of the first {self.scored} responses, the last with "
+                f"{rewards[-1].message}; mend it and add --resume: the responses are kept"
+            )
+        by_key = {completion.key: reward for (_, completion), reward in zip(whole, rewards, strict=True)}
+        return [self.verdict(puzzle, completion, by_key.get(completion.key)) for puzzle, completion in pairs]
+
+    def verdict(self, puzzle: Puzzle, completion: Completion, reward: Reward | None) -> Verdict:
+        """reward: None where there is nothing to score."""
+        if completion.error:
+            return Verdict(accepted=False, reason="endpoint_error", detail=completion.error)
+        if reward is None:
+            return Verdict(accepted=False, reason="truncated")
+        if not reward.scored:
+            reason = {Status.ERROR: "reward_error", Status.TIMEOUT: "reward_timeout"}.get(reward.status, "declined")
+            return Verdict(accepted=False, reason=reason, detail=reward.message)
+        if reward.total >= self.accept_at:
+            shown = leak(completion.trace, puzzle) if completion.hinted else ""
+            return Verdict(accepted=not shown, reason="leak" if shown else "", detail=shown)
+        parsed = parse_response(completion.trace, len(puzzle.cells))
+        if not parsed.valid:
+            return Verdict(accepted=False, reason="invalid_format", detail=parsed.problem)
+        right, n_cells = cells_right(parsed.labels, puzzle.answer), len(puzzle.cells)
+        if right < n_cells:
+            return Verdict(accepted=False, reason="wrong_labels", detail=f"{right} of {n_cells} right")
+        return Verdict(accepted=False, reason="below_threshold", detail=f"reward {reward.total:g}")
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.scorer.close()
+
+
+@contextmanager
+def _as_accept() -> Iterator[None]:
+    """Sentences about a reward name the option that it was given by here."""
+    try:
+        yield
+    except ValueError as error:
+        if not said_on_purpose(error):
+            raise
+        raise ValueError(str(error).replace("--reward ", "--accept ", 1)) from None
