@@ -9,6 +9,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,9 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
         for position, (_, stage, scores) in zip(x, bars, strict=True):
             share, top = scores["batch_accuracy"], scores["batch_accuracy"]
             axes.bar(position, share, width=0.8, color=STAGE_COLOURS[stage])
-            if scores.get("n_puzzles"):
-                low, top = wilson_interval(share, scores["n_puzzles"])
+            limits = batch_interval(scores)
+            if limits:
+                low, top = limits
                 axes.plot([position, position], [low, top], color=_INK, linewidth=1.2)
             axes.annotate(
                 percent(share), (position, top), (0, 3), textcoords="offset points", ha="center", weight="bold"
@@ -214,6 +216,14 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
         axes.set_xlim(x[0] - 0.7, x[-1] + 0.7)
         _percent_axis(axes, top=1.12)
         return _svg(figure, "Batch accuracy per stage")
+
+
+def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
+    """95 % interval of batch accuracy: the one of the metrics, else Wilson's; None where the number of puzzles is not known."""
+    known = (scores.get("intervals") or {}).get("batch_accuracy")
+    if known:
+        return tuple(known)
+    return wilson_interval(scores["batch_accuracy"], scores["n_puzzles"]) if scores.get("n_puzzles") else None
 
 
 def percent(share: float) -> str:
@@ -307,7 +317,7 @@ def _percent_axis(axes: Axes, top: float = 1.03) -> None:
 def _page_style() -> matplotlib.rc_context:
     """Text as text, colours of the page, and identifiers that do not change from one drawing to the next."""
     return matplotlib.rc_context({
-        "svg.fonttype": "none", "svg.hashsalt": "cellpuzzles", "font.size": 10,
+        "svg.fonttype": "none", "svg.hashsalt": "cellpuzzles", "font.size": 10, "text.parse_math": False,
         "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
         "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": _GRID, "grid.linewidth": 0.7,
@@ -328,4 +338,4 @@ def _svg(figure: Figure, label: str) -> str:
     svg = re.sub(r"font-family: [^;]*sans-serif; ", "", svg)  # the page's font, narrower than the one measured with
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1 ...: one page holds many figures
     svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

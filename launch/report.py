@@ -13,13 +13,16 @@ from launch.options import command, option
 @dataclass(frozen=True)
 class Config:
     run: str = option(dataclasses.MISSING, "Run folder with a summary.json, for example runs/demo.")
+    show: int = option(3, "How many of the best and of the worst puzzles the page shows.")
     png: str | None = option(None, "Also draw the learning curve into this .png file.")
 
 
 @command(Config)
 def main(config: Config) -> None:
     """Write RUN/report.html, a page that opens in any browser without a network."""
-    click.echo(f"wrote {write_report(config.run)}")
+    if config.show < 0:
+        raise ValueError(f"--show {config.show}: give 0 or more")
+    click.echo(f"wrote {write_report(config.run, config.show)}")
     if config.png is not None:
         click.echo(f"wrote {learning_curve_png(config.run, config.png)}")
 

@@ -1,5 +1,6 @@
 """The report page and the README picture, from a small run folder on disk."""
 
+import dataclasses
 import html
 import json
 import os
@@ -11,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.puzzles import Puzzle, write_puzzles, write_rows
-from eval.figures import GRPO_CURVES, curve_svg, learning_curve_png, percent, series, smooth
-from eval.metrics import score
-from eval.report import choose_examples, headline, read_answers, write_report
+from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
+from data.variants import convert
+from eval.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
+from eval.metrics import score, wilson_interval
+from eval.predict import evaluate
+from eval.report import headline, write_report
+from eval.report_data import published_beside, read_evaluations
 
 ROOT = Path(__file__).parents[1]
 LABELS = ["T cell", "B cell", "NK cell", "monocyte", "fibroblast"]
@@ -30,8 +34,7 @@ def swapped(labels: list[str]) -> list[str]:
     return [labels[1], labels[0], *labels[2:]]
 
 
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
+def write_run(folder: Path) -> Path:
     """Three test puzzles: p0 solved by SFT and GRPO, p1 by GRPO only, p2 by SFT only. Base cannot keep the format."""
     puzzles = [
         Puzzle(
@@ -43,7 +46,7 @@ def run_dir(tmp_path) -> Path:
         )
         for i in range(3)
     ]
-    predictions = {
+    texts = {
         "base": ["no idea"] * 3,
         "sft": [answer(p.answer) if i != 1 else answer(swapped(p.answer)) for i, p in enumerate(puzzles)],
         "grpo": [
@@ -52,18 +55,14 @@ def run_dir(tmp_path) -> Path:
             answer([SCRIPT, *swapped(puzzles[2].answer)[1:]]),
         ],
     }
-    write_puzzles(tmp_path / "puzzles/test.parquet", puzzles)
+    write_puzzles(folder / "puzzles/test.parquet", puzzles)
     summary = {}
-    for stage, texts in predictions.items():
-        rows = [
-            {"id": p.id, "prediction": text, "response_tokens": 50 + i, "finish_reason": "stop"}
-            for i, (p, text) in enumerate(zip(puzzles, texts, strict=True))
-        ]
-        write_rows(tmp_path / f"eval/{stage}/test/predictions.jsonl", rows)
-        summary[stage] = {"test": score(texts, puzzles, [50, 51, 52]).to_dict()}
+    for stage, own in texts.items():
+        write_answers(folder, stage, own)
+        summary[stage] = {"test": score(own, puzzles, [50, 51, 52]).to_dict()}
     summary["run"] = {"config": {"lr": 1e-4, "note": "<i>"}, "seconds": {"grpo": 61.7}, "versions": {"torch": "2.13.0"}}
     summary["run"]["git_commit"] = "c0ffee"
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary))
     steps = [
         {
             "step": i,
@@ -77,21 +76,48 @@ def run_dir(tmp_path) -> Path:
         }
         for i in range(1, 41)
     ]
-    write_rows(tmp_path / "grpo/metrics.jsonl", steps)
-    write_rows(tmp_path / "sft/metrics.jsonl", [{"step": i, "loss": 2 / i} for i in range(1, 11)])
-    return tmp_path
+    write_rows(folder / "grpo/metrics.jsonl", steps)
+    write_rows(folder / "sft/metrics.jsonl", [{"step": i, "loss": 2 / i} for i in range(1, 11)])
+    return folder
+
+
+def write_answers(folder: Path, stage: str, texts: list[str], split: str = "test") -> None:
+    """Predictions of p0, p1, ... in the order of the texts."""
+    rows = [{"id": f"p{i}", "prediction": text, "response_tokens": 50 + i, "finish_reason": "stop"}
+            for i, text in enumerate(texts)]  # fmt: skip
+    write_rows(folder / f"eval/{stage}/{split}/predictions.jsonl", rows)
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    return write_run(tmp_path)
+
+
+def read(page: str, section: str) -> str:
+    """The HTML of a section of the page."""
+    return re.search(f'<section id="{section}">.*?</section>', page, re.DOTALL)[0]
+
+
+def cells_of(row: str) -> list[str]:
+    """The text of a table row's cells, without the intervals."""
+    cells = re.findall("<td[^>]*>(.*?)</td>", re.sub("<small>.*?</small>", "", row))
+    return [html.unescape(re.sub("<[^>]*>", "", cell)).strip() for cell in cells]
+
+
+def row_of(page: str, head: str) -> str:
+    """The first row with this head."""
+    return next(row for row in re.findall("<tr>.*?</tr>", page, re.DOTALL) if f'scope="row">{head}' in row)
 
 
 def articles(page: str) -> dict[str, str]:
-    """Example title -> its HTML."""
-    return {
-        re.search("<h3>(.*?)</h3>", text)[1]: text for text in re.findall("<article>.*?</article>", page, re.DOTALL)
-    }
+    """Puzzle -> the HTML of its article among the puzzles to read."""
+    found = re.findall("<article>.*?</article>", read(page, "puzzles"), re.DOTALL)
+    return {re.search("Puzzle (.*?):", text)[1]: text for text in found}
 
 
-def marks(article: str) -> list[str]:
-    """What the last column of an example says, cell by cell."""
-    return re.findall(r'aria-label="(right|wrong)">[^<]*</b></td></tr>', article)
+def marks(article: str, stage: str = "after GRPO") -> list[str]:
+    """What the column of a stage says, cell by cell."""
+    return re.findall(f'<td data-name="{stage}"><span[^>]*><b[^>]*aria-label="(right|wrong)"', article)
 
 
 def test_headline_is_a_sentence_with_the_numbers(run_dir):
@@ -107,66 +133,119 @@ def test_headline_is_a_sentence_with_the_numbers(run_dir):
 
 
 def test_table_holds_the_metrics(run_dir):
-    page = write_report(run_dir).read_text()
-    row = re.search(r'<tr><th scope="row">after GRPO</th>(.*?)</tr>', page)[1]
-    cells = [html.unescape(re.sub("<[^>]*>", " ", cell)).split() for cell in re.findall("<td>(.*?)</td>", row)]
+    results = read(write_report(run_dir).read_text(), "results")
     # cells right: 5, 5 and 3 of 5 (a script and a swap); every answer is valid with 5 distinct labels
-    assert [c[0] for c in cells] == ["66.7", "86.7", "100.0", "100.0", "51", "3"]
-    base = re.search(r'<tr><th scope="row">before training</th>(.*?)</tr>', page)[1]
-    assert re.findall(r"<td>([\d.]+)", base) == ["0.0", "0.0", "0.0", "0.0", "51", "3"]
-    assert "This run was not evaluated on unseen diseases." in page
+    grpo = ["66.7\xa0%", "86.7\xa0%", "86.7\xa0%", "100.0\xa0%", "100.0\xa0%", "51", "3"]
+    assert cells_of(row_of(results, "after GRPO")) == grpo
+    assert cells_of(row_of(results, "before training")) == ["0.0\xa0%"] * 5 + ["51", "3"]
+    assert "This run was not evaluated on unseen diseases." in results
 
 
-def test_examples_show_the_right_ticks_crosses_and_genes(run_dir):
-    shown = articles(write_report(run_dir).read_text())
-    assert list(shown) == [
-        "Every cell right after GRPO",
-        "Partly wrong after GRPO",
-        "Wrong after SFT, right after GRPO",
+def test_published_numbers_are_labelled_and_the_other_task_size_is_said(run_dir):
+    results = read(write_report(run_dir).read_text(), "results")
+    row = row_of(results, '<span class="published">Cell-o1 <small>published</small>')
+    assert cells_of(row) == ["32.9\xa0%", "\u2013", "68.5\xa0%", "98.3\xa0%", "98.2\xa0%", "1,146", "\u2013"]
+    assert "Published, on other puzzles: Table 2, the paper&#x27;s test set" in results
+    assert "have 5 cells each, where guessing names 20 % of the cells right; the paper&#x27;s have 8 to 15" in results
+    assert "That is another task size" in results and "arXiv:2506.02911" in results
+    everything = re.search("<details><summary>All 10 published rows.*?</details>", results, re.DOTALL)[0]
+    assert everything.count('class="published"') == 10 and results.count('class="published"') == 14
+
+
+def test_intervals_come_from_metrics_json(run_dir):
+    assert "<small>" not in row_of(read(write_report(run_dir).read_text(), "results"), "after GRPO")
+    write_metrics(run_dir, "grpo")
+    result = json.loads((run_dir / "eval/grpo/test/metrics.json").read_text())
+    low, high = result["intervals"]["batch_accuracy"]
+    results = read(write_report(run_dir).read_text(), "results")
+    row = row_of(results, "after GRPO")
+    assert low < 2 / 3 < high and f"66.7&nbsp;%<br> <small>{100 * low:.1f} to {100 * high:.1f}</small>" in row
+    assert "Small print beside a number is its 95 % interval" in results and "Wilson" in results  # SFT has none
+
+
+def test_an_evaluation_made_after_the_run_is_on_the_page(run_dir):
+    (run_dir / "eval/grpo/unseen").mkdir(parents=True)
+    write_metrics(run_dir, "grpo")
+    (run_dir / "eval/grpo/test/metrics.json").rename(run_dir / "eval/grpo/unseen/metrics.json")
+    page = write_report(run_dir).read_text()
+    assert "This run: unseen diseases" in page and "not evaluated on" not in page
+    assert page.count("not evaluated in this run") == 2  # before training and after SFT
+    # no disease is stated, so none of Table 3's
+    assert "Table 3, average over four diseases that are others than ours" in read(page, "results")
+    assert 'href="#where-unseen"' in page and "N, cells in a puzzle" in read(page, "where-unseen")
+
+
+def write_metrics(run_dir: Path, stage: str) -> None:
+    """The metrics.json that launch/evaluate.py writes beside the predictions."""
+    puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
+    rows = read_rows(run_dir / f"eval/{stage}/test/predictions.jsonl")
+    result = evaluate(rows, puzzles, name="m", run={}, file="test.parquet")
+    (run_dir / f"eval/{stage}/test/metrics.json").write_text(json.dumps(result))
+
+
+def test_where_it_is_right_without_and_with_metrics_json(run_dir):
+    computed = read(write_report(run_dir).read_text(), "where")
+    by_size = row_of(computed, "5")
+    assert cells_of(by_size) == ["3", *["0.0\xa0%"] * 2, "86.7\xa0%", "66.7\xa0%", "86.7\xa0%", "66.7\xa0%"]
+    # p2 is NK, monocyte, fibroblast, T, B: its first label is a script, and its NK cell went to the second cell
+    assert cells_of(row_of(computed, "monocyte"))[-1] == "NK cell (1)"
+    assert f"{html.escape(SCRIPT)} (1)" in cells_of_html(row_of(computed, "NK cell"))
+    mixed = computed.split("What is mixed up most")[1]
+    assert [cells_of(row) for row in re.findall('<tr><th scope="row">.*?</tr>', mixed)] == [
+        [html.unescape(html.escape(SCRIPT)), "0", "1", "33.3\xa0%"], ["NK cell", "0", "1", "33.3\xa0%"]
+    ]  # fmt: skip
+    assert "Not drawn: before training no puzzle has a right cell." in computed
+    assert "By tissue: the puzzles do not state it." in computed and "Figure 4A" in computed and "Figure 4B" in computed
+    for stage in ("base", "sft", "grpo"):
+        write_metrics(run_dir, stage)
+    assert read(write_report(run_dir).read_text(), "where") == computed
+
+
+def cells_of_html(row: str) -> str:
+    """The cells of a row as they stand in the file."""
+    return " ".join(re.findall("<td[^>]*>(.*?)</td>", row))
+
+
+def test_groups_by_tissue_and_one_disease(run_dir):
+    puzzles = [
+        dataclasses.replace(p, meta={"tissue": tissue, "disease": "melanoma"})
+        for p, tissue in zip(read_puzzles(run_dir / "puzzles/test.parquet"), ("lung", "blood", "lung"), strict=True)
     ]
-    right, partly, rescued = shown.values()
-    assert "Puzzle p0." in right and marks(right) == ["right"] * 5
-    assert "Puzzle p2." in partly and marks(partly) == ["wrong", "wrong", "right", "right", "right"]
-    assert "3 of 5 cells right." in partly
-    assert "Puzzle p1." in rescued and marks(rescued) == ["right"] * 5
-    sft_column = re.findall(r'<td data-name="after SFT">(.*?)</td>', rescued)
-    assert [("&#10003;" in cell) for cell in sft_column] == [False, False, True, True, True]
-    assert "NK cell" in sft_column[0] and "B cell" in sft_column[1]
-    assert "T0G0, T0G1, T0G2, T0G3, T0G4, T0G5, T0G6, T0G7</span>" in right
-
-
-def test_an_unreadable_answer_of_sft_is_shown_with_its_reason(run_dir):
-    rows = [{"id": f"p{i}", "prediction": "B cell", "response_tokens": 2} for i in range(3)]
-    write_rows(run_dir / "eval/sft/test/predictions.jsonl", rows)
-    rescued = articles(write_report(run_dir).read_text())["Wrong after SFT, right after GRPO"]
-    sft_column = re.findall(r'<td data-name="after SFT">(.*?)</td>', rescued)
-    assert "Puzzle p0." in rescued and marks(rescued) == ["right"] * 5
-    assert "unreadable answer: &lt;think&gt; occurs 0 times" in sft_column[0]
-    assert all("&#10007;" in cell for cell in sft_column) and "&ndash;" in sft_column[4]
+    write_puzzles(run_dir / "puzzles/test.parquet", puzzles)
+    where = read(write_report(run_dir).read_text(), "where")
+    assert cells_of(row_of(where, "lung"))[-2:] == ["80.0\xa0%", "50.0\xa0%"]
+    assert cells_of(row_of(where, "blood")) == ["1", *["0.0\xa0%"] * 2, "60.0\xa0%", "0.0\xa0%", *["100.0\xa0%"] * 2]
+    assert "<small>" in row_of(where, "lung") and "<small>" not in row_of(where, "blood")  # one puzzle has no interval
+    assert "By disease: all 3 puzzles are of one disease, melanoma." in where
+    beside = {"grpo": read_evaluations(run_dir)["test"]["grpo"]}
+    assert published_beside("unseen", beside)[0] == "Table 3, melanoma"
+    assert {row["setting"] for row in published_beside("unseen", beside)[1]} == {"melanoma"}
 
 
 def test_text_of_models_and_files_is_escaped(run_dir):
     page = write_report(run_dir).read_text()
     assert "<script" not in page.lower()
-    assert page.count(html.escape(SCRIPT)) == 3  # the reasoning of p1; label and answer block of p2
+    assert page.count(html.escape(SCRIPT)) >= 4  # reasoning of p1; label and answer of p2; confusions
     assert "donor 2 &amp; a &lt;b&gt;female&lt;/b&gt;." in page and "&lt;i&gt;" in page
+    assert "{{body}}" not in page and "{{title}}" not in page
 
 
 def test_page_needs_no_network_and_every_figure_says_how_to_read_it(run_dir):
     page = write_report(run_dir).read_text()
-    assert "http" not in page and "@import" not in page and "url(#" in page
-    assert not re.search(r'(src|href)="(?!#)', page)
+    assert "http" not in page.replace("http-equiv", "") and "@import" not in page and "url(#" in page
+    assert not re.search(r'(src|href)="(?!#)', page) and "default-src 'none'" in page
+    assert set(re.findall(r'<a href="#([\w-]+)"', page)) == set(re.findall(r'<section id="([\w-]+)"', page))
     figures = re.findall("<figure>.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 8  # bars, six GRPO curves, SFT loss
+    assert len(figures) == 11  # bars; by N, spread, cell types; six GRPO curves, SFT loss
     for figure in figures:
-        assert figure.count("<svg") == 1
+        assert figure.count("<svg") == 1 and re.search('<svg role="img" aria-label="[^"]{4,}"', figure)
         assert len(re.search("<figcaption>(.*?)</figcaption>", figure)[1]) > 60
     assert "Not recorded in grpo/metrics.jsonl: Puzzles that teach, Sampler against trainer." in page
 
 
 def test_settings_versions_and_times_are_listed(run_dir):
     page = write_report(run_dir).read_text()
-    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td>([^<]*)</td></tr>', page))
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]*)</th><td data-name="value">([^<]*)</td></tr>', page))
     assert rows == {"lr": "0.0001", "note": "&lt;i&gt;", "grpo": "62 s", "torch": "2.13.0", "git commit": "c0ffee"}
 
 
@@ -183,22 +262,73 @@ def test_a_bare_summary_gives_an_honest_page(tmp_path):
     assert "<h1>After SFT the annotator names every cell of a batch right in 25&nbsp;% of the puzzles of unseen" in page
     assert page.count("not evaluated in this run") == 2
     assert "This run was not evaluated on held-out donors." in page
+    assert "No published numbers stand beside unseen diseases" in page and 'class="published"' not in page
+    assert "so accuracy by size, tissue, disease and cell type cannot be shown." in page
+    assert "so no reasoning can be read." in page and "so there is no puzzle to show." in page
     assert "This run folder has no grpo/metrics.jsonl" in page and "This run folder has no sft/metrics.jsonl" in page
-    assert "This run folder has no predictions" in page and "Not recorded in summary.json." in page
+    assert "Not recorded in summary.json." in page
     (tmp_path / "summary.json").write_text("{}")
     assert "<h1>This run has not been evaluated yet.</h1>" in write_report(tmp_path).read_text()
 
 
-def test_predictions_for_other_puzzles_are_refused(run_dir):
-    write_rows(run_dir / "eval/grpo/test/predictions.jsonl", [{"id": "q9", "prediction": "x"}])
-    with pytest.raises(ValueError, match=r"predictions\.jsonl: puzzle q9 is not in .*test\.parquet"):
-        write_report(run_dir)
+def test_metrics_without_puzzles_still_tell_where_it_is_right(run_dir):
+    write_metrics(run_dir, "grpo")
+    (run_dir / "puzzles/test.parquet").unlink()
+    page = write_report(run_dir).read_text()
+    assert "Not shown, because eval/ holds nothing of it: before training, after SFT." in read(page, "where")
+    assert 'class="published"' in page and "have 5 cells each" in page
+    assert "so no reasoning can be read." in page and "so there is no puzzle to show." in page
 
 
-def test_examples_of_a_run_without_grpo(run_dir):
-    answers = {"base": [], "sft": read_answers(run_dir, "sft", "test"), "grpo": []}
-    chosen = choose_examples(answers)
-    assert chosen["right"].puzzle.id == "p0" and chosen["partly"].puzzle.id == "p1" and chosen["rescued"] is None
+def test_evaluations_that_do_not_fit_are_refused(run_dir):
+    file = run_dir / "eval/grpo/test/predictions.jsonl"
+    for rows, sentence in [
+        ([{"id": "q9", "prediction": "x"}], r"predictions\.jsonl: puzzle q9 is not in .*test\.parquet"),
+        ([{"id": "p0", "prediction": 3}], r"predictions\.jsonl, line 1: has no text 'prediction'"),
+        ([{"prediction": "x"}] * 4, r"predictions\.jsonl: 4 predictions without an id for the 3 puzzles"),
+    ]:
+        write_rows(file, rows)
+        with pytest.raises(ValueError, match=sentence):
+            write_report(run_dir)
+    file.unlink()
+    for text, sentence in (("{", "not JSON"), ("[1]", "holds no metrics")):
+        (run_dir / "eval/grpo/test/metrics.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"metrics\.json: {sentence}"):
+            write_report(run_dir)
+
+
+def test_answers_without_ids_and_with_samples(run_dir):
+    puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
+    rows = [{"samples": [answer(p.answer), "other"]} for p in puzzles[:2]]
+    write_rows(run_dir / "eval/grpo/test/predictions.jsonl", rows)
+    found = read_evaluations(run_dir)["test"]["grpo"].answers
+    assert [(one.puzzle.id, one.score.batch_right) for one in found] == [("p0", True), ("p1", True)]
+
+
+def test_puzzles_of_a_run_without_grpo(run_dir):
+    for path in (run_dir / "eval/grpo/test").iterdir():
+        path.unlink()
+    page = write_report(run_dir).read_text()
+    shown = articles(page)
+    assert list(shown) == ["p0", "p2", "p1"] and marks(shown["p1"]) == []  # best p0 and p2, worst p1
+    assert marks(shown["p1"], "after SFT") == ["wrong", "wrong", "right", "right", "right"]
+    assert "on the same" not in page.lower()
+
+
+def test_open_ended_and_cell_level_puzzles(run_dir):
+    puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
+    pages = []
+    for variant in ("open", "cell"):
+        own = convert(puzzles, variant)
+        write_puzzles(run_dir / "puzzles/test.parquet", own)
+        for stage in ("base", "sft", "grpo"):
+            rows = [{"id": p.id, "prediction": answer(p.answer)} for p in own]
+            write_rows(run_dir / f"eval/{stage}/test/predictions.jsonl", rows)
+        pages.append(write_report(run_dir).read_text())
+    opened, alone = pages
+    assert "Table 12, open-ended" in opened and "none were given" in opened and "guessing" not in opened
+    assert "Table 11, single cells" in alone and "guessing" in read(alone, "where")
+    assert all("are others than the paper&#x27;s: a difference to its numbers" in page for page in pages)
 
 
 def test_headline_rounding():
@@ -207,6 +337,15 @@ def test_headline_rounding():
     assert headline(summary) == (
         "Before training the annotator names every cell of a batch right in <1 % of the puzzles of held-out donors."
     )
+
+
+def test_interval_of_the_bars():
+    assert batch_interval({"batch_accuracy": 0.5, "n_puzzles": 8}) == wilson_interval(0.5, 8)
+    assert batch_interval({"batch_accuracy": 0.5, "n_puzzles": 8, "intervals": {"batch_accuracy": [0.2, 0.8]}}) == (
+        0.2,
+        0.8,
+    )
+    assert batch_interval({"batch_accuracy": 0.5}) is None
 
 
 def test_smoothing_averages_full_windows_only():
@@ -244,6 +383,8 @@ def test_command(run_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (run_dir / "report.html").is_file() and (tmp_path / "curve.png").is_file()
+    wrong = subprocess.run([*command, run_dir, "--show", "-1"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--show -1: give 0 or more" in wrong.stderr and "Traceback" not in wrong.stderr
     failed = subprocess.run([*command, tmp_path / "nowhere"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "summary.json: no such file; `make demo`" in failed.stderr
