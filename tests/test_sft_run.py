@@ -29,10 +29,12 @@ CPU = torch.device("cpu")
 def alone():
     """A world of one; what it puts into the environment is taken out again, or commands run later would find it."""
     before = dict(os.environ)
-    yield join_world()
-    leave_world()
-    os.environ.clear()
-    os.environ.update(before)
+    try:
+        yield join_world()
+    finally:
+        leave_world()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def words(pipeline, out, *more) -> list[str]:
@@ -79,15 +81,9 @@ def test_loss_and_gradients_are_those_of_transformers(pipeline):
 def run(pipeline, out, judge=None, **more) -> list[dict]:
     """A run in this process (imports are most of a short run's time); returns its metrics."""
     settings = {"batch_size": 8, "lr": 3e-3, "lora_rank": 4, "lora_alpha": 8.0, "epochs": 3, **more}
-    before = dict(os.environ)
-    train(
-        SftConfig(
-            **{"traces": str(pipeline / "traces.jsonl"), "model": str(pipeline / "base"), "out": str(out)} | settings
-        ),
-        judge,
-    )
-    os.environ.clear()
-    os.environ.update(before)
+    files = {"traces": str(pipeline / "traces.jsonl"), "model": str(pipeline / "base"), "out": str(out)}
+    with alone():
+        train(SftConfig(**{**files, **settings}), judge)
     return metrics(out)
 
 
