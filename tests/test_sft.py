@@ -77,7 +77,7 @@ def test_one_and_two_processes_learn_the_same_and_the_checkpoint_loads(pipeline,
     again = run_command(
         "sft", "--traces", pipeline / "traces.jsonl", "--model", pipeline / "base", "--out", tmp_path / "one"
     )
-    assert again.returncode == 2 and "already holds a run; name another folder" in again.stderr
+    assert again.returncode == 2 and "already holds a run; add --resume to go on with it" in again.stderr
     merged = tmp_path / "lora"
     sft(pipeline, merged, "--lora-rank", 4)
     policy = Policy(
