@@ -78,12 +78,6 @@ def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix
         yield matrix
 
 
-def resolve_layer(path: str | os.PathLike, layer: str) -> str:
-    """`X`, `raw` or a name in layers, with `auto` decided. Raises ValueError when the file lacks it."""
-    with open_h5ad(path) as file:
-        return _resolve_layer(file, layer, path)[0]
-
-
 def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
     present = (["X"] if "X" in file else []) + (["raw"] if "X" in file.get("raw", {}) else [])
     present += sorted(file.get("layers", {}))

@@ -25,7 +25,7 @@ from data.errors import RunError
 from data.puzzles import Puzzle, read_rows, write_rows
 from eval.bootstrap import intervals, paired
 from eval.breakdowns import average_over, breakdowns, decomposition, how_sure, k_sample
-from eval.metrics import METRICS, Metrics, match_rows, scores_of, summarise
+from eval.metrics import METRICS, scores_of, summarise
 from eval.published import average_markdown, comparable, evaluation_markdown
 from eval.similarity import LabelEncoder, similarity
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
@@ -220,15 +220,6 @@ def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
         | ({"samples_tokens": [count(text) for text in row["samples"]]} if row.get("samples") else {})
         for row in rows
     ]
-
-
-def score_rows(rows: list[dict], puzzles: list[Puzzle]) -> Metrics:
-    """The metrics of saved predictions, the first sample of each; response length in tokens where every row has them.
-
-    Raises ValueError when a puzzle has no prediction or a row is not a prediction.
-    """
-    _, samples, _ = scores_of(match_rows(rows, puzzles), puzzles)
-    return summarise([of_puzzle[0] for of_puzzle in samples])
 
 
 def evaluate(
