@@ -25,7 +25,7 @@ pbmc: setup
 
 test: setup
 	@echo "[make] test"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
+from data.files import replacing
 from data.h5ad_writer import COMPRESSIONS, ENCODINGS, GrowingH5ad
 from data.markers import MarkerEntry, read_markers
 from data.simulate import (
@@ -103,24 +104,19 @@ def stream_atlas(
     settings |= {"cells_per_type": cells_per_type} if cells is None else {"cells": cells}
     uns = {"title": "Simulated atlas (no real cells)", "simulation": settings}
     seen: set[str] = set()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with (
-            h5py.File(partial, "w") as file,
-            tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
-        ):
-            categories = obs_categories(donors, entries)
-            out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
-            with tqdm(total=cells, desc="cells", unit="cell", unit_scale=True, disable=None) as bar:
-                for counts, obs in _blocks(rng, programs, batches, noise, table):
-                    out.append(counts, obs)
-                    seen.update(obs["cell_type"])
-                    bar.update(len(obs))
-            out.finish()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacing(path) as partial,
+        h5py.File(partial, "w") as file,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
+    ):
+        categories = obs_categories(donors, entries)
+        out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
+        with tqdm(total=cells, desc="cells", unit="cell", unit_scale=True, disable=None) as bar:
+            for counts, obs in _blocks(rng, programs, batches, noise, table):
+                out.append(counts, obs)
+                seen.update(obs["cell_type"])
+                bar.update(len(obs))
+        out.finish()
     return AtlasSummary(
         cells=out.n_cells, genes=len(table.var), donors=n_donors, tissues=len({donor.tissue for donor in donors}),
         cell_types=len(seen - {"unknown"}), diseases=len({donor.disease for donor in donors} - {"normal"}),

@@ -89,7 +89,7 @@ def _build_files(
         if staging.has(summary.path, fingerprint):
             watch.say(f"{summary.path.name}: finished earlier")
         else:
-            calls.append((summary.path, of_file, config, staging, fingerprint))
+            calls.append((summary.path, of_file, summary.report["values"], config, staging, fingerprint))
 
     def finished(number: int, built: tuple[int, int]) -> None:
         watch.say(f"{calls[number][0].name}: {built[0]} puzzles of {built[1]} cells")
@@ -100,10 +100,16 @@ def _build_files(
 
 
 def _build_and_stage(
-    path: Path, assignment: dict, config: BuildConfig, staging: Staging, fingerprint: str, advance: Callable
+    path: Path,
+    assignment: dict,
+    kind: str | None,
+    config: BuildConfig,
+    staging: Staging,
+    fingerprint: str,
+    advance: Callable,
 ) -> tuple[int, int]:
     """(puzzles, cells in them), after they are on disk."""
-    splits, report = build_file(path, assignment, config, advance)
+    splits, report = build_file(path, assignment, kind, config, advance)
     staging.save(path, fingerprint, splits, report)
     return sum(map(len, splits.values())), sum(len(p.cells) for puzzles in splits.values() for p in puzzles)
 

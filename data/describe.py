@@ -4,16 +4,13 @@ Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,09
 table numbers (6 tissues, 7 cell types, 8 cells per puzzle) follow the order in which the paper's statistics were asked for.
 """
 
-import contextlib
 import io
-import os
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from statistics import median
 
 from data.audit import SplitFacts, audit
@@ -272,24 +269,3 @@ def wrapped(label: str, width: int = 32, lines: int = 3) -> str:
     while width > 1 and len(split(width - 1)) == least:
         width -= 1
     return "\n".join(split(width))
-
-
-def write_whole(path: str | os.PathLike, content: bytes) -> Path:
-    """Write a file whole or not at all: under a temporary name, flushed to disk, renamed.
-
-    Raises ValueError that names the file when its folder cannot be written.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise ValueError(f"{path}: cannot be written ({error.strerror}); name another place") from None
-    return path

@@ -1,13 +1,13 @@
 """What became of a distillation: acceptance overall, by number of cells, tissue and disease, and why traces were rejected."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data.distill import Draws
+from data.files import write_whole
 from data.meter import Meter
 from data.puzzles import Puzzle
 
@@ -115,10 +115,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write it under a temporary name, flush, rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        handle.write(json.dumps(report, indent=1) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    """Write it as JSON, whole or not at all."""
+    write_whole(path, json.dumps(report, indent=1) + "\n")

@@ -84,12 +84,14 @@ def _read_cells(path: Path, config: BuildConfig) -> Cells:
 def build_file(
     path: Path,
     assignment: dict[str, str],
+    kind: str | None,
     config: BuildConfig,
     advance: Callable[[int, int], None] = lambda read, total: None,
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
     """({split: puzzles without ids}, the file's report of splits and hash) of one file.
 
-    assignment: {donor: split}. advance: told of cells read and of cells to read. Raises ValueError as data.matrix does.
+    assignment: {donor: split}. kind: of the file's values, as summarise found it. advance: told of cells read and of cells
+    to read. Raises ValueError as data.matrix does.
     """
     with ThreadPoolExecutor(1) as hasher:
         digest = hasher.submit(h5ad.sha256, path)
@@ -97,7 +99,7 @@ def build_file(
         groups, set_aside = split_groups(cells, groups_of(cells), path.stem, assignment, config)
         drawn, drawing = _draw(path.stem, groups, config)
         members = {split: _members(groups[split], batches, config) for split, batches in drawn.items()}
-        gene_lists = _gene_lists(path, members, config, advance)
+        gene_lists = _gene_lists(path, members, kind, config, advance)
         puzzles = _puzzles(path, cells, drawn, members, gene_lists, config)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
     for split, made in puzzles.items():
@@ -141,7 +143,9 @@ def _members(
     return {row: (group, of_type[group, row]) for group, rows in batches for row in rows}
 
 
-def _gene_lists(path: Path, members: dict[str, dict], config: BuildConfig, advance) -> dict[int, list[str]]:
+def _gene_lists(
+    path: Path, members: dict[str, dict], kind: str | None, config: BuildConfig, advance: Callable[[int, int], None]
+) -> dict[int, list[str]]:
     """{drawn row: its ranked genes}, read in as few passes as may be."""
     drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
     number = {group: i for i, group in enumerate(sorted({group for group, _ in drawn.values()}))}
@@ -154,7 +158,7 @@ def _gene_lists(path: Path, members: dict[str, dict], config: BuildConfig, advan
     total = passes * len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
     total += len(train_rows)
     advance(0, total)
-    ranked = ranked_genes(path, profiles, train_rows, config.rank_settings, lambda n_rows: advance(n_rows, total))
+    ranked = ranked_genes(path, profiles, train_rows, kind, config.rank_settings, lambda n: advance(n, total))
     return dict(zip(order, ranked, strict=True))
 
 

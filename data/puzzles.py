@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from data.prompts import (
     CANDIDATES_HEAD,
     CELL_CANDIDATES_HEAD,
@@ -226,21 +227,21 @@ def write_puzzles(path: str | os.PathLike, puzzles: Iterable[Puzzle]) -> None:
 
 
 def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
-    """Write rows as .parquet or .jsonl under a temporary name, flush them to disk, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    """Write rows as .parquet or .jsonl, whole or not at all. Raises ValueError for another ending."""
+    if Path(path).suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
+    with replacing(path) as partial:
+        save_rows(partial, rows)
+
+
+def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in place, for a folder that is renamed as a whole."""
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet as parquet
 
         columns = list(dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows for key in row)]))
         table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
-        parquet.write_table(table, partial)
-    elif path.suffix == ".jsonl":
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        parquet.write_table(table, path)
     else:
-        raise ValueError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
-    with open(partial, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -93,7 +93,10 @@ def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settin
     """
     distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
     profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
-    ranked = ranked_genes(path, profiles, distinct, RankSettings(top_genes=n_top, **settings))
+    asked = RankSettings(top_genes=n_top, **settings)
+    with open_matrix(path, asked.layer) as matrix:
+        kind = value_kind(matrix, distinct, asked.allow_scaled) if len(distinct) else None
+    ranked = ranked_genes(path, profiles, distinct, kind, asked)
     return [ranked[i] for i in back]
 
 
@@ -101,18 +104,20 @@ def ranked_genes(
     path: str | os.PathLike,
     profiles: Sequence[Profile],
     train_rows: np.ndarray,
+    kind: str | None,
     settings: RankSettings,
     advance: Advance = lambda n_rows: None,
 ) -> list[list[str]]:
     """[len(profiles)][<= top_genes] gene names of each profile, in one or a few passes over the file.
 
-    train_rows: cells from which --rank hvg learns which genes vary. advance: told of rows read.
+    train_rows: cells from which --rank hvg learns which genes vary. kind: as value_kind tells it, None without a cell.
+    advance: told of rows read.
     """
     if not profiles:
         return []
+    assert kind is not None
     with open_matrix(path, settings.layer) as matrix:
         genes = genes_of(matrix, settings)
-        kind = value_kind(matrix, np.unique(np.concatenate([p.rows for p in profiles])), settings.allow_scaled)
         reader = _Reader(matrix, settings.allow_scaled, advance)
         if settings.rank == "hvg":
             genes.listed[~highly_variable(reader, genes, train_rows, kind, settings.hvg_genes)] = False

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from data.files import replacing
 from data.markers import MarkerEntry, read_markers
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
@@ -206,10 +207,8 @@ def write_atlas(
     if path.suffix != ".h5ad":
         raise ValueError(f"--out {path}: the file name must end in .h5ad")
     adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    adata.write_h5ad(partial, compression="gzip")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        adata.write_h5ad(partial, compression="gzip")
     return adata
 
 

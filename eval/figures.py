@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from data.files import replacing
 from eval.metrics import SPLITS, STAGES, read_steps, read_summary, wilson_interval
 
 STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
@@ -30,7 +31,7 @@ TEST_NAMES = {"donor": "held-out donors", "cell": "held-out cells", "instance": 
 BLUE, ORANGE, GREEN, GREY = "#1f83c9", "#e08600", "#00936b", "#8a8f98"
 STAGE_COLOURS = {"base": GREY, "sft": ORANGE, "grpo": BLUE}
 # matplotlib cannot write CSS variables: these two colours stand for them and are replaced in the SVG text
-_INK, _GRID = "#010203", "#040506"
+INK, GRID = "#010203", "#040506"
 
 
 @dataclass(frozen=True)
@@ -147,19 +148,19 @@ def curve_svg(curve: Curve, steps: list[dict[str, Any]]) -> str | None:
     found = {name: points for name, points in found.items() if len(points[0])}
     if not found:
         return None
-    with _page_style():
+    with page_style():
         figure = Figure(figsize=(5.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for (name, (step, value)), colour in zip(found.items(), (BLUE, ORANGE, GREEN), strict=False):
             draw_curve(axes, step, value, colour, name)
         axes.set(xlabel="step", ylabel="" if curve.unit == "percent" else curve.unit)
         if curve.unit == "percent":
-            _percent_axis(axes)
+            percent_axis(axes)
         if len(found) > 1:
             figure.legend(
                 loc="outside upper left", ncols=len(found), frameon=False, handlelength=1.2, columnspacing=1.2
             )
-        return _svg(figure, curve.title)
+        return svg_element(figure, curve.title)
 
 
 def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, name: str) -> None:
@@ -188,7 +189,7 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
         return None
     splits = list(dict.fromkeys(split for split, _, _ in bars))
     x = [i + 0.8 * splits.index(split) for i, (split, _, _) in enumerate(bars)]
-    with _page_style():
+    with page_style():
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
         axes = figure.add_subplot()
         for position, (_, stage, scores) in zip(x, bars, strict=True):
@@ -197,7 +198,7 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
             limits = batch_interval(scores)
             if limits:
                 low, top = limits
-                axes.plot([position, position], [low, top], color=_INK, linewidth=1.2)
+                axes.plot([position, position], [low, top], color=INK, linewidth=1.2)
             axes.annotate(
                 percent(share), (position, top), (0, 3), textcoords="offset points", ha="center", weight="bold"
             )
@@ -214,8 +215,8 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
             )
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(x[0] - 0.7, x[-1] + 0.7)
-        _percent_axis(axes, top=1.12)
-        return _svg(figure, "Batch accuracy per stage")
+        percent_axis(axes, top=1.12)
+        return svg_element(figure, "Batch accuracy per stage")
 
 
 def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
@@ -253,10 +254,8 @@ def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> P
             figure.add_subplot(grid[0, 1]), steps, "rewards/format_validity", "Answers with a valid format", GREEN
         )
         _draw_strip(figure.add_subplot(grid[1, 1]), steps, "kl", "Drift from the SFT model (KL)", GREY)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": None})
     return path
 
 
@@ -302,29 +301,29 @@ def _draw_strip(axes: Axes, steps: list[dict[str, Any]], key: str, title: str, c
     axes.grid(axis="y", color="#e3e5e8", linewidth=0.6)
     if key == "rewards/format_validity":
         axes.tick_params(labelbottom=False)
-        _percent_axis(axes)
+        percent_axis(axes)
     else:
         axes.set_ylim(bottom=min(0.0, value.min(initial=0.0)))
         axes.set_xlabel("GRPO step")
 
 
-def _percent_axis(axes: Axes, top: float = 1.03) -> None:
+def percent_axis(axes: Axes, top: float = 1.03) -> None:
     axes.set_ylim(-0.03 if top < 1.1 else 0, top)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def _page_style() -> matplotlib.rc_context:
+def page_style() -> matplotlib.rc_context:
     """Text as text, colours of the page, and identifiers that do not change from one drawing to the next."""
     return matplotlib.rc_context({
         "svg.fonttype": "none", "svg.hashsalt": "cellpuzzles", "font.size": 10, "text.parse_math": False,
-        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": _GRID, "grid.linewidth": 0.7,
+        "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.7,
     })  # fmt: skip
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg_element(figure: Figure, label: str) -> str:
     """The figure as an <svg> element to put inside an HTML page: no prologue, no fixed size, no address."""
     buffer = io.StringIO()
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -337,5 +336,5 @@ def _svg(figure: Figure, label: str) -> str:
     )  # would style the whole page
     svg = re.sub(r"font-family: [^;]*sans-serif; ", "", svg)  # the page's font, narrower than the one measured with
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1 ...: one page holds many figures
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -19,9 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.describe import write_whole
 from data.distill import Request, Teacher
 from data.errors import RunError
+from data.files import write_whole
 from data.puzzles import Puzzle, read_rows, write_rows
 from eval.bootstrap import intervals, paired
 from eval.breakdowns import average_over, breakdowns, decomposition, how_sure, k_sample
@@ -163,7 +163,7 @@ class Partial:
             self.rows[row["id"]] = row
         if not self.started:
             lines = [{"settings": self.settings}, *self.rows.values()]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.started = True
             return
         with open(self.path, "a", encoding="utf-8") as handle:
@@ -307,11 +307,11 @@ def digest(puzzles: Sequence[Puzzle]) -> str:
 def write_evaluation(out: Path, rows: list[dict], result: dict[str, Any], title: str) -> None:
     """Write OUT/predictions.jsonl, evaluation.md and, last, metrics.json, each whole or not at all."""
     write_rows(out / "predictions.jsonl", rows)
-    write_whole(out / "evaluation.md", evaluation_markdown(title, result).encode())
-    write_whole(out / "metrics.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(out / "evaluation.md", evaluation_markdown(title, result))
+    write_whole(out / "metrics.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def write_average(out: Path, result: dict[str, Any]) -> None:
     """Write OUT/evaluation.md and average.json of several files, each whole or not at all. result: of `average_of`."""
-    write_whole(out / "evaluation.md", average_markdown(result).encode())
-    write_whole(out / "average.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(out / "evaluation.md", average_markdown(result))
+    write_whole(out / "average.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.describe import write_whole
+from data.files import write_whole
 from eval.figures import (
     GRPO_CURVES,
     SFT_CURVES,
@@ -113,7 +113,7 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
     links = {name: text for name, text in LINKS.items() if any(f'<section id="{name}"' in part for part in sections)}
     path = run_dir / "report.html"
     whole = page(headline(summary), [_head(summary, evaluations), contents(links), *sections])
-    write_whole(path, whole.encode())
+    write_whole(path, whole)
     return path
 
 

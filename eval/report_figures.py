@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
-from eval.figures import _INK, STAGE_COLOURS, STAGE_NAMES, _page_style, _percent_axis, _svg, percent
+from eval.figures import INK, STAGE_COLOURS, STAGE_NAMES, page_style, percent, percent_axis, svg_element
 from eval.metrics import wilson_interval
 
 SHAPES = {"base": "s", "sft": "^", "grpo": "o"}
@@ -36,7 +36,7 @@ def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
     """Cells and batches right against N. groups: {stage: rows of a breakdown by N}; guessing: draw 1 / N."""
     sizes = sorted({row["value"] for rows in groups.values() for row in rows})
     beside = min(0.12, 0.03 * (sizes[-1] - sizes[0] + 1.2))  # stages side by side, so that no point hides another
-    with _page_style():
+    with page_style():
         figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
         for axes, metric, title in (
@@ -54,19 +54,19 @@ def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
                         axes.plot(
                             [at, at], row["intervals"][metric], color=STAGE_COLOURS[stage], linewidth=1, alpha=0.7
                         )
-            _percent_axis(axes)
+            percent_axis(axes)
         if guessing:
-            upper.plot(sizes, [1 / n for n in sizes], ":", color=_INK, linewidth=1.2)
+            upper.plot(sizes, [1 / n for n in sizes], ":", color=INK, linewidth=1.2)
         lower.set(xlabel="N, cells in a puzzle", xlim=(sizes[0] - 0.6, sizes[-1] + 0.6))
         lower.xaxis.set_major_locator(FixedLocator(sizes) if len(sizes) < 13 else MaxNLocator(integer=True))
-        dotted = [Line2D([], [], color=_INK, linestyle=":", linewidth=1.2, label="guessing")] if guessing else []
+        dotted = [Line2D([], [], color=INK, linestyle=":", linewidth=1.2, label="guessing")] if guessing else []
         _stage_legend(figure, list(groups), dotted)
-        return _svg(figure, "Accuracy by number of cells")
+        return svg_element(figure, "Accuracy by number of cells")
 
 
 def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
     """Share of puzzles by their share of cells right, a panel per stage. found: {stage: of eval.breakdowns.distribution}."""
-    with _page_style():
+    with page_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(found)), layout="constrained")
         panels = figure.subplots(len(found), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, (stage, one) in zip(panels, found.items(), strict=True):
@@ -74,7 +74,7 @@ def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
             heights = [part["batches"] / total for part in one["bins"]]
             middles = [-0.07, *((i + 0.5) / 10 for i in range(10)), 1.07]
             axes.bar(middles, heights, width=[0.05, *[0.094] * 10, 0.05], color=STAGE_COLOURS[stage])
-            axes.plot([one["mean"]] * 2, [0, 1], "--", color=_INK, linewidth=1.2, transform=axes.get_xaxis_transform())
+            axes.plot([one["mean"]] * 2, [0, 1], "--", color=INK, linewidth=1.2, transform=axes.get_xaxis_transform())
             said = f"{STAGE_NAMES[stage]}: mean {percent(one['mean'])}, median {percent(one['quartiles'][1])}"
             axes.set_title(said, loc="left", fontsize=10)
             axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -84,14 +84,14 @@ def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
         )
         panels[-1].set(xlabel="cells right in a puzzle", xlim=(-0.13, 1.13))
         figure.supylabel("share of puzzles", fontsize=10)
-        return _svg(figure, "Cells right in single puzzles")
+        return svg_element(figure, "Cells right in single puzzles")
 
 
 def dots_svg(title: str, rows: list[Dots]) -> str:
     """A row per group, a point per stage, with 95 % intervals where they are known."""
     stages = [stage for stage in STAGE_NAMES if any(stage in row.values for row in rows)]
     labels = [_broken(row.label) for row in rows]
-    with _page_style():
+    with page_style():
         height = 0.95 + sum(0.1 + 0.14 * max(len(stages), label.count("\n") + 1) for label in labels)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -110,12 +110,12 @@ def dots_svg(title: str, rows: list[Dots]) -> str:
         for y in range(1, len(rows)):
             axes.axhline(y - 0.5, color=STAGE_COLOURS["base"], alpha=0.25, linewidth=0.6)
         _stage_legend(figure, stages)
-        return _svg(figure, title)
+        return svg_element(figure, title)
 
 
 def along_svg(by_position: dict[str, list[dict[str, Any]]]) -> str:
     """Accuracy of assignments by their place in the reasoning. by_position: {stage: TraceSummary.by_position}."""
-    with _page_style():
+    with page_style():
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for place, (stage, rows) in enumerate(by_position.items()):
@@ -129,9 +129,9 @@ def along_svg(by_position: dict[str, list[dict[str, Any]]]) -> str:
         axes.set_xticklabels(["first cell", "half way", "last cell"])
         for text, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             text.set_horizontalalignment(side)
-        _percent_axis(axes)
+        percent_axis(axes)
         _stage_legend(figure, list(by_position))
-        return _svg(figure, "Accuracy along the reasoning")
+        return svg_element(figure, "Accuracy along the reasoning")
 
 
 def _upright(axes: Axes, x: float, interval: Sequence[float], stage: str) -> None:

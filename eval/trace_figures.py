@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from eval.figures import BLUE, GREEN, GREY, ORANGE, _page_style, _svg, percent
+from eval.figures import BLUE, GREEN, GREY, ORANGE, percent
 from eval.metrics import wilson_interval
 from eval.traces import Step, TraceAnalysis
 from reward.cellpuzzles import normalise_label
@@ -204,12 +204,6 @@ def steps_png(analysis: TraceAnalysis, title: str = "") -> bytes:
         return _png(_steps_figure(analysis, title), 130)
 
 
-def steps_svg(analysis: TraceAnalysis, title: str = "") -> str:
-    """The step diagram of one response as an <svg> element for a page that defines the colour --grid."""
-    with _page_style():
-        return _svg(_steps_figure(analysis, title), title or f"Steps of {analysis.id}")
-
-
 def _steps_figure(whole: TraceAnalysis, title: str) -> Figure:
     """Rows: cells with their true labels. Columns: steps, the first STEPS_SHOWN. At the right the final answer."""
     analysis = replace(whole, steps=whole.steps[:STEPS_SHOWN])
@@ -319,12 +313,6 @@ def summary_png(summary: TraceSummary, title: str = "") -> bytes:
     """Two panels as a PNG file: accuracy along the reasoning, and what share of responses does what."""
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         return _png(_summary_figure(summary, title), 150)
-
-
-def summary_svg(summary: TraceSummary, title: str = "") -> str:
-    """The same as an <svg> element."""
-    with _page_style():
-        return _svg(_summary_figure(summary, title), title or "What the reasoning does")
 
 
 def _summary_figure(summary: TraceSummary, title: str) -> Figure:

@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 
 from data.audit import MIN_GENES, Audit, audit
-from data.describe import write_whole
+from data.files import write_whole
 from data.puzzles import Puzzle, read_puzzles, read_rows
-from launch.options import _Command
+from launch.options import Command
 
 
-@click.command(cls=_Command)
+@click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True, metavar="FILE FILE [FILE ...]", type=click.Path())
 @click.option("--json", "json_file", type=click.Path(), metavar="FILE", help="Also write what was found as JSON.")
 @click.option("--allow-leaks", is_flag=True, help="Exit with 0 even where leaks are found.")
@@ -39,7 +39,7 @@ def main(files: tuple[str, ...], json_file: str | None, allow_leaks: bool, same_
     if len(files) == 1:
         click.echo("note: one file only, so nothing was compared; give the test file too")
     if json_file is not None:
-        write_whole(json_file, (json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+        write_whole(json_file, json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n")
         click.echo(f"written to {json_file}")
     if found.leaks and not allow_leaks:
         click.get_current_context().exit(1)

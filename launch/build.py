@@ -18,7 +18,7 @@ import click
 from tqdm import tqdm
 
 from data.build import BuildConfig, Watch, build_puzzles
-from data.puzzles import Puzzle, write_puzzles
+from data.puzzles import Puzzle, save_rows
 from data.staging import Staging
 from launch.options import command, option
 
@@ -124,7 +124,7 @@ def write_build(
         partial.mkdir(parents=True)
         for split, puzzles in splits.items():
             for ending in formats:
-                write_puzzles(partial / f"{split}.{ending}", puzzles)
+                save_rows(partial / f"{split}.{ending}", [puzzle.to_row() for puzzle in puzzles])
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):

@@ -25,8 +25,8 @@ from data.describe import (
     statistics_png,
     summary_table,
     table,
-    write_whole,
 )
+from data.files import write_whole
 from launch.audit import read_splits
 from launch.options import command, option
 
@@ -92,9 +92,9 @@ def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, 
         raise ValueError(f"{out}: no split holds a puzzle, so there is nothing to describe")
     summary = summary_table(splits)
     files = {
-        "statistics.md": statistics_markdown(splits, summary).encode(),
+        "statistics.md": statistics_markdown(splits, summary),
         "statistics.png": statistics_png(splits),
-        "data_card.md": data_card(splits, report or {}, summary).encode(),
+        "data_card.md": data_card(splits, report or {}, summary),
     }
     return [write_whole(Path(out) / name, content) for name, content in files.items()]
 

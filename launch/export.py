@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from launch.options import command, option
-from trainer.merge import MAGNITUDE, write_checkpoint
-from trainer.runfolder import ADAPTER, provenance, read_adapter, write_json
+from trainer.runfolder import ADAPTER, MAGNITUDE, provenance, read_adapter, write_json
 
 DATA_SETTINGS = ("puzzles", "traces")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
@@ -62,6 +61,8 @@ def main(config: ExportConfig) -> None:
     if not (base / "config.json").is_file():
         raise ValueError(f"{folder}: its base {base} is no checkpoint folder; name it with --base")
     card = model_card(config, base, adapter_config, run, [read_metrics(path) for path in config.metrics])
+    from trainer.merge import write_checkpoint  # the model's libraries take seconds to load: not for a refusal
+
     try:
         if config.adapter_only:
             write_adapter(out, base, adapter, adapter_config, card)

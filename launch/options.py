@@ -47,15 +47,19 @@ def command(
             }
             fn(resolve(config_class, recipe or default_recipe(given), given))
 
-        for field in reversed(dataclasses.fields(config_class)):
+        inherited = [
+            field for field in dataclasses.fields(config_class) if field.name not in config_class.__annotations__
+        ]
+        own = [field for field in dataclasses.fields(config_class) if field.name in config_class.__annotations__]
+        for field in reversed([*own, *inherited]):  # what a command is about comes first in its --help
             run = _click_option(config_class, field)(run)
         run = click.option("--recipe", type=click.Path(), help=RECIPE_HELP)(run)
-        return _Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
+        return Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
 
     return decorate
 
 
-class _Command(click.Command):
+class Command(click.Command):
     """A command for which a ValueError is the user's mistake: one sentence on stderr, exit code 2, no traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -8,11 +8,11 @@ python -m pdb -c "import trainer.grpo" -c "b trainer.grpo.loss_terms" -c c launc
 
 import csv
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing, write_whole
 from launch.options import argument, command, option
 
 
@@ -110,12 +110,10 @@ def report_ledger(rows: list[dict[str, Any]], loss: float) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """The ledger as a table; whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as handle:
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
     print(f"wrote {path}")
 
 
@@ -132,9 +130,7 @@ def write_html(path: Path, bundle, rows: list[dict[str, Any]], tokenizer) -> Non
                     prompts[inputs.responses[next(places)]["puzzle_id"]] = tokenizer.decode(prompt)
     names = ("advantage", "clip_low", "clip_high", "dual_clip", "beta", "kl_kind", "aggregation", "correction")
     settings = {name: getattr(bundle.config, name) for name in names}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(step_page(bundle.step, settings, bundle.responses, rows, prompts), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, step_page(bundle.step, settings, bundle.responses, rows, prompts))
     print(f"wrote {path}")
 
 

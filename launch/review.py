@@ -6,13 +6,13 @@ python launch/review.py --collect ana.json --collect ben.json --key review.key.j
 """
 
 import json
-import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from data.files import write_whole
 from data.puzzles import read_puzzles, read_rows
 from eval.review import RESAMPLES, VERDICTS, Review, answers_by_id, make_review, merge, read_key, read_review
 from launch.options import command, option
@@ -66,8 +66,8 @@ def write_page(config: ReviewConfig) -> None:
     key_file = out.with_suffix(".key.json")
     if key_file.is_file() and read_key(key_file)["page"] != review.key["page"]:
         raise ValueError(f"{key_file}: is the key of another page, whose reviews need it; name another --out")
-    write(out, review.html)
-    write(key_file, json.dumps(review.key, ensure_ascii=False, indent=1) + "\n")
+    write_whole(out, review.html)
+    write_whole(key_file, json.dumps(review.key, ensure_ascii=False, indent=1) + "\n")
     tell(review, out, key_file)
 
 
@@ -110,21 +110,10 @@ def collect(config: ReviewConfig) -> None:
     key = read_key(config.key)
     summary = merge([read_review(path, key) for path in config.collect], key)
     text = summary_markdown(summary, key["error_types"])
-    write(files[0], json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
-    write(files[1], text)
+    write_whole(files[0], json.dumps(summary, ensure_ascii=False, indent=1) + "\n")
+    write_whole(files[1], text)
     print(text.partition("\n## ")[0].strip())
     print(f"\nwrote {files[0]} and {files[1]}")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="\n") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
 
 
 def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> str:

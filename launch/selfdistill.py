@@ -32,6 +32,7 @@ class SelfDistillConfig:
     candidates: int = option(4, "Answers per puzzle and round.")
     stop_at: int = option(0, "Stop answering a puzzle after so many right answers; 0: never.")
     keep: str = option("random", "Which right answers train.", ("first", "shortest", "random", "all"))
+    hint: bool = option(False, "Ask again, with the answer hinted, where no answer was right.")
     temperature: float = option(1.0, "Of the answers.")
     accept: str = option("reward.cellpuzzles:batch_reward", "Reward that accepts an answer, by import path.")
     accept_at: float = option(1.0, "Least reward of an accepted answer.")
@@ -71,8 +72,9 @@ def one_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: in
     folder.mkdir(parents=True, exist_ok=True)
     traces, seed = folder / "traces.jsonl", config.seed + number  # other answers each round
     begun = ["--resume"] if (folder / "traces.raw.jsonl").is_file() else []
+    hint = ["--hint"] if config.hint else []
     run_stage(
-        f"round {number}: answer", traces, "distill", *begun, teacher="vllm", model=teacher, puzzles=config.puzzles,
+        f"round {number}: answer", traces, "distill", *begun, *hint, teacher="vllm", model=teacher, puzzles=config.puzzles,
         out=traces, candidates=config.candidates, stop_at=config.stop_at, keep=config.keep, temperature=config.temperature,
         accept=config.accept, accept_at=config.accept_at, limit=config.limit, dtype=config.dtype,
         max_response_tokens=config.max_response_tokens, seed=seed,

@@ -8,7 +8,6 @@ from data.puzzles import Puzzle
 from eval.metrics import score
 from launch.options import command
 from trainer.config import SftConfig
-from trainer.sft import train
 
 METRICS = ("cell_accuracy", "batch_accuracy", "format_validity", "uniqueness")
 
@@ -22,6 +21,8 @@ def judge(answers: list[str], puzzles: list[Puzzle]) -> dict[str, float]:
 @command(SftConfig)
 def main(config: SftConfig) -> None:
     """Supervised fine-tuning on accepted traces, LoRA or full, completion-only loss; writes OUT/model."""
+    from trainer.sft import train  # the model's libraries take seconds to load: not for --help or a bad setting
+
     print(f"wrote {train(config, judge)}/model")
 
 

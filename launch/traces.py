@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.describe import write_whole
+from data.files import write_whole
 from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.figures import percent
 from eval.trace_figures import TraceSummary, steps_png, summarise, summary_png
@@ -65,11 +65,11 @@ def main(config: TracesConfig) -> None:
         write_whole(out / pictures[-1][0], steps_png(analysis, picture_title(response.name, analysis)))
     write_whole(out / "traces.png", summary_png(summary, Path(config.predictions or config.puzzles).name))
     instructed = sum(INSTRUCTED in response.puzzle.system_message for response in responses)
-    write_whole(out / "traces.md", report(config, summary, pictures, instructed).encode())
+    write_whole(out / "traces.md", report(config, summary, pictures, instructed))
     rows = [{"name": response.name, **analysis.to_dict()} for response, analysis in read]
     source = {"puzzles": config.puzzles, "predictions": config.predictions, "accuracy_from": config.accuracy_from}
     content = {"source": source, "summary": summary.to_dict(), "responses": rows}
-    write_whole(out / "traces.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(out / "traces.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(
         f"{len(read)} responses, {summary.mean_steps:.1f} steps each, {percent(summary.self_reflection)} change their mind"
     )

@@ -46,6 +46,7 @@ class VLLMEngine(LocalEngine):
         self.lora, self.request, self.may_sleep, self.asleep = lora, None, may_sleep and on_gpu, False
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
+        set_num_threads = torch.set_num_threads  # vLLM's CPU worker leaves one that does nothing; put back below
         self.llm = LLM(
             model_dir, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0,
             enforce_eager=not on_gpu, distributed_executor_backend="external_launcher",
@@ -54,6 +55,7 @@ class VLLMEngine(LocalEngine):
             skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=True, enable_prefix_caching=True,
             **memory, **adapter,
         )  # fmt: skip
+        torch.set_num_threads = set_num_threads
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
         """See LocalEngine. A new LoRA name and id per version: vLLM's prefix cache is keyed by the name."""

@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("nodes", "grpo", "precision", "sync", "sft_run", "export", "replay", "selfdistill", "layout", "evaluate", "sft",
+           "vllm_teachers", "preflight", "scoring")  # fmt: skip
+"""Files that take long: they come first, so that no worker begins one when the other has nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def run_command(verb: str, *arguments: object, ranks: int | None = None, env: dict | None = None, timeout: int = 240):

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, run_command, succeed
 from nodes import Launched, torchrun, two_nodes
 
+from trainer.watch import BEAT_SECONDS
+
 SMALL = ("--prompts-per-step", 4, "--group-size", 3, "--max-prompt-tokens", 400, "--max-response-tokens", 16,
          "--lora-rank", 8, "--lora-alpha", 16, "--lr", 1e-2, "--save-every", 2, "--reward-workers", 0)  # fmt: skip
 SHORT = (*SMALL, "--engine", "torch", "--steps", 3)
@@ -145,6 +147,7 @@ def test_a_killed_trainer_is_named_on_the_other_node_within_30_seconds(words, st
     with two_nodes() as nodes:
         launched = on_two_nodes(start, nodes, [*words(tmp_path / "run"), *ENDLESS], tmp_path)
         launched[0].wait_for("step 2/")
+        time.sleep(3 * BEAT_SECONDS)  # rank 1 has said that it is past the start
         rank_1 = launched[1].descendants("--steps")[-1]  # below its launcher
         rank_1.kill()
         killed = time.monotonic()

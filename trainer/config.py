@@ -35,32 +35,82 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig:
+class TrainingConfig:
+    """What the cold start and GRPO share: the adapter, the optimizer, precision and memory, checkpoints."""
+
+    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
+    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains (and GRPO ships) every weight.")
+    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    grad_clip: float = option(1.0, "Largest gradient norm.")
+    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
+    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
+    dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    autocast: bool = option(
+        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
+    )
+    attn: str = option(
+        "sdpa", "Attention kernels: PyTorch's own, or those of the flash-attn package (GPU).", ("sdpa", "flash")
+    )
+    quantize: str = option(
+        "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
+    )
+    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
+    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM.")
+    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
+    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of matrix products in the trainer."""
+        return "bfloat16" if self.autocast else self.dtype
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting out of range, or settings of weights and optimizer that exclude one another."""
+        self.check_at_least(1, "keep_checkpoints")
+        self.check_at_least(0, "lora_rank", "warmup_steps")
+        if self.hang_seconds <= 0:
+            raise ValueError(f"--hang-seconds {self.hang_seconds}: must be above 0")
+        for name, used in (
+            (f"--quantize {self.quantize}", self.quantize != "none"),
+            (f"--optimizer {self.optimizer}", self.optimizer == "adamw8bit"),
+        ):
+            if used and importlib.util.find_spec("bitsandbytes") is None:
+                raise ValueError(f"{name}: the package is not installed; pip install bitsandbytes")
+        if self.quantize != "none" and not self.lora_rank:
+            raise ValueError(
+                f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"
+            )
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """Raises ValueError, naming the flag, for a setting below it."""
+        for name in names:
+            if getattr(self, name) < least:
+                bound = f"at least {least}" if least else "0 or more"
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {bound}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
     """Supervised cold start on accepted traces."""
 
     traces: str = option(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
     model: str = option(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
     out: str = option(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
-    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
     target: str = option(
         "trace",
         "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",
         ("trace", "answer"),
     )
-    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains every weight.")
-    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
     dora: bool = option(
         False, "Weight-decomposed LoRA (DoRA), as the authors' script has it; vLLM cannot serve it unmerged."
     )
     epochs: int = option(10, "Passes over the traces.")
     batch_size: int = option(128, "Traces per optimizer step.")
     lr: float = option(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
     weight_decay: float = option(0.0, "AdamW weight decay.")
-    grad_clip: float = option(1.0, "Largest gradient norm.")
     max_tokens: int = option(8192, "Longest prompt + response; a longer trace is never cut.")
     overlong: str = option("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
-    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
     holdout: float = option(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
     eval_engine: str = option(
         "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
@@ -71,50 +121,24 @@ class SftConfig:
         0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
     )
     save_every: int = option(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
-    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
-    dtype: str = option("float32", "Weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
-    autocast: bool = option(
-        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
-    )
-    attn: str = option("sdpa", "Attention kernels: PyTorch's own, or flash-attn's (GPU).", ("sdpa", "flash"))
-    quantize: str = option("none", "Hold the base in 4 bits (QLoRA).", ("none", "nf4"))
-    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
-    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
-    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM by --eval-engine.")
-    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
     seed: int = option(0, "Order of the traces and LoRA initialisation.")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_puzzles", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in ("lora_rank", "patience", "save_every", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        super().__post_init__()
+        self.check_at_least(1, "epochs", "batch_size", "eval_puzzles")
+        self.check_at_least(0, "patience", "save_every")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"--holdout {self.holdout}: must be at least 0 and below 1")
-        for flag, used in (
-            ("--quantize nf4", self.quantize == "nf4"),
-            ("--optimizer adamw8bit", self.optimizer == "adamw8bit"),
-        ):
-            if used and importlib.util.find_spec("bitsandbytes") is None:
-                raise ValueError(f"{flag}: the package is not installed; pip install bitsandbytes")
-        for flag, used in (("--quantize nf4", self.quantize == "nf4"), ("--dora", self.dora)):
-            if used and not self.lora_rank:
-                raise ValueError(f"{flag}: trains an adapter, so --lora-rank must be above 0")
+        if self.dora and not self.lora_rank:
+            raise ValueError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":
             raise ValueError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
         if not self.holdout and (self.patience or self.eval_engine != "none"):
             raise ValueError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
 
-    @property
-    def compute_dtype(self) -> str:
-        """Of matrix products."""
-        return "bfloat16" if self.autocast else self.dtype
-
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig:
+class GrpoConfig(TrainingConfig):
     """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
 
     presets: ClassVar = staticmethod(preset_values)
@@ -128,7 +152,6 @@ class GrpoConfig:
     )
     puzzles: str | None = option(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
     out: str = option("runs/grpo", "Run folder.")
-    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
     steps: int = option(100, "Steps in all: batches that are sampled, scored and trained on.")
     seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
@@ -146,8 +169,6 @@ class GrpoConfig:
     )
     sync_port: int = option(0, "Port for that; 0 takes a free one.")
     shard: str = option("none", "Every rank holds the model, or its share of every layer (FSDP2).", ("none", "fsdp"))
-    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
-    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
     dry_run: bool = option(
         False, "Check settings, world and memory, print the table, and stop before a model is loaded."
     )
@@ -172,12 +193,8 @@ class GrpoConfig:
     top_p: float = option(1.0, "Nucleus sampling mass.")
     max_prompt_tokens: int = option(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = option(3000, "Responses are cut here (and score as truncated).")
-    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains, and ships, every weight.")
-    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
     lr: float = option(1e-6, "Learning rate, constant after warm-up.")
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
     weight_decay: float = option(0.01, "AdamW weight decay.")
-    grad_clip: float = option(1.0, "Largest gradient norm.")
     advantage: str = option("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
     advantage_eps: float = option(1e-6, "Added to the group's standard deviation.")
     clip_low: float = option(0.2, "Ratios are clipped at 1 - clip_low.")
@@ -197,58 +214,26 @@ class GrpoConfig:
     packing: str = option(
         "shared", "Responses share their prompt in the forward pass, or each has a copy.", ("shared", "plain")
     )
-    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
-    dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
-    autocast: bool = option(
-        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
-    )
-    attn: str = option(
-        "sdpa", "Attention kernels: PyTorch's own, or those of the flash-attn package (GPU).", ("sdpa", "flash")
-    )
-    quantize: str = option(
-        "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
-    )
-    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
     entropy: bool = option(False, "Also report the policy's exact entropy per token (a pass over the logits more).")
     save_every: int = option(20, "Steps between checkpoints; the last step always saves.")
-    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
     save_steps: str = option(
         "never", "Steps kept as replayable bundles in OUT/steps: never, every:10, or 3,17 (launch/replay.py)."
     )
-    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM.")
     tensorboard: bool = option(False, "Also write TensorBoard files to OUT/tensorboard.")
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "steps",
-            "prompts_per_step",
-            "group_size",
-            "updates_per_batch",
-            "max_response_tokens",
-            "sampler_ranks",
+        super().__post_init__()
+        self.check_at_least(
+            1, "steps", "prompts_per_step", "group_size", "updates_per_batch", "max_response_tokens", "sampler_ranks",
             "tensor_parallel",
-        )
-        for name in at_least_1:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        )  # fmt: skip
+        self.check_at_least(0, "max_staleness", "restart_samplers", "sync_port", "nodes", "ranks_per_node", "rank_gib")
         if self.prompts_per_step % self.updates_per_batch:
             raise ValueError(
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
                 "the second must divide the first"
             )
-        for name in (
-            "lora_rank",
-            "max_staleness",
-            "restart_samplers",
-            "sync_port",
-            "nodes",
-            "ranks_per_node",
-            "rank_gib",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         self._check_placement()
-        self._check_precision()
         if self.temperature <= 0:
             raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
         if self.reward_seconds <= 0 or self.reward_workers < 0:
@@ -262,27 +247,6 @@ class GrpoConfig:
         """Ranks of the launch that only sample."""
         return self.sampler_ranks if self.placement == "split" else 0
 
-    @property
-    def compute_dtype(self) -> str:
-        """Of matrix products in the trainer."""
-        return "bfloat16" if self.autocast else self.dtype
-
-    def _check_precision(self) -> None:
-        """Raises ValueError for settings of weights and optimizer that exclude one another."""
-        eight_bit = self.optimizer == "adamw8bit"
-        for name, used in (
-            (f"--quantize {self.quantize}", self.quantize != "none"),
-            (f"--optimizer {self.optimizer}", eight_bit),
-        ):
-            if used and self.shard == "fsdp":
-                raise ValueError(f"{name}: cannot be sharded; use --shard none")
-            if used and importlib.util.find_spec("bitsandbytes") is None:
-                raise ValueError(f"{name}: the package is not installed; pip install bitsandbytes")
-        if self.quantize != "none" and not self.lora_rank:
-            raise ValueError(
-                f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"
-            )
-
     def _check_placement(self) -> None:
         """Raises ValueError for settings that exclude one another; staleness switches the sampler correction on."""
         if self.placement == "colocate":
@@ -295,8 +259,9 @@ class GrpoConfig:
             )
         if self.engine == "torch" and self.tensor_parallel > 1:
             raise ValueError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")
-        if self.hang_seconds <= 0:
-            raise ValueError(f"--hang-seconds {self.hang_seconds}: must be above 0")
+        if self.shard == "fsdp" and (self.quantize != "none" or self.optimizer == "adamw8bit"):
+            name = f"--quantize {self.quantize}" if self.quantize != "none" else f"--optimizer {self.optimizer}"
+            raise ValueError(f"{name}: cannot be sharded; use --shard none")
         if self.max_staleness and self.correction == "none":
             object.__setattr__(self, "correction", "tis")
 

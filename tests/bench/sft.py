@@ -16,7 +16,6 @@ On a machine that others use, set OMP_WAIT_POLICY=passive (both sides get it) an
 
 import argparse
 import json
-import math
 import os
 import random
 import statistics
@@ -32,7 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bench.memory import held
-from tests.bench.update import PROMPT, RESPONSE, SPREAD, make_checkpoint, shape_of
+from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
 from trainer.config import SftConfig
 from trainer.sft import BETAS
 from trainer.traces import Example
@@ -78,8 +77,7 @@ class Task:
         vocabulary = shape_of(self.model)["vocab_size"]
 
         def text(mean: float, spread: float) -> list[int]:
-            length = round(mean * self.scale * math.exp(rng.gauss(-(spread**2) / 2, spread)))
-            return [rng.randrange(100, vocabulary) for _ in range(max(4, length))]
+            return draw_text(rng, mean * self.scale, spread, vocabulary)
 
         def prompt() -> list[int]:
             cells = rng.randint(*CELLS) / statistics.mean(CELLS)

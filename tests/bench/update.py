@@ -68,13 +68,18 @@ class Task:
         vocabulary = shape_of(self.model)["vocab_size"]
 
         def text(mean: float, spread: float) -> list[int]:
-            length = round(mean * self.scale * math.exp(rng.gauss(-(spread**2) / 2, spread)))
-            return [rng.randrange(100, vocabulary) for _ in range(max(4, length))]
+            return draw_text(rng, mean * self.scale, spread, vocabulary)
 
         return [
             (text(PROMPT, 0.1), [text(self.response, SPREAD) for _ in range(self.group_size)])
             for _ in range(self.prompts)
         ]
+
+
+def draw_text(rng: random.Random, mean: float, spread: float, vocabulary: int) -> list[int]:
+    """Random tokens, of a log-normal length with that mean."""
+    length = round(mean * math.exp(rng.gauss(-(spread**2) / 2, spread)))
+    return [rng.randrange(100, vocabulary) for _ in range(max(4, length))]
 
 
 def shape_of(model: str) -> dict:
