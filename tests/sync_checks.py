@@ -46,6 +46,10 @@ def worker_of(engine: VLLMEngine):
 
 def ranks(checkpoint: str, world: World) -> dict:
     engine = VLLMEngine(checkpoint, lora=policy_of(checkpoint, 256).lora, max_model_len=256)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
     distances = {}
     for version, rank in enumerate((8, 16, 64, 256)):
         policy = policy_of(checkpoint, rank)
@@ -53,7 +57,7 @@ def ranks(checkpoint: str, world: World) -> dict:
         canary = canary_of(policy)
         engine.deliver(policy.adapter_tensors(), version, canary)
         distances[rank] = canary.check(*engine.prove(canary))
-    result = {"distances": distances, "bound": engine.bound}
+    result = {"distances": distances, "bound": engine.bound, "threads gained": after - before}
     # ---- a slot that does not hold what was sent: vLLM's copy goes wrong for one module, on its own way of loading
     worker_of(engine).slot_plan = None
     adapters = worker_of(engine).model_runner.lora_manager._adapter_manager
