@@ -16,10 +16,10 @@ import numpy as np
 from data.matrix import Block, Matrix, check_values, gene_names, open_matrix, row_blocks, value_kind
 
 GENE_CLASSES = {
-    "ribosomal": re.compile(r"RP[LS]\d+[AXYL]?\d*$|RPLP\d$|RPSA$"),
-    "mitochondrial": re.compile(r"MT-"),
+    "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),
+    "mitochondrial": re.compile(r"MT-", re.IGNORECASE),
 }
-"""Gene class -> symbols of its genes, matched at their beginning."""
+"""Gene class -> symbols of its genes, human (RPL3) or mouse (Rpl3), matched at their beginning."""
 RANKS = ("expression", "hvg", "deg")
 PROFILES = ("cell", "cluster")
 COUNTS_PER_CELL = 1e4

@@ -111,6 +111,7 @@ class SftConfig(TrainingConfig):
     weight_decay: float = option(0.0, "AdamW weight decay.")
     max_tokens: int = option(8192, "Longest prompt + response; a longer trace is never cut.")
     overlong: str = option("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
+    micro_tokens: int = option(8192, "Packed tokens per forward pass.")
     holdout: float = option(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
     eval_engine: str = option(
         "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")

@@ -67,7 +67,7 @@ class Task:
     rank: int = 16
     dtype: str = "float32"
     checkpointing: bool = False
-    micro_tokens: int = 4096
+    micro_tokens: int = 2048
     """Of ours, per pass, and of a row of TRL's packing: the default of launch/sft.py x 0.25."""
     folder: str = ""
 
