@@ -5,7 +5,6 @@ python launch/export.py --model runs/grpo/checkpoints/step-000100 --out cell-rea
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from launch.options import command, option
-from trainer.runfolder import ADAPTER, MAGNITUDE, provenance, read_adapter, write_json
+from trainer.runfolder import ADAPTER, DATA, MAGNITUDE, provenance, read_adapter
 
-DATA_SETTINGS = ("puzzles", "traces")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
+TOKENIZER = ("token", "chat_", "vocab", "merges", "special")
+"""How the names of a tokenizer's files begin."""
 METRICS = {
     "cell_accuracy": "cell accuracy (mean over batches)",
     "batch_accuracy": "batch accuracy",
@@ -53,6 +53,10 @@ def main(config: ExportConfig) -> None:
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
         raise ValueError(f"--model {folder}: neither a checkpoint (config.json) nor an adapter (adapter_config.json)")
+    if config.base and not is_adapter:
+        raise ValueError(
+            f"--base {config.base}: {folder} holds whole weights, which lie over no base; leave the option out"
+        )
     if config.adapter_only and not is_adapter:
         raise ValueError(f"--adapter-only: {folder} holds whole weights, no adapter; leave the flag out")
     run = run_of(folder)
@@ -94,7 +98,10 @@ def read_metrics(path: str) -> dict[str, Any]:
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ValueError(f"--metrics {path}: no such file; write one with launch/evaluate.py")
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
     if "batch_accuracy" not in found:
         raise ValueError(f"--metrics {path}: is no metrics.json of launch/evaluate.py (it lacks batch_accuracy)")
     return {"name": file.parent.name, **found}
@@ -104,20 +111,20 @@ def write_adapter(out: Path, base: Path, adapter: dict, adapter_config: dict[str
     """The adapter as PEFT reads it, with tokenizer, chat template and card; whole or not at all."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # PEFT calls DoRA's magnitudes so
-    tensors = {name.replace(f"{MAGNITUDE}.weight", MAGNITUDE): t.contiguous() for name, t in adapter.items()}
-    save_file(tensors, partial / ADAPTER, {"format": "pt"})
-    write_json(partial / "adapter_config.json", {"bias": "none", "inference_mode": True, **adapter_config})
-    for path in sorted(base.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix not in WEIGHT_FILES
-            and path.name.startswith(("token", "chat_", "vocab", "merges", "special"))
-        ):
-            shutil.copy(path, partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    partial.rename(out)
+    try:
+        partial.mkdir(parents=True)
+        # PEFT calls DoRA's magnitudes so
+        tensors = {name.replace(f"{MAGNITUDE}.weight", MAGNITUDE): t.contiguous() for name, t in adapter.items()}
+        (partial / ADAPTER).write_bytes(save(tensors, {"format": "pt"}))
+        settings = {"bias": "none", "inference_mode": True, **adapter_config}
+        (partial / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        for path in sorted(base.iterdir()):
+            if path.is_file() and path.name.startswith(TOKENIZER) and path.suffix not in WEIGHT_FILES:
+                shutil.copy(path, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def model_card(
@@ -137,7 +144,7 @@ def model_card(
     ]  # fmt: skip
     text += ["## How good", "", *metric_table(metrics), ""]
     text += ["## Recipe", "", *recipe_table(settings, adapter), ""]
-    text += ["## Data", "", *data_table(settings), ""]
+    text += ["## Data", "", *data_table(settings, run.get("data", {})), ""]
     versions = ", ".join(f"{k} {v}" for k, v in (run or provenance()).get("versions", {}).items())
     commit = run.get("git_commit", "unknown")
     text += ["## Made with", "", f"Code: commit {commit}. Versions: {versions}.", ""]
@@ -174,14 +181,10 @@ def without_place(value: Any) -> str:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
 
 
-def data_table(settings: dict[str, Any]) -> list[str]:
-    """Name and SHA-256 of every file the run trained on."""
-    rows = []
-    for key in DATA_SETTINGS:
-        path = Path(settings[key]) if settings.get(key) else None
-        if path is not None:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "file not found at export"
-            rows.append(f"| {key} | {path.name} | {digest} |")
+def data_table(settings: dict[str, Any], hashes: dict[str, str]) -> list[str]:
+    """Name and SHA-256, as it was when the run began, of every file the run trained on."""
+    named = {key: Path(settings[key]).name for key in DATA if settings.get(key)}
+    rows = [f"| {key} | {name} | {hashes.get(key, 'not recorded')} |" for key, name in named.items()]
     return ["| what | file | SHA-256 |", "|---|---|---|", *rows] if rows else ["Not known."]
 
 

@@ -55,7 +55,9 @@ def main(config: SelfDistillConfig) -> None:
         raise ValueError(f"--rounds {config.rounds}: must be at least 1")
     read_puzzles(config.puzzles)  # says what is wrong before anything runs
     out, teacher = Path(config.out), Path(config.model)
-    out.mkdir(parents=True, exist_ok=True)
+    if not (teacher / "config.json").is_file():
+        raise ValueError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
+    take_up(config, out)
     table = [round_row(0, evaluate(config, teacher, out / "start"), None)]
     for number in range(1, config.rounds + 1):
         folder = out / f"round-{number}"
@@ -65,6 +67,21 @@ def main(config: SelfDistillConfig) -> None:
         write_json(out / "rounds.json", table)
         print_table(table)
     print(f"last model: {teacher}")
+
+
+def take_up(config: SelfDistillConfig, out: Path) -> None:
+    """Record the settings, or find them recorded. Raises ValueError when a setting but --rounds is another one."""
+    settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds")}
+    recorded = out / "config.json"
+    if recorded.is_file():
+        before = json.loads(recorded.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if before.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"--{changed[0].replace('_', '-')} {settings[changed[0]]}: was {before.get(changed[0])} when {out} was begun; "
+                "give that, or name another --out"
+            )
+    write_json(recorded, settings)
 
 
 def one_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: int) -> Path:

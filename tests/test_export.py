@@ -1,6 +1,8 @@
 """One checkpoint that transformers and vLLM load, and that answers as the trainer does; one chat layout everywhere."""
 
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -125,7 +127,9 @@ def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
     succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--metrics", tmp_path / "test/metrics.json")
     card = (tmp_path / "m/README.md").read_text()
     assert "| batch accuracy | 0.25 |" in card and "| lora_rank | 8 |" in card and "| epochs | 2 |" in card
-    assert "| traces | traces.jsonl | " in card and str(pipeline) not in card and "| adapter r | 8 |" in card
+    digest = hashlib.sha256((pipeline / "traces.jsonl").read_bytes()).hexdigest()
+    assert f"| traces | traces.jsonl | {digest} |" in card and str(pipeline) not in card and "| adapter r | 8 |" in card
+    assert json.loads((trained / "config.json").read_text())["data"] == {"traces": digest}, "of the file as it was then"
     weights = load_file(tmp_path / "m/model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "bfloat16"
@@ -134,6 +138,42 @@ def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
         "merged in float32, then rounded"
     )
     assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] is not None
+
+
+def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pipeline, tmp_path):
+    succeed("sft", "--traces", pipeline / "traces.jsonl", "--model", pipeline / "base", "--out", tmp_path / "sft",
+            "--lora-rank", 0, "--epochs", 1, "--batch-size", 64, "--lr", 1e-3)  # fmt: skip
+    (checkpoint,) = (tmp_path / "sft/checkpoints").iterdir()
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == ["model.safetensors"], (
+        "vLLM takes all for weights"
+    )
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--dtype", "float32")
+    names = {path.name for path in (pipeline / "base").iterdir()} | {"README.md", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
+    ours, theirs = load_file(tmp_path / "m/model.safetensors"), load_file(tmp_path / "sft/model/model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    refused = run_command("export", "--model", checkpoint, "--base", pipeline / "base", "--out", tmp_path / "n")
+    assert refused.returncode == 2 and "holds whole weights, which lie over no base" in refused.stderr
+
+
+def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_path):
+    policy = noisy_policy(pipeline / "base")
+    adapter, base = adapter_of(policy), pipeline / "base"
+    name = next(name for name in adapter if "lora_A" in name)
+    other_shape = {**adapter, name: torch.zeros(4, adapter[name].shape[1] + 2)}
+    homeless = {**adapter, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 8)}
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
+    for folder, tensors, settings, says in (
+        (base, other_shape, {}, "is it the base this adapter was trained on"),
+        (base, homeless, {}, "has no weight for the adapter's base_model.model.model.embed_tokens.lora_embedding_A"),
+        (base, adapter, {"alpha_pattern": {"q_proj": 64}}, "alpha_pattern cannot be merged here; merge it with PEFT"),
+        (damaged, adapter, {}, "model.safetensors: damaged"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            write_checkpoint(folder, tmp_path / "m", torch.float32, adapter=tensors, config={**policy.lora, **settings})
+        assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
 def test_what_cannot_be_exported(pipeline, trained, tmp_path):

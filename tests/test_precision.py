@@ -102,7 +102,7 @@ def test_eight_bit_moments_resume_bit_for_bit(pipeline, tmp_path):
     more = ("--optimizer", "adamw8bit", "--engine", "torch", "--save-every", 1)
     whole = run(pipeline, tmp_path / "whole", *more, "--steps", 3)
     run(pipeline, tmp_path / "cut", *more)
-    saved = load_file(tmp_path / "cut/checkpoints/step-000002/optimizer.safetensors")
+    saved = load_file(tmp_path / "cut/checkpoints/step-000002/training/optimizer.safetensors")
     assert {t.dtype for name, t in saved.items() if name.startswith("state1/")} == {torch.uint8}
     assert run(pipeline, tmp_path / "cut", *more, "--steps", 3, "--resume") == whole
     plain = run(pipeline, tmp_path / "plain", "--engine", "torch")

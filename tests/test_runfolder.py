@@ -32,7 +32,7 @@ def test_a_half_written_checkpoint_is_not_seen_and_a_damaged_one_is_named(tmp_pa
     path = save(tmp_path, 2)
     (tmp_path / "checkpoints/step-000009.partial").mkdir()
     assert list_checkpoints(tmp_path) == [path]
-    file = path / "optimizer.safetensors"
+    file = path / "training/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="optimizer.safetensors: damaged or missing"):
         load_checkpoint(path)

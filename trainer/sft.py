@@ -22,7 +22,7 @@ from rollout import Canary, Engine, Sampling
 from trainer.attention import choose
 from trainer.config import SftConfig
 from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
-from trainer.merge import sampler_model, write_checkpoint
+from trainer.merge import sampler_model, weight_files, write_checkpoint
 from trainer.packing import pack, split_by_tokens
 from trainer.parts import make_optimizer
 from trainer.policy import Policy
@@ -110,9 +110,12 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     if not rows:
         raise ValueError(f"--traces {cfg.traces}: holds no trace; make some with launch/distill.py")
     check_run(cfg)
+    if cfg.lora_rank:
+        weight_files(Path(cfg.model))  # the adapter is merged into them at the end
     policy = load_student(cfg, world)
     examples, skipped = encode_traces(policy, rows, cfg)
     kept, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
+    check_held_out(held_out, policy, cfg)
     out = open_run(cfg, world)
     steps_per_epoch = math.ceil(len(kept) / cfg.batch_size)
     optimizer = make_optimizer(cfg, list(policy.trainable().values()), BETAS)
@@ -125,6 +128,19 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         policy=policy, optimizer=optimizer, kept=kept, held_out=held_out, skipped=skipped, out=out, answers=answers,
         steps_per_epoch=steps_per_epoch, first_step=first_step, best=Best(out, cfg, first_step // steps_per_epoch),
     )  # fmt: skip
+
+
+def check_held_out(held_out: list[Example], policy: Policy, cfg: SftConfig) -> None:
+    """Raises ValueError when --patience or --eval-engine cannot work with the held-out puzzles."""
+    if not held_out and (cfg.patience or cfg.eval_engine != "none"):
+        raise ValueError(f"--traces {cfg.traces}: too few puzzles to hold one out for --patience or --eval-engine")
+    longest = max((len(example.prompt_ids) for example in held_out), default=0)
+    context = getattr(policy.causal_lm.config, "max_position_embeddings", math.inf)
+    if cfg.eval_engine != "none" and longest + cfg.eval_response_tokens > context:
+        raise ValueError(
+            f"--eval-response-tokens {cfg.eval_response_tokens}: with prompts of up to {longest} tokens more than the model's "
+            f"{context} positions; use at most {context - longest}"
+        )
 
 
 def evaluate(run: Run, cfg: SftConfig, world: World, step: int) -> dict[str, float]:
@@ -141,8 +157,8 @@ def finish(run: Run, cfg: SftConfig, world: World, stopped: bool, done: int) -> 
     if stopped:
         print(f"stopped after step {done} of {cfg.epochs * run.steps_per_epoch}; go on with --resume", flush=True)
         return
-    run.best.restore(run.policy)
     if world.is_main:
+        run.best.restore(run.policy)
         save_model(run.policy, cfg, run.out / "model")
         counts = {"kept": len(run.kept), "held_out": len(run.held_out), "skipped_too_long": run.skipped}
         write_json(run.out / "traces.json", counts)
@@ -242,9 +258,10 @@ class HeldOutAnswers:
         hand_over(self.engine, self.policy, self.canary, version=step)
         greedy = Sampling(n=1, max_tokens=self.cfg.eval_response_tokens, temperature=0.0, top_p=1.0, seed=0)
         self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
-        ours = [group[0].response_ids for group in self.engine.collect(step)]
-        texts = self.policy.tokenizer.batch_decode(self.world.gather(ours), skip_special_tokens=True)
+        ids = self.world.gather([group[0].response_ids for group in self.engine.collect(step)])
+        texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
         found = self.judge(texts, [e.puzzle for e in self.examples])
+        found["response_length"] = sum(map(len, ids)) / len(ids)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from data.prompts import answer_text
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, content_id
 from reward.cellpuzzles import parse_response
 from trainer.config import SftConfig
 from trainer.policy import Policy, encode_prompt
@@ -59,8 +59,16 @@ def answer_only(puzzle: Puzzle) -> str:
 
 
 def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(kept, held out): a share of the puzzles, never one puzzle on both sides."""
-    names = sorted({example.puzzle_id for example in examples})
+    """(kept, held out): a share of the puzzles, at least one of two or more, never one puzzle on both sides.
+
+    A puzzle is its prompt: the same one under two ids is one.
+    """
+    first: dict[str, str] = {}
+    names_of = [first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id) for e in examples]
+    names = sorted(set(names_of))
     random.Random(f"{seed} holdout").shuffle(names)
-    out = set(names[: int(holdout * len(names))])
-    return [e for e in examples if e.puzzle_id not in out], [e for e in examples if e.puzzle_id in out]
+    out = set(names[: max(int(holdout * len(names)), min(1, len(names) - 1) if holdout else 0)])
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example, name in zip(examples, names_of, strict=True):
+        sides[name in out].append(example)
+    return sides

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -78,14 +79,15 @@ class World:
     def gather(self, items: list) -> list:
         """On every rank, all ranks' items. Collective.
 
-        Undoes a split by [rank::size]: item k of rank r comes back at place k * size + r, whatever the world's size.
+        Undoes a split by [rank::size], even or not: item k of rank r comes back at place k * size + r.
         """
         if self.size == 1:
             return items
         boxes: list[list] = [[]] * self.size
         with self.waiting("the rollouts of all ranks"):
             dist.all_gather_object(boxes, items)
-        return [item for items_k in zip(*boxes, strict=True) for item in items_k]
+        nothing = object()  # the last ranks may have an item less
+        return [item for items_k in zip_longest(*boxes, fillvalue=nothing) for item in items_k if item is not nothing]
 
     def gather_in_rank_order(self, item: Any) -> list[Any]:
         """On every rank, one item per rank. Collective."""
