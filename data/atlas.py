@@ -18,8 +18,8 @@ import pandas as pd
 from scipy import sparse
 from tqdm import tqdm
 
-from data.files import replacing
-from data.h5ad_writer import COMPRESSIONS, ENCODINGS, GrowingH5ad
+from data.files import need_room, replacing
+from data.h5ad_writer import COMPRESSIONS, ENCODINGS, ROOM, GrowingH5ad
 from data.markers import MarkerEntry, read_markers
 from data.simulate import (
     Batch,
@@ -86,7 +86,8 @@ def stream_atlas(
         cells, the counts of core genes and the values of obs are those of data.simulate.simulate_atlas.
     genes: in all, filler included; default: no filler.
     encoding, compression: of X; CSC needs 8 bytes per value beside the output while it is written.
-    Other settings as for simulate_atlas. The same settings write the same bytes. Raises ValueError naming a bad option.
+    Other settings as for simulate_atlas. The same settings write the same bytes. Raises ValueError naming a bad option, or
+    a disk with less room than the next block needs and ROOM.
     """
     path = Path(path)
     if path.suffix != ".h5ad":
@@ -104,19 +105,20 @@ def stream_atlas(
     settings |= {"cells_per_type": cells_per_type} if cells is None else {"cells": cells}
     uns = {"title": "Simulated atlas (no real cells)", "simulation": settings}
     seen: set[str] = set()
-    with (
-        replacing(path) as partial,
-        h5py.File(partial, "w") as file,
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
-    ):
-        categories = obs_categories(donors, entries)
-        out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
-        with tqdm(total=cells, desc="cells", unit="cell", unit_scale=True, disable=None) as bar:
-            for counts, obs in _blocks(rng, programs, batches, noise, table):
-                out.append(counts, obs)
-                seen.update(obs["cell_type"])
-                bar.update(len(obs))
-        out.finish()
+    categories = obs_categories(donors, entries)
+    with replacing(path) as partial:
+        need_room(path.parent, ROOM)
+        with (
+            h5py.File(partial, "w") as file,
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
+        ):
+            out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
+            with tqdm(total=cells, desc="cells", unit="cell", unit_scale=True, disable=None) as bar:
+                for counts, obs in _blocks(rng, programs, batches, noise, table):
+                    out.append(counts, obs)
+                    seen.update(obs["cell_type"])
+                    bar.update(len(obs))
+            out.finish()
     return AtlasSummary(
         cells=out.n_cells, genes=len(table.var), donors=n_donors, tissues=len({donor.tissue for donor in donors}),
         cell_types=len(seen - {"unknown"}), diseases=len({donor.disease for donor in donors} - {"normal"}),

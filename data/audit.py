@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.puzzles import Puzzle, content_id
+from data.puzzles import Puzzle, cell_ids_problem, content_id
 
 MIN_GENES = 20
 """Lists of fewer genes carry too little to tell one cell from another: they are counted, not judged."""
@@ -142,11 +142,8 @@ def _numbered(name: str, puzzles: Sequence[Puzzle], vocabulary: dict[str, int], 
             genes = tuple(dict.fromkeys([vocabulary.setdefault(gene, len(vocabulary)) for gene in cell]))
             of_cells.append(numbers.setdefault(genes, len(numbers)))
         source, ids = puzzle.meta.get("source"), puzzle.meta.get("cell_ids")
-        if ids is not None and len(ids) != len(puzzle.cells):
-            raise ValueError(
-                f"{name}, puzzle {puzzle.id}: {len(ids)} cell_ids for {len(puzzle.cells)} cells; "
-                f"remove the column or give one id per cell"
-            )
+        if problem := cell_ids_problem(puzzle):
+            raise ValueError(f"{name}, puzzle {puzzle.id}: {problem}; remove the column or give one id per cell")
         stated = ids is not None and source is not None
         lists.append(of_cells)
         keys.append([(str(source), str(cell)) for cell in ids] if stated else [])

@@ -6,6 +6,7 @@ the donors, build each file (data/onefile.py, in worker processes), audit, repor
 """
 
 import dataclasses
+import os
 import platform
 import random
 import shlex
@@ -58,6 +59,7 @@ def build_puzzles(
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     paths = h5ad.sorted_files(files)
+    _refuse_names_not_in_utf8(paths)
     summaries = run_all(
         _summarise, [(path, config) for path in paths], workers, lambda done, total: None,
         lambda number, _: watch.progress("looking at files", number + 1, len(paths)),
@@ -67,10 +69,18 @@ def build_puzzles(
     _build_files(summaries, assignment, config, workers, staging, watch)
     splits, reports = _gathered(summaries, staging)
     leaks = audit(splits, donors_apart=config.split_mode != "cell")
-    _refuse_leaks(leaks, config)
+    _refuse_leaks(leaks, config, len(paths))
     if not splits["train"]:
         raise ValueError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
     return splits, _report(splits, summaries, reports, leaks, config)
+
+
+def _refuse_names_not_in_utf8(paths: list[Path]) -> None:
+    """A file's name seeds its draws and stands in every row."""
+    for path in paths:
+        name = os.fsencode(path.name).decode(errors="replace")
+        if name != path.name:
+            raise ValueError(f"{path.parent / name}: the file's name is not UTF-8; rename it")
 
 
 def _summarise(path: Path, config: BuildConfig, advance: Callable) -> Summary:
@@ -82,10 +92,12 @@ def _build_files(
 ) -> None:
     """Build what staging does not hold yet."""
     staging.folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config)
+    del settings["allow_leaks"]  # decides over what was built, not how
     calls = []
     for summary in summaries:
         of_file = {donor: assignment[donor] for donor in summary.donors if donor in assignment}
-        fingerprint = staging.fingerprint(summary.path, dataclasses.asdict(config), of_file)
+        fingerprint = staging.fingerprint(summary.path, settings, of_file)
         if staging.has(summary.path, fingerprint):
             watch.say(f"{summary.path.name}: finished earlier")
         else:
@@ -191,11 +203,15 @@ def _main_tissue(summaries: list[Summary], donor: str) -> str:
     return min(cells, key=lambda tissue: (-cells[tissue], tissue))
 
 
-def _refuse_leaks(leaks: Audit, config: BuildConfig) -> None:
+def _refuse_leaks(leaks: Audit, config: BuildConfig, n_files: int) -> None:
     if leaks.leaks and not config.accepts_leaks:
-        remedy = "use --split donor" if config.split_mode != "donor" else "leave one of the files out"
+        remedies = ["accept it with --allow-leaks"]
+        if config.split_mode != "donor":
+            remedies.insert(0, "use --split donor")
+        elif n_files > 1:
+            remedies.insert(0, "leave one of the files out")
         more = f" (and {len(leaks.leaks) - 1} more findings)" if len(leaks.leaks) > 1 else ""
-        raise ValueError(f"the splits leak: {leaks.leaks[0]}{more}; {remedy}, or accept it with --allow-leaks")
+        raise ValueError(f"the splits leak: {leaks.leaks[0]}{more}; {', or '.join(remedies)}")
 
 
 def _report(

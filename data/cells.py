@@ -10,7 +10,7 @@ import numpy as np
 
 from data.columns import Column, clean, constant_column
 from data.contexts import CONTEXT_COLUMNS
-from data.h5ad import as_text, index_of, nearest, obs_columns, open_h5ad, read_obs
+from data.h5ad import as_text, get, index_of, nearest, obs_columns, open_h5ad, read_obs
 
 COLUMN_FLAGS = {
     "cell_type": "--cell-type-key",
@@ -26,6 +26,16 @@ COLUMN_FLAGS = {
 """CELLxGENE obs column -> flag of launch/build.py that names it in files that call it otherwise."""
 REQUIRED_COLUMNS = ("cell_type", "donor_id", "suspension_type", "tissue", "disease")
 ORGANISM_COLUMNS = ("organism", "organism_ontology_term_id")
+ORGANISMS = {
+    name.lower(): organism
+    for organism, taxon in {"Homo sapiens": "NCBITaxon:9606", "Mus musculus": "NCBITaxon:10090"}.items()
+    for name in (organism, taxon)
+}
+"""Name or taxon, in lower case -> the one name; other organisms are called as the file calls them."""
+TRUE = frozenset({"true", "1", "1.0"})
+"""Values (lower case) of is_primary_data that mean yes."""
+POOLED = "pooled"
+"""CELLxGENE's donor_id of cells of several individuals, whom nobody can tell apart."""
 
 Groups = dict[tuple[str, str], dict[str, np.ndarray]]
 """(donor, batch) -> {cell type: increasing row numbers}."""
@@ -63,15 +73,17 @@ def read_cells(
     organism: str | None = None,
     include_non_primary: bool = False,
 ) -> Cells:
-    """The usable cells: suspension type "cell", primary data, with a known cell type and donor, of one organism.
+    """The usable cells: suspension type "cell", primary data, with a known cell type and one donor, of one organism.
 
+    organism: the one asked for, where the file may hold others; a file without it gives no cells.
     Raises ValueError when a column is absent or not understood, or the cells are of several organisms.
     """
     columns, supplied, notes = resolve_columns(path, keys, constants)
     present = obs_columns(path)
-    organism_column = next((name for name in ORGANISM_COLUMNS if name in present), None)
-    table = read_obs(path, [*columns.values(), *([organism_column] if organism_column else [])])
+    organism_keys = [name for name in ORGANISM_COLUMNS if name in present][:1]
+    table = read_obs(path, [*columns.values(), *organism_keys])
     n_read = _n_cells(path)
+    organisms = _organisms(path, table[organism_keys[0]] if organism_keys else None, n_read)
     cells = {name: table[key] for name, key in columns.items()}
     cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
     if "batch" not in cells:
@@ -81,26 +93,33 @@ def read_cells(
         notes.append("no obs column 'is_primary_data': all cells count as primary data")
     is_primary = cells.pop("is_primary_data", constant_column("True", n_read))
     unusable = {
-        "suspension_type is not 'cell'": ~cells["suspension_type"].coded_as("cell"),
-        "is_primary_data is not True": ~is_primary.coded_as("True") & (not include_non_primary),
+        "suspension_type is not 'cell'": ~cells["suspension_type"].where(lambda name: name == "cell"),
+        "is_primary_data is not True": ~is_primary.where(lambda name: name.lower() in TRUE) & (not include_non_primary),
         "no cell type": cells["cell_type"].codes < 0,
         "no donor": cells["donor_id"].codes < 0,
     }
-    if organism and organism_column:
-        unusable[f"organism is not {organism!r}"] = ~_is_organism(table[organism_column], organism, path)
+    if (pooled := cells["donor_id"].where(lambda name: name.lower() == POOLED)).any():
+        unusable[f"donor is {POOLED!r}, which means several"] = pooled
+    if organism and organisms is None:
+        notes.append(f"the file states no organism: all its cells count as {organism}")
+    elif organism:
+        wanted = organisms.where(lambda name: name.lower() == organism_name(organism).lower())
+        others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
+        unusable[f"organism is not {organism!r}{others}"] = ~wanted
     kept, dropped = np.ones(n_read, dtype=bool), {}
     for reason, bad in unusable.items():
         dropped[reason] = int((kept & bad).sum())
         kept &= ~bad
-    batch = cells["batch"]
+    batch, kept_rows = cells["batch"], np.flatnonzero(kept)
     cells["batch"] = Column(np.where(batch.codes < 0, len(batch.names), batch.codes), [*batch.names, ""])
-    kept_rows = np.flatnonzero(kept)
+    if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
+        notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     return Cells(
         rows=kept_rows,
         columns={name: column[kept_rows] for name, column in cells.items()},
         n_read=n_read,
         dropped=dropped,
-        organism=_one_organism(path, table[organism_column][kept_rows] if organism_column else None),
+        organism=_one_organism(path, organisms[kept_rows]) if organisms else None,
         notes=notes,
     )
 
@@ -152,17 +171,33 @@ def _n_cells(path: str | os.PathLike) -> int:
     return n_cells
 
 
-def _is_organism(column: Column, organism: str, path: str | os.PathLike) -> np.ndarray:
-    found = {name.lower(): name for name in column.names}
-    if organism.lower() not in found:
-        raise ValueError(f"{path}: --organism {organism}: no cell is of it (it has {', '.join(sorted(column.names))})")
-    return column.coded_as(found[organism.lower()])
+def organism_name(text: str) -> str:
+    """One name for the names of an organism: NCBITaxon:9606 is Homo sapiens."""
+    return ORGANISMS.get(text.lower(), text)
 
 
-def _one_organism(path: str | os.PathLike, column: Column | None) -> str | None:
-    """The organism stated in obs, or in uns as CELLxGENE's later schemas do. Raises ValueError for several."""
-    if column is None:
-        return _organism_of_uns(path)
+def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> Column | None:
+    """The organism of each cell, as obs states it, or uns, as in CELLxGENE's later schemas; None where neither does."""
+    if column is None or (column.codes < 0).all():
+        stated = _organism_of_uns(path)
+        return constant_column(organism_name(stated), n_cells) if stated else None
+    names = list(dict.fromkeys(map(organism_name, column.names)))
+    code_of = np.array([*(names.index(organism_name(name)) for name in column.names), -1], dtype=np.int32)
+    return Column(code_of[column.codes], names)
+
+
+def _organism_of_uns(path: str | os.PathLike) -> str | None:
+    with open_h5ad(path) as file:
+        uns = get(file, "uns", path)
+        for name in ORGANISM_COLUMNS if isinstance(uns, h5py.Group) else ():
+            node = get(uns, name, path)
+            if isinstance(node, h5py.Dataset) and node.shape == ():
+                return clean(as_text(node[()], f"{path}: uns {name!r}"))
+    return None
+
+
+def _one_organism(path: str | os.PathLike, column: Column) -> str | None:
+    """The organism of the usable cells. Raises ValueError for several."""
     names = sorted(column.names[code] for code in np.unique(column.codes) if code >= 0)
     if len(names) > 1:
         raise ValueError(
@@ -170,15 +205,6 @@ def _one_organism(path: str | os.PathLike, column: Column | None) -> str | None:
             f"with --organism {names[0]!r}"
         )
     return names[0] if names else None
-
-
-def _organism_of_uns(path: str | os.PathLike) -> str | None:
-    with open_h5ad(path) as file:
-        for name in ORGANISM_COLUMNS:
-            node = file[f"uns/{name}"] if f"uns/{name}" in file else None
-            if isinstance(node, h5py.Dataset) and node.shape == ():
-                return clean(as_text(node[()], f"{path}: uns {name!r}"))
-    return None
 
 
 def groups_of(cells: Cells) -> Groups:

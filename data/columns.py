@@ -1,5 +1,6 @@
 """A column of an obs or var table as categories of cleaned text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +27,9 @@ class Column:
         lookup = np.array([*self.names, missing], dtype=object)  # code -1 is the last one
         return lookup[self.codes].tolist()
 
-    def coded_as(self, text: str) -> np.ndarray:
-        """[C] bool: whether the value is `text`."""
-        return self.codes == (self.names.index(text) if text in self.names else -2)
+    def where(self, wanted: Callable[[str], bool]) -> np.ndarray:
+        """[C] bool: whether the value is known, and wanted."""
+        return np.array([*map(wanted, self.names), False], dtype=bool)[self.codes]  # code -1 is the last one
 
 
 def constant_column(text: str, n_cells: int) -> Column:

@@ -201,7 +201,9 @@ def statistics_png(splits: Splits) -> bytes:
         _draw_top(diseases, splits, DISEASES, "Diseases", "puzzles")
         _draw_top(cell_types, splits, CELL_TYPES, "Cell types", "cells")
         handles, names = sizes.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
+        legend = figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", metadata={"Software": None})
     return picture.getvalue()

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from data.errors import RunError
@@ -101,7 +101,7 @@ class Teacher(Protocol):
         """
 
     def stop(self) -> None:
-        """Ask nothing more and end `sample` within a moment, with what has come; called from a signal handler."""
+        """Ask nothing more, and end `sample` as soon as what is paid for has come; called from a signal handler."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -173,13 +173,14 @@ class Draws:
 
     def rows(self, keep: str, seed: int) -> list[dict]:
         """Accepted traces in puzzle order: the puzzle's row with the trace as `assistant_msg`, `puzzle_id`, `attempt` and, only
-        where it is true, `hinted`. keep: one of KEEP; "shortest" counts characters, "random" draws from (seed, puzzle)."""
+        where it is true, `hinted`; a trace whose labels are not the puzzle's has these as `answer` (see Puzzle.to_row).
+        keep: one of KEEP; "shortest" counts characters, "random" draws from (seed, puzzle)."""
         rows = []
         for puzzle in self.puzzles:
             for completion in _kept(self.accepted(puzzle), keep, f"{seed} {puzzle.id} keep"):
                 mark = {"hinted": True} if completion.hinted else {}
-                of_trace = {"assistant_msg": completion.trace, "puzzle_id": puzzle.id, "attempt": completion.attempt}
-                rows.append({**puzzle.to_row(), **of_trace, **mark})
+                traced = replace(puzzle, meta={**puzzle.meta, "assistant_msg": completion.trace})
+                rows.append({**traced.to_row(), "puzzle_id": puzzle.id, "attempt": completion.attempt, **mark})
         return rows
 
 
@@ -221,7 +222,7 @@ def distill(
             with closing(teacher.sample(requests)) as completions:
                 for completion in completions:
                     record(completion)
-                    if broken is None:
+                    if broken is None and teacher.ended != "stopped":
                         try:
                             take(bench.add([(draws.by_id[completion.puzzle_id], completion)]))
                         except (ValueError, RunError) as error:  # of the judge: what is still to come is recorded first

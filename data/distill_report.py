@@ -1,4 +1,7 @@
-"""What became of a distillation: acceptance overall, by number of cells, tissue and disease, and why traces were rejected."""
+"""What became of a distillation: acceptance overall, by number of cells, tissue and disease, and why traces were rejected.
+
+Acceptance is the share of the puzzles asked; those that a budget or a signal left out are counted apart.
+"""
 
 import json
 from collections import Counter
@@ -28,10 +31,10 @@ def headline(draws: Draws, seed: int) -> dict[str, Any]:
     drawn = [
         completion for judged in draws.judged.values() for completion, _ in judged.values() if not completion.error
     ]
-    n_accepted = sum(map(bool, accepted))
+    n_accepted, n_asked = sum(map(bool, accepted)), sum(_asked(draws, puzzle) for puzzle in draws.puzzles)
     return {
-        "puzzles": len(draws.puzzles), "traces_drawn": len(drawn), "puzzles_accepted": n_accepted,
-        "accepted_at_first": sum(map(_at_first, accepted)), "acceptance": n_accepted / max(len(draws.puzzles), 1),
+        "puzzles": len(draws.puzzles), "puzzles_asked": n_asked, "traces_drawn": len(drawn), "puzzles_accepted": n_accepted,
+        "accepted_at_first": sum(map(_at_first, accepted)), "acceptance": _share(n_accepted, n_asked),
         "candidates": draws.plan.candidates, "seed": seed,
     }  # fmt: skip
 
@@ -63,9 +66,21 @@ def make_report(
             for reason, count in reasons.most_common()
         },
         "tokens": {"prompt": meter.prompt_tokens, "completion": meter.completion_tokens},
-        "cost": {"spent": round(meter.spent, 6), "lost_at_most": round(meter.lost, 6), "budget": meter.budget},
+        "cost": {
+            "spent": round(meter.spent, 6), "lost_at_most": round(meter.lost, 6), "budget": meter.budget,
+            "responses_without_token_counts": meter.uncounted,
+        },
         "settings": settings,
     }  # fmt: skip
+
+
+def _asked(draws: Draws, puzzle: Puzzle) -> bool:
+    return bool(draws.judged[puzzle.id])
+
+
+def _share(accepted: int, asked: int) -> float | None:
+    """None where nothing was asked."""
+    return accepted / asked if asked else None
 
 
 def _at_first(accepted: list) -> bool:
@@ -76,10 +91,13 @@ def _by(draws: Draws, group: Callable[[Puzzle], str]) -> dict[str, dict[str, Any
     found: dict[str, Counter] = {}
     for puzzle in draws.puzzles:
         accepted = draws.accepted(puzzle)
-        counts = {"puzzles": 1, "accepted": bool(accepted), "accepted_at_first": _at_first(accepted)}
+        counts = {
+            "puzzles": 1, "asked": _asked(draws, puzzle), "accepted": bool(accepted),
+            "accepted_at_first": _at_first(accepted),
+        }  # fmt: skip
         found.setdefault(group(puzzle), Counter()).update(counts)
     by_number = sorted(found.items(), key=lambda item: (int(item[0]) if item[0].isdigit() else 0, item[0]))
-    return {name: {**counts, "acceptance": counts["accepted"] / counts["puzzles"]} for name, counts in by_number}
+    return {name: {**counts, "acceptance": _share(counts["accepted"], counts["asked"])} for name, counts in by_number}
 
 
 def _details(details) -> dict[str, int]:
@@ -90,16 +108,19 @@ def _details(details) -> dict[str, int]:
 def table(report: dict[str, Any]) -> str:
     """The report as text, a few lines per group."""
     width = 34
-    lines = [f"{'':{width}}{'puzzles':>8}{'accepted':>10}{'at first':>10}"]
-    whole = {"puzzles": report["puzzles"], "accepted": report["puzzles_accepted"], **report}
+    lines = [f"{'':{width}}{'puzzles':>8}{'asked':>8}{'accepted':>10}{'at first':>10}"]
+    whole = {**report, "asked": report["puzzles_asked"]}
     groups = [("all", {"": whole})] + list(report["by"].items())
     for group, values in groups:
         shown = sorted(values.items(), key=lambda item: -item[1]["puzzles"])[:SHOWN]
         for name, counts in values.items():
             if (name, counts) in shown:
-                first = counts["accepted_at_first"] / max(counts["puzzles"], 1)
+                first = _share(counts["accepted_at_first"], counts["asked"])
                 label = f"{group} {name}"[: width - 1]
-                lines.append(f"{label:{width}}{counts['puzzles']:8}{counts['acceptance']:10.1%}{first:10.1%}")
+                shares = "".join(
+                    f"{'-' if share is None else f'{share:.1%}':>10}" for share in (counts["acceptance"], first)
+                )
+                lines.append(f"{label:{width}}{counts['puzzles']:8}{counts['asked']:8}{shares}")
         if len(values) > len(shown):
             lines.append(f"{group}: {len(values) - len(shown)} more in the report")
     reasons = ", ".join(f"{found['traces']} {reason}" for reason, found in report["rejected"].items())
@@ -108,8 +129,10 @@ def table(report: dict[str, Any]) -> str:
     if hinted["traces_drawn"]:
         leaks = f"{hinted['leaks']} rejected as leaks"
         lines.append(f"hinted: {hinted['traces_drawn']} drawn, {hinted['puzzles_accepted']} puzzles accepted, {leaks}")
-    if tokens["completion"]:
+    if any((*tokens.values(), cost["spent"], cost["lost_at_most"])):
+        uncounted = cost["responses_without_token_counts"]
         lines.append(f"tokens: {tokens['prompt']} in, {tokens['completion']} out; cost {cost['spent']:g}"
+                     + (f" (without token counts: {uncounted}, at the worst case)" if uncounted else "")
                      + (f", and at most {cost['lost_at_most']:g} lost" if cost["lost_at_most"] else ""))  # fmt: skip
     return "\n".join(lines)
 

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +19,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
+        flush(partial)
         os.replace(partial, path)
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be written ({reason}); make room or name another place") from None
+        raise ValueError(f"{path}: cannot be written ({reason_of(error)}); make room or name another place") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -33,3 +33,21 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file is on disk."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def reason_of(error: OSError) -> str:
+    """The operating system's words, on one line: HDF5 adds a page of its own to them."""
+    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+
+
+def need_room(folder: Path, n_bytes: int) -> None:
+    """Raise OSError where the disk has less room than that, while what is open on it can still be closed in order."""
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < n_bytes:  # some network disks say 0 of both
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))

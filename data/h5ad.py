@@ -54,12 +54,12 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
     except OSError as error:
         raise ValueError(f"{path}: cannot be opened, was the download cut short? ({_one_line(error)})") from None
     with file:
-        for table in ("obs", "var"):
-            if not isinstance(_get(file, table, path), h5py.Group):
-                raise ValueError(
-                    f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
-                )
         try:
+            for table in ("obs", "var"):
+                if not isinstance(get(file, table, path), h5py.Group):
+                    raise ValueError(
+                        f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
+                    )
             yield file
         except (OSError, RuntimeError) as error:
             raise ValueError(
@@ -94,14 +94,20 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _get(group: h5py.Group, name: str, path: Path) -> Any:
-    """group[name] or None; a link or object that cannot be opened is damage."""
-    if name not in group:
-        return None
+def get(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
+    """group[name], or None where there is none; a link or object that cannot be opened is damage."""
     try:
-        return group[name]
+        return group[name] if name in group or group.get(name, getlink=True) is not None else None
     except (KeyError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: {name!r} cannot be opened, is the file damaged? ({_one_line(error)})") from None
+        raise ValueError(f"{where}: {name!r} cannot be opened, is the file damaged? ({_one_line(error)})") from None
+
+
+def _vector(group: h5py.Group, name: str, where: str) -> np.ndarray:
+    """The numbers of a part of a column."""
+    node = get(group, name, where)
+    if not isinstance(node, h5py.Dataset) or node.ndim != 1 or node.dtype.kind not in "biu":
+        raise ValueError(f"{where}: its {name} are not one row of whole numbers; {RESAVE}")
+    return node[:]
 
 
 def nearest(name: str, names: Iterable[str], n: int = 8) -> str:
@@ -124,24 +130,29 @@ def read_obs(path: str | os.PathLike, keys: Sequence[str]) -> dict[str, Column]:
 
 
 def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
-    """obs names of `rows`; a name that several of them share gets its row number appended (`name#row`)."""
+    """obs names of `rows`; a name that several cells of the file share gets its row number appended (`name#row`)."""
     with open_h5ad(path) as file:
         order, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
-        names = _names_at(index_of(file, "obs", path), order, path)
-    first: dict[str, int] = {}
-    shared = {name for i, name in enumerate(names) if first.setdefault(name, i) != i}
-    names = [f"{name}#{row}" if name in shared else name for name, row in zip(names, order, strict=True)]
-    return [names[i] for i in back]
+        index = index_of(file, "obs", path)
+        names = _names_at(index, order)
+        cells_of = dict.fromkeys(names, 0)
+        for start in range(0, index.shape[0], VALUES_PER_BLOCK):
+            for name in index[start : start + VALUES_PER_BLOCK]:
+                if name in cells_of:
+                    cells_of[name] += 1
+    texts = [as_text(name, f"{path}: the names of obs") for name in names]
+    ids = [f"{text}#{row}" if cells_of[name] > 1 else text for name, text, row in zip(names, texts, order, strict=True)]
+    return [ids[i] for i in back]
 
 
-def _names_at(index: h5py.Dataset, order: np.ndarray, path) -> list[str]:
-    """The texts at increasing positions, read in blocks: a list of points would be slow."""
-    names: list[str] = []
+def _names_at(index: h5py.Dataset, order: np.ndarray) -> list:
+    """The values at increasing positions, read in blocks: a list of points would be slow."""
+    names: list = []
     for start in range(0, index.shape[0], VALUES_PER_BLOCK):
         here = order[(order >= start) & (order < start + VALUES_PER_BLOCK)]
         if len(here):
             block = index[start : here[-1] + 1]
-            names += [as_text(value, f"{path}: the names of obs") for value in block[here - start]]
+            names += list(block[here - start])
     return names
 
 
@@ -151,7 +162,7 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     if key not in column_names(group):
         raise ValueError(f"{path}: {table} has no column {key!r} (nearest: {nearest(key, column_names(group))})")
     where = f"{path}: {table} column {key!r}"
-    codes, raw = _factorise(_get(group, key, Path(path)), group, where)
+    codes, raw = _factorise(get(group, key, path), group, where)
     n_rows = index_of(file, table, path).shape[0]
     if len(codes) != n_rows:
         raise ValueError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
@@ -164,28 +175,44 @@ def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, li
     """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings."""
     if isinstance(node, h5py.Group):
         if {"codes", "categories"} <= set(node):
-            return _checked_codes(node["codes"][:], node["categories"], where)
+            return _checked_codes(_vector(node, "codes", where), get(node, "categories", where), where)
         if {"values", "mask"} <= set(node):  # pandas' nullable arrays
-            codes, values = _factorise(node["values"], group, where)
-            return np.where(node["mask"][:].astype(bool), -1, codes), values
+            codes, values = _factorise(get(node, "values", where), group, where)
+            mask = _vector(node, "mask", where)
+            if len(mask) != len(codes):
+                raise ValueError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
+            return np.where(mask.astype(bool), -1, codes), values
     elif isinstance(node, h5py.Dataset) and node.ndim == 1:
         if "categories" in node.attrs:  # anndata 0.7: a reference to the categories, which stand beside the columns
-            return _checked_codes(node[:], group[node.attrs["categories"]], where)
+            return _checked_codes(node[:], _referred(group, node.attrs["categories"]), where)
         if node.dtype.kind in "biuf":
             values, codes = np.unique(node[:], return_inverse=True)
-            return codes, values.tolist()
+            return codes, _scalars(values)
         if node.dtype.kind in "SO":
             return _factorise_text(node, where)
     encoding = node.attrs.get("encoding-type", "none") if node is not None else "none"
     raise ValueError(f"{where} has an encoding that is not known here ({encoding}); {RESAVE}")
 
 
+def _referred(group: h5py.Group, reference: Any) -> Any:
+    """What an HDF5 reference points at, or None."""
+    try:
+        return group[reference] if isinstance(reference, h5py.Reference) and reference else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _scalars(values: np.ndarray) -> list:
+    """Values one by one; float32 stays float32, whose text is 27.3 where that of the same float64 is 27.299999237."""
+    return list(values) if values.dtype.kind == "f" and values.dtype.itemsize < 8 else values.tolist()
+
+
 def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.ndarray, list]:
     if isinstance(categories, h5py.Group):  # nullable categories
-        categories = categories.get("values", categories)
+        categories = get(categories, "values", where)
     if not isinstance(categories, h5py.Dataset) or categories.ndim != 1 or codes.dtype.kind not in "iu":
         raise ValueError(f"{where} is a categorical without readable codes and categories; {RESAVE}")
-    values = [as_text(v, where) if isinstance(v, bytes) else v for v in categories[:].tolist()]
+    values = [as_text(v, where) if isinstance(v, bytes) else v for v in _scalars(categories[:])]
     if codes.size and not -1 <= int(codes.min()) <= int(codes.max()) < len(values):
         bad = int(codes.max()) if int(codes.max()) >= len(values) else int(codes.min())
         raise ValueError(f"{where} holds the code {bad}, but has {len(values)} categories: the file is damaged")
@@ -214,7 +241,9 @@ def as_text(value: Any, where: str) -> str:
 def index_of(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
     """The index (names of cells or genes) of a table."""
     group = file[table]
-    index = _get(group, index_key(group), Path(path))
+    index = get(group, index_key(group), path)
+    if isinstance(index, h5py.Group):  # pandas' nullable strings
+        index = get(index, "values", path)
     if not isinstance(index, h5py.Dataset) or index.ndim != 1:
         raise ValueError(f"{path}: the {table} table has no index ({index_key(group)!r}); {RESAVE}")
     return index
@@ -222,8 +251,10 @@ def index_of(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Datas
 
 def index_key(table: h5py.Group) -> str:
     key = table.attrs.get("_index", "_index")
-    return key.decode() if isinstance(key, bytes) else str(key)
+    key = key if isinstance(key, bytes) else str(key).encode(errors="replace")  # what is not UTF-8 comes as surrogates
+    return key.decode(errors="replace")
 
 
 def column_names(table: h5py.Group) -> list[str]:
-    return [name for name in table if name not in (index_key(table), "__categories")]
+    """Names in `table` but the index; h5py gives bytes for one that is not UTF-8."""
+    return [name for name in table if isinstance(name, str) and name not in (index_key(table), "__categories")]

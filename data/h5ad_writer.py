@@ -16,6 +16,8 @@ from anndata.io import write_elem
 from scipy import sparse
 from tqdm import tqdm
 
+from data.files import need_room
+
 COMPRESSIONS = MappingProxyType({"gzip": "gzip", "lzf": "lzf", "none": None})
 """Name -> filter of h5py; gzip is level 4, as anndata writes it."""
 CHUNK = 65_536
@@ -24,6 +26,8 @@ OBS_CHUNK = 8192
 """Values per HDF5 chunk of an obs column."""
 VALUES_IN_MEMORY = 4_000_000
 """Of CSC columns or dense rows, at a time."""
+ROOM = 64_000_000
+"""Bytes that are left free on a disk: HDF5 holds chunks back, and where it cannot write them in the end it crashes."""
 
 
 class GrowingH5ad:
@@ -147,6 +151,7 @@ class _Csc:
         _extend(self.node["data"], np.concatenate(values)[order])
 
     def _put(self, name: str, values: np.ndarray) -> None:
+        need_room(self.folder, ROOM + values.nbytes)
         with open(self.folder / name, "ab") as file:
             values.tofile(file)
 
@@ -166,6 +171,7 @@ def _empty_sparse(file: h5py.File, empty: sparse.spmatrix, compression: str | No
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
+    need_room(Path(dataset.file.filename).parent, ROOM + values.nbytes)
     n = len(dataset)
     dataset.resize(n + len(values), axis=0)
     dataset[n:] = values

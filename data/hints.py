@@ -1,7 +1,7 @@
 """Puzzles asked again with the answer hinted, and the check that a trace does not show that it was.
 
 The hint stands at the end of the user message that the teacher sees, never in a stored row. A trace leaks it when its
-reasoning says a word of LEAKS (matched in any case, as whole words), repeats ECHO words of the hint in a row, or comes to the
+reasoning says a phrase of LEAKS (matched in any case, as whole words), repeats ECHO words of the hint in a row, or comes to the
 answer without an argument: by the place where it first says all labels in the order of the cells, or by its end where it never
 does, it must have cited at least one of the genes of every cell. A single cell's label may come before its genes.
 """
@@ -20,15 +20,27 @@ HINT = (
 _ANSWER = r"(?:answers?|solutions?)"
 _MAPPING = r"(?:answers?|solutions?|assignments?|mappings?)"
 _SHOWN = r"(?:given|provided|supplied|shown|revealed|stated|told|known|disclosed|specified)"
+_REQUEST = r"(?:prompt|request|message|question|instructions?|user)"
+_CONCEAL = r"(?:say|reveal|disclos|divulg|mention|imply|admit|quot)\w*"
 LEAKS = {
     "a hint": r"hint(?:s|ed|ing)?",
     "being told": r"told(?! apart)|you (?:said|gave|provided|mentioned|stated|showed|specified)",
+    "a telling request": rf"{_REQUEST} (?:\w+ )?(?:reveal|disclos|dictat|giv(?:es?|en|ing) away)\w*|"
+                         rf"{_REQUEST},? (?:\w+ ){{0,2}}cells? \d+ (?:is|are|must|should|has to|was)|"
+                         rf"{_MAPPING} (?:in|from|of) the {_REQUEST}",
     "a given answer": rf"{_SHOWN} (?:(?:\w+ )?{_ANSWER}|{_MAPPING})|"
-                      rf"{_MAPPING} (?:(?:is|are|was|were|has been|have been) )?(?:already )?{_SHOWN}",
-    "the correct answer": rf"(?:correct|right|true|actual|expected|intended|official|target) (?:\w+ )?{_MAPPING}",
+                      rf"{_MAPPING} (?:(?:is|are|was|were|has been|have been) )?(?:already )?{_SHOWN}|"
+                      rf"final (?:list|{_MAPPING}) (?:is|are) (?:already )?fixed",
+    "having the answer": rf"(?:saw|seen|that (?:I|we) (?:already )?have) (?:the|your) {_ANSWER}|"
+                         rf"{_ANSWER} (?:that )?(?:I|we) (?:already )?(?:have|had|saw|see)",
+    "the correct answer": rf"(?:correct|right|true|actual|expected|intended|official|target) (?:\w+ )?{_MAPPING}|"
+                          r"(?:expected|intended|official|target|prescribed) (?:\w+ )?labels",
+    "concealing it": rf"(?:I|we) (?:\w+ ){{0,3}}(?:not|never|(?:must|should)n't) (?:to )?{_CONCEAL}|"
+                     rf"(?:without|avoid) {_CONCEAL} (?:that|it|this|the {_ANSWER})|pretend(?:s|ed|ing)?",
     "a reference": r"ground[- ]truth|gold[- ](?:standard|labels?|answers?)|answer[- ]key|reference (?:answers?|labels?)",
     "knowing it already": rf"already know|know(?:ing)? (?:that )?the (?:\w+ )?{_ANSWER}",
-    "working backwards": r"work(?:s|ed|ing)? backwards?|(?:justify|rationali[sz]e|fits?|match(?:es)?|agrees? with|"
+    "working backwards": r"work(?:s|ed|ing)? backwards?|reverse[- ]?engineer\w*|(?:reasoning|argument)s? (?:that|which) "
+                         r"(?:leads?|arrives?) (?:to|at)|(?:justify|rationali[sz]e|fits?|match(?:es)?|agrees? with|"
                          rf"consistent with|supports?|confirms?) (?:the|this|that|your) {_ANSWER}",
 }  # fmt: skip
 """What gives a hint away -> its pattern."""
@@ -36,7 +48,7 @@ ECHO = 6
 """So many words of the hint in a row are a quotation."""
 
 _LEAKS = {name: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE) for name, pattern in LEAKS.items()}
-_GAP = r"(?:[\W\d_]|\b(?:and|then|cell|is|as|a|an|the|for)\b)*"
+_GAP = r"(?:[\W\d_]|\b(?:and|then|cell|is|as|a|an|the|for|must|should|has|to|be|so|are|gets)\b)*"
 """What may stand between the labels of an answer that is listed rather than argued."""
 
 

@@ -1,6 +1,7 @@
 """The expression matrix of an .h5ad file: chosen rows in blocks, whatever the encoding, in memory that stays the same.
 
-Layers are called `X`, `raw` (raw.X) or by their name in `layers`; `auto` is raw.X where the file has it, else X.
+Layers are called `X`, `raw` (raw.X) or by their name in `layers`, `layers/X` and `layers/raw` where that is one of the
+first two; `auto` is raw.X where the file has it, else X.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 
 from data.columns import Column
-from data.h5ad import RESAVE, as_text, column_names, index_of, nearest, open_h5ad, read_column
+from data.h5ad import RESAVE, as_text, column_names, get, index_of, nearest, open_h5ad, read_column
 
 NONZEROS_PER_BLOCK = 4_000_000
 """Stored values that are in memory at once."""
@@ -25,6 +26,8 @@ SAMPLE_RUNS, SAMPLE_RUN = 8, 16
 """Rows looked at to tell counts from log counts: so many runs of so many."""
 LARGEST_LOG = 25.0
 """A larger value is no logarithm of a count."""
+UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
+"""See _looks_scaled."""
 _ENSEMBL_SUFFIX = re.compile(r"_ENSG\d+(\.\d+)?$")
 
 
@@ -42,11 +45,19 @@ class Block:
     """Column and stored value of each entry; entries between the rows' spans belong to no row."""
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(columns, float64 values) of the expressed (> 0) genes of the i-th row."""
+        """(columns, float64 values) of the expressed (> 0) genes of the i-th row, each column once."""
         span = slice(self.starts[i], self.stops[i])
         columns, values = self.columns[span], self.values[span].astype(np.float64)
+        if not (columns[1:] > columns[:-1]).all():
+            columns, values = _summed(columns, values)
         expressed = values > 0
         return (columns, values) if expressed.all() else (columns[expressed], values[expressed])
+
+
+def _summed(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Several entries of one column, which the sparse formats allow, mean their sum."""
+    distinct, index = np.unique(columns, return_inverse=True)
+    return (columns, values) if len(distinct) == len(columns) else (distinct, np.bincount(index, weights=values))
 
 
 @dataclass(frozen=True)
@@ -72,23 +83,28 @@ def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix
     """A layer, its format checked. Raises ValueError, naming the file and the layer, for what cannot be read."""
     with open_h5ad(path, CACHE_BYTES) as file:
         layer, layers = _resolve_layer(file, layer, path)
-        node = file[_element(layer)]
+        node = get(file, _element(layer), path)
         matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
         _check_shape(file, matrix)
         yield matrix
 
 
 def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
-    present = (["X"] if "X" in file else []) + (["raw"] if "X" in file.get("raw", {}) else [])
-    present += sorted(file.get("layers", {}))
+    raw, layers = (get(file, name, path) for name in ("raw", "layers"))
+    present = ["X"] if "X" in file else []
+    present += ["raw"] if isinstance(raw, h5py.Group) and "X" in raw else []
+    named = layers if isinstance(layers, h5py.Group) else ()
+    present += [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(n for n in named if isinstance(n, str))]
     wanted = ("raw" if "raw" in present else "X") if layer == "auto" else layer
+    if wanted not in present and f"layers/{wanted}" in present:
+        wanted = f"layers/{wanted}"
     if wanted not in present:
         raise ValueError(f"{path}: has no layer {wanted!r}; --layer can be one of {', '.join(present) or 'none'}")
     return wanted, present
 
 
 def _element(layer: str) -> str:
-    return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer}")
+    return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
 
 
 def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
@@ -97,9 +113,9 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
             return "dense"
         raise ValueError(f"{where} is not a matrix of numbers (shape {node.shape}, type {node.dtype}); {RESAVE}")
     stated = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "none"))
-    stated = stated.decode() if isinstance(stated, bytes) else str(stated)
+    stated = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
     encoding = stated.removesuffix("_matrix")
-    parts = [node.get(name) for name in ("data", "indices", "indptr")]
+    parts = [get(node, name, where) for name in ("data", "indices", "indptr")]
     if encoding not in ("csr", "csc") or not all(isinstance(p, h5py.Dataset) and p.ndim == 1 for p in parts):
         raise ValueError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
     if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
@@ -109,18 +125,18 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
 
 def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
-    return (int(shape[0]), int(shape[1])) if shape is not None else (-1, -1)
+    sizes = np.asarray(shape if shape is not None else 0)
+    return (int(sizes[0]), int(sizes[1])) if sizes.shape == (2,) and sizes.dtype.kind in "iu" else (-1, -1)
 
 
 def _check_shape(file: h5py.File, matrix: Matrix) -> None:
     var = "raw/var" if matrix.layer == "raw" else "var"
-    if not isinstance(file.get(var), h5py.Group):
+    if not isinstance(get(file, var, matrix.path), h5py.Group):
         raise ValueError(f"{matrix} has no table of genes ({var}); {RESAVE}")
     n_obs, n_var = (index_of(file, table, matrix.path).shape[0] for table in ("obs", var))
     if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
-        raise ValueError(
-            f"{matrix} has the shape {matrix.n_cells} x {matrix.n_genes}, but there are {n_obs} cells and {n_var} genes; {RESAVE}"
-        )
+        shape = f"the shape {matrix.n_cells} x {matrix.n_genes}" if matrix.n_cells >= 0 else "no shape of two numbers"
+        raise ValueError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {RESAVE}")
     if not n_obs or not n_var:
         raise ValueError(f"{matrix} is empty ({n_obs} cells x {n_var} genes); choose another file or --layer")
     if matrix.encoding == "dense":
@@ -174,18 +190,46 @@ def _names_through_var(file: h5py.File, index: list[str], gene_key: str, table: 
 def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> str:
     """ "counts" (whole numbers), "log counts" or "normalised" (larger than a logarithm can be), told from some rows.
 
-    Raises ValueError for values that give no order of expression: see check_values.
+    Raises ValueError for values that give no order of expression: see check_values and _looks_scaled.
     """
     runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
     sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
-    whole, largest = True, 0.0
+    whole, largest, distinct, moments = True, 0.0, [], np.zeros((3, matrix.n_genes))
     for block in row_blocks(matrix, sample):
         check_values(matrix, block, allow_scaled)
         for i in range(len(block.rows)):
-            values = block.row(i)[1]
+            columns, values = block.row(i)
             whole &= bool((values == np.rint(values)).all())
             largest = max(largest, values.max(initial=0.0))
+            distinct.append(len(np.unique(values)) / max(1, len(values)))
+            moments[:, columns] += [np.ones(len(values)), values, values**2]
+    if not whole and not allow_scaled and _looks_scaled(distinct, moments):
+        raise ValueError(
+            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order of "
+            f"expression; {_unscaled(matrix)}"
+        )
     return "counts" if whole else "log counts" if largest <= LARGEST_LOG else "normalised"
+
+
+def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
+    """Whether genes were brought to the variance 1 without being centred, so that no value is negative.
+
+    Two signs together: in no cell do values repeat, as those of counts do (log TPM do not either), and of the genes that
+    half of the cells express nearly all have the standard deviation 1, which those of log values do not.
+    distinct: distinct values over values of each cell. moments: [3, genes] number, sum, sum of squares of values > 0.
+    """
+    n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
+    if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
+        return False
+    _, total, squares = moments[:, often]
+    deviation = np.sqrt(np.maximum(squares - total**2 / n_cells, 0) / (n_cells - 1))
+    return float((np.abs(deviation - 1) <= UNIT_WIDTH).mean()) >= UNIT_SHARE
+
+
+def _unscaled(matrix: Matrix) -> str:
+    """What to do about scaled values."""
+    layers = ", ".join(matrix.layers)
+    return f"choose unscaled values with --layer raw or --layer NAME (this file has {layers}), or go on with --allow-scaled"
 
 
 def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
@@ -200,9 +244,7 @@ def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
             raise ValueError(f"{matrix} holds NaN or infinite values; {others}")
         if not allow_scaled and values.size and values.min() < 0:
             raise ValueError(
-                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; choose unscaled "
-                f"values with --layer raw or --layer NAME (this file has {', '.join(matrix.layers)}), or go on with "
-                "--allow-scaled"
+                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; {_unscaled(matrix)}"
             )
 
 

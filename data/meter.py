@@ -21,6 +21,8 @@ class Meter:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     spent: float = 0.0
+    uncounted: int = 0
+    """Completions that came without their token counts; `spent` holds the worst case of each."""
     lost: float = 0.0
     """At most what tries cost that brought nothing back."""
     reserved: float = 0.0
@@ -47,4 +49,5 @@ class Meter:
         self.prompt_tokens += prompt_tokens or 0
         self.completion_tokens += completion_tokens or 0
         known = prompt_tokens is not None and completion_tokens is not None
+        self.uncounted += not known and worst > 0
         self.spent += self.cost(prompt_tokens, completion_tokens) if known else worst

@@ -28,6 +28,8 @@ from data.splits import SPLITS, divide
 
 HVG_CELLS = 5000
 """Train cells at most, evenly spaced, from which --rank hvg learns which genes vary."""
+PEER_CELLS = 256
+"""Usable cells of a donor and batch at most, evenly spaced, whose mean --rank deg compares a cell with."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         )
         donors.setdefault(donor, Counter())[tissue, disease] += count
     with open_matrix(path, config.layer) as matrix:
-        genes_of(matrix, config.rank_settings)
-        layer, kind = matrix.layer, value_kind(matrix, cells.rows, config.allow_scaled) if len(cells) else None
+        layer, kind = matrix.layer, None
+        if len(cells):
+            genes_of(matrix, config.rank_settings)
+            kind = value_kind(matrix, cells.rows, config.allow_scaled)
     report = {
         "file": path.name,
         "layer": layer,
@@ -96,10 +100,11 @@ def build_file(
     with ThreadPoolExecutor(1) as hasher:
         digest = hasher.submit(h5ad.sha256, path)
         cells = _read_cells(path, config)
-        groups, set_aside = split_groups(cells, groups_of(cells), path.stem, assignment, config)
+        whole = groups_of(cells)
+        groups, set_aside = split_groups(cells, whole, path.stem, assignment, config)
         drawn, drawing = _draw(path.stem, groups, config)
         members = {split: _members(groups[split], batches, config) for split, batches in drawn.items()}
-        gene_lists = _gene_lists(path, members, kind, config, advance)
+        gene_lists = _gene_lists(path, whole, members, kind, config, advance)
         puzzles = _puzzles(path, cells, drawn, members, gene_lists, config)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
     for split, made in puzzles.items():
@@ -136,30 +141,44 @@ def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
 def _members(
     groups: Groups, batches: list[Batch], config: BuildConfig
 ) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
-    """{drawn row: (its group, the rows whose mean is shown for it)}."""
+    """{drawn row: (its group, the rows whose mean is shown for it)}; deg compares all types of a group, drawn or not."""
     if config.profile == "cell":
         return {row: (group, np.array([row])) for group, rows in batches for row in rows}
-    of_type = {(group, int(rows[0])): rows for group, types in groups.items() for rows in types.values()}
-    return {row: (group, of_type[group, row]) for group, rows in batches for row in rows}
+    of_type = {group: {int(rows[0]): rows for rows in types.values()} for group, types in groups.items()}
+    if config.rank == "deg":
+        return {row: (group, rows) for group in dict(batches) for row, rows in of_type[group].items()}
+    return {row: (group, of_type[group][row]) for group, rows in batches for row in rows}
 
 
 def _gene_lists(
-    path: Path, members: dict[str, dict], kind: str | None, config: BuildConfig, advance: Callable[[int, int], None]
+    path: Path,
+    whole: Groups,
+    members: dict[str, dict],
+    kind: str | None,
+    config: BuildConfig,
+    advance: Callable[[int, int], None],
 ) -> dict[int, list[str]]:
     """{drawn row: its ranked genes}, read in as few passes as may be."""
     drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
-    number = {group: i for i, group in enumerate(sorted({group for group, _ in drawn.values()}))}
+    groups = sorted({group for group, _ in drawn.values()})
+    number = {group: i for i, group in enumerate(groups)}
     order = sorted(drawn)
     profiles = [Profile(number[drawn[row][0]], drawn[row][1]) for row in order]
-    passes = 2 if config.rank == "deg" and config.profile == "cell" else 1
+    peers = [_peers(whole[group]) for group in groups] if config.rank == "deg" and config.profile == "cell" else []
     train = [rows for _, rows in (members["train"] or drawn).values()]
     train_rows = np.unique(np.concatenate(train)) if train else np.zeros(0, np.int64)
     train_rows = train_rows[:: max(1, -(-len(train_rows) // HVG_CELLS))] if config.rank == "hvg" else train_rows[:0]
-    total = passes * len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
-    total += len(train_rows)
+    total = len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
+    total += sum(map(len, peers)) + len(train_rows)
     advance(0, total)
-    ranked = ranked_genes(path, profiles, train_rows, kind, config.rank_settings, lambda n: advance(n, total))
+    ranked = ranked_genes(path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total))
     return dict(zip(order, ranked, strict=True))
+
+
+def _peers(types: dict[str, np.ndarray]) -> np.ndarray:
+    """The same cells of a donor and batch whatever was drawn."""
+    rows = np.sort(np.concatenate(list(types.values())))
+    return rows[:: -(-len(rows) // PEER_CELLS)]
 
 
 def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[Puzzle]]:
@@ -194,7 +213,8 @@ def _puzzle(
     columns = cells.at(np.concatenate(profiles))
     ids = [cell_ids[row] for row in batch]
     if config.profile == "cluster":
-        ids = [f"mean of {len(rows)} cells from {name}" for rows, name in zip(profiles, ids, strict=True)]
+        sizes = [f"{len(rows)} cell{'s' if len(rows) > 1 else ''}" for rows in profiles]
+        ids = [f"mean of {size} from {name}" for size, name in zip(sizes, ids, strict=True)]
     meta = {
         "dataset": path.stem,
         "donor": group[0],

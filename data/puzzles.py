@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.files import replacing
+from data.files import reason_of, replacing
 from data.prompts import (
     CANDIDATES_HEAD,
     CELL_CANDIDATES_HEAD,
@@ -72,7 +72,8 @@ class Puzzle:
         return chat(self.system_message, self.user_message)
 
     def to_row(self) -> dict[str, Any]:
-        """The row to write: message columns, then `id` (when it is not the content hash) and the metadata columns."""
+        """The row to write: message columns, then `id` (when it is not the content hash) and the metadata columns; `answer`, the
+        true labels, only where `assistant_msg` is a trace that ends in others, which a lower --accept-at lets through."""
         row: dict[str, Any] = {
             "system_msg": self.system_message,
             "user_msg": self.user_message,
@@ -83,11 +84,16 @@ class Puzzle:
         row.update(
             {key: value for key, value in self.meta.items() if key not in MESSAGE_COLUMNS and key != "context_tail"}
         )
+        if "assistant_msg" in self.meta and _parse_answer(row["assistant_msg"]) != self.answer:
+            row["answer"] = answer_text(self.answer)
         return row
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Puzzle":
-        """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle."""
+        """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle.
+
+        The answer is the text column `answer` where there is one beside `assistant_msg`, else what `assistant_msg` ends in.
+        """
         if "assistant_msg" not in row:  # the authors' unseen-disease files call it so
             row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
@@ -97,17 +103,20 @@ class Puzzle:
             )
         variant, body, candidates = _split_request(row["user_msg"])
         context, tail, cells = _parse_body(body)
-        answer = _parse_answer(row["assistant_msg"])
+        has_answer = isinstance(row.get("answer"), str)
+        answer = _parse_answer(row["answer" if has_answer else "assistant_msg"])
         _check_numbers(variant, len(cells), len(candidates), len(answer))
         meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}
         if row["system_msg"] != SYSTEM_MESSAGES[variant]:
             meta["system_msg"] = row["system_msg"]
+        if has_answer:
+            del meta["answer"]
         if row["assistant_msg"] != answer_text(answer):
             meta["assistant_msg"] = row["assistant_msg"]
         if tail != " ":
             meta["context_tail"] = tail
         return cls(
-            id=row.get("id") or content_id(row["user_msg"]),
+            id=str(row.get("id") or content_id(row["user_msg"])),
             context=context, cells=cells, candidates=candidates, answer=answer, meta=meta,
         )  # fmt: skip
 
@@ -115,6 +124,14 @@ class Puzzle:
 def content_id(user_msg: str) -> str:
     """16 hex digits that name a prompt by its bytes."""
     return hashlib.sha256(user_msg.encode()).hexdigest()[:16]
+
+
+def cell_ids_problem(puzzle: Puzzle) -> str | None:
+    """What is wrong with the column `cell_ids` of a puzzle, None where nothing is or it has none."""
+    ids = puzzle.meta.get("cell_ids")
+    if ids is None or isinstance(ids, list | tuple) and len(ids) == len(puzzle.cells):
+        return None
+    return f"{len(ids) if isinstance(ids, list | tuple) else repr(ids)} cell_ids for {len(puzzle.cells)} cells"
 
 
 def _split_request(text: str) -> tuple[str, str, list[str]]:
@@ -164,21 +181,29 @@ def _parse_answer(assistant_msg: str) -> list[str]:
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Every row of a .parquet, .jsonl or .json file. Raises ValueError naming the file, and the line where there is one."""
     path = Path(path)
-    if not path.is_file():
+    if os.path.isdir(path):
+        raise ValueError(f"{path}: is a folder; name a .parquet, .jsonl or .json file in it")
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        try:
-            return parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a parquet file ({error})") from None
     try:
+        if path.suffix == ".parquet":
+            return _rows_of_parquet(path)
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read, is it damaged or without permission? ({reason_of(error)})") from None
     return _rows_of_json(path, text) if path.suffix == ".json" else _rows_of_jsonl(path, text)
+
+
+def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())})") from None
 
 
 def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
@@ -234,14 +259,29 @@ def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
         save_rows(partial, rows)
 
 
-def save_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows in place, for a folder that is renamed as a whole."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as parquet
+def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, Any]] = ()) -> None:
+    """Write rows in place, for a folder that is renamed as a whole.
 
-        columns = list(dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows for key in row)]))
-        table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
-        parquet.write_table(table, path)
-    else:
+    like: rows whose columns and types a parquet file without rows gets. Raises ValueError for values that parquet cannot
+    hold, naming the column.
+    """
+    if path.suffix != ".parquet":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    columns = {}
+    for column in dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows or like for key in row)]):
+        values = [row.get(column) for row in rows or like]
+        try:
+            columns[column] = pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"column {column!r} is none that parquet can hold ({why}); write .jsonl instead") from None
+    table = pyarrow.table(columns)
+    try:
+        parquet.write_table(table if rows else table.schema.empty_table(), path)
+    except pyarrow.ArrowException as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"the rows are none that parquet can hold ({why}); write .jsonl instead") from None

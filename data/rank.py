@@ -1,14 +1,16 @@
 """The top genes of cells, or of cell types, in the order a puzzle lists them.
 
 --rank expression: by expression, as the paper (arXiv:2506.02911, section 3.1) has it. Extensions of ours: hvg, the same
-among the highly variable genes of the train cells; deg, by how far a cell lies above the mean of its donor and batch.
---profile cell: one cell stands for its type. cluster: the mean of the type's cells, the paper's "cluster centroid".
+among the highly variable genes of the train cells; deg, by how far a cell lies above the mean of its donor and batch, or
+a type's mean above the mean of the types there. --profile cell: one cell stands for its type. cluster: the mean of the
+type's cells, the paper's "cluster centroid".
 """
 
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,8 @@ COUNTS_PER_CELL = 1e4
 """What a cell's counts are scaled to before cells are compared or averaged."""
 MEANS_PER_BLOCK = 16_000_000
 """Values of mean profiles that are in memory at once (float64)."""
+SAME_LEVEL = 1e-9
+"""Relative difference of two levels of expression that is rounding, not biology."""
 HVG_BINS = 20
 
 Scale = Callable[[np.ndarray], np.ndarray]
@@ -62,41 +66,45 @@ class Genes:
     """[U] distinct names in alphabetical order, which breaks ties."""
     ids: np.ndarray
     """[genes] index into names of each column."""
-    copies: int
-    """Most columns that share a name."""
+    shared: np.ndarray
+    """[U] bool, True for names that several columns have."""
     listed: np.ndarray
     """[U] bool, False for genes that are never listed."""
 
-    def ranked(self, columns: np.ndarray, scores: np.ndarray, n_top: int) -> list[str]:
-        """Names of the n_top largest scores; of several columns with one name the larger counts."""
+    def of_cell(self, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(distinct indices into names, values) of a cell's columns; of several with one name the larger counts."""
         ids = self.ids[columns]
+        several = np.flatnonzero(self.shared[ids])
+        if len(several) < 2:
+            return ids, values
+        several = several[np.lexsort((-values[several], ids[several]))]
+        smaller = several[1:][ids[several[1:]] == ids[several[:-1]]]
+        return np.delete(ids, smaller), np.delete(values, smaller)
+
+    def ranked(self, ids: np.ndarray, scores: np.ndarray, n_top: int) -> list[str]:
+        """Names of the n_top largest scores of distinct indices into names."""
         wanted = self.listed[ids]
         if not wanted.all():
             ids, scores = ids[wanted], scores[wanted]
-        keep = n_top * self.copies
-        if len(scores) > keep:  # sort the head only; all entries that tie with the last one stay in
-            head = scores >= np.partition(scores, -keep)[-keep]
+        if len(scores) > n_top:  # sort the head only; all entries that tie with the last one stay in
+            head = scores >= np.partition(scores, -n_top)[-n_top]
             ids, scores = ids[head], scores[head]
-        order = ids[np.lexsort((ids, -scores))]
-        if self.copies > 1:
-            _, first = np.unique(order, return_index=True)
-            order = order[np.sort(first)]
-        return self.names[order[:n_top]].tolist()
+        return self.names[ids[np.lexsort((ids, -scores))][:n_top]].tolist()
 
 
 def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settings) -> list[list[str]]:
     """[len(rows)][<= n_top] gene names per cell, most expressed first; settings as in RankSettings.
 
     A gene that is not expressed (value <= 0) is never listed, so a list may be short or empty. Equal values are ordered
-    by gene name. Raises ValueError, naming the layer, when the rows hold NaN, or negative values, which mean scaled data
-    that cannot be ranked by expression.
+    by gene name; --rank deg compares with the mean of the given cells. Raises ValueError, naming the layer, when the rows
+    hold NaN, or negative values, which mean scaled data that cannot be ranked by expression.
     """
     distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
     profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
     asked = RankSettings(top_genes=n_top, **settings)
     with open_matrix(path, asked.layer) as matrix:
         kind = value_kind(matrix, distinct, asked.allow_scaled) if len(distinct) else None
-    ranked = ranked_genes(path, profiles, distinct, kind, asked)
+    ranked = ranked_genes(path, profiles, distinct, [distinct], kind, asked)
     return [ranked[i] for i in back]
 
 
@@ -104,14 +112,16 @@ def ranked_genes(
     path: str | os.PathLike,
     profiles: Sequence[Profile],
     train_rows: np.ndarray,
+    peers: Sequence[np.ndarray],
     kind: str | None,
     settings: RankSettings,
     advance: Advance = lambda n_rows: None,
 ) -> list[list[str]]:
     """[len(profiles)][<= top_genes] gene names of each profile, in one or a few passes over the file.
 
-    train_rows: cells from which --rank hvg learns which genes vary. kind: as value_kind tells it, None without a cell.
-    advance: told of rows read.
+    train_rows: cells from which --rank hvg learns which genes vary. peers: increasing rows of each group, with whose mean
+    --rank deg compares single cells; none where it compares the profiles of a group with each other. kind: as value_kind
+    tells it, None without a cell. advance: told of rows read.
     """
     if not profiles:
         return []
@@ -121,8 +131,8 @@ def ranked_genes(
         reader = _Reader(matrix, settings.allow_scaled, advance)
         if settings.rank == "hvg":
             genes.listed[~highly_variable(reader, genes, train_rows, kind, settings.hvg_genes)] = False
-        if all(len(profile.rows) == 1 for profile in profiles):
-            return _rank_cells(reader, genes, profiles, kind, settings)
+        if all(len(profile.rows) == 1 for profile in profiles) and (peers or settings.rank != "deg"):
+            return _rank_cells(reader, genes, profiles, peers, kind, settings)
         return _rank_means(reader, genes, profiles, kind, settings)
 
 
@@ -133,7 +143,7 @@ def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
     )
     dropped = [GENE_CLASSES[kind] for kind in settings.drop_genes]
     listed = np.array([not any(pattern.match(name) for pattern in dropped) for name in names])
-    return Genes(names.astype(object), ids, int(copies.max()), listed)
+    return Genes(names.astype(object), ids, copies > 1, listed)
 
 
 def scaling(kind: str) -> Scale:
@@ -171,44 +181,51 @@ class _Reader:
 
 
 def _rank_cells(
-    reader: _Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
+    reader: _Reader,
+    genes: Genes,
+    profiles: Sequence[Profile],
+    peers: Sequence[np.ndarray],
+    kind: str,
+    settings: RankSettings,
 ) -> list[list[str]]:
-    place: dict[int, list[int]] = {}
-    for i, profile in enumerate(profiles):
-        place.setdefault(int(profile.rows[0]), []).append(i)
-    rows = np.array(sorted(place), dtype=np.int64)
-    means = None
-    if settings.rank == "deg":
-        group_of = {int(p.rows[0]): p.group for p in profiles}
-        level = _compose(logging(kind), scaling(kind))
-        means = _group_means(reader, genes, rows, group_of, level)
+    """All in one pass; deg in two passes for as many groups at a time as have room for their means."""
+    groups, is_deg = _indices_by_group(profiles), settings.rank == "deg"
+    most = max(1, MEANS_PER_BLOCK // len(genes.names)) if is_deg else len(groups)
+    level = _compose(logging(kind), scaling(kind))
     ranked: list[list[str]] = [[]] * len(profiles)
-    for row, columns, values in reader.rows(rows):
-        if means is not None:
-            columns, values = _above(means[group_of[row]], genes, columns, level(values))
-        listed = genes.ranked(columns, values, settings.top_genes)
-        for i in place[row]:
-            ranked[i] = listed
+    for start in range(0, len(groups), most):
+        members = list(chain.from_iterable(groups[start : start + most]))
+        place: dict[int, list[int]] = {}
+        for i in members:
+            place.setdefault(int(profiles[i].rows[0]), []).append(i)
+        group_of = {int(profiles[i].rows[0]): profiles[i].group for i in members}
+        means = _group_means(reader, genes, {g: peers[g] for g in group_of.values()}, level) if is_deg else {}
+        for row, columns, values in reader.rows(np.array(sorted(place), dtype=np.int64)):
+            if is_deg:
+                ids, scores = _above(means[group_of[row]], *genes.of_cell(columns, level(values)))
+            else:
+                ids, scores = genes.of_cell(columns, values)
+            listed = genes.ranked(ids, scores, settings.top_genes)
+            for i in place[row]:
+                ranked[i] = listed
     return ranked
 
 
-def _above(mean: np.ndarray, genes: Genes, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, how far they lie above the mean) of the genes that do."""
-    differences = values - mean[genes.ids[columns]]
-    above = differences > 0
-    return columns[above], differences[above]
+def _above(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, how far they lie above the mean) of the genes that do."""
+    differences = levels - mean[ids]
+    above = differences > SAME_LEVEL * levels
+    return ids[above], differences[above]
 
 
-def _group_means(
-    reader: _Reader, genes: Genes, rows: np.ndarray, group_of: dict[int, int], level: Scale
-) -> dict[int, np.ndarray]:
+def _group_means(reader: _Reader, genes: Genes, peers: dict[int, np.ndarray], level: Scale) -> dict[int, np.ndarray]:
     """{group: [U] mean level of expression over the given cells of it}."""
-    sums: dict[int, np.ndarray] = {group: np.zeros(len(genes.names), np.float32) for group in set(group_of.values())}
-    counts = dict.fromkeys(sums, 0)
-    for row, columns, values in reader.rows(rows):
-        np.add.at(sums[group_of[row]], genes.ids[columns], level(values).astype(np.float32))
-        counts[group_of[row]] += 1
-    return {group: total / counts[group] for group, total in sums.items()}
+    group_of = {row: group for group, rows in peers.items() for row in rows.tolist()}
+    means = {group: np.zeros(len(genes.names)) for group in peers}
+    for row, columns, values in reader.rows(np.array(sorted(group_of), dtype=np.int64)):
+        ids, levels = genes.of_cell(columns, level(values))
+        means[group_of[row]][ids] += levels / len(peers[group_of[row]])
+    return means
 
 
 def _rank_means(
@@ -225,28 +242,32 @@ def _rank_means(
         owners = np.split(owner[order], first[1:])
         means = np.zeros((len(members), len(genes.names)))
         for (_, columns, values), of_row in zip(reader.rows(distinct), owners, strict=True):
-            scaled = scale(values)
+            ids, values = genes.of_cell(columns, scale(values))
             for n in of_row:  # a cell may stand in the profiles of two splits
-                np.add.at(means[n], genes.ids[columns], scaled)
+                means[n, ids] += values
         means /= np.array([[len(profiles[i].rows)] for i in members])
         for n, i in enumerate(members):
-            scores = means[n]
+            scores, least = means[n], 0.0
             if settings.rank == "deg":
                 others = [m for m, j in enumerate(members) if profiles[j].group == profiles[i].group]
-                scores = log(means[n]) - log(means[others]).mean(axis=0)
-            listed = np.flatnonzero((scores > 0) & (means[n] > 0) & genes.listed)
+                scores, least = log(means[n]) - log(means[others]).mean(axis=0), SAME_LEVEL * log(means[n])
+            listed = np.flatnonzero((scores > least) & (means[n] > 0) & genes.listed)
             order = listed[np.lexsort((listed, -scores[listed]))][: settings.top_genes]
             ranked[i] = genes.names[order].tolist()
     return ranked
 
 
-def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[int]]:
-    """Indices of the profiles in blocks of whole groups, of at most `most` profiles unless one group has more."""
-    block: list[int] = []
+def _indices_by_group(profiles: Sequence[Profile]) -> list[list[int]]:
     by_group: dict[int, list[int]] = {}
     for i, profile in enumerate(profiles):
         by_group.setdefault(profile.group, []).append(i)
-    for members in by_group.values():
+    return list(by_group.values())
+
+
+def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[int]]:
+    """Indices of the profiles in blocks of whole groups, of at most `most` profiles unless one group has more."""
+    block: list[int] = []
+    for members in _indices_by_group(profiles):
         if block and len(block) + len(members) > most:
             yield block
             block = []
@@ -263,9 +284,9 @@ def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, 
     scale = scaling(kind)
     total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))
     for _, columns, values in reader.rows(rows):
-        values = np.expm1(values) if kind == "log counts" else scale(values)
-        np.add.at(total, genes.ids[columns], values)
-        np.add.at(squares, genes.ids[columns], values**2)
+        ids, values = genes.of_cell(columns, np.expm1(values) if kind == "log counts" else scale(values))
+        total[ids] += values
+        squares[ids] += values**2
     mean = total / len(rows)
     variance = np.maximum(squares / len(rows) - mean**2, 0) * len(rows) / max(1, len(rows) - 1)
     seen = np.flatnonzero((mean > 0) & (variance > 0))

@@ -4,7 +4,8 @@
 - a response is {"puzzle_id", "attempt", "hinted", "text", "finish_reason", "prompt_tokens", "completion_tokens", "model"} and,
   where the endpoint gave it apart, "reasoning"; a request that failed for good has "error" in place of all after "hinted";
 - where prices are known, {"sent": worst_cost, ...} stands before a request's first try and {"lost": worst_cost, "error", ...}
-  for a try that may have been charged and brought nothing back, so that a budget holds across kills.
+  for a try that may have been charged and brought nothing back, so that a budget holds across kills. What a run without prices
+  got counts under the prices of a later one; what it lost does not.
 
 One process writes it, and only at its end. After a kill the half-written last line is cut off, and everything else counts.
 """
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,13 @@ from data.distill import Completion, Key
 from data.errors import RunError
 from data.meter import Meter
 from data.puzzles import Puzzle
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "puzzle_id": (str,), "attempt": (int,), "hinted": (bool,), "text": (str,), "reasoning": (str,), "finish_reason": (str,),
+    "prompt_tokens": (int, type(None)), "completion_tokens": (int, type(None)), "model": (str,), "error": (str,),
+    "sent": (int, float), "lost": (int, float),
+}  # fmt: skip
+"""Of a line's columns."""
 
 
 def prompts_hash(puzzles: Iterable[Puzzle]) -> str:
@@ -41,11 +49,13 @@ class RawFile:
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], meter: Meter, *, resume: bool, replace: bool, sync: bool
-    ) -> None:
+        self, path: Path, settings: dict[str, Any], meter: Meter, *, resume: bool, replace: bool, sync: bool,
+        worst: Callable[[Key], float] = lambda key: 0.0,
+    ) -> None:  # fmt: skip
         """replace: an old file may go, where its teacher is the same: it costs nothing to write again. sync: every line is
-        on disk, not only with the operating system, before append returns. The meter takes over what earlier runs cost."""
-        self.path, self.sync, self.lock = path, sync, threading.Lock()
+        on disk, not only with the operating system, before append returns. The meter takes over what earlier runs cost.
+        worst: the most that a request can cost, for responses without token counts that were bought before prices were given."""
+        self.path, self.sync, self.worst, self.lock = path, sync, worst, threading.Lock()
         self.completions: dict[Key, Completion] = {}
         self.broken = ""
         if resume and not path.is_file():
@@ -86,11 +96,14 @@ class RawFile:
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{self.path}, line {number}: damaged; remove that line to go on without its response")
+        if not isinstance(row, dict) or not isinstance(row.get("settings", {}), dict):
+            raise self._damaged(number)
         return row
+
+    def _damaged(self, number: int) -> ValueError:
+        return ValueError(f"{self.path}, line {number}: damaged; remove that line to go on without its response")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for name in {**now, **before}:
@@ -103,7 +116,9 @@ class RawFile:
 
     def _load(self, rows: list[dict[str, Any]], meter: Meter) -> None:
         sent: dict[Key, float] = {}
-        for row in rows:
+        for number, row in enumerate(rows, start=2):
+            if not _whole(row):
+                raise self._damaged(number)
             key = (row["puzzle_id"], row["attempt"], row["hinted"])
             if "sent" in row:
                 meter.lost += sent.get(key, 0.0)  # a kill came before its answer
@@ -114,6 +129,8 @@ class RawFile:
                 worst = sent.pop(key, 0.0)
                 completion = Completion(**row)
                 if not completion.error:
+                    if worst == 0 and None in (completion.prompt_tokens, completion.completion_tokens):
+                        worst = self.worst(key)
                     meter.count(completion.prompt_tokens, completion.completion_tokens, worst)
                     self.completions[key] = completion
         meter.lost += sum(sent.values())
@@ -150,3 +167,9 @@ class RawFile:
     def __exit__(self, *_: object) -> None:
         self.flush()
         os.close(self.handle)
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    """Is it a line that a run wrote: a response, an error, or an account?"""
+    named = {"puzzle_id", "attempt", "hinted"} <= row.keys() and row.keys() & {"text", "error", "sent", "lost"}
+    return bool(named) and all(isinstance(value, _TYPES.get(name, ())) for name, value in row.items())

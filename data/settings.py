@@ -24,10 +24,13 @@ class BuildConfig:
     compat: str = option(
         "paper", "authors: sorted candidates and the instance split of the code, leaks and all.", ("paper", "authors")
     )
-    layer: str = option("auto", "X, raw, or a name in layers; auto: raw where the file has it, else X.")
+    layer: str = option(
+        "auto", "X, raw, or a name in layers (layers/raw for one called raw); auto: raw.X if any, else X."
+    )
     rank: str = option(
         "expression",
-        "expression: the paper's order. Ours: hvg, only highly variable genes; deg, by excess over the donor's batch.",
+        "expression: the paper's order. Ours: hvg, only highly variable genes; deg, by excess over the mean of (256 cells "
+        "of) the donor's batch, with --profile cluster over the mean of its types.",
         RANKS,
     )
     hvg_genes: int = option(2000, "Genes that count as highly variable with --rank hvg.")
@@ -41,13 +44,13 @@ class BuildConfig:
         0.0,
         "Chance that a gene of a train cell is passed over, drawn anew per puzzle, so that few cells give many views.",
     )
-    allow_scaled: bool = option(False, "Rank genes even where the layer holds negative values.")
+    allow_scaled: bool = option(False, "Rank genes even where the layer holds negative values or looks scaled.")
     include_non_primary: bool = option(False, "Use cells whose is_primary_data is not True as well.")
-    organism: str | None = option(None, "Use the cells of this organism only, where files hold several.")
+    organism: str | None = option(None, "Use the cells of this organism only; a file of another is skipped.")
     gene_key: str = option("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = option("cell_type", "obs column with the cell type.")
     donor_key: str = option("donor_id", "obs column with the donor.")
-    batch_key: str = option("batch", "obs column with the experimental batch; donor only where a file lacks it.")
+    batch_key: str = option("batch", "obs column with the experimental batch; donor only where it lacks or is unknown.")
     tissue_key: str = option("tissue", "obs column with the tissue.")
     disease_key: str = option("disease", "obs column with the disease.")
     sex_key: str = option("sex", "obs column with the sex.")

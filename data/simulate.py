@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from data.files import replacing
+from data.files import need_room, replacing
+from data.h5ad_writer import ROOM
 from data.markers import MarkerEntry, read_markers
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
@@ -208,6 +209,7 @@ def write_atlas(
         raise ValueError(f"--out {path}: the file name must end in .h5ad")
     adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
     with replacing(path) as partial:
+        need_room(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
         adata.write_h5ad(partial, compression="gzip")
     return adata
 

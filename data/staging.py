@@ -5,24 +5,29 @@ the report) and its puzzles. A build that is killed goes on from there; everythi
 the bytes of a resumed build are those of an unbroken one.
 """
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from data.errors import RunError, said_on_purpose
 from data.puzzles import Puzzle
 
-FORMAT = 1
+FORMAT = 2
 """Changes when files of an older version may no longer be used."""
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
+"""From Linux's prctl.h: the signal that a process gets when the one that started it ends."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +43,35 @@ class Staging:
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def save(self, path: Path, fingerprint: str, splits: dict[str, list[Puzzle]], report: dict[str, Any]) -> None:
-        """Write the puzzles and the report of a file, whole or not at all."""
+        """Write the puzzles and the report of a file, whole or not at all; the last line is the hash of those before it."""
         target = self._file(path)
         partial = target.with_name(target.name + f".partial-{os.getpid()}")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"fingerprint": fingerprint, "report": report}, ensure_ascii=False) + "\n")
-            for split, puzzles in splits.items():
-                for puzzle in puzzles:
-                    file.write(json.dumps([split, puzzle.to_row()], ensure_ascii=False) + "\n")
+        rows = ([split, puzzle.to_row()] for split, puzzles in splits.items() for puzzle in puzzles)
+        digest = hashlib.sha256()
+        with open(partial, "wb") as file:
+            for item in chain([{"fingerprint": fingerprint, "report": report}], rows):
+                line = f"{json.dumps(item, ensure_ascii=False)}\n".encode()
+                digest.update(line)
+                file.write(line)
+            file.write(f"{json.dumps(digest.hexdigest())}\n".encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
 
     def has(self, path: Path, fingerprint: str) -> bool:
-        """Whether the file was finished with these settings."""
+        """Whether the file was finished with these settings, and nothing of it was lost since."""
         if not self._file(path).is_file():
             return False
-        with open(self._file(path), encoding="utf-8") as file:
-            return json.loads(file.readline())["fingerprint"] == fingerprint
+        *lines, last = self._file(path).read_bytes().splitlines(keepends=True) or [b""]
+        whole = last == f"{json.dumps(hashlib.sha256(b''.join(lines)).hexdigest())}\n".encode()
+        return whole and json.loads(lines[0])["fingerprint"] == fingerprint
 
     def load(self, path: Path) -> tuple[list[tuple[str, Puzzle]], dict[str, Any]]:
         """([(split, puzzle)], report) of a finished file. Gene names are shared, so that many puzzles fit in memory."""
         with open(self._file(path), encoding="utf-8") as file:
             report = json.loads(file.readline())["report"]
-            puzzles = [(split, _shared(Puzzle.from_row(row))) for split, row in map(json.loads, file)]
+            items = filter(lambda item: isinstance(item, list), map(json.loads, file))  # not the hash
+            puzzles = [(split, _shared(Puzzle.from_row(row))) for split, row in items]
         return puzzles, report
 
     def finished(self) -> int:
@@ -100,14 +110,15 @@ def run_all(
     """[task(*call, advance)] of each call, in as many processes; with one worker in this one.
 
     task: a module's function whose last argument is told (more done, total). watch: told (done, total) over all calls.
-    finished: told of each call that is done. Raises a call's ValueError, and RunError when a process is killed.
+    finished: told of each call that is done. The processes end with this one (Linux). Raises a call's ValueError, and
+    RunError when a process is killed.
     """
     if workers == 1 or len(calls) <= 1:
         return _run_here(task, calls, watch, finished)
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2 * len(calls), lock=False)
     results: dict[int, Any] = {}
-    with ProcessPoolExecutor(min(workers, len(calls)), context, _set_counters, (counters,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(calls)), context, _begin, (counters, os.getpid())) as pool:
         waiting: dict[Future, int] = {pool.submit(_call, task, i, call): i for i, call in enumerate(calls)}
         try:
             while waiting:
@@ -138,9 +149,19 @@ def _run_here(task: Callable, calls: list[tuple], watch: Callable, finished: Cal
     return results
 
 
-def _set_counters(counters: Any) -> None:
+def _begin(counters: Any, parent: int) -> None:
+    """In a worker, first of all."""
     global _counters
     _counters = counters
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Have this process end when the one that started it does, even by kill -9; elsewhere than on Linux it goes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it was asked for
+        os._exit(1)
 
 
 def _call(task: Callable, number: int, call: tuple) -> tuple[Any, str | None]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from data.prompts import RESPONSE_LAYOUT, RESPONSE_TAGS, answer_text
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, cell_ids_problem
 
 VARIANTS = ("cell", "open")
 _OF_THE_BATCH_ROW = ("system_msg", "assistant_msg")
@@ -32,10 +32,8 @@ def cell_level(puzzle: Puzzle) -> list[Puzzle]:
     if len(puzzle.cells) == 1:
         raise ValueError(f"puzzle {puzzle.id} has a single cell, which is nothing to decompose: leave it out")
     cell_ids = puzzle.meta.get("cell_ids")
-    if cell_ids is not None and len(cell_ids) != len(puzzle.cells):
-        raise ValueError(
-            f"puzzle {puzzle.id} has {len(cell_ids)} cell_ids for {len(puzzle.cells)} cells: give one per cell"
-        )
+    if problem := cell_ids_problem(puzzle):
+        raise ValueError(f"puzzle {puzzle.id} has {problem}: give one per cell")
     of_cell = [{"cell_index": i} | ({"cell_ids": [cell_ids[i]]} if cell_ids else {}) for i in range(len(puzzle.cells))]
     return [
         dataclasses.replace(

@@ -21,6 +21,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
+from data.audit import audit
 from data.embedded_teacher import MarkerTable, marker_table
 from data.markers import read_markers
 from data.puzzles import Puzzle
@@ -62,6 +63,26 @@ def answer(
         {"id": p.id, "prediction": answer_of(assign(p, fit(p), choose, stable_seed(seed, name, p.id)))} for p in puzzles
     ]
     return rows, sorted(label for label in labels if normalise_label(label) not in known)
+
+
+def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | None) -> list[str]:
+    """Why a baseline's numbers may mean less than they seem: it learned from the puzzles, or does not know their genes."""
+    if name == "random":
+        return []
+    leaks = audit({"--train": train, "--puzzles": puzzles}).leaks if train else ()
+    said = [f"the training puzzles leak into these, so expect too good numbers: {'; '.join(leaks)}"] if leaks else []
+    markers = known_markers(train or ()).values() if name == "markers" else ()
+    known = {gene for genes in markers for gene in genes}
+    if name in NEEDS_TRAINING:
+        known = {gene for puzzle in train or () for cell in puzzle.cells for gene in cell}
+    cells = [cell for puzzle in puzzles for cell in puzzle.cells]
+    strange = sum(known.isdisjoint(cell) for cell in cells)
+    if 2 * strange > len(cells):
+        said.append(
+            f"{strange:,} of {len(cells):,} cells list no gene that baseline {name} knows, so their labels are chance; it knows "
+            f"{', '.join(sorted(known)[:3])} and others, and these may be of another species or written in another way"
+        )
+    return said
 
 
 def assign(puzzle: Puzzle, fit: np.ndarray, choose: Callable[[np.ndarray], Sequence[int]], seed: int) -> list[str]:

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data.files import replacing
-from eval.metrics import SPLITS, STAGES, read_steps, read_summary, wilson_interval
+from eval.metrics import SPLITS, STAGES, read_steps, wilson_interval
+from eval.report_data import read_run
 
 STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
 _SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}
@@ -237,14 +238,15 @@ def percent(share: float) -> str:
 def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
     """The picture of a run for a README, 1200 pixels wide: what GRPO learns, and what it costs.
 
-    Raises ValueError when the run folder has no summary.json or no GRPO step.
+    Raises ValueError when the run folder has no GRPO step.
     """
     steps_file = Path(run_dir) / "grpo" / "metrics.jsonl"
-    summary, steps, path = read_summary(run_dir), read_steps(steps_file), Path(path)
+    steps, path = read_steps(steps_file), Path(path)
     if not steps:
         raise ValueError(f"{steps_file}: holds no GRPO step to draw; run launch/grpo.py (or `make demo`) first")
     if path.suffix != ".png":
         raise ValueError(f"{path}: the picture is a PNG; give a name that ends in .png")
+    summary, _ = read_run(Path(run_dir))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 3.7), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)

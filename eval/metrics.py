@@ -141,6 +141,18 @@ def score_all(
     return [score_one(*row) for row in zip(predictions, puzzles, lengths, strict=True)]
 
 
+def read_predictions(path: str | os.PathLike) -> list[dict]:
+    """Rows of a file of predictions. Raises ValueError naming the file; of a .csv or the like it says which formats are read."""
+    try:
+        return read_rows(path)
+    except ValueError as error:
+        if Path(path).suffix in (".jsonl", ".json", ".parquet") or not Path(path).is_file():
+            raise
+        raise ValueError(
+            f"{error}; predictions are read from .jsonl, .json or .parquet, columns id, prediction"
+        ) from None
+
+
 def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "") -> list[dict]:
     """[P] the prediction row of each puzzle: by id where a row has one, else by order. A row with samples needs no prediction.
 
@@ -203,11 +215,8 @@ def scores_of(
         raise ValueError(
             f"the predictions have {counts[0]} to {counts[-1]} samples per puzzle: give each the same number"
         )
-    tokens = [row.get("samples_tokens") if counts != [1] else [row.get("response_tokens")] for row in rows]
-    in_tokens = not in_words and all(
-        isinstance(of_row, list) and len(of_row) == counts[0] and all(isinstance(n, int | float) for n in of_row)
-        for of_row in tokens
-    )
+    tokens = [token_counts(row) for row in rows]
+    in_tokens = not in_words and None not in tokens
     flat = score_all(
         [text for of_puzzle in texts for text in of_puzzle],
         [puzzle for puzzle, of_puzzle in zip(puzzles, texts, strict=True) for _ in of_puzzle],
@@ -215,6 +224,22 @@ def scores_of(
     )
     k = counts[0]
     return texts, [flat[i : i + k] for i in range(0, len(flat), k)], "tokens" if in_tokens else "words"
+
+
+def token_counts(row: dict) -> list[float] | None:
+    """[k] the tokens of a row's answers; None unless each is a number of 0 or more (a text, NaN or nothing is none)."""
+    k = len(row.get("samples") or [None])
+    stated = row.get("samples_tokens") if k > 1 else [row.get("response_tokens")]
+    known = isinstance(stated, list) and len(stated) == k
+    known = known and all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in stated)
+    return stated if known else None
+
+
+def lacking_tokens(rows: Sequence[dict]) -> int:
+    """How many rows lack token counts though others have them, or have some that are no numbers; 0 where none was meant."""
+    lacking = [row for row in rows if token_counts(row) is None]
+    stated = any(row.get(name) is not None for row in lacking for name in ("response_tokens", "samples_tokens"))
+    return len(lacking) if stated or len(lacking) < len(rows) else 0
 
 
 def summarise(scores: Sequence[PuzzleScore]) -> Metrics:
@@ -240,11 +265,14 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
-    """The complete assignment that most answers of a valid format give, as one answer; the first seen among equals.
+    """The complete assignment that most valid answers give, as one answer; the first seen among equals.
 
-    Assignments compare as labels do. "" (an invalid answer) when no sample has a valid format.
+    Only assignments that take each candidate at most once vote; where there is none (and in open-ended puzzles, which have no
+    candidates), all of a valid format do. Assignments compare as labels do. "" (an invalid answer) when no sample has a valid
+    format.
     """
     valid = _valid_labels(samples, puzzle)
+    valid = [labels for labels in valid if _one_to_one(labels, puzzle)] or valid
     if not valid:
         return ""
     keys = [tuple(normalise_label(label) for label in labels) for labels in valid]
@@ -285,6 +313,12 @@ def _valid_labels(samples: Sequence[str], puzzle: Puzzle) -> list[list[str]]:
     return [answer.labels for answer in parsed if answer.valid]
 
 
+def _one_to_one(labels: Sequence[str], puzzle: Puzzle) -> bool:
+    """Is every label a candidate that no other cell has?"""
+    given, candidates = (Counter(map(normalise_label, names)) for names in (labels, puzzle.candidates))
+    return given <= candidates
+
+
 def _most_frequent(labels: Sequence[str]) -> str:
     """The label, compared as labels are, that occurs most; the first seen among equals, as it was first written."""
     keys = [normalise_label(label) for label in labels]
@@ -314,6 +348,19 @@ def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(summary, dict):
         raise ValueError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
     return summary
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a metrics.json; empty when there is none. Raises ValueError naming a file that holds no object."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
+    if not isinstance(result, dict):
+        raise ValueError(f"{path}: holds no metrics; run launch/evaluate.py again")
+    return result
 
 
 def read_steps(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +26,16 @@ from data.files import write_whole
 from data.puzzles import Puzzle, read_rows, write_rows
 from eval.bootstrap import intervals, paired
 from eval.breakdowns import average_over, breakdowns, decomposition, how_sure, k_sample
-from eval.metrics import METRICS, scores_of, summarise
+from eval.metrics import METRICS, lacking_tokens, read_result, scores_of, summarise
 from eval.published import average_markdown, comparable, evaluation_markdown
 from eval.similarity import LabelEncoder, similarity
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
 PARTIAL = "predictions.partial.jsonl"
+REFUSED = "refused"
+"""The finish_reason of the empty answer that stands for a prompt which the endpoint refused for good."""
+_REFUSAL = re.compile(r"status (4\d\d): ")
+_MAY_PASS = (401, 403, 408, 409, 425, 429)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,7 @@ class Answer:
     tokens: int | None
     """Its length in the model's own tokens; None where that is not known."""
     finish_reason: str
-    """"stop", or "length" when it was cut."""
+    """"stop", "length" when it was cut, or REFUSED."""
 
 
 Answered = list[tuple[Puzzle, list[Answer]]]
@@ -66,29 +71,39 @@ def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[i
     return ask
 
 
-def ask_teacher(teacher: Teacher, k: int) -> Ask:
+def refused_for_good(error: str) -> bool:
+    """Did the endpoint refuse this prompt, so that asking again is no use? error: of a Completion (rollout/teachers.py)."""
+    status = _REFUSAL.match(error)
+    return status is not None and int(status[1]) not in _MAY_PASS
+
+
+def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> Ask:
     """k answers per puzzle from a model behind an endpoint (rollout/teachers.py), a puzzle as soon as its k are there.
 
-    Reasoning that the endpoint gives apart is put into <think> tags. Raises RunError, after all answers that came, when a request
-    failed for good.
+    Reasoning that the endpoint gives apart is put into <think> tags. refused_are_invalid: a prompt that is refused for good gets
+    an empty answer. Raises RunError, after all answers that came, when another request failed for good.
     """
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
-        by_id, error = {puzzle.id: puzzle for puzzle in puzzles}, ""
+        by_id, error, refused = {puzzle.id: puzzle for puzzle in puzzles}, "", set()
         came: dict[str, dict[int, Answer]] = {name: {} for name in by_id}
         for done in teacher.sample([Request(puzzle=p, attempt=i) for p in puzzles for i in range(k)]):
-            if done.error:
+            answer = Answer(text=done.trace, tokens=done.completion_tokens, finish_reason=done.finish_reason)
+            if refused_for_good(done.error):
+                refused.add(done.puzzle_id)
+                answer = Answer(text="", tokens=0, finish_reason=REFUSED)
+            if done.error and not (refused_are_invalid and refused_for_good(done.error)):
                 error = done.error
                 continue
-            answer = Answer(text=done.trace, tokens=done.completion_tokens, finish_reason=done.finish_reason)
             came[done.puzzle_id][done.attempt] = answer
             if len(came[done.puzzle_id]) == k:
                 yield [(by_id[done.puzzle_id], [came[done.puzzle_id][i] for i in range(k)])]
         lacking = sum(len(answers) < k for answers in came.values())
         if lacking:
-            raise RunError(
-                f"{lacking} of {len(puzzles)} puzzles got no answer ({error or teacher.ended}); --resume asks for them"
-            )
+            again = "--resume asks for them"
+            if refused and not refused_are_invalid:
+                again += f", and with --refused invalid the {len(refused)} refused for good count as invalid answers"
+            raise RunError(f"{lacking} of {len(puzzles)} puzzles got no answer ({error or teacher.ended}); {again}")
 
     return ask
 
@@ -183,7 +198,7 @@ class Partial:
             predictions = self.path.with_name("predictions.jsonl")
             if not (finished.is_file() and predictions.is_file()):
                 return []
-            self._same(json.loads(finished.read_text(encoding="utf-8")).get("run", {}), finished)
+            self._same(read_result(finished).get("run") or {}, finished)
             return read_rows(predictions)
         lines = self.path.read_text(encoding="utf-8").split("\n")
         whole = lines[:-1]  # what follows the last line break was cut off by the end of that run
@@ -224,12 +239,13 @@ def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
 
 def evaluate(
     rows: Sequence[dict], puzzles: Sequence[Puzzle], *, name: str, run: dict[str, Any], file: str = "", seed: int = 0,
-    encoder: LabelEncoder | None = None, other: tuple[str, Sequence[dict]] | None = None,
+    encoder: LabelEncoder | None = None, other: tuple[str, Sequence[dict]] | None = None, notes: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """The content of metrics.json: the metrics of the first answers, then everything else there is to say about the rows.
 
     rows: matched, one per puzzle. name: of what answered. run: its settings. file: of the puzzles. encoder: for the similarity of
-    labels. other: (name, matched rows) of a model to compare with.
+    labels. other: (name, matched rows) of a model to compare with. notes: what a reader must know besides; those on the rows are
+    added.
     """
     texts, samples, unit = scores_of(rows, puzzles)
     firsts = [of_puzzle[0] for of_puzzle in samples]
@@ -242,6 +258,7 @@ def evaluate(
         "interval": how_sure(puzzles),
         "puzzles": {"file": Path(file).name, "variant": variant, "digest": digest(puzzles)},
         "run": run,
+        **notes_on(rows, notes),
         "breakdowns": found,
     }
     if len(samples[0]) > 1:
@@ -255,6 +272,26 @@ def evaluate(
     diseases = [str(group["value"]) for group in found["disease"]]
     result["published"] = comparable(variant, diseases, encoder is not None)
     return result
+
+
+def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
+    """{refused, notes}: how many answers are missing because the endpoint refused the prompt, and sentences; each where there are
+    any."""
+    refused = sum(
+        reason == REFUSED for row in rows for reason in row.get("samples_finish_reasons") or [row.get("finish_reason")]
+    )
+    lacking, notes = lacking_tokens(rows), list(notes)
+    if refused:
+        asked = sum(len(row.get("samples") or [None]) for row in rows)
+        notes.append(
+            f"of {asked:,} requests the endpoint refused {refused:,} for good: counted as invalid, of no length"
+        )
+    if lacking:
+        notes.append(
+            f"{lacking:,} of {len(rows):,} predictions state no number of tokens, so all lengths are in words; --tokenizer "
+            "FOLDER counts tokens"
+        )
+    return ({"refused": refused} if refused else {}) | ({"notes": notes} if notes else {})
 
 
 def variant_of_all(puzzles: Sequence[Puzzle], file: str) -> str:

@@ -17,14 +17,24 @@ FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
 NOTE = (
     "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles do. "
-    "Published cell accuracy is shown as pooled over cells: Table 3 is (checked), of Tables 2, 11 and 12 it is not known."
+    "Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not known."
 )
+KEY_MODELS = ("Qwen2.5-7B-Instruct", "IT Qwen2.5-7B", "o1", "Cell-o1")
+"""Of the published rows those that stand in the report's tables: the base, the answers alone, the teacher, and the result."""
+MEASURES = {
+    "batch": "",
+    "cell": " Table 11: the cell-level rows are of single answers put together into batches (the batch-level rows of answers to "
+    "whole batches): they stand beside ours put together, not beside the metrics of single cells.",
+    "open": " Table 12 takes a label as right when its MedCPT similarity to the gold label is above 0.8: it stands beside our "
+    "similarities (--medcpt), not beside exact matches.",
+}
+"""{variant of the puzzles: what the published accuracies measure, where that is not what ours do}"""
 DISEASES = {
-    "breast cancer": ("breast",), "melanoma": ("melanoma",), "systemic lupus erythematosus": ("lupus erythematosus",),
-    "colorectal cancer": ("colorectal", "colon ", "rectal", "rectum"),
+    "breast cancer": ("breast cancer", "breast carcinoma"), "melanoma": ("melanoma", "malignant melanoma"),
+    "systemic lupus erythematosus": ("systemic lupus erythematosus", "sle"),
+    "colorectal cancer": ("colorectal cancer", "colorectal carcinoma"),
 }  # fmt: skip
-"""Of Table 3: {disease: words by which a disease or a file's name is taken for it}."""
-CANCERS = ("cancer", "carcinoma", "tumor", "neoplasm")
+"""Of Table 3: {disease: the names, of a disease or a file, that mean the same}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +74,20 @@ def published_rows(table: str | None = None, setting: str | None = None) -> list
 
 
 def disease_of_table_3(name: str) -> str | None:
-    """Which disease of Table 3 a disease or a file is called after; None for another.
+    """Which disease of Table 3 a disease or a file is called after; None for another, such as a kind of it.
 
-    "breast carcinoma" and "breast_cancer" are its breast cancer, "cutaneous melanoma" its melanoma.
+    "breast carcinoma" and "breast_cancer" are its breast cancer; "uveal melanoma" is not its melanoma.
     """
-    text = name.lower().replace("_", " ").replace("-", " ") + " "
-    for disease, words in DISEASES.items():
-        if any(word in text for word in words) and ("cancer" not in disease or any(word in text for word in CANCERS)):
-            return disease
-    return None
+    text = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
+    return next((disease for disease, names in DISEASES.items() if text in names), None)
 
 
 def comparable(variant: str, diseases: list[str], with_similarity: bool = False) -> dict[str, Any]:
     """What of the paper goes beside an evaluation: {label, source, note, rows}.
 
     variant: of the puzzles: "batch" (Table 2, and Table 3 for those of its diseases that are among `diseases`, with its average
-    when all four are), "cell" (Table 11) or "open" (Table 12). with_similarity: MedCPT similarity was computed.
+    when all four are), "cell" (Table 11) or "open" (Table 12). with_similarity: MedCPT similarity was computed. The note says
+    what the accuracies of the rows measure.
     """
     rows = published_rows({"batch": "Table 2", "cell": "Table 11", "open": "Table 12"}[variant])
     if variant == "open":
@@ -89,13 +97,20 @@ def comparable(variant: str, diseases: list[str], with_similarity: bool = False)
         settings = {*found, "average"} if found == set(DISEASES) else found
         rows += [row for row in published_rows("Table 3") if row.setting in settings]
         rows += published_rows("Table 12", "constrained") if with_similarity else []
-    return {"label": "published", "source": SOURCE, "note": NOTE, "rows": [row.to_dict() for row in rows]}
+    return {
+        "label": "published", "source": SOURCE, "note": NOTE + MEASURES[variant], "rows": [row.to_dict() for row in rows],
+    }  # fmt: skip
 
 
 COLUMNS = {
     "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
     "cell_accuracy_micro": "cells right, pooled", "format_validity": "valid format", "uniqueness": "uniqueness",
     "response_length": "response length",
+}  # fmt: skip
+SIMILARITY_COLUMNS = {
+    "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
+    "cell_accuracy_micro": "cells right, pooled", "mean_similarity": "mean similarity (valid answers)",
+    "format_validity": "valid format", "response_length": "response length",
 }  # fmt: skip
 OF_GROUPS = ("batch_accuracy", "cell_accuracy", "cell_accuracy_micro", "format_validity")
 """What of them a breakdown shows."""
@@ -112,15 +127,16 @@ def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
 
     title: of the page. result: the content of metrics.json.
     """
-    parts = [f"# {title}", _headline(result), f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
+    parts = [f"# {title}", _headline(result), *(f"Mind: {sentence}." for sentence in result.get("notes", ()))]
+    parts += [f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
     if "k_sample" in result:
         parts.append(_k_sample(result["k_sample"]))
     if "compare" in result:
         parts.append(_compare(result["compare"]))
     if "decomposition" in result:
-        parts.append(_decomposition(result["decomposition"]))
+        parts.append(_decomposition(result))
     if "similarity" in result:
-        parts.append(_similarity(result["similarity"]))
+        parts.append(_similarity(result))
     found = result["breakdowns"]
     parts += [_by_value(name, found[name], result) for name in BREAKDOWN_TITLES if found[name]]
     if "disease_average" in found:
@@ -169,9 +185,9 @@ def _headline(result: dict[str, Any]) -> str:
 
 
 def _metrics_table(result: dict[str, Any]) -> str:
-    """Ours with intervals, then the paper's models on the puzzles of the same kind."""
+    """Ours with intervals, then the paper's models where they were measured in this way."""
     rows = [[result["name"], *_shares(result, COLUMNS)]]
-    rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] != "Table 3"]
+    rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 2"]
     return markdown_table(["", *COLUMNS.values()], rows)
 
 
@@ -186,13 +202,14 @@ def _glossary(result: dict[str, Any]) -> str:
     )
 
 
-def _published_row(row: dict[str, Any]) -> list[str]:
-    """Name and the cells of COLUMNS."""
+def _published_row(row: dict[str, Any], columns: dict[str, str] = COLUMNS) -> list[str]:
+    """Name and the cells of the columns."""
     setting = "" if row["setting"] in ("test", "open-ended", "average") else f", {row['setting']}"
     cells = {name: _percent(row[name]) for name in COLUMNS if name in row}
     cells["cell_accuracy"], cells["cell_accuracy_micro"] = "", cells.pop("cell_accuracy", "")
     cells["response_length"] = f"{row['response_length']:,.1f}" if "response_length" in row else ""
-    return [f"{row['model']}{setting}, {row['table']} (published)", *(cells.get(name, "") for name in COLUMNS)]
+    cells["mean_similarity"] = _number(row["medcpt"], 3) if "medcpt" in row else ""
+    return [f"{row['model']}{setting}, {row['table']} (published)", *(cells.get(name, "") for name in columns)]
 
 
 def _k_sample(found: dict[str, Any]) -> str:
@@ -205,7 +222,8 @@ def _k_sample(found: dict[str, Any]) -> str:
     passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
     return (
         f"## {k} answers per batch\n\n{markdown_table(['', *COLUMNS.values()], rows)}\n\n"
-        "The response length of a vote is that of all the answers it was taken from. pass@k: the chance that at least one of k "
+        "Whole assignments vote where they take each candidate at most once; where none does, all of a valid format do. The "
+        "response length of a vote is that of all the answers it was taken from. pass@k: the chance that at least one of k "
         f"answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
     )
 
@@ -225,30 +243,29 @@ def _compare(found: dict[str, Any]) -> str:
     )
 
 
-def _decomposition(found: dict[str, Any]) -> str:
+def _decomposition(result: dict[str, Any]) -> str:
+    found = result["decomposition"]
     ways = {"spoiled": "an invalid cell spoils its batch", "wrong_alone": "an invalid cell is wrong by itself"}
     rows = [[label, *_shares(found[way], COLUMNS)] for way, label in ways.items()]
+    rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 11"]
     return (
         "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two its Table 11 uses. Of single "
-        f"answers, {_percent(found['cell_format_validity'])} have a valid format; response length is of single answers.\n\n"
-        + markdown_table(["", *COLUMNS.values()], rows)
+        f"answers, {_percent(found['cell_format_validity'])} have a valid format; response length is of single answers, in the "
+        "published batch-level rows of answers to whole batches.\n\n" + markdown_table(["", *COLUMNS.values()], rows)
     )
 
 
-def _similarity(found: dict[str, Any]) -> str:
-    names = {
-        "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
-        "cell_accuracy_micro": "cells right, pooled", "mean_similarity": "mean similarity (valid answers)",
-    }  # fmt: skip
-    rows = [
-        [title, _percent(found[name]) if name != "mean_similarity" else _number(found[name], 3)]
-        for name, title in names.items()
+def _similarity(result: dict[str, Any]) -> str:
+    """Ours with intervals, and the rows of Table 12, whose accuracies are those by similarity."""
+    found = result["similarity"]
+    ours = {**result, **found, "intervals": {**result["intervals"], **found["intervals"]}}
+    rows = [[result["name"], *_shares(ours, SIMILARITY_COLUMNS)]]
+    rows += [
+        _published_row(row, SIMILARITY_COLUMNS) for row in result["published"]["rows"] if row["table"] == "Table 12"
     ]
     return (
         f"## By similarity of labels (Table 12)\n\nA label is right when its similarity to the gold label is above "
-        f"{found['threshold']:g}. The paper's similarities (published): "
-        f"{'; '.join(f'{r.model} {r.medcpt:.3f}' for r in published_rows('Table 12', 'open-ended'))}.\n\n"
-        + markdown_table(["", "ours"], rows)
+        f"{found['threshold']:g}.\n\n" + markdown_table(["", *SIMILARITY_COLUMNS.values()], rows)
     )
 
 
@@ -304,7 +321,8 @@ def _shares(metrics: dict[str, Any], names: Any) -> list[str]:
 
 
 def _shown(name: str) -> Any:
-    return (lambda x: _number(x, 1)) if name == "response_length" else _percent
+    digits = {"response_length": 1, "mean_similarity": 3}.get(name)
+    return _percent if digits is None else lambda x: _number(x, digits)
 
 
 def _cell(value: float, interval: list[float] | None, show: Any) -> str:

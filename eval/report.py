@@ -1,11 +1,12 @@
 """The report page of a run: one HTML file that opens without a network, for a biologist to read.
 
-Run folder (what is missing is said on the page, except summary.json):
+Run folder (what is missing is said on the page):
     summary.json                          summary[stage][split] = metrics; summary["run"] = config, seconds, versions
     sft/metrics.jsonl, grpo/metrics.jsonl one row per optimizer step
     puzzles/{test,unseen}.parquet         the puzzles evaluated
     eval/{stage}/{split}/predictions.jsonl  id, prediction, response_tokens, finish_reason
-    eval/{stage}/{split}/metrics.json     the metrics with their intervals and breakdowns
+    eval/{stage}/{split}/metrics.json     the metrics with their intervals and breakdowns, which win over the summary's
+                                          (also eval/{stage}/metrics.json, of one split alone)
 
 Sections: here the results, curves and settings; eval/report_breakdowns.py, report_traces.py, report_puzzles.py the others.
 """
@@ -29,10 +30,10 @@ from eval.figures import (
     smoothing_window,
     split_name,
 )
-from eval.metrics import SPLITS, STAGES, read_steps, read_summary
-from eval.published import NOTE, SOURCE
+from eval.metrics import SPLITS, STAGES, read_steps
+from eval.published import KEY_MODELS, NOTE, SOURCE
 from eval.report_breakdowns import where_sections
-from eval.report_data import Evaluations, completed, published_beside, read_evaluations
+from eval.report_data import Evaluations, published_beside, read_run, variant_of_split
 from eval.report_html import (
     EMPTY,
     contents,
@@ -50,11 +51,10 @@ from eval.report_html import (
 )
 from eval.report_puzzles import puzzles_section
 from eval.report_traces import traces_section
+from eval.report_variants import variant_table
 
 PAPER_SIZES = (8, 15)
 """Fewest and most cells of a published puzzle."""
-KEY_MODELS = ("Qwen2.5-7B-Instruct", "IT Qwen2.5-7B", "o1", "Cell-o1")
-"""Of the published rows those that stand in the table: the base, the answers alone, the teacher, and the result."""
 COLUMNS = {
     "batch_accuracy": "whole puzzles right", "cell_accuracy": "cells right, mean over puzzles",
     "cell_accuracy_micro": "cells right, pooled", "format_validity": "valid format", "uniqueness": "uniqueness",
@@ -93,13 +93,17 @@ LINKS = {
 def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
     """Write report.html into a run folder and return its path; the same folder gives the same bytes.
 
-    show: how many of the best and of the worst puzzles. Raises ValueError when summary.json is missing, or when predictions and
-    puzzles of the folder do not match.
+    show: how many of the best and of the worst puzzles. Raises ValueError when the folder holds nothing to show, or when
+    predictions and puzzles of it do not match.
     """
     run_dir = Path(run_dir)
-    summary = read_summary(run_dir)
-    evaluations = read_evaluations(run_dir)
-    summary = completed(summary, evaluations)
+    summary, evaluations = read_run(run_dir)
+    shown = (run_dir / "summary.json", run_dir / "sft/metrics.jsonl", run_dir / "grpo/metrics.jsonl")
+    if not evaluations and not any(path.is_file() for path in shown):
+        raise ValueError(
+            f"{run_dir}: nothing to show, neither eval/STAGE/SPLIT/metrics.json (stages {', '.join(STAGES)}, splits "
+            f"{', '.join(SPLITS)}) nor sft/metrics.jsonl, grpo/metrics.jsonl or summary.json: name a run folder"
+        )
     sections = [
         _results_section(summary, evaluations),
         *where_sections(evaluations, summary),
@@ -112,12 +116,12 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
     ]
     links = {name: text for name, text in LINKS.items() if any(f'<section id="{name}"' in part for part in sections)}
     path = run_dir / "report.html"
-    whole = page(headline(summary), [_head(summary, evaluations), contents(links), *sections])
+    whole = page(headline(summary, evaluations), [_head(summary, evaluations), contents(links), *sections])
     write_whole(path, whole)
     return path
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) -> str:
     """The result in one sentence: batch accuracy of the last stage evaluated, against the stages before it."""
     for split in SPLITS:
         found = [(stage, summary.get(stage, {}).get(split, {}).get("batch_accuracy")) for stage in STAGES]
@@ -127,14 +131,16 @@ def headline(summary: dict[str, Any]) -> str:
         (last, value), earlier = found[-1], found[-2::-1]
         words = f"the puzzles of {split_name(summary, split)}"
         opening = STAGE_NAMES[last][0].upper() + STAGE_NAMES[last][1:]
-        sentence = f"{opening} the annotator names every cell of a batch right in {percent(value)} of {words}"
+        alone = variant_of_split((evaluations or {}).get(split, {})) == "cell"
+        what = "the single cell right" if alone else "every cell of a batch right"
+        sentence = f"{opening} the annotator names {what} in {percent(value)} of {words}"
         against = " and ".join(f"{percent(other)} {STAGE_NAMES[stage]}" for stage, other in earlier)
         return sentence + (f", against {against}." if against else ".")
     return "This run has not been evaluated yet."
 
 
 def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
-    title = f"<h1>{escape(headline(summary)).replace(' %', '&nbsp;%')}</h1>"
+    title = f"<h1>{escape(headline(summary, evaluations)).replace(' %', '&nbsp;%')}</h1>"
     of_stage = evaluations.get("test", {})
     if not {"sft", "grpo"} <= of_stage.keys():
         return title
@@ -160,7 +166,16 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
             continue
         rows.append(f"This run: {name}")
         rows += [_result_row(stage, summary[stage].get(split)) for stage in STAGES]
-        of_paper, published = published_beside(split, evaluations.get(split, {}))
+        of_stage = evaluations.get(split, {})
+        lacking += "".join(
+            missing(f"{name}, {STAGE_NAMES[s]}: {said}.") for s, one in of_stage.items() for said in one.notes
+        )
+        variant = variant_of_split(of_stage)
+        if variant in ("cell", "open"):
+            compared.append(split)
+            more += variant_table(variant, name, of_stage)
+            continue
+        of_paper, published = published_beside(split, of_stage)
         if not published:
             lacking += missing(
                 f"No published numbers stand beside {name}: this folder has neither their puzzles nor a metrics.json "
@@ -174,7 +189,7 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         more += details(f"All {len(published)} published rows: {of_paper}", everything)
     shown = table(["", *COLUMNS.values()], rows, "results") if rows else ""
     notes = _sizes(summary, {split: evaluations[split] for split in compared})
-    notes += note(_how_to_read(summary, published=bool(compared))) if rows else ""
+    notes += note(_how_to_read(summary, published='class="published"' in "".join(map(str, rows)))) if rows else ""
     with_intervals = all("intervals" in summary[stage][split] for stage in STAGES for split in summary[stage])
     bars = figure(
         batch_accuracy_svg(summary),

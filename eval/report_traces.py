@@ -113,7 +113,7 @@ MEASURES = (
     ("Answers with one label at two cells", lambda s: share(s.duplicated),
      "At the end of the reasoning; at most one of the two can be right."),
     ("Answers that name a type outside the list", lambda s: f"{share(s.outside)}{_named(s)}",
-     "In passing or as a label; no cell of the puzzle is of such a type."),
+     "In passing or as a label; no cell of the puzzle is of such a type. A lower bound: rare names are not recognised."),
 )  # fmt: skip
 
 

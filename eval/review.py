@@ -40,7 +40,7 @@ class ErrorType:
     meaning: str
 
 
-# Five types as in the paper's expert review; its exact wording was not at hand, so names and meanings are ours.
+WORDING = "The five error types are after the Cell-o1 paper's expert review; their names and meanings are worded by us."
 ERROR_TYPES = (
     ErrorType("marker_misread", "m", "Marker misread", "a gene is named, but as a sign of the wrong cell type"),
     ErrorType("marker_overlooked", "o", "Marker overlooked", "a telling gene of the cell's list is not used"),
@@ -114,7 +114,7 @@ def make_review(
            "error_types": {kind.id: kind.name for kind in ERROR_TYPES}, "cases": keyed}  # fmt: skip
     key["page"] = key_id(key)
     data = {"kind": KIND, "page": key["page"], "show_truth": show_truth, "genes_shown": GENES_SHOWN, "whole": WHOLE,
-            "error_types": [asdict(kind) for kind in ERROR_TYPES], "cases": shown}  # fmt: skip
+            "error_types": [asdict(kind) for kind in ERROR_TYPES], "wording": WORDING, "cases": shown}  # fmt: skip
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     names = re.compile("|".join(rf"(?<!\w){re.escape(model)}(?!\w)" for model in answers), re.IGNORECASE)
     naming = [c["case"] for c in keyed if any(names.search(answers[model][c["puzzle"]]) for model in answers)]

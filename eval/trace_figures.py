@@ -32,6 +32,7 @@ N_BINS = 5
 """Parts into which the accuracy curve cuts a response."""
 OUTSIDE_SHOWN = 20
 STEPS_SHOWN = 30
+_STYLE = {"font.size": 9, "text.parse_math": False}  # "$" in a label or a file name is no mathematics
 _LEFT, _RIGHT, _ROW, _COLUMN, _LINE, _LETTER = 2.9, 3.1, 0.5, 0.66, 0.15, 0.066
 """Inches of a step diagram: its two side columns, a row, a step, a further line of text in a row, a letter."""
 
@@ -97,7 +98,7 @@ def summarise(analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, fl
     valid = [a for a in analyses if a.answer]
     changes = [pair for a in analyses for pair in a.reflections]
     both = [(label, a.answer[cell - 1], a.truth[cell - 1]) for a in valid for cell, label in a.last.items()]
-    differ = [row for row in both if row[0] != row[1]]
+    differ = [row for row in both if not _same(row[0], row[1])]
     cells = sum(len(a.truth) for a in analyses)
     placed = [(place, step, of_type.get(a.truth[step.cell - 1])) for a in analyses for place, step in _places(a)]
     named = Counter(label for a in analyses for label in a.outside)
@@ -112,7 +113,7 @@ def summarise(analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, fl
         away_from_right=_share(changes, lambda pair: pair[0].right),
         wrong_to_wrong=_share(changes, lambda pair: not (pair[0].right or pair[1].right)),
         contradiction=_share(valid, lambda a: a.contradictions),
-        contradicted_cells=_share(both, lambda row: row[0] != row[1]),
+        contradicted_cells=_share(both, lambda row: not _same(row[0], row[1])),
         reasoning_was_right=_share(differ, lambda row: _same(row[0], row[2])),
         answer_was_right=_share(differ, lambda row: _same(row[1], row[2])),
         unassigned=sum(len(a.unassigned) for a in analyses) / cells,
@@ -200,7 +201,7 @@ def _same(one: str, other: str) -> bool:
 
 def steps_png(analysis: TraceAnalysis, title: str = "") -> bytes:
     """The step diagram of one response as a PNG file."""
-    with matplotlib.rc_context({"font.size": 9}):
+    with matplotlib.rc_context(_STYLE):
         return _png(_steps_figure(analysis, title), 130)
 
 
@@ -311,7 +312,7 @@ def _legend() -> list[Line2D]:
 
 def summary_png(summary: TraceSummary, title: str = "") -> bytes:
     """Two panels as a PNG file: accuracy along the reasoning, and what share of responses does what."""
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with matplotlib.rc_context(_STYLE | {"axes.spines.top": False, "axes.spines.right": False}):
         return _png(_summary_figure(summary, title), 150)
 
 

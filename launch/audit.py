@@ -3,9 +3,11 @@
 python launch/audit.py train.parquet test.parquet
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -30,8 +32,9 @@ def main(files: tuple[str, ...], json_file: str | None, allow_leaks: bool, same_
         Path(json_file).is_dir() or os.path.realpath(json_file) in map(os.path.realpath, files)
     ):
         raise ValueError(f"--json {json_file}: is a folder or a file to read; name another file to write")
-    splits = read_splits(files)
+    splits, warnings = told_apart(files, read_splits(files))
     found = audit(splits, donors_apart=not same_donors)
+    found = dataclasses.replace(found, warnings=(*warnings, *found.warnings))
     click.echo(audit_table(found))
     repeats = len(files) - len({os.path.realpath(file) for file in files})
     if repeats:
@@ -61,6 +64,41 @@ def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
     if not any(splits.values()):
         raise ValueError(f"{files[0]}: holds no puzzle; build some with launch/build.py")
     return splits
+
+
+def told_apart(files: Sequence[str], splits: dict[str, list[Puzzle]]) -> tuple[dict[str, list[Puzzle]], list[str]]:
+    """(the splits, warnings): sources of one name of which the builds' reports state different hashes get other names.
+
+    files: those that the splits were read from, in their order.
+    """
+    hashes = [_hashes_beside(file) for file in files]
+    of_name: dict[str, set[str]] = {}
+    for name, digest in chain.from_iterable(of_file.items() for of_file in hashes):
+        of_name.setdefault(name, set()).add(digest)
+    several = {name for name, digests in of_name.items() if len(digests) > 1}
+    warnings = [
+        f"{len(of_name[name])} different files are called {name} (by the report.json beside the puzzles): their cells are "
+        "told apart, even where ids are alike"
+        for name in sorted(several)
+    ]
+
+    def renamed(puzzle: Puzzle, of_file: dict[str, str]) -> Puzzle:
+        source = puzzle.meta.get("source")
+        if not isinstance(source, str) or source not in several & of_file.keys():
+            return puzzle
+        return dataclasses.replace(puzzle, meta=puzzle.meta | {"source": f"{source} {of_file[source]}"})
+
+    pairs = zip(splits.items(), hashes, strict=True)
+    return {name: [renamed(puzzle, of_file) for puzzle in puzzles] for (name, puzzles), of_file in pairs}, warnings
+
+
+def _hashes_beside(file: str) -> dict[str, str]:
+    """{.h5ad file: its hash} in the report.json of a build beside a file of puzzles; empty where there is none."""
+    try:
+        report = json.loads((Path(file).parent / "report.json").read_text(encoding="utf-8"))
+        return {str(one["file"]): str(one["sha256"]) for one in report["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def audit_table(found: Audit) -> str:

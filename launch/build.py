@@ -1,6 +1,7 @@
 """Build CellPuzzles from .h5ad files: train.parquet, test.parquet, unseen.parquet and report.json in one folder.
 
 python launch/build.py --h5ad atlas.h5ad --out puzzles --seed 0
+python launch/build.py atlases/*.h5ad --out puzzles
 """
 
 import contextlib
@@ -10,7 +11,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ import click
 from tqdm import tqdm
 
 from data.build import BuildConfig, Watch, build_puzzles
+from data.files import flush, reason_of
 from data.puzzles import Puzzle, save_rows
 from data.staging import Staging
 from launch.options import command, option
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
+PLAIN_SECONDS = 30.0
+"""Between two lines of progress off a terminal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BuildConfig):
     """The settings of a build (data.settings.BuildConfig) and where it reads and writes."""
 
-    h5ad: tuple[str, ...] = option(dataclasses.MISSING, "File of cells, CELLxGENE's layout, repeatable.")
-    out: str = option(dataclasses.MISSING, "Folder to write; existing puzzles and report in it are replaced.")
+    h5ad: tuple[str, ...] = option((), "File of cells, CELLxGENE's layout; repeatable, or name files without a flag.")
+    out: str = option(dataclasses.MISSING, "Folder to write; puzzles in it, of either format, and report are replaced.")
     format: str = option("parquet", "What to write; the rows are the same.", tuple(FORMATS))
     workers: int | None = option(None, "Processes, a file each; default one per core. The bytes do not depend on it.")
     resume: bool = option(False, "Go on with a build that was stopped: finished files are not read again.")
@@ -39,26 +44,65 @@ class Config(BuildConfig):
 @command(Config)
 def main(config: Config) -> None:
     """Build puzzles from .h5ad files of any size, with a report of what was kept, dropped and why."""
-    out = Path(config.out)
+    files, out = files_of(config, click.get_current_context()), out_of(config.out)
     settings = BuildConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(BuildConfig)})
     workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
-    with told_in_one_sentence(out), staged(out, config.resume) as staging, watching() as watch:
-        splits, report = build_puzzles(config.h5ad, settings, workers=workers, staging=staging, watch=watch)
+    with told_in_one_sentence(out, files), staged(out, config.resume) as staging, watching() as watch:
+        for note in without_effect(settings):
+            watch.say(f"note: {note}")
+        splits, report = build_puzzles(files, settings, workers=workers, staging=staging, watch=watch)
         write_build(out, splits, report, FORMATS[config.format])
         staging.remove()
     click.echo(summary_table(report))
-    click.echo(f"written to {out}")
+    click.echo(f"written to {click.format_filename(out)}")
+
+
+main.allow_extra_args = True  # files without a flag, as a shell writes *.h5ad
+main.options_metavar = "[FILE.h5ad ...] [OPTIONS]"
+
+
+def files_of(config: Config, context: click.Context) -> tuple[str, ...]:
+    """The files of --h5ad and those without a flag; both win over a recipe's."""
+    given = context.get_parameter_source("h5ad") is click.core.ParameterSource.COMMANDLINE
+    return (*(config.h5ad if given or not context.args else ()), *context.args)
+
+
+def out_of(folder: str) -> Path:
+    """The folder to write, by its own name, for the unfinished part is kept beside it. Raises ValueError without one."""
+    out = Path(os.path.realpath(folder))
+    if not folder or not out.name:
+        raise ValueError(f"--out {folder!r}: is no folder that can be written; name one")
+    return out
+
+
+def without_effect(config: BuildConfig) -> list[str]:
+    """A sentence for each option that was given a value and does nothing here."""
+    default, notes = BuildConfig(), []
+    if config.test_puzzles_per_n != default.test_puzzles_per_n and not config.unseen_disease:
+        if config.split_mode == "instance":
+            notes.append("--test-puzzles-per-n has no effect: --split instance takes --test-fraction of the puzzles")
+        elif not config.test_fraction:
+            notes.append("--test-puzzles-per-n has no effect: --test-fraction is 0")
+    if config.hvg_genes != default.hvg_genes and config.rank != "hvg":
+        notes.append("--hvg-genes has no effect without --rank hvg")
+    return notes
 
 
 @contextlib.contextmanager
-def told_in_one_sentence(out: Path) -> Iterator[None]:
-    """A disk that is full or may not be written to, as a sentence."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is a file, not a folder")
+def told_in_one_sentence(out: Path, files: tuple[str, ...] = ()) -> Iterator[None]:
+    """A disk that is full or may not be written to, or a file that may not be read, as a sentence."""
     try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: is a file, not a folder")
         yield
+    except BrokenPipeError:
+        raise  # nobody reads what is said any more: click ends the process without a word
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+        reason = reason_of(error)
+        if error.filename is not None and str(error.filename) in {str(Path(file)) for file in files}:
+            raise ValueError(
+                f"{error.filename}: cannot be read ({reason}); give permission, or name another file"
+            ) from None
         raise ValueError(
             f"--out {out}: cannot be written ({reason}); make room or give permission, or name another folder"
         ) from None
@@ -101,34 +145,72 @@ def watching() -> Iterator[Watch]:
     """A bar with rate and time left on a terminal, plain lines elsewhere."""
     bars: dict[str, tqdm] = {}
 
+    def say(text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
     def progress(phase: str, done: int, total: int) -> None:
         if phase not in bars:
-            unit = "file" if phase == "looking at files" else "cell"
-            bars[phase] = tqdm(desc=phase, unit=unit, unit_scale=unit == "cell", total=total, disable=None, leave=False)
+            unit = unit_of(phase)
+            bars[phase] = tqdm(desc=phase, unit=unit, unit_scale=unit == "cell", total=total, leave=False)
         bars[phase].total = max(total, done)
         bars[phase].update(done - bars[phase].n)
 
     try:
-        yield Watch(say=lambda text: tqdm.write(text), progress=progress)
+        yield Watch(say=say, progress=progress if sys.stderr.isatty() else plain_progress())
     finally:
         for bar in bars.values():
             bar.close()
 
 
+def unit_of(phase: str) -> str:
+    return "file" if phase == "looking at files" else "cell"
+
+
+def plain_progress(
+    say: Callable[[str], None] = lambda text: click.echo(text, err=True), clock: Callable[[], float] = time.monotonic
+) -> Callable[[str, int, int], None]:
+    """What tells progress in lines, PLAIN_SECONDS or more apart: how far a phase is, its rate and the time left."""
+    began: dict[str, float] = {}
+    last = 0.0
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if phase not in began:
+            began[phase] = last = now
+        if now - last < PLAIN_SECONDS or not done:
+            return
+        last, rate = now, done / (now - began[phase])
+        left = tqdm.format_interval(max(0, total - done) / rate)
+        say(f"{phase}: {done:,} of {total:,} {unit_of(phase)}s, {rate:,.1f} per second, {left} left")
+
+    return progress
+
+
 def write_build(
     out: Path, splits: dict[str, list[Puzzle]], report: dict[str, Any], formats: tuple[str, ...] = ("parquet",)
 ) -> None:
-    """Write a file per split and report.json, all into a sibling folder first, so that none is half-written."""
+    """Write a file per split and report.json, all into a sibling folder first, so that none is half-written.
+
+    What an older build wrote in another format goes: it is not what the report tells of.
+    """
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    example = next((puzzles[:1] for puzzles in splits.values() if puzzles), [])
     try:
         partial.mkdir(parents=True)
         for split, puzzles in splits.items():
             for ending in formats:
-                save_rows(partial / f"{split}.{ending}", [puzzle.to_row() for puzzle in puzzles])
+                rows = [puzzle.to_row() for puzzle in puzzles]
+                save_rows(partial / f"{split}.{ending}", rows, like=[puzzle.to_row() for puzzle in example])
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):
+            flush(file)
             os.replace(file, out / file.name)
+        for ending in FORMATS["both"]:
+            for split in splits if ending not in formats else ():
+                (out / f"{split}.{ending}").unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

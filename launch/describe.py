@@ -40,6 +40,36 @@ LIMITS = (
     "The context names tissue and disease where they are known, so a label may be guessed from them without a gene.",
 )
 FEW_DONORS = 5
+ALL_PRIMARY = "all cells count as primary data"
+"""In the note on a file that does not say which are (data/cells.py)."""
+COUNTS = {str: int}
+REPORT = {
+    "options?": dict,
+    "versions?": dict,
+    "command?": (str, list),
+    "notes?": [str],
+    "splits?": {str: {"puzzles?": int}},
+    "files": [
+        {
+            "cells_dropped?": COUNTS,
+            "cells_set_aside?": COUNTS,
+            "groups_skipped?": COUNTS,
+            "notes?": [str],
+            "splits?": {str: {"quota_left?": COUNTS, "puzzles_with_a_cell_without_genes?": int}},
+        }
+    ],
+    "audit?": {
+        "rules": {str: (int, float)},
+        "splits": [{"name": str, "puzzles": int, "donors": int, "cells": int, "distinct_cells": int}],
+        "pairs": [
+            {"first": str, "second": str, "shared_cells": int, "puzzles_with_shared_cell": int, "share_with_shared_cell":
+             (int, float), "shared_donors?": list, "near_duplicate_lists": int, "same_batches": int}
+        ],
+        "leaks": [str],
+        "warnings": [str],
+    },
+}  # fmt: skip
+"""What the card reads of a report (launch/build.py)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,16 +84,22 @@ def main(config: Config) -> None:
     """Tables, figure and data card of any set of puzzles, ours or the published ones."""
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise ValueError(f"--out {config.out}: is a file, not a folder")
-    report = read_report(config.report or beside(config.puzzles))
+    report = read_report(config.report) if config.report else report_beside(config.puzzles)
     for file in write_description(config.out, read_splits(config.puzzles), report):
         click.echo(f"written to {file}")
 
 
-def beside(files: Iterable[str]) -> Path | None:
-    """The report.json of the one folder that holds all the files, if there is one."""
+def report_beside(files: Iterable[str]) -> dict[str, Any] | None:
+    """The report.json of the one folder that holds all the files, if there is one, and it is one of a build."""
     folders = {Path(os.path.abspath(file)).parent for file in files}
     found = folders.pop() / "report.json"
-    return found if not folders and found.is_file() else None
+    if folders or not found.is_file():
+        return None
+    try:
+        return read_report(found)
+    except ValueError:
+        click.echo(f"note: {found} is not the report of a build, and is left out")
+        return None
 
 
 def read_report(path: str | Path | None) -> dict[str, Any] | None:
@@ -76,9 +112,26 @@ def read_report(path: str | Path | None) -> dict[str, Any] | None:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
         report = None
-    if not isinstance(report, dict):
+    if not fits_shape(report, REPORT):
         raise ValueError(f"--report {path}: not the report.json of a build; leave the option out to do without")
     return report
+
+
+def fits_shape(value: Any, shape: Any) -> bool:
+    """Is it of that shape? A list holds values of its only item's shape, and a dict of str those of its only value's; in
+    other dicts a key that ends in ? may be absent or null."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits_shape(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits_shape(item, shape[str]) for item in value.values())
+    return all(
+        (key[-1] == "?" and value.get(key.rstrip("?")) is None) or fits_shape(value.get(key.rstrip("?")), of_key)
+        for key, of_key in shape.items()
+    )
 
 
 def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, Any] | None) -> list[Path]:
@@ -134,23 +187,25 @@ def _fits(found: dict[str, Any] | None, splits: Splits) -> bool:
 
 def _what(splits: Splits) -> str:
     puzzles = [puzzle for of_split in splits.values() for puzzle in of_split]
-    sizes = [len(puzzle.cells) for puzzle in puzzles]
+    n_cells = sum(len(puzzle.cells) for puzzle in puzzles)
     longest = max(len(cell) for puzzle in puzzles for cell in puzzle.cells)
     diseases = DISEASES.counts(puzzles)["puzzles"].keys() - {NOT_STATED, "normal"}
-    kinds = Counter(puzzle.variant for puzzle in puzzles)
     text = [
-        f"{_number(len(puzzles), 'puzzle')} in {_number(len(splits), 'split')} ({', '.join(splits)}); {sum(sizes):,} cells, "
-        f"counted once per puzzle; {_number(len(diseases), 'disease')} besides normal. A puzzle is a batch of {min(sizes)} to "
-        f"{max(sizes)} cells of one donor, each shown as a list of at most {longest} genes, most expressed first, with a "
-        f"sentence about the donor and the candidate cell types, each of which goes to exactly one cell: the CellPuzzles task "
-        f"of Cell-o1 (arXiv:2506.02911)."
+        f"{_number(len(puzzles), 'puzzle')} in {_number(len(splits), 'split')} ({', '.join(splits)}) of the CellPuzzles task of "
+        f"Cell-o1 (arXiv:2506.02911); {n_cells:,} cells, counted once per puzzle; {_number(len(diseases), 'disease')} besides "
+        f"normal. A cell is shown as a list of at most {longest} genes, most expressed first, after a sentence about its donor."
     ]
-    if kinds["cell"]:
-        text.append(
-            f"{kinds['cell']:,} of the puzzles show one cell of a batch alone, with all candidates of the batch."
-        )
-    if kinds["open"]:
-        text.append(f"{kinds['open']:,} of the puzzles are open-ended: they name no candidates.")
+    kinds = {
+        "batch": "A puzzle is a batch of {} of one donor, with the candidate cell types, each of which goes to exactly one cell.",
+        "cell": "A puzzle is one cell of a batch alone, with all candidate cell types of the batch, one of which is its own.",
+        "open": "An open-ended puzzle is a batch of {} of one donor, without candidates.",
+    }
+    for kind, sentence in kinds.items():
+        sizes = [len(puzzle.cells) for puzzle in puzzles if puzzle.variant == kind]
+        if sizes:
+            least = "" if min(sizes) == max(sizes) else f"{min(sizes)} to "
+            count = "" if len(sizes) == len(puzzles) else f" ({_number(len(sizes), 'puzzle')})"
+            text.append(sentence.format(f"{least}{_number(max(sizes), 'cell')}").removesuffix(".") + f"{count}.")
     return " ".join(text)
 
 
@@ -179,13 +234,22 @@ def _filters(report: dict[str, Any]) -> str:
         "test_fraction": "Share that goes to test: {}.",
         "unseen_disease": "Diseases kept out of train and test: {}.",
         "organism": "Organism: {}.",
+        "include_non_primary": "Cells that are not primary data are used as well.",
     }
     sizes = f"{_shown(options.get('min_cells'))} to {_shown(options.get('max_cells'))}"
-    sentences = [f"A puzzle has {sizes} cells, each of another cell type, all of one donor and experimental batch."]
+    sentences = [f"A batch has {sizes} cells, each of another cell type, all of one donor and experimental batch."]
     sentences += [text.format(_shown(options.get(key))) for key, text in say.items() if options.get(key)]
-    kept = [*{reason: None for file in report.get("files", ()) for reason in file.get("cells_dropped", {})}]
-    sentences += [f"A cell is left out where: {'; '.join(kept)}."] if kept else []
+    reasons = dict.fromkeys(reason for file in report.get("files", ()) for reason in _reasons(file, options))
+    sentences += [f"A cell is left out where: {'; '.join(reasons)}."] if reasons else []
     return _bullets(sentences)
+
+
+def _reasons(file: dict[str, Any], options: dict[str, Any]) -> list[str]:
+    """For which the cells of a file were left out, had there been any; whether they are primary data may not have counted."""
+    any_data = options.get("include_non_primary") or any(ALL_PRIMARY in note for note in file.get("notes") or ())
+    return [
+        reason for reason in file.get("cells_dropped") or {} if not (any_data and reason.startswith("is_primary_data"))
+    ]
 
 
 def _left_out(report: dict[str, Any]) -> str:

@@ -8,7 +8,9 @@
     python launch/distill.py --puzzles train.parquet --out traces.jsonl --teacher vllm --model checkpoints/qwen
 
 Beside traces.jsonl it writes traces.raw.jsonl, every response before it is judged (data/responses.py), and
-traces.report.json. The same command with --resume goes on after a kill; nothing is asked for twice.
+traces.report.json. The same command with --resume goes on after a kill; no response that came is asked for again. A run that
+ends by itself or by SIGTERM or Ctrl-C first waits for the responses in flight: only what is in flight at a `kill -9`, or at a
+second signal, may be paid for twice.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +30,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from data.distill import KEEP, Completion, Draws, Plan, Teacher, distill
+from data.distill import KEEP, Completion, Draws, Key, Plan, Request, Teacher, distill
 from data.distill_report import headline, make_report, table, write_report
 from data.embedded_teacher import EmbeddedTeacher, TeacherConfig, marker_table
 from data.meter import Meter
@@ -62,7 +65,9 @@ class DistillConfig:
     key_env: str = option("OPENAI_API_KEY", "openai: environment variable that holds the key.")
     candidates: int = option(8, "Traces drawn per puzzle before giving up (k of the paper).")
     stop_at: int = option(1, "Accepted traces after which a puzzle is asked no more; 0 draws all --candidates.")
-    keep: str = option("first", "Which of a puzzle's accepted traces are kept; shortest counts characters.", KEEP)
+    keep: str = option(
+        "first", "Which of a puzzle's accepted traces are kept (see --stop-at); shortest counts characters.", KEEP
+    )
     hint: bool = option(False, "Ask again, with the answer hinted, for puzzles whose every candidate was rejected.")
     hint_candidates: int = option(4, "Traces drawn with the answer hinted.")
     temperature: float = option(1.0, "Of the sampling.")
@@ -81,7 +86,9 @@ class DistillConfig:
     accept: str = option(
         "reward.cellpuzzles:batch_reward", "Reward that judges a trace, as --reward of launch/grpo.py."
     )
-    accept_at: float = option(1.0, "Lowest reward that is accepted.")
+    accept_at: float = option(
+        1.0, "Lowest reward that is accepted; a kept trace with wrong labels has the true ones as column answer."
+    )
     reward_workers: int = option(1, "Processes that score.")
     reward_seconds: float = option(60.0, "Time limit per trace.")
     resume: bool = option(False, "Use the responses that are there, and ask for the others.")
@@ -95,6 +102,12 @@ def main(config: DistillConfig) -> None:
     """Draw up to --candidates traces per puzzle until --stop-at are accepted: format valid and every label right, or --accept."""
     start = time.monotonic()
     check(config)
+    if config.keep != "first" and config.stop_at == 1 and not config.resume:
+        click.echo(
+            f"note: --keep {config.keep} has nothing to choose from, since --stop-at 1 ends a puzzle with its first accepted "
+            "trace; --stop-at 0 draws all --candidates",
+            err=True,
+        )
     key = take_key(config)
     judge = TraceJudge(config.accept, config.accept_at, config.reward_workers, config.reward_seconds)
     puzzles = read_puzzles(config.puzzles)
@@ -113,8 +126,11 @@ def main(config: DistillConfig) -> None:
     raw_path, free = beside(config.out, ".raw.jsonl"), config.teacher == "embedded"
     if not free and not config.resume and Path(config.out).exists() and not raw_path.exists():
         raise ValueError(f"--out {config.out}: is there without its responses ({raw_path}); name another file")
-    settings = meaning(config, puzzles)
-    with closing(judge), RawFile(raw_path, settings, meter, resume=config.resume, replace=free, sync=not free) as raw:
+    settings, worst = meaning(config, puzzles), worst_cases(config, puzzles, meter)
+    with (
+        closing(judge),
+        RawFile(raw_path, settings, meter, resume=config.resume, replace=free, sync=not free, worst=worst) as raw,
+    ):
         teacher = make_teacher(config, key, puzzles, chosen, meter, raw)
         with Progress(draws, meter) as progress, Interruptible(teacher, raw, config) as interrupted:
             ended = distill(
@@ -136,6 +152,11 @@ def check(config: DistillConfig) -> None:
         raise click.UsageError(f"--teacher {config.teacher} needs --model")
     if Path(config.out).suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--out {config.out}: name a file that ends in .jsonl or .parquet")
+    for written in (Path(config.out), beside(config.out, ".raw.jsonl"), beside(config.out, ".report.json")):
+        if written.exists() and os.path.exists(config.puzzles) and os.path.samefile(written, config.puzzles):
+            raise ValueError(
+                f"--out {config.out}: would write {written} over --puzzles {config.puzzles}; name another file"
+            )
     if config.budget is not None and (config.price_in is None or not config.price_out):
         raise click.UsageError("--budget needs --price-in and --price-out, per million tokens")
     at_least = {"candidates": 1, "stop_at": 0, "hint_candidates": 1, "max_response_tokens": 1, "concurrency": 1, "retries": 0,
@@ -184,6 +205,20 @@ def meaning(config: DistillConfig, puzzles: list[Puzzle]) -> dict[str, Any]:
     """The first line of the raw file: what gives the responses their meaning."""
     used = {name: getattr(config, name) for name in MEANING if config.teacher in OF_TEACHER[name]}
     return {"teacher": config.teacher, **used, "seed": config.seed, "prompts": prompts_hash(puzzles)}
+
+
+def worst_cases(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Callable[[Key], float]:
+    """The most that a request of the raw file can cost, by its key."""
+    by_id = {puzzle.id: puzzle for puzzle in puzzles}
+
+    def worst(key: Key) -> float:
+        puzzle_id, attempt, hinted = key
+        if puzzle_id not in by_id:
+            return 0.0
+        request = Request(puzzle=by_id[puzzle_id], attempt=attempt, hinted=hinted)
+        return meter.worst(request.chat(), config.max_response_tokens)
+
+    return worst
 
 
 def make_teacher(
@@ -257,7 +292,9 @@ def finish(config: DistillConfig, draws: Draws, meter: Meter, ended: str, second
     print(table(report), flush=True)
     if ended == "budget":
         click.echo(
-            f"note: --budget {config.budget:g} is used up: puzzles are left; raise it and add --resume", err=True
+            f"note: --budget {config.budget:g} is used up: puzzles are left, {report['puzzles'] - report['puzzles_asked']} of "
+            "them never asked; raise it and add --resume",
+            err=True,
         )
     if not rows:
         reasons = ", ".join(report["rejected"]) or "nothing was drawn"
@@ -270,17 +307,21 @@ def finish(config: DistillConfig, draws: Draws, meter: Meter, ended: str, second
 
 
 class Interruptible:
-    """Inside it SIGTERM and SIGINT stop the teacher; a second signal ends the process at once. Either way all is on disk."""
+    """Inside it SIGTERM and SIGINT stop the teacher, which waits for what is in flight; a second signal of either kind ends the
+    process at once. Either way all that came is on disk."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, teacher: Teacher, raw: RawFile, config: DistillConfig) -> None:
         self.teacher, self.raw, self.config, self.signal = teacher, raw, config, 0
 
     def __enter__(self) -> "Interruptible":
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.handle) for number in self.SIGNALS}
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for either in self.SIGNALS:
+            signal.signal(either, signal.SIG_DFL)
         self.signal = number
         self.teacher.stop()
 

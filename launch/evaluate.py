@@ -10,26 +10,22 @@ python launch/evaluate.py --puzzles test.parquet --baseline nearest --train trai
 import dataclasses
 import functools
 import json
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
 
-from data.errors import RunError
-from data.puzzles import Puzzle, read_puzzles, read_rows
+from data.puzzles import Puzzle, read_puzzles
+from data.variants import regroup
 from eval import baselines
-from eval.metrics import METRICS, match_rows
+from eval.metrics import METRICS, match_rows, read_predictions, read_result
 from eval.predict import (
-    Answered,
-    Ask,
     Partial,
     answer_all,
-    ask_engine,
-    ask_teacher,
     average_of,
     count_tokens,
     digest,
@@ -39,8 +35,8 @@ from eval.predict import (
     write_evaluation,
 )
 from eval.similarity import LabelEncoder
+from launch.answering import Local, Remote, model_files
 from launch.options import command, option
-from rollout import Sampling
 
 Sets = dict[str, list[Puzzle]]
 """{name of the file, without its ending: its puzzles}"""
@@ -61,9 +57,14 @@ class EvaluateConfig:
         "OPENAI_API_KEY", "Environment variable with the endpoint's key, which is never written down."
     )
     concurrency: int = option(8, "Requests to the endpoint at a time.")
+    refused: str = option(
+        "stop",
+        "Prompts that the endpoint refuses for good (a content filter, say): end without a result, or count as invalid answers.",
+        ("stop", "invalid"),
+    )
     predictions: str | None = option(
         None,
-        "Saved predictions instead of a model: a .jsonl with id, prediction, or the --out folder of an evaluation.",
+        "Saved predictions instead of a model: a .jsonl, .json or .parquet with id, prediction, or an evaluation's --out folder.",
     )
     baseline: str | None = option(None, "A baseline instead of a model.", baselines.BASELINES)
     train: str | None = option(None, "Training puzzles that a baseline learns from.")
@@ -76,7 +77,9 @@ class EvaluateConfig:
     top_p: float = option(1.0, "Nucleus that is sampled from.")
     seed: int = option(0, "Of samples, intervals and baselines.")
     max_response_tokens: int = option(3000, "Longest response.")
-    limit: int | None = option(None, "Use only the first LIMIT puzzles of each file.")
+    limit: int | None = option(
+        None, "Use only the first LIMIT puzzles of each file; of single cells the whole batches among them."
+    )
     chunk: int = option(256, "Puzzles that vLLM answers between two saves.")
     resume: bool = option(False, "Go on where a run with the same settings was stopped.")
     dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"))
@@ -89,22 +92,24 @@ def main(config: EvaluateConfig) -> None:
     config = dataclasses.replace(config, temperature=temperature(config))
     check(config)
     whole = read_sets(config)
-    sets = {stem: puzzles[: config.limit] for stem, puzzles in whole.items()}
-    for stem, puzzles in sets.items():
-        variant_of_all(puzzles, file_of(config, stem))
+    sets = {stem: limited(puzzles, config.limit, file_of(config, stem)) for stem, puzzles in whole.items()}
+    train = read_puzzles(config.train) if config.train else None
     encoder = LabelEncoder(config.medcpt) if config.medcpt else None
     others = {stem: compared(config, stem, puzzles) for stem, puzzles in sets.items()} if config.compare else {}
     name = name_of(config)
-    answers, close = source(config, sets)
+    answers, close = source(config, sets, train)
     done, results = {}, {}
     for stem, puzzles in sets.items():
         folder = Path(config.out) if len(sets) == 1 else Path(config.out) / stem
         partial = Partial(folder, settings(config, whole[stem]), config.resume)
         rows = answers(stem, puzzles, partial)
+        notes = baselines.cautions(config.baseline, puzzles, train) if config.baseline else []
         result = evaluate(
             rows, puzzles, name=name, run=partial.settings, file=file_of(config, stem), seed=config.seed, encoder=encoder,
-            other=others.get(stem),
+            other=others.get(stem), notes=notes,
         )  # fmt: skip
+        for note in result.get("notes", ()):
+            print(f"{stem}: {note}", file=sys.stderr)
         write_evaluation(folder, rows, result, f"{name} on {stem}")
         partial.remove()
         print(stem, json.dumps({key: result[key] for key in (*METRICS, "n_puzzles")}), flush=True)
@@ -157,6 +162,28 @@ def read_sets(config: EvaluateConfig) -> Sets:
     return {Path(path).stem: read_puzzles(path) for path in config.puzzles}
 
 
+def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]:
+    """The first `limit` puzzles; of single cells the whole batches among them, since a batch without one cannot be scored.
+
+    Raises ValueError for puzzles of several kinds, and for single cells that make up no whole batches.
+    """
+    first = puzzles[:limit]
+    if variant_of_all(puzzles, file) != "cell":
+        return first
+    try:
+        regroup([""] * len(puzzles), puzzles)
+    except ValueError as error:
+        raise ValueError(f"--puzzles {file}: {error}") from None
+    held = Counter(puzzle.meta["batch_id"] for puzzle in first)
+    whole = [puzzle for puzzle in first if held[puzzle.meta["batch_id"]] == len(puzzle.candidates)]
+    if not whole:
+        raise ValueError(
+            f"--limit {limit}: the first {limit} cells of {file} hold no whole batch, the first of which has "
+            f"{len(first[0].candidates)} cells: raise --limit"
+        )
+    return whole
+
+
 def file_of(config: EvaluateConfig, stem: str) -> str:
     return next(path for path in config.puzzles if Path(path).stem == stem)
 
@@ -164,41 +191,44 @@ def file_of(config: EvaluateConfig, stem: str) -> str:
 def settings(config: EvaluateConfig, puzzles: list[Puzzle]) -> dict:
     """What the answers depend on; no key is among it. puzzles: the whole file, so that --limit may grow."""
     asked = ("samples", "temperature", "top_p", "max_response_tokens", "seed")
+    local = config.model is not None and config.endpoint is None
     names = {
-        "model": ("model", "endpoint", *asked) if config.endpoint else ("model", "base", "dtype", "chunk", *asked),
+        "model": ("model", "base", "dtype", "chunk", *asked) if local else ("model", "endpoint", *asked),
         "baseline": ("baseline", "train", "seed"), "predictions": ("predictions", "tokenizer"),
     }  # fmt: skip
     (kind,) = (kind for kind in names if getattr(config, kind) is not None)
-    return {name: getattr(config, name) for name in names[kind]} | {"puzzles_digest": digest(puzzles)}
+    files = {"model_files": model_files(config)} if local else {}
+    return {name: getattr(config, name) for name in names[kind]} | files | {"puzzles_digest": digest(puzzles)}
 
 
 def name_of(config: EvaluateConfig) -> str:
-    """What answered, for the tables; of a folder of saved predictions, what its metrics.json calls it."""
+    """What answered, for the tables; of a folder of saved predictions, what its metrics.json files call it, if all the same."""
     if config.baseline:
         return f"baseline {config.baseline}"
     if config.model:
         return config.model
-    files = sorted(Path(str(config.predictions)).glob("metrics.json")) or sorted(
-        Path(str(config.predictions)).glob("*/metrics.json")
-    )
-    evaluated = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
-    return evaluated.get("name") or str(config.predictions)
+    if Path(str(config.predictions)).is_file():
+        return str(config.predictions)
+    files = [predictions_file(config, "predictions", Path(path).stem) for path in config.puzzles]
+    names = {str(read_result(file.with_name("metrics.json")).get("name") or config.predictions) for file in files}
+    return names.pop() if len(names) == 1 else str(config.predictions)
 
 
 Answers = Callable[[str, list[Puzzle], Partial], list[dict]]
 
 
-def source(config: EvaluateConfig, sets: Sets) -> tuple[Answers, Callable[[], None]]:
+def source(config: EvaluateConfig, sets: Sets, train: list[Puzzle] | None) -> tuple[Answers, Callable[[], None]]:
     """(rows of a set of puzzles, what to call at the end)."""
     if config.predictions:
         return functools.partial(saved, config), lambda: None
     if config.baseline:
-        return functools.partial(baseline, config, sets), lambda: None
+        return functools.partial(baseline, config, train), lambda: None
     model = Remote(config) if config.endpoint else Local(config, sets)
 
     def answers(stem: str, puzzles: list[Puzzle], partial: Partial) -> list[dict]:
         if partial.path.is_file() and not config.resume:
             print(f"{partial.path}: an unfinished run, now replaced; --resume goes on with one", file=sys.stderr)
+        model.resume(partial)
         chunk = len(puzzles) if config.endpoint else config.chunk  # an endpoint's answers are saved one by one
         return answer_all(puzzles, model.ask, partial, chunk=chunk, whole_chunks=not config.endpoint, name=stem)
 
@@ -208,7 +238,7 @@ def source(config: EvaluateConfig, sets: Sets) -> tuple[Answers, Callable[[], No
 def saved(config: EvaluateConfig, stem: str, puzzles: list[Puzzle], partial: Partial) -> list[dict]:
     """Rows of saved predictions, in puzzle order."""
     path = predictions_file(config, "predictions", stem)
-    rows = match_rows(read_rows(path), puzzles, f"{path}: ")
+    rows = match_rows(read_predictions(path), puzzles, f"{path}: ")
     if config.tokenizer:
         from trainer.loading import load_tokenizer
 
@@ -216,9 +246,11 @@ def saved(config: EvaluateConfig, stem: str, puzzles: list[Puzzle], partial: Par
     return [{"id": puzzle.id} | row for puzzle, row in zip(puzzles, rows, strict=True)]
 
 
-def baseline(config: EvaluateConfig, sets: Sets, stem: str, puzzles: list[Puzzle], partial: Partial) -> list[dict]:
+def baseline(
+    config: EvaluateConfig, train: list[Puzzle] | None, stem: str, puzzles: list[Puzzle], partial: Partial
+) -> list[dict]:
     """Rows of a baseline; says how much of the puzzles it knows nothing of."""
-    name, train = str(config.baseline), read_puzzles(config.train) if config.train else None
+    name = str(config.baseline)
     rows, unknown = baselines.answer(name, puzzles, config.seed, train)
     if unknown:
         print(
@@ -252,10 +284,8 @@ def predictions_file(config: EvaluateConfig, flag: str, stem: str) -> Path:
 def compared(config: EvaluateConfig, stem: str, puzzles: list[Puzzle]) -> tuple[str, list[dict]]:
     """(name, rows) of the model to compare with. Raises ValueError unless it answered the same puzzles."""
     path = predictions_file(config, "compare", stem)
-    rows = read_rows(path)
-    evaluated = path.with_name("metrics.json")
-    result = json.loads(evaluated.read_text(encoding="utf-8")) if evaluated.is_file() else {}
-    theirs = result.get("puzzles", {}).get("digest")
+    rows, result = read_predictions(path), read_result(path.with_name("metrics.json"))
+    theirs = (result.get("puzzles") or {}).get("digest")
     beyond = {row["id"] for row in rows if "id" in row} - {puzzle.id for puzzle in puzzles}
     if beyond or theirs not in (None, digest(puzzles)):
         raise ValueError(
@@ -264,94 +294,6 @@ def compared(config: EvaluateConfig, stem: str, puzzles: list[Puzzle]) -> tuple[
             "models on the same file with the same --limit"
         )
     return result.get("name") or str(config.compare), match_rows(rows, puzzles, f"--compare {path}: ")
-
-
-class Remote:
-    """A model behind an OpenAI-compatible endpoint. The key stays with the client."""
-
-    def __init__(self, config: EvaluateConfig) -> None:
-        from data.meter import Meter
-        from rollout.teachers import Endpoint, OpenAITeacher, is_loopback
-
-        key = os.environ.get(config.key_env, "")
-        if not key and not is_loopback(str(config.endpoint)):
-            raise click.UsageError(
-                f"the environment variable {config.key_env} holds no key for --endpoint: set it, or name another with --key-env"
-            )
-        endpoint = Endpoint(
-            model=str(config.model), base_url=str(config.endpoint), key=key or "EMPTY",
-            temperature=float(config.temperature or 0.0), top_p=config.top_p if config.top_p < 1 else None,
-            max_response_tokens=config.max_response_tokens, seed=config.seed, concurrency=config.concurrency,
-        )  # fmt: skip
-        self.teacher = OpenAITeacher(endpoint, Meter(), lambda row: None, functools.partial(print, file=sys.stderr))
-        self.asking = ask_teacher(self.teacher, config.samples)
-
-    def ask(self, puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
-        """See eval.predict. Raises RunError in the words of this command's options."""
-        try:
-            yield from self.asking(puzzles, first)
-        except RunError as error:
-            raise RunError(str(error).replace("--base-url", "--endpoint")) from None
-
-    def close(self) -> None:
-        self.teacher.close()
-
-
-class Local:
-    """A checkpoint, or an adapter on one, in vLLM in this process; loaded when the first puzzle is asked."""
-
-    def __init__(self, config: EvaluateConfig, sets: Sets) -> None:
-        self.config, self.sets = config, sets
-        self.asking: Ask | None = None
-        self.engine = None
-
-    def ask(self, puzzles: list[Puzzle], first: int) -> Iterable[Answered]:
-        """See eval.predict."""
-        if self.asking is None:
-            self.asking = self._load()
-        return self.asking(puzzles, first)
-
-    def _load(self) -> Ask:
-        from rollout.sync import Parcel
-        from rollout.vllm_engine import VLLMEngine
-        from trainer.loading import load_tokenizer
-        from trainer.policy import encode_prompt
-        from trainer.runfolder import read_adapter
-        from trainer.world import join_world
-
-        config = self.config
-        folder, adapter, lora = Path(str(config.model)), None, None
-        if (folder / "adapter_config.json").is_file():
-            adapter, adapter_config = read_adapter(folder)
-            folder = Path(config.base or adapter_config["base_model_name_or_path"])
-            lora = {key: adapter_config[key] for key in ("r", "lora_alpha", "target_modules")}
-        tokenizer = load_tokenizer(str(folder))
-
-        def encode(puzzle: Puzzle) -> list[int]:
-            return encode_prompt(tokenizer, puzzle.chat())
-
-        longest = max(len(encode(puzzle)) for puzzles in self.sets.values() for puzzle in puzzles)
-        join_world()
-        self.engine = VLLMEngine(
-            str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype,
-            memory_fraction=config.memory_fraction,
-        )  # fmt: skip
-        if adapter:
-            parcel = Parcel.of(adapter)
-            self.engine.load_adapter(parcel, parcel.manifest(), version=1)
-        sampling = Sampling(
-            n=config.samples, max_tokens=config.max_response_tokens, temperature=float(config.temperature or 0.0),
-            top_p=config.top_p, seed=config.seed,
-        )  # fmt: skip
-        return ask_engine(self.engine, tokenizer, encode, sampling)
-
-    def close(self) -> None:
-        """Stop the engine, where one was started."""
-        from trainer.world import leave_world
-
-        if self.engine is not None:
-            self.engine.close()
-            leave_world()
 
 
 if __name__ == "__main__":

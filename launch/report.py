@@ -1,4 +1,4 @@
-"""Write the report page of a finished run: `python launch/report.py --run runs/demo`."""
+"""Write the report page of a run: `python launch/report.py --run runs/demo`."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,7 +12,11 @@ from launch.options import command, option
 
 @dataclass(frozen=True)
 class Config:
-    run: str = option(dataclasses.MISSING, "Run folder with a summary.json, for example runs/demo.")
+    run: str = option(
+        dataclasses.MISSING,
+        "Run folder, for example runs/demo. What is there of eval/{base,sft,grpo}/{test,unseen} (written by launch/evaluate.py), "
+        "puzzles/{test,unseen}.parquet, sft/, grpo/ and summary.json is shown.",
+    )
     show: int = option(3, "How many of the best and of the worst puzzles the page shows.")
     png: str | None = option(None, "Also draw the learning curve into this .png file.")
 

@@ -13,15 +13,18 @@ from typing import Any
 import click
 
 from data.files import write_whole
-from data.puzzles import read_puzzles, read_rows
-from eval.review import RESAMPLES, VERDICTS, Review, answers_by_id, make_review, merge, read_key, read_review
+from data.puzzles import read_puzzles
+from eval.metrics import read_predictions
+from eval.review import RESAMPLES, VERDICTS, WORDING, Review, answers_by_id, make_review, merge, read_key, read_review
 from launch.options import command, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewConfig:
     puzzles: str | None = option(None, "Puzzles that were answered, .parquet or .jsonl.")
-    predictions: tuple[str, ...] = option((), "Answers of a model, .jsonl with id and prediction; give two.")
+    predictions: tuple[str, ...] = option(
+        (), "Answers of a model, .jsonl, .json or .parquet with id and prediction; give two."
+    )
     name: tuple[str, ...] = option((), "Names of the two models in the summary; default: where their paths differ.")
     cases: int = option(100, "Most cases on the page; drawn so that each number of cells keeps its share.")
     seed: int = option(0, "Which cases, in which order, and which answer stands left.")
@@ -59,7 +62,7 @@ def write_page(config: ReviewConfig) -> None:
         raise ValueError(f"--name {', '.join(names)}: give two different names, neither of them 'tie'")
     puzzles = read_puzzles(config.puzzles)
     answers = {
-        name: answers_by_id(read_rows(path), puzzles, path)
+        name: answers_by_id(read_predictions(path), puzzles, path)
         for name, path in zip(names, config.predictions, strict=True)
     }
     review = make_review(puzzles, answers, config.cases, config.seed, config.show_truth)
@@ -151,7 +154,7 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         f"{'saw' if summary['show_truth'] else 'did not see'} the true cell types. In brackets: 95 % bootstrap interval, over "
         f"cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
         _table(("model", *columns, "win rate"), results),
-        "## Errors marked", "Counted over cells and reviewers; an answer that cannot be read counts as one cell.",
+        "## Errors marked", f"Counted over cells and reviewers; an answer that cannot be read counts as one cell. {WORDING}",
         _table(("type", *models), errors),
         "## Reviewers", _table(("reviewer", "cases judged", "left", "tie", "right"), people),
         "## Agreement",

@@ -264,7 +264,9 @@ def sections(summary: TraceSummary) -> list[tuple[str, list[tuple[str, str, str]
             ("Responses that end with one label at two cells", share(summary.duplicated),
              "Every cell of a batch has a type of its own, so at most one of the two is right."),
             ("Responses that name a type outside the list", share(summary.outside),
-             f"In {share(summary.outside_assigned)} it is given to a cell; elsewhere it is only mentioned, as in a comparison."
+             f"In {share(summary.outside_assigned)} it is given to a cell; elsewhere it is only mentioned, as in a comparison. A "
+             "lower bound: found are the types of data/markers.tsv, of the puzzles and of a list of common ones "
+             "(eval/trace_names.py), and what is said like \"is a ... cell\"; other names are missed."
              + (f" Named most: {labels}." if labels else "")),
         ]),
     ]  # fmt: skip

@@ -2,11 +2,12 @@
 
 The key is known to the OpenAI client alone: it is cut out of every text that comes back before anything else sees the text.
 What is decided in the event loop between two awaits needs no lock; a completion that has come is handed over without an await
-in between, so that no cancellation can lose it.
+in between, so that no cancellation can lose it. A teacher that ends sends nothing new and waits for what is in flight, which
+will be charged: only what a kill cuts off is paid for and not there.
 """
 
 import asyncio
-import json
+import ipaddress
 import queue
 import random
 import re
@@ -15,8 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,9 +27,8 @@ from data.distill import Completion, Request
 from data.errors import RunError
 from data.meter import Meter
 from rollout import stable_seed
+from rollout.replies import TryFailedError, read_completion, retry_after, said
 
-GRACE = 2.0
-"""Seconds that requests in flight have to finish when the teacher is told to stop."""
 LONGEST_WAIT = 60.0
 """Seconds between two tries, at most, where the endpoint does not say how long."""
 LONGEST_ASKED = 600.0
@@ -76,22 +76,11 @@ class Endpoint:
     """Before the second try; doubles with every further one."""
 
 
-class TryFailedError(Exception):
-    """One try came to nothing. `again`: another may succeed."""
-
-    def __init__(
-        self, message: str, *, again: bool, charged: bool = False, after: float | None = None, status: int = 0
-    ) -> None:
-        """charged: it may cost all the same. after: seconds that the endpoint asks to wait."""
-        super().__init__(message)
-        self.again, self.charged, self.after, self.status = again, charged, after, status
-
-
 class OpenAITeacher:
     """Asks an endpoint for one response per request, `concurrency` at a time, from an event loop in a thread of its own.
 
     note(row): writes a line {"sent": ...} or {"lost": ...} to the raw file (data/responses.py); called from that thread.
-    say(text): tells the user that the endpoint wants to wait.
+    say(text): tells the user that the endpoint wants to wait, or that responses in flight are awaited; called from it too.
     """
 
     def __init__(
@@ -99,7 +88,8 @@ class OpenAITeacher:
     ) -> None:
         self.endpoint, self.meter, self.note, self.say = endpoint, meter, note, say
         self.ended = self.fatal = ""
-        self.stopping = threading.Event()
+        self.stopping, self.abandoned = threading.Event(), threading.Event()
+        """Nothing new is sent; nobody takes what comes, so that what is in flight is given up."""
         self.token_field, self.send_seed = "max_tokens", True
         self.not_before = 0.0
         """Of time.monotonic(): when the endpoint takes requests again."""
@@ -117,13 +107,14 @@ class OpenAITeacher:
                     yield completion
             finally:
                 if not asking.done():
+                    self.abandoned.set()
                     self.stopping.set()
             asking.result()
         if self.fatal:
             raise RunError(self.fatal)
 
     def stop(self) -> None:
-        """See Teacher. Requests in flight have GRACE seconds to finish; they may have been charged."""
+        """See Teacher. Requests in flight have until their time-out."""
         self.ended = self.ended or "stopped"
         self.stopping.set()
 
@@ -134,26 +125,40 @@ class OpenAITeacher:
 
     async def _ask_all(self, requests: list[Request], arrived: queue.SimpleQueue) -> None:
         waiting, settled = deque(requests), asyncio.Event()
+        self.halted = asyncio.Event()
+        """`stopping`, for those who wait in the event loop."""
         seconds, n_senders = self.endpoint.timeout_seconds, min(self.endpoint.concurrency, len(requests))
         try:
             async with openai.AsyncOpenAI(
                 api_key=self.endpoint.key, base_url=self.endpoint.base_url, max_retries=0,
-                timeout=openai.Timeout(seconds, connect=min(seconds, 30.0)),
+                timeout=openai.Timeout(seconds, connect=min(seconds / 2, 30.0)),
                 http_client=openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.endpoint.base_url)),  # no proxy
             ) as client, asyncio.TaskGroup() as group:  # fmt: skip
                 senders = [group.create_task(self._send(client, waiting, settled, arrived)) for _ in range(n_senders)]
-                guard = group.create_task(self._cut_short(senders))
+                guard = group.create_task(self._wind_up(senders, settled))
                 await asyncio.wait(senders)
                 guard.cancel()
         except* RunError as errors:  # the raw file takes no line
             self.fatal = self.fatal or str(errors.exceptions[0])
 
-    async def _cut_short(self, senders: list[asyncio.Task]) -> None:
+    async def _wind_up(self, senders: list[asyncio.Task], settled: asyncio.Event) -> None:
+        """Once the teacher is to stop: wake the senders that wait to send; cancel those in flight only when abandoned."""
         while not self.stopping.is_set():
             await asyncio.sleep(0.05)
-        await asyncio.wait(senders, timeout=GRACE)
+        self.halted.set()
+        settled.set()
+        if self.in_flight and not self.abandoned.is_set():
+            self.say(f"waiting for the responses in flight ({self.in_flight}), which will be charged: at most "
+                     f"{self.endpoint.timeout_seconds:g} s; a second signal gives them up")  # fmt: skip
+        while not self.abandoned.is_set():
+            await asyncio.sleep(0.05)
         for sender in senders:
             sender.cancel()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Less when the teacher is to stop."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.halted.wait(), seconds)
 
     async def _send(self, client: openai.AsyncOpenAI, waiting: deque, settled: asyncio.Event, arrived) -> None:
         while waiting and not self.ended and not self.stopping.is_set():
@@ -195,9 +200,9 @@ class OpenAITeacher:
 
     async def _may_send(self, worst: float, settled: asyncio.Event, rng: random.Random) -> bool:
         """Wait until the endpoint takes requests and the budget has room for the worst case, which is then reserved."""
-        while (seconds := self.not_before - time.monotonic()) > 0:
-            await asyncio.sleep(seconds + rng.random() * min(1.0, self.endpoint.backoff_seconds))
-        while not self.meter.fits(worst) and self.in_flight:
+        while (seconds := self.not_before - time.monotonic()) > 0 and not self.stopping.is_set():
+            await self._sleep(seconds + rng.random() * min(1.0, self.endpoint.backoff_seconds))
+        while not self.meter.fits(worst) and self.in_flight and not self.stopping.is_set():
             settled.clear()
             await settled.wait()  # what is in flight will cost less than its worst case
         if self.stopping.is_set() or self.ended:
@@ -216,12 +221,10 @@ class OpenAITeacher:
             try:
                 async with asyncio.timeout(self.endpoint.timeout_seconds):
                     raw = await client.chat.completions.with_raw_response.create(**body)
-                completion = read_completion(raw.http_response.content, request)
-                return replace(
-                    completion, text=self._clean(completion.text), reasoning=self._clean(completion.reasoning),
-                    model=self._clean(completion.model),
-                )  # fmt: skip
-            except (TimeoutError, openai.APITimeoutError):
+                return read_completion(raw.http_response.content, request, self._clean)
+            except (TimeoutError, openai.APITimeoutError) as error:
+                if type(error.__cause__).__name__ in ("ConnectTimeout", "PoolTimeout"):
+                    return TryFailedError("no connection in time", again=True)
                 return TryFailedError(
                     f"no response within {self.endpoint.timeout_seconds:g} s", again=True, charged=True
                 )
@@ -231,8 +234,10 @@ class OpenAITeacher:
             except openai.APIConnectionError as error:
                 why = type(error.__cause__).__name__
                 return TryFailedError(f"connection failed: {why}", again=True, charged=why != "ConnectError")
+            except RecursionError:
+                return TryFailedError("the response is nested too deeply", again=True, charged=True)
             except TryFailedError as error:
-                return TryFailedError(self._clean(str(error)), again=error.again, charged=error.charged)
+                return error
 
     def _body(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -248,23 +253,23 @@ class OpenAITeacher:
     def _adapt(self, body: dict[str, Any], error: openai.APIStatusError) -> bool:
         """Did the endpoint refuse a field that can be renamed or left out? Newer OpenAI models know max_tokens by another name,
         and some endpoints know no seed."""
-        said = _said(error)
-        if error.status_code not in (400, 422) or not _FIELD_REFUSED.search(said):
+        text = said(error)
+        if error.status_code not in (400, 422) or not _FIELD_REFUSED.search(text):
             return False
-        if "max_tokens" in body and re.search(r"\bmax_tokens\b", said):
+        if "max_tokens" in body and re.search(r"\bmax_tokens\b", text):
             self.token_field = "max_completion_tokens"
             return True
-        if "seed" in body and re.search(r"\bseed\b", said):
+        if "seed" in body and re.search(r"\bseed\b", text):
             self.send_seed = False
             return True
         return False
 
     def _refusal(self, error: openai.APIStatusError) -> TryFailedError:
-        status, said = error.status_code, self._clean(_said(error))
-        message = f"status {status}: {said[:300]}"
+        status, text = error.status_code, self._clean(said(error))
+        message = f"status {status}: {text[:300]}"
         if status in ENDS_THE_RUN:
             return TryFailedError(f"the endpoint {ENDS_THE_RUN[status]} ({message})", again=False, status=status)
-        if status == 429 and "insufficient_quota" in said:
+        if status == 429 and "insufficient_quota" in text:
             return TryFailedError(f"the endpoint {ENDS_THE_RUN[402]} ({message})", again=False, status=402)
         again = status in RETRIED or status >= 500
         after = retry_after(error.response.headers) if again else None
@@ -286,8 +291,9 @@ class OpenAITeacher:
                           f"with {failure}; change the settings it names")  # fmt: skip
 
     def _end(self, sentence: str) -> None:
-        self.fatal = self.fatal or sentence
-        self.stopping.set()
+        if not self.stopping.is_set():
+            self.fatal = sentence
+            self.stopping.set()
 
     async def _wait(self, failure: TryFailedError, tries: int, rng: random.Random) -> None:
         """Before the next try: as long as the endpoint asks (then no other request is sent either), or a random part of a time
@@ -302,67 +308,16 @@ class OpenAITeacher:
                 self.say(f"the endpoint asks to wait {failure.after:.0f} s ({failure})")
             self.not_before = max(self.not_before, time.monotonic() + failure.after)
         if failure.after is None or failure.after < pause:
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
 
     def _clean(self, text: str) -> str:
         """The text without the key, should the endpoint have quoted it."""
         return text.replace(self.endpoint.key, "[key]") if len(self.endpoint.key) >= SECRET_LENGTH else text
 
 
-def read_completion(content: bytes, request: Request) -> Completion:
-    """The completion in a response body. Raises TryFailedError, with the chance that it was charged, when there is none."""
-    try:
-        body = json.loads(content)
-    except ValueError:
-        raise TryFailedError("the response is not JSON, or cut short", again=True, charged=True) from None
-    choices = body.get("choices") if isinstance(body, dict) else None
-    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        said = " ".join(str(body.get("error", "") if isinstance(body, dict) else "").split())[:300]
-        raise TryFailedError(f"the response holds no completion {said}".rstrip(), again=True, charged=not said)
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    return Completion(
-        puzzle_id=request.puzzle.id, attempt=request.attempt, hinted=request.hinted, text=_text(message.get("content")),
-        reasoning=_text(message.get("reasoning_content")) or _text(message.get("reasoning")),
-        finish_reason=str(choice.get("finish_reason") or ""), model=str(body.get("model") or ""),
-        **{name: count if isinstance(count, int) else None for name, count in counts.items()},
-    )  # fmt: skip
-
-
-def _text(content: Any) -> str:
-    """Text, or a list of parts some of which are text."""
-    if isinstance(content, list):
-        return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def _said(error: openai.APIStatusError) -> str:
-    """What the endpoint wrote about a refusal, as one line."""
-    body = error.body
-    if isinstance(body, dict) and body.get("message"):
-        body = " ".join(str(body[name]) for name in ("message", "code") if body.get(name))
-    return " ".join(str(body if body is not None else error.response.reason_phrase).split())
-
-
-def retry_after(headers: Any) -> float | None:
-    """Seconds that a response's headers ask to wait; None when they do not say."""
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        return max(0.0, float(headers["retry-after"]))
-    except KeyError:
-        return None
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except ValueError:
-        return None
-
-
 def is_loopback(base_url: str) -> bool:
     """Is the endpoint on this machine?"""
     host = urlsplit(base_url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    with suppress(ValueError):  # a name, not an address
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -1,5 +1,8 @@
 """Atlases of any size: what a streamed file holds in each encoding, its format, its bytes, and what is refused."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import anndata
@@ -144,3 +147,22 @@ def test_command_streams_and_refuses_in_one_sentence(tmp_path):
     refused = run_command("simulate", *arguments, "--cells-per-type", 3)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert refused.stderr == "Error: --cells-per-type 3.0 and --cells 300 both set how many cells there are; give one\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting needs root")
+def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(tmp_path):
+    """HDF5 crashes the process where it cannot write what it held back, so the disk is never filled to its end."""
+    cases = [("300k", ()), ("300k", ("--cells", 5000, "--genes", 3000))]
+    cases += [("80m", ("--cells", 3000, "--genes", 3000, "--compression", "none", "--encoding", "dense")),
+              ("67m", ("--cells", 3000, "--genes", 3000, "--compression", "none", "--encoding", "csc"))]  # fmt: skip
+    for size, words in cases:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path], check=False)
+        if mounted.returncode:
+            pytest.skip("mounting is not allowed here")
+        try:
+            done = run_command("simulate", "--out", tmp_path / "a.h5ad", "--donors", 6, *words)
+            sentence = f"Error: {tmp_path}/a.h5ad: cannot be written (No space left on device); make room or name another place"
+            assert (done.returncode, done.stderr.splitlines()) == (2, [sentence])
+            assert list(tmp_path.iterdir()) == []
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)

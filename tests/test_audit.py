@@ -263,3 +263,31 @@ def test_an_empty_file_is_an_empty_set_and_meant_donors_are_a_warning(files, tmp
 
 def test_without_files_the_usage_is_shown():
     assert run_command("audit").returncode == 2
+
+
+def test_two_files_of_one_name_are_told_apart_by_their_hashes(tmp_path):
+    """Two builds of other files called atlas.h5ad, whose cells have the same names."""
+    for folder, start, digest in (("x", 0, "ab12"), ("y", 1000, "cd34"), ("z", 2000, "ab12")):
+        name = f"{folder}-1"
+        write_puzzles(tmp_path / folder / f"{folder}.parquet", [stated(name, "uvw", f"donor {folder}", start)])
+        report = {"files": [{"file": "atlas.h5ad", "sha256": digest}]}
+        (tmp_path / folder / "report.json").write_text(json.dumps(report))
+    x, y, z = (tmp_path / name / f"{name}.parquet" for name in "xyz")
+    done = run_command("audit", x, y)
+    assert done.returncode == 0, done.stdout
+    assert "warning: 2 different files are called atlas.h5ad (by the report.json beside the puzzles)" in done.stdout
+    done = run_command("audit", x, z)
+    assert done.returncode == 1 and "3 by cell id" in done.stdout and "different files" not in done.stdout
+    (tmp_path / "y/report.json").unlink()  # what is not known to differ is taken for the same
+    assert run_command("audit", x, y).returncode == 1
+    (tmp_path / "y/report.json").write_text('{"files": ["atlas.h5ad"]}')
+    assert run_command("audit", x, y).returncode == 1
+
+
+def test_cell_ids_that_are_no_list_are_named(tmp_path):
+    for ids in (5, "uv", {"u": 1, "v": 2}):
+        bad = puzzle("b", [genes(0), genes(50)], source="x", cell_ids=ids)
+        with pytest.raises(
+            ValueError, match="test, puzzle b: .* cell_ids for 2 cells; remove the column or give one id"
+        ):
+            audit({"test": [bad]})

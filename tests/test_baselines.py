@@ -8,7 +8,7 @@ import pytest
 from data.markers import read_markers
 from data.puzzles import Puzzle
 from data.variants import cell_level, open_ended
-from eval.baselines import BASELINES, Profiles, answer, each_by_itself, known_markers, one_to_one, overlap
+from eval.baselines import BASELINES, Profiles, answer, cautions, each_by_itself, known_markers, one_to_one, overlap
 from eval.metrics import score, score_one
 
 TABLE = {"a cell": ["A1", "A2", "SHARED"], "b cell": ["B1", "SHARED"]}
@@ -123,3 +123,23 @@ def test_what_a_baseline_cannot_do_is_said():
     with pytest.raises(ValueError, match="--baseline best: choose one of random, markers, nearest, nearest-assigned"):
         answer("best", [one], 0)
     assert answer("nearest", [one], 0, [puzzle([["A"]], ["a"])])[1] == ["c"]
+
+
+def test_training_puzzles_that_leak_and_genes_that_nobody_knows_are_said():
+    genes = [f"G{i}" for i in range(40)]
+    train = [puzzle([genes[:20], genes[20:]], ["a", "c"], "t")]
+    leaking = [puzzle([genes[:20], [f"X{i}" for i in range(20)]], ["a", "c"])]
+    for name in ("nearest", "nearest-assigned", "markers"):
+        said = " ".join(cautions(name, leaking, train))
+        assert "the training puzzles leak into these" in said and "a cell that --train has too: 1 distinct cell" in said
+    assert (
+        cautions("random", leaking, train) == []
+        and cautions("nearest", [puzzle([["G1"], ["G2"]], ["a", "c"])], train) == []
+    )
+    names = list(read_markers())[:2]
+    human = puzzle([list(read_markers()[name].markers) for name in names], names)
+    mouse = puzzle([[gene.capitalize() for gene in cell] for cell in human.cells], names)
+    (said,) = cautions("markers", [mouse], None)
+    assert "2 of 2 cells list no gene that baseline markers knows" in said and "another species" in said
+    assert cautions("markers", [human], None) == []
+    assert "2 of 2 cells list no gene" in cautions("nearest", [mouse], train)[0]

@@ -248,7 +248,28 @@ def test_similarity_by_command(encoder_folder, tmp_path):
     assert far < 0.8 < near and found["threshold"] == 0.8
     assert found["cell_accuracy"] == pytest.approx(5 / 6) and found["batch_accuracy"] == pytest.approx(2 / 3)
     assert found["mean_similarity"] == pytest.approx((4 + far + near) / 6, abs=1e-5)
-    assert "Cell-o1 0.723" in (tmp_path / "o/evaluation.md").read_text()
+    exact, by_similarity = (tmp_path / "o/evaluation.md").read_text().split("## By similarity of labels (Table 12)")
+    assert "| Cell-o1, Table 12 (published) | 0.0 % |  | 33.7 % | 0.723 | 92.2 % | 696.9 |" in by_similarity
+    assert "| 66.7 % (0.0 to 100.0) |" in by_similarity and "Table 12 (published)" not in exact
+
+
+def test_similarities_of_batch_level_answers_stand_beside_those_of_the_paper(encoder_folder, tmp_path):
+    write_puzzles(tmp_path / "batch.jsonl", [puzzle(["classical monocyte", "T cell"], name) for name in ("p", "q")])
+    rows = [{"id": name, "prediction": answer_of(["T cell", "classical monocyte"])} for name in ("p", "q")]
+    write_rows(tmp_path / "answers.jsonl", rows)
+    words = [
+        "--puzzles",
+        tmp_path / "batch.jsonl",
+        "--predictions",
+        tmp_path / "answers.jsonl",
+        "--medcpt",
+        encoder_folder,
+    ]
+    done = CliRunner().invoke(main, [str(word) for word in (*words, "--out", tmp_path / "o")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    exact, by_similarity = (tmp_path / "o/evaluation.md").read_text().split("## By similarity of labels (Table 12)")
+    assert "| Cell-o1, constrained, Table 12 (published) |  |  |  | 0.918 |  |  |" in by_similarity
+    assert "Cell-o1, Table 2 (published)" in exact and "constrained" not in exact
 
 
 def test_a_folder_that_is_no_encoder_is_named(tmp_path):

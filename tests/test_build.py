@@ -107,6 +107,42 @@ def test_top_genes_in_blocks_equals_a_plain_sort(tmp_path, monkeypatch, encode):
         assert genes == [names[i] for i in sorted(expressed, key=lambda i: (-counts[row, i], i))[:9]]
 
 
+@pytest.mark.parametrize("encoding", ["csr", "csc"])
+def test_entries_of_one_gene_are_added_up(tmp_path, encoding):
+    """Sparse matrices may hold an entry in parts; unsorted, too."""
+    entries = [(0, 2, 3.0), (0, 0, 2.0), (0, 1, 4.0), (0, 0, 3.0), (1, 1, 1.0), (1, 0, 7.0)]
+    if encoding == "csc":
+        entries.sort(key=lambda entry: entry[1])
+    major, minor = ([entry[axis] for entry in entries] for axis in ((0, 1) if encoding == "csr" else (1, 0)))
+    path = write_matrix(
+        tmp_path / "a.h5ad", getattr(sparse, f"{encoding}_matrix")((2, 3), dtype=np.float32), list("ABC")
+    )
+    with h5py.File(path, "r+") as file:
+        for name, values in (("data", np.array([value for *_, value in entries], np.float32)),
+                             ("indices", np.array(minor, np.uint32)),
+                             ("indptr", np.searchsorted(major, range(3 if encoding == "csr" else 4)))):  # fmt: skip
+            del file["X"][name]
+            file["X"][name] = values
+    assert top_genes(path, [0, 1], n_top=3) == [["A", "B", "C"], ["A", "B"]]
+
+
+def test_a_layer_called_raw_is_not_raw(tmp_path):
+    def write(name, raw):
+        path = write_matrix(tmp_path / name, COUNTS, NAMES, raw=raw, flipped=COUNTS[::-1].copy())
+        with h5py.File(path, "r+") as file:
+            file.move("layers/flipped", "layers/raw")
+        return path
+
+    path = write("a.h5ad", None)
+    assert top_genes(path, [0], n_top=4) == top_genes(path, [0], n_top=4, layer="X") == [EXPECTED[0]]
+    assert top_genes(path, [0], n_top=4, layer="raw") == [EXPECTED[3]], "there is no other raw"
+    path = write("b.h5ad", COUNTS[[1, 2, 0, 3]])
+    lists = {layer: top_genes(path, [0], n_top=4, layer=layer)[0] for layer in ("auto", "raw", "layers/raw", "X")}
+    assert lists == {"auto": EXPECTED[1], "raw": EXPECTED[1], "layers/raw": EXPECTED[3], "X": EXPECTED[0]}
+    with pytest.raises(ValueError, match=r"--layer can be one of X, raw, layers/raw$"):
+        top_genes(path, [0], n_top=4, layer="counts")
+
+
 def test_layers_and_scaled_values(tmp_path):
     scaled = (COUNTS - COUNTS.mean(axis=0)).astype(np.float32)
     path = write_matrix(tmp_path / "a.h5ad", scaled, NAMES, raw=sparse.csr_matrix(COUNTS), flipped=COUNTS[::-1].copy())
@@ -139,6 +175,45 @@ def test_read_obs_cleans_values_and_names_shared_cells(tmp_path):
     table = read_obs(tmp_path / "a.h5ad", ["BMI", "sex"])
     assert table["BMI"].texts() == ["27", None, "31.5"] and table["sex"].texts() == ["male", None, None]
     assert read_cell_ids(tmp_path / "a.h5ad", [2, 1, 0]) == ["x#2", "y", "x#0"]
+
+
+def test_a_name_of_several_cells_is_numbered_whichever_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.h5ad.VALUES_PER_BLOCK", 2)
+    with pytest.warns(UserWarning, match="not unique"):
+        adata = anndata.AnnData(np.ones((5, 1), dtype=np.float32), obs=pd.DataFrame(index=list("xyxzx")))
+        adata.write_h5ad(tmp_path / "a.h5ad")
+    assert read_cell_ids(tmp_path / "a.h5ad", [0, 1]) == ["x#0", "y"]
+    assert read_cell_ids(tmp_path / "a.h5ad", [4, 3, 4]) == ["x#4", "z", "x#4"]
+
+
+def test_numbers_read_as_they_were_written(tmp_path):
+    values = np.array([27.3, 31.7, 27.3], dtype=np.float32)
+    columns = {
+        "BMI": values,
+        "donor_BMI": pd.Categorical(values),
+        "wide": values.astype(np.float64),
+        "half": np.float16(27.3),
+    }
+    obs = pd.DataFrame(columns, index=list("xyz"))
+    anndata.AnnData(np.ones((3, 1), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "a.h5ad")
+    table = {name: column.texts() for name, column in read_obs(tmp_path / "a.h5ad", list(obs)).items()}
+    assert table["BMI"] == table["donor_BMI"] == ["27.3", "31.7", "27.3"] and table["half"] == ["27.3"] * 3
+    assert table["wide"][0] == "27.299999237060547"
+
+
+def test_an_index_of_nullable_strings(tmp_path):
+    """As anndata 0.12 writes it when it may."""
+    path = write_atlas(tmp_path / "a.h5ad", donors=3)
+    plain = build_puzzles([path], SMALL)[0]
+    with h5py.File(path, "r+") as file:
+        for table in ("obs", "var"):
+            names, group = file[table]["_index"][:], file[table]
+            del group["_index"]
+            index = group.create_group("_index")
+            index.attrs.update({"encoding-type": "nullable-string-array", "encoding-version": "0.1.0"})
+            index["values"], index["mask"] = names, np.zeros(len(names), dtype=bool)
+    assert build_puzzles([path], SMALL)[0] == plain
+    assert build_puzzles([path], dataclasses.replace(SMALL, gene_key="index"))[0]["train"]
 
 
 def test_categories_as_anndata_0_7_wrote_them(tmp_path):
@@ -239,6 +314,76 @@ def test_cells_are_dropped_by_reason(tmp_path):
     }  # fmt: skip
     used = {cell for puzzles in splits.values() for p in puzzles for cell in p.meta["cell_ids"]}
     assert not used & {adata.obs_names[i] for i in (*range(5), *range(10, 17), 20, 21, 22, 30)}
+
+
+@pytest.mark.parametrize("true", [True, "true", "TRUE", 1, 1.0, "1"])
+def test_primary_data_in_any_spelling(tmp_path, true):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=3)
+    adata = anndata.read_h5ad(path)
+    adata.obs["is_primary_data"] = [true] * 115 + [type(true)(0) if not isinstance(true, str) else "false"] * 5
+    adata.write_h5ad(path)
+    assert build_puzzles([path], SMALL)[1]["files"][0]["cells_dropped"]["is_primary_data is not True"] == 5
+
+
+def test_pooled_donors_and_unknown_batches(tmp_path):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=4)
+    adata = anndata.read_h5ad(path)
+    donor, batch = (adata.obs[name].astype(object) for name in ("donor_id", "batch"))
+    adata.obs["donor_id"] = donor.replace("d1", "Pooled")
+    adata.obs["batch"] = batch.mask(batch.isin(["d1-a", "d2-b"]), "unknown")
+    adata.write_h5ad(path)
+    splits, report = build_puzzles([path], SMALL)
+    assert {p.meta["donor"] for puzzles in splits.values() for p in puzzles} == {"d0", "d2", "d3"}
+    assert report["files"][0]["cells_dropped"]["donor is 'pooled', which means several"] == 40
+    assert "20 cells have no known batch: they are grouped by donor only" in report["files"][0]["notes"]
+    assert report["files"][0]["donors"] == 3 and report["files"][0]["groups"] == 6
+
+
+@pytest.mark.parametrize("profile", ["cell", "cluster"])
+def test_of_columns_with_one_name_the_larger_counts(tmp_path, profile):
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=4, cells_per_type=2)
+    adata = anndata.read_h5ad(path)
+    counts = np.ones(adata.shape, dtype=np.float32)
+    counts[:, 0], counts[:, 1], counts[:, 2] = 6, 5, 10  # 11 together
+    adata.X = counts
+    adata.var["feature_name"] = ["TWICE_ENSG00000000001", "TWICE", *adata.var["feature_name"][2:].astype(str)]
+    adata.write_h5ad(path)
+    config = dataclasses.replace(SMALL, allow_leaks=True, profile=profile)
+    train = build_puzzles([path], config)[0]["train"]
+    assert {tuple(genes) for p in train for genes in p.cells} == {("G02", "TWICE", "G03", "G04")}
+
+
+@pytest.mark.parametrize("profile", ["cell", "cluster"])
+def test_deg_does_not_depend_on_what_else_is_drawn(tmp_path, monkeypatch, profile):
+    """And a gene that is the same in every cell lies above no mean, in float32 either."""
+    path = write_atlas(tmp_path / "atlas.h5ad", donors=4)
+    adata = anndata.read_h5ad(path)
+    values = np.log1p(adata.X.toarray())
+    values[:, 0], values[:, 1] = 1.7, 2.3
+    adata.X = sparse.csr_matrix(values.astype(np.float32))
+    adata.write_h5ad(path)
+    lists = []
+    for quota in (1, 40):
+        config = dataclasses.replace(
+            SMALL, rank="deg", profile=profile, puzzles_per_n=quota, test_fraction=0, allow_leaks=True, top_genes=12
+        )
+        train = build_puzzles([path], config)[0]["train"]
+        cells = {(cell, tuple(g)) for p in train for cell, g in zip(p.meta["cell_ids"], p.cells, strict=True)}
+        assert not any({"G00", "G01"} & set(genes) for _, genes in cells)
+        lists.append(dict(cells))
+    monkeypatch.setattr("data.rank.MEANS_PER_BLOCK", 3 * 12)  # three groups, or types, at a time
+    assert build_puzzles([path], config)[0]["train"] == train
+    shared = lists[0].keys() & lists[1].keys()
+    assert shared and all(lists[0][cell] == lists[1][cell] for cell in shared)
+    if profile == "cell":
+        of_batch = {
+            name: values[(adata.obs["batch"] == name).to_numpy()].mean(axis=0) for name in set(adata.obs["batch"])
+        }
+        for cell, genes in lists[1].items():
+            above = values[adata.obs_names.get_loc(cell)] - of_batch[adata.obs["batch"][cell]]
+            order = sorted(np.flatnonzero((above > 1e-6) & (values[adata.obs_names.get_loc(cell)] > 0)),
+                           key=lambda gene: -above[gene])  # fmt: skip
+            assert set(genes) == {f"G{gene:02d}" for gene in order} and genes[0] == f"G{order[0]:02d}"
 
 
 def test_unseen_disease_takes_whole_donors(tmp_path):

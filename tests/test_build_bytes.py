@@ -27,6 +27,7 @@ from data.matrix import open_matrix
 from data.puzzles import read_puzzles
 from data.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
 from data.staging import Staging
+from launch.build import write_build
 
 ROOT = Path(__file__).parents[1]
 SIZES = ["--min-cells", 3, "--max-cells", 5, "--puzzles-per-n", 5, "--test-puzzles-per-n", 3]
@@ -129,6 +130,59 @@ def test_resume_takes_nothing_that_was_made_with_other_settings(atlases, tmp_pat
     splits, _ = build_puzzles(atlases, changed, staging=staging, watch=Watch(say=said.append))
     assert not any("finished earlier" in line for line in said) and len(said) == 4
     assert splits == build_puzzles(atlases, changed)[0]
+
+
+def test_leaks_are_accepted_without_building_again(atlases, tmp_path):
+    """The remedy that the refusal names."""
+    command = [*words(atlases[:2]), "--out", tmp_path / "out", *SIZES, "--split", "instance"]
+    done = build(*command)
+    assert (
+        done.returncode == 2 and "accept it with --allow-leaks" in done.stderr and "--resume uses them" in done.stderr
+    )
+    done = build(*command, "--allow-leaks", "--resume")
+    assert done.returncode == 0 and done.stdout.count("finished earlier") == 2, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut in the first line", "cut in a row", "one letter", "empty"])
+def test_a_finished_part_that_is_damaged_is_built_again(atlases, tmp_path, damage):
+    staging, said = Staging(tmp_path / "staging"), []
+    splits, _ = build_puzzles(atlases[:2], SMALL, staging=staging)
+    part = sorted(staging.folder.glob("*.jsonl"))[0]
+    text = part.read_text()
+    kept = {"cut in the first line": text[:200], "cut in a row": text[:-500], "empty": ""}
+    part.write_text(kept.get(damage, text.replace("B cell", "C cell", 1)))
+    assert build_puzzles(atlases[:2], SMALL, staging=staging, watch=Watch(say=said.append))[0] == splits
+    assert ["finished earlier" in line for line in said] == [True, False]
+
+
+BUILDER = """
+import sys, time
+from data.staging import run_all
+
+def work(pipe, advance):
+    with open(pipe, "w") as file:
+        print("at work", file=file, flush=True)
+        time.sleep(60)
+        print("still there", file=file)
+
+if __name__ == "__main__":
+    run_all(work, [(sys.argv[1],), (sys.argv[1],)], 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_build(tmp_path, how):
+    """The pipe ends when the last process that writes to it does."""
+    script, pipe = tmp_path / "builder.py", tmp_path / "pipe"
+    script.write_text(BUILDER)
+    os.mkfifo(pipe)
+    process = subprocess.Popen([sys.executable, script, pipe], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    with open(pipe) as file:
+        assert [file.readline(), file.readline()] == ["at work\n", "at work\n"]
+        process.send_signal(how)
+        assert process.wait() == -how
+        assert file.read() == ""
 
 
 def test_two_builds_do_not_write_into_one_folder(atlases, tmp_path):
@@ -297,3 +351,43 @@ def test_report_says_how_to_build_it_again(atlases, tmp_path):
     again = report["command"].replace("four.h5ad", str(atlases[0])).replace("one.h5ad", str(atlases[1])).split()[2:]
     done = build(*again[:-1], tmp_path / "again")
     assert done.returncode == 0 and contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_a_build_takes_the_place_of_one_in_another_format(atlases, tmp_path):
+    out = tmp_path / "out"
+    for form, ends in (
+        ("parquet", {".parquet"}),
+        ("jsonl", {".jsonl"}),
+        ("both", {".parquet", ".jsonl"}),
+        ("parquet", {".parquet"}),
+    ):
+        out.mkdir(exist_ok=True)
+        (out / "notes.jsonl").write_text("mine")
+        done = build(*words(atlases[:1]), "--out", out, *SIZES, "--format", form)
+        assert done.returncode == 0, done.stderr
+        expected = {f"{split}{end}" for split in ("train", "test", "unseen") for end in ends}
+        assert set(os.listdir(out)) == expected | {"notes.jsonl", "report.json"}
+
+
+def test_an_empty_split_has_the_columns_and_types_of_a_filled_one(tmp_path, atlases):
+    import pyarrow.parquet as parquet
+
+    splits, report = build_puzzles(atlases[:1], SMALL)
+    write_build(tmp_path / "out", splits, report)
+    schemas = {split: parquet.read_schema(tmp_path / f"out/{split}.parquet") for split in splits}
+    assert not splits["unseen"] and schemas["unseen"] == schemas["train"] == schemas["test"]
+    assert {"cell_ids", "donor", "id"} <= set(schemas["unseen"].names)
+    assert parquet.read_table(tmp_path / "out/unseen.parquet").num_rows == 0
+
+
+def test_what_is_renamed_into_place_is_on_disk(tmp_path, atlases, monkeypatch):
+    flushed, fsync = set(), os.fsync
+
+    def watched(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    splits, report = build_puzzles(atlases[:1], SMALL)
+    monkeypatch.setattr(os, "fsync", watched)
+    write_build(tmp_path / "out", splits, report, ("parquet", "jsonl"))
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= flushed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 from test_build import SMALL, write_atlas
 
 from data.build import build_puzzles
 from data.settings import BuildConfig
+from launch.build import main, plain_progress, without_effect
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,3 +170,120 @@ def test_command_exits_with_2_and_leaves_nothing(tmp_path, atlas):
         done = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["text.h5ad"]
+
+
+SIZES = ["--min-cells", "3", "--max-cells", "5", "--puzzles-per-n", "2", "--test-puzzles-per-n", "1"]
+
+
+def command(*arguments, cwd=ROOT):
+    words = [sys.executable, str(ROOT / "launch/build.py"), *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+def test_the_folder_one_stands_in_and_none(tmp_path, atlas):
+    here = tmp_path / "here"
+    here.mkdir()
+    done = command("--h5ad", atlas, "--out", ".", *SIZES, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(here)) == ["report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    assert os.listdir(tmp_path) == ["here"]
+    for out in ("", "/"):
+        done = command("--h5ad", atlas, "--out", out, *SIZES, cwd=here)
+        assert (
+            done.returncode == 2
+            and done.stderr == f"Error: --out {out!r}: is no folder that can be written; name one\n"
+        )
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path, atlas):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/atl\xe4s.h5ad"))
+    shutil.copy(atlas, path)
+    done = command("--h5ad", path, "--out", tmp_path / "out", *SIZES)
+    assert done.returncode == 2 and "s.h5ad: the file's name is not UTF-8; rename it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_files_may_be_named_without_a_flag(tmp_path, atlas):
+    """As a shell writes *.h5ad; the recipe's files give way to both."""
+    for name in ("a", "b"):
+        adata = anndata.read_h5ad(atlas)
+        adata.obs["donor_id"] = [f"{name}-{donor}" for donor in adata.obs["donor_id"]]
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    a, b = tmp_path / "a.h5ad", tmp_path / "b.h5ad"
+    (tmp_path / "recipe.yaml").write_text("h5ad: [missing.h5ad]\n")
+
+    def said(*words):
+        done = CliRunner().invoke(main, [*map(str, words), "--out", str(tmp_path / "out"), *SIZES, "--workers", "1"])
+        return done.output
+
+    for words in ([a, b], ["--h5ad", a, b], [a, "--h5ad", b, "--recipe", tmp_path / "recipe.yaml"]):
+        output = said(*words)
+        assert "a.h5ad: " in output and "b.h5ad: " in output and "written to" in output, output
+    assert "missing.h5ad: no such file" in said("--recipe", tmp_path / "recipe.yaml")
+    assert "no .h5ad file was given; name one with --h5ad" in said()
+
+
+def test_an_input_that_may_not_be_looked_at_is_named(tmp_path, atlas):
+    long = tmp_path / f"{'x' * 300}.h5ad"
+    done = command("--h5ad", atlas, "--h5ad", long, "--out", tmp_path / "out", "--workers", 2, *SIZES)
+    assert done.returncode == 2 and f"{long}: cannot be read (File name too long)" in done.stderr, done.stderr
+    assert os.listdir(tmp_path) == []
+    done = command("--h5ad", atlas, "--out", tmp_path / ("x" * 300), *SIZES)
+    assert done.returncode == 2 and "--out " in done.stderr and "cannot be written (File name too long)" in done.stderr
+
+
+def test_a_pipe_that_is_closed_ends_the_build_quietly(tmp_path, atlas):
+    words = [
+        sys.executable,
+        str(ROOT / "launch/build.py"),
+        "--h5ad",
+        str(atlas),
+        "--out",
+        str(tmp_path / "out"),
+        *SIZES,
+    ]
+    end, start = os.pipe()
+    os.close(end)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=ROOT, env=env, stdout=start, stderr=subprocess.PIPE, text=True)
+    os.close(start)
+    assert done.returncode == 1 and done.stderr == "note: 1 finished files are kept; --resume uses them\n"
+    assert os.listdir(tmp_path) == [".out.building"]
+
+
+def test_options_that_do_nothing_are_told(tmp_path, atlas):
+    def told(**options):
+        return [note.split()[0] for note in without_effect(BuildConfig(**options))]
+
+    assert told() == told(test_puzzles_per_n=3) == told(hvg_genes=9, rank="hvg") == []
+    assert told(test_puzzles_per_n=3, split="instance", unseen_disease=("flu",)) == []  # of which unseen has so many
+    assert told(test_puzzles_per_n=3, split="instance") == told(test_puzzles_per_n=3, test_fraction=0.0)
+    assert told(test_puzzles_per_n=3, compat="authors", hvg_genes=9) == ["--test-puzzles-per-n", "--hvg-genes"]
+    done = command("--h5ad", atlas, "--out", tmp_path / "out", *SIZES, "--hvg-genes", 9)
+    assert done.stdout.startswith("note: --hvg-genes has no effect without --rank hvg\n"), done.stderr
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then():
+    said, times = [], iter([100.0, 110.0, 130.0, 150.0, 160.0, 170.0, 201.0])
+    progress = plain_progress(said.append, lambda: next(times))
+    for done in (0, 500, 1500, 2000, 3000):
+        progress("reading cells", done, 6000)
+    progress("looking at files", 0, 5)
+    progress("looking at files", 3, 5)
+    assert said == [
+        "reading cells: 1,500 of 6,000 cells, 50.0 per second, 01:30 left",
+        "reading cells: 3,000 of 6,000 cells, 50.0 per second, 01:00 left",
+        "looking at files: 3 of 5 files, 0.1 per second, 00:20 left",
+    ]
+
+
+def test_a_leak_of_one_file_does_not_ask_to_leave_files_out(tmp_path):
+    """Cells whose 30 genes have the same order in every donor."""
+    path = tmp_path / "a.h5ad"
+    atlas = anndata.read_h5ad(write_atlas(path))
+    values = np.tile(np.arange(30.0, 0.0, -1.0, dtype=np.float32), (atlas.n_obs, 1))
+    var = pd.DataFrame({"feature_name": [f"G{i:02d}" for i in range(30)]}, index=[f"g{i}" for i in range(30)])
+    anndata.AnnData(values, obs=atlas.obs, var=var).write_h5ad(path)
+    message = refusal([path], top_genes=30)
+    assert message.startswith("the splits leak: ") and message.endswith("; accept it with --allow-leaks")
+    assert refusal([path], top_genes=30, split="cell").endswith("; use --split donor, or accept it with --allow-leaks")

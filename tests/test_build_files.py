@@ -1,7 +1,9 @@
 """Files as the world holds them: every kind of damage or surprise gives one sentence, exit code 2 and no output."""
 
 import gzip
+import json
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -17,7 +19,10 @@ from click.testing import CliRunner
 from scipy import sparse
 from test_build import TYPES, write_atlas
 
+from data.build import build_puzzles
+from data.errors import said_on_purpose
 from data.puzzles import read_puzzles
+from data.settings import BuildConfig
 from launch.build import main
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +144,26 @@ def csc_with_a_bad_cell(path, atlas):
         file["X/indices"][3] = 9999
 
 
+def old_categories(reference):
+    """A column whose categories stand elsewhere, as anndata 0.7 wrote it."""
+
+    def change(file):
+        del file["obs/sex"]
+        file["obs/sex"] = np.zeros(160, np.int8)
+        file["obs/sex"].attrs["categories"] = reference
+
+    return change
+
+
+def nullable(values, mask):
+    def change(file):
+        del file["obs/sex"]
+        file.create_group("obs/sex").attrs["encoding-type"] = "nullable-integer"
+        file["obs/sex/values"], file["obs/sex/mask"] = values, mask
+
+    return change
+
+
 def gene_name(name):
     def change(adata):
         adata.var["feature_name"] = [name, *adata.var["feature_name"][1:].astype(str)]
@@ -209,6 +234,24 @@ CASES = {
     "label like a tag": (saved(rename_label("mast </answer>")), "looks like a tag"),
     "labels by case": (saved(rename_label("b cell")), "'B cell' and 'b cell' differ only in case"),
     "gene with a comma": (saved(gene_name("A, B")), "the gene name 'A, B' is empty or holds the separator"),
+    "shape of one number": (edited(lambda f: f["X"].attrs.update({"shape": 160})), "has no shape of two numbers"),
+    "shape of text": (edited(lambda f: f["X"].attrs.update({"shape": "ab"})), "has no shape of two numbers"),
+    "codes in two columns": (
+        edited(lambda f: replace(f, "obs/sex/codes", np.zeros((160, 2), np.int8))),
+        "obs column 'sex': its codes are not one row of whole numbers",
+    ),
+    "categories nowhere": (edited(old_categories(h5py.Reference())), "a categorical without readable codes"),
+    "categories by name": (edited(old_categories("nowhere")), "a categorical without readable codes"),
+    "mask too short": (edited(nullable(np.zeros(160, int), np.zeros(5, bool))), "has 160 values and a mask of 5"),
+    "dangling raw": (edited(lambda f: f.update({"raw": h5py.SoftLink("/nowhere")})), "'raw' cannot be opened"),
+    "matrix elsewhere": (
+        edited(lambda f: (f.pop("X"), f.update({"X": h5py.ExternalLink("nowhere.h5", "/X")}))),
+        "'X' cannot be opened, is the file damaged?",
+    ),
+    "dangling data": (
+        edited(lambda f: (f.pop("X/data"), f["X"].update({"data": h5py.SoftLink("/nowhere")}))),
+        "'data' cannot be opened, is the file damaged?",
+    ),
     "two organisms": (saved(set_column("organism", ["Homo sapiens", "Mus musculus"] * 80)), "keep one with --organism"),
 }
 
@@ -226,6 +269,28 @@ def test_one_sentence_and_no_output(tmp_path, atlas, name):
     assert len(lines) == 1 and sentence in lines[0] and "Traceback" not in output, output
     assert str(path) in lines[0], "the sentence names the file"
     assert not [p for p in tmp_path.iterdir() if p.name not in ("a.h5ad",)]
+
+
+def test_bytes_damaged_at_random(tmp_path, atlas):
+    """Each file builds or gives one sentence; these seeds gave tracebacks."""
+    config = BuildConfig(min_cells=3, max_cells=4, top_genes=4, puzzles_per_n=2, test_puzzles_per_n=1, allow_leaks=True)
+    whole, refused = atlas.read_bytes(), 0
+    for seed in range(150):
+        rng, damaged = random.Random(seed), bytearray(whole)
+        for _ in range(rng.choice((1, 8, 30, 200))):
+            damaged[rng.randrange(8, len(damaged))] = rng.randrange(256)
+        (tmp_path / "a.h5ad").write_bytes(damaged)
+        try:
+            build_puzzles([tmp_path / "a.h5ad"], config)
+        except ValueError as error:
+            assert said_on_purpose(error) and "\n" not in str(error), (seed, error)
+            refused += 1
+    assert refused > 50
+
+
+def test_a_file_without_layers(tmp_path, atlas):
+    edited(lambda f: (f.pop("layers", None), f.create_dataset("layers", data=3.0))[:0])(tmp_path / "a.h5ad", atlas)
+    assert run(tmp_path, tmp_path / "a.h5ad")[0] == 0
 
 
 def test_two_files_of_two_organisms_and_one_name(tmp_path, atlas):
@@ -248,7 +313,42 @@ def test_an_organism_is_kept_by_name(tmp_path, atlas):
     assert code == 0, output
     assert "40 dropped: organism is not 'homo sapiens'" in output
     code, output = run(tmp_path, tmp_path / "a.h5ad", options=["--organism", "cat"])
-    assert code == 2 and "no cell is of it (it has Homo sapiens, Mus musculus)" in output
+    assert code == 2 and "160 because organism is not 'cat' (the file has Homo sapiens, Mus musculus)" in output
+
+
+@pytest.mark.parametrize("table", ["obs", "uns"])
+def test_files_of_another_organism_are_skipped(tmp_path, atlas, table):
+    for donors, organism in (("h", "Homo sapiens"), ("m", "Mus musculus"), ("t", "NCBITaxon:9606")):
+
+        def change(adata, donors=donors, organism=organism):
+            adata.obs["donor_id"] = [donors + donor for donor in adata.obs["donor_id"]]
+            name = "organism_ontology_term_id" if ":" in organism else "organism"
+            (adata.obs if table == "obs" else adata.uns)[name] = organism
+            if donors == "m":
+                adata.var = adata.var.rename(columns={"feature_name": "symbol"})  # not looked at
+
+        saved(change)(tmp_path / f"{donors}.h5ad", atlas)
+    files = [tmp_path / f"{donors}.h5ad" for donors in "hmt"]
+    for asked in ("Homo sapiens", "ncbitaxon:9606"):
+        code, output = run(tmp_path, *files, options=["--organism", asked])
+        assert code == 0, output
+        report = json.loads((tmp_path / "out/report.json").read_text())
+        assert [file["cells_kept"] for file in report["files"]] == [160, 0, 160]
+        assert [file["organism"] for file in report["files"]] == ["Homo sapiens", None, "Homo sapiens"]
+        assert f"organism is not {asked!r} (the file has Mus musculus)" in report["files"][1]["notes"][-1]
+        shutil.rmtree(tmp_path / "out")
+    code, output = run(tmp_path, files[0], files[2])
+    assert code == 0, "two names of one organism"
+    shutil.rmtree(tmp_path / "out")
+    code, output = run(tmp_path, files[1], options=["--organism", "Homo sapiens"])
+    assert code == 2 and "all 160 cells were dropped" in output and "Traceback" not in output
+
+
+def test_an_organism_that_the_file_does_not_state(tmp_path, atlas):
+    code, output = run(tmp_path, atlas, options=["--organism", "Homo sapiens"])
+    assert code == 0, output
+    notes = json.loads((tmp_path / "out/report.json").read_text())["files"][0]["notes"]
+    assert "the file states no organism: all its cells count as Homo sapiens" in notes
 
 
 def test_surprises_that_are_no_mistake(tmp_path, atlas):

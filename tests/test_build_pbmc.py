@@ -91,7 +91,7 @@ def test_ranks_and_profiles(pbmc, tmp_path, rank, profile):
     if rank == "deg" or profile == "cluster":
         members = {c: [c] if profile == "cell" else None for p in made for c in p.meta["cell_ids"]}
         if profile == "cluster":
-            assert all(re.fullmatch(r"mean of \d+ cells from .+", cell) for cell in members)
+            assert all(re.fullmatch(r"mean of \d+ cells? from .+", cell) for cell in members)
         return
     for p in made[:6]:
         for cell, genes in zip(p.meta["cell_ids"], p.cells, strict=True):
@@ -111,6 +111,28 @@ def test_cluster_lists_are_means_of_the_cells_of_the_split(pbmc, tmp_path):
             assert cell.startswith(f"mean of {(adata.obs['bulk_labels'] == label).sum()} cells from ")
             row = means.loc[label].round(9)
             assert genes == sorted(row.index[row > 0], key=lambda gene: (-means.loc[label, gene], gene))[:24]
+
+
+def test_a_cluster_of_one_cell(pbmc, tmp_path):
+    """One cell's mean lists what the cell lists."""
+    adata = anndata.read_h5ad(pbmc / "pbmc.h5ad")
+    first = adata.obs["bulk_labels"].drop_duplicates().index
+    anndata.AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var)[first].write_h5ad(tmp_path / "pbmc.h5ad")
+    code, output = build(tmp_path, tmp_path / "deg", {"profile": "cluster", "rank": "deg", "test-fraction": 0})
+    assert code == 0, output
+    shown = []
+    for profile in ("cell", "cluster"):
+        code, output = build(tmp_path, tmp_path / profile, {"profile": profile, "test-fraction": 0})
+        assert code == 0, output
+        made = puzzles(tmp_path / profile)
+        shown.append({(cell.removeprefix("mean of 1 cell from "), *genes)
+                      for p in made for cell, genes in zip(p.meta["cell_ids"], p.cells, strict=True)})  # fmt: skip
+        assert all(
+            cell.startswith("mean of 1 cell from ") == (profile == "cluster")
+            for p in made
+            for cell in p.meta["cell_ids"]
+        )
+    assert shown[0] == shown[1]
 
 
 def test_splits(pbmc, tmp_path):
@@ -142,6 +164,26 @@ def test_columns_layers_and_primary_data(pbmc, tmp_path):
     code, output = build(pbmc, tmp_path / "scaled", {"split": "donor", "layer": "X", "allow-scaled": True}, **DONORS)
     assert code == 0, output
     assert "no layer 'counts'" in build(pbmc, tmp_path / "no", {"layer": "counts"})[1]
+
+
+def test_scaled_values_that_are_not_negative(pbmc, tmp_path):
+    """scanpy.pp.scale(zero_center=False) of real log counts is refused; the log counts, and log TPM, are not."""
+    import scanpy
+
+    adata = scanpy.datasets.pbmc68k_reduced()
+    logged = adata.raw.to_adata()
+    logged.obs = logged.obs[["bulk_labels"]]
+    lengths = np.random.default_rng(0).lognormal(0, 1, logged.n_vars)
+    tpm = np.expm1(logged.X.toarray()) / lengths
+    logged.layers["log_tpm"] = np.log1p(1e6 * tpm / tpm.sum(axis=1, keepdims=True)).astype(np.float32)
+    logged.layers["scaled"] = scanpy.pp.scale(logged, zero_center=False, copy=True).X
+    logged.write_h5ad(tmp_path / "pbmc.h5ad")
+    for layer in ("X", "log_tpm"):
+        assert build(tmp_path, tmp_path / layer, {"layer": layer})[0] == 0
+        assert report(tmp_path / layer)["files"][0]["values"] == "log counts"
+    code, output = build(tmp_path, tmp_path / "no", {"layer": "scaled"})
+    assert code == 2 and "looks scaled" in output and "--allow-scaled" in output and not (tmp_path / "no").exists()
+    assert build(tmp_path, tmp_path / "yes", {"layer": "scaled", "allow-scaled": True})[0] == 0
 
 
 def test_formats_hold_the_same_rows(pbmc, tmp_path):

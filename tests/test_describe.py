@@ -9,7 +9,8 @@ from conftest import run_command, succeed
 
 from data.describe import disease_of, escape, statistics_markdown, tissue_of, wrapped
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
-from launch.describe import data_card, read_report, without_folders, write_description
+from data.variants import cell_level, open_ended
+from launch.describe import data_card, read_report, report_beside, without_folders, write_description
 
 SAMPLE = Path(__file__).parent / "fixtures" / "cellpuzzles_sample.jsonl"
 HEALTHY = "The patient is healthy with no diagnosed disease."
@@ -164,7 +165,7 @@ def test_the_card_says_what_the_report_says():
         "| b.h5ad | " + " | ".join(["not stated"] * 8) + " |",
     ]
     assert "- Diseases kept out of train and test: melanoma; lupus." in section(card, "Filters")
-    assert "- A puzzle has 2 to 3 cells, each of another cell type, all of one donor and experimental batch." in card
+    assert "- A batch has 2 to 3 cells, each of another cell type, all of one donor and experimental batch." in card
     assert section(card, "What was left out, and why")[2:] == [
         "| cells | no donor | 42 |",
         "| cells | no cell type | 0 |",
@@ -262,3 +263,70 @@ def test_bad_input_exits_with_2_and_one_sentence(tmp_path, words, problem):
 
 def test_no_report_is_none():
     assert read_report(None) is None
+
+
+def what(splits) -> str:
+    """The card's first paragraph."""
+    return data_card(splits, {}, "").split("\n\n")[1]
+
+
+def test_the_card_says_what_kind_of_puzzle_it_is():
+    batch = "A puzzle is a batch of 2 to 3 cells of one donor, with the candidate cell types, each of which goes to exactly one"
+    assert batch in what({"train": TRAIN}) and "of 2 cells of one donor" in what({"test": TEST})
+    cells = what({"train": [cell for puzzle in TRAIN for cell in cell_level(puzzle)]})
+    assert (
+        "A puzzle is one cell of a batch alone, with all candidate cell types of the batch, one of which is its own."
+        in cells
+    )
+    assert "exactly one" not in cells and "1 to 1" not in cells
+    opened = what({"train": list(map(open_ended, TRAIN))})
+    assert opened.endswith("An open-ended puzzle is a batch of 2 to 3 cells of one donor, without candidates.")
+    mixed = what({"train": TRAIN, "open": [open_ended(TEST[0])]})
+    assert "exactly one cell (3 puzzles)." in mixed and "2 cells of one donor, without candidates (1 puzzle)." in mixed
+
+
+def test_primary_data_is_a_filter_only_where_it_was_one():
+    dropped = {"suspension_type is not 'cell'": 1, "is_primary_data is not True": 0}
+    absent = ["no obs column 'is_primary_data': all cells count as primary data"]
+    of_all, of_none = {"cells_dropped": dropped, "notes": []}, {"cells_dropped": dropped, "notes": absent}
+
+    def left_out(files, **options) -> str:
+        card = data_card({"train": TRAIN}, {"files": files, "options": {"min_cells": 2, "max_cells": 3, **options}}, "")
+        return next(line for line in section(card, "Filters") if "left out where" in line)
+
+    assert (
+        left_out([of_all]) == "- A cell is left out where: suspension_type is not 'cell'; is_primary_data is not True."
+    )
+    assert left_out([of_none, of_all]) == left_out([of_all])
+    assert left_out([of_none]) == "- A cell is left out where: suspension_type is not 'cell'."
+    assert left_out([of_all], include_non_primary=True) == left_out([of_none])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"files": ["x"]}', '{"files": 3}', '{"scores": []}', '{"files": [], "options": [1]}', '{"files": [], "versions": [1]}',
+     '{"files": [], "splits": {"train": 3}}', '{"files": [{"cells_dropped": {"a": "b"}}]}', '{"files": [], "audit": "x"}',
+     '{"files": [], "audit": {"rules": {}, "splits": [{}], "pairs": [], "leaks": [], "warnings": []}}'],
+)  # fmt: skip
+def test_a_report_of_another_shape_is_refused_and_a_foreign_one_is_left_out(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=r"report\.json: not the report\.json of a build; leave the option out"):
+        read_report(tmp_path / "report.json")
+    write_puzzles(tmp_path / "a.jsonl", TRAIN)
+    assert report_beside([str(tmp_path / "a.jsonl")]) is None
+
+
+def test_reports_of_builds_are_read(tmp_path, pipeline):
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    assert read_report(tmp_path / "report.json") == REPORT
+    assert read_report(pipeline / "puzzles/report.json")["audit"]["pairs"]
+
+
+def test_a_file_may_be_called_like_a_formula(tmp_path):
+    write_puzzles(tmp_path / "a$\\frac$b.jsonl", TRAIN)
+    write_puzzles(tmp_path / "_b.jsonl", TEST)
+    (tmp_path / "report.json").write_text('{"files": ["x"]}')
+    words = ("--puzzles", tmp_path / "a$\\frac$b.jsonl", "--puzzles", tmp_path / "_b.jsonl")
+    said = succeed("describe", *words, "--out", tmp_path / "out")
+    assert said.startswith(f"note: {tmp_path}/report.json is not the report of a build, and is left out\n")
+    assert (tmp_path / "out/statistics.png").stat().st_size > 10_000

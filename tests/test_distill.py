@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import random
 
 import pytest
 from conftest import run_command, succeed
+from endpoints import here
 
 from data.distill import Completion, Draws, Plan, Verdict, distill
 from data.distill_report import make_report, table
@@ -21,7 +23,7 @@ from data.embedded_teacher import (
 from data.errors import RunError
 from data.hints import HINT, LEAKS, hinted_chat, leak
 from data.meter import TEMPLATE_TOKENS, Meter
-from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
+from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.responses import RawFile, prompts_hash
 from data.variants import convert
 from reward.cellpuzzles import batch_reward
@@ -149,6 +151,24 @@ def test_which_accepted_trace_is_kept():
     assert {pick[0] for pick in picks} == {1, 2, 3} and any(a != b for a, b in picks)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_kept_trace_with_wrong_labels_is_never_read_as_the_truth(tmp_path, ending):
+    puzzles, free = [PUZZLE, named("q"), named("r")], "It is B cell, then T cell."
+    draws = Draws(puzzles, Plan())
+    for puzzle, text in zip(puzzles, (RIGHT, WRONG, free), strict=True):
+        draws.take(drawn(text, 0, puzzle.id), Verdict(accepted=True))
+    rows = draws.rows("first", 0)
+    assert [row.get("answer") for row in rows] == [None, "T cell | B cell", "T cell | B cell"]
+    write_rows(tmp_path / f"t.{ending}", rows)
+    read = read_puzzles(tmp_path / f"t.{ending}")
+    assert [puzzle.answer for puzzle in read] == [PUZZLE.answer] * 3
+    assert [puzzle.meta["assistant_msg"] for puzzle in read] == [RIGHT, WRONG, free]
+    write_puzzles(tmp_path / f"again.{ending}", read)
+    assert [{**row, "answer": row.get("answer")} for row in read_rows(tmp_path / f"again.{ending}")] == [
+        {**row, "answer": row.get("answer")} for row in rows
+    ]
+
+
 def test_two_puzzles_of_one_id_are_refused_and_a_repeated_one_is_asked_once():
     draws = Draws([PUZZLE, PUZZLE], Plan())
     assert len(draws.next_requests()) == 1
@@ -186,14 +206,28 @@ LEAKED = [
     ("being told", "I was told so. CD3D. MS4A1."),
     ("a given answer", "CD3D and MS4A1 fit the provided answer."),
     ("a given answer", "Since the solution is already known: CD3D, MS4A1."),
+    ("a given answer", "Per the instructions the final list is fixed: CD3D, MS4A1."),
+    ("a telling request", "The prompt reveals the cell types in order. CD3D, MS4A1."),
+    ("a telling request", "As stated in the request, cell 1 is T. CD3D, MS4A1."),
+    ("a telling request", "The user says that cell 2 must be B. CD3D, MS4A1."),
+    ("a telling request", "The final assignment in the message says B for cell 2. CD3D, MS4A1."),
+    ("having the answer", "We need to not reveal that we have the answer. CD3D, MS4A1."),
+    ("having the answer", "The answer we have says B for cell 2. CD3D, MS4A1."),
+    ("having the answer", "I should not say that I saw the solution. CD3D, MS4A1."),
+    ("concealing it", "I must not mention what stands below. CD3D, MS4A1."),
+    ("concealing it", "I pretend to find it from the genes. CD3D, MS4A1."),
+    ("the correct answer", "The expected labels are as follows. CD3D, MS4A1."),
     ("the correct answer", "CD3D, MS4A1: this is the Correct final answer."),
     ("a reference", "CD3D, MS4A1, and the ground-truth agrees."),
     ("knowing it already", "We already know it. CD3D, MS4A1."),
     ("working backwards", "CD3D and MS4A1 are consistent with the answer."),
+    ("working backwards", "Since the labels are there, I reverse-engineer the markers. CD3D, MS4A1."),
+    ("working backwards", "I will write reasoning that leads to it. CD3D, MS4A1."),
     ("an echo of the hint", "The reasoning of an expert who finds CD3D, MS4A1."),
     ("no argument", "T cell, B cell. Cell 1 has CD3D, cell 2 MS4A1."),
     ("no argument", "Cell 1: T cell\nCell 2: B cell\nbecause of CD3D and MS4A1."),
     ("no argument", "Cell 1 has CD3D. So T cell, and B cell is left."),
+    ("no argument", "Cell 1 must be T cell, cell 2 must be B cell, as CD3D and MS4A1 say."),
 ]
 
 
@@ -212,6 +246,10 @@ def test_every_kind_of_leak_is_tried():
         "Cell 1 has CD3D, so T cell. Cell 2 has MS4A1, so B cell.",
         "Given the high CD3D, cell 1 is a T cell; it is told apart by IL7R. The provided list leaves B cell (**MS4A1**).\n"
         "So: T cell | B cell",
+        "The prompt lists the candidate cell types, each to be used once, and the user message gives cell 1 as ACTB, CD3D. "
+        "CD3D reveals a T cell, which does not imply anything of cell 2. I should not rely on ACTB; MS4A1 is an expected marker "
+        "of B cells, so the final assignment is clear, and the final answer must list the labels in order.",
+        "The question is which cell is the B cell; cell 1 (CD3D) is not. We see no MS4A1. Now the assignment of cell 2.",
     ],
 )
 def test_an_argument_is_no_leak(reasoning):
@@ -302,6 +340,29 @@ def test_a_raw_file_is_never_overwritten_by_mistake(tmp_path):
         assert raw.path.read_text() == json.dumps({"settings": SETTINGS}) + "\n"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        '{"puzzle_id": "p", "attempt": 0, "hinted": false}',
+        '{"puzzle_id": "p", "attempt": 0, "hinted": false, "text": "x", "extra": 1}',
+        '{"puzzle_id": "p", "attempt": 0, "hinted": false, "text": null}',
+        '{"puzzle_id": ["p"], "attempt": 0, "hinted": false, "sent": 1.0}',
+        '{"settings": {"teacher": "openai"}}',
+        "[" * 100_000,
+    ],
+    ids=lambda line: line[:80],
+)
+def test_a_line_that_no_run_wrote_is_named(tmp_path, line):
+    path = tmp_path / "t.raw.jsonl"
+    with opened(path) as raw:
+        raw.append(drawn("bought"))
+    with open(path, "a") as handle:
+        handle.write(line + "\n")
+    with pytest.raises(ValueError, match=r"t\.raw\.jsonl, line 3: damaged; remove that line"):
+        opened(path, resume=True)
+
+
 def test_what_a_kill_left_in_flight_counts_at_its_worst(tmp_path):
     path, named = tmp_path / "t.raw.jsonl", {"puzzle_id": "p", "hinted": False}
     with opened(path) as raw:
@@ -316,7 +377,7 @@ def test_what_a_kill_left_in_flight_counts_at_its_worst(tmp_path):
     meter = Meter(price_in=2.0, price_out=1.0, budget=15.0)
     with opened(path, meter, resume=True):
         pass
-    assert (meter.spent, meter.lost) == (2.0 + 4.0, 3.0 + 6.0)
+    assert (meter.spent, meter.lost, meter.uncounted) == (2.0 + 4.0, 3.0 + 6.0, 1)
     assert meter.fits(0.0) and not meter.fits(0.1)
 
 
@@ -326,23 +387,42 @@ def test_the_worst_case_of_a_request():
 
 
 def test_the_report_says_where_traces_are_accepted_and_why_not(judge):
-    puzzles = [named("a", tissue="lung"), named("b"), named("c", disease="lupus")]
+    puzzles = [
+        named("a", tissue="lung"),
+        named("b"),
+        named("c", disease="lupus"),
+        named("d"),
+        named("e", tissue="skin"),
+    ]
     draws = Draws(puzzles, Plan(candidates=2))
     completions = [drawn(RIGHT, 0, "a"), drawn(WRONG, 0, "b"), drawn(RIGHT, 1, "b"), drawn("?", 0, "c")]
     for completion, verdict in zip(completions, judge([(PUZZLE, c) for c in completions]), strict=True):
         draws.take(completion, verdict)
     report = make_report(draws, Meter(), seed=0, settings={}, rows=2, ended="budget")
-    whole = {"puzzles": 2, "accepted": 1, "accepted_at_first": 0, "acceptance": 0.5}
     assert report["by"]["tissue"] == {
-        "blood": whole,
-        "lung": {"puzzles": 1, "accepted": 1, "accepted_at_first": 1, "acceptance": 1.0},
+        "blood": {"puzzles": 3, "asked": 2, "accepted": 1, "accepted_at_first": 0, "acceptance": 0.5},
+        "lung": {"puzzles": 1, "asked": 1, "accepted": 1, "accepted_at_first": 1, "acceptance": 1.0},
+        "skin": {"puzzles": 1, "asked": 0, "accepted": 0, "accepted_at_first": 0, "acceptance": None},
     }
+    assert (report["puzzles"], report["puzzles_asked"], report["puzzles_accepted"]) == (5, 3, 2)
+    assert report["acceptance"] == pytest.approx(2 / 3)
     assert report["by"]["disease"]["lupus"]["acceptance"] == 0 and report["by"]["n_cells"]["2"]["accepted"] == 2
     assert report["rejected"] == {
         "wrong_labels": {"traces": 1, "details": {"0 of 2 right": 1}},
         "invalid_format": {"traces": 1, "details": {"<think> occurs 0 times, not once": 1}},
     }
-    assert "tissue lung                              1    100.0%    100.0%" in table(report)
+    assert "tissue lung                              1       1    100.0%    100.0%" in table(report)
+    assert "tissue skin                              1       0         -         -" in table(report)
+
+
+def test_the_table_says_what_was_spent_though_the_endpoint_counted_no_token():
+    draws, meter = Draws([PUZZLE], Plan()), Meter(price_in=1.0, price_out=1.0)
+    empty = make_report(draws, meter, seed=0, settings={}, rows=0, ended="")
+    assert "cost" not in table(empty) and empty["acceptance"] is None
+    meter.count(None, None, worst=0.25)
+    meter.lost = 0.5
+    said = table(make_report(draws, meter, seed=0, settings={}, rows=0, ended=""))
+    assert "cost 0.25 (without token counts: 1, at the worst case), and at most 0.5 lost" in said
 
 
 def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tmp_path):
@@ -350,7 +430,16 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
     write_puzzles(puzzles, [made_up(number) for number in range(30)])
     given = ("--puzzles", puzzles, "--out", out, "--teacher-noise", 2, "--candidates", 4)
     last = json.loads(succeed("distill", *given).splitlines()[-1])
-    names = ("puzzles", "traces_drawn", "puzzles_accepted", "accepted_at_first", "acceptance", "candidates", "seed")
+    names = (
+        "puzzles",
+        "puzzles_asked",
+        "traces_drawn",
+        "puzzles_accepted",
+        "accepted_at_first",
+        "acceptance",
+        "candidates",
+        "seed",
+    )
     assert tuple(last) == names
     rows, raw = out.read_bytes(), (tmp_path / "t.raw.jsonl").read_bytes()
     report = json.loads((tmp_path / "t.report.json").read_text())
@@ -377,6 +466,7 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
         (["--teacher", "openai", "--model", "m", "--key-env", "sk-secret"], "--key-env: give the NAME"),
         (["--teacher", "openai", "--model", "m", "--base-url", "http://me:sk-secret@h/v1"], "--base-url: write it as"),
         (["--teacher", "openai", "--model", "m", "--key-env", "BAD_KEY"], "--key-env BAD_KEY: its value holds a space"),
+        (["--teacher", "openai", "--model", "m", "--base-url", "http://127.evil.com/v1"], "OPENAI_API_KEY to its key"),
         (["--candidates", 0], "--candidates 0: must be at least 1"),
         (["--accept", "nowhere:fn"], "--accept nowhere:fn: cannot import nowhere"),
         ([], "the embedded teacher answers batch-level puzzles only, and this file holds 'cell' ones"),
@@ -396,3 +486,29 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, given, sentence):
     )
     assert done.returncode == 2 and sentence in done.stderr and "sk-secret" not in done.stderr + done.stdout
     assert not (tmp_path / "t.raw.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["same", "symlink", "hard link", "report"])
+def test_the_puzzles_are_never_written_over(tmp_path, kind):
+    puzzles = tmp_path / ("t.report.json" if kind == "report" else "p.jsonl")
+    out = puzzles if kind == "same" else tmp_path / "t.jsonl"
+    write_puzzles(tmp_path / "p.jsonl", [made_up(number) for number in range(8)])
+    if kind == "symlink":
+        out.symlink_to(puzzles)
+    elif kind == "hard link":
+        os.link(puzzles, out)
+    elif kind == "report":
+        puzzles.write_text(json.dumps(read_rows(tmp_path / "p.jsonl")))
+    before, names = puzzles.read_bytes(), sorted(os.listdir(tmp_path))
+    said = here("--puzzles", puzzles, "--out", out, exit_code=2)
+    assert f"--out {out}: would write" in said and "name another file" in said
+    assert puzzles.read_bytes() == before and sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_choice_among_one_is_announced(tmp_path):
+    write_puzzles(tmp_path / "p.jsonl", [made_up(number) for number in range(8)])
+    given = ("--puzzles", tmp_path / "p.jsonl", "--out", tmp_path / "t.jsonl", "--keep", "all", "--candidates", 6)
+    assert "note: --keep all has nothing to choose from, since --stop-at 1" in here(*given)
+    assert len(read_rows(tmp_path / "t.jsonl")) == 8
+    assert "note: --keep" not in here(*given, "--stop-at", 0)
+    assert len(read_rows(tmp_path / "t.jsonl")) > 8

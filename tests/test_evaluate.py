@@ -14,8 +14,9 @@ from conftest import run_command, succeed
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
 from data.variants import convert
 from eval.metrics import METRICS, answer_of, score
-from eval.predict import Answer, Partial, answer_all, ask_engine, digest, row_of
-from launch.evaluate import main
+from eval.predict import Answer, Partial, answer_all, ask_engine, digest, refused_for_good, row_of
+from launch.answering import adapter_settings
+from launch.evaluate import EvaluateConfig, main, settings
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from trainer.loading import load_tokenizer
@@ -167,9 +168,32 @@ def test_cell_level_and_open_ended_files(melanoma, tmp_path):
     assert cells["n_puzzles"] == 24 and cells["interval"]["batches"] == 8
     assert cells["decomposition"]["spoiled"]["batch_accuracy"] == 1.0
     assert {row["table"] for row in cells["published"]["rows"]} == {"Table 11"}
-    assert "24 single cells of 8 batches" in (folder / "cell/evaluation.md").read_text()
+    page, together = (folder / "cell/evaluation.md").read_text().split("## Cells put together into batches (Table 11)")
+    assert "24 single cells of 8 batches" in page and "Table 11 (published)" not in page
+    assert (
+        "| Cell-o1, cell-level, reasoning, Table 11 (published) | 1.1 % |  | 50.2 % | 84.3 % | 66.1 % | 718.5 |"
+        in together
+    )
+    assert "not beside exact matches" in (folder / "open/evaluation.md").read_text()
+    assert "Table 12 (published)" not in (folder / "open/evaluation.md").read_text()
     assert metrics_of(folder / "open")["batch_accuracy"] == pytest.approx(7 / 8)
     assert {row["table"] for row in metrics_of(folder / "open")["published"]["rows"]} == {"Table 12"}
+
+
+def test_a_limit_on_single_cells_keeps_whole_batches(melanoma):
+    folder, puzzles = melanoma
+    cells = convert(puzzles, "cell")
+    write_puzzles(folder / "cell.jsonl", cells)
+    asked = ("--puzzles", folder / "cell.jsonl", "--baseline", "random", "--out", folder / "o", "--limit")
+    evaluated(*asked, 8)
+    assert metrics_of(folder / "o")["n_puzzles"] == 6 and metrics_of(folder / "o")["interval"]["batches"] == 2
+    done = evaluate(*asked, 2)
+    assert done.exit_code == 2 and "hold no whole batch, the first of which has 3 cells: raise --limit" in done.stderr
+    write_puzzles(folder / "torn.jsonl", cells[:-1])  # known before anything is asked
+    done = evaluate("--puzzles", folder / "torn.jsonl", "--baseline", "random", "--out", folder / "no")
+    assert (
+        done.exit_code == 2 and "torn.jsonl: batch p7: 1 of its 3 cells" in done.stderr and not (folder / "no").exists()
+    )
 
 
 def test_samples_in_saved_predictions_are_k_answers(melanoma):
@@ -243,6 +267,75 @@ def test_mistakes_are_told_in_a_sentence(melanoma, arguments, words):
     done = evaluate(*always, *arguments)
     assert done.exit_code == 2 and words in done.stderr and isinstance(done.exception, SystemExit)
     assert not (folder / "o").exists()
+
+
+def test_a_damaged_metrics_json_is_named(melanoma):
+    folder, _ = melanoma
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "again")
+    evaluated("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "half.jsonl", "--out", folder / "o")
+    (folder / "o/metrics.json").write_text('{"name": ')
+    for arguments in (
+        ("--predictions", folder / "o"),
+        ("--predictions", folder / "half.jsonl", "--compare", folder / "o"),
+    ):
+        done = evaluate(*asked, *arguments)
+        assert (
+            done.exit_code == 2 and "o/metrics.json: not JSON" in done.stderr and isinstance(done.exception, SystemExit)
+        )
+    with pytest.raises(ValueError, match=r"metrics\.json: not JSON"):
+        Partial(folder / "o", {}, resume=True)
+
+
+def test_tokens_that_are_no_numbers_are_said(melanoma):
+    folder, puzzles = melanoma
+    rows = [json.loads(line) for line in (folder / "half.jsonl").read_text().splitlines()]
+    rows[1]["response_tokens"], rows[2]["response_tokens"] = float("nan"), "7"
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = evaluate(
+        "--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "some.jsonl", "--out", folder / "o"
+    )
+    assert (
+        done.exit_code == 0
+        and "2 of 8 predictions state no number of tokens, so all lengths are in words" in done.stderr
+    )
+    assert metrics_of(folder / "o")["response_length_unit"] == "words"
+    assert metrics_of(folder / "o")["notes"][0].startswith("2 of 8 predictions")
+    assert "Mind: 2 of 8 predictions state no number of tokens" in (folder / "o/evaluation.md").read_text()
+
+
+def test_a_table_of_predictions_says_which_formats_are_read(melanoma):
+    folder, _ = melanoma
+    (folder / "answers.csv").write_text("id,prediction\np0,x\n")
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o")
+    for flag, more in (("--predictions", ()), ("--compare", ("--baseline", "random"))):
+        done = evaluate(*asked, flag, folder / "answers.csv", *more)
+        assert done.exit_code == 2 and "predictions are read from .jsonl, .json or .parquet" in done.stderr
+
+
+def test_the_average_of_two_evaluations_is_named_after_neither(melanoma):
+    folder, puzzles = melanoma
+    write_puzzles(folder / "other.jsonl", puzzles)
+    for name in ("melanoma", "other"):
+        evaluated("--puzzles", folder / f"{name}.jsonl", "--predictions", folder / ("half.jsonl" if name == "other" else
+                  "most.jsonl"), "--out", folder / "saved" / name)  # fmt: skip
+    files = ("--puzzles", folder / "melanoma.jsonl", "--puzzles", folder / "other.jsonl")
+    evaluated(*files, "--predictions", folder / "saved", "--out", folder / "o")
+    assert (folder / "o/evaluation.md").read_text().startswith(f"# {folder / 'saved'} on 2 files")
+
+
+def test_a_baseline_that_learns_from_its_own_test_is_said(melanoma):
+    folder, puzzles = melanoma
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--baseline", "nearest", "--train", folder / "melanoma.jsonl")
+    done = evaluate(*asked, "--out", folder / "o")
+    assert (
+        done.exit_code == 0
+        and "melanoma: the training puzzles leak into these, so expect too good numbers" in done.stderr
+    )
+    (note,) = metrics_of(folder / "o")["notes"]
+    assert (
+        "a donor that --train has too: 2 donors" in note
+        and f"Mind: {note}." in (folder / "o/evaluation.md").read_text()
+    )
 
 
 def test_puzzles_of_two_kinds_are_not_mixed(melanoma):
@@ -332,6 +425,8 @@ class Server:
         self.bodies: list[dict] = []
         self.headers: list[str] = []
         self.fail_after: int | None = None
+        self.refused = ""
+        """A puzzle whose text holds this is refused for good."""
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -343,14 +438,15 @@ class Server:
                         outer.bodies.append(body)
                         outer.headers.append(self.headers["Authorization"])
                 labels = answers[body["messages"][1]["content"]]
+                refusing = bool(outer.refused) and outer.refused in body["messages"][1]["content"]
                 text = f"<answer>{' | '.join(labels)}</answer>"
                 choice = {
                     "message": {"role": "assistant", "content": text, "reasoning_content": "markers"},
                     "finish_reason": "stop",
                 }
                 said = {"choices": [choice], "model": "big", "usage": {"prompt_tokens": 50, "completion_tokens": 21}}
-                payload = json.dumps({"error": {"message": f"no {KEY}"}} if failing else said).encode()
-                self.send_response(401 if failing else 200)
+                payload = json.dumps({"error": {"message": f"no {KEY}"}} if failing or refusing else said).encode()
+                self.send_response(401 if failing else 400 if refusing else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
@@ -400,7 +496,74 @@ def test_an_endpoint_is_asked_resumed_and_its_key_kept(melanoma):
     assert len(server.bodies) == asked_before
 
 
+def test_prompts_that_an_endpoint_refuses_for_good_end_it_or_count_as_invalid(melanoma):
+    folder, _ = melanoma
+    puzzles = make_puzzles(30)
+    write_puzzles(folder / "many.jsonl", puzzles)
+    server = Server(puzzles)
+    server.refused = "G2"  # p2, p20 to p29: more than the eight that at first would say that the settings are wrong
+    arguments = ("--puzzles", folder / "many.jsonl", "--model", "big", "--endpoint", server.url, "--samples", 2,
+                 "--concurrency", 1, "--out", folder / "o")  # fmt: skip
+    done = run_command("evaluate", *arguments)
+    assert (
+        done.returncode == 1
+        and "with --refused invalid the 11 refused for good count as invalid answers" in done.stderr
+    )
+    assert not (folder / "o/metrics.json").exists()
+    done = evaluate(*arguments, "--resume", "--refused", "invalid")
+    assert done.exit_code == 0 and "of 60 requests the endpoint refused 22 for good" in done.stderr
+    found, row = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")[2]
+    assert found["refused"] == 22 and found["format_validity"] == found["batch_accuracy"] == pytest.approx(19 / 30)
+    assert found["response_length_unit"] == "tokens" and row["samples"] == ["", ""]
+    assert row["samples_finish_reasons"] == ["refused"] * 2
+    assert "Mind: of 60 requests the endpoint refused 22" in (folder / "o/evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(("status", "for_good"), [(400, True), (422, True), (401, False), (429, False), (500, False)])
+def test_which_refusals_are_for_good(status, for_good):
+    assert refused_for_good(f"status {status}: no (1 try)") == for_good
+    assert not refused_for_good("") and not refused_for_good(f"the endpoint does not allow it (status {status}: no)")
+
+
 # ---- a checkpoint
+
+
+def test_a_model_that_was_replaced_is_not_resumed(melanoma):
+    folder, puzzles = melanoma
+    for name in ("base", "adapter"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"1")
+    (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "base")}))
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--resume")
+    for model, changed in (("base", "base"), ("adapter", "adapter"), ("adapter", "base")):
+        config = EvaluateConfig(puzzles=(), model=str(folder / model), out=str(folder / "o"), temperature=0.0)
+        held = settings(config, puzzles)
+        Partial(folder / "o", held, resume=False).add([{"id": "p0", "prediction": "x"}])
+        assert settings(config, puzzles) == held
+        (folder / changed / "model.safetensors").write_bytes(
+            (folder / changed / "model.safetensors").read_bytes() + b"2"
+        )
+        done = evaluate(*asked, "--model", folder / model)
+        assert done.exit_code == 2 and "was made with model_files" in done.stderr, done.output
+    (folder / "base/model.safetensors").unlink()
+    assert settings(config, puzzles)["model_files"] != held["model_files"]
+
+
+@pytest.mark.parametrize(
+    "unserved", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"alpha_pattern": {"q_proj": 4}}, {"bias": "all"},
+                 {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "pissa"}], ids=str,
+)  # fmt: skip
+def test_an_adapter_that_would_be_served_wrongly_is_refused(melanoma, unserved):
+    folder, _ = melanoma
+    plain = {"base_model_name_or_path": "b", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "use_rslora": False,
+             "rank_pattern": {}, "modules_to_save": None, "bias": "none", "init_lora_weights": True}  # fmt: skip
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(plain))
+    assert adapter_settings(folder) == plain
+    file.write_text(json.dumps(plain | unserved))
+    done = evaluate("--puzzles", folder / "melanoma.jsonl", "--model", folder, "--out", folder / "o")
+    assert done.exit_code == 2 and f"adapter_config.json: has {next(iter(unserved))} " in done.stderr
+    assert "merge it into its base" in done.stderr and not (folder / "o").exists()
 
 
 def test_an_engine_is_asked_greedily_with_seeds_by_place():

@@ -1,10 +1,12 @@
 """Files written whole or not at all."""
 
+import errno
 import os
 
+import h5py
 import pytest
 
-from data.files import replacing, write_whole
+from data.files import need_room, reason_of, replacing, write_whole
 
 
 def test_a_file_takes_the_place_of_the_old_one_and_folders_are_made(tmp_path):
@@ -30,3 +32,20 @@ def test_where_nothing_can_be_written_the_file_is_named(tmp_path):
         with pytest.raises(ValueError, match=rf"^{path}: cannot be written \(({reason})\); make room or name another"):
             write_whole(path, "text")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_reason_is_one_line_whoever_said_it(tmp_path):
+    assert reason_of(OSError(errno.ENOSPC, "file write failed:\n time = now")) == "No space left on device"
+    assert reason_of(OSError("Can't close\nfile")) == "Can't close file"
+    with (
+        pytest.raises(ValueError, match=r"cannot be written \(Is a directory\)"),
+        replacing(tmp_path / "a.h5ad") as partial,
+    ):
+        partial.mkdir()
+        h5py.File(partial, "w")  # whose message is a page
+
+
+def test_room_is_asked_for_before_the_disk_is_full(tmp_path):
+    need_room(tmp_path, 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        need_room(tmp_path, 10**18)

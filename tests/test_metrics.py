@@ -10,6 +10,7 @@ from eval.bootstrap import Sums, intervals, paired, sums_of, units_of
 from eval.metrics import (
     METRICS,
     cell_vote,
+    lacking_tokens,
     majority_vote,
     match_rows,
     pass_at_k,
@@ -251,6 +252,23 @@ def test_majority_vote_takes_whole_assignments_and_the_first_of_equals():
     assert majority_vote(["no tags", ""], TWO) == "" and not score_one("", TWO).valid
 
 
+def test_only_possible_assignments_vote_where_there_is_one():
+    right, twice, strange = answer("T cell", "B cell"), answer("T cell", "T cell"), answer("T cell", "martian")
+    for winner in (twice, strange):
+        assert score_one(majority_vote([winner, winner, right], TWO), TWO).labels == ["T cell", "B cell"]
+    assert score_one(majority_vote([strange, twice, twice], TWO), TWO).labels == [
+        "T cell",
+        "T cell",
+    ]  # none is possible
+    alone = Puzzle(id="c", context="c", cells=[["A"]], candidates=["T cell", "B cell"], answer=["B cell"])
+    assert score_one(majority_vote([answer("martian"), answer("martian"), answer("B cell")], alone), alone).batch_right
+    opened = Puzzle(id="o", context="c", cells=[["A"], ["B"]], candidates=[], answer=["x", "y"])
+    assert score_one(majority_vote([answer("x", "x"), answer("y", "y"), answer("y", "y")], opened), opened).labels == [
+        "y",
+        "y",
+    ]
+
+
 def test_cell_vote_is_one_to_one():
     # votes: cell 1: T 3; cell 2: T 2, B 1; cell 3: B 2, NK 1. Greedy by cell would give T, T, B; best one-to-one sum:
     # T + B + NK = 3 + 1 + 1 = 5, against T, NK, B = 3 + 0 + 2 = 5 and B, T, NK = 0 + 2 + 1
@@ -349,6 +367,17 @@ def test_lengths_are_tokens_only_where_every_row_has_them():
         scores_of([sampled[0], {"prediction": "a"}], puzzles)
 
 
+def test_token_counts_that_are_no_numbers_are_none():
+    good, bare = {"prediction": "a b c", "response_tokens": 9}, {"prediction": "a b"}
+    for tokens in (float("nan"), float("inf"), "7", -1, [7]):
+        rows = [good, bare | {"response_tokens": tokens}]
+        assert (scores_of(rows, [TWO, TWO])[2], lacking_tokens(rows)) == ("words", 1)
+    assert lacking_tokens([good, bare]) == 1 and lacking_tokens([bare | {"response_tokens": "7"}] * 2) == 2
+    assert lacking_tokens([bare, bare]) == lacking_tokens([good, good]) == 0  # words were meant; nothing lacks
+    sampled = {"samples": ["a", "b"], "samples_tokens": [3, None]}
+    assert lacking_tokens([sampled]) == 1 and scores_of([sampled], [TWO])[2] == "words"
+
+
 SIZES_OF_TABLE_3 = {  # disease: (batches, cells)
     "melanoma": (63, 504), "systemic lupus erythematosus": (100, 850), "colorectal cancer": (251, 2385),
     "breast cancer": (125, 1062),
@@ -417,14 +446,21 @@ def test_published_rows_and_what_goes_beside_an_evaluation():
         ("Table 2", "test"),
         ("Table 3", "breast cancer"),
     }
-    of_all = comparable("batch", ["breast_cancer", "cutaneous melanoma", "lupus erythematosus", "colon adenocarcinoma"])
+    of_all = comparable("batch", ["breast_cancer", "melanoma", "Systemic lupus erythematosus", "colorectal carcinoma"])
     assert "average" in {row["setting"] for row in of_all["rows"]}
     assert {row["table"] for row in comparable("cell", [])["rows"]} == {"Table 11"}
     assert len(comparable("open", [])["rows"]) == 7
-    assert (
-        disease_of_table_3("benign breast disease") is None
-        and disease_of_table_3("rectal cancer") == "colorectal cancer"
+    others = (
+        "benign breast disease",
+        "uveal melanoma",
+        "cutaneous lupus erythematosus",
+        "male breast carcinoma",
+        "colon polyp",
     )
+    assert [disease_of_table_3(name) for name in others] == [None] * 5
+    notes = {variant: comparable(variant, [])["note"] for variant in ("batch", "cell", "open")}
+    assert "single answers put together" in notes["cell"] and "above 0.8" in notes["open"]
+    assert "Table 11 " not in notes["batch"]
 
 
 def puzzle_named(name: str) -> Puzzle:

@@ -1,6 +1,7 @@
 """Puzzle rows: the published bytes survive a round trip, malformed rows are named."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,42 @@ def test_the_authors_unseen_files_call_the_answer_answer(tmp_path):
     (tmp_path / "melanoma.json").write_text(json.dumps(old))
     (puzzle,) = read_puzzles(tmp_path / "melanoma.json")
     assert puzzle.answer == ["y", "x"] and puzzle.to_row()["assistant_msg"] == "y | x"
+
+
+def test_damaged_parquet_is_told_in_one_sentence(tmp_path):
+    """Bits turned in the columns and in the footer: read as it is or refused, never a traceback."""
+    rows = [{**ROW, "id": str(i), "n_cells": i, "cell_ids": ["c1", "c2"]} for i in range(300)]
+    write_rows(tmp_path / "a.parquet", rows)
+    whole, refused = (tmp_path / "a.parquet").read_bytes(), 0
+    for seed in range(120):
+        rng, damaged = random.Random(seed), bytearray(whole)
+        for _ in range(3):
+            damaged[rng.randrange(4 if seed % 2 else len(whole) - 3000, len(whole) - 8)] ^= 1 << rng.randrange(8)
+        (tmp_path / "b.parquet").write_bytes(damaged)
+        try:
+            read_puzzles(tmp_path / "b.parquet")
+        except ValueError as error:
+            assert str(error).startswith(f"{tmp_path}/b.parquet") and "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_a_folder_is_not_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r": is a folder; name a \.parquet, \.jsonl or \.json file in it"):
+        read_rows(tmp_path)
+
+
+def test_metadata_that_parquet_cannot_hold_is_named(tmp_path):
+    for value, other in ((1, "one"), ([1], 1), (2**70, 1), ({}, {})):
+        rows = [{**ROW, "age": value}, {**ROW, "age": other}]
+        with pytest.raises(
+            ValueError, match=r"(column 'age' is|the rows are) none that parquet can hold .*write \.jsonl"
+        ):
+            write_rows(tmp_path / "a.parquet", rows)
+        write_rows(tmp_path / "a.jsonl", rows)
+        assert [row["age"] for row in read_rows(tmp_path / "a.jsonl")] == [value, other]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_an_id_is_text_whatever_the_file_says(tmp_path):
+    assert Puzzle.from_row({**ROW, "id": 7}).id == "7"

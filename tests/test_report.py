@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,70 @@ def test_a_bare_summary_gives_an_honest_page(tmp_path):
     assert "<h1>This run has not been evaluated yet.</h1>" in write_report(tmp_path).read_text()
 
 
+def test_an_evaluation_made_again_wins_over_the_summary(run_dir):
+    write_answers(run_dir, "grpo", ["no idea"] * 3)
+    write_metrics(run_dir, "grpo")
+    file = run_dir / "eval/grpo/test/metrics.json"
+    result = json.loads(file.read_text())
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["grpo"]["test"]["intervals"] = {"batch_accuracy": [0.1, 0.9]}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    page = write_report(run_dir).read_text()
+    assert "in 0&nbsp;% of the puzzles of held-out donors, against 67&nbsp;% after SFT" in page
+    assert "GRPO got 0 right that SFT had wrong, and 2 wrong that SFT had right" in page
+    row = row_of(read(page, "results"), "after GRPO")
+    assert cells_of(row)[:2] == ["0.0\xa0%", "0.0\xa0%"] and "<small>0.0 to 0.0</small>" in row and "90.0" not in row
+    file.write_text(json.dumps({key: value for key, value in result.items() if key != "intervals"}))
+    assert "<small>" not in row_of(read(write_report(run_dir).read_text(), "results"), "after GRPO")
+    assert learning_curve_png(run_dir, run_dir / "a.png").read_bytes() != b""
+
+
+def test_a_run_without_a_summary_is_shown_from_what_is_there(run_dir):
+    expected = read(write_report(run_dir).read_text(), "results")
+    (run_dir / "summary.json").unlink()
+    page = write_report(run_dir).read_text()
+    assert read(page, "results") == expected  # scored from the predictions, as summary.json was
+    assert "<h1>After GRPO the annotator names every cell of a batch right in 67&nbsp;%" in page
+    write_metrics(run_dir, "sft")
+    (run_dir / "eval/sft/test").rename(run_dir / "eval/only")
+    shutil.rmtree(run_dir / "eval/sft")
+    (run_dir / "eval/only").rename(run_dir / "eval/sft")  # launch/evaluate.py --out eval/sft, with one file of puzzles
+    (run_dir / "puzzles/report.json").write_text(json.dumps({"options": {"split": "cell"}}))
+    page = write_report(run_dir).read_text()
+    assert "of held-out cells, against 67&nbsp;% after SFT and 0&nbsp;% before training" in page
+    assert learning_curve_png(run_dir, run_dir / "a.png").is_file()
+    for name in ("eval", "puzzles"):
+        shutil.rmtree(run_dir / name)
+    assert "This run has not been evaluated yet." in write_report(run_dir).read_text()  # but its curves are drawn
+    for name in ("sft", "grpo"):
+        shutil.rmtree(run_dir / name)
+    with pytest.raises(ValueError, match="nothing to show, neither eval/STAGE/SPLIT/metrics.json"):
+        write_report(run_dir)
+
+
+def test_predictions_that_lack_or_repeat_puzzles_are_said(run_dir):
+    file = run_dir / "eval/grpo/test/predictions.jsonl"
+    rows = read_rows(file)
+    write_rows(file, [*rows[:2], rows[0] | {"prediction": "no idea"}])
+    page = write_report(run_dir).read_text()
+    assert "On the same 2 held-out puzzles" in page
+    assert "grpo/test/predictions.jsonl answers 1 puzzle again: the first answer to each is shown." in page
+    assert "grpo/test/predictions.jsonl is not what summary.json was made from, whose numbers stand" in page
+    summary = (run_dir / "summary.json").read_text()
+    (run_dir / "summary.json").unlink()
+    left_out = "grpo/test/predictions.jsonl answers 2 of 3 puzzles: the others are left out."
+    assert left_out in write_report(run_dir).read_text()
+    (run_dir / "summary.json").write_text(summary)
+    write_rows(file, rows)
+    write_metrics(run_dir, "grpo")
+    assert "predictions.jsonl" not in read(write_report(run_dir).read_text(), "results")
+    write_rows(file, rows[:2])
+    assert "is not what the metrics.json beside it was made from" in write_report(run_dir).read_text()
+    result = json.loads((run_dir / "eval/grpo/test/metrics.json").read_text())
+    (run_dir / "eval/grpo/test/metrics.json").write_text(json.dumps(result | {"notes": ["<b>mind</b>"]}))
+    assert "held-out donors, after GRPO: &lt;b&gt;mind&lt;/b&gt;." in write_report(run_dir).read_text()
+
+
 def test_metrics_without_puzzles_still_tell_where_it_is_right(run_dir):
     write_metrics(run_dir, "grpo")
     (run_dir / "puzzles/test.parquet").unlink()
@@ -317,6 +382,7 @@ def test_puzzles_of_a_run_without_grpo(run_dir):
 
 def test_open_ended_and_cell_level_puzzles(run_dir):
     puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
+    (run_dir / "summary.json").unlink()
     pages = []
     for variant in ("open", "cell"):
         own = convert(puzzles, variant)
@@ -326,9 +392,54 @@ def test_open_ended_and_cell_level_puzzles(run_dir):
             write_rows(run_dir / f"eval/{stage}/test/predictions.jsonl", rows)
         pages.append(write_report(run_dir).read_text())
     opened, alone = pages
-    assert "Table 12, open-ended" in opened and "none were given" in opened and "guessing" not in opened
-    assert "Table 11, single cells" in alone and "guessing" in read(alone, "where")
+    assert "By similarity of labels: held-out donors (Table 12)" in opened and "none were given" in opened
+    assert "No metrics.json holds similarities of labels" in opened and "guessing" not in opened
+    assert "(Table 11)" in alone and "No metrics.json says how the single cells do as batches" in alone
+    assert "After GRPO the annotator names the single cell right in 100&nbsp;%" in alone and "guessing" in read(
+        alone, "where"
+    )
     assert all("are others than the paper&#x27;s: a difference to its numbers" in page for page in pages)
+
+
+def test_published_numbers_of_cells_stand_beside_cells_put_together(run_dir):
+    puzzles = convert(read_puzzles(run_dir / "puzzles/test.parquet"), "cell")
+    write_puzzles(run_dir / "puzzles/test.parquet", puzzles)
+    shutil.rmtree(run_dir / "eval")
+    rows = [{"id": p.id, "prediction": answer(p.answer if i else ["?"])} for i, p in enumerate(puzzles)]
+    write_rows(run_dir / "eval/grpo/test/predictions.jsonl", rows)
+    write_metrics(run_dir, "grpo")
+    results = read(write_report(run_dir).read_text(), "results")
+    single, together = results.split("Single cells put together into batches: held-out donors (Table 11)")
+    assert (
+        cells_of(row_of(single, "after GRPO"))[:2] == ["93.3\xa0%", "93.3\xa0%"] and 'class="published"' not in single
+    )
+    assert cells_of(row_of(together, "after GRPO, an invalid cell spoils its batch"))[:2] == ["66.7\xa0%", "93.3\xa0%"]
+    head = '<span class="published">Cell-o1, cell-level, reasoning <small>published</small>'
+    assert cells_of(row_of(together, head)) == ["1.1\xa0%", "\u2013", "50.2\xa0%", "84.3\xa0%", "66.1\xa0%", "718"]
+    assert "not beside the metrics of single cells" in together and "All 14 published rows" in together
+
+
+def test_published_accuracies_of_open_ended_answers_stand_beside_similarities(run_dir):
+    puzzles = convert(read_puzzles(run_dir / "puzzles/test.parquet"), "open")
+    write_puzzles(run_dir / "puzzles/test.parquet", puzzles)
+    shutil.rmtree(run_dir / "eval")
+    rows = [{"id": p.id, "prediction": answer(p.answer)} for p in puzzles]
+    write_rows(run_dir / "eval/sft/test/predictions.jsonl", rows)
+    write_metrics(run_dir, "sft")
+    file = run_dir / "eval/sft/test/metrics.json"
+    near = {
+        "threshold": 0.8,
+        "batch_accuracy": 0.5,
+        "cell_accuracy": 0.75,
+        "cell_accuracy_micro": 0.7,
+        "mean_similarity": 0.9,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"similarity": near}))
+    exact, by_similarity = read(write_report(run_dir).read_text(), "results").split("By similarity of labels")
+    assert cells_of(row_of(by_similarity, "after SFT"))[:4] == ["50.0\xa0%", "75.0\xa0%", "70.0\xa0%", "0.900"]
+    head = '<span class="published">Cell-o1 <small>published</small>'
+    assert cells_of(row_of(by_similarity, head)) == ["0.0\xa0%", "\u2013", "33.7\xa0%", "0.723", "92.2\xa0%", "697"]
+    assert 'class="published"' not in exact and "MedCPT similarity to the gold label is above 0.8" in by_similarity
 
 
 def test_headline_rounding():
@@ -387,7 +498,7 @@ def test_command(run_dir, tmp_path):
     assert wrong.returncode == 2 and "--show -1: give 0 or more" in wrong.stderr and "Traceback" not in wrong.stderr
     failed = subprocess.run([*command, tmp_path / "nowhere"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert "summary.json: no such file; `make demo`" in failed.stderr
+    assert "nowhere: nothing to show" in failed.stderr and "name a run folder" in failed.stderr
 
 
 def test_a_cell_split_is_not_called_donors(run_dir):

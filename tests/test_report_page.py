@@ -158,6 +158,15 @@ def test_no_error_no_request_and_no_sideways_scroll(page, tmp_path):
 
 
 @needs_chromium
+def test_a_label_that_cannot_be_broken_leaves_the_counts_in_view(page, tmp_path):
+    edges = "[...document.querySelectorAll('.counts th, .counts td')].map((e) => e.getBoundingClientRect().right)"
+    with browser(tmp_path) as b:
+        for width in (1280, 400):
+            b.open(page, width)
+            assert max(b.js(edges)) <= b.js("document.querySelector('.narrow').getBoundingClientRect().right")
+
+
+@needs_chromium
 def test_everything_is_reached_and_opened_from_the_keyboard(page, tmp_path):
     with browser(tmp_path) as b:
         b.open(page)

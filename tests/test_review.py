@@ -11,7 +11,19 @@ from conftest import succeed
 from review_browser import NAMES, Browser, asked, call, find_chromium, made, page_data, refused, review, write_answers
 
 from data.puzzles import Puzzle, write_rows
-from eval.review import ERROR_TYPES, SIDES, WHOLE, cohen_kappa, key_id, make_review, merge, read_key, stratified
+from eval.review import (
+    ERROR_TYPES,
+    SIDES,
+    WHOLE,
+    WORDING,
+    cohen_kappa,
+    key_id,
+    make_review,
+    merge,
+    read_key,
+    stratified,
+)
+from launch.review import summary_markdown
 
 needs_chromium = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium on this machine: apt-get install --no-install-recommends chromium"
@@ -170,6 +182,13 @@ def test_merging_by_hand(files):
     assert (pair["shared"], pair["same"]) == (3, 2) and pair["kappa"] == pytest.approx((2 / 3 - 1 / 3) / (2 / 3))
     (row,) = summary["disagreements"]
     assert (row["case"], row["verdicts"]) == (b, {"Ana": "Quokka-7B", "Ben": "tie"})
+
+
+def test_the_wording_of_the_error_types_is_owned_up_to(files):
+    page, key = made(files)
+    assert page_data(page)["wording"] == WORDING and 'id="wording"' in page.read_text()
+    summary = merge([review(key, "Ana", {1: "first"})], key)
+    assert "names and meanings are worded by us" in WORDING and WORDING in summary_markdown(summary, key["error_types"])
 
 
 def test_the_interval_is_over_cases_not_judgements(files):

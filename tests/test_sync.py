@@ -58,7 +58,9 @@ def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
     (result,) = check("ranks", pipeline / "base")
     assert set(result["distances"]) == {"8", "16", "64", "256"} and all(d < 1e-5 for d in result["distances"].values())
     assert result["bound"] == [2 * 7, 2 * 4]  # two layers: q, k, v, o, gate, up, down -> qkv, o, gate_up, down
-    assert result["threads gained"] == 1, "vLLM's CPU worker leaves torch.set_num_threads doing nothing; the engine mends it"
+    assert result["threads gained"] == 1, (
+        "vLLM's CPU worker leaves torch.set_num_threads doing nothing; the engine mends it"
+    )
     assert "slot of model.layers.0.mlp.down_proj does not hold the lora_B" in result["damaged slot"]
     assert "answers the canary text exactly as without an adapter" in result["unused"]
     assert result["hashes"]

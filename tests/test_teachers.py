@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from data.meter import Meter
 from data.puzzles import Puzzle, read_rows, write_puzzles
 from data.responses import RawFile
 from data.variants import convert
-from rollout.teachers import Endpoint, OpenAITeacher, retry_after
+from rollout.replies import retry_after, token_counts
+from rollout.teachers import Endpoint, OpenAITeacher, is_loopback
 
 
 @pytest.fixture
@@ -64,6 +66,39 @@ def until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
 def teacher(server: Server, meter: Meter | None = None, note=lambda row: None, **settings) -> OpenAITeacher:
     settings = {"model": "m", "key": KEY, "backoff_seconds": 0.01, "concurrency": 4, **settings}
     return OpenAITeacher(Endpoint(base_url=server.url, **settings), meter or Meter(), note, lambda text: None)
+
+
+def served_raw(server: Server) -> None:
+    """Lets a message {"mood": body or (headers, status, body)} be sent as it is."""
+    send = server.send
+
+    def raw(to, what, who: tuple, model: str) -> None:
+        if not isinstance(what, dict) or "mood" not in what:
+            return send(to, what, who, model)
+        mood = what["mood"]
+        headers, status, body = mood if isinstance(mood, tuple) else ({}, 200, mood)
+        to.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            to.send_header(name, value)
+        to.end_headers()
+        to.wfile.write(body)
+
+    server.send = raw
+
+
+def held(server: Server, together: int, first: int = 0) -> threading.Event:
+    """From request `first` on nobody is answered before `together` are there, nor served before the event is set."""
+    send, released, there = server.send, threading.Event(), threading.Barrier(together)
+
+    def wait(to, what, who: tuple, model: str) -> None:
+        if len(server.served) >= first:
+            there.wait(timeout=60)
+            if isinstance(what, dict):
+                released.wait(timeout=60)
+        send(to, what, who, model)
+
+    server.send = wait
+    return released
 
 
 def ask(of: OpenAITeacher, n: int) -> dict:
@@ -157,11 +192,81 @@ def test_what_no_further_try_can_mend_is_recorded_once_or_ends_the_run(serve):
         ({"retry-after": "9", "retry-after-ms": "1500"}, 1.5),
         ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0.0),
         ({"retry-after": "soon"}, None),
+        ({"retry-after-ms": "soon"}, None),
+        ({"retry-after-ms": "soon", "retry-after": "2"}, 2.0),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 +9999999999999"}, None),
         ({}, None),
     ],
 )
 def test_how_long_an_endpoint_asks_to_wait(headers, seconds):
     assert retry_after(headers) == seconds
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 400}, (300, 100)),
+        (
+            {"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 5400},
+            (300, 5100),
+        ),  # reasoning in the total alone
+        ({"prompt_tokens": 300, "total_tokens": 400}, (300, 100)),
+        ({"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 0}, (300, 100)),
+        ({"prompt_tokens": -5, "completion_tokens": True}, (None, None)),
+        ({"prompt_tokens": 10**400, "completion_tokens": "7"}, (None, None)),
+        (None, (None, None)),
+        ([], (None, None)),
+    ],
+    ids=lambda value: str(value)[:80],
+)
+def test_how_many_tokens_a_response_cost(usage, counts):
+    assert token_counts(usage) == counts
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://127.1.2.3/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://localhost/v1", True),
+        ("http://127.evil.com/v1", False),
+        ("https://api.openai.com/v1", False),
+    ],
+)
+def test_which_endpoints_are_on_this_machine(url, here):
+    assert is_loopback(url) is here
+
+
+def test_one_reply_that_cannot_be_read_costs_the_others_nothing(serve):
+    """Nested deeper than the parser goes, in the body, in an error and in the content; and a wait that is no number."""
+    moods = {
+        0: b"[" * 200_000,
+        1: b'{"error": ' + b"[" * 900 + b"]" * 900 + b"}",
+        2: b'{"choices": [{"message": {"content": ' + b'[{"text": ' * 300 + b'""' + b"}]" * 300 + b"}}]}",
+        3: ({"retry-after-ms": "soon"}, 429, b'{"error": {"message": "slow"}}'),
+    }
+    server = serve(4, lambda number, of, asked: {"content": right(of)} if number > 3 else {"mood": moods[number]})
+    served_raw(server)
+    done = ask(teacher(server), 4)
+    assert sum(done[f"p{i}"].text == right(puzzle(i)) for i in range(4)) >= 3  # deep content may be read, as no text
+    assert not any(completion.error for completion in done.values())
+
+
+def test_a_connection_that_never_stood_cost_nothing():
+    kinds, meter = [], Meter(price_in=1.0, price_out=1.0)
+    with socket.socket() as full, contextlib.ExitStack() as callers:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # more than it lets wait: further ones get no answer
+            caller = callers.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        endpoint = Endpoint(model="m", base_url=url, key=KEY, timeout_seconds=1.0, retries=0)
+        asking = OpenAITeacher(endpoint, meter, kinds.append, print)
+        assert ask(asking, 1)["p0"].error == "no connection in time (1 try)"
+    assert meter.lost == 0 and [list(row)[0] for row in kinds] == ["sent"]
 
 
 def test_an_endpoint_with_its_own_names_and_reasoning_apart(serve):
@@ -210,14 +315,53 @@ def test_a_kill_loses_nothing_and_buys_nothing_twice(serve, tmp_path):
     assert server.number == 10 + len(rows) - 7 and (tmp_path / "t.jsonl").read_bytes() == before
 
 
-def test_a_signal_keeps_what_has_come_and_says_how_to_go_on(serve, tmp_path):
-    server = serve(6, lambda number, of, asked: "hang" if number >= 4 else {"content": right(of)})
-    process = start(*words(tmp_path, server, "--concurrency", 2))
+def test_a_signal_waits_for_what_is_in_flight_and_says_how_to_go_on(serve, tmp_path):
+    server = serve(8, lambda number, of, asked: {"content": right(of)})
+    released = held(server, together=2, first=4)
+    given = words(tmp_path, server, "--concurrency", 2)
+    process = start(*given)
     until(lambda: len(server.served) == 4 and server.now == 2, process)
     process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in said and "--resume" in said
-    assert len(raw_rows(tmp_path)) == 4 and not (tmp_path / "t.jsonl").exists()
+    assert "waiting for the responses in flight (2)" in process.stderr.readline()
+    released.set()
+    said = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM and "stopped by SIGTERM" in said and "--resume" in said
+    assert len(raw_rows(tmp_path)) == 6 == server.number and not (tmp_path / "t.jsonl").exists()
+    here(*given, "--resume")
+    assert server.number == 8 == len(raw_rows(tmp_path)) == len(read_rows(tmp_path / "t.jsonl"))
+
+
+def test_a_second_signal_gives_up_what_is_in_flight(serve, tmp_path):
+    server = serve(3, lambda number, of, asked: "hang" if number else {"content": right(of)})
+    process = start(*words(tmp_path, server, "--concurrency", 2))
+    until(lambda: len(raw_rows(tmp_path)) == 1 and server.now == 2, process)
+    process.terminate()
+    assert "a second signal gives them up" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == -signal.SIGINT and len(raw_rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("mood", ["402 pay first", "429@7200 enough for today"])
+def test_a_run_that_ends_by_itself_takes_in_what_is_in_flight(serve, mood):
+    server = serve(9, lambda number, of, asked: mood if number == 3 else {"content": right(of)})
+    released, said, came = held(server, together=8), [], []
+    endpoint = Endpoint(model="m", base_url=server.url, key=KEY, concurrency=8, backoff_seconds=0.01)
+    asking = OpenAITeacher(endpoint, Meter(), lambda row: None, lambda text: (said.append(text), released.set()))
+    with pytest.raises(RunError, match=mood.partition(" ")[2]):
+        for completion in asking.sample([Request(puzzle=puzzle(i), attempt=0) for i in range(9)]):
+            came.append(completion)
+    assert said[0].startswith("waiting for the responses in flight (7), which will be charged: at most 600 s")
+    assert sum(completion.text != "" for completion in came) == 7 == len(server.served) and server.number == 8
+
+
+def test_a_teacher_that_waits_for_its_turn_stops_at_once(serve):
+    server = serve(2, lambda number, of, asked: "429@500 slow down")
+    endpoint = Endpoint(model="m", base_url=server.url, key=KEY, concurrency=1)
+    asking = OpenAITeacher(endpoint, Meter(), lambda row: None, lambda text: asking.stop())
+    done = ask(asking, 2)
+    assert [completion.error for completion in done.values()] == ["stopped before a further try"]
+    assert asking.ended == "stopped" and server.number == 1
 
 
 def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
@@ -255,6 +399,29 @@ def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
     number = server.number
     here(*given[:-1], 0, "--resume")  # asks nothing, and writes what was accepted
     assert server.number == number and len(read_rows(tmp_path / "t.jsonl")) == found["puzzles_accepted"]
+
+
+def test_what_was_bought_before_prices_were_given_counts_at_its_worst(serve, tmp_path):
+    """The endpoint counts no tokens."""
+    server = serve(4, lambda number, of, asked: {"mood": json.dumps(
+        {"choices": [{"message": {"content": right(of)}, "finish_reason": "stop"}]}).encode()})  # fmt: skip
+    served_raw(server)
+    given = words(tmp_path, server, "--max-response-tokens", 1000)
+    here(*given, "--limit", 2)
+    assert report(tmp_path)["cost"]["spent"] == 0
+    said = here(*given, "--price-in", 2, "--price-out", 8, "--budget", 5, "--resume")
+    priced = Meter(price_in=2.0, price_out=8.0)
+    cost = report(tmp_path)["cost"]
+    assert cost["spent"] == pytest.approx(sum(priced.worst(puzzle(i).chat(), 1000) for i in range(4)), abs=1e-6)
+    assert cost["responses_without_token_counts"] == 4 and "(without token counts: 4, at the worst case)" in said
+
+
+def test_a_lower_threshold_leaves_the_truth_in_its_rows(serve, tmp_path):
+    server = serve(3, lambda number, of, asked: {"content": wrong(of) if of.id == "p1" else right(of)})
+    here(*words(tmp_path, server, "--accept", "reward.cellpuzzles:mixed_reward", "--accept-at", 0))
+    rows = read_rows(tmp_path / "t.jsonl")
+    assert [row.get("answer") for row in rows] == [None, " | ".join(puzzle(1).answer), None]
+    assert [Puzzle.from_row(row).answer for row in rows] == [puzzle(i).answer for i in range(3)]
 
 
 # ---- hints, variants, the key
@@ -336,6 +503,21 @@ def test_the_key_is_nowhere(serve, tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"t.raw.jsonl", "t.report.json", "env.txt"}
     assert KEY.encode() not in seen + b"".join(path.read_bytes() for path in files)
+
+
+def test_no_part_of_the_key_is_kept_that_a_cut_or_an_escape_would_leave(serve):
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
+    message = (
+        f'{{"choices": [{{"message": {{"content": "x"}}, "finish_reason": "stop {KEY}"}}], "model": "m {escaped}"}}'
+    )
+    moods = [b'{"error": "%s"}' % ("y" * 288 + KEY).encode(), b'{"error": "%s"}' % escaped.encode(), message.encode(),
+             ({}, 400, b'{"error": {"message": "%s"}}' % ("y" * 288 + KEY).encode())]  # fmt: skip
+    server = serve(4, lambda number, of, asked: {"mood": moods[number]})
+    served_raw(server)
+    done = ask(teacher(server, concurrency=1, retries=0), 4)
+    assert KEY[:8] not in str(done)
+    assert [done[f"p{i}"].error.count("[key]") for i in (0, 1, 3)] == [1, 1, 1]
+    assert (done["p2"].finish_reason, done["p2"].model) == ("stop [key]", "m [key]")
 
 
 def test_a_full_disk_ends_the_run_and_leaves_whole_lines_behind(tmp_path):

@@ -17,7 +17,8 @@ from eval.trace_figures import _steps_figure, curriculum_of, steps_png, summaris
 from eval.traces import analyse
 from launch.traces import choose
 
-SAMPLE = Path(__file__).parent / "fixtures" / "cellpuzzles_sample.jsonl"
+FIXTURES = Path(__file__).parent / "fixtures"
+SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"
 B, CD8, MONO, NK, PLASMA = (
     "B cell",
     "CD8-positive, alpha-beta T cell",
@@ -80,6 +81,68 @@ def test_assignments_are_found_in_prose_and_markdown(text, expected):
 )  # fmt: skip
 def test_what_is_tentative_negated_or_general_is_no_assignment(text):
     assert claims(text) == []
+
+
+LETTERS = {"p": PLASMA, "n": NK, "b": B, "m": MONO, "t": CD8}
+
+
+def traces_read_by_hand() -> list[tuple[str, list[tuple[int, str]], tuple[str, ...]]]:
+    """[(trace, steps, types outside the list)] of the fixture."""
+    blocks = ("\n" + (FIXTURES / "traces_read_by_hand.txt").read_text(encoding="utf-8")).split("\n== ")[1:]
+    found = []
+    for head, text in (block.split("\n", 1) for block in blocks):
+        steps, _, outside = head.partition("OUTSIDE ")
+        found.append(
+            (text, [(int(s[0]), LETTERS[s[1]]) for s in steps.split()], tuple(filter(None, outside.split(", "))))
+        )
+    return found
+
+
+@pytest.mark.parametrize(("text", "steps", "outside"), traces_read_by_hand())
+def test_traces_of_many_styles_are_read_as_a_reader_reads_them(text, steps, outside):
+    found = traced(text)
+    assert [(step.cell, step.label) for step in found.steps] == steps and found.outside == outside
+    assert len(found.reflections) == len(steps) - len({cell for cell, _ in steps})
+
+
+OUTSIDE = """Kupffer cell, astrocyte, podocyte, hepatic stellate cell, Paneth cell, oligodendrocyte, neutrophil, basophil,
+    eosinophil, keratinocyte, melanocyte, erythrocyte, megakaryocyte, microglial cell, Schwann cell, cardiac muscle
+    cell, goblet cell, enterocyte, hematopoietic stem cell, adipocyte, mesothelial cell, pericyte, fibroblast,
+    epithelial cell, innate lymphoid cell, chondrocyte, osteoblast, neuron, platelet, tumor cell, Bergmann glial
+    cell, cap mesenchyme cell, wibblocyte"""
+
+
+@pytest.mark.parametrize("label", [" ".join(label.split()) for label in OUTSIDE.split(",")])
+def test_types_outside_the_list_are_known_by_name_or_by_how_they_are_said(label):
+    said = f"Cell 1 is {'an' if label[0] in 'aeiou' else 'a'} {label}."
+    assert traced(said).outside and traced(f"{said} No, Cell 1 is a plasma cell.").last == {1: PLASMA}
+    assert traced(f"Cell 1 is not a {label}.").steps == ()
+
+
+def test_what_is_no_type_and_what_is_a_class_of_types_is_no_step():
+    for what in (
+        "marker",
+        "good candidate",
+        "single cell",
+        "different cell",
+        "CD3+ cell",
+        "dying cell",
+        "clearly distinct cell",
+    ):
+        assert traced(f"Cell 1 is a {what}.").outside == traced(f"Cell 1 is a {what}.").steps == ()
+    coarse = traced("Cell 1 is a lymphoid cell. JCHAIN, so it is a plasma cell. Cell 4 is a myeloid cell.")
+    assert coarse.last == {1: PLASMA} and coarse.outside == ("myeloid cell",) and coarse.contradictions == []
+    alike = Puzzle(id="a", context="", cells=[["G"]] * 2, candidates=["ciliated columnar cell of trachea", "club cell"],
+                   answer=["ciliated columnar cell of trachea", "club cell"])  # fmt: skip
+    assert traced("Cell 1 is a ciliated cell. Cell 2 is a ciliated epithelial cell.", puzzle=alike).last == {
+        1: "ciliated columnar cell of trachea"
+    }
+
+
+def test_an_answer_spelled_otherwise_does_not_contradict_the_reasoning():
+    found = traced("Cell 4 is a Bergmann glial cell.", [PLASMA, NK, B, "Bergmann Glial  Cell", CD8])
+    assert found.last == {4: "bergmann glial cell"} and found.contradictions == []
+    assert found.outside == ("bergmann glial cell",) and summarise([found]).contradicted_cells == 0
 
 
 def test_a_comparison_keeps_the_label_that_it_prefers():
@@ -301,6 +364,26 @@ def test_command_on_published_reasoning_rows(tmp_path):
     drawn = {f"steps-{row['name']}.png" for row in content["responses"]} & names
     assert len(drawn) == 2 and names == {"traces.json", "traces.md", "traces.png", *drawn}
     assert all(f"({name})" in report for name in drawn)
+
+
+def test_command_draws_labels_that_look_like_mathematics(tmp_path):
+    write_puzzles(tmp_path / "puzzles.jsonl", [PUZZLE])
+    odd = r"$\text{B cell}$ and $\ce{CD4}$"
+    text = f"<think>Cell 1 is a B cell.</think>\n<answer>{' | '.join([odd, NK, B, MONO, CD8])}</answer>"
+    write_rows(tmp_path / "a$_$b.jsonl", [{"id": "p", "prediction": text}])
+    succeed(
+        "traces",
+        "--puzzles",
+        tmp_path / "puzzles.jsonl",
+        "--predictions",
+        tmp_path / "a$_$b.jsonl",
+        "--out",
+        tmp_path / "out",
+    )
+    assert json.loads((tmp_path / "out/traces.json").read_text())["responses"][0]["answer"][0] == odd
+    report = (tmp_path / "out/traces.md").read_text()
+    assert f"The answer gives cell 1 another label: {odd}." in report and "A lower bound" in report
+    assert (tmp_path / "out/steps-p.png").is_file() and (tmp_path / "out/traces.png").is_file()
 
 
 def test_command_on_predictions_and_on_rollouts(tmp_path):

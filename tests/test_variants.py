@@ -378,3 +378,19 @@ def test_the_command_names_the_users_mistake(tmp_path):
     assert "'single' is not one of 'cell', 'open'" in refusal("single", tmp_path / "a.jsonl")
     assert file.read_bytes() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["cells.parquet"]
+
+
+def test_cell_ids_that_are_no_list_and_columns_of_two_kinds_are_named(tmp_path):
+    rows = [{**BATCH.to_row(), "cell_ids": 5}]
+    write_rows(tmp_path / "ids.jsonl", rows)
+    done = run_command(
+        "variant", "--puzzles", tmp_path / "ids.jsonl", "--variant", "cell", "--out", tmp_path / "a.jsonl"
+    )
+    assert done.returncode == 2 and "puzzle test-7 has 5 cell_ids for 3 cells: give one per cell" in done.stderr
+    rows = [{**BATCH.to_row(), "age": 5}, {**TWO.to_row(), "age": "five"}]
+    write_rows(tmp_path / "age.jsonl", rows)
+    done = run_command(
+        "variant", "--puzzles", tmp_path / "age.jsonl", "--variant", "open", "--out", tmp_path / "a.parquet"
+    )
+    assert done.returncode == 2 and "column 'age' is none that parquet can hold" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "a.parquet").exists()
