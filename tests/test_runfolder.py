@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer.config import GrpoConfig
 from trainer.metrics import StepLog
-from trainer.runfolder import list_checkpoints, load_checkpoint, rewind, save_checkpoint
+from trainer.runfolder import PENDING, list_checkpoints, load_checkpoint, rewind, save_checkpoint, training_file
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
@@ -26,6 +27,17 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
     assert step == 6
     torch.testing.assert_close(adapter, ADAPTER, rtol=0, atol=0)
     torch.testing.assert_close(moments, MOMENTS, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_an_older_run_is_read(tmp_path):
+    path = save(tmp_path, 2)
+    for file in ("optimizer.safetensors", "pending.json"):
+        (path / "training" / file).rename(path / file)
+    state = json.loads((path / "state.json").read_text())
+    state["crc32"] = {Path(name).name: crc for name, crc in state["crc32"].items()}
+    (path / "state.json").write_text(json.dumps(state))
+    torch.testing.assert_close(load_checkpoint(path)[2], MOMENTS, rtol=0, atol=0)
+    assert training_file(path, PENDING) == path / "pending.json"
 
 
 def test_a_half_written_checkpoint_is_not_seen_and_a_damaged_one_is_named(tmp_path):

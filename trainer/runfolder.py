@@ -174,7 +174,12 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
                 f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before"
             )
     weights = ADAPTER if (path / ADAPTER).is_file() else WEIGHTS
-    return state["step"], load_file(path / weights), load_file(path / MOMENTS)
+    return state["step"], load_file(path / weights), load_file(training_file(path, MOMENTS))
+
+
+def training_file(checkpoint: Path, name: str) -> Path:
+    """MOMENTS or PENDING of a checkpoint; older runs have them beside the weights."""
+    return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
 
 
 def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
@@ -249,7 +254,7 @@ def restore_training(
             for index, (name, p) in enumerate(policy.trainable().items())
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        pending = json.loads((checkpoints[-1] / PENDING).read_text())
+        pending = json.loads(training_file(checkpoints[-1], PENDING).read_text())
     if world.is_main:
         rewind(out, step)
     return step, pending
