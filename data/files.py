@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what is asked of files anywhere."""
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,6 +40,12 @@ def flush(path: Path) -> None:
     """Wait until what was written to a file is on disk."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, read in blocks; as hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def reason_of(error: OSError) -> str:

@@ -6,7 +6,6 @@ Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 
 import contextlib
 import difflib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +19,6 @@ from data.columns import Column, clean
 VALUES_PER_BLOCK = 200_000
 """Values of a text column that are in memory at once."""
 RESAVE = "re-save it with anndata 0.8 or later"
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sorted_files(files: Sequence[str | Path]) -> list[Path]:

@@ -20,6 +20,7 @@ from data import h5ad
 from data.cells import Cells, Groups, check_labels, groups_of, read_cells
 from data.contexts import agreed_facts, context_sentence, has_disease, joined_values
 from data.draw import Batch, draw_batches, split_groups
+from data.files import sha256
 from data.matrix import open_matrix, value_kind
 from data.puzzles import Puzzle
 from data.rank import Profile, genes_of, ranked_genes
@@ -98,7 +99,7 @@ def build_file(
     to read. Raises ValueError as data.matrix does.
     """
     with ThreadPoolExecutor(1) as hasher:
-        digest = hasher.submit(h5ad.sha256, path)
+        digest = hasher.submit(sha256, path)
         cells = _read_cells(path, config)
         whole = groups_of(cells)
         groups, set_aside = split_groups(cells, whole, path.stem, assignment, config)

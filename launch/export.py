@@ -6,7 +6,6 @@ python launch/export.py --model runs/grpo/checkpoints/step-000100 --out cell-rea
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from data.files import reason_of
 from launch.options import command, option
 from trainer.runfolder import ADAPTER, DATA, MAGNITUDE, provenance, read_adapter
 
@@ -78,8 +78,9 @@ def main(config: ExportConfig) -> None:
                 quantize=settings.get("quantize", "none") if is_adapter else "none", extra={"README.md": card},
             )  # fmt: skip
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ValueError(f"--out {out}: cannot be written ({reason}); make room, or name another folder") from None
+        raise ValueError(
+            f"--out {out}: cannot be written ({reason_of(error)}); make room, or name another folder"
+        ) from None
     print(f"wrote {out} ({'adapter' if config.adapter_only else config.dtype})")
 
 

@@ -4,7 +4,6 @@ metrics.jsonl holds only what the seed determines, so two runs can be compared b
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, tensor
 
-from data.files import write_whole
+from data.files import sha256, write_whole
 from trainer.world import World, share_of, whole
 
 if TYPE_CHECKING:  # they load transformers, and a report needs none
@@ -84,7 +83,7 @@ def open_run(config: Any, world: World) -> Path:
 def data_hashes(config: Any) -> dict[str, str]:
     """{setting of DATA: SHA-256 of the file it names}."""
     paths = {key: Path(getattr(config, key)) for key in DATA if getattr(config, key, None)}
-    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
+    return {key: sha256(path) for key, path in paths.items() if path.is_file()}
 
 
 def provenance() -> dict[str, Any]:
