@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import UserError
 from data.puzzles import Puzzle, cell_ids_problem, content_id
 
 MIN_GENES = 20
@@ -115,7 +116,7 @@ def audit(splits: dict[str, Sequence[Puzzle]], donors_apart: bool = True) -> Aud
     """Compare every two sets, the earlier one as what was trained on; a set by itself is looked through for duplicates.
 
     donors_apart: False where donors are shared on purpose (--split cell), which makes them a warning instead of a leak.
-    Raises ValueError, naming set and puzzle, when a puzzle has more or fewer cell ids than cells.
+    Raises UserError, naming set and puzzle, when a puzzle has more or fewer cell ids than cells.
     """
     vocabulary: dict[str, int] = {}
     numbers: dict[tuple[int, ...], int] = {}
@@ -143,7 +144,7 @@ def _numbered(name: str, puzzles: Sequence[Puzzle], vocabulary: dict[str, int], 
             of_cells.append(numbers.setdefault(genes, len(numbers)))
         source, ids = puzzle.meta.get("source"), puzzle.meta.get("cell_ids")
         if problem := cell_ids_problem(puzzle):
-            raise ValueError(f"{name}, puzzle {puzzle.id}: {problem}; remove the column or give one id per cell")
+            raise UserError(f"{name}, puzzle {puzzle.id}: {problem}; remove the column or give one id per cell")
         stated = ids is not None and source is not None
         lists.append(of_cells)
         keys.append([(str(source), str(cell)) for cell in ids] if stated else [])

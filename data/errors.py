@@ -1,21 +1,12 @@
-"""Errors that are told in one sentence, and telling a user's mistake from a bug."""
+"""Errors that a command tells in one sentence, without a traceback. Any other exception is a bug and keeps its traceback."""
 
-import linecache
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+class UserError(ValueError):
+    """Something the user gave cannot be used: a file, a row, an option (exit code 2).
+
+    The message is one sentence that names it and says what to do.
+    """
 
 
 class RunError(RuntimeError):
-    """The run cannot go on; the message is one sentence for its user (exit code 1)."""
-
-
-def said_on_purpose(error: ValueError) -> bool:
-    """Was it raised by a `raise` statement of ours? A ValueError out of a library or a builtin is a bug: keep its traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    assert trace is not None
-    file = Path(trace.tb_frame.f_code.co_filename).resolve()
-    ours = file.is_relative_to(ROOT) and "site-packages" not in file.parts
-    return ours and linecache.getline(str(file), trace.tb_lineno).lstrip().startswith("raise ")
+    """The run cannot go on, and the user's input is not why; the message is one sentence (exit code 1)."""

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, with its ending, to write to; flushed to disk and renamed when the block ends well.
 
-    The folder is made where it is missing. Raises ValueError that names the file when it cannot be written.
+    The folder is made where it is missing. Raises UserError that names the file when it cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
@@ -23,7 +25,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         flush(partial)
         os.replace(partial, path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({reason_of(error)}); make room or name another place") from None
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or name another place") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

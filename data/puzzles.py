@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.files import reason_of, replacing
 from data.prompts import (
     CANDIDATES_HEAD,
@@ -90,7 +91,7 @@ class Puzzle:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Puzzle":
-        """Parse a row. Raises ValueError, naming what is missing, when the messages are not a CellPuzzles puzzle.
+        """Parse a row. Raises UserError, naming what is missing, when the messages are not a CellPuzzles puzzle.
 
         The answer is the text column `answer` where there is one beside `assistant_msg`, else what `assistant_msg` ends in.
         """
@@ -98,7 +99,7 @@ class Puzzle:
             row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}"
             )
         variant, body, candidates = _split_request(row["user_msg"])
@@ -117,8 +118,12 @@ class Puzzle:
             meta["context_tail"] = tail
         return cls(
             id=str(row.get("id") or content_id(row["user_msg"])),
-            context=context, cells=cells, candidates=candidates, answer=answer, meta=meta,
-        )  # fmt: skip
+            context=context,
+            cells=cells,
+            candidates=candidates,
+            answer=answer,
+            meta=meta,
+        )
 
 
 def content_id(user_msg: str) -> str:
@@ -135,26 +140,26 @@ def cell_ids_problem(puzzle: Puzzle) -> str | None:
 
 
 def _split_request(text: str) -> tuple[str, str, list[str]]:
-    """(variant, what stands before the request, candidates) of a user message. Raises ValueError where it has no request."""
+    """(variant, what stands before the request, candidates) of a user message. Raises UserError where it has no request."""
     for variant, head in (("batch", CANDIDATES_HEAD), ("cell", CELL_CANDIDATES_HEAD)):
         body, found, candidate_text = text.partition("\n\n" + head)
         if found:
             return variant, body, candidate_text.split("\n")
     if text.endswith("\n\n" + OPEN_REQUEST):
         return "open", text.removesuffix("\n\n" + OPEN_REQUEST), []
-    raise ValueError(f"the user message has no candidate list: no line {CANDIDATES_HEAD.strip()!r}")
+    raise UserError(f"the user message has no candidate list: no line {CANDIDATES_HEAD.strip()!r}")
 
 
 def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
     """(context, context tail, cells) of a user message without its request."""
     head, found, cell_text = body.rpartition("\n\n")
     if not found or not head.startswith(CONTEXT_HEAD):
-        raise ValueError(f"the user message does not begin with {CONTEXT_HEAD.strip()!r} and a blank line after it")
+        raise UserError(f"the user message does not begin with {CONTEXT_HEAD.strip()!r} and a blank line after it")
     cells = []
     for number, line in enumerate(cell_text.split("\n"), start=1):
         match = _CELL_LINE.fullmatch(line)
         if not match or int(match[1]) != number:
-            raise ValueError(f"line {number} of the cells is not 'Cell {number}: GENE, GENE, ...': {line[:60]!r}")
+            raise UserError(f"line {number} of the cells is not 'Cell {number}: GENE, GENE, ...': {line[:60]!r}")
         cells.append(match[2].split(", "))
     raw_context = head[len(CONTEXT_HEAD) :]
     context = raw_context.removesuffix(" ")
@@ -162,14 +167,14 @@ def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
 
 
 def _check_numbers(variant: str, n_cells: int, n_candidates: int, n_answers: int) -> None:
-    """Raises ValueError when cells, candidates and answers do not go together in the variant."""
+    """Raises UserError when cells, candidates and answers do not go together in the variant."""
     found = f"{n_cells} cells, {n_candidates} candidates and {n_answers} answers"
     if variant == "batch" and not n_cells == n_candidates == n_answers:
-        raise ValueError(f"{found}: the three must be equal in number")
+        raise UserError(f"{found}: the three must be equal in number")
     if variant == "cell" and not (n_cells == n_answers == 1 and n_candidates > 1):
-        raise ValueError(f"{found}: a cell-level puzzle has one cell, two or more candidates and one answer")
+        raise UserError(f"{found}: a cell-level puzzle has one cell, two or more candidates and one answer")
     if variant == "open" and n_cells != n_answers:
-        raise ValueError(f"{n_cells} cells and {n_answers} answers: an open-ended puzzle has one answer per cell")
+        raise UserError(f"{n_cells} cells and {n_answers} answers: an open-ended puzzle has one answer per cell")
 
 
 def _parse_answer(assistant_msg: str) -> list[str]:
@@ -179,20 +184,20 @@ def _parse_answer(assistant_msg: str) -> list[str]:
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every row of a .parquet, .jsonl or .json file. Raises ValueError naming the file, and the line where there is one."""
+    """Every row of a .parquet, .jsonl or .json file. Raises UserError naming the file, and the line where there is one."""
     path = Path(path)
     if os.path.isdir(path):
-        raise ValueError(f"{path}: is a folder; name a .parquet, .jsonl or .json file in it")
+        raise UserError(f"{path}: is a folder; name a .parquet, .jsonl or .json file in it")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
             return _rows_of_parquet(path)
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
+        raise UserError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read, is it damaged or without permission? ({reason_of(error)})") from None
+        raise UserError(f"{path}: cannot be read, is it damaged or without permission? ({reason_of(error)})") from None
     return _rows_of_json(path, text) if path.suffix == ".json" else _rows_of_jsonl(path, text)
 
 
@@ -203,16 +208,16 @@ def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())})") from None
 
 
 def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: must be a list of rows, [{{...}}, ...]")
+        raise UserError(f"{path}: must be a list of rows, [{{...}}, ...]")
     return rows
 
 
@@ -224,25 +229,25 @@ def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number}: must be a row, {{...}}")
+            raise UserError(f"{path}, line {number}: must be a row, {{...}}")
     return rows
 
 
 def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
     """Puzzles of a .parquet, .jsonl or .json file, ours or the published ones, in file order.
 
-    Raises ValueError that names the file and row of the first row that is no puzzle, or says that the file is empty.
+    Raises UserError that names the file and row of the first row that is no puzzle, or says that the file is empty.
     """
     puzzles = []
     for number, row in enumerate(read_rows(path)):
         try:
             puzzles.append(Puzzle.from_row(row))
         except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+            raise UserError(f"{path}, row {number}: {error}") from None
     if not puzzles:
-        raise ValueError(f"{path}: holds no puzzle; build some with launch/build.py")
+        raise UserError(f"{path}: holds no puzzle; build some with launch/build.py")
     return puzzles
 
 
@@ -252,9 +257,9 @@ def write_puzzles(path: str | os.PathLike, puzzles: Iterable[Puzzle]) -> None:
 
 
 def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
-    """Write rows as .parquet or .jsonl, whole or not at all. Raises ValueError for another ending."""
+    """Write rows as .parquet or .jsonl, whole or not at all. Raises UserError for another ending."""
     if Path(path).suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
+        raise UserError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
     with replacing(path) as partial:
         save_rows(partial, rows)
 
@@ -262,7 +267,7 @@ def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
 def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, Any]] = ()) -> None:
     """Write rows in place, for a folder that is renamed as a whole.
 
-    like: rows whose columns and types a parquet file without rows gets. Raises ValueError for values that parquet cannot
+    like: rows whose columns and types a parquet file without rows gets. Raises UserError for values that parquet cannot
     hold, naming the column.
     """
     if path.suffix != ".parquet":
@@ -278,10 +283,10 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
             columns[column] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError) as error:
             why = " ".join(str(error).split())
-            raise ValueError(f"column {column!r} is none that parquet can hold ({why}); write .jsonl instead") from None
+            raise UserError(f"column {column!r} is none that parquet can hold ({why}); write .jsonl instead") from None
     table = pyarrow.table(columns)
     try:
         parquet.write_table(table if rows else table.schema.empty_table(), path)
     except pyarrow.ArrowException as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"the rows are none that parquet can hold ({why}); write .jsonl instead") from None
+        raise UserError(f"the rows are none that parquet can hold ({why}); write .jsonl instead") from None

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from data.errors import UserError
 from data.prompts import RESPONSE_LAYOUT, RESPONSE_TAGS, answer_text
 from data.puzzles import Puzzle, cell_ids_problem
 
@@ -26,14 +27,14 @@ _OF_THE_BATCH_ROW = ("system_msg", "assistant_msg")
 def cell_level(puzzle: Puzzle) -> list[Puzzle]:
     """[N] puzzles of one cell, in cell order; `cell_ids`, where the batch has them, is reduced to the one of the cell.
 
-    Raises ValueError, naming the puzzle, when it is not a batch-level one or has a single cell.
+    Raises UserError, naming the puzzle, when it is not a batch-level one or has a single cell.
     """
     meta = _batch_meta(puzzle)
     if len(puzzle.cells) == 1:
-        raise ValueError(f"puzzle {puzzle.id} has a single cell, which is nothing to decompose: leave it out")
+        raise UserError(f"puzzle {puzzle.id} has a single cell, which is nothing to decompose: leave it out")
     cell_ids = puzzle.meta.get("cell_ids")
     if problem := cell_ids_problem(puzzle):
-        raise ValueError(f"puzzle {puzzle.id} has {problem}: give one per cell")
+        raise UserError(f"puzzle {puzzle.id} has {problem}: give one per cell")
     of_cell = [{"cell_index": i} | ({"cell_ids": [cell_ids[i]]} if cell_ids else {}) for i in range(len(puzzle.cells))]
     return [
         dataclasses.replace(
@@ -44,22 +45,22 @@ def cell_level(puzzle: Puzzle) -> list[Puzzle]:
 
 
 def open_ended(puzzle: Puzzle) -> Puzzle:
-    """The batch without its candidates. Raises ValueError, naming the puzzle, when it is not a batch-level one."""
+    """The batch without its candidates. Raises UserError, naming the puzzle, when it is not a batch-level one."""
     return dataclasses.replace(puzzle, id=f"{puzzle.id}/open", candidates=[], meta=_batch_meta(puzzle))
 
 
 def convert(puzzles: Iterable[Puzzle], variant: str) -> list[Puzzle]:
     """Batch-level puzzles as the variant "cell" or "open", in order.
 
-    Raises ValueError for another variant, for a puzzle that is not a batch-level one, and for an id that occurs twice: the
+    Raises UserError for another variant, for a puzzle that is not a batch-level one, and for an id that occurs twice: the
     answers to the variants of the two could not be told apart.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+        raise UserError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     puzzles = list(puzzles)
     for name, count in Counter(puzzle.id for puzzle in puzzles).items():
         if count > 1:
-            raise ValueError(f"puzzle {name} occurs {count} times: keep it once, or give each its own id")
+            raise UserError(f"puzzle {name} occurs {count} times: keep it once, or give each its own id")
     if variant == "open":
         return [open_ended(puzzle) for puzzle in puzzles]
     return [cell for puzzle in puzzles for cell in cell_level(puzzle)]
@@ -83,12 +84,12 @@ def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = 
     ValueError that names the puzzle, or the batch where one of its cells is missing, comes twice or belongs to another.
     """
     if len(predictions) != len(puzzles):
-        raise ValueError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
+        raise UserError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
     batches: dict[str, list[tuple[Puzzle, str]]] = {}
     for puzzle, prediction in zip(puzzles, predictions, strict=True):
         of_batch = "batch_id" in puzzle.meta and isinstance(puzzle.meta.get("cell_index"), int)
         if puzzle.variant != "cell" or not of_batch:
-            raise ValueError(
+            raise UserError(
                 f"puzzle {puzzle.id} is not a cell of a batch (one cell, with the columns batch_id and cell_index): make "
                 "cell-level puzzles with launch/variant.py"
             )
@@ -103,43 +104,47 @@ def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = 
 
 
 def _batch_meta(puzzle: Puzzle) -> dict[str, Any]:
-    """Metadata of a batch's variants. Raises ValueError when the puzzle is not a batch-level one."""
+    """Metadata of a batch's variants. Raises UserError when the puzzle is not a batch-level one."""
     counts = len(puzzle.cells), len(puzzle.candidates), len(puzzle.answer)
     if puzzle.variant != "batch" or len(set(counts)) > 1:
-        raise ValueError(
+        raise UserError(
             f"puzzle {puzzle.id} is not a batch-level puzzle ({counts[0]} cells, {counts[1]} candidates, {counts[2]} answers): "
             "convert the batch-level file it was made from"
         )
     for column in ("batch_id", "cell_index"):
         if column in puzzle.meta:
-            raise ValueError(f"puzzle {puzzle.id} already has a column {column}, which its variants need: rename it")
+            raise UserError(f"puzzle {puzzle.id} already has a column {column}, which its variants need: rename it")
     return {key: value for key, value in puzzle.meta.items() if key not in _OF_THE_BATCH_ROW} | {"batch_id": puzzle.id}
 
 
 def _batch(name: str, cells: list[Puzzle]) -> Puzzle:
-    """The batch-level puzzle of its cell-level ones, which come sorted by `cell_index`. Raises ValueError naming the batch."""
+    """The batch-level puzzle of its cell-level ones, which come sorted by `cell_index`. Raises UserError naming the batch."""
     first = cells[0]
     count = Counter(cell.meta["cell_index"] for cell in cells)
     expected = range(len(first.candidates))
     missing = [f"cell-{index + 1}" for index in expected if index not in count]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"batch {name}: {len(missing)} of its {len(expected)} cells have no prediction ({', '.join(missing)}): answer "
             "every cell of a batch"
         )
     again = [f"cell-{index + 1}" for index, times in count.items() if times > 1 or index not in expected]
     if again or any((cell.context, cell.candidates) != (first.context, first.candidates) for cell in cells):
         what = f"{again[0]} comes twice or is none of it" if again else "its cells differ in context or candidates"
-        raise ValueError(f"batch {name}: {what}: regroup the cells of one file, each once")
+        raise UserError(f"batch {name}: {what}: regroup the cells of one file, each once")
     meta = {
         key: value for key, value in first.meta.items() if key not in ("batch_id", "cell_index", *_OF_THE_BATCH_ROW)
     }
     if "cell_ids" in meta:
         meta["cell_ids"] = [cell_id for cell in cells for cell_id in cell.meta["cell_ids"]]
     return Puzzle(
-        id=name, context=first.context, cells=[cell.cells[0] for cell in cells], candidates=first.candidates,
-        answer=[cell.answer[0] for cell in cells], meta=meta,
-    )  # fmt: skip
+        id=name,
+        context=first.context,
+        cells=[cell.cells[0] for cell in cells],
+        candidates=first.candidates,
+        answer=[cell.answer[0] for cell in cells],
+        meta=meta,
+    )
 
 
 def _label(prediction: str) -> str:

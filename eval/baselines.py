@@ -21,9 +21,10 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
+from data.atlas.markers import read_markers
 from data.audit import audit
-from data.embedded_teacher import MarkerTable, marker_table
-from data.markers import read_markers
+from data.distill.embedded_teacher import MarkerTable, marker_table
+from data.errors import UserError
 from data.puzzles import Puzzle
 from eval.metrics import answer_of
 from reward.cellpuzzles import normalise_label
@@ -38,16 +39,16 @@ def answer(
 ) -> tuple[list[dict], list[str]]:
     """(prediction rows {id, prediction} in puzzle order, candidates that the baseline knows nothing of) of a baseline.
 
-    train: puzzles to learn profiles from, and markers of labels that data/markers.tsv lacks. Raises ValueError for another
+    train: puzzles to learn profiles from, and markers of labels that data/atlas/markers.tsv lacks. Raises UserError for another
     name, for an open-ended puzzle, and for a baseline that needs training puzzles and has none.
     """
     if name not in BASELINES:
-        raise ValueError(f"--baseline {name}: choose one of {', '.join(BASELINES)}")
+        raise UserError(f"--baseline {name}: choose one of {', '.join(BASELINES)}")
     if name in NEEDS_TRAINING and not train:
-        raise ValueError(f"--baseline {name}: learns from training puzzles; name their file with --train")
+        raise UserError(f"--baseline {name}: learns from training puzzles; name their file with --train")
     without = next((puzzle.id for puzzle in puzzles if not puzzle.candidates), None)
     if without is not None:
-        raise ValueError(
+        raise UserError(
             f"puzzle {without} has no candidates (open-ended), and a baseline can only choose among candidates"
         )
     labels = {label for puzzle in puzzles for label in puzzle.candidates}
@@ -108,7 +109,7 @@ def each_by_itself(fit: np.ndarray) -> list[int]:
 
 
 def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
-    """{label as compared: marker genes} of data/markers.tsv, and learned from the training puzzles for labels not in it."""
+    """{label as compared: marker genes} of data/atlas/markers.tsv, and learned from the training puzzles for labels not in it."""
     table = {label: list(entry.markers) for label, entry in read_markers().items()} | marker_table(train)
     return {normalise_label(label): genes for label, genes in table.items()}
 

@@ -87,9 +87,11 @@ def percentile_intervals(draws: np.ndarray) -> list[list[float] | None]:
 
 
 def paired(
-    ours: Sequence[Sequence[PuzzleScore]], theirs: Sequence[Sequence[PuzzleScore]], puzzles: Sequence[Puzzle],
+    ours: Sequence[Sequence[PuzzleScore]],
+    theirs: Sequence[Sequence[PuzzleScore]],
+    puzzles: Sequence[Puzzle],
     *names: object,
-) -> dict[str, dict]:  # fmt: skip
+) -> dict[str, dict]:
     """{metric: {ours, theirs, difference, interval, p}} of two models' answers to the same puzzles, difference = ours - theirs.
 
     Both are scored on the same resamples of batches. p is two-sided: twice the share of resamples on the far side of 0, counted
@@ -126,9 +128,13 @@ def _counts(n_units: int, resamples: int, names: tuple) -> Iterator[np.ndarray]:
 def _parts(score: PuzzleScore) -> tuple[list[float], float]:
     """([6] numerators of one answer, in the order of METRICS; its number of cells)."""
     numerators = [
-        score.cell_accuracy, float(sum(score.right)), float(score.batch_right), float(score.valid), score.uniqueness,
+        score.cell_accuracy,
+        float(sum(score.right)),
+        float(score.batch_right),
+        float(score.valid),
+        score.uniqueness,
         score.response_length,
-    ]  # fmt: skip
+    ]
     return numerators, float(score.n_cells)
 
 

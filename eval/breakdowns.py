@@ -46,8 +46,11 @@ def size_of(puzzle: Puzzle) -> int:
 
 
 DIMENSIONS: dict[str, Callable[[Puzzle], Any]] = {
-    "n_cells": size_of, "tissue": tissue_of, "disease": disease_of, "donor": donor_of,
-}  # fmt: skip
+    "n_cells": size_of,
+    "tissue": tissue_of,
+    "disease": disease_of,
+    "donor": donor_of,
+}
 
 
 def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
@@ -180,11 +183,17 @@ def cell_types(
         given = confusion.get(names[key], {})
         wrong = [[label, n] for label, n in given.items() if normalise_label(label) != key]
         share = right[key] / cells[key]
-        rows.append({
-            "cell_type": names[key], "cells": cells[key], "right": right[key], "accuracy": share,
-            "interval": list(wilson_interval(share, cells[key])), "answered": sum(given.values()),
-            "most_confused": wrong[:most],
-        })  # fmt: skip
+        rows.append(
+            {
+                "cell_type": names[key],
+                "cells": cells[key],
+                "right": right[key],
+                "accuracy": share,
+                "interval": list(wilson_interval(share, cells[key])),
+                "answered": sum(given.values()),
+                "most_confused": wrong[:most],
+            }
+        )
     return rows
 
 
@@ -242,6 +251,8 @@ def k_sample(
 def how_sure(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
     """What the intervals of an evaluation are, in words for metrics.json."""
     return {
-        "method": "percentile bootstrap over batches", "level": LEVEL, "resamples": RESAMPLES,
+        "method": "percentile bootstrap over batches",
+        "level": LEVEL,
+        "resamples": RESAMPLES,
         "batches": len(set(units_of(puzzles))),
-    }  # fmt: skip
+    }

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from data.errors import UserError
 from data.prompts import answer_text
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import normalise_label, parse_response
@@ -22,8 +23,13 @@ from reward.cellpuzzles import normalise_label, parse_response
 STAGES = ("base", "sft", "grpo")
 SPLITS = ("test", "unseen")
 METRICS = (
-    "cell_accuracy", "cell_accuracy_micro", "batch_accuracy", "format_validity", "uniqueness", "response_length",
-)  # fmt: skip
+    "cell_accuracy",
+    "cell_accuracy_micro",
+    "batch_accuracy",
+    "format_validity",
+    "uniqueness",
+    "response_length",
+)
 """The fields of `Metrics` that are means, in its order."""
 
 
@@ -120,7 +126,7 @@ def score_one(prediction: str, puzzle: Puzzle, token_length: int | None = None) 
 def score(predictions: list[str], puzzles: list[Puzzle], token_lengths: list[int] | None = None) -> Metrics:
     """Metrics of one response per puzzle, in the same order.
 
-    Raises ValueError when there is nothing to score or the lists differ in length.
+    Raises UserError when there is nothing to score or the lists differ in length.
     """
     return summarise(score_all(predictions, puzzles, token_lengths))
 
@@ -130,11 +136,11 @@ def score_all(
 ) -> list[PuzzleScore]:
     """[P] the scored rows behind `score`, which see for what it raises."""
     if not puzzles:
-        raise ValueError("there is no puzzle to score: the list of puzzles is empty")
+        raise UserError("there is no puzzle to score: the list of puzzles is empty")
     if len(predictions) != len(puzzles):
-        raise ValueError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
+        raise UserError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
     if token_lengths is not None and len(token_lengths) != len(puzzles):
-        raise ValueError(
+        raise UserError(
             f"{len(token_lengths)} token lengths for {len(puzzles)} puzzles: give one length per prediction"
         )
     lengths = token_lengths if token_lengths is not None else [None] * len(puzzles)
@@ -142,13 +148,13 @@ def score_all(
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:
-    """Rows of a file of predictions. Raises ValueError naming the file; of a .csv or the like it says which formats are read."""
+    """Rows of a file of predictions. Raises UserError naming the file; of a .csv or the like it says which formats are read."""
     try:
         return read_rows(path)
     except ValueError as error:
         if Path(path).suffix in (".jsonl", ".json", ".parquet") or not Path(path).is_file():
             raise
-        raise ValueError(
+        raise UserError(
             f"{error}; predictions are read from .jsonl, .json or .parquet, columns id, prediction"
         ) from None
 
@@ -156,13 +162,13 @@ def read_predictions(path: str | os.PathLike) -> list[dict]:
 def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "") -> list[dict]:
     """[P] the prediction row of each puzzle: by id where a row has one, else by order. A row with samples needs no prediction.
 
-    where: what to call the rows in an error. Raises ValueError when a puzzle has no prediction, an id has more predictions than
+    where: what to call the rows in an error. Raises UserError when a puzzle has no prediction, an id has more predictions than
     puzzles, or a row is not a prediction.
     """
     checked = [_checked(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
     if not any("id" in row for row in checked):
         if len(checked) != len(puzzles):
-            raise ValueError(
+            raise UserError(
                 f"{where}{len(checked)} predictions for {len(puzzles)} puzzles, and no 'id' column to match them by"
             )
         return checked
@@ -172,12 +178,12 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
     wanted = Counter(puzzle.id for puzzle in puzzles)
     missing = [puzzle.id for puzzle in puzzles if puzzle.id not in by_id]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{where}{len(missing)} of {len(puzzles)} puzzles have no prediction, the first is {missing[0]}"
         )
     for name, count in wanted.items():
         if len(by_id[name]) not in (1, count):
-            raise ValueError(f"{where}puzzle {name} has {len(by_id[name])} predictions: keep the one to score")
+            raise UserError(f"{where}puzzle {name} has {len(by_id[name])} predictions: keep the one to score")
     seen: Counter = Counter()
     matched = []
     for puzzle in puzzles:
@@ -188,16 +194,16 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
 
 
 def _checked(row: dict, where: str) -> dict:
-    """The row, with `prediction` taken from its samples where it has none. Raises ValueError when it is not a prediction."""
+    """The row, with `prediction` taken from its samples where it has none. Raises UserError when it is not a prediction."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be an object with the text column 'prediction'")
+        raise UserError(f"{where}: must be an object with the text column 'prediction'")
     samples = row.get("samples")
     if samples is not None and not (isinstance(samples, list) and samples and all(isinstance(s, str) for s in samples)):
-        raise ValueError(f"{where}: 'samples' must be a list of texts")
+        raise UserError(f"{where}: 'samples' must be a list of texts")
     if samples and row.get("prediction") is None:
         row = {**row, "prediction": samples[0]}
     if not isinstance(row.get("prediction"), str):
-        raise ValueError(f"{where}: needs the text column 'prediction'; it has {', '.join(row)}")
+        raise UserError(f"{where}: needs the text column 'prediction'; it has {', '.join(row)}")
     return row
 
 
@@ -206,13 +212,13 @@ def scores_of(
 ) -> tuple[list[list[str]], list[list[PuzzleScore]], str]:
     """([P][k] texts, [P][k] scores, unit of length) of matched rows; k is 1 where rows have no samples.
 
-    Unit "tokens" where every row has its token counts, else, or if in_words, "words" (white-space separated). Raises ValueError
+    Unit "tokens" where every row has its token counts, else, or if in_words, "words" (white-space separated). Raises UserError
     when the rows differ in their number of samples.
     """
     texts = [row.get("samples") or [row["prediction"]] for row in rows]
     counts = sorted({len(of_puzzle) for of_puzzle in texts})
     if len(counts) > 1:
-        raise ValueError(
+        raise UserError(
             f"the predictions have {counts[0]} to {counts[-1]} samples per puzzle: give each the same number"
         )
     tokens = [token_counts(row) for row in rows]
@@ -336,30 +342,30 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
     """summary.json of a run folder: summary[stage][split] is a `Metrics` dict, summary["run"] the settings.
 
-    Raises ValueError naming the file and the command that writes it when it is missing or not a JSON object.
+    Raises UserError naming the file and the command that writes it when it is missing or not a JSON object.
     """
     path = Path(run_dir) / "summary.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
+        raise UserError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
+        raise UserError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
     if not isinstance(summary, dict):
-        raise ValueError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
+        raise UserError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
     return summary
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a metrics.json; empty when there is none. Raises ValueError naming a file that holds no object."""
+    """The content of a metrics.json; empty when there is none. Raises UserError naming a file that holds no object."""
     if not Path(path).is_file():
         return {}
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
+        raise UserError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
     if not isinstance(result, dict):
-        raise ValueError(f"{path}: holds no metrics; run launch/evaluate.py again")
+        raise UserError(f"{path}: holds no metrics; run launch/evaluate.py again")
     return result
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.distill import Request, Teacher
-from data.errors import RunError
+from data.distill.distill import Request, Teacher
+from data.errors import RunError, UserError
 from data.files import write_whole
 from data.puzzles import Puzzle, read_rows, write_rows
 from eval.bootstrap import intervals, paired
@@ -72,13 +72,13 @@ def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[i
 
 
 def refused_for_good(error: str) -> bool:
-    """Did the endpoint refuse this prompt, so that asking again is no use? error: of a Completion (rollout/teachers.py)."""
+    """Did the endpoint refuse this prompt, so that asking again is no use? error: of a Completion (rollout/teachers/openai.py)."""
     status = _REFUSAL.match(error)
     return status is not None and int(status[1]) not in _MAY_PASS
 
 
 def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> Ask:
-    """k answers per puzzle from a model behind an endpoint (rollout/teachers.py), a puzzle as soon as its k are there.
+    """k answers per puzzle from a model behind an endpoint (rollout/teachers/openai.py), a puzzle as soon as its k are there.
 
     Reasoning that the endpoint gives apart is put into <think> tags. refused_are_invalid: a prompt that is refused for good gets
     an empty answer. Raises RunError, after all answers that came, when another request failed for good.
@@ -122,11 +122,11 @@ def row_of(puzzle: Puzzle, answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def distinct(puzzles: Sequence[Puzzle]) -> list[Puzzle]:
-    """The puzzles, each id once. Raises ValueError for an id that names two different puzzles."""
+    """The puzzles, each id once. Raises UserError for an id that names two different puzzles."""
     found: dict[str, Puzzle] = {}
     for puzzle in puzzles:
         if found.setdefault(puzzle.id, puzzle).user_message != puzzle.user_message:
-            raise ValueError(f"puzzle {puzzle.id} occurs twice with different cells: give each puzzle its own id")
+            raise UserError(f"puzzle {puzzle.id} occurs twice with different cells: give each puzzle its own id")
     return list(found.values())
 
 
@@ -162,7 +162,7 @@ class Partial:
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool) -> None:
         """settings: what the answers depend on. resume: take over what a run with the same settings left, or finished.
 
-        Raises ValueError when what is there was made with other settings, or is damaged before its last line.
+        Raises UserError when what is there was made with other settings, or is damaged before its last line.
         """
         self.path = Path(folder) / PARTIAL
         self.rows: dict[str, dict] = {}
@@ -205,7 +205,7 @@ class Partial:
         try:
             parsed = [json.loads(line) for line in whole]
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"--resume: {self.path} is damaged ({error.msg}); leave --resume out to start again"
             ) from None
         if not parsed:
@@ -214,10 +214,10 @@ class Partial:
         return parsed[1:]
 
     def _same(self, settings: dict[str, Any], path: Path) -> None:
-        """Raises ValueError naming the first setting that differs."""
+        """Raises UserError naming the first setting that differs."""
         for name in sorted(self.settings.keys() | settings.keys()):
             if self.settings.get(name) != settings.get(name):
-                raise ValueError(
+                raise UserError(
                     f"--resume: {path} was made with {name} {settings.get(name)}, and this run has {self.settings.get(name)}: "
                     "give the same, or leave --resume out to start again"
                 )
@@ -238,9 +238,17 @@ def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
 
 
 def evaluate(
-    rows: Sequence[dict], puzzles: Sequence[Puzzle], *, name: str, run: dict[str, Any], file: str = "", seed: int = 0,
-    encoder: LabelEncoder | None = None, other: tuple[str, Sequence[dict]] | None = None, notes: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[dict],
+    puzzles: Sequence[Puzzle],
+    *,
+    name: str,
+    run: dict[str, Any],
+    file: str = "",
+    seed: int = 0,
+    encoder: LabelEncoder | None = None,
+    other: tuple[str, Sequence[dict]] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """The content of metrics.json: the metrics of the first answers, then everything else there is to say about the rows.
 
     rows: matched, one per puzzle. name: of what answered. run: its settings. file: of the puzzles. encoder: for the similarity of
@@ -295,10 +303,10 @@ def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
 
 
 def variant_of_all(puzzles: Sequence[Puzzle], file: str) -> str:
-    """The variant of the puzzles of a file. Raises ValueError when they are of several."""
+    """The variant of the puzzles of a file. Raises UserError when they are of several."""
     variants = sorted({puzzle.variant for puzzle in puzzles})
     if len(variants) > 1:
-        raise ValueError(f"--puzzles {file}: holds {' and '.join(variants)} puzzles; evaluate each kind by itself")
+        raise UserError(f"--puzzles {file}: holds {' and '.join(variants)} puzzles; evaluate each kind by itself")
     return variants[0]
 
 

@@ -30,10 +30,11 @@ MEASURES = {
 }
 """{variant of the puzzles: what the published accuracies measure, where that is not what ours do}"""
 DISEASES = {
-    "breast cancer": ("breast cancer", "breast carcinoma"), "melanoma": ("melanoma", "malignant melanoma"),
+    "breast cancer": ("breast cancer", "breast carcinoma"),
+    "melanoma": ("melanoma", "malignant melanoma"),
     "systemic lupus erythematosus": ("systemic lupus erythematosus", "sle"),
     "colorectal cancer": ("colorectal cancer", "colorectal carcinoma"),
-}  # fmt: skip
+}
 """Of Table 3: {disease: the names, of a disease or a file, that mean the same}."""
 
 
@@ -98,26 +99,37 @@ def comparable(variant: str, diseases: list[str], with_similarity: bool = False)
         rows += [row for row in published_rows("Table 3") if row.setting in settings]
         rows += published_rows("Table 12", "constrained") if with_similarity else []
     return {
-        "label": "published", "source": SOURCE, "note": NOTE + MEASURES[variant], "rows": [row.to_dict() for row in rows],
-    }  # fmt: skip
+        "label": "published",
+        "source": SOURCE,
+        "note": NOTE + MEASURES[variant],
+        "rows": [row.to_dict() for row in rows],
+    }
 
 
 COLUMNS = {
-    "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
-    "cell_accuracy_micro": "cells right, pooled", "format_validity": "valid format", "uniqueness": "uniqueness",
+    "batch_accuracy": "batches all right",
+    "cell_accuracy": "cells right, mean over batches",
+    "cell_accuracy_micro": "cells right, pooled",
+    "format_validity": "valid format",
+    "uniqueness": "uniqueness",
     "response_length": "response length",
-}  # fmt: skip
+}
 SIMILARITY_COLUMNS = {
-    "batch_accuracy": "batches all right", "cell_accuracy": "cells right, mean over batches",
-    "cell_accuracy_micro": "cells right, pooled", "mean_similarity": "mean similarity (valid answers)",
-    "format_validity": "valid format", "response_length": "response length",
-}  # fmt: skip
+    "batch_accuracy": "batches all right",
+    "cell_accuracy": "cells right, mean over batches",
+    "cell_accuracy_micro": "cells right, pooled",
+    "mean_similarity": "mean similarity (valid answers)",
+    "format_validity": "valid format",
+    "response_length": "response length",
+}
 OF_GROUPS = ("batch_accuracy", "cell_accuracy", "cell_accuracy_micro", "format_validity")
 """What of them a breakdown shows."""
 BREAKDOWN_TITLES = {
-    "n_cells": ("By number of cells (Figure 4A)", "N"), "tissue": ("By tissue", "tissue"), "disease": ("By disease", "disease"),
+    "n_cells": ("By number of cells (Figure 4A)", "N"),
+    "tissue": ("By tissue", "tissue"),
+    "disease": ("By disease", "disease"),
     "donor": ("By donor", "donor"),
-}  # fmt: skip
+}
 LONGEST = 30
 """Rows of a breakdown shown on the page; metrics.json has all."""
 
@@ -215,9 +227,10 @@ def _published_row(row: dict[str, Any], columns: dict[str, str] = COLUMNS) -> li
 def _k_sample(found: dict[str, Any]) -> str:
     k = found["k"]
     names = {
-        "mean": f"mean of {k} answers", "majority_vote": "majority vote over whole assignments",
+        "mean": f"mean of {k} answers",
+        "majority_vote": "majority vote over whole assignments",
         "cell_vote": "vote cell by cell, one to one",
-    }  # fmt: skip
+    }
     rows = [[label, *_shares(found[name], COLUMNS)] for name, label in names.items()]
     passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
     return (
@@ -305,11 +318,13 @@ def _distribution(found: dict[str, Any]) -> str:
 def _cell_types(rows: list[dict[str, Any]]) -> str:
     shown = [
         [
-            one["cell_type"], f"{one['cells']:,}", _cell(one["accuracy"], one["interval"], _percent),
+            one["cell_type"],
+            f"{one['cells']:,}",
+            _cell(one["accuracy"], one["interval"], _percent),
             "; ".join(f"{label} ({n})" for label, n in one["most_confused"]),
         ]
         for one in rows[:LONGEST]
-    ]  # fmt: skip
+    ]
     more = f"\n\nThe {LONGEST} most frequent of {len(rows):,}." if len(rows) > LONGEST else ""
     return f"## By cell type\n\n{markdown_table(['cell type', 'cells', 'right', 'most confused with'], shown)}{more}"
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import UserError
 from data.prompts import RESPONSE_LAYOUT
 from data.puzzles import Puzzle
 from eval.metrics import score_one
@@ -67,22 +68,22 @@ class Review:
 
 
 def answers_by_id(rows: list[dict], puzzles: list[Puzzle], where: str) -> dict[str, str]:
-    """{puzzle id: answer} of prediction rows; rows without an id are in puzzle order. Raises ValueError naming `where`."""
+    """{puzzle id: answer} of prediction rows; rows without an id are in puzzle order. Raises UserError naming `where`."""
     known = {puzzle.id for puzzle in puzzles}
     if len(known) < len(puzzles):
         twice = next(name for name, n in Counter(puzzle.id for puzzle in puzzles).items() if n > 1)
-        raise ValueError(f"--puzzles: puzzle {twice} occurs twice; answers are matched by id, so each needs its own")
+        raise UserError(f"--puzzles: puzzle {twice} occurs twice; answers are matched by id, so each needs its own")
     if not any("id" in row for row in rows) and len(rows) != len(puzzles):
-        raise ValueError(f"{where}: {len(rows)} predictions for {len(puzzles)} puzzles, and no 'id' to match them by")
+        raise UserError(f"{where}: {len(rows)} predictions for {len(puzzles)} puzzles, and no 'id' to match them by")
     answers: dict[str, str] = {}
     for number, row in enumerate(rows):
         name = row.get("id", puzzles[number].id if number < len(puzzles) else None)
         if not isinstance(row.get("prediction"), str):
-            raise ValueError(f"{where}, row {number}: needs the text column 'prediction'; it has {', '.join(row)}")
+            raise UserError(f"{where}, row {number}: needs the text column 'prediction'; it has {', '.join(row)}")
         if name not in known:
-            raise ValueError(f"{where}, row {number}: puzzle {name} is not in the --puzzles file")
+            raise UserError(f"{where}, row {number}: puzzle {name} is not in the --puzzles file")
         if name in answers:
-            raise ValueError(f"{where}, row {number}: puzzle {name} is answered a second time; keep one answer of it")
+            raise UserError(f"{where}, row {number}: puzzle {name} is answered a second time; keep one answer of it")
         answers[name] = row["prediction"]
     return answers
 
@@ -98,7 +99,7 @@ def make_review(
     both = [puzzle for puzzle in puzzles if puzzle.id in answers[first] and puzzle.id in answers[second]]
     differing = [p for p in both if answers[first][p.id].strip() != answers[second][p.id].strip()]
     if not differing:
-        raise ValueError(f"of {len(both)} puzzles answered in both --predictions files none has two different answers")
+        raise UserError(f"of {len(both)} puzzles answered in both --predictions files none has two different answers")
     digest = _digest([[[p.id, *(answers[model][p.id] for model in answers)] for p in both], show_truth])
     rng = random.Random(f"{seed}:blind review:{digest}")
     shown, keyed = [], []
@@ -108,13 +109,36 @@ def make_review(
         scores = {model: score_one(answers[model][puzzle.id], puzzle) for model in answers}
         wrong = {m: [i for i, right in enumerate(s.right, start=1) if not right] for m, s in scores.items()}
         readable = {model: score.valid for model, score in scores.items()}
-        keyed.append({"case": number, "puzzle": puzzle.id, "n_cells": len(puzzle.cells), **sides, "wrong": wrong,
-                      "readable": readable})  # fmt: skip
-    key = {"kind": KEY_KIND, "models": list(answers), "seed": seed, "show_truth": show_truth, "answers": digest,
-           "error_types": {kind.id: kind.name for kind in ERROR_TYPES}, "cases": keyed}  # fmt: skip
+        keyed.append(
+            {
+                "case": number,
+                "puzzle": puzzle.id,
+                "n_cells": len(puzzle.cells),
+                **sides,
+                "wrong": wrong,
+                "readable": readable,
+            }
+        )
+    key = {
+        "kind": KEY_KIND,
+        "models": list(answers),
+        "seed": seed,
+        "show_truth": show_truth,
+        "answers": digest,
+        "error_types": {kind.id: kind.name for kind in ERROR_TYPES},
+        "cases": keyed,
+    }
     key["page"] = key_id(key)
-    data = {"kind": KIND, "page": key["page"], "show_truth": show_truth, "genes_shown": GENES_SHOWN, "whole": WHOLE,
-            "error_types": [asdict(kind) for kind in ERROR_TYPES], "wording": WORDING, "cases": shown}  # fmt: skip
+    data = {
+        "kind": KIND,
+        "page": key["page"],
+        "show_truth": show_truth,
+        "genes_shown": GENES_SHOWN,
+        "whole": WHOLE,
+        "error_types": [asdict(kind) for kind in ERROR_TYPES],
+        "wording": WORDING,
+        "cases": shown,
+    }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     names = re.compile("|".join(rf"(?<!\w){re.escape(model)}(?!\w)" for model in answers), re.IGNORECASE)
     naming = [c["case"] for c in keyed if any(names.search(answers[model][c["puzzle"]]) for model in answers)]
@@ -159,31 +183,31 @@ def key_id(key: dict[str, Any]) -> str:
 
 
 def read_key(path: str | Path) -> dict[str, Any]:
-    """The key of a page. Raises ValueError when the file is no key, or was changed."""
+    """The key of a page. Raises UserError when the file is no key, or was changed."""
     key = _read_object(path)
     if key.get("kind") != KEY_KIND:
-        raise ValueError(f"{path}: not the key of a review page; name the .key.json that was written beside the page")
+        raise UserError(f"{path}: not the key of a review page; name the .key.json that was written beside the page")
     if key.get("page") != key_id(key):
-        raise ValueError(f"{path}: the key was changed after its page was made; restore the file that was written then")
+        raise UserError(f"{path}: the key was changed after its page was made; restore the file that was written then")
     return key
 
 
 def read_review(path: str | Path, key: dict[str, Any]) -> dict[str, Any]:
-    """A reviewer's exported file, checked against the key. Raises ValueError naming the file and what is wrong with it."""
+    """A reviewer's exported file, checked against the key. Raises UserError naming the file and what is wrong with it."""
     review = _read_object(path)
     if review.get("kind") != KIND:
-        raise ValueError(f"{path}: not a review; give the file that the page's Export button made")
+        raise UserError(f"{path}: not a review; give the file that the page's Export button made")
     if review.get("page") != key["page"]:
-        raise ValueError(f"{path}: a review of another page (id {review.get('page')}, the key's is {key['page']})")
+        raise UserError(f"{path}: a review of another page (id {review.get('page')}, the key's is {key['page']})")
     if not isinstance(review.get("reviewer"), str) or not review["reviewer"].strip():
-        raise ValueError(f"{path}: names no reviewer; import it into the page, fill in the name and export it again")
+        raise UserError(f"{path}: names no reviewer; import it into the page, fill in the name and export it again")
     if not isinstance(review.get("answers"), dict):
-        raise ValueError(f"{path}: damaged, it has no 'answers'; ask the reviewer to export it again")
+        raise UserError(f"{path}: damaged, it has no 'answers'; ask the reviewer to export it again")
     cases = {str(case["case"]): case for case in key["cases"]}
     for number, entry in review["answers"].items():
         problem = "is not on the page" if number not in cases else _entry_problem(entry, cases[number], key)
         if problem:
-            raise ValueError(f"{path}: damaged, case {number} {problem}; ask the reviewer to export it again")
+            raise UserError(f"{path}: damaged, case {number} {problem}; ask the reviewer to export it again")
     return review | {"reviewer": " ".join(review["reviewer"].split()), "file": Path(path).name}
 
 
@@ -210,23 +234,23 @@ def _entry_problem(entry: Any, case: dict[str, Any], key: dict[str, Any]) -> str
 
 def _read_object(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         value = json.loads(Path(path).read_bytes())
     except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path}: not JSON ({error}); ask for the file again, as it was exported") from None
+        raise UserError(f"{path}: not JSON ({error}); ask for the file again, as it was exported") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object; give the file as it was exported")
+        raise UserError(f"{path}: holds no JSON object; give the file as it was exported")
     return value
 
 
 def merge(reviews: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
-    """The summary of reviews of one page. Raises ValueError for two of one reviewer, or when no case is judged."""
+    """The summary of reviews of one page. Raises UserError for two of one reviewer, or when no case is judged."""
     seen: dict[str, str] = {}
     for review in reviews:
         name = review["reviewer"].casefold()
         if name in seen:
-            raise ValueError(
+            raise UserError(
                 f"{review['file']}: a second review by {review['reviewer']}, after {seen[name]}; give one file per reviewer"
             )
         seen[name] = review["file"]
@@ -238,17 +262,21 @@ def merge(reviews: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
             counts[number - 1, vote] += 1
     counts = counts[counts.sum(axis=1) > 0]
     if not len(counts):
-        raise ValueError(f"--collect: no case is judged in {', '.join(seen.values())}")
+        raise UserError(f"--collect: no case is judged in {', '.join(seen.values())}")
     return {
-        "page": key["page"], "models": [first, second], "show_truth": key["show_truth"], "cases": len(key["cases"]),
-        "cases_judged": len(counts), "judgements": int(counts.sum()),
+        "page": key["page"],
+        "models": [first, second],
+        "show_truth": key["show_truth"],
+        "cases": len(key["cases"]),
+        "cases_judged": len(counts),
+        "judgements": int(counts.sum()),
         "results": {first: _result(counts, key), second: _result(counts[:, ::-1], key)},
         "errors": {model: _errors(reviews, key, model) for model in key["models"]},
         "reviewers": [_reviewer(review) for review in reviews],
         "agreement": [_agreement(a, b, votes) for a, b in combinations(votes, 2)],
         "disagreements": _disagreements(votes, key),
         "comments": _comments(reviews, key),
-    }  # fmt: skip
+    }
 
 
 def _votes(review: dict[str, Any], key: dict[str, Any]) -> dict[int, int]:
@@ -305,8 +333,13 @@ def _reviewer(review: dict[str, Any]) -> dict[str, Any]:
 def _agreement(a: str, b: str, votes: dict[str, dict[int, int]]) -> dict[str, Any]:
     shared = sorted(votes[a].keys() & votes[b].keys())
     pair = [[votes[name][case] for case in shared] for name in (a, b)]
-    return {"reviewers": [a, b], "shared": len(shared), "same": sum(x == y for x, y in zip(*pair, strict=True)),
-            "kappa": cohen_kappa(*pair), "kappa_linear": cohen_kappa(*pair, linear=True)}  # fmt: skip
+    return {
+        "reviewers": [a, b],
+        "shared": len(shared),
+        "same": sum(x == y for x, y in zip(*pair, strict=True)),
+        "kappa": cohen_kappa(*pair),
+        "kappa_linear": cohen_kappa(*pair, linear=True),
+    }
 
 
 def cohen_kappa(first: list[int], second: list[int], linear: bool = False) -> float | None:
@@ -342,6 +375,14 @@ def _comments(reviews: list[dict[str, Any]], key: dict[str, Any]) -> list[dict[s
         for review in reviews:
             text = review["answers"].get(str(case["case"]), {}).get("comment", "").strip()
             if text:
-                found.append({"case": case["case"], "puzzle": case["puzzle"], "left": case["left"], "right": case["right"],
-                              "reviewer": review["reviewer"], "comment": text})  # fmt: skip
+                found.append(
+                    {
+                        "case": case["case"],
+                        "puzzle": case["puzzle"],
+                        "left": case["left"],
+                        "right": case["right"],
+                        "reviewer": review["reviewer"],
+                        "comment": text,
+                    }
+                )
     return found

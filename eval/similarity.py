@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import UserError
 from data.puzzles import Puzzle
 from eval.bootstrap import added_up, percentile_intervals, units_of
 from eval.metrics import PuzzleScore
@@ -35,11 +36,11 @@ class LabelEncoder:
     """
 
     def __init__(self, folder: str | os.PathLike, batch: int = 64) -> None:
-        """folder: a checkpoint with its tokenizer. Raises ValueError naming the folder when it is none."""
+        """folder: a checkpoint with its tokenizer. Raises UserError naming the folder when it is none."""
         from transformers import AutoModel, AutoTokenizer
 
         if not (Path(folder) / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"--medcpt {folder}: no config.json there; name the folder of a downloaded encoder checkpoint"
             )
         try:
@@ -47,7 +48,7 @@ class LabelEncoder:
             self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"--medcpt {folder}: transformers cannot load an encoder from it ({reason})") from None
+            raise UserError(f"--medcpt {folder}: transformers cannot load an encoder from it ({reason})") from None
         self.batch = batch
         self.vectors: dict[str, np.ndarray] = {}
         """{label as compared: [H] unit vector}"""
@@ -72,9 +73,12 @@ class LabelEncoder:
 
 
 def similarity(
-    scores: Sequence[PuzzleScore], puzzles: Sequence[Puzzle], encoder: LabelEncoder, *names: object,
+    scores: Sequence[PuzzleScore],
+    puzzles: Sequence[Puzzle],
+    encoder: LabelEncoder,
+    *names: object,
     threshold: float = THRESHOLD,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """{threshold, cell_accuracy, cell_accuracy_micro, batch_accuracy, mean_similarity, intervals} of answers, by position.
 
     A cell is right when its label's similarity to the gold label is above the threshold; none is in an invalid answer. Accuracies

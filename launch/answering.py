@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 from eval.predict import REFUSED, Answered, Ask, Partial, ask_engine, ask_teacher
 from rollout import Sampling
@@ -21,16 +21,25 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 UNSERVED = (
-    "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "lora_bias", "use_qalora",
-    "use_bdlora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "trainable_token_indices",
+)
 """Settings of PEFT that change what an adapter does, and that the engine is not told."""
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal")
 """Of init_lora_weights; the others change the base too."""
 
 
 def adapter_settings(folder: Path) -> dict[str, Any] | None:
-    """PEFT's settings of an adapter folder; None for another. Raises ValueError for a damaged file, and for an adapter that would
+    """PEFT's settings of an adapter folder; None for another. Raises UserError for a damaged file, and for an adapter that would
     be scaled wrongly, or served in part only."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -38,12 +47,12 @@ def adapter_settings(folder: Path) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the adapter again") from None
+        raise UserError(f"{path}: not JSON ({error}); copy the adapter again") from None
     unserved = [name for name in UNSERVED if config.get(name)]
     unserved += ["bias"] if config.get("bias", "none") != "none" else []
     unserved += [n for n in ("init_lora_weights",) if str(config.get(n)).lower() not in PLAIN_STARTS]
     if unserved:
-        raise ValueError(
+        raise UserError(
             f"{path}: has {unserved[0]} {json.dumps(config[unserved[0]])}, with which an adapter cannot be served: merge it into "
             "its base (PEFT's merge_and_unload) and evaluate the merged checkpoint"
         )
@@ -69,8 +78,8 @@ class Remote:
     """A model behind an OpenAI-compatible endpoint. The key stays with the client."""
 
     def __init__(self, config: "EvaluateConfig") -> None:
-        from data.meter import Meter
-        from rollout.teachers import Endpoint, OpenAITeacher, is_loopback
+        from data.distill.meter import Meter
+        from rollout.teachers.openai import Endpoint, OpenAITeacher, is_loopback
 
         key = os.environ.get(config.key_env, "")
         if not key and not is_loopback(str(config.endpoint)):
@@ -78,10 +87,15 @@ class Remote:
                 f"the environment variable {config.key_env} holds no key for --endpoint: set it, or name another with --key-env"
             )
         endpoint = Endpoint(
-            model=str(config.model), base_url=str(config.endpoint), key=key or "EMPTY",
-            temperature=float(config.temperature or 0.0), top_p=config.top_p if config.top_p < 1 else None,
-            max_response_tokens=config.max_response_tokens, seed=config.seed, concurrency=config.concurrency,
-        )  # fmt: skip
+            model=str(config.model),
+            base_url=str(config.endpoint),
+            key=key or "EMPTY",
+            temperature=float(config.temperature or 0.0),
+            top_p=config.top_p if config.top_p < 1 else None,
+            max_response_tokens=config.max_response_tokens,
+            seed=config.seed,
+            concurrency=config.concurrency,
+        )
         self.teacher = OpenAITeacher(endpoint, Meter(), lambda row: None, functools.partial(print, file=sys.stderr))
         self.asking = ask_teacher(self.teacher, config.samples, config.refused == "invalid")
 
@@ -117,10 +131,10 @@ class Local:
     def _load(self) -> Ask:
         from rollout.sync import Parcel
         from rollout.vllm_engine import VLLMEngine
-        from trainer.loading import load_tokenizer
+        from trainer.model.loading import load_tokenizer
         from trainer.policy import encode_prompt
-        from trainer.runfolder import read_adapter
-        from trainer.world import join_world
+        from trainer.ranks.world import join_world
+        from trainer.record.runfolder import read_adapter
 
         config = self.config
         folder, adapter, lora = Path(str(config.model)), None, None
@@ -136,16 +150,22 @@ class Local:
         longest = max(len(encode(puzzle)) for puzzles in self.sets.values() for puzzle in puzzles)
         join_world()
         self.engine = VLLMEngine(
-            str(folder), lora=lora, max_model_len=longest + config.max_response_tokens, dtype=config.dtype,
+            str(folder),
+            lora=lora,
+            max_model_len=longest + config.max_response_tokens,
+            dtype=config.dtype,
             memory_fraction=config.memory_fraction,
-        )  # fmt: skip
+        )
         if adapter:
             parcel = Parcel.of(adapter)
             self.engine.load_adapter(parcel, parcel.manifest(), version=1)
         sampling = Sampling(
-            n=config.samples, max_tokens=config.max_response_tokens, temperature=float(config.temperature or 0.0),
-            top_p=config.top_p, seed=config.seed,
-        )  # fmt: skip
+            n=config.samples,
+            max_tokens=config.max_response_tokens,
+            temperature=float(config.temperature or 0.0),
+            top_p=config.top_p,
+            seed=config.seed,
+        )
         return ask_engine(self.engine, tokenizer, encode, sampling)
 
     def resume(self, partial: Partial) -> None:
@@ -153,7 +173,7 @@ class Local:
 
     def close(self) -> None:
         """Stop the engine, where one was started."""
-        from trainer.world import leave_world
+        from trainer.ranks.world import leave_world
 
         if self.engine is not None:
             self.engine.close()

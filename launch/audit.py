@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from data.audit import MIN_GENES, Audit, audit
+from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import Puzzle, read_puzzles, read_rows
 from launch.options import Command
@@ -31,7 +32,7 @@ def main(files: tuple[str, ...], json_file: str | None, allow_leaks: bool, same_
     if json_file is not None and (
         Path(json_file).is_dir() or os.path.realpath(json_file) in map(os.path.realpath, files)
     ):
-        raise ValueError(f"--json {json_file}: is a folder or a file to read; name another file to write")
+        raise UserError(f"--json {json_file}: is a folder or a file to read; name another file to write")
     splits, warnings = told_apart(files, read_splits(files))
     found = audit(splits, donors_apart=not same_donors)
     found = dataclasses.replace(found, warnings=(*warnings, *found.warnings))
@@ -51,7 +52,7 @@ def main(files: tuple[str, ...], json_file: str | None, allow_leaks: bool, same_
 def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
     """{name: puzzles} of files, named by their stems; by folder too, or by a number, where two stems are equal.
 
-    An empty file is an empty set. Raises ValueError that names the file (and row) that is not one of puzzles, or says that
+    An empty file is an empty set. Raises UserError that names the file (and row) that is not one of puzzles, or says that
     none of the files holds a puzzle.
     """
     places = [(Path(os.path.abspath(file)).parent.name, Path(file).stem) for file in files]
@@ -62,7 +63,7 @@ def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
         name = (f"{folder}/{stem}" if ambiguous else stem) + (f" ({number})" if number > 1 else "")
         splits[name] = read_puzzles(file) if read_rows(file) else []  # a build without unseen puzzles has an empty file
     if not any(splits.values()):
-        raise ValueError(f"{files[0]}: holds no puzzle; build some with launch/build.py")
+        raise UserError(f"{files[0]}: holds no puzzle; build some with launch/build.py")
     return splits
 
 
@@ -106,19 +107,30 @@ def audit_table(found: Audit) -> str:
     short = f"lists < {MIN_GENES} genes"
     rows = [("set", "puzzles", "cells", "distinct cells", "donors", "duplicate puzzles", short)]
     rows += [
-        (one.name, one.puzzles, one.cells, one.distinct_cells,
-         one.donors if one.puzzles_with_donor else "not stated", one.duplicate_puzzles, one.short_lists)
+        (
+            one.name,
+            one.puzzles,
+            one.cells,
+            one.distinct_cells,
+            one.donors if one.puzzles_with_donor else "not stated",
+            one.duplicate_puzzles,
+            one.short_lists,
+        )
         for one in found.splits
-    ]  # fmt: skip
+    ]
     lines = _aligned(rows)
     rows = [("pair", "shared cells", "puzzles with one", "shared donors", "near-duplicate lists", "same batches")]
     rows += [
-        (f"{pair.first} -> {pair.second}", pair.shared_cells,
-         f"{pair.puzzles_with_shared_cell} ({100 * pair.share_with_shared_cell:.1f} %)",
-         "not stated" if pair.shared_donors is None else len(pair.shared_donors),
-         pair.near_duplicate_lists, pair.same_batches)
+        (
+            f"{pair.first} -> {pair.second}",
+            pair.shared_cells,
+            f"{pair.puzzles_with_shared_cell} ({100 * pair.share_with_shared_cell:.1f} %)",
+            "not stated" if pair.shared_donors is None else len(pair.shared_donors),
+            pair.near_duplicate_lists,
+            pair.same_batches,
+        )
         for pair in found.pairs
-    ]  # fmt: skip
+    ]
     lines += ["", *_aligned(rows), ""] if found.pairs else [""]
     lines += [f"warning: {sentence}" for sentence in found.warnings]
     lines += [f"leak: {sentence}" for sentence in found.leaks] or ["no leak found"] * bool(found.pairs)

@@ -19,10 +19,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from data.build import BuildConfig, Watch, build_puzzles
+from data.build.build import BuildConfig, Watch, build_puzzles
+from data.build.staging import Staging
+from data.errors import UserError
 from data.files import flush, reason_of
 from data.puzzles import Puzzle, save_rows
-from data.staging import Staging
 from launch.options import command, option
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
@@ -32,7 +33,7 @@ PLAIN_SECONDS = 30.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(BuildConfig):
-    """The settings of a build (data.settings.BuildConfig) and where it reads and writes."""
+    """The settings of a build (data.build.settings.BuildConfig) and where it reads and writes."""
 
     h5ad: tuple[str, ...] = option((), "File of cells, CELLxGENE's layout; repeatable, or name files without a flag.")
     out: str = option(dataclasses.MISSING, "Folder to write; puzzles in it, of either format, and report are replaced.")
@@ -68,10 +69,10 @@ def files_of(config: Config, context: click.Context) -> tuple[str, ...]:
 
 
 def out_of(folder: str) -> Path:
-    """The folder to write, by its own name, for the unfinished part is kept beside it. Raises ValueError without one."""
+    """The folder to write, by its own name, for the unfinished part is kept beside it. Raises UserError without one."""
     out = Path(os.path.realpath(folder))
     if not folder or not out.name:
-        raise ValueError(f"--out {folder!r}: is no folder that can be written; name one")
+        raise UserError(f"--out {folder!r}: is no folder that can be written; name one")
     return out
 
 
@@ -93,17 +94,17 @@ def told_in_one_sentence(out: Path, files: tuple[str, ...] = ()) -> Iterator[Non
     """A disk that is full or may not be written to, or a file that may not be read, as a sentence."""
     try:
         if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out}: is a file, not a folder")
+            raise UserError(f"--out {out}: is a file, not a folder")
         yield
     except BrokenPipeError:
         raise  # nobody reads what is said any more: click ends the process without a word
     except OSError as error:
         reason = reason_of(error)
         if error.filename is not None and str(error.filename) in {str(Path(file)) for file in files}:
-            raise ValueError(
+            raise UserError(
                 f"{error.filename}: cannot be read ({reason}); give permission, or name another file"
             ) from None
-        raise ValueError(
+        raise UserError(
             f"--out {out}: cannot be written ({reason}); make room or give permission, or name another folder"
         ) from None
 
@@ -118,7 +119,7 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"--out {out}: another build is writing there; wait for it, or name another folder"
             ) from None
         if not resume and (left := staging.finished()):

@@ -6,11 +6,12 @@ python launch/create_policy.py --puzzles train.parquet --puzzles traces.jsonl --
 import dataclasses
 from dataclasses import dataclass
 
-from data.markers import read_markers
+from data.atlas.markers import read_markers
+from data.errors import UserError
 from data.prompts import CANDIDATES_HEAD, SYSTEM_MESSAGE
 from data.puzzles import read_puzzles
 from launch.options import command, option
-from trainer.embedded import Shape, create_policy
+from trainer.model.embedded import Shape, create_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,20 @@ class CreatePolicyConfig:
 def main(config: CreatePolicyConfig) -> None:
     """Make a model and its tokenizer from scratch; nothing is downloaded."""
     if not config.puzzles:
-        raise ValueError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
+        raise UserError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
     puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
     texts = {text for p in puzzles for text in (p.user_message, p.system_message, p.to_row()["assistant_msg"])}
     named = [puzzle for path in config.words_of for puzzle in read_puzzles(path)]
     words = {gene for puzzle in (*puzzles, *named) for cell in puzzle.cells for gene in cell}
     words |= {word for puzzle in named for word in puzzle.context.split()}
     words |= {gene for entry in read_markers().values() for gene in entry.markers}
-    shape = Shape(hidden=config.hidden, layers=config.layers, heads=config.heads, kv_heads=config.kv_heads,
-                  intermediate=config.intermediate)  # fmt: skip
+    shape = Shape(
+        hidden=config.hidden,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        intermediate=config.intermediate,
+    )
     phrases = {SYSTEM_MESSAGE, CANDIDATES_HEAD.strip(), *(label for p in puzzles for label in p.candidates)}
     n_parameters = create_policy(config.out, sorted(texts), words, phrases, shape=shape, seed=config.seed)
     print(f"{config.out}: {n_parameters / 1e6:.1f} M parameters, random weights")

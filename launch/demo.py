@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.options import command, option
-from trainer.runfolder import list_checkpoints, provenance, write_json
+from trainer.record.runfolder import list_checkpoints, provenance, write_json
 
 LAUNCH = Path(__file__).resolve().parent
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,10 +42,16 @@ class DemoConfig:
 
 
 SIMULATED_BUILD = (
-    "min-cells=3", "max-cells=4", "top-genes=12", "drop-genes=ribosomal", "drop-genes=mitochondrial",
-    "puzzles-per-n=4000", "test-puzzles-per-n=150",
-    "unseen-disease=systemic lupus erythematosus", "unseen-disease=Crohn disease",
-)  # fmt: skip
+    "min-cells=3",
+    "max-cells=4",
+    "top-genes=12",
+    "drop-genes=ribosomal",
+    "drop-genes=mitochondrial",
+    "puzzles-per-n=4000",
+    "test-puzzles-per-n=150",
+    "unseen-disease=systemic lupus erythematosus",
+    "unseen-disease=Crohn disease",
+)
 
 
 @command(DemoConfig)
@@ -62,18 +68,31 @@ def main(config: DemoConfig) -> None:
     def evaluate(stage: str, model: Path) -> dict[str, float]:
         folder = out / "eval" / stage  # launch/evaluate.py makes one folder per file by itself when there are several
         return run_stage(
-            f"evaluate {stage}", folder / "test/metrics.json", "evaluate", *puzzles, model=model,
-            out=folder if len(splits) > 1 else folder / "test", limit=config.eval_puzzles,
+            f"evaluate {stage}",
+            folder / "test/metrics.json",
+            "evaluate",
+            *puzzles,
+            model=model,
+            out=folder if len(splits) > 1 else folder / "test",
+            limit=config.eval_puzzles,
             max_response_tokens=response_tokens(config),
-        )  # fmt: skip
+        )
 
     seconds |= evaluate("base", out / "base")
     seconds |= evaluate("sft", out / "sft/model")
     resume = ["--resume"] if (out / "grpo/config.json").is_file() else []
     seconds |= run_stage(
-        "grpo", out / "grpo/finished.json", "grpo", *resume, recipe=config.grpo_recipe, model=out / "sft/model",
-        puzzles=out / "puzzles/train.parquet", out=out / "grpo", steps=config.grpo_steps, seed=config.seed,
-    )  # fmt: skip
+        "grpo",
+        out / "grpo/finished.json",
+        "grpo",
+        *resume,
+        recipe=config.grpo_recipe,
+        model=out / "sft/model",
+        puzzles=out / "puzzles/train.parquet",
+        out=out / "grpo",
+        steps=config.grpo_steps,
+        seed=config.seed,
+    )
     seconds |= evaluate("grpo", list_checkpoints(out / "grpo")[-1])
     write_summary(config, out, seconds)
     run_stage("report", None, "report", run=out, png=out / "curve.png")
@@ -97,16 +116,41 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     shape = {"hidden": config.hidden, "layers": config.layers}
     # a gene or disease that only held-out donors have is a token too, not a dozen letters the model has never seen
     held_out = [word for path in held_out_files(out) for word in ("--words-of", path)]
-    seconds |= run_stage("create policy", out / "base/config.json", "create_policy", "--puzzles", traces, *held_out,
-                   puzzles=train, out=out / "base", **shape, **seed)  # fmt: skip
+    seconds |= run_stage(
+        "create policy",
+        out / "base/config.json",
+        "create_policy",
+        "--puzzles",
+        traces,
+        *held_out,
+        puzzles=train,
+        out=out / "base",
+        **shape,
+        **seed,
+    )
     cold_start = {
-        "lora_rank": 0, "epochs": config.sft_epochs, "batch_size": 8, "lr": config.sft_lr, "warmup_steps": 20,
-        "weight_decay": 0.01, "holdout": 0.02,
-    }  # fmt: skip
+        "lora_rank": 0,
+        "epochs": config.sft_epochs,
+        "batch_size": 8,
+        "lr": config.sft_lr,
+        "warmup_steps": 20,
+        "weight_decay": 0.01,
+        "holdout": 0.02,
+    }
     ranks = min(2, len(os.sched_getaffinity(0)))  # small matrices: two processes are faster than two threads
     begun = ["--resume"] if (out / "sft/config.json").is_file() else []
-    seconds |= run_stage("sft", out / "sft/model/config.json", "sft", *begun, ranks=ranks, traces=traces,
-                   model=out / "base", out=out / "sft", **cold_start, **seed)  # fmt: skip
+    seconds |= run_stage(
+        "sft",
+        out / "sft/model/config.json",
+        "sft",
+        *begun,
+        ranks=ranks,
+        traces=traces,
+        model=out / "base",
+        out=out / "sft",
+        **cold_start,
+        **seed,
+    )
     return seconds
 
 

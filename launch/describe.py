@@ -26,6 +26,7 @@ from data.describe import (
     summary_table,
     table,
 )
+from data.errors import UserError
 from data.files import write_whole
 from launch.audit import read_splits
 from launch.options import command, option
@@ -41,7 +42,7 @@ LIMITS = (
 )
 FEW_DONORS = 5
 ALL_PRIMARY = "all cells count as primary data"
-"""In the note on a file that does not say which are (data/cells.py)."""
+"""In the note on a file that does not say which are (data/build/cells.py)."""
 COUNTS = {str: int}
 REPORT = {
     "options?": dict,
@@ -62,13 +63,21 @@ REPORT = {
         "rules": {str: (int, float)},
         "splits": [{"name": str, "puzzles": int, "donors": int, "cells": int, "distinct_cells": int}],
         "pairs": [
-            {"first": str, "second": str, "shared_cells": int, "puzzles_with_shared_cell": int, "share_with_shared_cell":
-             (int, float), "shared_donors?": list, "near_duplicate_lists": int, "same_batches": int}
+            {
+                "first": str,
+                "second": str,
+                "shared_cells": int,
+                "puzzles_with_shared_cell": int,
+                "share_with_shared_cell": (int, float),
+                "shared_donors?": list,
+                "near_duplicate_lists": int,
+                "same_batches": int,
+            }
         ],
         "leaks": [str],
         "warnings": [str],
     },
-}  # fmt: skip
+}
 """What the card reads of a report (launch/build.py)."""
 
 
@@ -83,7 +92,7 @@ class Config:
 def main(config: Config) -> None:
     """Tables, figure and data card of any set of puzzles, ours or the published ones."""
     if Path(config.out).exists() and not Path(config.out).is_dir():
-        raise ValueError(f"--out {config.out}: is a file, not a folder")
+        raise UserError(f"--out {config.out}: is a file, not a folder")
     report = read_report(config.report) if config.report else report_beside(config.puzzles)
     for file in write_description(config.out, read_splits(config.puzzles), report):
         click.echo(f"written to {file}")
@@ -103,17 +112,17 @@ def report_beside(files: Iterable[str]) -> dict[str, Any] | None:
 
 
 def read_report(path: str | Path | None) -> dict[str, Any] | None:
-    """What the build wrote. Raises ValueError that names the file when it is absent or not a report."""
+    """What the build wrote. Raises UserError that names the file when it is absent or not a report."""
     if path is None:
         return None
     if not Path(path).is_file():
-        raise ValueError(f"--report {path}: no such file")
+        raise UserError(f"--report {path}: no such file")
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
         report = None
     if not fits_shape(report, REPORT):
-        raise ValueError(f"--report {path}: not the report.json of a build; leave the option out to do without")
+        raise UserError(f"--report {path}: not the report.json of a build; leave the option out to do without")
     return report
 
 
@@ -139,10 +148,10 @@ def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, 
 
     splits: {name: puzzles}; empty ones are counted in the tables and left out of the figure.
     report: report.json of the build, None for puzzles that we did not build; the card says what is not stated.
-    Raises ValueError when no split holds a puzzle or the folder cannot be written.
+    Raises UserError when no split holds a puzzle or the folder cannot be written.
     """
     if not any(splits.values()):
-        raise ValueError(f"{out}: no split holds a puzzle, so there is nothing to describe")
+        raise UserError(f"{out}: no split holds a puzzle, so there is nothing to describe")
     summary = summary_table(splits)
     files = {
         "statistics.md": statistics_markdown(splits, summary),
@@ -344,8 +353,10 @@ def _origin(report: dict[str, Any]) -> str:
     text = [_bullets([f"Seed: {_shown(report.get('seed'))}", f"Versions: {versions or NOT_STATED}"])]
     text.append(f"```\n{without_folders(line)}\n```" if line else f"Command: {NOT_STATED}.")
     options = {name: value for name, value in (report.get("options") or {}).items() if value not in (None, [], (), "")}
-    rows = [[name, "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
-            for name, value in options.items()]  # fmt: skip
+    rows = [
+        [name, "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+        for name, value in options.items()
+    ]
     text += [table(["option", "value"], [[name, without_folders(value)] for name, value in rows], left=2)] * bool(rows)
     return "\n\n".join(text)
 

@@ -7,7 +7,7 @@
         --base-url http://127.0.0.1:8000/v1           # vllm serve
     python launch/distill.py --puzzles train.parquet --out traces.jsonl --teacher vllm --model checkpoints/qwen
 
-Beside traces.jsonl it writes traces.raw.jsonl, every response before it is judged (data/responses.py), and
+Beside traces.jsonl it writes traces.raw.jsonl, every response before it is judged (data/distill/responses.py), and
 traces.report.json. The same command with --resume goes on after a kill; no response that came is asked for again. A run that
 ends by itself or by SIGTERM or Ctrl-C first waits for the responses in flight: only what is in flight at a `kill -9`, or at a
 second signal, may be paid for twice.
@@ -30,23 +30,37 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from data.distill import KEEP, Completion, Draws, Key, Plan, Request, Teacher, distill
-from data.distill_report import headline, make_report, table, write_report
-from data.embedded_teacher import EmbeddedTeacher, TeacherConfig, marker_table
-from data.meter import Meter
+from data.distill.distill import KEEP, Completion, Draws, Key, Plan, Request, Teacher, distill
+from data.distill.embedded_teacher import EmbeddedTeacher, TeacherConfig, marker_table
+from data.distill.meter import Meter
+from data.distill.report import headline, make_report, table, write_report
+from data.distill.responses import RawFile, prompts_hash
+from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, write_rows
-from data.responses import RawFile, prompts_hash
 from launch.options import command, flag, option
 from reward.traces import TraceJudge
 
 TEACHERS = ("embedded", "openai", "vllm")
 OF_TEACHER = {
-    "teacher_noise": ("embedded",), "model": ("openai", "vllm"), "base": ("vllm",), "dtype": ("vllm",),
-    "memory_fraction": ("vllm",), "base_url": ("openai",), "key_env": ("openai",), "temperature": ("openai", "vllm"),
-    "top_p": ("openai", "vllm"), "max_response_tokens": ("openai", "vllm"), "concurrency": ("openai", "vllm"),
-    "timeout_seconds": ("openai",), "retries": ("openai",), "backoff_seconds": ("openai",), "budget": ("openai",),
-    "price_in": ("openai",), "price_out": ("openai",), "hint": ("openai", "vllm"),
-}  # fmt: skip
+    "teacher_noise": ("embedded",),
+    "model": ("openai", "vllm"),
+    "base": ("vllm",),
+    "dtype": ("vllm",),
+    "memory_fraction": ("vllm",),
+    "base_url": ("openai",),
+    "key_env": ("openai",),
+    "temperature": ("openai", "vllm"),
+    "top_p": ("openai", "vllm"),
+    "max_response_tokens": ("openai", "vllm"),
+    "concurrency": ("openai", "vllm"),
+    "timeout_seconds": ("openai",),
+    "retries": ("openai",),
+    "backoff_seconds": ("openai",),
+    "budget": ("openai",),
+    "price_in": ("openai",),
+    "price_out": ("openai",),
+    "hint": ("openai", "vllm"),
+}
 """Settings that only some teachers have."""
 MEANING = ("model", "base", "dtype", "temperature", "top_p", "max_response_tokens", "teacher_noise")
 """Settings that give a response its meaning, beside teacher, seed and puzzles: they may not change under --resume."""
@@ -113,11 +127,12 @@ def main(config: DistillConfig) -> None:
     puzzles = read_puzzles(config.puzzles)
     chosen = puzzles[: config.limit]
     plan = Plan(
-        candidates=config.candidates, stop_at=config.stop_at,
+        candidates=config.candidates,
+        stop_at=config.stop_at,
         hint_candidates=config.hint_candidates if config.hint else 0,
-    )  # fmt: skip
+    )
     if config.teacher == "embedded" and (variants := {puzzle.variant for puzzle in chosen} - {"batch"}):
-        raise ValueError(
+        raise UserError(
             f"--puzzles {config.puzzles}: the embedded teacher answers batch-level puzzles only, and this file holds "
             f"'{min(variants)}' ones; choose --teacher openai or vllm"
         )
@@ -125,7 +140,7 @@ def main(config: DistillConfig) -> None:
     meter = Meter(price_in=config.price_in or 0.0, price_out=config.price_out or 0.0, budget=config.budget)
     raw_path, free = beside(config.out, ".raw.jsonl"), config.teacher == "embedded"
     if not free and not config.resume and Path(config.out).exists() and not raw_path.exists():
-        raise ValueError(f"--out {config.out}: is there without its responses ({raw_path}); name another file")
+        raise UserError(f"--out {config.out}: is there without its responses ({raw_path}); name another file")
     settings, worst = meaning(config, puzzles), worst_cases(config, puzzles, meter)
     with (
         closing(judge),
@@ -151,48 +166,60 @@ def check(config: DistillConfig) -> None:
     if config.teacher != "embedded" and not config.model:
         raise click.UsageError(f"--teacher {config.teacher} needs --model")
     if Path(config.out).suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"--out {config.out}: name a file that ends in .jsonl or .parquet")
+        raise UserError(f"--out {config.out}: name a file that ends in .jsonl or .parquet")
     for written in (Path(config.out), beside(config.out, ".raw.jsonl"), beside(config.out, ".report.json")):
         if written.exists() and os.path.exists(config.puzzles) and os.path.samefile(written, config.puzzles):
-            raise ValueError(
+            raise UserError(
                 f"--out {config.out}: would write {written} over --puzzles {config.puzzles}; name another file"
             )
     if config.budget is not None and (config.price_in is None or not config.price_out):
         raise click.UsageError("--budget needs --price-in and --price-out, per million tokens")
-    at_least = {"candidates": 1, "stop_at": 0, "hint_candidates": 1, "max_response_tokens": 1, "concurrency": 1, "retries": 0,
-                "temperature": 0, "backoff_seconds": 0, "limit": 1, "budget": 0, "price_in": 0, "price_out": 0,
-                "reward_workers": 1}  # fmt: skip
+    at_least = {
+        "candidates": 1,
+        "stop_at": 0,
+        "hint_candidates": 1,
+        "max_response_tokens": 1,
+        "concurrency": 1,
+        "retries": 0,
+        "temperature": 0,
+        "backoff_seconds": 0,
+        "limit": 1,
+        "budget": 0,
+        "price_in": 0,
+        "price_out": 0,
+        "reward_workers": 1,
+    }
     for name, least in at_least.items():
         if (value := getattr(config, name)) is not None and value < least:
-            raise ValueError(f"{flag(name)} {value:g}: must be at least {least}")
+            raise UserError(f"{flag(name)} {value:g}: must be at least {least}")
     for name in ("timeout_seconds", "reward_seconds"):
         if getattr(config, name) <= 0:
-            raise ValueError(f"{flag(name)} {getattr(config, name):g}: must be more than 0")
+            raise UserError(f"{flag(name)} {getattr(config, name):g}: must be more than 0")
 
 
 def take_key(config: DistillConfig) -> str:
     """The endpoint's key, taken out of the environment so that no process started later inherits it.
 
-    Raises ValueError, never with the key in it, where an endpoint that is not on this machine has none, and where the URL or
+    Raises UserError, never with the key in it, where an endpoint that is not on this machine has none, and where the URL or
     the name of the variable looks like a secret.
     """
     if config.teacher != "openai":
         return ""
     if re.search(r"://[^/]*@|[?#]", config.base_url) or not re.match(r"https?://[^/]", config.base_url):
-        raise ValueError(
+        raise UserError(
             "--base-url: write it as https://HOST/v1, without user, password or query; the key goes into --key-env"
         )
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", config.key_env):
-        raise ValueError("--key-env: give the NAME of an environment variable, in capitals; never the key itself")
+        raise UserError("--key-env: give the NAME of an environment variable, in capitals; never the key itself")
     key = os.environ.pop(config.key_env, "").strip()
     if not re.fullmatch(r"[!-~]*", key):
-        raise ValueError(
+        raise UserError(
             f"--key-env {config.key_env}: its value holds a space or a character beyond ASCII; copy it again"
         )
-    from rollout.teachers import is_loopback
+    from rollout.teachers.openai import is_loopback
 
     if not key and not is_loopback(config.base_url):
-        raise ValueError(f"--base-url {config.base_url}: set the environment variable {config.key_env} to its key")
+        raise UserError(f"--base-url {config.base_url}: set the environment variable {config.key_env} to its key")
     return key or "none"
 
 
@@ -229,27 +256,30 @@ def make_teacher(
         return EmbeddedTeacher(marker_table(puzzles), config.seed, TeacherConfig(noise=config.teacher_noise))
     if config.teacher == "vllm":
         return vllm_teacher(config, chosen, meter)
-    from rollout.teachers import Endpoint, OpenAITeacher
+    from rollout.teachers.openai import Endpoint, OpenAITeacher
 
     names = ("base_url", "temperature", "top_p", "max_response_tokens", "seed", "timeout_seconds", "retries")
     endpoint = Endpoint(
-        model=str(config.model), key=key, concurrency=config.concurrency or 16, backoff_seconds=config.backoff_seconds,
+        model=str(config.model),
+        key=key,
+        concurrency=config.concurrency or 16,
+        backoff_seconds=config.backoff_seconds,
         **{name: getattr(config, name) for name in names},
-    )  # fmt: skip
+    )
     return OpenAITeacher(endpoint, meter, raw.write, say=lambda text: tqdm.write(text, file=sys.stderr))
 
 
 def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Teacher:
     """A checkpoint, or a base checkpoint with an adapter, in a vLLM engine that holds the longest prompt and response."""
-    from data.hints import hinted_chat
+    from data.distill.hints import hinted_chat
     from rollout import Sampling
     from rollout.sync import Parcel
+    from rollout.teachers.vllm import VLLMTeacher
     from rollout.vllm_engine import VLLMEngine
-    from rollout.vllm_teacher import VLLMTeacher
-    from trainer.loading import load_tokenizer
+    from trainer.model.loading import load_tokenizer
     from trainer.policy import encode_prompt
-    from trainer.runfolder import read_adapter
-    from trainer.world import join_world, leave_world
+    from trainer.ranks.world import join_world, leave_world
+    from trainer.record.runfolder import read_adapter
 
     folder, adapter = Path(str(config.model)), None
     if (folder / "adapter_config.json").is_file():
@@ -260,7 +290,7 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
     longest = max(len(encode_prompt(tokenizer, chat)) for chat in chats) + config.max_response_tokens
     context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings") or longest
     if longest > context:
-        raise ValueError(
+        raise UserError(
             f"--max-response-tokens {config.max_response_tokens}: with the longest prompt {longest} tokens, and "
             f"{folder} takes {context}; lower it by {longest - context}"
         )
@@ -268,23 +298,34 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
     lora = {name: adapter_config[name] for name in ("r", "lora_alpha", "target_modules")} if adapter else None
     batch = config.concurrency or 256
     engine = VLLMEngine(
-        str(folder), lora=lora, max_model_len=longest, dtype=config.dtype, max_num_seqs=min(batch, 256),
+        str(folder),
+        lora=lora,
+        max_model_len=longest,
+        dtype=config.dtype,
+        max_num_seqs=min(batch, 256),
         memory_fraction=config.memory_fraction,
-    )  # fmt: skip
+    )
     if adapter:
         parcel = Parcel.of(adapter)
         engine.load_adapter(parcel, parcel.manifest(), version=1)
     top_p = 1.0 if config.top_p is None else config.top_p
-    sampling = Sampling(n=1, max_tokens=config.max_response_tokens, temperature=config.temperature, top_p=top_p,
-                        seed=config.seed)  # fmt: skip
+    sampling = Sampling(
+        n=1, max_tokens=config.max_response_tokens, temperature=config.temperature, top_p=top_p, seed=config.seed
+    )
     return VLLMTeacher(
-        engine, lambda chat: encode_prompt(tokenizer, chat), lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        sampling, batch, str(config.model), meter, leave_world,
-    )  # fmt: skip
+        engine,
+        lambda chat: encode_prompt(tokenizer, chat),
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        sampling,
+        batch,
+        str(config.model),
+        meter,
+        leave_world,
+    )
 
 
 def finish(config: DistillConfig, draws: Draws, meter: Meter, ended: str, seconds: float) -> None:
-    """Write the report and the accepted traces, and print both in short. Raises ValueError when no trace was accepted."""
+    """Write the report and the accepted traces, and print both in short. Raises UserError when no trace was accepted."""
     rows = draws.rows(config.keep, config.seed)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
     report = make_report(draws, meter, seed=config.seed, rows=len(rows), ended=ended, settings=settings)
@@ -299,7 +340,7 @@ def finish(config: DistillConfig, draws: Draws, meter: Meter, ended: str, second
     if not rows:
         reasons = ", ".join(report["rejected"]) or "nothing was drawn"
         easier = "lower --teacher-noise" if config.teacher == "embedded" else "change the teacher"
-        raise ValueError(
+        raise UserError(
             f"--puzzles {config.puzzles}: no trace was accepted ({reasons}); raise --candidates or {easier}"
         )
     write_rows(config.out, rows)

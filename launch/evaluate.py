@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from data.variants import regroup
 from eval import baselines
@@ -105,9 +106,16 @@ def main(config: EvaluateConfig) -> None:
         rows = answers(stem, puzzles, partial)
         notes = baselines.cautions(config.baseline, puzzles, train) if config.baseline else []
         result = evaluate(
-            rows, puzzles, name=name, run=partial.settings, file=file_of(config, stem), seed=config.seed, encoder=encoder,
-            other=others.get(stem), notes=notes,
-        )  # fmt: skip
+            rows,
+            puzzles,
+            name=name,
+            run=partial.settings,
+            file=file_of(config, stem),
+            seed=config.seed,
+            encoder=encoder,
+            other=others.get(stem),
+            notes=notes,
+        )
         for note in result.get("notes", ()):
             print(f"{stem}: {note}", file=sys.stderr)
         write_evaluation(folder, rows, result, f"{name} on {stem}")
@@ -165,7 +173,7 @@ def read_sets(config: EvaluateConfig) -> Sets:
 def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]:
     """The first `limit` puzzles; of single cells the whole batches among them, since a batch without one cannot be scored.
 
-    Raises ValueError for puzzles of several kinds, and for single cells that make up no whole batches.
+    Raises UserError for puzzles of several kinds, and for single cells that make up no whole batches.
     """
     first = puzzles[:limit]
     if variant_of_all(puzzles, file) != "cell":
@@ -173,11 +181,11 @@ def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]
     try:
         regroup([""] * len(puzzles), puzzles)
     except ValueError as error:
-        raise ValueError(f"--puzzles {file}: {error}") from None
+        raise UserError(f"--puzzles {file}: {error}") from None
     held = Counter(puzzle.meta["batch_id"] for puzzle in first)
     whole = [puzzle for puzzle in first if held[puzzle.meta["batch_id"]] == len(puzzle.candidates)]
     if not whole:
-        raise ValueError(
+        raise UserError(
             f"--limit {limit}: the first {limit} cells of {file} hold no whole batch, the first of which has "
             f"{len(first[0].candidates)} cells: raise --limit"
         )
@@ -194,8 +202,9 @@ def settings(config: EvaluateConfig, puzzles: list[Puzzle]) -> dict:
     local = config.model is not None and config.endpoint is None
     names = {
         "model": ("model", "base", "dtype", "chunk", *asked) if local else ("model", "endpoint", *asked),
-        "baseline": ("baseline", "train", "seed"), "predictions": ("predictions", "tokenizer"),
-    }  # fmt: skip
+        "baseline": ("baseline", "train", "seed"),
+        "predictions": ("predictions", "tokenizer"),
+    }
     (kind,) = (kind for kind in names if getattr(config, kind) is not None)
     files = {"model_files": model_files(config)} if local else {}
     return {name: getattr(config, name) for name in names[kind]} | files | {"puzzles_digest": digest(puzzles)}
@@ -240,7 +249,7 @@ def saved(config: EvaluateConfig, stem: str, puzzles: list[Puzzle], partial: Par
     path = predictions_file(config, "predictions", stem)
     rows = match_rows(read_predictions(path), puzzles, f"{path}: ")
     if config.tokenizer:
-        from trainer.loading import load_tokenizer
+        from trainer.model.loading import load_tokenizer
 
         rows = count_tokens(rows, load_tokenizer(config.tokenizer))
     return [{"id": puzzle.id} | row for puzzle, row in zip(puzzles, rows, strict=True)]
@@ -266,29 +275,29 @@ def baseline(
 
 
 def predictions_file(config: EvaluateConfig, flag: str, stem: str) -> Path:
-    """The file of predictions that --predictions or --compare names for a set of puzzles. Raises ValueError if there is none."""
+    """The file of predictions that --predictions or --compare names for a set of puzzles. Raises UserError if there is none."""
     given = Path(getattr(config, flag))
     if given.is_file():
         if len(config.puzzles) > 1:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} {given}: one file answers one --puzzles file; name the --out folder of an evaluation"
             )
         return given
     inside = [given / stem / "predictions.jsonl", *([given / "predictions.jsonl"] if len(config.puzzles) == 1 else [])]
     found = next((path for path in inside if path.is_file()), None)
     if found is None:
-        raise ValueError(f"--{flag} {given}: no such file, and no folder with {inside[-1].relative_to(given)}")
+        raise UserError(f"--{flag} {given}: no such file, and no folder with {inside[-1].relative_to(given)}")
     return found
 
 
 def compared(config: EvaluateConfig, stem: str, puzzles: list[Puzzle]) -> tuple[str, list[dict]]:
-    """(name, rows) of the model to compare with. Raises ValueError unless it answered the same puzzles."""
+    """(name, rows) of the model to compare with. Raises UserError unless it answered the same puzzles."""
     path = predictions_file(config, "compare", stem)
     rows, result = read_predictions(path), read_result(path.with_name("metrics.json"))
     theirs = (result.get("puzzles") or {}).get("digest")
     beyond = {row["id"] for row in rows if "id" in row} - {puzzle.id for puzzle in puzzles}
     if beyond or theirs not in (None, digest(puzzles)):
-        raise ValueError(
+        raise UserError(
             f"--compare {path}: answers other puzzles than --puzzles {file_of(config, stem)}"
             f"{' --limit ' + str(config.limit) if config.limit else ''}; a paired comparison needs the same ones: evaluate both "
             "models on the same file with the same --limit"

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from data.errors import UserError
 from data.files import reason_of
 from launch.options import command, option
-from trainer.runfolder import ADAPTER, DATA, MAGNITUDE, provenance, read_adapter
+from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance, read_adapter
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 TOKENIZER = ("token", "chat_", "vocab", "merges", "special")
@@ -49,23 +50,23 @@ def main(config: ExportConfig) -> None:
     """Write a model that transformers and vLLM load, with a model card."""
     folder, out = Path(config.model), Path(config.out)
     if out.exists():
-        raise ValueError(f"--out {out}: exists already; name another folder")
+        raise UserError(f"--out {out}: exists already; name another folder")
     is_adapter = (folder / "adapter_config.json").is_file()
     if not is_adapter and not (folder / "config.json").is_file():
-        raise ValueError(f"--model {folder}: neither a checkpoint (config.json) nor an adapter (adapter_config.json)")
+        raise UserError(f"--model {folder}: neither a checkpoint (config.json) nor an adapter (adapter_config.json)")
     if config.base and not is_adapter:
-        raise ValueError(
+        raise UserError(
             f"--base {config.base}: {folder} holds whole weights, which lie over no base; leave the option out"
         )
     if config.adapter_only and not is_adapter:
-        raise ValueError(f"--adapter-only: {folder} holds whole weights, no adapter; leave the flag out")
+        raise UserError(f"--adapter-only: {folder} holds whole weights, no adapter; leave the flag out")
     run = run_of(folder)
     adapter, adapter_config = read_adapter(folder, for_vllm=False) if is_adapter else (None, None)
     base = Path(config.base or (adapter_config or {}).get("base_model_name_or_path") or folder)
     if not (base / "config.json").is_file():
-        raise ValueError(f"{folder}: its base {base} is no checkpoint folder; name it with --base")
+        raise UserError(f"{folder}: its base {base} is no checkpoint folder; name it with --base")
     card = model_card(config, base, adapter_config, run, [read_metrics(path) for path in config.metrics])
-    from trainer.merge import write_checkpoint  # the model's libraries take seconds to load: not for a refusal
+    from trainer.model.merge import write_checkpoint  # the model's libraries take seconds to load: not for a refusal
 
     try:
         if config.adapter_only:
@@ -74,11 +75,17 @@ def main(config: ExportConfig) -> None:
             settings = run.get("settings", {})
             held = getattr(torch, settings["dtype"]) if is_adapter and "dtype" in settings else None
             write_checkpoint(
-                base, out, getattr(torch, config.dtype), adapter=adapter, config=adapter_config, held=held,
-                quantize=settings.get("quantize", "none") if is_adapter else "none", extra={"README.md": card},
-            )  # fmt: skip
+                base,
+                out,
+                getattr(torch, config.dtype),
+                adapter=adapter,
+                config=adapter_config,
+                held=held,
+                quantize=settings.get("quantize", "none") if is_adapter else "none",
+                extra={"README.md": card},
+            )
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--out {out}: cannot be written ({reason_of(error)}); make room, or name another folder"
         ) from None
     print(f"wrote {out} ({'adapter' if config.adapter_only else config.dtype})")
@@ -95,16 +102,16 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: str) -> dict[str, Any]:
-    """A metrics.json, with its name. Raises ValueError when it is none."""
+    """A metrics.json, with its name. Raises UserError when it is none."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ValueError(f"--metrics {path}: no such file; write one with launch/evaluate.py")
+        raise UserError(f"--metrics {path}: no such file; write one with launch/evaluate.py")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
+        raise UserError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
     if "batch_accuracy" not in found:
-        raise ValueError(f"--metrics {path}: is no metrics.json of launch/evaluate.py (it lacks batch_accuracy)")
+        raise UserError(f"--metrics {path}: is no metrics.json of launch/evaluate.py (it lacks batch_accuracy)")
     return {"name": file.parent.name, **found}
 
 
@@ -137,12 +144,17 @@ def model_card(
     front += ["- biology", "- single-cell", "- cell-type-annotation", "- grpo", f"base_model: {base.name}", "---"]
     what = "an adapter (PEFT)" if config.adapter_only else f"merged in float32, saved in {config.dtype}"
     text = [
-        *front, "", f"# {name}", "",
-        f"A cell type reasoner for CellPuzzles (Cell-o1, arXiv:2506.02911): {what}; base: `{base.name}`.", "",
+        *front,
+        "",
+        f"# {name}",
+        "",
+        f"A cell type reasoner for CellPuzzles (Cell-o1, arXiv:2506.02911): {what}; base: `{base.name}`.",
+        "",
         "It reads a batch of cells of one donor as ranked gene lists with a list of candidate labels, reasons between",
         "`<think>` and `</think>`, and answers between `<answer>` and `</answer>`, one label per cell joined by ` | `.",
-        "Prompt: the system and user message of `data/prompts.py`, through the tokenizer's chat template.", "",
-    ]  # fmt: skip
+        "Prompt: the system and user message of `data/prompts.py`, through the tokenizer's chat template.",
+        "",
+    ]
     text += ["## How good", "", *metric_table(metrics), ""]
     text += ["## Recipe", "", *recipe_table(settings, adapter), ""]
     text += ["## Data", "", *data_table(settings, run.get("data", {})), ""]

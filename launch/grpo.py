@@ -15,8 +15,8 @@ from data.puzzles import read_puzzles
 from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig
-from trainer.preflight import check, launch_of, memory, refuse_problems, table
-from trainer.runfolder import check_run
+from trainer.record.runfolder import check_run
+from trainer.start.preflight import check, launch_of, memory, refuse_problems, table
 
 DEMO = Path("runs/demo")
 
@@ -68,7 +68,7 @@ def dry_run(config: GrpoConfig) -> None:
 
 def build_embedded(config: GrpoConfig) -> None:
     """Simulate, build, distill and cold-start the embedded default on rank 0 while the other ranks wait."""
-    from trainer.world import guarded, join_world
+    from trainer.ranks.world import guarded, join_world
 
     world = join_world(config.ranks_apart, config.hang_seconds)
     with guarded(world):

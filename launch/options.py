@@ -19,7 +19,7 @@ from typing import Any
 import click
 import yaml
 
-from data.errors import RunError, said_on_purpose
+from data.errors import RunError, UserError
 from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def command(
 
 
 class Command(click.Command):
-    """A command for which a ValueError is the user's mistake: one sentence on stderr, exit code 2, no traceback."""
+    """A command for which a UserError is the user's mistake: one sentence on stderr, exit code 2, no traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -72,9 +72,7 @@ class Command(click.Command):
         except FloatingPointError as error:
             # the run's, not the user's: exit code 1, and its sentence names sample and bundle
             raise click.ClickException(str(error)) from error
-        except ValueError as error:
-            if not said_on_purpose(error):
-                raise
+        except UserError as error:
             raise _InputError(str(error)) from error
 
 
@@ -178,6 +176,11 @@ def _click_option(config_class: type, field: dataclasses.Field) -> Callable:
         names = [f"{flag(field.name)}/--no-{field.name.replace('_', '-')}"]
     choice = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else scalar
     return click.option(
-        *names, field.name, type=None if scalar is bool else choice, multiple=many, default=default,
-        show_default=default not in (None, ()), help=field.metadata["help"],
-    )  # fmt: skip
+        *names,
+        field.name,
+        type=None if scalar is bool else choice,
+        multiple=many,
+        default=default,
+        show_default=default not in (None, ()),
+        help=field.metadata["help"],
+    )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.files import replacing, write_whole
 from launch.options import argument, command, option
 
@@ -31,16 +32,18 @@ class ReplayConfig:
 def main(config: ReplayConfig) -> None:
     """Compute a recorded step again and say whether loss and gradient are, bit for bit, those recorded (else exit code 1)."""
     if config.ledger and not config.ledger.endswith(".csv"):
-        raise ValueError(f"--ledger {config.ledger}: name a file that ends in .csv")
+        raise UserError(f"--ledger {config.ledger}: name a file that ends in .csv")
 
-    from trainer.bundle import read_bundle  # torch and transformers load only once the options are known to be good
-    from trainer.explain import explain_response
-    from trainer.ledger import ledger
-    from trainer.replay import replay
+    from trainer.inspect.explain import explain_response
+    from trainer.inspect.ledger import ledger
+    from trainer.inspect.replay import replay
+    from trainer.record.bundle import (
+        read_bundle,  # torch and transformers load only once the options are known to be good
+    )
 
     bundle = read_bundle(config.bundle)
     if config.row is not None and not 0 <= config.row < len(bundle.responses):
-        raise ValueError(f"--row {config.row}: the step has responses 0 to {len(bundle.responses) - 1}")
+        raise UserError(f"--row {config.row}: the step has responses 0 to {len(bundle.responses) - 1}")
     replayed = replay(bundle, config.model)
     equal = report(bundle, replayed)
     if replayed.bad is None:
@@ -60,8 +63,10 @@ def main(config: ReplayConfig) -> None:
 
 def report(bundle, replayed) -> bool:
     """Print recorded beside replayed; returns whether the replay tells the recorded story."""
-    print(f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
-          f"{bundle.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}")  # fmt: skip
+    print(
+        f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
+        f"{bundle.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
+    )
     if bundle.problem:
         print(f"recorded    stopped: {bundle.problem}")
     if replayed.bad is not None:
@@ -90,18 +95,22 @@ def report(bundle, replayed) -> bool:
     if not replayed.equals(bundle):
         import torch
 
-        print(f"recorded with torch {bundle.versions.get('torch')} on {len(bundle.ranks)} rank(s), now torch "
-              f"{torch.__version__}: other versions, GPUs or more than two ranks round differently")  # fmt: skip
+        print(
+            f"recorded with torch {bundle.versions.get('torch')} on {len(bundle.ranks)} rank(s), now torch "
+            f"{torch.__version__}: other versions, GPUs or more than two ranks round differently"
+        )
     return replayed.equals(bundle)
 
 
 def report_ledger(rows: list[dict[str, Any]], loss: float) -> None:
     """The sums of the ledger that mean something."""
-    from trainer.ledger import total, totals_by
+    from trainer.inspect.ledger import total, totals_by
 
     exact = total(rows)
-    print(f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 step's "
-          f"own sum is {exact - loss:.2g} off)")  # fmt: skip
+    print(
+        f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 step's "
+        f"own sum is {exact - loss:.2g} off)"
+    )
     by_clip = totals_by(rows, "clip")
     print("  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())))
     by_group = sorted(totals_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
@@ -119,7 +128,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_html(path: Path, bundle, rows: list[dict[str, Any]], tokenizer) -> None:
     """The page of the step."""
-    from eval.stepview import step_page
+    from eval.report.stepview import step_page
 
     prompts = {}
     for inputs in bundle.ranks:

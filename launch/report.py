@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import click
 
-from eval.figures import learning_curve_png
-from eval.report import write_report
+from data.errors import UserError
+from eval.report.figures import learning_curve_png
+from eval.report.page import write_report
 from launch.options import command, option
 
 
@@ -25,7 +26,7 @@ class Config:
 def main(config: Config) -> None:
     """Write RUN/report.html, a page that opens in any browser without a network."""
     if config.show < 0:
-        raise ValueError(f"--show {config.show}: give 0 or more")
+        raise UserError(f"--show {config.show}: give 0 or more")
     click.echo(f"wrote {write_report(config.run, config.show)}")
     if config.png is not None:
         click.echo(f"wrote {learning_curve_png(config.run, config.png)}")

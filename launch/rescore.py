@@ -8,6 +8,7 @@ import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from data.errors import UserError
 from data.puzzles import read_puzzles, read_rows, write_rows
 from launch.options import argument, command, option
 from reward import load_reward
@@ -31,22 +32,22 @@ def main(config: RescoreConfig) -> None:
     """Re-score saved rollouts and print what changes. A response whose reward fails is named, never counted as 0."""
     load_reward(config.reward)
     if config.out and not config.out.endswith(".jsonl"):
-        raise ValueError(f"--out {config.out}: name a file that ends in .jsonl")
+        raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
     rows = read_rows(config.rollouts)
     lacking = [name for name in NEEDED if not rows or name not in rows[0]]
     if lacking:
-        raise ValueError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
+        raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
     settings = run_settings(Path(config.rollouts).parent)
     puzzle_file = config.puzzles or settings.get("puzzles")
     if puzzle_file is None:
-        raise ValueError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
+        raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
     if config.step:
         rows = [row for row in rows if row["step"] in config.step]
         if not rows:
-            raise ValueError(f"{config.rollouts}: holds no rollout of step {config.step[0]}")
+            raise UserError(f"{config.rollouts}: holds no rollout of step {config.step[0]}")
 
     from reward.scoring import Scorer
-    from trainer.rescore import rescore, summary_lines
+    from trainer.inspect.rescore import rescore, summary_lines
 
     scorer = Scorer(config.reward, config.reward_workers, config.reward_seconds)
     puzzles = {puzzle.id: puzzle for puzzle in read_puzzles(puzzle_file)}

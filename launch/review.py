@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import read_puzzles
 from eval.metrics import read_predictions
@@ -54,12 +55,12 @@ def write_page(config: ReviewConfig) -> None:
     if config.puzzles is None or len(config.predictions) != 2:
         raise click.UsageError(f"a page needs --puzzles and two --predictions, not {len(config.predictions)}")
     if out.suffix != ".html":
-        raise ValueError(f"--out {out}: name a file that ends in .html")
+        raise UserError(f"--out {out}: name a file that ends in .html")
     if config.cases < 1:
-        raise ValueError(f"--cases {config.cases}: must be at least 1")
+        raise UserError(f"--cases {config.cases}: must be at least 1")
     names = config.name or short_names(*config.predictions)
     if len(names) != 2 or len({name.strip().casefold() for name in names} - {"", "tie"}) != 2:
-        raise ValueError(f"--name {', '.join(names)}: give two different names, neither of them 'tie'")
+        raise UserError(f"--name {', '.join(names)}: give two different names, neither of them 'tie'")
     puzzles = read_puzzles(config.puzzles)
     answers = {
         name: answers_by_id(read_predictions(path), puzzles, path)
@@ -68,7 +69,7 @@ def write_page(config: ReviewConfig) -> None:
     review = make_review(puzzles, answers, config.cases, config.seed, config.show_truth)
     key_file = out.with_suffix(".key.json")
     if key_file.is_file() and read_key(key_file)["page"] != review.key["page"]:
-        raise ValueError(f"{key_file}: is the key of another page, whose reviews need it; name another --out")
+        raise UserError(f"{key_file}: is the key of another page, whose reviews need it; name another --out")
     write_whole(out, review.html)
     write_whole(key_file, json.dumps(review.key, ensure_ascii=False, indent=1) + "\n")
     tell(review, out, key_file)
@@ -91,7 +92,7 @@ def tell(review: Review, out: Path, key_file: Path) -> None:
 def short_names(first: str, second: str) -> tuple[str, ...]:
     """Where two paths differ: eval/sft/p.jsonl and eval/grpo/p.jsonl are "sft" and "grpo"."""
     if Path(first).resolve() == Path(second).resolve():
-        raise ValueError(f"--predictions {second}: given twice; a review compares two files")
+        raise UserError(f"--predictions {second}: given twice; a review compares two files")
     parts = [list(Path(path).resolve().with_suffix("").parts) for path in (first, second)]
     for end in (0, -1):
         while all(parts) and parts[0][end] == parts[1][end]:
@@ -109,7 +110,7 @@ def collect(config: ReviewConfig) -> None:
     files = [out.with_name(out.name + suffix) for suffix in (".json", ".md")]
     for path in (*config.collect, config.key):
         if Path(path).resolve() in {file.resolve() for file in files}:
-            raise ValueError(f"--out {config.out}: would write over {path}; name another")
+            raise UserError(f"--out {config.out}: would write over {path}; name another")
     key = read_key(config.key)
     summary = merge([read_review(path, key) for path in config.collect], key)
     text = summary_markdown(summary, key["error_types"])
@@ -132,9 +133,13 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
 
     columns = ("wins", "ties", "losses")
     results = [
-        [m, *(f"{summary['results'][m][c]['count']} = {share(summary['results'][m][c])}" for c in columns),
-         share(summary["results"][m]["win_rate"])] for m in models
-    ]  # fmt: skip
+        [
+            m,
+            *(f"{summary['results'][m][c]['count']} = {share(summary['results'][m][c])}" for c in columns),
+            share(summary["results"][m]["win_rate"]),
+        ]
+        for m in models
+    ]
     errors = [[name, *(summary["errors"][m]["types"][kind] for m in models)] for kind, name in error_names.items()]
     errors += [["wrong cells seen", *(summary["errors"][m]["wrong_places"] for m in models)]]
     errors += [["right cells marked", *(summary["errors"][m]["marked_though_right"] for m in models)]]
@@ -143,8 +148,10 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         [*a["reviewers"], a["shared"], a["same"], kappa(a["kappa"]), kappa(a["kappa_linear"])]
         for a in summary["agreement"]
     ]
-    odd = [[d["case"], d["puzzle"], d["n_cells"], "; ".join(f"{n}: {v}" for n, v in d["verdicts"].items())]
-           for d in summary["disagreements"]]  # fmt: skip
+    odd = [
+        [d["case"], d["puzzle"], d["n_cells"], "; ".join(f"{n}: {v}" for n, v in d["verdicts"].items())]
+        for d in summary["disagreements"]
+    ]
     said = [
         [c["case"], f"left {c['left']}, right {c['right']}", c["reviewer"], c["comment"]] for c in summary["comments"]
     ]
@@ -154,16 +161,20 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         f"{'saw' if summary['show_truth'] else 'did not see'} the true cell types. In brackets: 95 % bootstrap interval, over "
         f"cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
         _table(("model", *columns, "win rate"), results),
-        "## Errors marked", f"Counted over cells and reviewers; an answer that cannot be read counts as one cell. {WORDING}",
+        "## Errors marked",
+        f"Counted over cells and reviewers; an answer that cannot be read counts as one cell. {WORDING}",
         _table(("type", *models), errors),
-        "## Reviewers", _table(("reviewer", "cases judged", "left", "tie", "right"), people),
+        "## Reviewers",
+        _table(("reviewer", "cases judged", "left", "tie", "right"), people),
         "## Agreement",
         "Cohen's kappa of loss, tie and win over the cases both judged, unweighted (Cohen 1960, "
         "doi:10.1177/001316446002000104) and linear-weighted (Cohen 1968, doi:10.1037/h0026256).",
         _table(("reviewer", "and", "shared cases", "same verdict", "kappa", "linear kappa"), pairs),
-        "## Cases on which they disagree", _table(("case", "puzzle", "cells", "better"), odd),
-        "## Comments", _table(("case", "sides", "reviewer", "comment"), said),
-    ]  # fmt: skip
+        "## Cases on which they disagree",
+        _table(("case", "puzzle", "cells", "better"), odd),
+        "## Comments",
+        _table(("case", "sides", "reviewer", "comment"), said),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

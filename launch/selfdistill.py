@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.puzzles import read_puzzles
 from launch.demo import run_stage
 from launch.options import command, option
-from trainer.runfolder import write_json
+from trainer.record.runfolder import write_json
 
 SHOWN = ("batch_accuracy", "cell_accuracy", "format_validity", "response_length")
 
@@ -52,11 +53,11 @@ class SelfDistillConfig:
 def main(config: SelfDistillConfig) -> None:
     """Distil from the model, train it on what it got right, and take the result as the next teacher."""
     if config.rounds < 1:
-        raise ValueError(f"--rounds {config.rounds}: must be at least 1")
+        raise UserError(f"--rounds {config.rounds}: must be at least 1")
     read_puzzles(config.puzzles)  # says what is wrong before anything runs
     out, teacher = Path(config.out), Path(config.model)
     if not (teacher / "config.json").is_file():
-        raise ValueError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
+        raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
     take_up(config, out)
     table = [round_row(0, evaluate(config, teacher, out / "start"), None)]
     for number in range(1, config.rounds + 1):
@@ -70,14 +71,14 @@ def main(config: SelfDistillConfig) -> None:
 
 
 def take_up(config: SelfDistillConfig, out: Path) -> None:
-    """Record the settings, or find them recorded. Raises ValueError when a setting but --rounds is another one."""
+    """Record the settings, or find them recorded. Raises UserError when a setting but --rounds is another one."""
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds")}
     recorded = out / "config.json"
     if recorded.is_file():
         before = json.loads(recorded.read_text(encoding="utf-8"))
         changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"--{changed[0].replace('_', '-')} {settings[changed[0]]}: was {before.get(changed[0])} when {out} was begun; "
                 "give that, or name another --out"
             )
@@ -91,18 +92,45 @@ def one_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: in
     begun = ["--resume"] if (folder / "traces.raw.jsonl").is_file() else []
     hint = ["--hint"] if config.hint else []
     run_stage(
-        f"round {number}: answer", traces, "distill", *begun, *hint, teacher="vllm", model=teacher, puzzles=config.puzzles,
-        out=traces, candidates=config.candidates, stop_at=config.stop_at, keep=config.keep, temperature=config.temperature,
-        accept=config.accept, accept_at=config.accept_at, limit=config.limit, dtype=config.dtype,
-        max_response_tokens=config.max_response_tokens, seed=seed,
-    )  # fmt: skip
+        f"round {number}: answer",
+        traces,
+        "distill",
+        *begun,
+        *hint,
+        teacher="vllm",
+        model=teacher,
+        puzzles=config.puzzles,
+        out=traces,
+        candidates=config.candidates,
+        stop_at=config.stop_at,
+        keep=config.keep,
+        temperature=config.temperature,
+        accept=config.accept,
+        accept_at=config.accept_at,
+        limit=config.limit,
+        dtype=config.dtype,
+        max_response_tokens=config.max_response_tokens,
+        seed=seed,
+    )
     begun = ["--resume"] if (folder / "sft/config.json").is_file() else []
     student = teacher if config.student == "teacher" else Path(config.model)
     run_stage(
-        f"round {number}: learn", folder / "sft/model/config.json", "sft", *begun, traces=traces, model=student,
-        out=folder / "sft", epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, lora_rank=config.lora_rank,
-        lora_alpha=config.lora_alpha, dtype=config.dtype, holdout=0.02, seed=seed,
-    )  # fmt: skip
+        f"round {number}: learn",
+        folder / "sft/model/config.json",
+        "sft",
+        *begun,
+        traces=traces,
+        model=student,
+        out=folder / "sft",
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        dtype=config.dtype,
+        holdout=0.02,
+        seed=seed,
+    )
     return folder / "sft/model"
 
 
@@ -111,9 +139,16 @@ def evaluate(config: SelfDistillConfig, model: Path, folder: Path) -> dict[str, 
     if config.test is None:
         return {}
     run_stage(
-        f"evaluate {folder.parent.name}/{folder.name}", folder / "metrics.json", "evaluate", model=model, out=folder,
-        puzzles=config.test, limit=config.eval_limit, max_response_tokens=config.max_response_tokens, dtype=config.dtype,
-    )  # fmt: skip
+        f"evaluate {folder.parent.name}/{folder.name}",
+        folder / "metrics.json",
+        "evaluate",
+        model=model,
+        out=folder,
+        puzzles=config.test,
+        limit=config.eval_limit,
+        max_response_tokens=config.max_response_tokens,
+        dtype=config.dtype,
+    )
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 

@@ -21,7 +21,7 @@ def judge(answers: list[str], puzzles: list[Puzzle]) -> dict[str, float]:
 @command(SftConfig)
 def main(config: SftConfig) -> None:
     """Supervised fine-tuning on accepted traces, LoRA or full, completion-only loss; writes OUT/model."""
-    from trainer.sft import train  # the model's libraries take seconds to load: not for --help or a bad setting
+    from trainer.sft.loop import train  # the model's libraries take seconds to load: not for --help or a bad setting
 
     print(f"wrote {train(config, judge)}/model")
 

@@ -6,9 +6,10 @@ python launch/simulate.py --out big.h5ad --cells 1000000 --genes 20000 --donors 
 
 from dataclasses import MISSING, dataclass
 
-from data.atlas import stream_atlas, summarise
-from data.h5ad_writer import COMPRESSIONS, ENCODINGS
-from data.simulate import write_atlas
+from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS
+from data.atlas.simulate import write_atlas
+from data.atlas.stream import stream_atlas, summarise
+from data.errors import UserError
 from launch.options import command, option
 
 CELLS_PER_TYPE = 8.0
@@ -20,7 +21,7 @@ class Config:
     donors: int = option(48, "Number of donors, spread over 6 tissues.")
     seed: int = option(0, "Seed of every random draw; the same seed writes the same file.")
     cells_per_type: float = option(CELLS_PER_TYPE, "Mean number of cells of each type in one batch of one donor.")
-    types: int | None = option(None, "Number of cell types; default all of data/markers.tsv.")
+    types: int | None = option(None, "Number of cell types; default all of data/atlas/markers.tsv.")
     noise: float = option(1.0, "Difficulty: 0.5 is easy to annotate, 2 is hard.")
     cells: int | None = option(
         None,
@@ -40,7 +41,7 @@ class Config:
 def main(config: Config) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
     if config.cells is not None and config.cells_per_type != CELLS_PER_TYPE:
-        raise ValueError(
+        raise UserError(
             f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; give one"
         )
     settings = {"cells_per_type": config.cells_per_type, "noise": config.noise, "n_types": config.types}

@@ -11,11 +11,12 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import Puzzle, read_puzzles, read_rows
-from eval.figures import percent
-from eval.trace_figures import TraceSummary, steps_png, summarise, summary_png
-from eval.traces import Step, TraceAnalysis, analyse, known_labels
+from eval.report.figures import percent
+from eval.traces.reading import Step, TraceAnalysis, analyse, known_labels
+from eval.traces.summary import TraceSummary, steps_png, summarise, summary_png
 from launch.options import command, option
 
 INSTRUCTED = "simplest to determine"
@@ -26,9 +27,10 @@ INSTRUCTED = "simplest to determine"
 class TracesConfig:
     puzzles: str = option(MISSING, "Puzzles, .parquet or .jsonl.")
     predictions: str | None = option(
-        None, "Responses, .jsonl: predictions (id, prediction), a GRPO run's rollouts.jsonl, or rows with reasoning; "
+        None,
+        "Responses, .jsonl: predictions (id, prediction), a GRPO run's rollouts.jsonl, or rows with reasoning; "
         "default: the reasoning in --puzzles itself.",
-    )  # fmt: skip
+    )
     out: str = option(MISSING, "Folder for traces.json, traces.md, traces.png and steps-<id>.png.")
     show: int = option(6, "How many responses to draw: changes of mind, then the worst, then the best.")
     step: tuple[int, ...] = option((), "Of rollouts, only those of this step, repeatable.")
@@ -49,7 +51,7 @@ class Response(NamedTuple):
 def main(config: TracesConfig) -> None:
     """Read reasoning traces: steps, order, self-reflection, contradictions (Cell-o1, section 6.2)."""
     if config.show < 0:
-        raise ValueError(f"--show {config.show}: give 0 or more")
+        raise UserError(f"--show {config.show}: give 0 or more")
     puzzles = read_puzzles(config.puzzles)
     responses = read_responses(config, puzzles)
     of_type = read_type_accuracy(config.accuracy_from) if config.accuracy_from else None
@@ -77,7 +79,7 @@ def main(config: TracesConfig) -> None:
 
 
 def read_responses(config: TracesConfig, puzzles: list[Puzzle]) -> list[Response]:
-    """The responses of the file, in its order. Raises ValueError naming file and row for one that cannot be matched."""
+    """The responses of the file, in its order. Raises UserError naming file and row for one that cannot be matched."""
     file = config.predictions or config.puzzles
     by_id = {puzzle.id: puzzle for puzzle in puzzles}
     found: list[Response] = []
@@ -92,18 +94,18 @@ def read_responses(config: TracesConfig, puzzles: list[Puzzle]) -> list[Response
             if name is None and len(rows) == len(puzzles):
                 name = puzzles[number].id
             if name is None:
-                raise ValueError(
+                raise UserError(
                     f"{file}: {len(rows)} responses without an id for {len(puzzles)} puzzles; add a column id"
                 )
             if name not in by_id:
-                raise ValueError(
+                raise UserError(
                     f"{file}, row {number}: its puzzle {name} is not in --puzzles {config.puzzles}; name its file"
                 )
             found.append(Response(f"{name}{suffix}", by_id[name], text))
     if not found:
         cause = f"no row of step {', '.join(map(str, config.step))}" if config.step else "no response with reasoning"
         remedy = "name another --step" if config.step else "name the responses with --predictions"
-        raise ValueError(f"{file}: holds {cause}; {remedy}")
+        raise UserError(f"{file}: holds {cause}; {remedy}")
     return unique(found)
 
 
@@ -117,7 +119,7 @@ def texts_of(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
         return [("", row["prediction"])]
     if isinstance(row.get("assistant_msg"), str):
         return [("", row["assistant_msg"])] if "<think>" in row["assistant_msg"] else []
-    raise ValueError(f"{where}: has no response; it needs a text column prediction, completion or assistant_msg")
+    raise UserError(f"{where}: has no response; it needs a text column prediction, completion or assistant_msg")
 
 
 def unique(responses: list[Response]) -> list[Response]:
@@ -132,13 +134,13 @@ def unique(responses: list[Response]) -> list[Response]:
 
 
 def read_type_accuracy(path: str) -> dict[str, float]:
-    """The accuracy per cell type of a traces.json. Raises ValueError when it is none."""
+    """The accuracy per cell type of a traces.json. Raises UserError when it is none."""
     if not Path(path).is_file():
-        raise ValueError(f"--accuracy-from {path}: no such file; launch/traces.py writes a traces.json into its --out")
+        raise UserError(f"--accuracy-from {path}: no such file; launch/traces.py writes a traces.json into its --out")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))["summary"]["type_accuracy"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
+        raise UserError(
             f"--accuracy-from {path}: not a traces.json; launch/traces.py writes one into its --out"
         ) from None
 
@@ -201,7 +203,7 @@ def report(
         "# What the reasoning does\n",
         f"{count(summary.n_responses, 'response')} of {config.predictions or config.puzzles}, {summary.n_cells:,} cells; "
         f"{summary.mean_steps:.1f} steps each on average. A step is an assignment of a label to a cell that had none, or had "
-        "another. Steps are found by rules (eval/traces.py), not by a reader: look at the pictures before you quote a share. "
+        "another. Steps are found by rules (eval/traces/reading.py), not by a reader: look at the pictures before you quote a share. "
         "After Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6.\n",
         "![Summary](traces.png)\n",
     ]
@@ -228,48 +230,105 @@ def sections(summary: TraceSummary) -> list[tuple[str, list[tuple[str, str, str]
     tau = order and f" Kendall's tau says {order['kendall']:+.2f}."
     labels = ", ".join(f"{label} ({number})" for label, number in summary.outside_labels.items())
     return [
-        ("Changes of mind (self-reflection)", [
-            ("Responses that change their mind", share(summary.self_reflection),
-             "They give a cell another label than before. More is not better by itself: see where the changes lead."),
-            ("Changes from a wrong label to the right one", share(summary.towards_right, summary.reflections),
-             "Useful reflection."),
-            ("Changes from the right label to a wrong one", share(summary.away_from_right, summary.reflections),
-             "Harmful reflection."),
-            ("Changes from a wrong label to another", share(summary.wrong_to_wrong, summary.reflections), "Neither."),
-        ]),
-        ("Order (curriculum)", [
-            ("Easy cells first", rho or "nothing to measure",
-             "Rank correlation (Spearman's rho) within a response of how early a cell is assigned and how often its true type is "
-             "right: +1 easy first, -1 hard first, 0 no relation. Mean over puzzles whose cell types differ in ease."
-             + (tau or "") + " Ease that is taken from these same responses contains their own errors: with few responses, give "
-             "--accuracy-from another set."),
-            ("Puzzles with easy cells first", share(order and order["positive"], order and order["puzzles"]),
-             "About half would be chance."),
-            ("Responses in cell order 1 to N", share(summary.in_cell_order),
-             "They go through the cells as the prompt lists them, whatever their ease."),
-            ("Right in the first third, in the last third", f"{share(summary.first_third)}, {share(summary.last_third)}",
-             "Accuracy of the assignments made early and late. A fall fits easy cells first, and errors that add up."),
-        ]),
-        ("Reasoning against answer", [
-            ("Responses whose answer contradicts the reasoning", share(summary.contradiction),
-             "Of those with a valid answer: a cell gets another label than the reasoning gave it last."),
-            ("Cells contradicted", share(summary.contradicted_cells),
-             "Of the cells that have both labels." + (
-                f" The reasoning was right in {share(summary.reasoning_was_right)} of these, the answer in "
-                f"{share(summary.answer_was_right)}." if summary.contradicted_cells else "")),
-            ("Cells never given a label", share(summary.unassigned),
-             "The answer labels them without a reason that the rules can find."),
-        ]),
-        ("Labels", [
-            ("Responses that end with one label at two cells", share(summary.duplicated),
-             "Every cell of a batch has a type of its own, so at most one of the two is right."),
-            ("Responses that name a type outside the list", share(summary.outside),
-             f"In {share(summary.outside_assigned)} it is given to a cell; elsewhere it is only mentioned, as in a comparison. A "
-             "lower bound: found are the types of data/markers.tsv, of the puzzles and of a list of common ones "
-             "(eval/trace_names.py), and what is said like \"is a ... cell\"; other names are missed."
-             + (f" Named most: {labels}." if labels else "")),
-        ]),
-    ]  # fmt: skip
+        (
+            "Changes of mind (self-reflection)",
+            [
+                (
+                    "Responses that change their mind",
+                    share(summary.self_reflection),
+                    "They give a cell another label than before. More is not better by itself: see where the changes lead.",
+                ),
+                (
+                    "Changes from a wrong label to the right one",
+                    share(summary.towards_right, summary.reflections),
+                    "Useful reflection.",
+                ),
+                (
+                    "Changes from the right label to a wrong one",
+                    share(summary.away_from_right, summary.reflections),
+                    "Harmful reflection.",
+                ),
+                (
+                    "Changes from a wrong label to another",
+                    share(summary.wrong_to_wrong, summary.reflections),
+                    "Neither.",
+                ),
+            ],
+        ),
+        (
+            "Order (curriculum)",
+            [
+                (
+                    "Easy cells first",
+                    rho or "nothing to measure",
+                    "Rank correlation (Spearman's rho) within a response of how early a cell is assigned and how often its true type is "
+                    "right: +1 easy first, -1 hard first, 0 no relation. Mean over puzzles whose cell types differ in ease."
+                    + (tau or "")
+                    + " Ease that is taken from these same responses contains their own errors: with few responses, give "
+                    "--accuracy-from another set.",
+                ),
+                (
+                    "Puzzles with easy cells first",
+                    share(order and order["positive"], order and order["puzzles"]),
+                    "About half would be chance.",
+                ),
+                (
+                    "Responses in cell order 1 to N",
+                    share(summary.in_cell_order),
+                    "They go through the cells as the prompt lists them, whatever their ease.",
+                ),
+                (
+                    "Right in the first third, in the last third",
+                    f"{share(summary.first_third)}, {share(summary.last_third)}",
+                    "Accuracy of the assignments made early and late. A fall fits easy cells first, and errors that add up.",
+                ),
+            ],
+        ),
+        (
+            "Reasoning against answer",
+            [
+                (
+                    "Responses whose answer contradicts the reasoning",
+                    share(summary.contradiction),
+                    "Of those with a valid answer: a cell gets another label than the reasoning gave it last.",
+                ),
+                (
+                    "Cells contradicted",
+                    share(summary.contradicted_cells),
+                    "Of the cells that have both labels."
+                    + (
+                        f" The reasoning was right in {share(summary.reasoning_was_right)} of these, the answer in "
+                        f"{share(summary.answer_was_right)}."
+                        if summary.contradicted_cells
+                        else ""
+                    ),
+                ),
+                (
+                    "Cells never given a label",
+                    share(summary.unassigned),
+                    "The answer labels them without a reason that the rules can find.",
+                ),
+            ],
+        ),
+        (
+            "Labels",
+            [
+                (
+                    "Responses that end with one label at two cells",
+                    share(summary.duplicated),
+                    "Every cell of a batch has a type of its own, so at most one of the two is right.",
+                ),
+                (
+                    "Responses that name a type outside the list",
+                    share(summary.outside),
+                    f"In {share(summary.outside_assigned)} it is given to a cell; elsewhere it is only mentioned, as in a comparison. A "
+                    "lower bound: found are the types of data/atlas/markers.tsv, of the puzzles and of a list of common ones "
+                    '(eval/traces/names.py), and what is said like "is a ... cell"; other names are missed.'
+                    + (f" Named most: {labels}." if labels else ""),
+                ),
+            ],
+        ),
+    ]
 
 
 def share(value: float | None, of: float | None = None) -> str:

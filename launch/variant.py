@@ -7,6 +7,7 @@ python launch/variant.py --puzzles test.parquet --variant open --out test-open.p
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from data.errors import UserError
 from data.puzzles import read_puzzles, write_puzzles
 from data.variants import VARIANTS, convert
 from launch.options import command, option
@@ -25,14 +26,14 @@ class VariantConfig:
 def main(config: VariantConfig) -> None:
     """Write the cell-level or the open-ended variant of a file of batch-level puzzles."""
     if Path(config.out).suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--out {config.out}: name a file that ends in .parquet or .jsonl")
+        raise UserError(f"--out {config.out}: name a file that ends in .parquet or .jsonl")
     if Path(config.out).resolve() == Path(config.puzzles).resolve():
-        raise ValueError(f"--out {config.out}: is the --puzzles file; name another, so that the batches are kept")
+        raise UserError(f"--out {config.out}: is the --puzzles file; name another, so that the batches are kept")
     batches = read_puzzles(config.puzzles)
     try:
         made = convert(batches, config.variant)
     except ValueError as error:
-        raise ValueError(f"--puzzles {config.puzzles}: {error}") from None
+        raise UserError(f"--puzzles {config.puzzles}: {error}") from None
     write_puzzles(config.out, made)
     n_cells = sum(len(puzzle.cells) for puzzle in made)
     print(f"{config.out}: {len(made)} {NAMES[config.variant]} puzzles, {n_cells} cells of {len(batches)} batches")

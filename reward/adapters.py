@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from data.errors import UserError
 from data.prompts import answer_text
 from data.puzzles import Puzzle
-from reward import Reward, RewardFn, Status
+from reward.result import Reward, RewardFn, Status
 
 
 def adapt(style: str, fn: Callable) -> RewardFn:
-    """`fn` as a reward function of (completion, puzzle). Raises ValueError when it needs what we cannot give."""
+    """`fn` as a reward function of (completion, puzzle). Raises UserError when it needs what we cannot give."""
     if style == "verl":
         return _from_verl(fn)
     needed = [
@@ -27,7 +28,7 @@ def adapt(style: str, fn: Callable) -> RewardFn:
         if parameter.default is parameter.empty and name in ("completion_ids", "environments")
     ]
     if needed:
-        raise ValueError(f"--reward trl:...:{fn.__name__}: it needs '{needed[0]}', which is not passed on here")
+        raise UserError(f"--reward trl:...:{fn.__name__}: it needs '{needed[0]}', which is not passed on here")
     return _from_trl(fn)
 
 
@@ -38,19 +39,26 @@ def _from_trl(fn: Callable) -> RewardFn:
 
     def arguments(completion: str, puzzle: Puzzle, parts: dict[str, float]) -> dict[str, Any]:
         columns = {
-            **puzzle.to_row(), "puzzle_id": puzzle.id, "answer": puzzle.answer, "candidates": puzzle.candidates,
-            "cells": puzzle.cells, "context": puzzle.context,
-        }  # fmt: skip
+            **puzzle.to_row(),
+            "puzzle_id": puzzle.id,
+            "answer": puzzle.answer,
+            "candidates": puzzle.candidates,
+            "cells": puzzle.cells,
+            "context": puzzle.context,
+        }
         given = {
-            "prompts": [puzzle.chat()], "completions": [[{"role": "assistant", "content": completion}]],
-            **{name: [value] for name, value in columns.items()}, "trainer_state": None,
-            "log_metric": lambda name, value: parts.update({name: float(value)}), "log_extra": lambda name, values: None,
-        }  # fmt: skip
+            "prompts": [puzzle.chat()],
+            "completions": [[{"role": "assistant", "content": completion}]],
+            **{name: [value] for name, value in columns.items()},
+            "trainer_state": None,
+            "log_metric": lambda name, value: parts.update({name: float(value)}),
+            "log_extra": lambda name, values: None,
+        }
         return given if takes_all else {name: value for name, value in given.items() if name in names}
 
     def settle(results: list, parts: dict[str, float]) -> Reward:
         if not isinstance(results, (list, tuple)) or len(results) != 1:
-            raise ValueError(f"a TRL-style reward returns one number per completion; for one it returned {results!r}")
+            raise UserError(f"a TRL-style reward returns one number per completion; for one it returned {results!r}")
         if results[0] is None:
             return Reward(total=float("nan"), parts=parts, status=Status.DECLINED, message="the function returned None")
         return Reward(total=float(results[0]), parts=parts)
@@ -72,9 +80,11 @@ def _from_verl(fn: Callable) -> RewardFn:
 
     def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
         result = fn(
-            data_source="cellpuzzles", solution_str=completion, ground_truth=answer_text(puzzle.answer),
+            data_source="cellpuzzles",
+            solution_str=completion,
+            ground_truth=answer_text(puzzle.answer),
             extra_info={"puzzle_id": puzzle.id, "candidates": puzzle.candidates, "n_cells": len(puzzle.cells)},
-        )  # fmt: skip
+        )
         return _then(result, settle)
 
     scored.is_async = inspect.iscoroutinefunction(fn)

@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TextIO
 
+from data.errors import UserError
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 
@@ -40,7 +41,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 class Scorer:
     """path: what load_reward takes. workers 0 scores in this process: no time limit, breakpoints reach the function.
 
-    Worker processes start with the first call of `score`, which raises ValueError when one does not come up.
+    Worker processes start with the first call of `score`, which raises UserError when one does not come up.
     """
 
     def __init__(
@@ -147,16 +148,19 @@ class _Worker:
         env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, env=env, start_new_session=True,  # a SIGTERM for the run must not reach it
-        )  # fmt: skip
+            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,  # a SIGTERM for the run must not reach it
+        )
         os.set_blocking(self.process.stdin.fileno(), False)
         self.unread = b""
         ready = self._receive(time.monotonic() + START_SECONDS)
         if isinstance(ready, Reward):
             why = ready.message if ready.status is Status.ERROR else f"it was not ready within {START_SECONDS:g} s"
             self.stop()
-            raise ValueError(f"--reward {self.path}: its scoring process did not start: {why}")
+            raise UserError(f"--reward {self.path}: its scoring process did not start: {why}")
         self.is_async = ready["is_async"]
 
     def _send(self, job: dict) -> Reward | None:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data.distill import Completion, Verdict
-from data.errors import RunError, said_on_purpose
-from data.hints import leak
+from data.distill.distill import Completion, Verdict
+from data.distill.hints import leak
+from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 from reward import Reward, Status, load_reward
 from reward.cellpuzzles import cells_right, parse_response
@@ -28,9 +28,9 @@ HOPELESS = 8
 
 
 class TraceJudge:
-    """Called with (puzzle, completion) pairs, gives their verdicts (data.distill.Judge).
+    """Called with (puzzle, completion) pairs, gives their verdicts (data.distill.distill.Judge).
 
-    path: what load_reward takes; a trace is accepted when its reward is at least `accept_at`. Raises ValueError when the
+    path: what load_reward takes; a trace is accepted when its reward is at least `accept_at`. Raises UserError when the
     function does not load.
     """
 
@@ -87,7 +87,5 @@ def _as_accept() -> Iterator[None]:
     """Sentences about a reward name the option that it was given by here."""
     try:
         yield
-    except ValueError as error:
-        if not said_on_purpose(error):
-            raise
-        raise ValueError(str(error).replace("--reward ", "--accept ", 1)) from None
+    except UserError as error:
+        raise UserError(str(error).replace("--reward ", "--accept ", 1)) from None

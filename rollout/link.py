@@ -18,6 +18,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from data.errors import UserError
 from rollout.sync import RunError
 
 PART = 4 << 20
@@ -37,16 +38,20 @@ class Address:
 def serve(where: str, port: int, nodes: int = 1) -> tuple[dist.TCPStore, Address]:
     """Open a run's store on the interface or address `where` alone; port 0 takes a free one.
 
-    Raises ValueError when the address is not this machine's or the port is taken, and says whether by another run.
+    Raises UserError when the address is not this machine's or the port is taken, and says whether by another run.
     """
     host = address_of(where, nodes)
     listener = socket.create_server((host, 0)) if port == 0 else _listen(host, port)
     token = secrets.token_hex(16)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=JOIN_SECONDS),
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=JOIN_SECONDS),
         master_listen_fd=listener.detach(),
-    )  # fmt: skip
+    )
     store.set("who", _sign(token, "who"))
     return store, Address(host=host, port=port, token=token)
 
@@ -61,8 +66,10 @@ def _listen(host: str, port: int) -> socket.socket:
                 whose = "another run (its token is not this run's)"
         except dist.DistError:
             pass  # no store
-        raise ValueError(f"--sync-port {port}: {whose} already answers on {host} ({error.strerror}); name another port, or 0 for "
-                         "a free one") from None  # fmt: skip
+        raise UserError(
+            f"--sync-port {port}: {whose} already answers on {host} ({error.strerror}); name another port, or 0 for "
+            "a free one"
+        ) from None
 
 
 def join(address: Address, who: str) -> dist.TCPStore:
@@ -85,7 +92,7 @@ def join(address: Address, who: str) -> dist.TCPStore:
 def address_of(where: str, nodes: int = 1) -> str:
     """The IPv4 address of a network interface (eth0), a host name or an address.
 
-    Raises ValueError for an unknown one, and for a name that other nodes cannot use.
+    Raises UserError for an unknown one, and for a name that other nodes cannot use.
     """
     for card in psutil.net_if_addrs().get(where, []):
         if card.family == socket.AF_INET:
@@ -94,12 +101,14 @@ def address_of(where: str, nodes: int = 1) -> str:
         host = socket.gethostbyname(where)
         socket.create_server((host, 0)).close()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--sync-host {where}: not an interface or address of this machine ({error.strerror or error})"
         ) from None
     if host.startswith("127.") and not where[0].isdigit() and where not in ("localhost", "lo") and nodes > 1:
-        raise ValueError(f"--sync-host {where}: the name stands for {host} here, which no other node reaches; name an interface "
-                         "(eth0) or an address")  # fmt: skip
+        raise UserError(
+            f"--sync-host {where}: the name stands for {host} here, which no other node reaches; name an interface "
+            "(eth0) or an address"
+        )
     return host
 
 

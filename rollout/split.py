@@ -60,10 +60,20 @@ class SplitEngine:
     """
 
     def __init__(
-        self, address: Address, store: dist.TCPStore, *, rank: int, size: int, samplers: int, members: int, lora: dict | None,
-        device: torch.device, restarts: int = 0, synchronous: bool = True,
+        self,
+        address: Address,
+        store: dist.TCPStore,
+        *,
+        rank: int,
+        size: int,
+        samplers: int,
+        members: int,
+        lora: dict | None,
+        device: torch.device,
+        restarts: int = 0,
+        synchronous: bool = True,
         waiting: Callable[[str], AbstractContextManager] = lambda what: nullcontext(),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.address, self.store, self.rank, self.size, self.members = address, store, rank, size, members
         self.lora, self.device, self.synchronous, self.waiting = lora, device, synchronous, waiting
         self.version, self.hash, self.seconds = 0, "", 0.0
@@ -72,8 +82,10 @@ class SplitEngine:
         """Per sampler, its log-probs of the canary without an adapter."""
         self.restarts_left = [restarts] * samplers
         self.queues: list[queue.Queue] = [queue.Queue() for _ in range(samplers if rank == 0 else 0)]
-        self.threads = [threading.Thread(target=self._drive, args=(e,), name=f"sampler {e}", daemon=True)
-                        for e in range(len(self.queues))]  # fmt: skip
+        self.threads = [
+            threading.Thread(target=self._drive, args=(e,), name=f"sampler {e}", daemon=True)
+            for e in range(len(self.queues))
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -101,8 +113,15 @@ class SplitEngine:
         self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)
         for e, orders in enumerate(self.queues):
             places = list(range(e, len(prompts), len(self.queues)))
-            orders.put(Generate(step=step, places=places, puzzle_ids=[puzzle_ids[i] for i in places],
-                                prompts=[prompts[i] for i in places], sampling=sampling))  # fmt: skip
+            orders.put(
+                Generate(
+                    step=step,
+                    places=places,
+                    puzzle_ids=[puzzle_ids[i] for i in places],
+                    prompts=[prompts[i] for i in places],
+                    sampling=sampling,
+                )
+            )
 
     def collect(self, step: int) -> list[list[Rollout]]:
         """See Engine. Raises SyncError for rollouts of another adapter than was asked for."""
@@ -112,14 +131,25 @@ class SplitEngine:
             while (sampled := take(self.store, f"rollouts/{step}/{place}", self.address.token)) is None:
                 self._check_failure(f"the rollouts of step {step + 1}")
             if (sampled["version"], sampled["hash"]) != (version, identity):
-                raise SyncError(f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
-                                f"asked for under {version} ({identity})")  # fmt: skip
+                raise SyncError(
+                    f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
+                    f"asked for under {version} ({identity})"
+                )
             self.seconds = sampled["seconds"]
-            groups.append([
-                Rollout(puzzle_id=puzzle_ids[place], prompt_ids=prompts[place], response_ids=ids, sampler_logprobs=logprobs,
-                        finish_reason=reason, adapter_version=version, adapter_hash=identity)
-                for ids, logprobs, reason in sampled["responses"]
-            ])  # fmt: skip
+            groups.append(
+                [
+                    Rollout(
+                        puzzle_id=puzzle_ids[place],
+                        prompt_ids=prompts[place],
+                        response_ids=ids,
+                        sampler_logprobs=logprobs,
+                        finish_reason=reason,
+                        adapter_version=version,
+                        adapter_hash=identity,
+                    )
+                    for ids, logprobs, reason in sampled["responses"]
+                ]
+            )
         return groups
 
     def close(self) -> None:
@@ -196,8 +226,17 @@ class Session:
     def load(self, item: Load) -> None:
         """Send an adapter, and check what every process of the sampler says of it."""
         want_off = self.engine not in self.owner.off and item.canary.reference is not None
-        self._order({"do": "load", "version": item.version, "manifest": item.manifest, "lora": item.lora, "step": item.version,
-                     "canary": item.canary.ids, "want_off": want_off})  # fmt: skip
+        self._order(
+            {
+                "do": "load",
+                "version": item.version,
+                "manifest": item.manifest,
+                "lora": item.lora,
+                "step": item.version,
+                "canary": item.canary.ids,
+                "want_off": want_off,
+            }
+        )
         work = self.group.broadcast(item.parcel.buffer, 0)
         while not work.is_completed():
             self._check_alive()
@@ -213,8 +252,16 @@ class Session:
 
     def generate(self, item: Generate) -> None:
         """Have a share of a step sampled; the rollouts wait in the store for the rank that needs them."""
-        self._order({"do": "generate", "step": item.step, "places": item.places, "puzzle_ids": item.puzzle_ids,
-                     "prompts": item.prompts, "sampling": vars(item.sampling)})  # fmt: skip
+        self._order(
+            {
+                "do": "generate",
+                "step": item.step,
+                "places": item.places,
+                "puzzle_ids": item.puzzle_ids,
+                "prompts": item.prompts,
+                "sampling": vars(item.sampling),
+            }
+        )
         self._answers()
 
     def stop(self) -> None:

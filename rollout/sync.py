@@ -166,8 +166,10 @@ class Canary:
         if off is not None and self.reference is not None and on == off:
             effect = _mean_difference(self.policy, self.reference)
             if effect > self.tolerance / 100:  # below, rounding may hide the adapter
-                raise SyncError(f"LoRA sync: the sampler answers the canary text exactly as without an adapter, though the "
-                                f"policy's moves its log-probs by {effect:.3g} nats on average")  # fmt: skip
+                raise SyncError(
+                    f"LoRA sync: the sampler answers the canary text exactly as without an adapter, though the "
+                    f"policy's moves its log-probs by {effect:.3g} nats on average"
+                )
         return distance
 
 

@@ -17,10 +17,17 @@ class TorchEngine(LocalEngine):
     """Samples from `model`, the live policy (adapter on). `batch` responses are decoded at a time, [B, T] with a KV cache."""
 
     def __init__(
-        self, model: torch.nn.Module, eos_id: int, decoding: Callable[[], AbstractContextManager], *, batch: int = 64,
-        rank: int = 0, size: int = 1, adopt: Callable[[dict[str, Tensor]], None] | None = None,
+        self,
+        model: torch.nn.Module,
+        eos_id: int,
+        decoding: Callable[[], AbstractContextManager],
+        *,
+        batch: int = 64,
+        rank: int = 0,
+        size: int = 1,
+        adopt: Callable[[dict[str, Tensor]], None] | None = None,
         anyone: Callable[[bool], bool] = bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """decoding(): a context in which `model` attends as an ordinary causal model (policy.decoding).
 
         adopt: takes over an adapter, where the model is not the trainer's own. anyone(wish): does any rank wish it; a sharded
@@ -47,12 +54,16 @@ class TorchEngine(LocalEngine):
             responses += self._decode([prompts[row] for row, _ in chosen], torch.stack(uniforms), sampling)
         rollouts = [
             Rollout(
-                puzzle_id=puzzle_ids[row], prompt_ids=prompts[row], response_ids=ids, sampler_logprobs=logprobs,
+                puzzle_id=puzzle_ids[row],
+                prompt_ids=prompts[row],
+                response_ids=ids,
+                sampler_logprobs=logprobs,
                 finish_reason="stop" if ids[-1] == self.eos_id else "length",
-                adapter_version=self.version, adapter_hash=self.hash,
+                adapter_version=self.version,
+                adapter_hash=self.hash,
             )
             for (row, _), (ids, logprobs) in zip(jobs, responses, strict=True)
-        ]  # fmt: skip
+        ]
         return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
 
     @torch.no_grad()
@@ -83,9 +94,13 @@ class TorchEngine(LocalEngine):
             for step in range(sampling.max_tokens):
                 position_ids = (seen_BL.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BL.shape[1] :]
                 out = self.model(
-                    input_ids=tokens_BL, attention_mask=seen_BL, position_ids=position_ids, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1,
-                )  # fmt: skip
+                    input_ids=tokens_BL,
+                    attention_mask=seen_BL,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
                 cache = out.past_key_values
                 logits_BV = out.logits[:, -1].float()
                 choice_B, logprob_B = choose(

@@ -5,6 +5,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from data.errors import UserError
+
 # Set before vLLM is imported: the engine core runs in this process, so a debugger and torch's RNG reach it.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -29,10 +31,20 @@ class VLLMEngine(LocalEngine):
     """
 
     def __init__(
-        self, model_dir: str, *, lora: dict[str, Any] | None, max_model_len: int, dtype: str = "float32",
-        max_num_seqs: int = 256, kv_cache_bytes: int = 1 << 30, memory_fraction: float = 0.4, rank: int = 0, size: int = 1,
-        tensor_parallel: int = 1, may_sleep: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model_dir: str,
+        *,
+        lora: dict[str, Any] | None,
+        max_model_len: int,
+        dtype: str = "float32",
+        max_num_seqs: int = 256,
+        kv_cache_bytes: int = 1 << 30,
+        memory_fraction: float = 0.4,
+        rank: int = 0,
+        size: int = 1,
+        tensor_parallel: int = 1,
+        may_sleep: bool = False,
+    ) -> None:
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
         on_gpu = torch.cuda.is_available()
@@ -48,13 +60,24 @@ class VLLMEngine(LocalEngine):
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker leaves one that does nothing; put back below
         self.llm = LLM(
-            model_dir, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0,
-            enforce_eager=not on_gpu, distributed_executor_backend="external_launcher",
-            tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.may_sleep,
-            worker_extension_cls="rollout.vllm_engine.SyncWorker", logprobs_mode="processed_logprobs",
-            skip_tokenizer_init=True, use_tqdm_on_load=False, disable_log_stats=True, enable_prefix_caching=True,
-            **memory, **adapter,
-        )  # fmt: skip
+            model_dir,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=0,
+            enforce_eager=not on_gpu,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=tensor_parallel,
+            enable_sleep_mode=self.may_sleep,
+            worker_extension_cls="rollout.vllm_engine.SyncWorker",
+            logprobs_mode="processed_logprobs",
+            skip_tokenizer_init=True,
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            enable_prefix_caching=True,
+            **memory,
+            **adapter,
+        )
         torch.set_num_threads = set_num_threads
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
@@ -89,9 +112,13 @@ class VLLMEngine(LocalEngine):
         from vllm import SamplingParams
 
         params = SamplingParams(
-            n=sampling.n, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
-            logprobs=0, detokenize=False,
-        )  # fmt: skip
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            logprobs=0,
+            detokenize=False,
+        )
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         self.wake()
         with torch.random.fork_rng():
@@ -117,10 +144,14 @@ class VLLMEngine(LocalEngine):
     def _rollout(self, puzzle_id: str, prompt_ids: list[int], completion) -> Rollout:
         ids = list(completion.token_ids)
         return Rollout(
-            puzzle_id=puzzle_id, prompt_ids=prompt_ids, response_ids=ids,
+            puzzle_id=puzzle_id,
+            prompt_ids=prompt_ids,
+            response_ids=ids,
             sampler_logprobs=[step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)],
-            finish_reason=completion.finish_reason, adapter_version=self.version, adapter_hash=self.hash,
-        )  # fmt: skip
+            finish_reason=completion.finish_reason,
+            adapter_version=self.version,
+            adapter_hash=self.hash,
+        )
 
     def close(self) -> None:
         """Stop the engine; its process groups go down before torch.distributed's own."""
@@ -129,17 +160,17 @@ class VLLMEngine(LocalEngine):
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest LoRA rank vLLM allocates that holds `rank`. Raises ValueError above its largest."""
+    """The smallest LoRA rank vLLM allocates that holds `rank`. Raises UserError above its largest."""
     for allowed in (8, 16, 32, 64, 128, 256, 320, 512):
         if rank <= allowed:
             return allowed
-    raise ValueError(f"--lora-rank {rank}: vLLM serves adapters up to rank 512")
+    raise UserError(f"--lora-rank {rank}: vLLM serves adapters up to rank 512")
 
 
 def refuse_dora(config: dict[str, Any]) -> None:
-    """Raises ValueError for a DoRA adapter: vLLM would leave its magnitudes out and sample from another policy."""
+    """Raises UserError for a DoRA adapter: vLLM would leave its magnitudes out and sample from another policy."""
     if config.get("use_dora") or config.get("lora_magnitude_vector"):
-        raise ValueError(
+        raise UserError(
             "the adapter is DoRA (use_dora), which vLLM cannot serve: train plain LoRA, or merge it into the base first"
         )
 
@@ -222,11 +253,8 @@ class SyncWorker:
 def _packed_away(adapters, lora) -> set[str]:
     """Names of adapter modules that live on inside a packed vLLM module (q_proj in qkv_proj)."""
     return {
-        part
-        for name, parts in adapters.packed_modules.items()
-        if lora.get_lora(name) is not None
-        for part in parts
-    }  # fmt: skip
+        part for name, parts in adapters.packed_modules.items() if lora.get_lora(name) is not None for part in parts
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

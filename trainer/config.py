@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from data.errors import UserError
 from data.options import option
 from trainer.objective import AGGREGATIONS, CORRECTIONS
 
@@ -14,19 +15,19 @@ from trainer.objective import AGGREGATIONS, CORRECTIONS
 #   verl   verl's defaults with the KL loss of its GRPO examples; also the authors' run (there: low_var without +-20)
 #   trl    TRL's GRPOConfig defaults (loss_type "dapo", sampler correction "sequence_mask")
 PRESETS: dict[str, dict[str, Any]] = {
-    "advantage":           {"paper": "grpo",                "verl": "grpo",       "trl": "grpo"},
-    "advantage_eps":       {"paper": 1e-6,                  "verl": 1e-6,         "trl": 1e-4},
-    "ratio_level":         {"paper": "token",               "verl": "token",      "trl": "token"},
-    "clip_low":            {"paper": 0.2,                   "verl": 0.2,          "trl": 0.2},
-    "clip_high":           {"paper": 0.2,                   "verl": 0.2,          "trl": 0.2},
-    "dual_clip":           {"paper": None,                  "verl": 3.0,          "trl": None},
-    "beta":                {"paper": 0.001,                 "verl": 0.001,        "trl": 0.0},
-    "kl_kind":             {"paper": "low_var",             "verl": "low_var",    "trl": "k3"},
-    "aggregation":         {"paper": "seq-mean-token-mean", "verl": "token-mean", "trl": "token-mean"},
-    "correction":          {"paper": "none",                "verl": "none",       "trl": "seq-mis"},
-    "correction_cap":      {"paper": 2.0,                   "verl": 2.0,          "trl": 3.0},
-    "correction_floor":    {"paper": 0.0,                   "verl": 0.0,          "trl": 0.0},
-}  # fmt: skip
+    "advantage": {"paper": "grpo", "verl": "grpo", "trl": "grpo"},
+    "advantage_eps": {"paper": 1e-6, "verl": 1e-6, "trl": 1e-4},
+    "ratio_level": {"paper": "token", "verl": "token", "trl": "token"},
+    "clip_low": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
+    "clip_high": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
+    "dual_clip": {"paper": None, "verl": 3.0, "trl": None},
+    "beta": {"paper": 0.001, "verl": 0.001, "trl": 0.0},
+    "kl_kind": {"paper": "low_var", "verl": "low_var", "trl": "k3"},
+    "aggregation": {"paper": "seq-mean-token-mean", "verl": "token-mean", "trl": "token-mean"},
+    "correction": {"paper": "none", "verl": "none", "trl": "seq-mis"},
+    "correction_cap": {"paper": 2.0, "verl": 2.0, "trl": 3.0},
+    "correction_floor": {"paper": 0.0, "verl": 0.0, "trl": 0.0},
+}
 
 
 def preset_values(name: str) -> dict[str, Any]:
@@ -66,29 +67,29 @@ class TrainingConfig:
         return "bfloat16" if self.autocast else self.dtype
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a setting out of range, or settings of weights and optimizer that exclude one another."""
+        """Raises UserError for a setting out of range, or settings of weights and optimizer that exclude one another."""
         self.check_at_least(1, "keep_checkpoints")
         self.check_at_least(0, "lora_rank", "warmup_steps")
         for name in ("lr", "grad_clip", "hang_seconds"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         for name, used in (
             (f"--quantize {self.quantize}", self.quantize != "none"),
             (f"--optimizer {self.optimizer}", self.optimizer == "adamw8bit"),
         ):
             if used and importlib.util.find_spec("bitsandbytes") is None:
-                raise ValueError(f"{name}: the package is not installed; pip install bitsandbytes")
+                raise UserError(f"{name}: the package is not installed; pip install bitsandbytes")
         if self.quantize != "none" and not self.lora_rank:
-            raise ValueError(
+            raise UserError(
                 f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"
             )
 
     def check_at_least(self, least: int, *names: str) -> None:
-        """Raises ValueError, naming the flag, for a setting below it."""
+        """Raises UserError, naming the flag, for a setting below it."""
         for name in names:
             if getattr(self, name) < least:
                 bound = f"at least {least}" if least else "0 or more"
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {bound}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +131,13 @@ class SftConfig(TrainingConfig):
         self.check_at_least(1, "epochs", "batch_size", "eval_puzzles")
         self.check_at_least(0, "patience", "save_every")
         if not 0 <= self.holdout < 1:
-            raise ValueError(f"--holdout {self.holdout}: must be at least 0 and below 1")
+            raise UserError(f"--holdout {self.holdout}: must be at least 0 and below 1")
         if self.dora and not self.lora_rank:
-            raise ValueError("--dora: trains an adapter, so --lora-rank must be above 0")
+            raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":
-            raise ValueError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
+            raise UserError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
         if not self.holdout and (self.patience or self.eval_engine != "none"):
-            raise ValueError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
+            raise UserError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,22 +227,28 @@ class GrpoConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least(
-            1, "steps", "prompts_per_step", "group_size", "updates_per_batch", "max_response_tokens", "sampler_ranks",
+            1,
+            "steps",
+            "prompts_per_step",
+            "group_size",
+            "updates_per_batch",
+            "max_response_tokens",
+            "sampler_ranks",
             "tensor_parallel",
-        )  # fmt: skip
+        )
         self.check_at_least(0, "max_staleness", "restart_samplers", "sync_port", "nodes", "ranks_per_node", "rank_gib")
         if self.prompts_per_step % self.updates_per_batch:
-            raise ValueError(
+            raise UserError(
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
                 "the second must divide the first"
             )
         self._check_placement()
         if self.temperature <= 0:
-            raise ValueError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
+            raise UserError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
         if self.reward_seconds <= 0 or self.reward_workers < 0:
-            raise ValueError("--reward-seconds must be above 0 and --reward-workers 0 or more")
+            raise UserError("--reward-seconds must be above 0 and --reward-workers 0 or more")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard: the package is not installed; pip install tensorboard")
+            raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
         self.keeps_step(1)
 
     @property
@@ -250,29 +257,29 @@ class GrpoConfig(TrainingConfig):
         return self.sampler_ranks if self.placement == "split" else 0
 
     def _check_placement(self) -> None:
-        """Raises ValueError for settings that exclude one another; staleness switches the sampler correction on."""
+        """Raises UserError for settings that exclude one another; staleness switches the sampler correction on."""
         if self.placement == "colocate":
             for name in ("max_staleness", "restart_samplers"):
                 if getattr(self, name):
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --placement split")
+                    raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --placement split")
         elif self.sampler_ranks % self.tensor_parallel:
-            raise ValueError(
+            raise UserError(
                 f"--sampler-ranks {self.sampler_ranks}: must be a multiple of --tensor-parallel {self.tensor_parallel}"
             )
         if self.engine == "torch" and self.tensor_parallel > 1:
-            raise ValueError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")
+            raise UserError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")
         if self.shard == "fsdp" and (self.quantize != "none" or self.optimizer == "adamw8bit"):
             name = f"--quantize {self.quantize}" if self.quantize != "none" else f"--optimizer {self.optimizer}"
-            raise ValueError(f"{name}: cannot be sharded; use --shard none")
+            raise UserError(f"{name}: cannot be sharded; use --shard none")
         if self.max_staleness and self.correction == "none":
             object.__setattr__(self, "correction", "tis")
 
     def keeps_step(self, step: int) -> bool:
-        """Does --save-steps ask for a bundle of this (1-based) step? Raises ValueError when it cannot be read."""
+        """Does --save-steps ask for a bundle of this (1-based) step? Raises UserError when it cannot be read."""
         if self.save_steps == "never":
             return False
         if every := re.fullmatch(r"every:([1-9]\d*)", self.save_steps):
             return step % int(every[1]) == 0
         if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.save_steps):
             return str(step) in self.save_steps.split(",")
-        raise ValueError(f"--save-steps {self.save_steps}: write never, every:10 or a list of steps such as 3,17")
+        raise UserError(f"--save-steps {self.save_steps}: write never, every:10 or a list of steps such as 3,17")

@@ -14,23 +14,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from data.puzzles import Puzzle
 from reward import Reward
 from reward.scoring import Scorer
 from rollout import Ahead, Engine, Rollout, Sampling, stable_seed
 from rollout.sync import Canary, adapter_hash
 from trainer.advantages import group_advantages
-from trainer.bundle import StepInputs, write_bundle
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
-from trainer.nonfinite import BadToken, describe, find_bad_gradient, first_bad_token
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
 from trainer.packing import MicroBatch, ScoredGroup, balance, micro_batches, pack, packing_figures, scored_groups
-from trainer.parts import encode_prompts, load_policy, make_engine, make_optimizer
 from trainer.policy import Policy, Prompt, prompts_of_step
-from trainer.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
-from trainer.sampler import keep
-from trainer.world import StopRequest, World, guarded, join_world, leave_world, local, whole
+from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world, local, whole
+from trainer.record.bundle import StepInputs, write_bundle
+from trainer.record.nonfinite import BadToken, describe, find_bad_gradient, first_bad_token
+from trainer.record.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
+from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
+from trainer.start.sampler import keep
 
 CANARY_TOKENS = 16
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -40,7 +41,7 @@ CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
     """Train a LoRA adapter with GRPO; returns the run folder. Called by every rank of the launch.
 
-    Raises ValueError for settings or data the user must change and for a reward that fails under --on-reward-error stop,
+    Raises UserError for settings or data the user must change and for a reward that fails under --on-reward-error stop,
     FloatingPointError before an optimizer step that would not be finite, RunError when a rank, a sampler or a hand-over fails.
     """
     world = join_world(cfg.ranks_apart, cfg.hang_seconds)
@@ -113,9 +114,12 @@ def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> No
     """Ask for G responses to each prompt of a step; every rank asks for all of them, and collects its own."""
     batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
     sampling = Sampling(
-        n=cfg.group_size, max_tokens=cfg.max_response_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+        n=cfg.group_size,
+        max_tokens=cfg.max_response_tokens,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
         seed=stable_seed(cfg.seed, "sample", step),
-    )  # fmt: skip
+    )
     engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
 
 
@@ -139,9 +143,15 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
 
 
 def score(
-    scorer: Scorer, policy: Policy, batch: list[Prompt], rollouts: list[Rollout], cfg: GrpoConfig, step: int, out: Path,
+    scorer: Scorer,
+    policy: Policy,
+    batch: list[Prompt],
+    rollouts: list[Rollout],
+    cfg: GrpoConfig,
+    step: int,
+    out: Path,
     world: World,
-) -> list[Reward]:  # fmt: skip
+) -> list[Reward]:
     """[N] rewards in row order. Special tokens (end of turn) are not part of the text. Collective.
 
     Under --on-reward-error stop the first response that could not be scored, on whatever rank, ends the run on every rank:
@@ -154,14 +164,22 @@ def score(
     failed = [i for i, reward in enumerate(rewards) if reward is not None and reward.failed]
     if not stop or world.largest(float(bool(failed))) == 0:
         return rewards
-    case = {} if not failed else {
-        "step": step + 1, "rank": world.rank, "puzzle_id": puzzles[failed[0]].id, "response": failed[0] % cfg.group_size + 1,
-        "message": rewards[failed[0]].message, "completion": texts[failed[0]],
-    }  # fmt: skip
+    case = (
+        {}
+        if not failed
+        else {
+            "step": step + 1,
+            "rank": world.rank,
+            "puzzle_id": puzzles[failed[0]].id,
+            "response": failed[0] % cfg.group_size + 1,
+            "message": rewards[failed[0]].message,
+            "completion": texts[failed[0]],
+        }
+    )
     first = next(case for case in world.gather_in_rank_order(case) if case)
     if world.is_main:
         write_json(out / "reward_failure.json", first)
-    raise ValueError(
+    raise UserError(
         f"step {step + 1}: --reward {cfg.reward} failed for puzzle {first['puzzle_id']}, response {first['response']} of "
         f"{cfg.group_size} (rank {first['rank']}; its text is in {out / 'reward_failure.json'}): {first['message']}. "
         "Mend the function and --resume, or leave such responses out: --resume --on-reward-error drop"
@@ -180,9 +198,14 @@ def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
 
 
 def update(
-    policy: Policy, optimizer: torch.optim.Optimizer, sampled: list[ScoredGroup], cfg: GrpoConfig, step: int, out: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    sampled: list[ScoredGroup],
+    cfg: GrpoConfig,
+    step: int,
+    out: Path,
     world: World,
-) -> tuple[TokenSums, dict[str, float]]:  # fmt: skip
+) -> tuple[TokenSums, dict[str, float]]:
     """--updates-per-batch optimizer steps over what all ranks sampled; returns what the step's metrics are made of.
 
     Groups are dealt to ranks by what they cost to train on, whoever sampled them.
@@ -206,9 +229,11 @@ def update(
     sums = TokenSums()
     for number, groups in enumerate(ours):
         inputs = StepInputs(
-            plan=plans[number], references=references[number], olds=olds[number],
+            plan=plans[number],
+            references=references[number],
+            olds=olds[number],
             responses=[row for group in groups for row in group.rows],
-        )  # fmt: skip
+        )
         # the denominators, over all ranks, before the first micro-batch
         counts = count_trained(inputs.plan, world)
         optimizer.zero_grad(set_to_none=True)
@@ -228,9 +253,15 @@ def count_trained(plan: list[MicroBatch], world: World) -> tuple[float, float]:
 
 
 def accumulate(
-    policy: Policy, inputs: StepInputs, counts: tuple[float, float], cfg: GrpoConfig, sums: TokenSums,
-    keep: list[LossTerms] | None = None, passes: int = 0, advance: Callable[[], None] = lambda: None,
-) -> tuple[int, BadToken] | None:  # fmt: skip
+    policy: Policy,
+    inputs: StepInputs,
+    counts: tuple[float, float],
+    cfg: GrpoConfig,
+    sums: TokenSums,
+    keep: list[LossTerms] | None = None,
+    passes: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[int, BadToken] | None:
     """Forward and backward over a rank's micro-batches; gradients add up in .grad, numbers in `sums`.
 
     Stops at the first term that is not finite and returns (micro-batch, token). keep: a list that collects the terms.
@@ -263,9 +294,13 @@ def keep_pace(policy: Policy, missing: int, reference: bool = False) -> None:
 
 
 def loss_terms(
-    policy: Policy, micro: MicroBatch, ref_logprobs: Tensor | None, old_logprobs: Tensor | None,
-    counts: tuple[float, float], cfg: GrpoConfig,
-) -> LossTerms:  # fmt: skip
+    policy: Policy,
+    micro: MicroBatch,
+    ref_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    counts: tuple[float, float],
+    cfg: GrpoConfig,
+) -> LossTerms:
     """Forward one micro-batch and name every term of its loss. A breakpoint here sees everything."""
     found = policy.response_logprobs(micro.packed, cfg.temperature, entropy=cfg.entropy)
     logprobs, entropy = found if cfg.entropy else (found, None)  # [N,T]
@@ -273,20 +308,35 @@ def loss_terms(
 
 
 def terms_of(
-    logprobs: Tensor, micro: MicroBatch, ref_logprobs: Tensor | None, old_logprobs: Tensor | None,
-    counts: tuple[float, float], cfg: GrpoConfig,
-) -> LossTerms:  # fmt: skip
+    logprobs: Tensor,
+    micro: MicroBatch,
+    ref_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
+    counts: tuple[float, float],
+    cfg: GrpoConfig,
+) -> LossTerms:
     """The settings, applied to log-probs [N,T]."""
     weight = aggregation_weights(
         micro.mask, cfg.aggregation, *counts, norm=cfg.max_response_tokens, dtype=logprobs.dtype
     )
     return grpo_terms(
-        logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        sampler_logprobs=micro.sampler_logprobs, mask=micro.mask, advantages=micro.advantages, weight=weight,
-        clip_low=cfg.clip_low, clip_high=cfg.clip_high, dual_clip=cfg.dual_clip, beta=cfg.beta, kl_kind=cfg.kl_kind,
-        ratio_level=cfg.ratio_level, correction=cfg.correction, correction_cap=cfg.correction_cap,
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=micro.sampler_logprobs,
+        mask=micro.mask,
+        advantages=micro.advantages,
+        weight=weight,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+        beta=cfg.beta,
+        kl_kind=cfg.kl_kind,
+        ratio_level=cfg.ratio_level,
+        correction=cfg.correction,
+        correction_cap=cfg.correction_cap,
         correction_floor=cfg.correction_floor,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -301,9 +351,17 @@ def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Te
 
 
 def finish_gradient(
-    policy: Policy, inputs: StepInputs, counts: tuple[float, float], problem: tuple[int, BadToken] | None, cfg: GrpoConfig,
-    sums: TokenSums, step: int, number: int, out: Path, world: World,
-) -> None:  # fmt: skip
+    policy: Policy,
+    inputs: StepInputs,
+    counts: tuple[float, float],
+    problem: tuple[int, BadToken] | None,
+    cfg: GrpoConfig,
+    sums: TokenSums,
+    step: int,
+    number: int,
+    out: Path,
+    world: World,
+) -> None:
     """Sum gradients over ranks, write the step's bundle when asked for, clip. Collective.
 
     Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
@@ -324,18 +382,32 @@ def finish_gradient(
         if not failed:
             loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
             gradients = {name: whole(p.grad) for name, p in policy.trainable().items()}
-            recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm,
-                        "gradient_hash": adapter_hash(gradients)}  # fmt: skip
+            recorded = {
+                "loss": loss,
+                "pg_loss": pg_loss,
+                "grad_norm": sums.grad_norm,
+                "gradient_hash": adapter_hash(gradients),
+            }
         found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world.rank)) if text]
         in_sum = "the gradient or its norm is not finite, although each token's own share of it is"
         sentence = (found or [in_sum])[0] if failed else None
         bundle = write_bundle(
-            out, step=step + 1, update=number + 1, config=cfg, inputs=inputs, adapter=policy.adapter_tensors(),
-            counts=counts, recorded=recorded, problem=sentence, world=world,
-        )  # fmt: skip
+            out,
+            step=step + 1,
+            update=number + 1,
+            config=cfg,
+            inputs=inputs,
+            adapter=policy.adapter_tensors(),
+            counts=counts,
+            recorded=recorded,
+            problem=sentence,
+            world=world,
+        )
         if failed:
-            raise FloatingPointError(f"step {step + 1}, update {number + 1}: {sentence}. This update was not made; look with "
-                                     f"python launch/replay.py {bundle}")  # fmt: skip
+            raise FloatingPointError(
+                f"step {step + 1}, update {number + 1}: {sentence}. This update was not made; look with "
+                f"python launch/replay.py {bundle}"
+            )
     scale = torch.clamp(cfg.grad_clip / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([local(p.grad) for p in parameters], scale)
 

@@ -11,9 +11,13 @@ CHUNK_LOGITS = 1 << 25
 
 
 def fused_logprobs(
-    hidden: Tensor, lm_head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024,
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
     entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ lm_head_weight.T / temperature)[targets].
 
     hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M], float32 (float64 for float64 input); with entropy

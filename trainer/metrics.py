@@ -13,14 +13,23 @@ from reward import Reward
 from rollout import Rollout
 from trainer.config import GrpoConfig
 from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
-from trainer.runfolder import append_jsonl
-from trainer.world import World
-from trainer.zeros import explain_zeros
+from trainer.ranks.world import World
+from trainer.record.runfolder import append_jsonl
 
 SUMMED = (
-    "loss", "pg_loss", "kl", "clip_low", "clip_high", "clip_dual", "mismatch", "mismatch_kl", "is_weight", "is_weight_squared",
-    "tokens", "entropy",
-)  # fmt: skip
+    "loss",
+    "pg_loss",
+    "kl",
+    "clip_low",
+    "clip_high",
+    "clip_dual",
+    "mismatch",
+    "mismatch_kl",
+    "is_weight",
+    "is_weight_squared",
+    "tokens",
+    "entropy",
+)
 
 
 @dataclass
@@ -39,13 +48,19 @@ class TokenSums:
             difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             weight = torch.where(terms.mask, difference.exp(), torch.zeros_like(difference))
             values = {
-                "loss": loss, "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(), "kl": terms.kl.sum(),
-                **{f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name},
+                "loss": loss,
+                "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(),
+                "kl": terms.kl.sum(),
+                **{
+                    f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name
+                },
                 "mismatch": difference.abs().sum(),
                 # k3 of the sampler against the trainer
                 "mismatch_kl": (difference.exp() - difference - 1).sum(),
-                "is_weight": weight.sum(), "is_weight_squared": weight.square().sum(), "tokens": terms.mask.sum(),
-            }  # fmt: skip
+                "is_weight": weight.sum(),
+                "is_weight_squared": weight.square().sum(),
+                "tokens": terms.mask.sum(),
+            }
             if terms.entropy is not None:
                 values["entropy"] = terms.entropy[terms.mask].sum()
             for name, value in values.items():
@@ -63,9 +78,11 @@ class TokenSums:
         """Sums and maximum over all ranks. Collective."""
         totals = world.total(*(self.sums[name] for name in SUMMED))
         return TokenSums(
-            sums=dict(zip(SUMMED, totals, strict=True)), mismatch_max=world.largest(self.mismatch_max),
-            grad_norm=self.grad_norm, lr=self.lr,
-        )  # fmt: skip
+            sums=dict(zip(SUMMED, totals, strict=True)),
+            mismatch_max=world.largest(self.mismatch_max),
+            grad_norm=self.grad_norm,
+            lr=self.lr,
+        )
 
 
 def rollout_rows(
@@ -74,16 +91,24 @@ def rollout_rows(
     """Rows of rollouts.jsonl: one sampled response each, with everything to read it, rescore it, or sample it again."""
     return [
         {
-            "step": step, "puzzle_id": rollout.puzzle_id, "response": place % group_size + 1,
+            "step": step,
+            "puzzle_id": rollout.puzzle_id,
+            "response": place % group_size + 1,
             "completion": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
-            "reward": reward.total if reward.scored else None, "parts": reward.parts, "status": str(reward.status),
-            **({"message": reward.message} if reward.message else {}), "advantage": advantage,
-            "finish_reason": rollout.finish_reason, "prompt_tokens": len(rollout.prompt_ids),
-            "response_ids": rollout.response_ids, "sampler_logprobs": rollout.sampler_logprobs,
-            "adapter_version": rollout.adapter_version, "adapter_hash": rollout.adapter_hash,
+            "reward": reward.total if reward.scored else None,
+            "parts": reward.parts,
+            "status": str(reward.status),
+            **({"message": reward.message} if reward.message else {}),
+            "advantage": advantage,
+            "finish_reason": rollout.finish_reason,
+            "prompt_tokens": len(rollout.prompt_ids),
+            "response_ids": rollout.response_ids,
+            "sampler_logprobs": rollout.sampler_logprobs,
+            "adapter_version": rollout.adapter_version,
+            "adapter_hash": rollout.adapter_hash,
         }
         for place, (rollout, reward, advantage) in enumerate(zip(rollouts, rewards, advantages.tolist(), strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, adapter_hash: str) -> dict:
@@ -146,6 +171,39 @@ def _group_kind(rewards: list[float]) -> str:
     return "all_right" if rewards[0] >= 1 else "all_wrong"
 
 
+def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
+    """Notes on the zeros of a line of metrics.jsonl."""
+    notes = []
+    on_policy = cfg.updates_per_batch == 1
+    if metrics["groups/dropped_responses"] == 1:
+        return ["loss 0: no response of the step was scored, so no optimizer step was made"]
+    if metrics["groups/mixed"] == 0:
+        right, wrong = metrics["groups/all_right"], metrics["groups/all_wrong"]
+        which = (
+            "all groups right" if right == 1 else "all groups wrong" if wrong == 1 else "groups all right or all wrong"
+        )
+        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
+    elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
+        notes.append(
+            "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
+        )
+    if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
+        reason = (
+            "one update per batch, so every ratio is exactly 1"
+            if on_policy
+            else "no ratio went past the bound on its advantage's side"
+        )
+        notes.append(f"no clip: {reason}")
+    if metrics["kl"] == 0:
+        reason = (
+            "the adapter starts at zero, so policy and reference are the same"
+            if cfg.beta
+            else "beta is 0: no reference"
+        )
+        notes.append(f"kl 0: {reason}")
+    return notes
+
+
 class Clock:
     """Seconds per phase of a step; the watch is told of each."""
 
@@ -187,10 +245,14 @@ class StepLog:
         rate = metrics["num_tokens"] / seconds
         sampled = sum(len(row["response_ids"]) for row in rows)
         times = {
-            "step": step, **clock.laps, "timing_s/step": seconds, "tokens_per_second": rate,
+            "step": step,
+            **clock.laps,
+            "timing_s/step": seconds,
+            "tokens_per_second": rate,
             "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),
-            "sampling/share": clock.laps["timing_s/sample"] / seconds, **figures,
-        }  # fmt: skip
+            "sampling/share": clock.laps["timing_s/sample"] / seconds,
+            **figures,
+        }
         for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
             append_jsonl(self.out / f"{name}.jsonl", lines)
         if self.board is not None:

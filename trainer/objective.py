@@ -194,10 +194,24 @@ class LossTerms:
 
 
 def grpo_terms(
-    *, logprobs: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, sampler_logprobs: Tensor, mask: Tensor,
-    advantages: Tensor, weight: Tensor, clip_low: float, clip_high: float, dual_clip: float | None, beta: float,
-    kl_kind: str, ratio_level: str, correction: str, correction_cap: float, correction_floor: float = 0.0,
-) -> LossTerms:  # fmt: skip
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    sampler_logprobs: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    weight: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    beta: float,
+    kl_kind: str,
+    ratio_level: str,
+    correction: str,
+    correction_cap: float,
+    correction_floor: float = 0.0,
+) -> LossTerms:
     """Assemble the terms of a micro-batch. All tensors [N,T] but advantages [N].
 
     old_logprobs None: this is the batch's only optimizer step, so old = stop_gradient(new) and the ratio is exactly 1.
@@ -211,9 +225,17 @@ def grpo_terms(
     ratio = importance_ratio(logprobs, old, mask, ratio_level)
     kl = zero if ref_logprobs is None else kl_estimate(logprobs, ref, kl_kind)  # KL enters the loss in `contribution`
     return LossTerms(
-        mask=mask, logprobs=logprobs, old_logprobs=old, ref_logprobs=ref, sampler_logprobs=sampler, ratio=ratio,
-        clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip), advantages=advantages[:, None],
+        mask=mask,
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        ratio=ratio,
+        clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip),
+        advantages=advantages[:, None],
         surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
         correction=rollout_correction(old, sampler, mask, correction, correction_cap, correction_floor),
-        kl=kl, weight=weight, beta=beta,
-    )  # fmt: skip
+        kl=kl,
+        weight=weight,
+        beta=beta,
+    )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rollout import Rollout
-from trainer.attention import Layout, Segments
-from trainer.world import World
+from trainer.model.attention import Layout, Segments
+from trainer.model.cost import Cost
+from trainer.ranks.world import World
 
 Group = tuple[list[int], list[list[int]]]
 """(prompt token ids, the responses' token ids)"""
@@ -83,36 +84,19 @@ def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedB
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     as_long = [torch.tensor(x, dtype=torch.long, device=device) for x in (predict_at, targets, rows, cols)]
     return PackedBatch(
-        input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        layout=make_layout(sizes, device), predict_at=as_long[0], targets=as_long[1], rows=as_long[2], cols=as_long[3],
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        layout=make_layout(sizes, device),
+        predict_at=as_long[0],
+        targets=as_long[1],
+        rows=as_long[2],
+        cols=as_long[3],
         mask=mask.to(device),
-    )  # fmt: skip
+    )
 
 
 Sizes = list[tuple[int, list[int]]]
 """Per group (prompt length, response lengths)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Floating-point operations of a forward pass; what balances ranks, and what benchmarks count."""
-
-    token: float
-    """Of one token in all linear layers."""
-    pair: float
-    """Of one query and one key it sees, in all layers."""
-    target: float
-    """Of one response token in the head."""
-
-    def of(self, prompt: int, responses: list[int]) -> float:
-        """One prompt and the responses that share it."""
-        pairs = _causal(prompt) + sum(_causal(n) + n * prompt for n in responses)
-        return self.token * (prompt + sum(responses)) + self.pair * pairs + self.target * sum(responses)
-
-
-def _causal(n: int) -> float:
-    """Pairs of a causal segment."""
-    return n * (n + 1) / 2
 
 
 def balance(costs: list[float], ranks: int) -> list[list[int]]:
@@ -241,15 +225,23 @@ def micro_batches(
 
 
 def make_micro_batch(
-    groups: list[Group], rows: list[int], advantages: Tensor, trained: Tensor, sampler_logprobs: Any, device: torch.device
-) -> MicroBatch:  # fmt: skip
+    groups: list[Group],
+    rows: list[int],
+    advantages: Tensor,
+    trained: Tensor,
+    sampler_logprobs: Any,
+    device: torch.device,
+) -> MicroBatch:
     """advantages, trained: [N]; sampler_logprobs: one number per response token, row after row."""
     packed = pack(groups, device)
     return MicroBatch(
-        groups=groups, rows=rows, packed=packed, mask=packed.mask & trained.to(device)[:, None],
+        groups=groups,
+        rows=rows,
+        packed=packed,
+        mask=packed.mask & trained.to(device)[:, None],
         advantages=advantages.to(device),
         sampler_logprobs=packed.unpack(torch.as_tensor(sampler_logprobs, dtype=advantages.dtype, device=device)),
-    )  # fmt: skip
+    )
 
 
 def packing_figures(

@@ -15,21 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.puzzles import Puzzle
 from rollout import stable_seed
-from trainer.attention import ATTENTION
-from trainer.loading import (
+from trainer.logprobs import fused_logprobs
+from trainer.model.attention import ATTENTION
+from trainer.model.cost import cost_of
+from trainer.model.loading import (
     add_adapter,
-    cost_of,
     keep_four_bits_exact,
     load_base,
     load_tokenizer,
     recompute_layers,
     why_not_shared,
 )
-from trainer.logprobs import fused_logprobs
+from trainer.model.sharding import shard
 from trainer.packing import PackedBatch, pack
-from trainer.padded import predicting_padded
-from trainer.sharding import shard
-from trainer.world import local, rows_of, whole
+from trainer.ranks.world import local, rows_of, whole
 
 
 class Policy:
@@ -42,10 +41,21 @@ class Policy:
     """
 
     def __init__(
-        self, model_dir: str, *, lora_rank: int, lora_alpha: float, seed: int, device: torch.device, dtype: torch.dtype,
-        sharded: bool = False, checkpointing: bool = False, frozen: bool = False, quantize: str = "none",
-        autocast: bool = False, dora: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model_dir: str,
+        *,
+        lora_rank: int,
+        lora_alpha: float,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        sharded: bool = False,
+        checkpointing: bool = False,
+        frozen: bool = False,
+        quantize: str = "none",
+        autocast: bool = False,
+        dora: bool = False,
+    ) -> None:
         self.tokenizer = load_tokenizer(model_dir)
         self.device, self.sharded, self.lora = device, sharded, None
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
@@ -161,6 +171,28 @@ def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
         input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
     ).last_hidden_state[0]  # [L,H]
     return hidden[batch.predict_at]
+
+
+def predicting_padded(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """[M,H] last hidden states of the tokens that predict the targets."""
+    ids, predict_at = one_row_per_response(batch)
+    return causal_lm.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[predict_at]
+
+
+def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """([N,S] prompt + response, padded on the right; [M] where each target is predicted from, in the flattened [N,S])."""
+    own, prompts = batch.layout
+    sharing = dict(zip(prompts.keys, prompts.queries, strict=True)) if prompts else {}
+    sequences, prompt, end = [], batch.input_ids[0, :0], 0
+    for first, length in own.queries:
+        tokens = batch.input_ids[0, first : first + length]
+        if (first, length) in sharing:
+            prompt, end = tokens, sum(sharing[first, length])
+        else:  # up to `end` they are responses to that prompt; beyond it a prompt with its only response
+            sequences.append(torch.cat([prompt, tokens]) if first < end else tokens)
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)
+    return ids, batch.rows * ids.shape[1] + prompt_tokens[batch.rows] + batch.cols - 1
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:

@@ -102,17 +102,22 @@ def theirs(atlas: Path, authors: Path, folder: Path) -> Measured:
     (folder / "raw/dataset" / atlas.name).symlink_to(atlas)
     steps = []
     for script, read, write in (
-        ("build_context", "raw", "cells"), ("match_qa", "cells", "qa"), ("split_train_test", "qa", "final")
-    ):  # fmt: skip
+        ("build_context", "raw", "cells"),
+        ("match_qa", "cells", "qa"),
+        ("split_train_test", "qa", "final"),
+    ):
         words = [sys.executable, authors / f"data/{script}.py"]
         words += ["--input_dir", folder / read, "--output_dir", folder / write]
         steps.append(measure(words, folder / f"{script}.log"))
         print(f"theirs: {script} {steps[-1].seconds:.1f} s", flush=True)
     puzzles = sum(len(json.loads(path.read_text())) for path in (folder / "qa").rglob("*_qa.json"))
     return Measured(
-        seconds=sum(step.seconds for step in steps), cpu=sum(step.cpu for step in steps),
-        largest=max(step.largest for step in steps), tree=max(step.tree for step in steps), puzzles=puzzles,
-    )  # fmt: skip
+        seconds=sum(step.seconds for step in steps),
+        cpu=sum(step.cpu for step in steps),
+        largest=max(step.largest for step in steps),
+        tree=max(step.tree for step in steps),
+        puzzles=puzzles,
+    )
 
 
 def describe(side: str, found: Measured, cells: int) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.mutants          # about 3 minutes; exit code 1 when a mutant survives
 
-Each mutant is one replacement in a copy of the repository; tests/test_objective.py and tests/test_parity.py run against it.
+Each mutant is one replacement in a copy of the repository; tests/trainer/test_objective.py and tests/trainer/test_parity.py run against it.
 """
 
 import os
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ("tests/test_objective.py", "tests/test_parity.py")
+TESTS = ("tests/trainer/test_objective.py", "tests/trainer/test_parity.py")
 OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
 SHARE = "self.surrogate * self.correction + self.beta * self.kl"
 MUTANTS = [
@@ -25,8 +25,11 @@ MUTANTS = [
     (OBJECTIVE, "(own - own.detach() + mean)", "(own.detach() - own + mean)"),
     (OBJECTIVE, ".clamp(max=10.0).exp()", ".clamp(max=0.01).exp()"),
     (OBJECTIVE, "unclipped = -ratio * advantages", "unclipped = ratio * advantages"),
-    (OBJECTIVE, "clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages",
-     "clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages"),
+    (
+        OBJECTIVE,
+        "clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages",
+        "clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages",
+    ),
     (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 + clip_low, 1 + clip_high)"),
     (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_low, 1 - clip_high)"),
     (OBJECTIVE, "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)"),
@@ -44,8 +47,11 @@ MUTANTS = [
     (OBJECTIVE, "log_ratio = ref_logprobs - logprobs\n", "log_ratio = logprobs - ref_logprobs\n"),
     (OBJECTIVE, "return -log_ratio\n", "return log_ratio\n"),
     (OBJECTIVE, "return 0.5 * log_ratio.square()", "return -0.5 * log_ratio.square()"),
-    (OBJECTIVE, 'if kind == "k3":\n        return log_ratio.exp() - log_ratio - 1',
-     'if kind == "k3":\n        return log_ratio.exp() + log_ratio - 1'),
+    (
+        OBJECTIVE,
+        'if kind == "k3":\n        return log_ratio.exp() - log_ratio - 1',
+        'if kind == "k3":\n        return log_ratio.exp() + log_ratio - 1',
+    ),
     (OBJECTIVE, "(log_ratio.exp() - log_ratio - 1).clamp", "(log_ratio.exp() - log_ratio + 1).clamp"),
     (OBJECTIVE, ".clamp(-10.0, 10.0)", ""),
     (OBJECTIVE, "(log_ratio.exp() - log_ratio - 1).clamp", "(log_ratio.exp() + log_ratio - 1).clamp"),
@@ -53,8 +59,11 @@ MUTANTS = [
     (OBJECTIVE, "log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", "log_weight.exp()"),
     (OBJECTIVE, "(ratio < 1 - clip_low) & (advantages < 0)", "(ratio < 1 + clip_low) & (advantages < 0)"),
     (ADVANTAGES, "rewards[:, t] + gamma * next_value", "rewards[:, t] - gamma * next_value"),
-    (OBJECTIVE, "log_weight = torch.where(mask, old_logprobs - sampler_logprobs,",
-     "log_weight = torch.where(mask, sampler_logprobs - old_logprobs,"),
+    (
+        OBJECTIVE,
+        "log_weight = torch.where(mask, old_logprobs - sampler_logprobs,",
+        "log_weight = torch.where(mask, sampler_logprobs - old_logprobs,",
+    ),
     (OBJECTIVE, "weight = weight.clamp(max=cap)", "weight = weight.clamp(min=cap)"),
     (OBJECTIVE, "(weight >= floor) & (weight <= cap)", "(weight >= floor)"),
     (OBJECTIVE, "(weight >= floor) & (weight <= cap)", "(weight <= cap)"),
@@ -64,10 +73,16 @@ MUTANTS = [
     (OBJECTIVE, "(mask.shape[-1] if norm is None else norm)", "mask.shape[-1]"),
     (OBJECTIVE, "int(mask.any(-1).sum()), int(mask.sum())", "len(mask), int(mask.sum())"),
     (OBJECTIVE, "squared = torch.maximum(", "squared = torch.minimum("),
-    (OBJECTIVE, "torch.maximum(values, old_values - clip), old_values + clip",
-     "torch.maximum(values, old_values + clip), old_values + clip"),
-    (OBJECTIVE, "torch.maximum(values, old_values - clip), old_values + clip",
-     "torch.maximum(values, old_values - clip), old_values - clip"),
+    (
+        OBJECTIVE,
+        "torch.maximum(values, old_values - clip), old_values + clip",
+        "torch.maximum(values, old_values + clip), old_values + clip",
+    ),
+    (
+        OBJECTIVE,
+        "torch.maximum(values, old_values - clip), old_values + clip",
+        "torch.maximum(values, old_values - clip), old_values - clip",
+    ),
     (OBJECTIVE, "return 0.5 * aggregate", "return aggregate"),
     (OBJECTIVE, SHARE, "self.surrogate * self.correction - self.beta * self.kl"),
     (OBJECTIVE, SHARE, "self.surrogate + self.beta * self.kl"),
@@ -83,7 +98,7 @@ MUTANTS = [
     (ADVANTAGES, "advantages_NT + values, zero", "advantages_NT - values, zero"),
     (ADVANTAGES, "unbiased=True", "unbiased=False"),
     (ADVANTAGES, "scaled = (x - kept.mean())", "scaled = (x + kept.mean())"),
-]  # fmt: skip
+]
 
 
 def main() -> int:
@@ -110,9 +125,13 @@ def main() -> int:
 def run_tests(copy: Path) -> str:
     """Which tests fail."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:warnings", *TESTS], cwd=copy, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:warnings", *TESTS],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+    )
     names = re.findall(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1):
         return f"broken: {done.stdout[-300:]}{done.stderr[-300:]}"

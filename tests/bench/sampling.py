@@ -21,7 +21,7 @@ from rollout.sync import Parcel
 from rollout.vllm_engine import VLLMEngine
 from tests.bench.update import Task, make_checkpoint
 from trainer.policy import Policy
-from trainer.world import join_world, leave_world
+from trainer.ranks.world import join_world, leave_world
 
 
 def main() -> None:
@@ -59,18 +59,30 @@ def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> 
     parcel = Parcel.of(policy.adapter_tensors())
     engine.load_adapter(parcel, parcel.manifest(), version=0)
     plain = LLM(
-        task.folder, dtype="float32", max_model_len=longest, enforce_eager=True, enable_lora=True, max_lora_rank=16, max_loras=1,
-        kv_cache_memory_bytes=1 << 30, skip_tokenizer_init=True, disable_log_stats=True,
-        distributed_executor_backend="external_launcher", use_tqdm_on_load=False,
-    )  # fmt: skip
+        task.folder,
+        dtype="float32",
+        max_model_len=longest,
+        enforce_eager=True,
+        enable_lora=True,
+        max_lora_rank=16,
+        max_loras=1,
+        kv_cache_memory_bytes=1 << 30,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        distributed_executor_backend="external_launcher",
+        use_tqdm_on_load=False,
+    )
     requests = [{"prompt_token_ids": ids} for ids in prompts]
     ids = [str(i) for i in range(len(prompts))]
     request = LoRARequest("plain", 1, str(adapter))
     found: dict[str, list[float]] = {"ours": [], "plain": []}
     for turn in range(arguments.repeats + 1):
         start = time.perf_counter()
-        groups = engine.generate(ids, prompts, Sampling(n=task.group_size, max_tokens=arguments.tokens, temperature=1.0,
-                                                        top_p=1.0, seed=turn))  # fmt: skip
+        groups = engine.generate(
+            ids,
+            prompts,
+            Sampling(n=task.group_size, max_tokens=arguments.tokens, temperature=1.0, top_p=1.0, seed=turn),
+        )
         engine.llm.reset_prefix_cache()
         between = time.perf_counter()
         torch.manual_seed(turn)

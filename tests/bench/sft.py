@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from tests.bench.memory import held
 from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
 from trainer.config import SftConfig
-from trainer.sft import BETAS
-from trainer.traces import Example
-from trainer.world import World, join_world
+from trainer.ranks.world import World, join_world
+from trainer.sft.examples import Example
+from trainer.sft.loop import BETAS
 
 CELLS = (8, 15)
 """Fewest and most cells of a puzzle."""
@@ -45,9 +45,12 @@ LR = 1e-3
 AGREE = 1e-4
 """Largest difference of the sides' losses, in nats per response token."""
 SETTINGS = [
-    *(f"padded {m}" for m in (1, 2, 4, 8, 16)), *(f"grouped {m}" for m in (2, 4, 8)), "padding-free 2", "padding-free 4",
+    *(f"padded {m}" for m in (1, 2, 4, 8, 16)),
+    *(f"grouped {m}" for m in (2, 4, 8)),
+    "padding-free 2",
+    "padding-free 4",
     "packing 1",
-]  # fmt: skip
+]
 """How TRL makes its passes, and traces (packed: rows) per pass."""
 HEADS = {"own": "TRL", "changed": "TRL changed", "ours": "TRL with our head"}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -91,15 +94,24 @@ class Task:
 
     def config(self) -> SftConfig:
         return SftConfig(
-            traces="", model=self.folder, out="", lora_rank=self.rank, lora_alpha=2 * self.rank, batch_size=self.traces,
-            lr=LR, weight_decay=0.0, grad_clip=1.0, micro_tokens=self.micro_tokens, dtype=self.dtype,
+            traces="",
+            model=self.folder,
+            out="",
+            lora_rank=self.rank,
+            lora_alpha=2 * self.rank,
+            batch_size=self.traces,
+            lr=LR,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            micro_tokens=self.micro_tokens,
+            dtype=self.dtype,
             checkpointing=self.checkpointing,
-        )  # fmt: skip
+        )
 
 
 def make_start(task: Task) -> None:
     """The checkpoint, and an adapter that is not the identity, for both sides to start from."""
-    from trainer.sft import load_student
+    from trainer.sft.loop import load_student
 
     make_checkpoint(task, Path(task.folder))  # type: ignore[arg-type]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,12 +127,12 @@ def make_start(task: Task) -> None:
 
 
 def our_step(task: Task):
-    """A function that makes a step as trainer.sft.train_rank does: {"loss", "norm", "positions"}."""
+    """A function that makes a step as trainer.sft.loop.train_rank does: {"loss", "norm", "positions"}."""
     from safetensors.torch import load_file
 
     from data.puzzles import Puzzle
-    from trainer.parts import make_optimizer
-    from trainer.sft import accumulate, load_student, step_if_finite
+    from trainer.sft.loop import accumulate, load_student, step_if_finite
+    from trainer.start.parts import make_optimizer
 
     cfg, world = task.config(), join_world()
     policy = load_student(cfg, world)
@@ -151,9 +163,17 @@ def trl_step(task: Task, side: dict):
 
     way, micro_batch = side["setting"].split()
     settings = TrlSettings(
-        way=way, micro_batch=int(micro_batch), head=side["head"], lora_rank=task.rank, lr=LR, betas=BETAS,
-        grad_clip=1.0, row_tokens=task.micro_tokens, checkpointing=side["checkpointing"], dtype=task.dtype,
-    )  # fmt: skip
+        way=way,
+        micro_batch=int(micro_batch),
+        head=side["head"],
+        lora_rank=task.rank,
+        lr=LR,
+        betas=BETAS,
+        grad_clip=1.0,
+        row_tokens=task.micro_tokens,
+        checkpointing=side["checkpointing"],
+        dtype=task.dtype,
+    )
     return TrlStep(task.folder, task.batch(), settings, tempfile.mkdtemp(dir=task.folder), task.adapter).step
 
 
@@ -280,8 +300,14 @@ def compare_sides(task: Task, arguments: argparse.Namespace) -> dict:
         first, second = (step["loss"] for step in side.steps[:2])
         assert abs(first - second) > 10 * AGREE, f"{side.label}: its optimizer step changed nothing"
     same = {side.label: agreement(side.steps, ours.steps, side.label) for side in running[1:]}
-    result = {"task": vars(task), "tokens": n_tokens(task), "settings": settings, "agreement": same,
-              "keep_memory": arguments.keep_memory, "sides": {side.label: side.steps[1:] for side in running}}  # fmt: skip
+    result = {
+        "task": vars(task),
+        "tokens": n_tokens(task),
+        "settings": settings,
+        "agreement": same,
+        "keep_memory": arguments.keep_memory,
+        "sides": {side.label: side.steps[1:] for side in running},
+    }
     report(result)
     return result
 
@@ -358,9 +384,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.model or ["tiny"]:
             task = Task(
-                model=model, scale=arguments.scale, traces=arguments.traces, rank=arguments.rank, dtype=arguments.dtype,
-                checkpointing=arguments.checkpointing, micro_tokens=arguments.micro_tokens, folder=f"{folder}/{model}",
-            )  # fmt: skip
+                model=model,
+                scale=arguments.scale,
+                traces=arguments.traces,
+                rank=arguments.rank,
+                dtype=arguments.dtype,
+                checkpointing=arguments.checkpointing,
+                micro_tokens=arguments.micro_tokens,
+                folder=f"{folder}/{model}",
+            )
             make_start(task)
             results.append(compare_sides(task, arguments))
     out = Path(arguments.out)

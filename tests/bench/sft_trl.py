@@ -19,8 +19,8 @@ with warnings.catch_warnings():  # about the version of vLLM, which is not used 
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-from trainer.loading import load_tokenizer
 from trainer.logprobs import fused_logprobs
+from trainer.model.loading import load_tokenizer
 
 MANY_STEPS = 1_000_000
 WAYS = ("padded", "grouped", "padding-free", "packing")

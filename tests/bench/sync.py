@@ -24,17 +24,29 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rollout.sync import Canary, adapter_hash
 from rollout.vllm_engine import VLLMEngine
-from trainer.embedded import make_tokenizer
+from trainer.model.embedded import make_tokenizer
 from trainer.packing import pack
 from trainer.policy import Policy
-from trainer.world import join_world, leave_world
+from trainer.ranks.world import join_world, leave_world
 
 MODELS = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
-             "num_key_value_heads": 4, "vocab_size": 4096},
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "vocab_size": 151_936},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+}
 RANKS = (16, 256)
 TEXT = list(range(5, 21))
 
@@ -105,8 +117,12 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
 
         def canary(policy=policy, text=text) -> Canary:
             with torch.no_grad():
-                return Canary(ids=TEXT, policy=policy.response_logprobs(text)[0].tolist(), tolerance=1e-3,
-                              reference=policy.response_logprobs(text, reference=True)[0].tolist())  # fmt: skip
+                return Canary(
+                    ids=TEXT,
+                    policy=policy.response_logprobs(text)[0].tolist(),
+                    tolerance=1e-3,
+                    reference=policy.response_logprobs(text, reference=True)[0].tolist(),
+                )
 
         proof = canary()
         version = 0
@@ -156,8 +172,10 @@ def in_a_row(folder: Path, times: int) -> str:
         files.append(process.num_fds())
     engine.llm.llm_engine.engine_core.shutdown()
     early = times // 10
-    return (f"{times} hand-overs in a row: resident memory {memory[early]:.1f} MB after {early}, {memory[-1]:.1f} MB at the end; "
-            f"file descriptors {files[early]}, {files[-1]}; hashes equal: {hashes == {adapter_hash(tensors)}}")  # fmt: skip
+    return (
+        f"{times} hand-overs in a row: resident memory {memory[early]:.1f} MB after {early}, {memory[-1]:.1f} MB at the end; "
+        f"file descriptors {files[early]}, {files[-1]}; hashes equal: {hashes == {adapter_hash(tensors)}}"
+    )
 
 
 def report(rows: list[dict]) -> None:

@@ -29,17 +29,36 @@ import psutil
 import torch
 
 from tests.bench.memory import held
-from trainer.packing import Cost, Group
+from trainer.model.cost import Cost
+from trainer.packing import Group
 
 MODELS = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 32_000},
-    "40M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 2, "vocab_size": 32_000},
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32_000,
+    },
+    "40M": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 32_000,
+    },
     # as the demo's, in which vLLM can sample on a CPU (its heads of 32)
-    "embedded": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
-                 "num_key_value_heads": 4, "vocab_size": 4096},
-}  # fmt: skip
+    "embedded": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 4096,
+    },
+}
 PROMPT, RESPONSE, G = 2000, 1146, 5
 """Mean lengths in tokens of CellPuzzles prompts and of the paper's responses, and its group size."""
 SPREAD = 0.35
@@ -91,7 +110,7 @@ def shape_of(model: str) -> dict:
 def make_checkpoint(task: Task, folder: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from trainer.embedded import make_tokenizer
+    from trainer.model.embedded import make_tokenizer
 
     tied = {"tie_word_embeddings": True, "max_position_embeddings": 8192} if task.model in MODELS else {}
     torch.manual_seed(0)
@@ -131,24 +150,38 @@ def our_step(task: Task, packing: str):
     from trainer.config import GrpoConfig
     from trainer.grpo import compare, update
     from trainer.packing import scored_groups
-    from trainer.parts import load_policy, make_optimizer
-    from trainer.world import join_world
+    from trainer.ranks.world import join_world
+    from trainer.start.parts import load_policy, make_optimizer
 
     cfg = GrpoConfig(
-        model=task.folder, lora_rank=task.rank, lora_alpha=2 * task.rank, prompts_per_step=task.prompts, dtype=task.dtype,
-        group_size=task.group_size, packing=packing, checkpointing=task.checkpointing, micro_tokens=task.micro_tokens,
-    )  # fmt: skip
+        model=task.folder,
+        lora_rank=task.rank,
+        lora_alpha=2 * task.rank,
+        prompts_per_step=task.prompts,
+        dtype=task.dtype,
+        group_size=task.group_size,
+        packing=packing,
+        checkpointing=task.checkpointing,
+        micro_tokens=task.micro_tokens,
+    )
     world = join_world()
     policy = load_policy(cfg, world.device)
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     groups = [
         [
-            Rollout(puzzle_id=str(g), prompt_ids=prompt, response_ids=ids, sampler_logprobs=[0.0] * len(ids),
-                    finish_reason="stop", adapter_version=0, adapter_hash="")
+            Rollout(
+                puzzle_id=str(g),
+                prompt_ids=prompt,
+                response_ids=ids,
+                sampler_logprobs=[0.0] * len(ids),
+                finish_reason="stop",
+                adapter_version=0,
+                adapter_hash="",
+            )
             for ids in responses
         ]
         for g, (prompt, responses) in enumerate(task.groups())
-    ]  # fmt: skip
+    ]
     rewards = [Reward(total=fixed_reward(g, i)) for g in range(task.prompts) for i in range(task.group_size)]
     advantages, trained = compare(rewards, cfg)
     rows = [
@@ -166,9 +199,16 @@ def trl_step(task: Task, side: dict):
     from tests.bench.update_trl import TrlStep
 
     made = TrlStep(
-        task.folder, task.groups(), lora_rank=task.rank, micro_batch=side["micro_batch"], dtype=task.dtype,
-        checkpointing=side["checkpointing"], liger=side["liger"], compact=side["compact"], out=tempfile.mkdtemp(),
-    )  # fmt: skip
+        task.folder,
+        task.groups(),
+        lora_rank=task.rank,
+        micro_batch=side["micro_batch"],
+        dtype=task.dtype,
+        checkpointing=side["checkpointing"],
+        liger=side["liger"],
+        compact=side["compact"],
+        out=tempfile.mkdtemp(),
+    )
     return made.step
 
 
@@ -182,7 +222,7 @@ def serve(task: Task, side: dict) -> None:
     process, cost = psutil.Process(), None
     if side["name"] == "ours":
         import trainer.grpo
-        import trainer.parts  # noqa: F401
+        import trainer.start.parts  # noqa: F401
     else:
         import tests.bench.update_trl  # noqa: F401
     before = process.memory_info().rss
@@ -303,10 +343,17 @@ def compare_sides(task: Task, repeats: int, liger: bool, only_trl: int) -> dict:
     for side in running:
         middle = statistics.median(step["seconds"] for step in side.steps)
         rate = flops["shared"] / middle / 1e12 if side is running[0] else flops["plain"] / middle / 1e12
-        print(f"  {side.label}: {middle:.2f} s, {tokens / middle:.0f} tok/s, {rate:.3f} TFLOP/s, "
-              f"{max(s['bytes'] for s in side.steps) / 1e6:.0f} MB")  # fmt: skip
-    return {"task": vars(task), "tokens": tokens, "flops": flops, "settings": settings,
-            "sides": {side.label: side.steps for side in running}}  # fmt: skip
+        print(
+            f"  {side.label}: {middle:.2f} s, {tokens / middle:.0f} tok/s, {rate:.3f} TFLOP/s, "
+            f"{max(s['bytes'] for s in side.steps) / 1e6:.0f} MB"
+        )
+    return {
+        "task": vars(task),
+        "tokens": tokens,
+        "flops": flops,
+        "settings": settings,
+        "sides": {side.label: side.steps for side in running},
+    }
 
 
 def ratio_lines(found: dict) -> list[str]:
@@ -358,8 +405,10 @@ def plot(points: list[dict], model: str, scale: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    panels = (("response", f"mean response length (prompt {PROMPT * scale:.0f} tokens, G = {G})"),
-              ("group_size", "group size"))  # fmt: skip
+    panels = (
+        ("response", f"mean response length (prompt {PROMPT * scale:.0f} tokens, G = {G})"),
+        ("group_size", "group size"),
+    )
     for axis, (key, text) in zip(axes, panels, strict=True):
         rows = [row for row in points if key in row]
         x = [row[key] * (scale if key == "response" else 1) for row in rows]
@@ -407,9 +456,16 @@ def main() -> None:
     results, points, lines = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.model or ["tiny", "40M"]:
-            task = Task(model=model, scale=arguments.scale, prompts=arguments.prompts, rank=arguments.rank,
-                        dtype=arguments.dtype, checkpointing=arguments.checkpointing, micro_tokens=arguments.micro_tokens,
-                        folder=f"{folder}/{model}")  # fmt: skip
+            task = Task(
+                model=model,
+                scale=arguments.scale,
+                prompts=arguments.prompts,
+                rank=arguments.rank,
+                dtype=arguments.dtype,
+                checkpointing=arguments.checkpointing,
+                micro_tokens=arguments.micro_tokens,
+                folder=f"{folder}/{model}",
+            )
             make_checkpoint(task, Path(task.folder))
             results.append(compare_sides(task, arguments.repeats, arguments.liger, arguments.only_trl))
             lines += ratio_lines(results[-1])

@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # about the version of vLLM, which is not used 
     from trl import GRPOConfig, GRPOTrainer
 
 from tests.bench.update import fixed_reward
-from trainer.loading import load_tokenizer
+from trainer.model.loading import load_tokenizer
 from trainer.packing import Group
 
 MANY_STEPS = 1_000_000
@@ -38,9 +38,19 @@ class TrlStep:
     """
 
     def __init__(
-        self, model_dir: str, groups: list[Group], *, lora_rank: int, micro_batch: int, checkpointing: bool,
-        liger: bool, out: str, dtype: str = "float32", adapter: dict[str, Tensor] | None = None, compact: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model_dir: str,
+        groups: list[Group],
+        *,
+        lora_rank: int,
+        micro_batch: int,
+        checkpointing: bool,
+        liger: bool,
+        out: str,
+        dtype: str = "float32",
+        adapter: dict[str, Tensor] | None = None,
+        compact: bool = False,
+    ) -> None:
         group_size = len(groups[0][1])
         n_rows = len(groups) * group_size
         assert all(len(responses) == group_size for _, responses in groups) and n_rows % micro_batch == 0
@@ -139,9 +149,13 @@ class _Stepper(GRPOTrainer):
                 use_cache=False,
             ).last_hidden_state[:, -responses.shape[1] - 1 : -1]
             loss, _ = self.liger_loss(
-                hidden, causal_lm.lm_head.weight, responses, inputs["completion_mask"], inputs["advantages"],
+                hidden,
+                causal_lm.lm_head.weight,
+                responses,
+                inputs["completion_mask"],
+                inputs["advantages"],
                 ref_per_token_logps=inputs["ref_per_token_logps"],
-            )  # fmt: skip
+            )
         return loss / self.current_gradient_accumulation_steps
 
     def _send_telemetry(self) -> None:
@@ -152,9 +166,12 @@ def _liger_loss(args: GRPOConfig) -> torch.nn.Module:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     return LigerFusedLinearGRPOLoss(
-        beta=args.beta, epsilon_low=args.epsilon, epsilon_high=args.epsilon, temperature=args.temperature,
+        beta=args.beta,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon,
+        temperature=args.temperature,
         loss_type=args.loss_type,
-    )  # fmt: skip
+    )
 
 
 def _config(

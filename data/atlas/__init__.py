@@ -1,0 +1,1 @@
+"""A simulated single-cell atlas, and the marker table that it is made from."""

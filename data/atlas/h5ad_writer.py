@@ -1,0 +1,183 @@
+"""Writing an .h5ad larger than memory: cells come in blocks and go straight to the file, in what layout is asked for.
+
+Axes: C cells, G genes, R cells of a block. The empty skeleton is written by anndata, so the file is one of anndata's; its
+datasets then grow. CSC goes through temporary files: a column's values come from every block.
+Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
+"""
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import write_elem
+from scipy import sparse
+from tqdm import tqdm
+
+from data.files import need_room
+
+COMPRESSIONS = MappingProxyType({"gzip": "gzip", "lzf": "lzf", "none": None})
+"""Name -> filter of h5py; gzip is level 4, as anndata writes it."""
+CHUNK = 65_536
+"""Values per HDF5 chunk of X."""
+OBS_CHUNK = 8192
+"""Values per HDF5 chunk of an obs column."""
+VALUES_IN_MEMORY = 4_000_000
+"""Of CSC columns or dense rows, at a time."""
+ROOM = 64_000_000
+"""Bytes that are left free on a disk: HDF5 holds chunks back, and where it cannot write them in the end it crashes."""
+
+
+class GrowingH5ad:
+    """An .h5ad that grows by a block of cells with each `append`; `finish` completes it."""
+
+    def __init__(
+        self,
+        file: h5py.File,
+        var: pd.DataFrame,
+        categories: dict[str, list[str] | None],
+        uns: dict[str, Any],
+        encoding: str,
+        compression: str,
+        folder: Path,
+    ) -> None:
+        """file: open and empty.
+
+        var: [G] table of genes.
+        categories: {obs column: all values it may have}, None for a column of booleans.
+        encoding, compression: of X, one of ENCODINGS and of COMPRESSIONS.
+        folder: an empty one, where CSC puts temporary files, 8 bytes per value.
+        """
+        self.categories, self.n_cells = categories, 0
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        empty = {
+            name: np.zeros(0, dtype=bool) if values is None else pd.Categorical([], categories=values)
+            for name, values in categories.items()
+        }
+        kwargs = {"compression": COMPRESSIONS[compression]}
+        growing = {**kwargs, "chunks": (OBS_CHUNK,), "maxshape": (None,)}
+        self._x = ENCODINGS[encoding](file, len(var), COMPRESSIONS[compression], folder)
+        write_elem(file, "obs", pd.DataFrame(empty, index=pd.Index([], dtype=object)), dataset_kwargs=growing)
+        write_elem(file, "var", var, dataset_kwargs=kwargs)
+        for name in ("obsm", "varm", "obsp", "varp", "layers"):
+            write_elem(file, name, {})
+        write_elem(file, "uns", uns)
+        self._obs = file["obs"]
+
+    def append(self, counts: sparse.csr_matrix, obs: pd.DataFrame) -> None:
+        """Add a block: counts [R, G], float32 with sorted indices; obs [R] with text or booleans in every column."""
+        numbers = range(self.n_cells, self.n_cells + len(obs))
+        _extend(self._obs["_index"], np.array([f"cell_{i:06d}" for i in numbers], dtype=object))
+        for name, values in self.categories.items():
+            if values is None:
+                _extend(self._obs[name], obs[name].to_numpy())
+            else:
+                _extend(self._obs[f"{name}/codes"], pd.Categorical(obs[name], categories=values).codes)
+        self._x.append(counts)
+        self.n_cells += len(obs)
+
+    def finish(self) -> None:
+        """Write what had to wait for the last block."""
+        self._x.finish()
+
+
+class _Csr:
+    def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
+        self.n_genes = n_genes
+        self.node = _empty_sparse(file, sparse.csr_matrix((0, n_genes), dtype=np.float32), compression)
+
+    def append(self, block: sparse.csr_matrix) -> None:
+        _extend(self.node["indptr"], len(self.node["data"]) + block.indptr[1:].astype(np.int64))
+        _extend(self.node["indices"], block.indices)
+        _extend(self.node["data"], block.data)
+
+    def finish(self) -> None:
+        self.node.attrs["shape"] = (len(self.node["indptr"]) - 1, self.n_genes)
+
+
+class _Dense:
+    def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
+        chunks = (max(1, CHUNK // n_genes), n_genes)
+        kwargs = {"compression": compression, "chunks": chunks, "maxshape": (None, n_genes)}
+        write_elem(file, "X", np.zeros((0, n_genes), dtype=np.float32), dataset_kwargs=kwargs)
+        self.node = file["X"]
+
+    def append(self, block: sparse.csr_matrix) -> None:
+        rows = max(1, VALUES_IN_MEMORY // block.shape[1])
+        for start in range(0, block.shape[0], rows):
+            _extend(self.node, block[start : start + rows].toarray())
+
+    def finish(self) -> None:
+        """All is written."""
+
+
+class _Csc:
+    """Each block is transposed and put into temporary files, where values of neighbouring columns are neighbours; in the
+    end each range of columns is collected from all blocks."""
+
+    def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
+        self.node = _empty_sparse(file, sparse.csc_matrix((0, n_genes), dtype=np.float32), compression)
+        self.folder, self.n_genes, self.n_cells, self.n_values, self.n_blocks = folder, n_genes, 0, 0, 0
+        self.of_column = np.zeros(n_genes, dtype=np.int64)
+
+    def append(self, block: sparse.csr_matrix) -> None:
+        block = block.tocsc()
+        self._put("starts", self.n_values + block.indptr.astype(np.int64))
+        self._put("rows", (self.n_cells + block.indices).astype(np.int32))
+        self._put("values", block.data)
+        self.of_column += np.diff(block.indptr)
+        self.n_cells += block.shape[0]
+        self.n_values += block.nnz
+        self.n_blocks += 1
+
+    def finish(self) -> None:
+        ends = np.cumsum(self.of_column)
+        self.node["indptr"][1:] = ends
+        self.node.attrs["shape"] = (self.n_cells, self.n_genes)
+        start = 0
+        with tqdm(total=self.n_genes, desc="columns", unit="gene", disable=None) as bar:
+            while start < self.n_genes:
+                done = ends[start - 1] if start else 0
+                stop = max(start + 1, int(np.searchsorted(ends, done + VALUES_IN_MEMORY, side="right")))
+                self._write_columns(start, stop)
+                bar.update(stop - start)
+                start = stop
+
+    def _write_columns(self, start: int, stop: int) -> None:
+        columns, rows, values = [], [], []
+        for block in range(self.n_blocks):
+            starts = self._get("starts", np.int64, stop - start + 1, block * (self.n_genes + 1) + start)
+            columns.append(np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(starts)))
+            rows.append(self._get("rows", np.int32, starts[-1] - starts[0], starts[0]))
+            values.append(self._get("values", np.float32, starts[-1] - starts[0], starts[0]))
+        order = np.argsort(np.concatenate(columns), kind="stable")  # rows of a column come in order
+        _extend(self.node["indices"], np.concatenate(rows)[order])
+        _extend(self.node["data"], np.concatenate(values)[order])
+
+    def _put(self, name: str, values: np.ndarray) -> None:
+        need_room(self.folder, ROOM + values.nbytes)
+        with open(self.folder / name, "ab") as file:
+            values.tofile(file)
+
+    def _get(self, name: str, dtype: type, count: int, first: int) -> np.ndarray:
+        offset = int(first) * np.dtype(dtype).itemsize
+        return np.fromfile(self.folder / name, dtype, int(count), offset=offset)
+
+
+ENCODINGS = MappingProxyType({"csr": _Csr, "csc": _Csc, "dense": _Dense})
+
+
+def _empty_sparse(file: h5py.File, empty: sparse.spmatrix, compression: str | None) -> h5py.Group:
+    """X without cells, as anndata writes it; 64 bits for the starts, which count all values."""
+    kwargs = {"compression": compression, "chunks": (CHUNK,), "indptr_dtype": np.int64}
+    write_elem(file, "X", empty, dataset_kwargs=kwargs)
+    return file["X"]
+
+
+def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
+    need_room(Path(dataset.file.filename).parent, ROOM + values.nbytes)
+    n = len(dataset)
+    dataset.resize(n + len(values), axis=0)
+    dataset[n:] = values

@@ -1,0 +1,275 @@
+"""Simulated atlases of any size: the cells of data.atlas.simulate, with filler genes, streamed into an .h5ad block by block.
+
+Axes: C cells, G genes (core genes, which data.atlas.simulate draws, and filler genes), R cells of a block. A filler gene has an
+invented name and means nothing: a cell holds a Poisson number of filler counts, laid on genes by fixed heavy-tailed weights,
+so most are 1. Memory holds one block, whatever C is.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from tqdm import tqdm
+
+from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS, ROOM, GrowingH5ad
+from data.atlas.markers import MarkerEntry, read_markers
+from data.atlas.simulate import (
+    Batch,
+    Donor,
+    Programs,
+    batch_obs,
+    check_settings,
+    choose_types,
+    disease_activity,
+    draw_batches,
+    draw_block,
+    draw_donors,
+    draw_programs,
+    synthetic_ensembl_id,
+    types_of,
+)
+from data.errors import UserError
+from data.files import need_room, replacing
+
+BLOCK_CELLS = 1000
+MAX_GENES = 100_000
+MAX_DENSE_BYTES = 20_000_000_000
+
+FILLER_COUNTS = 0.035  # mean counts per filler gene and cell
+FILLER_SPREAD = 1.25  # standard deviation of the logarithm of a filler gene's weight
+FILLER_SLOTS = 1 << 18  # resolution of the weights
+BATCH_SPREAD = 0.4  # standard deviation of the logarithm of a batch's number of cells
+
+
+@dataclass(frozen=True)
+class AtlasSummary:
+    """What an atlas holds."""
+
+    cells: int
+    genes: int
+    donors: int
+    tissues: int
+    cell_types: int
+    """Without "unknown"."""
+    diseases: int
+    """Without "normal"."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cells} cells x {self.genes} genes, {self.donors} donors, {self.tissues} tissues, "
+            f"{self.cell_types} cell types, {self.diseases} diseases besides normal"
+        )
+
+
+def summarise(adata: anndata.AnnData) -> AtlasSummary:
+    """The summary of an atlas in memory."""
+    obs = adata.obs
+    diseases, types = set(obs["disease"]) - {"normal"}, set(obs["cell_type"]) - {"unknown"}
+    donors, tissues = obs["donor_id"].nunique(), obs["tissue"].nunique()
+    return AtlasSummary(adata.n_obs, adata.n_vars, donors, tissues, len(types), len(diseases))
+
+
+def stream_atlas(
+    path: str | os.PathLike,
+    n_donors: int = 48,
+    seed: int = 0,
+    *,
+    cells: int | None = None,
+    genes: int | None = None,
+    encoding: str = "csr",
+    compression: str = "gzip",
+    cells_per_type: float = 8.0,
+    noise: float = 1.0,
+    n_types: int | None = None,
+) -> AtlasSummary:
+    """Simulate an atlas and write it as .h5ad as it is drawn, whole or not at all (temporary name, then rename).
+
+    cells: in all, exactly; default: as many as `cells_per_type` gives, and then, where no batch has more than BLOCK_CELLS
+        cells, the counts of core genes and the values of obs are those of data.atlas.simulate.simulate_atlas.
+    genes: in all, filler included; default: no filler.
+    encoding, compression: of X; CSC needs 8 bytes per value beside the output while it is written.
+    Other settings as for simulate_atlas. The same settings write the same bytes. Raises UserError naming a bad option, or
+    a disk with less room than the next block needs and ROOM.
+    """
+    path = Path(path)
+    if path.suffix != ".h5ad":
+        raise UserError(f"--out {path}: the file name must end in .h5ad")
+    check_settings(n_donors, seed, cells_per_type, noise)
+    rng = np.random.default_rng(seed)
+    entries = choose_types(read_markers(), n_types)
+    programs = draw_programs(rng, entries)
+    table = GeneTable.of(programs, genes, seed)
+    donors = draw_donors(rng, n_donors)
+    sizes = batch_sizes(donors, entries, cells, cells_per_type, seed)
+    check_layout(encoding, compression, sum(sizes), len(table.var))
+    batches = draw_batches(rng, programs, entries, donors, cells_per_type, iter(sizes) if cells is not None else None)
+    settings = {"donors": n_donors, "seed": seed, "noise": noise, "types": len(entries), "genes": len(table.var)}
+    settings |= {"cells_per_type": cells_per_type} if cells is None else {"cells": cells}
+    uns = {"title": "Simulated atlas (no real cells)", "simulation": settings}
+    seen: set[str] = set()
+    categories = obs_categories(donors, entries)
+    with replacing(path) as partial:
+        need_room(path.parent, ROOM)
+        with (
+            h5py.File(partial, "w") as file,
+            tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
+        ):
+            out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
+            with tqdm(total=cells, desc="cells", unit="cell", unit_scale=True, disable=None) as bar:
+                for counts, obs in _blocks(rng, programs, batches, noise, table):
+                    out.append(counts, obs)
+                    seen.update(obs["cell_type"])
+                    bar.update(len(obs))
+            out.finish()
+    return AtlasSummary(
+        cells=out.n_cells,
+        genes=len(table.var),
+        donors=n_donors,
+        tissues=len({donor.tissue for donor in donors}),
+        cell_types=len(seen - {"unknown"}),
+        diseases=len({donor.disease for donor in donors} - {"normal"}),
+    )
+
+
+def check_layout(encoding: str, compression: str, cells: int, genes: int) -> None:
+    """Raise UserError, naming the option, for a layout that is not known or a dense matrix above MAX_DENSE_BYTES."""
+    if encoding not in ENCODINGS:
+        raise UserError(f"--encoding {encoding}: must be one of {', '.join(ENCODINGS)}")
+    if compression not in COMPRESSIONS:
+        raise UserError(f"--compression {compression}: must be one of {', '.join(COMPRESSIONS)}")
+    if encoding == "dense" and 4 * cells * genes > MAX_DENSE_BYTES:
+        raise UserError(
+            f"--encoding dense: {cells} cells x {genes} genes are {4e-9 * cells * genes:.0f} GB before compression, more "
+            f"than {MAX_DENSE_BYTES / 1e9:.0f} GB; give --encoding csr, or fewer --cells or --genes"
+        )
+
+
+def batch_sizes(
+    donors: Sequence[Donor], entries: dict[str, MarkerEntry], cells: int | None, cells_per_type: float, seed: int
+) -> list[int]:
+    """Cells of each batch of the donors, in order: `cells` divided by log-normal shares, or the mean that is expected.
+
+    Raises UserError when `cells` is not enough for one cell of every type in each batch.
+    """
+    fewest = np.array([len(types_of(donor, entries)) for donor in donors for _ in donor.suspensions])
+    if cells is None:
+        return np.ceil(fewest * max(1, cells_per_type)).astype(int).tolist()
+    if cells < fewest.sum():
+        raise UserError(
+            f"--cells {cells} is too few for {len(donors)} donors: give at least {fewest.sum()}, "
+            f"one for each type in each of their {len(fewest)} batches, or fewer --donors"
+        )
+    rng = np.random.default_rng([seed, 1])
+    shares = np.exp(rng.normal(0, BATCH_SPREAD, len(fewest)))
+    return (fewest + rng.multinomial(cells - fewest.sum(), shares / shares.sum())).tolist()
+
+
+@dataclass(frozen=True)
+class GeneTable:
+    """All genes of an atlas, in the order of their synthetic Ensembl ids, and how filler counts fall on them."""
+
+    var: pd.DataFrame
+    """[G]"""
+    core_columns: np.ndarray
+    """[core genes] column of each gene of Programs, increasing."""
+    slots: np.ndarray
+    """[about FILLER_SLOTS] column of a filler gene, each as often as it is likely; empty without filler."""
+    filler_counts: float
+    """Mean filler counts of a cell."""
+    rng: np.random.Generator
+    """Draws the filler, so that the draws of data.atlas.simulate are the same with and without."""
+
+    @classmethod
+    def of(cls, programs: Programs, genes: int | None, seed: int) -> "GeneTable":
+        """The table of `genes` genes, by default the core ones. Raises UserError when they do not fit."""
+        core = list(programs.genes)
+        genes = len(core) if genes is None else genes
+        if not len(core) <= genes <= MAX_GENES:
+            raise UserError(
+                f"--genes {genes} is out of range: give {len(core)}, the genes that the chosen types need, to {MAX_GENES}"
+            )
+        filler = filler_symbols(genes - len(core), core)
+        symbols = np.array(sorted([*core, *filler], key=synthetic_ensembl_id), dtype=object)
+        is_filler = np.isin(symbols.astype(str), filler)
+        rng = np.random.default_rng([seed, 2])
+        weights = np.exp(rng.normal(0, FILLER_SPREAD, len(filler)))
+        times = np.maximum(1, np.round(FILLER_SLOTS * weights / max(weights.sum(), 1e-9))).astype(int)
+        columns = {
+            "feature_is_filtered": np.zeros(genes, dtype=bool),
+            "feature_name": pd.Categorical(symbols),
+            "feature_reference": pd.Categorical(["NCBITaxon:9606"] * genes),
+            "feature_biotype": pd.Categorical(["gene"] * genes),
+        }
+        return cls(
+            var=pd.DataFrame(columns, index=[synthetic_ensembl_id(symbol) for symbol in symbols]),
+            core_columns=np.flatnonzero(~is_filler).astype(np.int32),
+            slots=np.repeat(np.flatnonzero(is_filler).astype(np.int32), times),
+            filler_counts=FILLER_COUNTS * len(filler),
+            rng=rng,
+        )
+
+    def widen(self, core: sparse.csr_matrix) -> sparse.csr_matrix:
+        """[R, core genes] counts -> [R, G] float32 with sorted indices, filler drawn and added."""
+        shape = (core.shape[0], len(self.var))
+        wide = sparse.csr_matrix((core.data, self.core_columns[core.indices], core.indptr), shape=shape)
+        return wide + self._filler(*shape) if len(self.slots) else wide
+
+    def _filler(self, n_cells: int, n_genes: int) -> sparse.csr_matrix:
+        depth = self.filler_counts * np.exp(self.rng.normal(0, 0.35, n_cells))
+        times = self.rng.poisson(depth)  # [R]
+        columns = self.slots[self.rng.integers(0, len(self.slots), times.sum(), dtype=np.uint32)]
+        starts = np.arange(n_cells, dtype=np.int32) * np.int32(n_genes)  # below BLOCK_CELLS x MAX_GENES
+        keys = np.repeat(starts, times) + columns
+        keys.sort()
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        counts = np.diff(first, append=len(keys)).astype(np.float32)
+        rows, columns = np.divmod(keys[first], np.int32(n_genes))
+        starts = np.searchsorted(rows, np.arange(n_cells + 1)).astype(np.int32)
+        return sparse.csr_matrix((counts, columns, starts), shape=(n_cells, n_genes))
+
+
+def filler_symbols(n: int, core: Sequence[str]) -> list[str]:
+    """n invented symbols that look like those of long non-coding genes, whose real accessions do not start with 9.
+
+    Their synthetic ids differ from each other and from those of the core symbols.
+    """
+    taken, symbols, number = {synthetic_ensembl_id(symbol) for symbol in core}, [], 0
+    while len(symbols) < n:
+        form = ("LINC9{:05d}", "AC9{:05d}.1", "AL9{:05d}.2")[number % 3]
+        symbol = form.format(number // 3)
+        gene_id = synthetic_ensembl_id(symbol)
+        if gene_id not in taken:
+            taken.add(gene_id)
+            symbols.append(symbol)
+        number += 1
+    return symbols
+
+
+def _blocks(
+    rng: np.random.Generator, programs: Programs, batches: Iterator[Batch], noise: float, table: GeneTable
+) -> Iterator[tuple[sparse.csr_matrix, pd.DataFrame]]:
+    """(counts [R, G], obs [R]) of all cells in order; a batch of several blocks has one disease activity."""
+    for batch in batches:
+        if len(batch.types) > BLOCK_CELLS:
+            batch = replace(batch, raised=disease_activity(rng, batch.donor))
+        for start in range(0, len(batch.types), BLOCK_CELLS):
+            counts, obs = draw_block(rng, programs, batch, noise, slice(start, start + BLOCK_CELLS))
+            yield table.widen(counts), obs
+
+
+def obs_categories(donors: Sequence[Donor], entries: dict[str, MarkerEntry]) -> dict[str, list[str] | None]:
+    """{obs column: its sorted values in the whole atlas}, in the order of the columns; None for a column of booleans."""
+    types = {name for donor in donors for name in types_of(donor, entries)}
+    batches = [
+        Batch(d, number, np.array([""]), np.ones(0)) for d in donors for number in range(1, len(d.suspensions) + 1)
+    ]
+    rows = pd.concat([batch_obs(np.random.default_rng(0), batch, slice(None)) for batch in batches])
+    categories = {name: sorted(set(rows[name])) if rows[name].dtype == object else None for name in rows.columns}
+    return {**categories, "cell_type": sorted(types | {"unknown"})}

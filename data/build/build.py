@@ -1,0 +1,258 @@
+"""CellPuzzles from .h5ad files: batches of N cells of one donor and experimental batch, each of another cell type.
+
+The rules are those of the Cell-o1 paper (arXiv:2506.02911) where the authors' code differs from it: shuffled
+candidates, donor-disjoint splits, no cell in two splits, no batch twice. Read top to bottom: look at every file, divide
+the donors, build each file (data/build/onefile.py, in worker processes), audit, report.
+"""
+
+import dataclasses
+import os
+import platform
+import random
+import shlex
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from data.audit import Audit, audit
+from data.build import h5ad
+from data.build.contexts import has_disease
+from data.build.onefile import Summary, build_file, summarise, summary_of, unseen_donors
+from data.build.settings import BuildConfig, check_config
+from data.build.splits import SPLITS, choose_test_donors
+from data.build.staging import Staging, run_all
+from data.errors import UserError
+from data.puzzles import Puzzle
+
+VERSIONS_OF = ("numpy", "h5py", "pyarrow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What a long build tells: nothing by default."""
+
+    say: Callable[[str], None] = lambda text: None
+    """A line, for each finished file."""
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+    """Phase, and how many of how many files or cells are done."""
+
+
+def build_puzzles(
+    files: Sequence[str | Path],
+    config: BuildConfig,
+    *,
+    workers: int = 1,
+    staging: Staging | None = None,
+    watch: Watch = Watch(),
+) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
+    """({"train": puzzles, "test": ..., "unseen": ...}, report) of one or more .h5ad files.
+
+    workers: processes, one file each. staging: where finished files are kept, and found again; default a temporary
+    folder. Raises UserError, in one sentence, when an option, a file or a column stands in the way, or splits leak.
+    """
+    if staging is None:
+        with TemporaryDirectory() as folder:
+            return build_puzzles(files, config, workers=workers, staging=Staging(Path(folder)), watch=watch)
+    check_config(config)
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    paths = h5ad.sorted_files(files)
+    _refuse_names_not_in_utf8(paths)
+    summaries = run_all(
+        _summarise,
+        [(path, config) for path in paths],
+        workers,
+        lambda done, total: None,
+        lambda number, _: watch.progress("looking at files", number + 1, len(paths)),
+    )
+    _refuse_if_nothing_to_build(summaries, config)
+    assignment = assign_donors(summaries, config)
+    _build_files(summaries, assignment, config, workers, staging, watch)
+    splits, reports = _gathered(summaries, staging)
+    leaks = audit(splits, donors_apart=config.split_mode != "cell")
+    _refuse_leaks(leaks, config, len(paths))
+    if not splits["train"]:
+        raise UserError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
+    return splits, _report(splits, summaries, reports, leaks, config)
+
+
+def _refuse_names_not_in_utf8(paths: list[Path]) -> None:
+    """A file's name seeds its draws and stands in every row."""
+    for path in paths:
+        name = os.fsencode(path.name).decode(errors="replace")
+        if name != path.name:
+            raise UserError(f"{path.parent / name}: the file's name is not UTF-8; rename it")
+
+
+def _summarise(path: Path, config: BuildConfig, advance: Callable) -> Summary:
+    return summarise(path, config)
+
+
+def _build_files(
+    summaries: list[Summary], assignment: dict, config: BuildConfig, workers: int, staging: Staging, watch: Watch
+) -> None:
+    """Build what staging does not hold yet."""
+    staging.folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.asdict(config)
+    del settings["allow_leaks"]  # decides over what was built, not how
+    calls = []
+    for summary in summaries:
+        of_file = {donor: assignment[donor] for donor in summary.donors if donor in assignment}
+        fingerprint = staging.fingerprint(summary.path, settings, of_file)
+        if staging.has(summary.path, fingerprint):
+            watch.say(f"{summary.path.name}: finished earlier")
+        else:
+            calls.append((summary.path, of_file, summary.report["values"], config, staging, fingerprint))
+
+    def finished(number: int, built: tuple[int, int]) -> None:
+        watch.say(f"{calls[number][0].name}: {built[0]} puzzles of {built[1]} cells")
+
+    run_all(
+        _build_and_stage, calls, workers, lambda done, total: watch.progress("reading cells", done, total), finished
+    )
+
+
+def _build_and_stage(
+    path: Path,
+    assignment: dict,
+    kind: str | None,
+    config: BuildConfig,
+    staging: Staging,
+    fingerprint: str,
+    advance: Callable,
+) -> tuple[int, int]:
+    """(puzzles, cells in them), after they are on disk."""
+    splits, report = build_file(path, assignment, kind, config, advance)
+    staging.save(path, fingerprint, splits, report)
+    return sum(map(len, splits.values())), sum(len(p.cells) for puzzles in splits.values() for p in puzzles)
+
+
+def _gathered(summaries: list[Summary], staging: Staging) -> tuple[dict[str, list[Puzzle]], list[dict[str, Any]]]:
+    """(puzzles by split with their ids, each file's report of splits)."""
+    splits: dict[str, list[Puzzle]] = {split: [] for split in SPLITS}
+    reports = []
+    for summary in summaries:
+        puzzles, report = staging.load(summary.path)
+        reports.append(report)
+        for split, puzzle in puzzles:
+            splits[split].append(dataclasses.replace(puzzle, id=f"{split}-{len(splits[split]):06d}"))
+    return splits, reports
+
+
+def _refuse_if_nothing_to_build(summaries: list[Summary], config: BuildConfig) -> None:
+    """Note which files can give no puzzle, and raise the first reason when none can."""
+    organisms = {s.organism: s.path for s in summaries if s.organism}
+    if len(organisms) > 1:
+        (one, first), (other, second) = sorted(organisms.items())[:2]
+        raise UserError(f"{first} holds {one} and {second} {other}, whose genes have other names; build them apart")
+    problems = []
+    for summary in summaries:
+        sizes, n_types = summary.group_sizes, len(summary.report["cell_types"])
+        best = max(sizes, key=lambda group: sizes[group], default=None)
+        if best is None:
+            reasons = ", ".join(f"{n} because {reason}" for reason, n in summary.report["cells_dropped"].items() if n)
+            problem = f"all {summary.report['cells_read']} cells were dropped ({reasons or 'the file has none'})"
+        elif n_types < config.min_cells:
+            problem = f"has {n_types} cell types, fewer than --min-cells {config.min_cells}"
+        elif sizes[best] < config.min_cells:
+            problem = (
+                f"no donor and batch has {config.min_cells} cell types: the best, donor {best[0]!r} batch {best[1]!r}, "
+                f"has {sizes[best]}; lower --min-cells"
+            )
+        else:
+            continue
+        problems.append(f"{summary.path}: {problem}")
+        summary.report["notes"].append(f"gives no puzzle: {problem}")
+    if len(problems) == len(summaries):
+        others = f" (none of the other {len(problems) - 1} files gives a puzzle either)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + others)
+
+
+def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, str]:
+    """{donor: split} for the donors that can give puzzles; a donor id means one donor, in whatever file it stands.
+
+    In the cell and instance modes every donor without an unseen disease is "train": cells or puzzles are divided later.
+    Raises UserError when no cell has an unseen disease, or too few donors are left.
+    """
+    diseases = {disease for s in summaries for kinds in s.donors.values() for _, disease in kinds} - {"unknown"}
+    for name in config.unseen_disease:
+        if not any(has_disease(disease, (name,)) for disease in diseases):
+            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest(name, diseases)})")
+    unseen = {donor for summary in summaries for donor in unseen_donors(summary, config.unseen_disease)}
+    assignment = dict.fromkeys(sorted(unseen), "unseen")
+    able = {d for s in summaries for (d, _), n_types in s.group_sizes.items() if n_types >= config.min_cells}
+    able = sorted(able - unseen)
+    if not able:
+        raise UserError("every donor that can give a puzzle has an --unseen-disease: nothing is left to train on")
+    assignment.update(dict.fromkeys(able, "train"))
+    if config.split_mode == "donor" and config.test_fraction > 0:
+        if len(able) == 1:
+            only = f"only donor {able[0]!r} can give puzzles, so none is left for test"
+            raise UserError(f"{only}; use --split cell or --test-fraction 0")
+        tissue_of = {donor: _main_tissue(summaries, donor) for donor in able}
+        rng = random.Random(f"{config.seed}:test donors")
+        assignment.update(dict.fromkeys(choose_test_donors(tissue_of, config.test_fraction, rng), "test"))
+    return assignment
+
+
+def _main_tissue(summaries: list[Summary], donor: str) -> str:
+    """The tissue of most of the donor's cells; of equal ones the first by name."""
+    cells: Counter[str] = Counter()
+    for summary in summaries:
+        for (tissue, _), n_cells in summary.donors.get(donor, {}).items():
+            cells[tissue] += n_cells
+    return min(cells, key=lambda tissue: (-cells[tissue], tissue))
+
+
+def _refuse_leaks(leaks: Audit, config: BuildConfig, n_files: int) -> None:
+    if leaks.leaks and not config.accepts_leaks:
+        remedies = ["accept it with --allow-leaks"]
+        if config.split_mode != "donor":
+            remedies.insert(0, "use --split donor")
+        elif n_files > 1:
+            remedies.insert(0, "leave one of the files out")
+        more = f" (and {len(leaks.leaks) - 1} more findings)" if len(leaks.leaks) > 1 else ""
+        raise UserError(f"the splits leak: {leaks.leaks[0]}{more}; {', or '.join(remedies)}")
+
+
+def _report(
+    splits: dict[str, list[Puzzle]], summaries: list[Summary], reports: list[dict], leaks: Audit, config: BuildConfig
+) -> dict[str, Any]:
+    """What was read, dropped and built; holds file names but no folders, so that it does not depend on where it ran."""
+    asked_for = {"test": config.test_fraction > 0, "unseen": bool(config.unseen_disease)}
+    notes = [
+        f"{split} is empty: none of its donors and batches has {config.min_cells} cell types left"
+        for split, asked in asked_for.items()
+        if asked and not splits[split]
+    ]
+    files_of = Counter(donor for summary in summaries for donor in summary.donors)
+    if shared := sorted(donor for donor, n in files_of.items() if n > 1):
+        notes.append(f"taken for one donor although in several files: {', '.join(shared)}")
+    return {
+        "seed": config.seed,
+        "command": _command(summaries, config),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
+        "options": {**dataclasses.asdict(config), "split": config.split_mode},
+        "notes": notes,
+        "files": [summary.report | report for summary, report in zip(summaries, reports, strict=True)],
+        "splits": {split: summary_of(puzzles) for split, puzzles in splits.items()},
+        "audit": leaks.to_dict(),
+    }
+
+
+def _command(summaries: list[Summary], config: BuildConfig) -> str:
+    """A command that gives these bytes again."""
+    words = ["python", "launch/build.py"]
+    for summary in summaries:
+        words += ["--h5ad", summary.path.name]
+    for setting in dataclasses.fields(BuildConfig):
+        value = getattr(config, setting.name)
+        if value == setting.default and setting.name != "seed":
+            continue
+        flag = f"--{setting.name.replace('_', '-')}"
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [flag] if item is True else [flag, str(item)]
+    return shlex.join([*words, "--out", "DIR"])

@@ -1,0 +1,236 @@
+"""The cells of an .h5ad file that may stand in a puzzle, and how they are grouped by donor, batch and cell type."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.build.columns import Column, clean, constant_column
+from data.build.contexts import CONTEXT_COLUMNS
+from data.build.h5ad import as_text, get, index_of, nearest, obs_columns, open_h5ad, read_obs
+from data.errors import UserError
+
+COLUMN_FLAGS = {
+    "cell_type": "--cell-type-key",
+    "donor_id": "--donor-key",
+    "suspension_type": "--suspension-key",
+    "tissue": "--tissue-key",
+    "disease": "--disease-key",
+    "batch": "--batch-key",
+    "sex": "--sex-key",
+    "development_stage": "--development-stage-key",
+    "self_reported_ethnicity": "--ethnicity-key",
+}
+"""CELLxGENE obs column -> flag of launch/build.py that names it in files that call it otherwise."""
+REQUIRED_COLUMNS = ("cell_type", "donor_id", "suspension_type", "tissue", "disease")
+ORGANISM_COLUMNS = ("organism", "organism_ontology_term_id")
+ORGANISMS = {
+    name.lower(): organism
+    for organism, taxon in {"Homo sapiens": "NCBITaxon:9606", "Mus musculus": "NCBITaxon:10090"}.items()
+    for name in (organism, taxon)
+}
+"""Name or taxon, in lower case -> the one name; other organisms are called as the file calls them."""
+TRUE = frozenset({"true", "1", "1.0"})
+"""Values (lower case) of is_primary_data that mean yes."""
+POOLED = "pooled"
+"""CELLxGENE's donor_id of cells of several individuals, whom nobody can tell apart."""
+
+Groups = dict[tuple[str, str], dict[str, np.ndarray]]
+"""(donor, batch) -> {cell type: increasing row numbers}."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The usable cells of a file, C of them."""
+
+    rows: np.ndarray
+    """[C] row number in the file, increasing."""
+    columns: dict[str, Column]
+    """{name of COLUMN_FLAGS or of data.build.contexts: [C] values}; a batch that is not known is ""."""
+    n_read: int
+    """Cells in the file, usable or not."""
+    dropped: dict[str, int]
+    """{reason: cells dropped for it}; a cell counts under the first reason only."""
+    organism: str | None
+    """The one organism of the usable cells, where the file states it."""
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, rows: Sequence[int]) -> dict[str, Column]:
+        """The columns of some rows of the file, all of them usable."""
+        positions = np.searchsorted(self.rows, rows)
+        return {name: column[positions] for name, column in self.columns.items()}
+
+
+def read_cells(
+    path: str | os.PathLike,
+    keys: dict[str, str],
+    constants: dict[str, str],
+    organism: str | None = None,
+    include_non_primary: bool = False,
+) -> Cells:
+    """The usable cells: suspension type "cell", primary data, with a known cell type and one donor, of one organism.
+
+    organism: the one asked for, where the file may hold others; a file without it gives no cells.
+    Raises UserError when a column is absent or not understood, or the cells are of several organisms.
+    """
+    columns, supplied, notes = resolve_columns(path, keys, constants)
+    present = obs_columns(path)
+    organism_keys = [name for name in ORGANISM_COLUMNS if name in present][:1]
+    table = read_obs(path, [*columns.values(), *organism_keys])
+    n_read = _n_cells(path)
+    organisms = _organisms(path, table[organism_keys[0]] if organism_keys else None, n_read)
+    cells = {name: table[key] for name, key in columns.items()}
+    cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
+    if "batch" not in cells:
+        notes.append("no obs column for the experimental batch: cells are grouped by donor only")
+        cells["batch"] = constant_column("", n_read)
+    if "is_primary_data" not in cells:
+        notes.append("no obs column 'is_primary_data': all cells count as primary data")
+    is_primary = cells.pop("is_primary_data", constant_column("True", n_read))
+    unusable = {
+        "suspension_type is not 'cell'": ~cells["suspension_type"].where(lambda name: name == "cell"),
+        "is_primary_data is not True": ~is_primary.where(lambda name: name.lower() in TRUE) & (not include_non_primary),
+        "no cell type": cells["cell_type"].codes < 0,
+        "no donor": cells["donor_id"].codes < 0,
+    }
+    if (pooled := cells["donor_id"].where(lambda name: name.lower() == POOLED)).any():
+        unusable[f"donor is {POOLED!r}, which means several"] = pooled
+    if organism and organisms is None:
+        notes.append(f"the file states no organism: all its cells count as {organism}")
+    elif organism:
+        wanted = organisms.where(lambda name: name.lower() == organism_name(organism).lower())
+        others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
+        unusable[f"organism is not {organism!r}{others}"] = ~wanted
+    kept, dropped = np.ones(n_read, dtype=bool), {}
+    for reason, bad in unusable.items():
+        dropped[reason] = int((kept & bad).sum())
+        kept &= ~bad
+    batch, kept_rows = cells["batch"], np.flatnonzero(kept)
+    cells["batch"] = Column(np.where(batch.codes < 0, len(batch.names), batch.codes), [*batch.names, ""])
+    if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
+        notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
+    return Cells(
+        rows=kept_rows,
+        columns={name: column[kept_rows] for name, column in cells.items()},
+        n_read=n_read,
+        dropped=dropped,
+        organism=_one_organism(path, organisms[kept_rows]) if organisms else None,
+        notes=notes,
+    )
+
+
+def resolve_columns(
+    path: str | os.PathLike, keys: dict[str, str], constants: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """({name: obs column}, {name: constant}, notes) of the columns a build uses.
+
+    keys: {name of COLUMN_FLAGS: obs column asked for}; constants: {name or obs column: value}, where the file lacks it.
+    Raises UserError for an absent column that is required or was asked for by another name.
+    """
+    present, columns, supplied, notes = obs_columns(path), {}, {}, []
+    optional = {name: name for name in (*CONTEXT_COLUMNS, "is_primary_data") if name not in keys}
+    for name, key in {**keys, **optional}.items():
+        value = constants.get(name, constants.get(key))
+        if key in present:
+            columns[name] = key
+            if value:
+                notes.append(f"--constant {name}={value} is not used: the file has an obs column {key!r}")
+        elif value:
+            supplied[name] = value
+        elif name in REQUIRED_COLUMNS or key != name:
+            raise UserError(
+                f"{path}: no obs column {key!r} (nearest: {nearest(key, present)}); name the column with "
+                f"{COLUMN_FLAGS[name]} COLUMN, or supply its value with --constant {name}=VALUE"
+            )
+    return columns, supplied, notes
+
+
+def parse_constants(items: Iterable[str], keys: dict[str, str]) -> dict[str, str]:
+    """{column: value} of NAME=VALUE items; keys as in resolve_columns. Raises UserError for a name without use."""
+    constants, names = {}, {*keys, *keys.values(), *CONTEXT_COLUMNS}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not clean(value):
+            raise UserError(f"--constant {item}: must be NAME=VALUE with a known value")
+        if name not in names:
+            raise UserError(f"--constant {item}: no column {name!r} is used (nearest: {nearest(name, names)})")
+        constants[name] = clean(value)
+    return constants
+
+
+def _n_cells(path: str | os.PathLike) -> int:
+    with open_h5ad(path) as file:
+        n_cells = index_of(file, "obs", path).shape[0]
+    if not n_cells:
+        raise UserError(f"{path}: holds no cells; choose another file")
+    return n_cells
+
+
+def organism_name(text: str) -> str:
+    """One name for the names of an organism: NCBITaxon:9606 is Homo sapiens."""
+    return ORGANISMS.get(text.lower(), text)
+
+
+def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> Column | None:
+    """The organism of each cell, as obs states it, or uns, as in CELLxGENE's later schemas; None where neither does."""
+    if column is None or (column.codes < 0).all():
+        stated = _organism_of_uns(path)
+        return constant_column(organism_name(stated), n_cells) if stated else None
+    names = list(dict.fromkeys(map(organism_name, column.names)))
+    code_of = np.array([*(names.index(organism_name(name)) for name in column.names), -1], dtype=np.int32)
+    return Column(code_of[column.codes], names)
+
+
+def _organism_of_uns(path: str | os.PathLike) -> str | None:
+    with open_h5ad(path) as file:
+        uns = get(file, "uns", path)
+        for name in ORGANISM_COLUMNS if isinstance(uns, h5py.Group) else ():
+            node = get(uns, name, path)
+            if isinstance(node, h5py.Dataset) and node.shape == ():
+                return clean(as_text(node[()], f"{path}: uns {name!r}"))
+    return None
+
+
+def _one_organism(path: str | os.PathLike, column: Column) -> str | None:
+    """The organism of the usable cells. Raises UserError for several."""
+    names = sorted(column.names[code] for code in np.unique(column.codes) if code >= 0)
+    if len(names) > 1:
+        raise UserError(
+            f"{path}: holds cells of {len(names)} organisms ({', '.join(names)}), whose genes have other names; keep one "
+            f"with --organism {names[0]!r}"
+        )
+    return names[0] if names else None
+
+
+def groups_of(cells: Cells) -> Groups:
+    """Rows by donor and batch, then by cell type; everything in sorted order."""
+    groups: Groups = {}
+    columns = [cells.columns[name] for name in ("donor_id", "batch", "cell_type")]
+    orders = [np.argsort(np.argsort(np.array(column.names, dtype=object))) for column in columns]
+    ranks = [order[column.codes] for order, column in zip(orders, columns, strict=True)]
+    by_key = np.lexsort((cells.rows, *reversed(ranks)))
+    keys = np.stack([rank[by_key] for rank in ranks], axis=1)
+    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]) if len(by_key) else []
+    for members in np.split(by_key, starts[1:]) if len(by_key) else []:
+        donor, batch, cell_type = (column.names[column.codes[members[0]]] for column in columns)
+        groups.setdefault((donor, batch), {})[cell_type] = cells.rows[members]
+    return groups
+
+
+def check_labels(path: Path, labels: Iterable[str]) -> None:
+    """A label with the answer's separator, or two that differ only in case, cannot be told apart in an answer."""
+    by_case: dict[str, str] = {}
+    for label in sorted(labels):
+        if "|" in label:
+            raise UserError(f"{path}: the cell type {label!r} holds '|', which separates answers; rename it")
+        if "<" in label and ">" in label:
+            raise UserError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
+        other = by_case.setdefault(label.lower(), label)
+        if other != label:
+            raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in case; give them one name")

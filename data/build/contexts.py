@@ -1,0 +1,157 @@
+"""The context sentence of a batch: what is known of the donor, in the wording of the published CellPuzzles rows.
+
+Wording: Cell-o1 (arXiv:2506.02911), Table 9 and the published dataset. Which obs column says what stands in two tables,
+INTRO and RULES; the rest of this file only looks values up.
+"""
+
+import re
+
+from data.build.columns import Column, clean
+
+INTRO = {
+    "sex": " a {}",
+    "development_stage": " at the {}",
+    "self_reported_ethnicity": " with {} background",
+    "tissue": ", originating from the {}",
+}
+"""obs column -> its piece of the first sentence, in order. A missing piece vanishes and leaves the rest as it is, as in
+the published rows ("The cell is from, originating from the lung.")."""
+
+_YES, _NO = "yes|true", "no|false"
+RULES: dict[str, dict[str, str]] = {
+    "ever_smoker": {
+        f"{_YES}|current smoker": "The patient is a smoker.",
+        f"{_NO}|non-smoker": "The patient is a non-smoker.",
+    },
+    "tumor_stage": {
+        "non-cancer": "There is no cancer present.",
+        "early": "The patient has an early-stage tumor.",
+        "advanced": "The patient has an advanced-stage tumor.",
+    },
+    "sampletype": {
+        "M3": "The sample was collected at month 3 post-treatment.",
+        "M6": "The sample was collected at month 6 post-treatment.",
+        "UV": "The sample was exposed to ultraviolet (UV) treatment.",
+        "control": "The sample is from the control group.",
+    },
+    "donor_BMI": {".+": "The patient has a BMI of {value}."},
+    "lung_condition": {".+": "The lung condition is described as {value}."},
+    "smoking_status": {
+        "active": "The patient is an active smoker.",
+        "former": "The patient is a former smoker.",
+        "hist of marijuana use": "The patient has a history of marijuana use.",
+        "never": "The patient has never smoked.",
+    },
+    "BMI": {".+": "The patient's BMI is {value}."},
+    "medical_conditions": {
+        "epilepsy": "The patient has a history of epilepsy.",
+        "tumor": "The patient has a diagnosed brain tumor.",
+        "hydrocephalus": "The patient has hydrocephalus (fluid buildup in the brain).",
+        "both": "The patient has both epilepsy and a brain tumor.",
+        "other": "The patient has other neurological conditions.",
+    },
+    "hemisphere": {"left|right": "The tissue sample was taken from the {lower} hemisphere of the brain."},
+    "harm_tumor.type": {
+        "pbmc": "The sample is from peripheral blood mononuclear cells.",
+        ".+": "The patient has been diagnosed with {lower} cancer.",
+    },
+    "harm_tumor.site": {
+        "primary": "The tumor is located at the primary site.",
+        "metastasis": "The tumor has metastasized to other parts of the body.",
+        "normal": "This sample was collected from non-tumorous tissue.",
+    },
+    "harm_sample.type": {
+        "tumor|normal": "The sample is derived from {lower} tissue.",
+        "blood": "The sample is a blood-derived specimen.",
+        "lymphnode": "The sample is derived from lymph node tissue.",
+    },
+    "harm_condition": {
+        "(?P<site>.+)[_ ]T": "The sample is from tumor tissue in the {site}.",
+        "(?P<site>.+)[_ ]N": "The sample is from normal {site} tissue.",
+        "(?P<site>.+)[_ ]M": "The sample is from metastatic {site} tumor.",
+        ".+": "The overall condition is described as {value}.",
+    },
+    "harm_cd45pos": {
+        _YES: "The cell is CD45-positive, suggesting an immune cell origin.",
+        _NO: "The cell is CD45-negative, suggesting a non-immune cell lineage.",
+        "mixed": "The sample contains a mixture of CD45-positive and CD45-negative cells.",
+    },
+    "diabetes_history": {_YES: "The patient has a history of diabetes.", _NO: "The patient does not have diabetes."},
+    "hypertension": {
+        _YES: "The patient has a history of hypertension.",
+        _NO: "The patient does not have hypertension.",
+    },
+    "eGFR": {".+": "The patient's estimated glomerular filtration rate (eGFR) is in the range {value}."},
+    "Condition": {
+        "healthy": "The donor was healthy with no reported skin condition.",
+        # the atlas writes an en dash between the two words
+        r"dm\s*\S\s*non ulcer": "The donor had diabetes mellitus without skin ulceration.",
+        "keloid": "The donor had a keloid, which is an overgrowth of scar tissue.",
+        "locali[sz]ed scleroderma": (
+            "The donor was diagnosed with localized scleroderma, a skin-related autoimmune disease."
+        ),
+        "scar": "The donor had a typical scar from prior skin injury.",
+    },
+    "author_tumor_subsite": {".+": "The tissue was collected from the {lower}."},
+    "activation": {
+        "activated": "The sample was stimulated and represents activated immune cells.",
+        "resting": "The sample represents resting (non-activated) immune cells.",
+    },
+    "Genotype": {
+        "FLT3-ITD,NPM1-MUT": "The patient carries FLT3-ITD and NPM1 mutations.",
+        "FLT3-WT,NPM1-MUT": "The patient carries a wild-type FLT3 and an NPM1 mutation.",
+        "APL": "The patient is diagnosed with acute promyelocytic leukemia (APL).",
+    },
+}
+"""obs column -> {pattern of the whole value, in any case: sentence}. The first that fits speaks, none is silence."""
+
+CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
+
+
+def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
+    """{context column: value} on which all cells of a batch agree; a fact that one cell lacks is left out.
+
+    cells: {column: its values for the cells of the batch}.
+    """
+    facts = {}
+    for name in CONTEXT_COLUMNS:
+        if name in cells:
+            codes = cells[name].codes
+            if codes[0] >= 0 and (codes == codes[0]).all():
+                facts[name] = cells[name].names[codes[0]]
+    return facts
+
+
+def joined_values(column: Column) -> str:
+    """The distinct values of a batch in CELLxGENE's way of writing several, 'a || b'; missing ones are 'unknown'."""
+    return " || ".join(sorted(set(column.texts(missing="unknown"))))
+
+
+def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:
+    """Whether a disease value, which may be 'a || b', contains one of the names (in any case)."""
+    parts = {part.strip().lower() for part in (disease or "").split("||")}
+    return any(name.strip().lower() in parts for name in names)
+
+
+def context_sentence(facts: dict[str, str]) -> str:
+    """The context of facts {obs column: value}; values that stand for "not known" are passed over. No trailing space.
+
+    Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
+    "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
+    """
+    known = {name: text for name, value in facts.items() if (text := clean(value))}
+    intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
+    sentences = [f"The cell is from{intro}."] if intro else []
+    if "disease" in known:
+        healthy = known["disease"].lower() == "normal"
+        diagnosis = "is healthy with no diagnosed disease" if healthy else f"has been diagnosed with {known['disease']}"
+        sentences.append(f"The patient {diagnosis}.")
+    extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known]
+    return " ".join(sentences + [sentence for sentence in extras if sentence])
+
+
+def _extra(rules: dict[str, str], value: str) -> str:
+    for pattern, sentence in rules.items():
+        if match := re.fullmatch(pattern, value, re.IGNORECASE):
+            return sentence.format(**match.groupdict(), value=value, lower=value.lower())
+    return ""

@@ -1,0 +1,95 @@
+"""Which cells make a batch: rows drawn from groups of one donor and experimental batch, one cell per cell type."""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data.build.cells import Cells, Groups
+from data.build.contexts import has_disease
+from data.build.settings import BuildConfig
+from data.build.splits import SPLITS, divide
+
+TRIES = 50
+"""Draws in a row that may repeat an earlier batch before a group is taken to have no other batch of that size."""
+
+Batch = tuple[tuple[str, str], list[int]]
+"""((donor, batch), rows in cell order)."""
+
+
+def split_groups(
+    cells: Cells, groups: Groups, dataset: str, assignment: dict[str, str], config: BuildConfig
+) -> tuple[dict[str, Groups], dict[str, int]]:
+    """(groups of a file by split, {reason: cells set aside}).
+
+    Unseen holds the cells that have an unseen disease, not its donors' other cells. In the cell mode the cells of each
+    type and group are divided over train and test.
+    """
+    splits: dict[str, Groups] = {split: {} for split in SPLITS}
+    for group, types in groups.items():
+        if group[0] in assignment:
+            splits[assignment[group[0]]][group] = types
+    rows_unseen = cells.rows[_has_unseen_disease(cells, config)]
+    for group, types in splits["unseen"].items():
+        with_disease = {cell_type: rows[np.isin(rows, rows_unseen)] for cell_type, rows in types.items()}
+        splits["unseen"][group] = {cell_type: rows for cell_type, rows in with_disease.items() if len(rows)}
+    donors = cells.columns["donor_id"]
+    of_unseen_donor = np.array([assignment.get(name) == "unseen" for name in donors.names])[donors.codes]
+    set_aside = {"donor has an unseen disease, the cell does not": int(of_unseen_donor.sum()) - len(rows_unseen)}
+    if config.split_mode == "cell":
+        rng = random.Random(f"{config.seed}:test cells:{dataset}")
+        for group, types in list(splits["train"].items()):
+            divided = {name: divide(rows.tolist(), config.test_fraction, rng) for name, rows in types.items()}
+            splits["train"][group] = {name: np.array(train) for name, (train, _) in divided.items()}
+            splits["test"][group] = {name: np.array(test) for name, (_, test) in divided.items() if test}
+    return splits, set_aside
+
+
+def _has_unseen_disease(cells: Cells, config: BuildConfig) -> np.ndarray:
+    disease = cells.columns["disease"]
+    unseen = [has_disease(name, config.unseen_disease) for name in disease.names]
+    return np.array([*unseen, False])[disease.codes]
+
+
+def draw_batches(
+    groups: Groups, sizes: Sequence[int], quota: int, rng: random.Random
+) -> tuple[list[Batch], dict[str, Any]]:
+    """([(group, rows in cell order)], {"quota_left", "exhausted"}): at most `quota` batches of each size.
+
+    Round-robin over the groups; the size is drawn from those with open quota that the group has types enough for, then
+    that many types, then one cell of each. No set of cells comes twice: a group whose TRIES draws of a size were all
+    seen before is exhausted for that size.
+    """
+    quota_left = dict.fromkeys(sizes, quota)
+    drawn, seen, exhausted = [], set(), []
+    closed: set[tuple[tuple[str, str], int]] = set()
+    queue = deque(sorted(groups))
+    while queue:
+        group = queue.popleft()
+        types = groups[group]
+        open_sizes = [n for n in sizes if quota_left[n] and n <= len(types) and (group, n) not in closed]
+        if not open_sizes:
+            continue
+        queue.append(group)
+        n_cells = rng.choice(open_sizes)
+        rows = _draw_new(types, n_cells, seen, rng)
+        if rows is None:
+            closed.add((group, n_cells))
+            exhausted.append({"donor": group[0], "batch": group[1], "n_cells": n_cells})
+        else:
+            seen.add(frozenset(rows))
+            drawn.append((group, rows))
+            quota_left[n_cells] -= 1
+    return drawn, {"quota_left": {str(n): left for n, left in quota_left.items() if left}, "exhausted": exhausted}
+
+
+def _draw_new(
+    types: dict[str, Sequence[int]], n_cells: int, seen: set[frozenset], rng: random.Random
+) -> list[int] | None:
+    for _ in range(TRIES):
+        rows = [int(rng.choice(types[cell_type])) for cell_type in rng.sample(sorted(types), n_cells)]
+        if frozenset(rows) not in seen:
+            return rows
+    return None

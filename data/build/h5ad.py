@@ -1,0 +1,253 @@
+"""The tables of .h5ad files, read through h5py without loading the file: obs columns, cell ids, gene names.
+
+Every file is taken to be someone else's: what this reader does not understand is refused in one sentence.
+Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
+"""
+
+import contextlib
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data.build.columns import Column, clean
+from data.errors import UserError
+
+VALUES_PER_BLOCK = 200_000
+"""Values of a text column that are in memory at once."""
+RESAVE = "re-save it with anndata 0.8 or later"
+
+
+def sorted_files(files: Sequence[str | Path]) -> list[Path]:
+    """Files by name, so that their order on the command line does not matter."""
+    paths = sorted(map(Path, files), key=lambda path: (path.stem, str(path)))
+    if not paths:
+        raise UserError("no .h5ad file was given; name one with --h5ad")
+    for one, other in zip(paths, paths[1:], strict=False):
+        if one.stem == other.stem:
+            raise UserError(f"{one} and {other} would both be dataset {one.stem!r}; give each file once, or rename one")
+    return paths
+
+
+@contextlib.contextmanager
+def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File]:
+    """The open HDF5 file, whose damage, found while it is read, is told as a ValueError that names the file.
+
+    cache_bytes: decompressed chunks kept per dataset. Raises UserError when the file is missing, not readable, empty,
+    cut short or not an h5ad.
+    """
+    path = Path(path)
+    _check_is_hdf5(path)
+    try:
+        file = h5py.File(path, "r", rdcc_nbytes=cache_bytes)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened, was the download cut short? ({_one_line(error)})") from None
+    with file:
+        try:
+            for table in ("obs", "var"):
+                if not isinstance(get(file, table, path), h5py.Group):
+                    raise UserError(
+                        f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
+                    )
+            yield file
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: cannot be read to its end, was the download cut short? ({_one_line(error)})"
+            ) from None
+
+
+def _check_is_hdf5(path: Path) -> None:
+    if path.is_dir():
+        kind = "a .zarr store" if path.suffix == ".zarr" else "a directory"
+        raise UserError(f"{path}: is {kind}, not an .h5ad file; name the file itself, or save it as .h5ad")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: is not a regular file; name an .h5ad file on disk")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; give yourself permission (chmod u+r)") from None
+    if not head:
+        raise UserError(f"{path}: the file is empty (0 bytes)")
+    if head[:2] == b"\x1f\x8b":
+        raise UserError(f"{path}: is gzip-compressed; unpack it first (gunzip {path.name})")
+    if head[:4] == b"PK\x03\x04":
+        raise UserError(f"{path}: is a zip archive; unpack it first")
+    if not h5py.is_hdf5(path):
+        raise UserError(f"{path}: not an .h5ad file (no HDF5 signature)")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def get(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
+    """group[name], or None where there is none; a link or object that cannot be opened is damage."""
+    try:
+        return group[name] if name in group or group.get(name, getlink=True) is not None else None
+    except (KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{where}: {name!r} cannot be opened, is the file damaged? ({_one_line(error)})") from None
+
+
+def _vector(group: h5py.Group, name: str, where: str) -> np.ndarray:
+    """The numbers of a part of a column."""
+    node = get(group, name, where)
+    if not isinstance(node, h5py.Dataset) or node.ndim != 1 or node.dtype.kind not in "biu":
+        raise UserError(f"{where}: its {name} are not one row of whole numbers; {RESAVE}")
+    return node[:]
+
+
+def nearest(name: str, names: Iterable[str], n: int = 8) -> str:
+    """The n names most like `name`, joined for a message."""
+    by_lower = {other.lower(): other for other in sorted(names)}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.0)
+    return ", ".join(repr(by_lower[other]) for other in close) or "none"
+
+
+def obs_columns(path: str | os.PathLike) -> list[str]:
+    """Names of the obs columns, without the index."""
+    with open_h5ad(path) as file:
+        return column_names(file["obs"])
+
+
+def read_obs(path: str | os.PathLike, keys: Sequence[str]) -> dict[str, Column]:
+    """{key: column} of all cells. Raises UserError for an absent column, or one this reader does not understand."""
+    with open_h5ad(path) as file:
+        return {key: read_column(file, "obs", key, path) for key in dict.fromkeys(keys)}
+
+
+def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
+    """obs names of `rows`; a name that several cells of the file share gets its row number appended (`name#row`)."""
+    with open_h5ad(path) as file:
+        order, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+        index = index_of(file, "obs", path)
+        names = _names_at(index, order)
+        cells_of = dict.fromkeys(names, 0)
+        for start in range(0, index.shape[0], VALUES_PER_BLOCK):
+            for name in index[start : start + VALUES_PER_BLOCK]:
+                if name in cells_of:
+                    cells_of[name] += 1
+    texts = [as_text(name, f"{path}: the names of obs") for name in names]
+    ids = [f"{text}#{row}" if cells_of[name] > 1 else text for name, text, row in zip(names, texts, order, strict=True)]
+    return [ids[i] for i in back]
+
+
+def _names_at(index: h5py.Dataset, order: np.ndarray) -> list:
+    """The values at increasing positions, read in blocks: a list of points would be slow."""
+    names: list = []
+    for start in range(0, index.shape[0], VALUES_PER_BLOCK):
+        here = order[(order >= start) & (order < start + VALUES_PER_BLOCK)]
+        if len(here):
+            block = index[start : here[-1] + 1]
+            names += list(block[here - start])
+    return names
+
+
+def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) -> Column:
+    """A column of obs, var or raw/var. Raises UserError, naming it, when it is absent or not understood."""
+    group = file[table]
+    if key not in column_names(group):
+        raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest(key, column_names(group))})")
+    where = f"{path}: {table} column {key!r}"
+    codes, raw = _factorise(get(group, key, path), group, where)
+    n_rows = index_of(file, table, path).shape[0]
+    if len(codes) != n_rows:
+        raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
+    text_of = {}
+    new = [text_of.setdefault(text, len(text_of)) if (text := clean(value)) else -1 for value in raw]
+    return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
+
+
+def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, list]:
+    """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings."""
+    if isinstance(node, h5py.Group):
+        if {"codes", "categories"} <= set(node):
+            return _checked_codes(_vector(node, "codes", where), get(node, "categories", where), where)
+        if {"values", "mask"} <= set(node):  # pandas' nullable arrays
+            codes, values = _factorise(get(node, "values", where), group, where)
+            mask = _vector(node, "mask", where)
+            if len(mask) != len(codes):
+                raise UserError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
+            return np.where(mask.astype(bool), -1, codes), values
+    elif isinstance(node, h5py.Dataset) and node.ndim == 1:
+        if "categories" in node.attrs:  # anndata 0.7: a reference to the categories, which stand beside the columns
+            return _checked_codes(node[:], _referred(group, node.attrs["categories"]), where)
+        if node.dtype.kind in "biuf":
+            values, codes = np.unique(node[:], return_inverse=True)
+            return codes, _scalars(values)
+        if node.dtype.kind in "SO":
+            return _factorise_text(node, where)
+    encoding = node.attrs.get("encoding-type", "none") if node is not None else "none"
+    raise UserError(f"{where} has an encoding that is not known here ({encoding}); {RESAVE}")
+
+
+def _referred(group: h5py.Group, reference: Any) -> Any:
+    """What an HDF5 reference points at, or None."""
+    try:
+        return group[reference] if isinstance(reference, h5py.Reference) and reference else None
+    except (KeyError, ValueError):
+        return None
+
+
+def _scalars(values: np.ndarray) -> list:
+    """Values one by one; float32 stays float32, whose text is 27.3 where that of the same float64 is 27.299999237."""
+    return list(values) if values.dtype.kind == "f" and values.dtype.itemsize < 8 else values.tolist()
+
+
+def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.ndarray, list]:
+    if isinstance(categories, h5py.Group):  # nullable categories
+        categories = get(categories, "values", where)
+    if not isinstance(categories, h5py.Dataset) or categories.ndim != 1 or codes.dtype.kind not in "iu":
+        raise UserError(f"{where} is a categorical without readable codes and categories; {RESAVE}")
+    values = [as_text(v, where) if isinstance(v, bytes) else v for v in _scalars(categories[:])]
+    if codes.size and not -1 <= int(codes.min()) <= int(codes.max()) < len(values):
+        bad = int(codes.max()) if int(codes.max()) >= len(values) else int(codes.min())
+        raise UserError(f"{where} holds the code {bad}, but has {len(values)} categories: the file is damaged")
+    return codes.astype(np.int64), values
+
+
+def _factorise_text(node: h5py.Dataset, where: str) -> tuple[np.ndarray, list[str]]:
+    index: dict[bytes, int] = {}
+    codes = [
+        np.fromiter((index.setdefault(value, len(index)) for value in node[start : start + VALUES_PER_BLOCK]), np.int64)
+        for start in range(0, node.shape[0], VALUES_PER_BLOCK)
+    ]
+    return np.concatenate(codes or [np.zeros(0, np.int64)]), [as_text(value, where) for value in index]
+
+
+def as_text(value: Any, where: str) -> str:
+    """A value of a text dataset. Raises UserError for bytes that are not UTF-8."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{where} holds text that is not UTF-8 ({value[:30]!r}); {RESAVE}") from None
+
+
+def index_of(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
+    """The index (names of cells or genes) of a table."""
+    group = file[table]
+    index = get(group, index_key(group), path)
+    if isinstance(index, h5py.Group):  # pandas' nullable strings
+        index = get(index, "values", path)
+    if not isinstance(index, h5py.Dataset) or index.ndim != 1:
+        raise UserError(f"{path}: the {table} table has no index ({index_key(group)!r}); {RESAVE}")
+    return index
+
+
+def index_key(table: h5py.Group) -> str:
+    key = table.attrs.get("_index", "_index")
+    key = key if isinstance(key, bytes) else str(key).encode(errors="replace")  # what is not UTF-8 comes as surrogates
+    return key.decode(errors="replace")
+
+
+def column_names(table: h5py.Group) -> list[str]:
+    """Names in `table` but the index; h5py gives bytes for one that is not UTF-8."""
+    return [name for name in table if isinstance(name, str) and name not in (index_key(table), "__categories")]

@@ -1,0 +1,337 @@
+"""The expression matrix of an .h5ad file: chosen rows in blocks, whatever the encoding, in memory that stays the same.
+
+Layers are called `X`, `raw` (raw.X) or by their name in `layers`, `layers/X` and `layers/raw` where that is one of the
+first two; `auto` is raw.X where the file has it, else X.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.build.columns import Column
+from data.build.h5ad import RESAVE, as_text, column_names, get, index_of, nearest, open_h5ad, read_column
+from data.errors import UserError
+
+NONZEROS_PER_BLOCK = 4_000_000
+"""Stored values that are in memory at once."""
+DENSE_VALUES_PER_BLOCK = 8_000_000
+CACHE_BYTES = 32 << 20
+"""Decompressed chunks kept per dataset: a chunk at the border of two blocks is decompressed once."""
+SAMPLE_RUNS, SAMPLE_RUN = 8, 16
+"""Rows looked at to tell counts from log counts: so many runs of so many."""
+LARGEST_LOG = 25.0
+"""A larger value is no logarithm of a count."""
+UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
+"""See _looks_scaled."""
+_ENSEMBL_SUFFIX = re.compile(r"_ENSG\d+(\.\d+)?$")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of the matrix; an entry that is not stored is 0."""
+
+    rows: np.ndarray
+    """[R] row numbers in the file, increasing."""
+    starts: np.ndarray
+    stops: np.ndarray
+    """[R] where each row's entries begin and end in columns and values."""
+    columns: np.ndarray
+    values: np.ndarray
+    """Column and stored value of each entry; entries between the rows' spans belong to no row."""
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(columns, float64 values) of the expressed (> 0) genes of the i-th row, each column once."""
+        span = slice(self.starts[i], self.stops[i])
+        columns, values = self.columns[span], self.values[span].astype(np.float64)
+        if not (columns[1:] > columns[:-1]).all():
+            columns, values = _summed(columns, values)
+        expressed = values > 0
+        return (columns, values) if expressed.all() else (columns[expressed], values[expressed])
+
+
+def _summed(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Several entries of one column, which the sparse formats allow, mean their sum."""
+    distinct, index = np.unique(columns, return_inverse=True)
+    return (columns, values) if len(distinct) == len(columns) else (distinct, np.bincount(index, weights=values))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A layer of an open file."""
+
+    path: Path
+    layer: str
+    node: h5py.Group | h5py.Dataset
+    encoding: str
+    """csr, csc or dense."""
+    n_cells: int
+    n_genes: int
+    layers: list[str]
+    """The layers of the file."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: layer {self.layer!r}"
+
+
+@contextlib.contextmanager
+def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix]:
+    """A layer, its format checked. Raises UserError, naming the file and the layer, for what cannot be read."""
+    with open_h5ad(path, CACHE_BYTES) as file:
+        layer, layers = _resolve_layer(file, layer, path)
+        node = get(file, _element(layer), path)
+        matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
+        _check_shape(file, matrix)
+        yield matrix
+
+
+def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
+    raw, layers = (get(file, name, path) for name in ("raw", "layers"))
+    present = ["X"] if "X" in file else []
+    present += ["raw"] if isinstance(raw, h5py.Group) and "X" in raw else []
+    named = layers if isinstance(layers, h5py.Group) else ()
+    present += [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(n for n in named if isinstance(n, str))]
+    wanted = ("raw" if "raw" in present else "X") if layer == "auto" else layer
+    if wanted not in present and f"layers/{wanted}" in present:
+        wanted = f"layers/{wanted}"
+    if wanted not in present:
+        raise UserError(f"{path}: has no layer {wanted!r}; --layer can be one of {', '.join(present) or 'none'}")
+    return wanted, present
+
+
+def _element(layer: str) -> str:
+    return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
+
+
+def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
+    if isinstance(node, h5py.Dataset):
+        if node.ndim == 2 and node.dtype.kind in "biuf":
+            return "dense"
+        raise UserError(f"{where} is not a matrix of numbers (shape {node.shape}, type {node.dtype}); {RESAVE}")
+    stated = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "none"))
+    stated = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
+    encoding = stated.removesuffix("_matrix")
+    parts = [get(node, name, where) for name in ("data", "indices", "indptr")]
+    if encoding not in ("csr", "csc") or not all(isinstance(p, h5py.Dataset) and p.ndim == 1 for p in parts):
+        raise UserError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
+    if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
+        raise UserError(f"{where} does not hold numbers (data of type {parts[0].dtype}); {RESAVE}")
+    return encoding
+
+
+def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+    sizes = np.asarray(shape if shape is not None else 0)
+    return (int(sizes[0]), int(sizes[1])) if sizes.shape == (2,) and sizes.dtype.kind in "iu" else (-1, -1)
+
+
+def _check_shape(file: h5py.File, matrix: Matrix) -> None:
+    var = "raw/var" if matrix.layer == "raw" else "var"
+    if not isinstance(get(file, var, matrix.path), h5py.Group):
+        raise UserError(f"{matrix} has no table of genes ({var}); {RESAVE}")
+    n_obs, n_var = (index_of(file, table, matrix.path).shape[0] for table in ("obs", var))
+    if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
+        shape = f"the shape {matrix.n_cells} x {matrix.n_genes}" if matrix.n_cells >= 0 else "no shape of two numbers"
+        raise UserError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {RESAVE}")
+    if not n_obs or not n_var:
+        raise UserError(f"{matrix} is empty ({n_obs} cells x {n_var} genes); choose another file or --layer")
+    if matrix.encoding == "dense":
+        return
+    n_major = n_obs if matrix.encoding == "csr" else n_var
+    indptr, n_values = matrix.node["indptr"], matrix.node["data"].shape[0]
+    ends = indptr[:: max(1, n_major)] if indptr.shape[0] == n_major + 1 else [-1]
+    if matrix.node["indices"].shape[0] != n_values or ends[0] != 0 or ends[-1] != n_values:
+        raise UserError(f"{matrix} is inconsistent (indptr, indices and data do not fit each other); {RESAVE}")
+
+
+def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
+    """[genes] names, the `_ENSG...` suffix stripped; a missing name is replaced by the var index.
+
+    gene_key: a var column, or `index`. Raises UserError when the column is absent or a name cannot stand in a puzzle.
+    """
+    file, path, table = matrix.node.file, matrix.path, "raw/var" if matrix.layer == "raw" else "var"
+    index = [as_text(name, f"{path}: the index of {table}") for name in index_of(file, table, path)[:].tolist()]
+    if gene_key == "index":
+        names = index
+    elif gene_key in column_names(file[table]):
+        names = _or_index(read_column(file, table, gene_key, path), index)
+    else:
+        names = _names_through_var(file, index, gene_key, table, path)
+    names = [_ENSEMBL_SUFFIX.sub("", name) for name in names]
+    bad = next((name for name in names if ", " in name or "\n" in name or not name.strip()), None)
+    if bad is not None:
+        raise UserError(
+            f"{path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
+        )
+    return np.array(names, dtype=object)
+
+
+def _or_index(column: Column, index: list[str]) -> list[str]:
+    return [name if name is not None else other for name, other in zip(column.texts(), index, strict=True)]
+
+
+def _names_through_var(file: h5py.File, index: list[str], gene_key: str, table: str, path) -> list[str]:
+    """Names of raw genes by way of `var`, for a raw.var without such a column where var covers all its genes."""
+    if table == "raw/var" and gene_key in column_names(file["var"]):
+        var_index = [as_text(name, f"{path}: the index of var") for name in index_of(file, "var", path)[:].tolist()]
+        names = dict(zip(var_index, read_column(file, "var", gene_key, path).texts(), strict=True))
+        if len(names) == len(var_index) and names.keys() >= set(index):
+            return [names[gene] or gene for gene in index]
+    raise UserError(
+        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest(gene_key, column_names(file[table]))}); "
+        "name the column of gene names with --gene-key, or --gene-key index for the index"
+    )
+
+
+def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> str:
+    """ "counts" (whole numbers), "log counts" or "normalised" (larger than a logarithm can be), told from some rows.
+
+    Raises UserError for values that give no order of expression: see check_values and _looks_scaled.
+    """
+    runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
+    sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
+    whole, largest, distinct, moments = True, 0.0, [], np.zeros((3, matrix.n_genes))
+    for block in row_blocks(matrix, sample):
+        check_values(matrix, block, allow_scaled)
+        for i in range(len(block.rows)):
+            columns, values = block.row(i)
+            whole &= bool((values == np.rint(values)).all())
+            largest = max(largest, values.max(initial=0.0))
+            distinct.append(len(np.unique(values)) / max(1, len(values)))
+            moments[:, columns] += [np.ones(len(values)), values, values**2]
+    if not whole and not allow_scaled and _looks_scaled(distinct, moments):
+        raise UserError(
+            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order of "
+            f"expression; {_unscaled(matrix)}"
+        )
+    return "counts" if whole else "log counts" if largest <= LARGEST_LOG else "normalised"
+
+
+def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
+    """Whether genes were brought to the variance 1 without being centred, so that no value is negative.
+
+    Two signs together: in no cell do values repeat, as those of counts do (log TPM do not either), and of the genes that
+    half of the cells express nearly all have the standard deviation 1, which those of log values do not.
+    distinct: distinct values over values of each cell. moments: [3, genes] number, sum, sum of squares of values > 0.
+    """
+    n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
+    if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
+        return False
+    _, total, squares = moments[:, often]
+    deviation = np.sqrt(np.maximum(squares - total**2 / n_cells, 0) / (n_cells - 1))
+    return float((np.abs(deviation - 1) <= UNIT_WIDTH).mean()) >= UNIT_SHARE
+
+
+def _unscaled(matrix: Matrix) -> str:
+    """What to do about scaled values."""
+    layers = ", ".join(matrix.layers)
+    return f"choose unscaled values with --layer raw or --layer NAME (this file has {layers}), or go on with --allow-scaled"
+
+
+def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
+    """Raise UserError, naming the layer, for a NaN, an infinity or a negative value in the block's rows."""
+    stored = block.values
+    if np.isfinite(stored).all() and (allow_scaled or not stored.size or stored.min() >= 0):
+        return
+    others = f"choose another with --layer (this file has {', '.join(matrix.layers)})"
+    for start, stop in zip(block.starts, block.stops, strict=True):  # only what is used counts
+        values = block.values[start:stop]
+        if not np.isfinite(values).all():
+            raise UserError(f"{matrix} holds NaN or infinite values; {others}")
+        if not allow_scaled and values.size and values.min() < 0:
+            raise UserError(
+                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; {_unscaled(matrix)}"
+            )
+
+
+def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:
+    """The given (increasing, distinct) rows, in blocks. Raises UserError when the matrix contradicts itself."""
+    rows = np.asarray(rows, dtype=np.int64)
+    if not len(rows):
+        return
+    assert rows[0] >= 0 and rows[-1] < matrix.n_cells and (np.diff(rows) > 0).all()
+    blocks = {"csr": _csr_blocks, "csc": _csc_blocks, "dense": _dense_blocks}[matrix.encoding]
+    for block in blocks(matrix, rows):
+        if len(block.columns) and not 0 <= int(block.columns.min()) <= int(block.columns.max()) < matrix.n_genes:
+            raise UserError(f"{matrix} holds a gene number outside 0 to {matrix.n_genes - 1}: the file is damaged")
+        yield block
+
+
+def _indptr(matrix: Matrix) -> np.ndarray:
+    indptr = matrix.node["indptr"][:].astype(np.int64)
+    if (np.diff(indptr) < 0).any():
+        raise UserError(f"{matrix} is inconsistent (indptr decreases); {RESAVE}")
+    return indptr
+
+
+def _csr_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
+    """Neighbouring rows are read in one go, with what lies between them if that is less than a chunk."""
+    data, indices, indptr = matrix.node["data"], matrix.node["indices"], _indptr(matrix)
+    gap = max(1 << 16, *(dataset.chunks[0] if dataset.chunks else 0 for dataset in (data, indices)))
+    starts, stops = indptr[rows], indptr[rows + 1]
+    first = 0
+    while first < len(rows):
+        last = int(np.searchsorted(stops, starts[first] + NONZEROS_PER_BLOCK, side="right"))
+        last = max(last, first + 1)
+        far = np.flatnonzero(starts[first + 1 : last] - stops[first : last - 1] > gap)
+        last = first + 1 + int(far[0]) if len(far) else last
+        lo, hi = starts[first], stops[last - 1]
+        span = slice(first, last)
+        yield Block(rows[span], starts[span] - lo, stops[span] - lo, indices[lo:hi], data[lo:hi])
+        first = last
+
+
+def _dense_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
+    per_block = max(1, DENSE_VALUES_PER_BLOCK // matrix.n_genes)
+    gap = max(1, matrix.node.chunks[0] if matrix.node.chunks else 1)
+    first = 0
+    while first < len(rows):
+        last = int(np.searchsorted(rows, rows[first] + per_block))
+        far = np.flatnonzero(np.diff(rows[first:last]) > gap)
+        last = first + 1 + int(far[0]) if len(far) else last
+        span = slice(first, last)
+        values = matrix.node[rows[first] : rows[last - 1] + 1][rows[span] - rows[first]]
+        offsets = np.arange(len(values)) * matrix.n_genes
+        columns = np.tile(np.arange(matrix.n_genes), len(values))
+        yield Block(rows[span], offsets, offsets + matrix.n_genes, columns, values.ravel())
+        first = last
+
+
+def _csc_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
+    """Walk over blocks of columns and keep the entries of the rows; several walks when these are too many at once."""
+    indptr = _indptr(matrix)
+    per_row = max(1.0, indptr[-1] / matrix.n_cells)
+    n_walks = int(np.ceil(len(rows) * per_row / (2 * NONZEROS_PER_BLOCK)))
+    for part in np.array_split(rows, max(1, n_walks)):
+        position = np.full(matrix.n_cells, -1, dtype=np.int32)
+        position[part] = np.arange(len(part))
+        kept = [_csc_entries(matrix, indptr, position, *span) for span in _column_spans(indptr)]
+        owners, columns, values = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
+        by_row = np.argsort(owners, kind="stable")
+        starts = np.searchsorted(owners[by_row], np.arange(len(part) + 1))
+        yield Block(part, starts[:-1], starts[1:], columns[by_row], values[by_row])
+
+
+def _column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
+    first = 0
+    while first < len(indptr) - 1:
+        last = int(np.searchsorted(indptr, indptr[first] + NONZEROS_PER_BLOCK, side="right")) - 1
+        yield first, max(last, first + 1)
+        first = max(last, first + 1)
+
+
+def _csc_entries(matrix: Matrix, indptr: np.ndarray, position: np.ndarray, first: int, last: int):
+    """(position of the row, column, value) of the wanted entries of some columns."""
+    lo, hi = indptr[first], indptr[last]
+    cells = matrix.node["indices"][lo:hi]
+    if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < matrix.n_cells:
+        raise UserError(f"{matrix} holds a cell number outside 0 to {matrix.n_cells - 1}: the file is damaged")
+    owners = position[cells]
+    wanted = owners >= 0
+    columns = np.repeat(np.arange(first, last, dtype=np.int32), np.diff(indptr[first : last + 1]))
+    return owners[wanted], columns[wanted], matrix.node["data"][lo:hi][wanted]

@@ -1,0 +1,250 @@
+"""The puzzles of one .h5ad file: what is known of it before anything is drawn, and the drawing itself.
+
+Both run in a worker process per file. All random choices come from generators named by seed, purpose, file and split, so
+that the bytes do not depend on the order of files, on the workers or on the process.
+"""
+
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.build import h5ad
+from data.build.cells import Cells, Groups, check_labels, groups_of, read_cells
+from data.build.contexts import agreed_facts, context_sentence, has_disease, joined_values
+from data.build.draw import Batch, draw_batches, split_groups
+from data.build.matrix import open_matrix, value_kind
+from data.build.rank import Profile, genes_of, ranked_genes
+from data.build.settings import BuildConfig
+from data.build.splits import SPLITS, divide
+from data.files import sha256
+from data.puzzles import Puzzle
+
+HVG_CELLS = 5000
+"""Train cells at most, evenly spaced, from which --rank hvg learns which genes vary."""
+PEER_CELLS = 256
+"""Usable cells of a donor and batch at most, evenly spaced, whose mean --rank deg compares a cell with."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the division of donors needs to know of a file, and its part of the report so far."""
+
+    path: Path
+    donors: dict[str, Counter]
+    """{donor: {(tissue, disease): usable cells}}; "unknown" where one is missing."""
+    group_sizes: dict[tuple[str, str], int]
+    """{(donor, batch): cell types}."""
+    organism: str | None
+    report: dict[str, Any]
+
+
+def summarise(path: Path, config: BuildConfig) -> Summary:
+    """Read the obs table and try the matrix. Raises UserError for a column, label or layer that cannot be used."""
+    cells = _read_cells(path, config)
+    check_labels(path, (cells.columns["cell_type"].names[i] for i in np.unique(cells.columns["cell_type"].codes)))
+    groups = groups_of(cells)
+    donors: dict[str, Counter] = {}
+    columns = [cells.columns[name] for name in ("donor_id", "tissue", "disease")]
+    for key, count in Counter(zip(*(column.codes.tolist() for column in columns), strict=True)).items():
+        donor, tissue, disease = (
+            column.names[code] if code >= 0 else "unknown" for column, code in zip(columns, key, strict=True)
+        )
+        donors.setdefault(donor, Counter())[tissue, disease] += count
+    with open_matrix(path, config.layer) as matrix:
+        layer, kind = matrix.layer, None
+        if len(cells):
+            genes_of(matrix, config.rank_settings)
+            kind = value_kind(matrix, cells.rows, config.allow_scaled)
+    report = {
+        "file": path.name,
+        "layer": layer,
+        "values": kind,
+        "organism": cells.organism,
+        "cells_read": cells.n_read,
+        "cells_dropped": cells.dropped,
+        "cells_kept": len(cells),
+        "cell_types": counts(chain.from_iterable(len(r) * [t] for types in groups.values() for t, r in types.items())),
+        "donors": len(donors),
+        "groups": len(groups),
+        "groups_skipped": {
+            f"fewer than {config.min_cells} cell types": sum(len(g) < config.min_cells for g in groups.values())
+        },
+        "notes": cells.notes,
+    }
+    return Summary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
+
+
+def _read_cells(path: Path, config: BuildConfig) -> Cells:
+    return read_cells(path, config.column_keys, config.constants, config.organism, config.include_non_primary)
+
+
+def build_file(
+    path: Path,
+    assignment: dict[str, str],
+    kind: str | None,
+    config: BuildConfig,
+    advance: Callable[[int, int], None] = lambda read, total: None,
+) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
+    """({split: puzzles without ids}, the file's report of splits and hash) of one file.
+
+    assignment: {donor: split}. kind: of the file's values, as summarise found it. advance: told of cells read and of cells
+    to read. Raises UserError as data.build.matrix does.
+    """
+    with ThreadPoolExecutor(1) as hasher:
+        digest = hasher.submit(sha256, path)
+        cells = _read_cells(path, config)
+        whole = groups_of(cells)
+        groups, set_aside = split_groups(cells, whole, path.stem, assignment, config)
+        drawn, drawing = _draw(path.stem, groups, config)
+        members = {split: _members(groups[split], batches, config) for split, batches in drawn.items()}
+        gene_lists = _gene_lists(path, whole, members, kind, config, advance)
+        puzzles = _puzzles(path, cells, drawn, members, gene_lists, config)
+        report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
+    for split, made in puzzles.items():
+        kept = [puzzle for puzzle in made if all(puzzle.cells)]
+        puzzles[split] = kept
+        report["splits"][split] = drawing[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
+    if config.split_mode == "instance":
+        rng = random.Random(f"{config.seed}:test puzzles:{path.stem}")
+        sizes = range(config.min_cells, config.max_cells + 1)
+        by_size = [[p for p in puzzles.get("train", []) if len(p.cells) == n_cells] for n_cells in sizes]
+        divided = [divide(of_size, config.test_fraction, rng) for of_size in by_size]
+        puzzles["train"], puzzles["test"] = (list(chain(*parts)) for parts in zip(*divided, strict=True))
+    for split, made in puzzles.items():
+        report["splits"][split].update(summary_of(made))
+    return puzzles, report
+
+
+def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
+    """({split: batches}, {split: what the drawing left over})."""
+    sizes = range(config.min_cells, config.max_cells + 1)
+    drawn: dict[str, list[Batch]] = {}
+    drawing: dict[str, dict] = {}
+    for split, of_split in groups.items():
+        quota = config.puzzles_per_n if split == "train" else config.test_puzzles_per_n
+        rng = random.Random(f"{config.seed}:batches:{dataset}:{split}")
+        choices = of_split
+        if config.profile == "cluster":  # a type has one profile; its first cell stands for it
+            choices = {group: {name: rows[:1] for name, rows in types.items()} for group, types in of_split.items()}
+        drawn[split], left = draw_batches(choices, sizes, quota, rng)
+        drawing[split] = left if of_split else {}
+    return drawn, drawing
+
+
+def _members(
+    groups: Groups, batches: list[Batch], config: BuildConfig
+) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
+    """{drawn row: (its group, the rows whose mean is shown for it)}; deg compares all types of a group, drawn or not."""
+    if config.profile == "cell":
+        return {row: (group, np.array([row])) for group, rows in batches for row in rows}
+    of_type = {group: {int(rows[0]): rows for rows in types.values()} for group, types in groups.items()}
+    if config.rank == "deg":
+        return {row: (group, rows) for group in dict(batches) for row, rows in of_type[group].items()}
+    return {row: (group, of_type[group][row]) for group, rows in batches for row in rows}
+
+
+def _gene_lists(
+    path: Path,
+    whole: Groups,
+    members: dict[str, dict],
+    kind: str | None,
+    config: BuildConfig,
+    advance: Callable[[int, int], None],
+) -> dict[int, list[str]]:
+    """{drawn row: its ranked genes}, read in as few passes as may be."""
+    drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
+    groups = sorted({group for group, _ in drawn.values()})
+    number = {group: i for i, group in enumerate(groups)}
+    order = sorted(drawn)
+    profiles = [Profile(number[drawn[row][0]], drawn[row][1]) for row in order]
+    peers = [_peers(whole[group]) for group in groups] if config.rank == "deg" and config.profile == "cell" else []
+    train = [rows for _, rows in (members["train"] or drawn).values()]
+    train_rows = np.unique(np.concatenate(train)) if train else np.zeros(0, np.int64)
+    train_rows = train_rows[:: max(1, -(-len(train_rows) // HVG_CELLS))] if config.rank == "hvg" else train_rows[:0]
+    total = len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
+    total += sum(map(len, peers)) + len(train_rows)
+    advance(0, total)
+    ranked = ranked_genes(path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total))
+    return dict(zip(order, ranked, strict=True))
+
+
+def _peers(types: dict[str, np.ndarray]) -> np.ndarray:
+    """The same cells of a donor and batch whatever was drawn."""
+    rows = np.sort(np.concatenate(list(types.values())))
+    return rows[:: -(-len(rows) // PEER_CELLS)]
+
+
+def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[Puzzle]]:
+    rows = sorted(gene_lists)
+    cell_ids = dict(zip(rows, h5ad.read_cell_ids(path, rows), strict=True)) if rows else {}
+    puzzles = {}
+    for split, batches in drawn.items():
+        rng = random.Random(f"{config.seed}:candidates:{path.stem}:{split}")
+        made = [_puzzle(path, cells, group, batch, members[split], cell_ids, config, rng) for group, batch in batches]
+        shown = [[gene_lists[row] for row in batch] for _, batch in batches]
+        puzzles[split] = [
+            dataclasses.replace(puzzle, cells=_listed(ranked, split == "train", config, rng))
+            for puzzle, ranked in zip(made, shown, strict=True)
+        ]
+    return {split: made for split, made in puzzles.items() if made or rows}
+
+
+def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: random.Random) -> list[list[str]]:
+    """[N][<= M] genes shown of each cell's ranked genes; --gene-dropout passes over some of a train cell's."""
+    if is_train and config.gene_dropout:
+        ranked = [[gene for gene in genes if rng.random() >= config.gene_dropout] for genes in ranked]
+    return [genes[: config.top_genes] for genes in ranked]
+
+
+def _puzzle(
+    path: Path, cells: Cells, group, batch, members, cell_ids, config: BuildConfig, rng: random.Random
+) -> Puzzle:
+    """A puzzle whose gene lists are not filled in yet."""
+    answer = cells.at(batch)["cell_type"].texts()
+    candidates = sorted(answer) if config.compat == "authors" else rng.sample(answer, len(answer))
+    profiles = [members[row][1] for row in batch]
+    columns = cells.at(np.concatenate(profiles))
+    ids = [cell_ids[row] for row in batch]
+    if config.profile == "cluster":
+        sizes = [f"{len(rows)} cell{'s' if len(rows) > 1 else ''}" for rows in profiles]
+        ids = [f"mean of {size} from {name}" for size, name in zip(sizes, ids, strict=True)]
+    meta = {
+        "dataset": path.stem,
+        "donor": group[0],
+        "batch": group[1],
+        "tissue": joined_values(columns["tissue"]),
+        "disease": joined_values(columns["disease"]),
+        "n_cells": len(batch),
+        "cell_ids": ids,
+        "source": path.name,
+    }
+    context = context_sentence(agreed_facts(columns))
+    return Puzzle(id="", context=context, cells=[], candidates=candidates, answer=answer, meta=meta)
+
+
+def summary_of(puzzles: list[Puzzle]) -> dict[str, Any]:
+    """Counts of a split for the report, each sorted by name."""
+    return {
+        "puzzles": len(puzzles),
+        "puzzles_per_n": counts(len(puzzle.cells) for puzzle in puzzles),
+        "distinct_cells": len({(p.meta["source"], cell) for p in puzzles for cell in p.meta["cell_ids"]}),
+        **{f"{key}s": counts(puzzle.meta[key] for puzzle in puzzles) for key in ("donor", "tissue", "disease")},
+        "labels": counts(label for puzzle in puzzles for label in puzzle.answer),
+    }
+
+
+def counts(values: Iterable) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(Counter(values).items())}
+
+
+def unseen_donors(summary: Summary, names: tuple[str, ...]) -> set[str]:
+    """Donors with a cell that has one of the diseases."""
+    return {d for d, kinds in summary.donors.items() if any(has_disease(disease, names) for _, disease in kinds)}

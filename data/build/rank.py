@@ -1,0 +1,307 @@
+"""The top genes of cells, or of cell types, in the order a puzzle lists them.
+
+--rank expression: by expression, as the paper (arXiv:2506.02911, section 3.1) has it. Extensions of ours: hvg, the same
+among the highly variable genes of the train cells; deg, by how far a cell lies above the mean of its donor and batch, or
+a type's mean above the mean of the types there. --profile cell: one cell stands for its type. cluster: the mean of the
+type's cells, the paper's "cluster centroid".
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from data.build.matrix import Block, Matrix, check_values, gene_names, open_matrix, row_blocks, value_kind
+
+GENE_CLASSES = {
+    "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),
+    "mitochondrial": re.compile(r"MT-", re.IGNORECASE),
+}
+"""Gene class -> symbols of its genes, human (RPL3) or mouse (Rpl3), matched at their beginning."""
+RANKS = ("expression", "hvg", "deg")
+PROFILES = ("cell", "cluster")
+COUNTS_PER_CELL = 1e4
+"""What a cell's counts are scaled to before cells are compared or averaged."""
+MEANS_PER_BLOCK = 16_000_000
+"""Values of mean profiles that are in memory at once (float64)."""
+SAME_LEVEL = 1e-9
+"""Relative difference of two levels of expression that is rounding, not biology."""
+HVG_BINS = 20
+
+Scale = Callable[[np.ndarray], np.ndarray]
+Advance = Callable[[int], None]
+
+
+class Profile(NamedTuple):
+    """What gets one ranked gene list."""
+
+    group: int
+    """Number of its donor and batch."""
+    rows: np.ndarray
+    """Increasing rows of the file whose mean it is; one row is that cell itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """How genes are ranked; the fields are those of data.build.build.BuildConfig."""
+
+    top_genes: int
+    layer: str = "auto"
+    gene_key: str = "feature_name"
+    allow_scaled: bool = False
+    drop_genes: Sequence[str] = ()
+    rank: str = "expression"
+    hvg_genes: int = 2000
+
+
+@dataclass(frozen=True)
+class Genes:
+    """The genes of a layer by name; several columns may share one."""
+
+    names: np.ndarray
+    """[U] distinct names in alphabetical order, which breaks ties."""
+    ids: np.ndarray
+    """[genes] index into names of each column."""
+    shared: np.ndarray
+    """[U] bool, True for names that several columns have."""
+    listed: np.ndarray
+    """[U] bool, False for genes that are never listed."""
+
+    def of_cell(self, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(distinct indices into names, values) of a cell's columns; of several with one name the larger counts."""
+        ids = self.ids[columns]
+        several = np.flatnonzero(self.shared[ids])
+        if len(several) < 2:
+            return ids, values
+        several = several[np.lexsort((-values[several], ids[several]))]
+        smaller = several[1:][ids[several[1:]] == ids[several[:-1]]]
+        return np.delete(ids, smaller), np.delete(values, smaller)
+
+    def ranked(self, ids: np.ndarray, scores: np.ndarray, n_top: int) -> list[str]:
+        """Names of the n_top largest scores of distinct indices into names."""
+        wanted = self.listed[ids]
+        if not wanted.all():
+            ids, scores = ids[wanted], scores[wanted]
+        if len(scores) > n_top:  # sort the head only; all entries that tie with the last one stay in
+            head = scores >= np.partition(scores, -n_top)[-n_top]
+            ids, scores = ids[head], scores[head]
+        return self.names[ids[np.lexsort((ids, -scores))][:n_top]].tolist()
+
+
+def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settings) -> list[list[str]]:
+    """[len(rows)][<= n_top] gene names per cell, most expressed first; settings as in RankSettings.
+
+    A gene that is not expressed (value <= 0) is never listed, so a list may be short or empty. Equal values are ordered
+    by gene name; --rank deg compares with the mean of the given cells. Raises UserError, naming the layer, when the rows
+    hold NaN, or negative values, which mean scaled data that cannot be ranked by expression.
+    """
+    distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+    profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
+    asked = RankSettings(top_genes=n_top, **settings)
+    with open_matrix(path, asked.layer) as matrix:
+        kind = value_kind(matrix, distinct, asked.allow_scaled) if len(distinct) else None
+    ranked = ranked_genes(path, profiles, distinct, [distinct], kind, asked)
+    return [ranked[i] for i in back]
+
+
+def ranked_genes(
+    path: str | os.PathLike,
+    profiles: Sequence[Profile],
+    train_rows: np.ndarray,
+    peers: Sequence[np.ndarray],
+    kind: str | None,
+    settings: RankSettings,
+    advance: Advance = lambda n_rows: None,
+) -> list[list[str]]:
+    """[len(profiles)][<= top_genes] gene names of each profile, in one or a few passes over the file.
+
+    train_rows: cells from which --rank hvg learns which genes vary. peers: increasing rows of each group, with whose mean
+    --rank deg compares single cells; none where it compares the profiles of a group with each other. kind: as value_kind
+    tells it, None without a cell. advance: told of rows read.
+    """
+    if not profiles:
+        return []
+    assert kind is not None
+    with open_matrix(path, settings.layer) as matrix:
+        genes = genes_of(matrix, settings)
+        reader = _Reader(matrix, settings.allow_scaled, advance)
+        if settings.rank == "hvg":
+            genes.listed[~highly_variable(reader, genes, train_rows, kind, settings.hvg_genes)] = False
+        if all(len(profile.rows) == 1 for profile in profiles) and (peers or settings.rank != "deg"):
+            return _rank_cells(reader, genes, profiles, peers, kind, settings)
+        return _rank_means(reader, genes, profiles, kind, settings)
+
+
+def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
+    """The genes of a layer, those of dropped classes not listed."""
+    names, ids, copies = np.unique(
+        gene_names(matrix, settings.gene_key).astype(str), return_inverse=True, return_counts=True
+    )
+    dropped = [GENE_CLASSES[kind] for kind in settings.drop_genes]
+    listed = np.array([not any(pattern.match(name) for pattern in dropped) for name in names])
+    return Genes(names.astype(object), ids, copies > 1, listed)
+
+
+def scaling(kind: str) -> Scale:
+    """What makes the expression of cells comparable: counts to COUNTS_PER_CELL in all; other values as they are."""
+    if kind != "counts":
+        return lambda values: values
+    return lambda values: values * (COUNTS_PER_CELL / total) if (total := values.sum()) > 0 else values
+
+
+def logging(kind: str) -> Scale:
+    """The logarithm on which scaled expression is compared; log counts are compared as they are."""
+    return (lambda values: values) if kind == "log counts" else np.log1p
+
+
+def _compose(outer: Scale, inner: Scale) -> Scale:
+    return lambda values: outer(inner(values))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    matrix: Matrix
+    allow_scaled: bool
+    advance: Advance
+
+    def rows(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(row, columns, values) of the expressed genes of each row."""
+        for block in row_blocks(self.matrix, rows):
+            yield from self._of(block)
+            self.advance(len(block.rows))
+
+    def _of(self, block: Block) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        check_values(self.matrix, block, self.allow_scaled)
+        for i, row in enumerate(block.rows.tolist()):
+            yield row, *block.row(i)
+
+
+def _rank_cells(
+    reader: _Reader,
+    genes: Genes,
+    profiles: Sequence[Profile],
+    peers: Sequence[np.ndarray],
+    kind: str,
+    settings: RankSettings,
+) -> list[list[str]]:
+    """All in one pass; deg in two passes for as many groups at a time as have room for their means."""
+    groups, is_deg = _indices_by_group(profiles), settings.rank == "deg"
+    most = max(1, MEANS_PER_BLOCK // len(genes.names)) if is_deg else len(groups)
+    level = _compose(logging(kind), scaling(kind))
+    ranked: list[list[str]] = [[]] * len(profiles)
+    for start in range(0, len(groups), most):
+        members = list(chain.from_iterable(groups[start : start + most]))
+        place: dict[int, list[int]] = {}
+        for i in members:
+            place.setdefault(int(profiles[i].rows[0]), []).append(i)
+        group_of = {int(profiles[i].rows[0]): profiles[i].group for i in members}
+        means = _group_means(reader, genes, {g: peers[g] for g in group_of.values()}, level) if is_deg else {}
+        for row, columns, values in reader.rows(np.array(sorted(place), dtype=np.int64)):
+            if is_deg:
+                ids, scores = _above(means[group_of[row]], *genes.of_cell(columns, level(values)))
+            else:
+                ids, scores = genes.of_cell(columns, values)
+            listed = genes.ranked(ids, scores, settings.top_genes)
+            for i in place[row]:
+                ranked[i] = listed
+    return ranked
+
+
+def _above(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, how far they lie above the mean) of the genes that do."""
+    differences = levels - mean[ids]
+    above = differences > SAME_LEVEL * levels
+    return ids[above], differences[above]
+
+
+def _group_means(reader: _Reader, genes: Genes, peers: dict[int, np.ndarray], level: Scale) -> dict[int, np.ndarray]:
+    """{group: [U] mean level of expression over the given cells of it}."""
+    group_of = {row: group for group, rows in peers.items() for row in rows.tolist()}
+    means = {group: np.zeros(len(genes.names)) for group in peers}
+    for row, columns, values in reader.rows(np.array(sorted(group_of), dtype=np.int64)):
+        ids, levels = genes.of_cell(columns, level(values))
+        means[group_of[row]][ids] += levels / len(peers[group_of[row]])
+    return means
+
+
+def _rank_means(
+    reader: _Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
+) -> list[list[str]]:
+    """As many groups at a time as fit, so that memory does not grow with the file."""
+    scale, log = scaling(kind), logging(kind)
+    ranked: list[list[str]] = [[]] * len(profiles)
+    for members in _blocks_of_groups(profiles, max(1, MEANS_PER_BLOCK // len(genes.names))):
+        owner = np.concatenate([np.full(len(profiles[i].rows), n) for n, i in enumerate(members)])
+        rows = np.concatenate([profiles[i].rows for i in members])
+        order = np.argsort(rows, kind="stable")
+        distinct, first = np.unique(rows[order], return_index=True)
+        owners = np.split(owner[order], first[1:])
+        means = np.zeros((len(members), len(genes.names)))
+        for (_, columns, values), of_row in zip(reader.rows(distinct), owners, strict=True):
+            ids, values = genes.of_cell(columns, scale(values))
+            for n in of_row:  # a cell may stand in the profiles of two splits
+                means[n, ids] += values
+        means /= np.array([[len(profiles[i].rows)] for i in members])
+        for n, i in enumerate(members):
+            scores, least = means[n], 0.0
+            if settings.rank == "deg":
+                others = [m for m, j in enumerate(members) if profiles[j].group == profiles[i].group]
+                scores, least = log(means[n]) - log(means[others]).mean(axis=0), SAME_LEVEL * log(means[n])
+            listed = np.flatnonzero((scores > least) & (means[n] > 0) & genes.listed)
+            order = listed[np.lexsort((listed, -scores[listed]))][: settings.top_genes]
+            ranked[i] = genes.names[order].tolist()
+    return ranked
+
+
+def _indices_by_group(profiles: Sequence[Profile]) -> list[list[int]]:
+    by_group: dict[int, list[int]] = {}
+    for i, profile in enumerate(profiles):
+        by_group.setdefault(profile.group, []).append(i)
+    return list(by_group.values())
+
+
+def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[int]]:
+    """Indices of the profiles in blocks of whole groups, of at most `most` profiles unless one group has more."""
+    block: list[int] = []
+    for members in _indices_by_group(profiles):
+        if block and len(block) + len(members) > most:
+            yield block
+            block = []
+        block = block + members
+    yield block
+
+
+def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, n_genes: int) -> np.ndarray:
+    """[U] bool: the n_genes genes of largest normalised dispersion over some cells.
+
+    As scanpy's flavour 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): log of variance over mean of the scaled
+    expression, standardised within HVG_BINS bins of the mean.
+    """
+    scale = scaling(kind)
+    total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))
+    for _, columns, values in reader.rows(rows):
+        ids, values = genes.of_cell(columns, np.expm1(values) if kind == "log counts" else scale(values))
+        total[ids] += values
+        squares[ids] += values**2
+    mean = total / len(rows)
+    variance = np.maximum(squares / len(rows) - mean**2, 0) * len(rows) / max(1, len(rows) - 1)
+    seen = np.flatnonzero((mean > 0) & (variance > 0))
+    if not len(seen):
+        return np.zeros(len(mean), dtype=bool)
+    dispersion, level = np.log(variance[seen] / mean[seen]), np.log1p(mean[seen])
+    edges = np.linspace(level.min(), level.max(), HVG_BINS + 1)[1:-1]
+    bins = np.digitize(level, edges)
+    normalised = np.empty(len(seen))
+    for number in np.unique(bins):
+        inside = bins == number
+        spread = dispersion[inside].std(ddof=1) if inside.sum() > 1 else 0.0
+        centre = dispersion[inside].mean() if spread > 0 else 0.0  # a gene alone in its bin counts as one deviation
+        normalised[inside] = (dispersion[inside] - centre) / spread if spread > 0 else 1.0
+    best = seen[np.lexsort((seen, -normalised))][:n_genes]
+    chosen = np.zeros(len(mean), dtype=bool)
+    chosen[best] = True
+    return chosen

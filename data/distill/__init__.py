@@ -1,0 +1,1 @@
+"""Reasoning traces from a teacher, by rejection sampling."""

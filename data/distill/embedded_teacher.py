@@ -1,0 +1,149 @@
+"""The embedded teacher: it reads marker genes, needs no network and no model, and is sometimes wrong.
+
+It looks for marker genes in each cell's list, weighs them by how many of the candidates share them, and is fallible: its
+judgement is noisy, it slips in the answer line and it breaks the format now and then. It writes in two manners: by the
+markers (each label after the genes that led to it), always opened with the same words, or at a glance (a label per cell),
+opened with one of several. Both pass rejection sampling, so a cold start learns both; which of them pays is left for GRPO
+to find out.
+"""
+
+import hashlib
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from data.atlas.markers import read_markers
+from data.distill.distill import Completion, Request
+from data.prompts import answer_text
+from data.puzzles import Puzzle
+
+MarkerTable = dict[str, list[str]]
+"""label -> marker genes, most telling first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """How fallible the embedded teacher is."""
+
+    noise: float = 0.5
+    """Standard deviation of the noise on a cell-label score; one specific marker counts about 1."""
+    slip: float = 0.02
+    """Chance that two labels are swapped in the answer line."""
+    bad_format: float = 0.05
+    """Chance that the answer block is not closed."""
+    cited: int = 3
+    """Most markers cited per cell."""
+    glance: float = 0.78
+    """Chance that a trace names a label per cell and cites no marker."""
+
+
+GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.", "Quickly.", "No genes named.", "Straight away.")
+MARKERS_OPENING = "By the markers."
+
+
+def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
+    """Markers of every label of the puzzles: from data/atlas/markers.tsv, and learned from the puzzles for labels not in it."""
+    puzzles = list(puzzles)
+    known = {label: list(entry.markers) for label, entry in read_markers().items()}
+    labels = {label for puzzle in puzzles for label in puzzle.answer}
+    learned = learned_markers(puzzles) if labels - known.keys() else {}
+    return {label: known.get(label) or learned[label] for label in sorted(labels)}
+
+
+def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTable:
+    """The genes that most tell a label's cells from the others: share among them times log of the ratio of shares.
+
+    The product ranks a gene by how much it says about a typical cell of the label; a gene of one odd cell says little.
+    """
+    seen: dict[str, Counter] = defaultdict(Counter)
+    cells: Counter = Counter()
+    for puzzle in puzzles:
+        for genes, label in zip(puzzle.cells, puzzle.answer, strict=True):
+            seen[label].update(genes)
+            cells[label] += 1
+    total, n_cells = sum(seen.values(), Counter()), sum(cells.values())
+
+    def telling(label: str, gene: str) -> float:
+        share_here = (seen[label][gene] + 1) / (cells[label] + 2)
+        share_there = (total[gene] - seen[label][gene] + 1) / (n_cells - cells[label] + 2)
+        return share_here * math.log(share_here / share_there)
+
+    return {
+        label: sorted(genes, key=lambda gene: (-telling(label, gene), gene))[:n_markers]
+        for label, genes in seen.items()
+    }
+
+
+def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
+    """One candidate trace: a line per cell that names a label, with or without its markers, then the answer block."""
+    labels = _assign(puzzle, table, rng, config.noise)
+    at_a_glance = rng.random() < config.glance
+    lines = [rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING]
+    for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
+        cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
+        evidence = f"{', '.join(cited) if cited else 'no marker left'}, so "
+        lines.append(f"Cell {number}: {'' if at_a_glance else evidence}{label}")
+    if rng.random() < config.slip:
+        i, j = rng.sample(range(len(labels)), 2)
+        labels[i], labels[j] = labels[j], labels[i]
+    end = "" if rng.random() < config.bad_format else "</answer>"
+    return "<think>" + "\n".join(lines) + f"</think>\n<answer>{answer_text(labels)}{end}"
+
+
+def _assign(puzzle: Puzzle, table: MarkerTable, rng: random.Random, noise: float) -> list[str]:
+    """[N] labels, each used once: the surest cell-label pair first, as an annotator would."""
+    owners = Counter(gene for label in puzzle.candidates for gene in table.get(label, ()))
+    scores = []
+    for cell, genes in enumerate(puzzle.cells):
+        for label in puzzle.candidates:
+            evidence = sum(1 / owners[gene] for gene in genes if gene in table.get(label, ()))
+            scores.append((evidence + rng.gauss(0, noise), cell, label))
+    labels: dict[int, str] = {}
+    for _, cell, label in sorted(scores, reverse=True):
+        if cell not in labels and label not in labels.values():
+            labels[cell] = label
+    return [labels[cell] for cell in range(len(puzzle.cells))]
+
+
+class EmbeddedTeacher:
+    """A teacher (data.distill.distill.Teacher): candidate `attempt` of a puzzle depends on (seed, puzzle, attempt) alone."""
+
+    def __init__(self, table: MarkerTable, seed: int, config: TeacherConfig = TeacherConfig()) -> None:
+        self.table, self.seed, self.config = table, seed, config
+        self.ended = ""
+        self.streams: dict[str, tuple[random.Random, int]] = {}
+        """Per puzzle: its random stream, which its candidates share in order, and how many were drawn from it."""
+
+    def sample(self, requests: list[Request]) -> Iterator[Completion]:
+        """See Teacher."""
+        for request in requests:
+            if self.ended:
+                return
+            yield Completion(
+                puzzle_id=request.puzzle.id,
+                attempt=request.attempt,
+                hinted=False,
+                text=self.candidate(request.puzzle, request.attempt),
+                finish_reason="stop",
+                model="embedded",
+            )
+
+    def candidate(self, puzzle: Puzzle, attempt: int) -> str:
+        """Candidate `attempt` (from 0) of the puzzle."""
+        rng, drawn = self.streams.get(puzzle.id, (None, 0))
+        if rng is None or drawn > attempt:
+            digest = hashlib.sha256(f"{self.seed} {puzzle.id}".encode()).digest()
+            rng, drawn = random.Random(int.from_bytes(digest[:8], "big")), 0
+        for _ in range(attempt - drawn):
+            teach(puzzle, self.table, rng, self.config)
+        self.streams[puzzle.id] = (rng, attempt + 1)
+        return teach(puzzle, self.table, rng, self.config)
+
+    def stop(self) -> None:
+        """See Teacher."""
+        self.ended = self.ended or "stopped"
+
+    def close(self) -> None:
+        """See Teacher."""

@@ -1,0 +1,90 @@
+"""Puzzles asked again with the answer hinted, and the check that a trace does not show that it was.
+
+The hint stands at the end of the user message that the teacher sees, never in a stored row. A trace leaks it when its
+reasoning says a phrase of LEAKS (matched in any case, as whole words), repeats ECHO words of the hint in a row, or comes to the
+answer without an argument: by the place where it first says all labels in the order of the cells, or by its end where it never
+does, it must have cited at least one of the genes of every cell. A single cell's label may come before its genes.
+"""
+
+import re
+
+from data.prompts import RESPONSE_TAGS, answer_text, chat
+from data.puzzles import Puzzle
+
+HINT = (
+    "\n\nFor this one request, work backwards from the correct answer, which is:\n{answer}\n"
+    "Write the reasoning of an expert who finds it from the genes alone: argue cell by cell, citing genes of every cell, and "
+    "give the whole list of cell types nowhere but in the answer tags. Do not say, imply or quote that you were shown the "
+    "answer or these lines."
+)
+_ANSWER = r"(?:answers?|solutions?)"
+_MAPPING = r"(?:answers?|solutions?|assignments?|mappings?)"
+_SHOWN = r"(?:given|provided|supplied|shown|revealed|stated|told|known|disclosed|specified)"
+_REQUEST = r"(?:prompt|request|message|question|instructions?|user)"
+_CONCEAL = r"(?:say|reveal|disclos|divulg|mention|imply|admit|quot)\w*"
+LEAKS = {
+    "a hint": r"hint(?:s|ed|ing)?",
+    "being told": r"told(?! apart)|you (?:said|gave|provided|mentioned|stated|showed|specified)",
+    "a telling request": rf"{_REQUEST} (?:\w+ )?(?:reveal|disclos|dictat|giv(?:es?|en|ing) away)\w*|"
+    rf"{_REQUEST},? (?:\w+ ){{0,2}}cells? \d+ (?:is|are|must|should|has to|was)|"
+    rf"{_MAPPING} (?:in|from|of) the {_REQUEST}",
+    "a given answer": rf"{_SHOWN} (?:(?:\w+ )?{_ANSWER}|{_MAPPING})|"
+    rf"{_MAPPING} (?:(?:is|are|was|were|has been|have been) )?(?:already )?{_SHOWN}|"
+    rf"final (?:list|{_MAPPING}) (?:is|are) (?:already )?fixed",
+    "having the answer": rf"(?:saw|seen|that (?:I|we) (?:already )?have) (?:the|your) {_ANSWER}|"
+    rf"{_ANSWER} (?:that )?(?:I|we) (?:already )?(?:have|had|saw|see)",
+    "the correct answer": rf"(?:correct|right|true|actual|expected|intended|official|target) (?:\w+ )?{_MAPPING}|"
+    r"(?:expected|intended|official|target|prescribed) (?:\w+ )?labels",
+    "concealing it": rf"(?:I|we) (?:\w+ ){{0,3}}(?:not|never|(?:must|should)n't) (?:to )?{_CONCEAL}|"
+    rf"(?:without|avoid) {_CONCEAL} (?:that|it|this|the {_ANSWER})|pretend(?:s|ed|ing)?",
+    "a reference": r"ground[- ]truth|gold[- ](?:standard|labels?|answers?)|answer[- ]key|reference (?:answers?|labels?)",
+    "knowing it already": rf"already know|know(?:ing)? (?:that )?the (?:\w+ )?{_ANSWER}",
+    "working backwards": r"work(?:s|ed|ing)? backwards?|reverse[- ]?engineer\w*|(?:reasoning|argument)s? (?:that|which) "
+    r"(?:leads?|arrives?) (?:to|at)|(?:justify|rationali[sz]e|fits?|match(?:es)?|agrees? with|"
+    rf"consistent with|supports?|confirms?) (?:the|this|that|your) {_ANSWER}",
+}
+"""What gives a hint away -> its pattern."""
+ECHO = 6
+"""So many words of the hint in a row are a quotation."""
+
+_LEAKS = {name: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE) for name, pattern in LEAKS.items()}
+_GAP = r"(?:[\W\d_]|\b(?:and|then|cell|is|as|a|an|the|for|must|should|has|to|be|so|are|gets)\b)*"
+"""What may stand between the labels of an answer that is listed rather than argued."""
+
+
+def hinted_chat(puzzle: Puzzle) -> list[dict[str, str]]:
+    """The puzzle's prompt with the correct answer at the end of its user message."""
+    return chat(puzzle.system_message, puzzle.user_message + HINT.format(answer=answer_text(puzzle.answer)))
+
+
+def leak(trace: str, puzzle: Puzzle) -> str:
+    """How a trace shows that its teacher had seen the answer; "" when it does not. Example: "a hint: 'hinted'"."""
+    reasoning = trace.split("<answer>")[0]
+    for tag in RESPONSE_TAGS:
+        reasoning = reasoning.replace(tag, " ")
+    for name, pattern in _LEAKS.items():
+        if match := pattern.search(" ".join(reasoning.split())):
+            return f"{name}: '{match[0].lower()}'"
+    said = _words(reasoning)
+    echoes = _runs(_words(HINT)) & _runs(said)
+    if echoes:
+        return f"an echo of the hint: '{' '.join(min(echoes))}'"
+    return _unargued(reasoning, puzzle)
+
+
+def _unargued(reasoning: str, puzzle: Puzzle) -> str:
+    labels = [r"\s+".join(map(re.escape, label.split())) for label in puzzle.answer]
+    listed = re.search(r"(?<!\w)" + _GAP.join(labels) + r"(?!\w)", reasoning, re.IGNORECASE)
+    before = reasoning[: listed.start()] if listed and len(labels) > 1 else reasoning
+    for number, genes in enumerate(puzzle.cells, start=1):
+        if not re.search(rf"(?<![\w-])(?:{'|'.join(map(re.escape, genes))})(?!\w)", before):
+            return f"no argument: no gene of cell {number} {'before the whole answer' if listed else 'is cited'}"
+    return ""
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + ECHO]) for i in range(len(words) - ECHO + 1)}

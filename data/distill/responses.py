@@ -1,0 +1,191 @@
+"""The raw file of a distillation: every response as it came, on disk before it is judged, one JSON a line.
+
+- the first line is {"settings": {...}}: what gives the responses their meaning;
+- a response is {"puzzle_id", "attempt", "hinted", "text", "finish_reason", "prompt_tokens", "completion_tokens", "model"} and,
+  where the endpoint gave it apart, "reasoning"; a request that failed for good has "error" in place of all after "hinted";
+- where prices are known, {"sent": worst_cost, ...} stands before a request's first try and {"lost": worst_cost, "error", ...}
+  for a try that may have been charged and brought nothing back, so that a budget holds across kills. What a run without prices
+  got counts under the prices of a later one; what it lost does not.
+
+One process writes it, and only at its end. After a kill the half-written last line is cut off, and everything else counts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data.distill.distill import Completion, Key
+from data.distill.meter import Meter
+from data.errors import RunError, UserError
+from data.puzzles import Puzzle
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "puzzle_id": (str,),
+    "attempt": (int,),
+    "hinted": (bool,),
+    "text": (str,),
+    "reasoning": (str,),
+    "finish_reason": (str,),
+    "prompt_tokens": (int, type(None)),
+    "completion_tokens": (int, type(None)),
+    "model": (str,),
+    "error": (str,),
+    "sent": (int, float),
+    "lost": (int, float),
+}
+"""Of a line's columns."""
+
+
+def prompts_hash(puzzles: Iterable[Puzzle]) -> str:
+    """16 hex digits over ids, prompts and answers of a puzzle file."""
+    digest = hashlib.sha256()
+    for puzzle in puzzles:
+        digest.update(json.dumps([puzzle.id, puzzle.chat(), puzzle.answer]).encode())
+    return digest.hexdigest()[:16]
+
+
+class RawFile:
+    """An open raw file; `completions` are those of earlier runs, errors left out.
+
+    Raises UserError when the file is there and neither `resume` nor `replace` allows it, when `resume` finds none, when its
+    settings differ, when a line in it is damaged, or when another process is writing it. A context manager: closed at its end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        meter: Meter,
+        *,
+        resume: bool,
+        replace: bool,
+        sync: bool,
+        worst: Callable[[Key], float] = lambda key: 0.0,
+    ) -> None:
+        """replace: an old file may go, where its teacher is the same: it costs nothing to write again. sync: every line is
+        on disk, not only with the operating system, before append returns. The meter takes over what earlier runs cost.
+        worst: the most that a request can cost, for responses without token counts that were bought before prices were given."""
+        self.path, self.sync, self.worst, self.lock = path, sync, worst, threading.Lock()
+        self.completions: dict[Key, Completion] = {}
+        self.broken = ""
+        if resume and not path.is_file():
+            raise UserError(f"--resume: there is no {path}; leave --resume out to start anew")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._begin(settings, meter, resume, replace)
+        except ValueError:
+            os.close(self.handle)
+            raise
+
+    def _begin(self, settings: dict[str, Any], meter: Meter, resume: bool, replace: bool) -> None:
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
+        head, end, _ = self.path.read_bytes().rpartition(b"\n")
+        lines = [self._parse(number, line) for number, line in enumerate(head.split(b"\n"), start=1)] if end else []
+        begun = len(lines) > 1 or (
+            lines and "settings" not in lines[0]
+        )  # a run that was refused left its first line alone
+        if begun and not resume:
+            if not (replace and lines[0].get("settings", {}).get("teacher") == settings["teacher"]):
+                raise UserError(
+                    f"{self.path}: already holds responses; add --resume to use them, or name another --out"
+                )
+        if not (begun and resume):
+            lines, head, end = [], b"", b""
+        if lines:
+            self._compare(lines[0].get("settings", {}), settings)
+            self._load(lines[1:], meter)
+        os.ftruncate(self.handle, len(head) + len(end))  # the torn last line goes
+        if not lines:
+            self.write({"settings": settings})
+            self.flush()
+
+    def _parse(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("settings", {}), dict):
+            raise self._damaged(number)
+        return row
+
+    def _damaged(self, number: int) -> ValueError:
+        return ValueError(f"{self.path}, line {number}: damaged; remove that line to go on without its response")
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        for name in {**now, **before}:
+            if before.get(name) != now.get(name):
+                what = "--puzzles" if name == "prompts" else name
+                raise UserError(
+                    f"--resume: {what} was {before.get(name)!r} in {self.path}, now {now.get(name)!r}; "
+                    "give the same again, or another --out"
+                )
+
+    def _load(self, rows: list[dict[str, Any]], meter: Meter) -> None:
+        sent: dict[Key, float] = {}
+        for number, row in enumerate(rows, start=2):
+            if not _whole(row):
+                raise self._damaged(number)
+            key = (row["puzzle_id"], row["attempt"], row["hinted"])
+            if "sent" in row:
+                meter.lost += sent.get(key, 0.0)  # a kill came before its answer
+                sent[key] = row["sent"]
+            elif "lost" in row:
+                meter.lost += row["lost"]
+            else:
+                worst = sent.pop(key, 0.0)
+                completion = Completion(**row)
+                if not completion.error:
+                    if worst == 0 and None in (completion.prompt_tokens, completion.completion_tokens):
+                        worst = self.worst(key)
+                    meter.count(completion.prompt_tokens, completion.completion_tokens, worst)
+                    self.completions[key] = completion
+        meter.lost += sum(sent.values())
+
+    def append(self, completion: Completion) -> None:
+        """Put a completion at the end of the file. Raises RunError when the disk does not take it."""
+        row = asdict(completion)
+        if completion.error:
+            row = {name: row[name] for name in ("puzzle_id", "attempt", "hinted", "error")}
+        self.write({name: value for name, value in row.items() if name not in ("error", "reasoning") or value})
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Put a line at the end of the file; any thread may."""
+        line = (json.dumps(row) + "\n").encode()  # ASCII: half of a surrogate pair must not be lost either
+        with self.lock:
+            if self.broken:
+                raise RunError(self.broken)  # nothing goes behind a torn line
+            try:
+                while line:
+                    line = line[os.write(self.handle, line) :]
+                if self.sync:
+                    os.fsync(self.handle)
+            except OSError as error:
+                self.broken = f"{self.path}: cannot be written ({error.strerror}); make room, then add --resume"
+                raise RunError(self.broken) from None
+
+    def flush(self) -> None:
+        """All lines are on disk when it returns."""
+        os.fsync(self.handle)
+
+    def __enter__(self) -> "RawFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        os.close(self.handle)
+
+
+def _whole(row: dict[str, Any]) -> bool:
+    """Is it a line that a run wrote: a response, an error, or an account?"""
+    named = {"puzzle_id", "attempt", "hinted"} <= row.keys() and row.keys() & {"text", "error", "sent", "lost"}
+    return bool(named) and all(isinstance(value, _TYPES.get(name, ())) for name, value in row.items())

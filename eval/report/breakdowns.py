@@ -1,0 +1,202 @@
+"""Where a run is right and where it is not, for the report page: by N (Figure 4A), per puzzle (4B), by group, by cell type."""
+
+from typing import Any
+
+from eval.metrics import STAGES
+from eval.report.figures import STAGE_NAMES, split_name
+from eval.report.html import count, details, escape, figure, missing, note, section, share, table
+from eval.report.run import Evaluation, Evaluations
+from eval.report.stages import Dots, by_size_svg, distribution_svg, dots_svg
+from reward.cellpuzzles import normalise_label
+
+GROUPS_SHOWN = 12
+TYPES_SHOWN = 25
+CONFUSIONS_SHOWN = 12
+FINDS = {"test": "where", "unseen": "where-unseen"}
+INTERVAL = "The thin line is the 95 % interval that this number of puzzles allows (bootstrap over puzzles)"
+
+OfStage = dict[str, dict[str, Any]]
+"""{stage: its breakdowns}"""
+
+
+def where_sections(evaluations: Evaluations, summary: dict[str, Any]) -> list[str]:
+    """A section per split that has breakdowns; one that says why there is none."""
+    found = {
+        split: {stage: one.found for stage, one in of_stage.items() if one.found}
+        for split, of_stage in evaluations.items()
+    }
+    parts = [_where(split, of_stage, evaluations[split], summary) for split, of_stage in found.items() if of_stage]
+    if parts:
+        return parts
+    files = "metrics.json with breakdowns, nor predictions.jsonl with puzzles, under eval/ and puzzles/"
+    reason = f"This run folder has no {files}, so accuracy by size, tissue, disease and cell type cannot be shown."
+    return [section("where", "Where it is right, and where not", missing(reason))]
+
+
+def _where(split: str, found: OfStage, of_stage: dict[str, Evaluation], summary: dict[str, Any]) -> str:
+    name = split_name(summary, split)
+    absent = [STAGE_NAMES[stage] for stage in STAGES if stage not in found]
+    lacking = missing(f"Not shown, because eval/ holds nothing of it: {', '.join(absent)}.") if absent else ""
+    guessing = all(one.variant != "open" for one in of_stage.values())
+    figures = [
+        _sizes(found, guessing),
+        _distribution(found),
+        *(_dimension(found, dimension) for dimension in ("tissue", "disease")),
+    ]
+    body = f'{lacking}<div class="grid">{"".join(figures)}{_types(found)}{_confusions(found)}</div>'
+    return section(FINDS[split], f"Where it is right: {name}", body)
+
+
+def _sizes(found: OfStage, guessing: bool) -> str:
+    groups = {stage: one["n_cells"] for stage, one in found.items() if one.get("n_cells")}
+    if not groups:
+        return missing("Accuracy by number of cells: no evaluation holds it.")
+    caption = (
+        "After Figure 4A of the paper. Each point is all puzzles with N cells; a line that falls to the right says that larger "
+        f"puzzles are harder. {INTERVAL}."
+        + (" The dotted line is what guessing would reach, 1 cell in N." if guessing else "")
+    )
+    return figure(by_size_svg(groups, guessing), "Accuracy by number of cells", caption, _numbers("N", groups))
+
+
+def _distribution(found: OfStage) -> str:
+    every = {stage: one["batch_distribution"] for stage, one in found.items() if one.get("batch_distribution")}
+    if not every:
+        return missing("Cells right in single puzzles: no evaluation holds it.")
+    kept = {stage: one for stage, one in every.items() if one["mean"] > 0} or every
+    empty = [STAGE_NAMES[stage] for stage in every if stage not in kept]
+    caption = (
+        "After Figure 4B of the paper. Each bar is the share of puzzles with so many of their cells right; those with none and "
+        "those with all right stand apart, at the ends. Good is a tall bar at the far right. The broken line is the mean."
+        + (f" Not drawn: {' and '.join(empty)} no puzzle has a right cell." if empty else "")
+    )
+    columns = ["cells right", *(STAGE_NAMES[stage] for stage in kept)]
+    bins = [one["bins"] for one in kept.values()]
+    rows = []
+    for parts in zip(*bins, strict=True):
+        low, high = parts[0]["from"], parts[0]["to"]
+        name = f"{100 * low:.0f} to below {100 * high:.0f} %" if low < high else "none" if high == 0 else "all"
+        rows.append(["above 0, below 10 %" if (low, high) == (0.0, 0.1) else name, *(str(p["batches"]) for p in parts)])
+    numbers = details("Number of puzzles", table(columns, rows))
+    return figure(distribution_svg(kept), "Cells right in single puzzles", caption, numbers)
+
+
+def _dimension(found: OfStage, dimension: str) -> str:
+    groups = {stage: one[dimension] for stage, one in found.items() if one.get(dimension)}
+    title = f"By {dimension}"
+    if not groups:
+        return missing(f"{title}: the puzzles do not state it.")
+    last = list(groups.values())[-1]
+    if len(last) == 1:
+        return note(f"{title}: all {count(last[0]['n_puzzles'], 'puzzle')} are of one {dimension}, {last[0]['value']}.")
+    shown = [group["value"] for group in last[:GROUPS_SHOWN]]
+    by_value = {stage: {row["value"]: row for row in rows} for stage, rows in groups.items()}
+    dots = []
+    for value in shown:
+        values = {stage: _accuracy(rows[value]) for stage, rows in by_value.items() if value in rows}
+        dots.append(Dots(_label(value, by_value[list(groups)[-1]][value]["n_puzzles"]), values))
+    more = f" The {GROUPS_SHOWN} with most puzzles of {len(last)}." if len(last) > GROUPS_SHOWN else ""
+    caption = (
+        f"Share of cells named right, further right is better; in brackets the number of puzzles. {INTERVAL}: where lines "
+        f"overlap widely the difference may be chance.{more}"
+    )
+    return figure(dots_svg(title, dots), title, caption, _numbers(dimension, groups))
+
+
+def _label(name: object, n: int) -> str:
+    """A name with a number that stays on its line."""
+    return f"{name}\u00a0({n:,})"
+
+
+def _accuracy(row: dict[str, Any]) -> tuple[float, list[float] | None]:
+    """(cell accuracy, its interval, which a single puzzle has not)."""
+    interval = row.get("intervals", {}).get("cell_accuracy")
+    return row["cell_accuracy"], interval if row["n_puzzles"] > 1 else None
+
+
+def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
+    """The numbers behind a figure, as a table to open."""
+    last = list(groups.values())[-1]
+    columns, rows = [head, "puzzles"], []
+    for stage in groups:
+        columns += [f"cells right {STAGE_NAMES[stage]}", f"puzzles right {STAGE_NAMES[stage]}"]
+    for group in last[: 3 * GROUPS_SHOWN]:
+        cells = [escape(str(group["value"])), f"{group['n_puzzles']:,}"]
+        for rows_of in groups.values():
+            row = next((one for one in rows_of if one["value"] == group["value"]), None)
+            for metric in ("cell_accuracy", "batch_accuracy"):
+                several = row is not None and row["n_puzzles"] > 1
+                interval = row.get("intervals", {}).get(metric) if row is not None and several else None
+                cells.append(share(row[metric] if row is not None else None, interval))
+        rows.append(cells)
+    return details("The same in numbers", table(columns, rows))
+
+
+def _types(found: OfStage) -> str:
+    """Accuracy by cell type: drawn for the most frequent, all of them in a table."""
+    types = {
+        stage: {row["cell_type"]: row for row in one["cell_type"]}
+        for stage, one in found.items()
+        if one.get("cell_type")
+    }
+    if not types:
+        return missing("By cell type: no evaluation holds it.")
+    last = list(types)[-1]
+    frequent = list(types[last].values())[:TYPES_SHOWN]
+    ranked = sorted(frequent, key=lambda row: -row["accuracy"])
+    drawn = [stage for stage in types if stage != "base"] or list(types)
+    dots = []
+    for row in ranked:
+        own = {stage: types[stage][row["cell_type"]] for stage in drawn if row["cell_type"] in types[stage]}
+        values = {s: (one["accuracy"], one["interval"] if s == last else None) for s, one in own.items()}
+        dots.append(Dots(_label(row["cell_type"], row["cells"]), values))
+    everything = (
+        f"The {TYPES_SHOWN} most frequent of {len(types[last])} types"
+        if len(types[last]) > TYPES_SHOWN
+        else "All types"
+    )
+    caption = (
+        f"Share of the cells of a type named right; in brackets the number of cells. {everything}, those named best on top. The "
+        f"thin line is the 95 % interval {STAGE_NAMES[last]} (Wilson)."
+    )
+    columns = [
+        "true type",
+        "cells",
+        *(STAGE_NAMES[stage] for stage in types),
+        f"most often taken for {STAGE_NAMES[last]}",
+    ]
+    rows = []
+    for label, row in types[last].items():
+        taken = "; ".join(f"{escape(given)} ({n})" for given, n in row["most_confused"]) or "&ndash;"
+        shares = [share(types[stage].get(label, {}).get("accuracy")) for stage in types]
+        rows.append([escape(label), f"{row['cells']:,}", *shares, taken])
+    numbers = details(f"All {count(len(rows), 'type')} in numbers", table(columns, rows, "words"))
+    return figure(dots_svg("By cell type", dots), "By cell type", caption, numbers)
+
+
+def _confusions(found: OfStage) -> str:
+    """The pairs of types that the last stage mixes up most, and what they were before."""
+    counts = {stage: one["confusion"] for stage, one in found.items() if one.get("confusion")}
+    if not counts:
+        return missing("Confusions: no evaluation has an answer that can be read.")
+    stages, last = list(counts), list(counts)[-1]
+    pairs = [
+        (n, truth, given)
+        for truth, of in counts[last].items()
+        for given, n in of.items()
+        if normalise_label(truth) != normalise_label(given)
+    ]
+    if not pairs:
+        return note(f"Confusions: no cell is named wrong in a readable answer {STAGE_NAMES[last]}.")
+    rows = []
+    for n, truth, given in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))[:CONFUSIONS_SHOWN]:
+        of_type = sum(counts[last][truth].values())
+        before = [f"{counts[stage].get(truth, {}).get(given, 0):,}" for stage in stages if stage not in (last, "base")]
+        rows.append([escape(truth), escape(given), *before, f"{n:,}", share(n / of_type)])
+    columns = ["true type", "taken for", *(STAGE_NAMES[stage] for stage in stages if stage not in (last, "base"))]
+    columns += [STAGE_NAMES[last], "share"]
+    says = (
+        "Each row is one kind of mistake, the most frequent first: the number of cells of the type on the left that were given "
+        f"the label beside it. 'Share' is out of the cells of that type in readable answers {STAGE_NAMES[last]}."
+    )
+    return f'<article class="narrow"><h3>What is mixed up most</h3>{table(columns, rows, "words counts")}{note(says)}</article>'

@@ -1,0 +1,357 @@
+"""The figures of a run, drawn without pyplot: inline SVG for the report page, one PNG for the README.
+
+Every figure that shows a share draws it in percent. Colours are Okabe and Ito's, told apart by colour-blind readers;
+axes and text of the SVG take the colours of the page, so that they stay legible in dark mode.
+"""
+
+import io
+import math
+import os
+import re
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from data.errors import UserError
+from data.files import replacing
+from eval.metrics import SPLITS, STAGES, read_steps, wilson_interval
+from eval.report.run import read_run
+
+STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
+_SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}
+TEST_NAMES = {"donor": "held-out donors", "cell": "held-out cells", "instance": "held-out puzzles"}
+"""By the builder's --split: what the test puzzles do not share with training."""
+
+BLUE, ORANGE, GREEN, GREY = "#1f83c9", "#e08600", "#00936b", "#8a8f98"
+STAGE_COLOURS = {"base": GREY, "sft": ORANGE, "grpo": BLUE}
+# matplotlib cannot write CSS variables: these two colours stand for them and are replaced in the SVG text
+INK, GRID = "#010203", "#040506"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one figure of the report draws from a metrics.jsonl, and how to read it."""
+
+    title: str
+    lines: dict[str, str]
+    """Metric key -> name in the legend."""
+    unit: str
+    """Label of the vertical axis; "percent" for a share in [0, 1]."""
+    caption: str
+    """One or two sentences for a biologist."""
+
+
+GRPO_CURVES = (
+    Curve(
+        "Reward",
+        {"reward": "reward"},
+        "mean reward",
+        "Each dot is the mean reward of all answers sampled in one step; it should rise. With the paper's reward an "
+        "answer earns 1 when every cell is right, 0 when any is wrong and -1 when its format is invalid.",
+    ),
+    Curve(
+        "Accuracy on training puzzles",
+        {"rewards/cell_accuracy": "cells right", "rewards/batch_accuracy": "whole batches right"},
+        "percent",
+        "Share of cells, and of whole batches, named right in the answers sampled for training; both should rise. "
+        "Training answers are sampled with randomness, so they can sit below the held-out results above.",
+    ),
+    Curve(
+        "Format validity",
+        {"rewards/format_validity": "valid answers"},
+        "percent",
+        "Share of sampled answers that keep to the format (reasoning, then one label per cell); it should reach "
+        "100 % and stay there.",
+    ),
+    Curve(
+        "Response length",
+        {"completions/mean_length": "mean length"},
+        "tokens",
+        "Mean length of the sampled answers, reasoning included. A steady climb means longer reasoning; a sudden jump "
+        "or collapse is a warning.",
+    ),
+    Curve(
+        "Distance from the SFT model (KL)",
+        {"kl": "KL"},
+        "nats per token",
+        "How far the annotator has moved from the model GRPO started from; 0 is no change. A slow rise is normal, an "
+        "explosive one means the answers have drifted.",
+    ),
+    Curve(
+        "Loss",
+        {"loss": "loss"},
+        "GRPO loss",
+        "The quantity the optimizer lowers. It hovers near 0 by construction and does not say how good the answers "
+        "are: read the reward instead.",
+    ),
+    Curve(
+        "Puzzles that teach",
+        {"groups/mixed": "mixed answers", "groups/all_right": "all right", "groups/all_wrong": "all wrong"},
+        "percent",
+        "Share of training puzzles by the outcome of their sampled answers. Only puzzles with mixed outcomes teach "
+        "GRPO anything; when 'mixed' nears 0 the puzzles have become too easy or are still too hard.",
+    ),
+    Curve(
+        "Sampler against trainer",
+        {"sampling/logp_difference/mean": "mean", "sampling/logp_difference/max": "maximum"},
+        "|log-prob. difference|",
+        "How much the engine that writes the answers and the trainer disagree on a token's log-probability. It should "
+        "stay small and flat; growth means the two run different weights.",
+    ),
+)
+SFT_CURVES = (
+    Curve(
+        "Supervised fine-tuning (SFT) loss",
+        {"loss": "training", "eval_loss": "validation"},
+        "nats per token",
+        "How surprised the model is by the example answers it learns from; it should fall and flatten. A validation "
+        "loss that turns up while the training loss falls means the model is memorising.",
+    ),
+)
+
+
+def series(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(step [K], value [K]) of the rows that hold a finite number under `key`."""
+    rows = [
+        (row["step"], row[key]) for row in steps if isinstance(row.get(key), int | float) and math.isfinite(row[key])
+    ]
+    points = np.array(rows, dtype=float).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def smoothing_window(n_steps: int) -> int:
+    """Steps the smoothed line averages over: a tenth of the run, odd, 3 to 51; 1 (no smoothing) below 20 steps."""
+    return 1 if n_steps < 20 else min(51, max(3, n_steps // 10 | 1))
+
+
+def dot_spacing(n_steps: int) -> int:
+    """Every how many steps a dot is drawn: at most 400 dots a curve keep the page of a long run small."""
+    return max(1, math.ceil(n_steps / 400))
+
+
+def smooth(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centred running mean of a curve [K], only where the window is full: nothing is guessed at the two ends."""
+    window = smoothing_window(len(value))
+    half = window // 2
+    return step[half : len(step) - half], np.convolve(value, np.full(window, 1 / window), "valid")
+
+
+def curve_svg(curve: Curve, steps: list[dict[str, Any]]) -> str | None:
+    """The figure of one curve: raw dots, smoothed line. None when the rows hold none of its keys."""
+    found = {name: series(steps, key) for key, name in curve.lines.items()}
+    found = {name: points for name, points in found.items() if len(points[0])}
+    if not found:
+        return None
+    with page_style():
+        figure = Figure(figsize=(5.4, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for (name, (step, value)), colour in zip(found.items(), (BLUE, ORANGE, GREEN), strict=False):
+            draw_curve(axes, step, value, colour, name)
+        axes.set(xlabel="step", ylabel="" if curve.unit == "percent" else curve.unit)
+        if curve.unit == "percent":
+            percent_axis(axes)
+        if len(found) > 1:
+            figure.legend(
+                loc="outside upper left", ncols=len(found), frameon=False, handlelength=1.2, columnspacing=1.2
+            )
+        return svg_element(figure, curve.title)
+
+
+def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, name: str) -> None:
+    """Raw dots under their smoothed line."""
+    every = dot_spacing(len(step))
+    axes.plot(step[::every], value[::every], "o", color=colour, alpha=0.35, markersize=3, markeredgewidth=0)
+    axes.plot(*smooth(step, value), color=colour, linewidth=2, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def split_name(summary: dict[str, Any], split: str) -> str:
+    """What a split is called; summary["run"]["split"] is the builder's, donors where nothing is said."""
+    return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
+
+
+def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
+    """Bars of batch accuracy, one per stage and split, with 95 % intervals. None when no stage was evaluated."""
+    bars = [
+        (split, stage, summary[stage][split])
+        for split in SPLITS
+        for stage in STAGES
+        if summary.get(stage, {}).get(split)
+    ]
+    bars = [(split, stage, scores) for split, stage, scores in bars if scores.get("batch_accuracy") is not None]
+    if not bars:
+        return None
+    splits = list(dict.fromkeys(split for split, _, _ in bars))
+    x = [i + 0.8 * splits.index(split) for i, (split, _, _) in enumerate(bars)]
+    with page_style():
+        figure = Figure(figsize=(5.4, 3.1), layout="constrained")
+        axes = figure.add_subplot()
+        for position, (_, stage, scores) in zip(x, bars, strict=True):
+            share, top = scores["batch_accuracy"], scores["batch_accuracy"]
+            axes.bar(position, share, width=0.8, color=STAGE_COLOURS[stage])
+            limits = batch_interval(scores)
+            if limits:
+                low, top = limits
+                axes.plot([position, position], [low, top], color=INK, linewidth=1.2)
+            axes.annotate(
+                percent(share), (position, top), (0, 3), textcoords="offset points", ha="center", weight="bold"
+            )
+        axes.set_xticks(x, [_SHORT_NAMES[stage] for _, stage, _ in bars])
+        for split in splits:
+            middle = np.mean([position for position, bar in zip(x, bars, strict=True) if bar[0] == split])
+            axes.text(
+                middle,
+                -0.22,
+                split_name(summary, split),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                weight="bold",
+            )
+        axes.tick_params(axis="x", length=0)
+        axes.set_xlim(x[0] - 0.7, x[-1] + 0.7)
+        percent_axis(axes, top=1.12)
+        return svg_element(figure, "Batch accuracy per stage")
+
+
+def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
+    """95 % interval of batch accuracy: the one of the metrics, else Wilson's; None where the number of puzzles is not known."""
+    known = (scores.get("intervals") or {}).get("batch_accuracy")
+    if known:
+        return tuple(known)
+    return wilson_interval(scores["batch_accuracy"], scores["n_puzzles"]) if scores.get("n_puzzles") else None
+
+
+def percent(share: float) -> str:
+    """0.618 -> "62 %"; the ends are kept for exact 0 and 1."""
+    if 0 < share < 0.005:
+        return "<1 %"
+    return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
+
+
+def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
+    """The picture of a run for a README, 1200 pixels wide: what GRPO learns, and what it costs.
+
+    Raises UserError when the run folder has no GRPO step.
+    """
+    steps_file = Path(run_dir) / "grpo" / "metrics.jsonl"
+    steps, path = read_steps(steps_file), Path(path)
+    if not steps:
+        raise UserError(f"{steps_file}: holds no GRPO step to draw; run launch/grpo.py (or `make demo`) first")
+    if path.suffix != ".png":
+        raise UserError(f"{path}: the picture is a PNG; give a name that ends in .png")
+    summary, _ = read_run(Path(run_dir))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 3.7), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1), hspace=0.08, wspace=0.04)
+        _draw_learning(figure.add_subplot(grid[:, 0]), steps, summary)
+        _draw_strip(
+            figure.add_subplot(grid[0, 1]), steps, "rewards/format_validity", "Answers with a valid format", GREEN
+        )
+        _draw_strip(figure.add_subplot(grid[1, 1]), steps, "kl", "Drift from the SFT model (KL)", GREY)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", metadata={"Software": None})
+    return path
+
+
+def _draw_learning(axes: Axes, steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Training reward and batch accuracy, with the held-out results before and after as horizontal marks."""
+    lines = (
+        ("reward", "mean reward of sampled answers (-1 to 1)", GREY),
+        ("rewards/batch_accuracy", "share of sampled answers with every cell right (0 to 1)", BLUE),
+    )
+    for key, name, colour in lines:
+        step, value = series(steps, key)
+        if len(step):
+            draw_curve(axes, step, value, colour, name)
+    marks = [(stage, summary.get(stage, {}).get("test", {}).get("batch_accuracy")) for stage in ("sft", "grpo")]
+    marks = sorted([mark for mark in marks if mark[1] is not None], key=lambda mark: mark[1])
+    for stage, share in marks:
+        above = stage == marks[-1][0]  # the lower mark's text hangs below its line, so that close marks stay readable
+        axes.axhline(share, color=ORANGE if stage == "sft" else GREEN, linestyle=(0, (5, 3)), linewidth=1.4)
+        axes.annotate(
+            f"{split_name(summary, 'test')}, {STAGE_NAMES[stage]}: {percent(share)}",
+            (1, share),
+            (-2, 4 if above else -4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            weight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+        )
+    axes.set_title("Naming every cell of a batch: GRPO training", loc="left", weight="bold")
+    axes.set(xlabel="GRPO step")
+    axes.grid(axis="y", color="#e3e5e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.margins(y=0.12)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1, frameon=False)
+
+
+def _draw_strip(axes: Axes, steps: list[dict[str, Any]], key: str, title: str, colour: str) -> None:
+    step, value = series(steps, key)
+    axes.set_title(title if len(step) else f"{title}: not recorded", loc="left", fontsize=9, weight="bold")
+    if len(step):
+        draw_curve(axes, step, value, colour, key)
+    axes.grid(axis="y", color="#e3e5e8", linewidth=0.6)
+    if key == "rewards/format_validity":
+        axes.tick_params(labelbottom=False)
+        percent_axis(axes)
+    else:
+        axes.set_ylim(bottom=min(0.0, value.min(initial=0.0)))
+        axes.set_xlabel("GRPO step")
+
+
+def percent_axis(axes: Axes, top: float = 1.03) -> None:
+    axes.set_ylim(-0.03 if top < 1.1 else 0, top)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def page_style() -> matplotlib.rc_context:
+    """Text as text, colours of the page, and identifiers that do not change from one drawing to the next."""
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "cellpuzzles",
+            "font.size": 10,
+            "text.parse_math": False,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "axes.edgecolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": GRID,
+            "grid.linewidth": 0.7,
+        }
+    )
+
+
+def svg_element(figure: Figure, label: str) -> str:
+    """The figure as an <svg> element to put inside an HTML page: no prologue, no fixed size, no address."""
+    buffer = io.StringIO()
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    svg = re.sub(
+        r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
+    )  # would style the whole page
+    svg = re.sub(r"font-family: [^;]*sans-serif; ", "", svg)  # the page's font, narrower than the one measured with
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1 ...: one page holds many figures
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -1,0 +1,303 @@
+"""The report page of a run: one HTML file that opens without a network, for a biologist to read.
+
+Run folder (what is missing is said on the page):
+    summary.json                          summary[stage][split] = metrics; summary["run"] = config, seconds, versions
+    sft/metrics.jsonl, grpo/metrics.jsonl one row per optimizer step
+    puzzles/{test,unseen}.parquet         the puzzles evaluated
+    eval/{stage}/{split}/predictions.jsonl  id, prediction, response_tokens, finish_reason
+    eval/{stage}/{split}/metrics.json     the metrics with their intervals and breakdowns, which win over the summary's
+                                          (also eval/{stage}/metrics.json, of one split alone)
+
+Sections: here the results, curves and settings; eval/report/breakdowns.py, report_traces.py, report_puzzles.py the others.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import write_whole
+from eval.metrics import SPLITS, STAGES, read_steps
+from eval.published import KEY_MODELS, NOTE, SOURCE
+from eval.report.breakdowns import where_sections
+from eval.report.figures import (
+    GRPO_CURVES,
+    SFT_CURVES,
+    STAGE_NAMES,
+    Curve,
+    batch_accuracy_svg,
+    curve_svg,
+    dot_spacing,
+    percent,
+    smoothing_window,
+    split_name,
+)
+from eval.report.html import (
+    EMPTY,
+    contents,
+    count,
+    details,
+    escape,
+    figure,
+    missing,
+    note,
+    number,
+    page,
+    section,
+    share,
+    table,
+)
+from eval.report.puzzles import puzzles_section
+from eval.report.run import Evaluations, published_beside, read_run, variant_of_split
+from eval.report.traces import traces_section
+from eval.report.variants import variant_table
+
+PAPER_SIZES = (8, 15)
+"""Fewest and most cells of a published puzzle."""
+COLUMNS = {
+    "batch_accuracy": "whole puzzles right",
+    "cell_accuracy": "cells right, mean over puzzles",
+    "cell_accuracy_micro": "cells right, pooled",
+    "format_validity": "valid format",
+    "uniqueness": "uniqueness",
+    "response_length": "response length",
+    "n_puzzles": "puzzles",
+}
+GLOSSARY = {
+    "Puzzle, batch": "N cells of one donor, each of a different type, and the list of those N types. The annotator "
+    "sees the most expressed genes of every cell and has to match cells and types.",
+    "Whole puzzles right (batch accuracy)": "Share of puzzles in which every cell is named right. One swapped pair makes the "
+    "puzzle wrong.",
+    "Cells right (cell accuracy)": "Share of cells named right: the mean over puzzles of the share within each puzzle. 'Pooled' "
+    "counts all cells of all puzzles together, so large puzzles weigh more.",
+    "Valid format": "Share of answers that can be read: reasoning, then exactly one label per cell. An answer that "
+    "cannot be read counts as 0 cells right.",
+    "Uniqueness": "Number of different labels given / number of cells, averaged over puzzles. Every cell has a type of "
+    "its own, so a careful annotator reaches 100 %.",
+    "Response length": "Mean length of the answers, reasoning included, in tokens (a token is about three quarters of "
+    "an English word), or in words where no token counts were recorded.",
+    "95 % interval": "The range in which the true value may well lie, given that only so many puzzles were drawn. Where the "
+    "ranges of two numbers overlap widely, their difference may be chance.",
+    "Held-out donors, held-out cells": "Puzzles set aside for testing. Held-out donors share no donor with training; held-out "
+    "cells share no cell with it, but their donors do.",
+    "Unseen diseases": "Puzzles of donors whose disease does not occur in training at all.",
+    "Published": "Copied from the tables of the Cell-o1 paper, not measured here.",
+    "SFT": "Supervised fine-tuning: the model imitates worked examples.",
+    "GRPO": "Group relative policy optimisation: the model answers each puzzle several times and is moved towards "
+    "those of its own answers that scored above their mean.",
+    "KL": "Kullback-Leibler divergence: how far the model has moved from the one GRPO started from.",
+}
+LINKS = {
+    "results": "Results",
+    "where": "Where it is right",
+    "where-unseen": "Unseen diseases",
+    "reasoning": "The reasoning",
+    "puzzles": "Puzzles to read",
+    "grpo": "GRPO training",
+    "sft": "SFT training",
+    "words": "Words",
+    "made": "Settings",
+}
+
+
+def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
+    """Write report.html into a run folder and return its path; the same folder gives the same bytes.
+
+    show: how many of the best and of the worst puzzles. Raises UserError when the folder holds nothing to show, or when
+    predictions and puzzles of it do not match.
+    """
+    run_dir = Path(run_dir)
+    summary, evaluations = read_run(run_dir)
+    shown = (run_dir / "summary.json", run_dir / "sft/metrics.jsonl", run_dir / "grpo/metrics.jsonl")
+    if not evaluations and not any(path.is_file() for path in shown):
+        raise UserError(
+            f"{run_dir}: nothing to show, neither eval/STAGE/SPLIT/metrics.json (stages {', '.join(STAGES)}, splits "
+            f"{', '.join(SPLITS)}) nor sft/metrics.jsonl, grpo/metrics.jsonl or summary.json: name a run folder"
+        )
+    sections = [
+        _results_section(summary, evaluations),
+        *where_sections(evaluations, summary),
+        traces_section(evaluations, summary),
+        puzzles_section(evaluations, summary, show),
+        _curves_section(run_dir, "grpo", GRPO_CURVES, "What GRPO training looked like"),
+        _curves_section(run_dir, "sft", SFT_CURVES, "What supervised fine-tuning looked like"),
+        _glossary_section(),
+        _settings_section(summary.get("run") or {}),
+    ]
+    links = {name: text for name, text in LINKS.items() if any(f'<section id="{name}"' in part for part in sections)}
+    path = run_dir / "report.html"
+    whole = page(headline(summary, evaluations), [_head(summary, evaluations), contents(links), *sections])
+    write_whole(path, whole)
+    return path
+
+
+def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) -> str:
+    """The result in one sentence: batch accuracy of the last stage evaluated, against the stages before it."""
+    for split in SPLITS:
+        found = [(stage, summary.get(stage, {}).get(split, {}).get("batch_accuracy")) for stage in STAGES]
+        found = [(stage, value) for stage, value in found if value is not None]
+        if not found:
+            continue
+        (last, value), earlier = found[-1], found[-2::-1]
+        words = f"the puzzles of {split_name(summary, split)}"
+        opening = STAGE_NAMES[last][0].upper() + STAGE_NAMES[last][1:]
+        alone = variant_of_split((evaluations or {}).get(split, {})) == "cell"
+        what = "the single cell right" if alone else "every cell of a batch right"
+        sentence = f"{opening} the annotator names {what} in {percent(value)} of {words}"
+        against = " and ".join(f"{percent(other)} {STAGE_NAMES[stage]}" for stage, other in earlier)
+        return sentence + (f", against {against}." if against else ".")
+    return "This run has not been evaluated yet."
+
+
+def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
+    title = f"<h1>{escape(headline(summary, evaluations)).replace(' %', '&nbsp;%')}</h1>"
+    of_stage = evaluations.get("test", {})
+    if not {"sft", "grpo"} <= of_stage.keys():
+        return title
+    sft = {a.puzzle.id: a.score.batch_right for a in of_stage["sft"].answers}
+    pairs = [(sft[a.puzzle.id], a.score.batch_right) for a in of_stage["grpo"].answers if a.puzzle.id in sft]
+    if not pairs:
+        return title
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    return (
+        f'{title}<p class="lead">On the same {count(len(pairs), "held-out puzzle")}, GRPO got {gained} right that SFT '
+        f"had wrong, and {lost} wrong that SFT had right.</p>"
+    )
+
+
+def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
+    rows: list[list[str] | str] = []
+    lacking, more = "", ""
+    compared: list[str] = []
+    for split in SPLITS:
+        name = split_name(summary, split)
+        if not any(summary[stage].get(split) for stage in STAGES):
+            lacking += missing(f"This run was not evaluated on {name}.")
+            continue
+        rows.append(f"This run: {name}")
+        rows += [_result_row(stage, summary[stage].get(split)) for stage in STAGES]
+        of_stage = evaluations.get(split, {})
+        lacking += "".join(
+            missing(f"{name}, {STAGE_NAMES[s]}: {said}.") for s, one in of_stage.items() for said in one.notes
+        )
+        variant = variant_of_split(of_stage)
+        if variant in ("cell", "open"):
+            compared.append(split)
+            more += variant_table(variant, name, of_stage)
+            continue
+        of_paper, published = published_beside(split, of_stage)
+        if not published:
+            lacking += missing(
+                f"No published numbers stand beside {name}: this folder has neither their puzzles nor a metrics.json "
+                "to say which of the paper's tables goes with them."
+            )
+            continue
+        compared.append(split)
+        rows.append(f"Published, on other puzzles: {of_paper}")
+        rows += [_published_row(row, published) for row in published if row["model"] in KEY_MODELS]
+        everything = table(["published", *COLUMNS.values()], [_published_row(row, published) for row in published])
+        more += details(f"All {len(published)} published rows: {of_paper}", everything)
+    shown = table(["", *COLUMNS.values()], rows, "results") if rows else ""
+    notes = _sizes(summary, {split: evaluations[split] for split in compared})
+    notes += note(_how_to_read(summary, published='class="published"' in "".join(map(str, rows)))) if rows else ""
+    with_intervals = all("intervals" in summary[stage][split] for stage in STAGES for split in summary[stage])
+    bars = figure(
+        batch_accuracy_svg(summary),
+        "Whole puzzles right, by stage",
+        "Height is the share of puzzles with every cell right: higher is better. The thin line is the 95 % interval "
+        f"that this number of puzzles allows ({'as in the table' if with_intervals else 'Wilson, where the table has none'}); "
+        "where intervals overlap widely the difference may be chance.",
+    )
+    return section("results", "Results", f'{shown}{lacking}<div class="grid">{bars}<div>{notes}</div></div>{more}')
+
+
+def _how_to_read(summary: dict[str, Any], published: bool) -> str:
+    intervals = any("intervals" in scores for stage in STAGES for scores in summary[stage].values())
+    return (
+        (
+            "Small print beside a number is its 95 % interval (bootstrap over puzzles; an interval of one point says that all "
+            "puzzles came out alike). "
+            if intervals
+            else ""
+        )
+        + (f"Published rows: {SOURCE}. {NOTE} Their response lengths are in tokens of Qwen2.5." if published else "")
+    ).strip()
+
+
+def _result_row(stage: str, scores: dict[str, Any] | None) -> list[str]:
+    if not scores:
+        return [STAGE_NAMES[stage], '<span class="missing">not evaluated in this run</span>', *[EMPTY] * 6]
+    limits = scores.get("intervals") or {}
+    cells = [share(scores.get(key), limits.get(key)) for key in list(COLUMNS)[:5]]
+    length = number(scores.get("response_length"), limits.get("response_length"))
+    return [STAGE_NAMES[stage], *cells, length, number(scores.get("n_puzzles"))]
+
+
+def _published_row(row: dict[str, Any], among: list[dict[str, Any]]) -> list[str]:
+    """Published cell accuracy stands as pooled, see eval/published.py. among: rows whose settings are to be told apart."""
+    setting = f", {row['setting']}" if len({one["setting"] for one in among}) > 1 else ""
+    name = f'<span class="published">{escape(row["model"] + setting)} <small>published</small></span>'
+    shares = [
+        share(row.get("batch_accuracy")),
+        EMPTY,
+        share(row.get("cell_accuracy")),
+        share(row.get("format_validity")),
+    ]
+    return [name, *shares, share(row.get("uniqueness")), number(row.get("response_length")), EMPTY]
+
+
+def _sizes(summary: dict[str, Any], evaluations: Evaluations) -> str:
+    """How far the sizes of our puzzles and the paper's agree, and what guessing would reach."""
+    said: dict[str, list[str]] = {}
+    low, high = PAPER_SIZES
+    for split, of_stage in evaluations.items():
+        sizes = next((one.sizes for one in reversed(of_stage.values()) if one.sizes), [])
+        told = "are others than the paper's: a difference to its numbers does not tell which model is better."
+        if sizes and all(one.variant == "batch" for one in of_stage.values()):
+            guess = percent(sum(1 / n for n in sizes) / len(sizes))
+            ours = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
+            same = low <= min(sizes) and max(sizes) <= high
+            told = (
+                f"have {ours} cells each, where guessing names {guess} of the cells right; the paper's have {low} to {high} "
+                f"(guessing: {percent(1 / high)} to {percent(1 / low)}). "
+                + ("The task has the same size, but " if same else "That is another task size, and ")
+                + "the puzzles are others: a difference to the published numbers does not tell which model is better."
+            )
+        said.setdefault(told, []).append(split_name(summary, split))
+    return "".join(note(f"The puzzles of {' and of '.join(names)} {told}") for told, names in said.items())
+
+
+def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: str) -> str:
+    file_name = f"{stage}/metrics.jsonl"
+    steps = read_steps(run_dir / file_name)
+    if not steps:
+        return section(stage, title, missing(f"This run folder has no {file_name}, so there is no curve to show."))
+    every, window = dot_spacing(len(steps)), smoothing_window(len(steps))
+    dots = "Dots are single steps" if every == 1 else f"Dots are single steps (one in {every} is drawn)"
+    line = f"the line is the running mean over {window} steps" if window > 1 else "the line joins them"
+    intro = note(f"{count(len(steps), 'optimizer step')}. {dots}, {line}.")
+    drawn = [(curve, curve_svg(curve, steps)) for curve in curves]
+    absent = [curve.title for curve, svg in drawn if svg is None]
+    lacking = missing(f"Not recorded in {file_name}: {', '.join(absent)}.") if absent else ""
+    figures = "".join(figure(svg, curve.title, curve.caption) for curve, svg in drawn if svg)
+    return section(stage, title, f'{intro}{lacking}<div class="grid">{figures}</div>')
+
+
+def _glossary_section() -> str:
+    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in GLOSSARY.items())
+    return section("words", "Words used here", f"<dl>{items}</dl>")
+
+
+def _settings_section(run: dict[str, Any]) -> str:
+    seconds = {stage: f"{value:,.0f} s" for stage, value in (run.get("seconds") or {}).items()}
+    versions = (run.get("versions") or {}) | ({"git commit": run["git_commit"]} if run.get("git_commit") else {})
+    tables = {"Time taken": seconds, "Settings": run.get("config"), "Versions": versions}
+    blocks = [details(title, _settings_table(values)) for title, values in tables.items() if values]
+    return section("made", "How this run was made", "".join(blocks) or missing("Not recorded in summary.json."))
+
+
+def _settings_table(values: dict[str, Any]) -> str:
+    texts = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return table(("setting", "value"), [[escape(key), escape(text)] for key, text in texts.items()], "words settings")

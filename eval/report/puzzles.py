@@ -1,0 +1,163 @@
+"""Puzzles of a run to read, for the report page: the best, the worst and an unchosen one, truth and answers cell by cell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.atlas.markers import read_markers
+from data.puzzles import Puzzle
+from eval.report.figures import STAGE_NAMES, split_name
+from eval.report.html import count, details, escape, mark, missing, note, section, table
+from eval.report.run import Answered, Evaluations
+from reward.cellpuzzles import normalise_label
+
+GENES_SHOWN = 8
+TITLES = {"best": "The best", "worst": "The worst", "first": "An unchosen one"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A puzzle with the answers of the stages to it."""
+
+    puzzle: Puzzle
+    answers: dict[str, Answered]
+    """{stage: its answer}, stages in order."""
+
+    @property
+    def last(self) -> Answered:
+        """The answer of the last stage."""
+        return list(self.answers.values())[-1]
+
+    @property
+    def change(self) -> float:
+        """How much larger the share of right cells is after the last stage than after SFT; 0 where either cannot be read."""
+        before, after = self.answers.get("sft", self.last).score, self.last.score
+        return after.cell_accuracy - before.cell_accuracy if before.valid and after.valid else 0.0
+
+
+def examples_of(answers: dict[str, list[Answered]]) -> list[Example]:
+    """The puzzles that the last stage answered, in its order, with what SFT and GRPO said; without both, the base model."""
+    stages = [stage for stage in ("sft", "grpo") if answers.get(stage)] or [s for s in ("base",) if answers.get(s)]
+    if not stages:
+        return []
+    by_id = {stage: {one.puzzle.id: one for one in answers[stage]} for stage in stages}
+    return [
+        Example(one.puzzle, {s: by_id[s][one.puzzle.id] for s in stages if one.puzzle.id in by_id[s]})
+        for one in answers[stages[-1]]
+    ]
+
+
+def choose_examples(examples: list[Example], show: int) -> dict[str, list[Example]]:
+    """At most `show` best and `show` worst, and the first of the file that is neither; no puzzle twice.
+
+    Best: most cells right after the last stage, then the largest gain over SFT, then most cells. Worst: fewest right of the
+    answers that can be read (the others come last), then the largest loss. Equal ones in file order.
+    """
+
+    def right(one: Example) -> float:
+        return one.last.score.cell_accuracy
+
+    ranked = sorted(
+        (one for one in examples if right(one) > 0), key=lambda one: (-right(one), -one.change, -len(one.puzzle.cells))
+    )
+    best = ranked[: min(show, (len(examples) + 1) // 2)]
+    taken = {one.puzzle.id for one in best}
+    wrong = [one for one in examples if right(one) < 1 and one.puzzle.id not in taken]
+    worst = sorted(wrong, key=lambda one: (not one.last.score.valid, right(one), one.change, -len(one.puzzle.cells)))[
+        :show
+    ]
+    taken |= {one.puzzle.id for one in worst}
+    first = [one for one in examples if one.puzzle.id not in taken][:1]
+    return {"best": best, "worst": worst, "first": first}
+
+
+def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int) -> str:
+    """Puzzles of the first split that has answers."""
+    title = "Puzzles to read"
+    of_split = {
+        split: examples_of({stage: one.answers for stage, one in of_stage.items()})
+        for split, of_stage in evaluations.items()
+    }
+    split, examples = next(((split, some) for split, some in of_split.items() if some), ("", []))
+    if not examples:
+        files = "predictions (eval/*/test/predictions.jsonl) with their puzzles (puzzles/test.parquet)"
+        return section("puzzles", title, missing(f"This run folder has no {files}, so there is no puzzle to show."))
+    chosen = choose_examples(examples, show)
+    unreadable = sum(not one.last.score.valid for one in examples)
+    last = STAGE_NAMES[list(examples[0].answers)[-1]]
+    says = (
+        f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with most and with fewest cells right "
+        f"{last}, where equal those that changed most since SFT, and the first in the file that is neither. "
+        + (
+            f"{count(unreadable, 'answer')} {last} cannot be read; such a puzzle is shown only where others are lacking. "
+            if unreadable
+            else ""
+        )
+        + "Genes are in the order of the prompt, most expressed first; those in bold are known markers of the cell's true type "
+        "(data/atlas/markers.tsv). A tick says right, a cross wrong."
+    )
+    markers = {normalise_label(label): set(entry.markers) for label, entry in read_markers().items()}
+    parts = []
+    for kind, some in chosen.items():
+        shown = "".join(_article(one, markers, opened=place == 0 and kind != "first") for place, one in enumerate(some))
+        parts.append(
+            f"<h3>{TITLES[kind]}</h3>{shown}" if some else missing(f"{TITLES[kind]}: there is no such puzzle.")
+        )
+    return section("puzzles", title, note(says) + "".join(parts))
+
+
+def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
+    """opened: show what the last stage wrote without a click."""
+    puzzle = one.puzzle
+    scores = {stage: answered.score for stage, answered in one.answers.items()}
+    tally = ", ".join(f"{sum(s.right)} of {s.n_cells} {STAGE_NAMES[stage]}" for stage, s in scores.items())
+    head = f"<h4>Puzzle {escape(puzzle.id)}: cells right {escape(tally)}</h4>"
+    candidates = "; ".join(escape(label) for label in puzzle.candidates) or "none were given"
+    prompt = f"<p>{escape(puzzle.context)}</p><p><b>Candidates:</b> {candidates}</p>"
+    notes = [
+        f"The answer {STAGE_NAMES[stage]} cannot be read ({score.problem}), so all its cells count as wrong."
+        for stage, score in scores.items()
+        if not score.valid
+    ]
+    notes += [
+        f"The answer {STAGE_NAMES[stage]} hit the length limit."
+        for stage, answered in one.answers.items()
+        if answered.finish_reason == "length"
+    ]
+    columns = ["cell", "genes", "true type", *(STAGE_NAMES[stage] for stage in one.answers)]
+    rows = []
+    for i, (genes, truth) in enumerate(zip(puzzle.cells, puzzle.answer, strict=True)):
+        given = [_given(answered, i) for answered in one.answers.values()]
+        own = markers.get(normalise_label(truth), set())
+        rows.append([str(i + 1), _genes(genes, own, i + 1), escape(truth), *given])
+    texts = [
+        details(
+            f"What the model wrote {STAGE_NAMES[stage]}: its reasoning and answer",
+            _pre(answered.prediction),
+            opened and answered is one.last,
+        )
+        for stage, answered in one.answers.items()
+    ]
+    texts.append(details("The prompt, word for word", _pre(f"{puzzle.system_message}\n\n{puzzle.user_message}")))
+    return f"<article>{head}{prompt}{''.join(map(missing, notes))}{table(columns, rows, 'cells')}{''.join(texts)}</article>"
+
+
+def _given(answered: Answered, cell: int) -> str:
+    """Mark and label of a cell; a dash where the answer cannot be read."""
+    score = answered.score
+    label = escape(score.labels[cell]) if score.valid else '<span class="missing">no readable answer</span>'
+    wrong = "" if score.right[cell] else ' class="wrong"'
+    return f"<span{wrong}>{mark(score.right[cell])} {label}</span>"
+
+
+def _genes(genes: Sequence[str], markers: set[str], cell: int) -> str:
+    """The first genes, and the others to open."""
+    shown = [f"<b>{escape(gene)}</b>" if gene in markers else escape(gene) for gene in genes]
+    rest = shown[GENES_SHOWN:]
+    more = f"{len(rest)} more {'gene' if len(rest) == 1 else 'genes'} of cell {cell}"
+    hidden = details(more, f"<i>{', '.join(rest)}</i>") if rest else ""
+    return f'<div class="genes"><i>{", ".join(shown[:GENES_SHOWN])}</i>{hidden}</div>'
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{escape(text)}</pre>"

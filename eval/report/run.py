@@ -1,0 +1,218 @@
+"""What a run folder holds for the report page: the answers of every stage, scored, and what was said about them."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.puzzles import Puzzle, read_puzzles, read_rows
+from eval.breakdowns import breakdowns, size_of
+from eval.metrics import (
+    METRICS,
+    SPLITS,
+    STAGES,
+    PuzzleScore,
+    read_result,
+    read_summary,
+    score_one,
+    summarise,
+    token_counts,
+)
+from eval.published import comparable, published_rows
+from eval.report.html import count
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One puzzle with a stage's answer to it."""
+
+    puzzle: Puzzle
+    prediction: str
+    finish_reason: str
+    score: PuzzleScore
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a stage did on a split; each part may be missing from the folder."""
+
+    answers: list[Answered]
+    """In the order of predictions.jsonl; empty without predictions or puzzles."""
+    result: dict[str, Any]
+    """The content of metrics.json; empty without it."""
+    found: dict[str, Any]
+    """The breakdowns of metrics.json, or what the answers say where it has none; empty without either."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader must know of the numbers, one sentence each."""
+
+    @property
+    def variant(self) -> str | None:
+        """Of the puzzles, "batch", "cell" or "open"; None where nothing says so."""
+        if self.answers:
+            return self.answers[0].puzzle.variant
+        return self.result.get("puzzles", {}).get("variant")
+
+    @property
+    def sizes(self) -> list[int]:
+        """[P] the number of cells of each puzzle, as far as known."""
+        if self.answers:
+            return [size_of(answered.puzzle) for answered in self.answers]
+        return [group["value"] for group in self.found.get("n_cells", []) for _ in range(group["n_puzzles"])]
+
+
+Evaluations = dict[str, dict[str, Evaluation]]
+"""{split: {stage: what it did}}, only of what is there."""
+
+
+def read_evaluations(run_dir: Path, summary: dict[str, Any] | None = None) -> Evaluations:
+    """Everything under eval/. summary: of summary.json. Raises UserError when a file cannot be read or answers other puzzles."""
+    found: Evaluations = {}
+    for split in SPLITS:
+        puzzles_file = run_dir / "puzzles" / f"{split}.parquet"
+        puzzles = read_puzzles(puzzles_file) if puzzles_file.is_file() else []
+        for stage in STAGES:
+            folder, stated = (
+                evaluation_folder(run_dir, stage, split),
+                ((summary or {}).get(stage) or {}).get(split) or {},
+            )
+            one = read_evaluation(folder, puzzles, puzzles_file, stated)
+            if one.answers or one.result:
+                found.setdefault(split, {})[stage] = one
+    return found
+
+
+def evaluation_folder(run_dir: Path, stage: str, split: str) -> Path:
+    """eval/STAGE/SPLIT; or eval/STAGE, where an evaluation of one file was written to it ("test", unless its name says so)."""
+    folder = run_dir / "eval" / stage / split
+    alone = read_result(folder.parent / "metrics.json")
+    if not alone or folder.is_dir():
+        return folder
+    stem = Path((alone.get("puzzles") or {}).get("file", "")).stem
+    return folder.parent if split == (stem if stem in SPLITS else "test") else folder
+
+
+def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, summary: dict[str, Any]) -> Evaluation:
+    """What an evaluation left in its folder, matched with the puzzles. summary: the numbers of summary.json."""
+    every = read_answers(folder / "predictions.jsonl", puzzles, puzzles_file) if puzzles else []
+    answers, result = _once(every, puzzles), read_result(folder / "metrics.json")
+    found, notes = result.get("breakdowns") or {}, list(result.get("notes") or [])
+    if not found and answers:
+        found = breakdowns([one.score for one in answers], [one.puzzle for one in answers], 0)
+    if answers:
+        file = f"{folder.parent.name}/{folder.name}/predictions.jsonl"
+        if len(every) > len(answers):
+            notes.append(
+                f"{file} answers {count(len(every) - len(answers), 'puzzle')} again: the first answer to each is shown"
+            )
+        notes += mismatches(file, answers, result, summary, len(puzzles))
+    return Evaluation(answers, result, found, notes)
+
+
+def mismatches(
+    file: str, answers: list[Answered], result: dict[str, Any], summary: dict[str, Any], n_puzzles: int
+) -> list[str]:
+    """Where a file of predictions does not fit the metrics.json beside it (without that, summary.json), or lacks puzzles."""
+    source, stated = ("the metrics.json beside it", result) if result else ("summary.json", summary)
+    numbers = summarise([one.score for one in answers]).to_dict()
+    compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
+    if any(abs(numbers[name] - stated[name]) > 1e-9 for name in compared):
+        return [
+            f"{file} is not what {source} was made from, whose numbers stand in the table: run launch/evaluate.py again"
+        ]
+    if not compared and len(answers) < n_puzzles:
+        return [f"{file} answers {len(answers):,} of {count(n_puzzles, 'puzzle')}: the others are left out"]
+    return []
+
+
+def _once(answers: list[Answered], puzzles: list[Puzzle]) -> list[Answered]:
+    """The answers without those beyond the times that a puzzle occurs."""
+    left = Counter(puzzle.id for puzzle in puzzles)
+    kept = []
+    for one in answers:
+        left[one.puzzle.id] -= 1
+        kept += [one] if left[one.puzzle.id] >= 0 else []
+    return kept
+
+
+def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[Answered]:
+    """Scored answers in the order of the file, by id or, where no row has one, by place; none when there is no file."""
+    rows = read_rows(path) if path.is_file() else []
+    if not any("id" in row for row in rows):
+        if len(rows) > len(puzzles):
+            raise UserError(
+                f"{path}: {len(rows)} predictions without an id for the {len(puzzles)} puzzles of {puzzles_file}; "
+                "run launch/evaluate.py again"
+            )
+        rows = [row | {"id": puzzle.id} for row, puzzle in zip(rows, puzzles, strict=False)]
+    by_id, in_tokens = {puzzle.id: puzzle for puzzle in puzzles}, all(token_counts(row) is not None for row in rows)
+    answers = []
+    for number, row in enumerate(rows, start=1):
+        puzzle, text = by_id.get(row.get("id")), _text(row)
+        if puzzle is None:
+            raise UserError(f"{path}: puzzle {row.get('id')} is not in {puzzles_file}; run launch/evaluate.py again")
+        if text is None:
+            raise UserError(f"{path}, line {number}: has no text 'prediction'; run launch/evaluate.py again")
+        score = score_one(text, puzzle, token_counts(row)[0] if in_tokens else None)
+        answers.append(Answered(puzzle, text, row.get("finish_reason") or "", score))
+    return answers
+
+
+def _text(row: dict[str, Any]) -> str | None:
+    """The response of a row, the first of several."""
+    samples = row.get("samples")
+    text = row.get("prediction", samples[0] if isinstance(samples, list) and samples else None)
+    return text if isinstance(text, str) else None
+
+
+def read_run(run_dir: Path) -> tuple[dict[str, Any], Evaluations]:
+    """(summary, evaluations) of a run folder. The summary is that of summary.json, where there is one, completed.
+
+    Raises UserError when a file cannot be read.
+    """
+    summary: dict[str, Any] = {}
+    if (run_dir / "summary.json").is_file():
+        summary = read_summary(run_dir)
+    else:
+        options = read_result(run_dir / "puzzles/report.json").get("options") or {}
+        summary["run"] = {"split": options["split"]} if "split" in options else {}
+    evaluations = read_evaluations(run_dir, summary)
+    return completed(summary, evaluations), evaluations
+
+
+def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
+    """The summary with the numbers of the metrics.json files in place of its own, and of answers of which nothing else says any.
+
+    A split's numbers are of one evaluation: an interval that metrics.json lacks is not taken from the summary.
+    """
+    whole = {**summary, **{stage: dict(summary.get(stage) or {}) for stage in STAGES}}
+    for split, of_stage in evaluations.items():
+        for stage, one in of_stage.items():
+            numbers = {k: v for k, v in one.result.items() if isinstance(v, int | float) or k == "intervals"}
+            if any(name in numbers for name in METRICS):
+                whole[stage][split] = numbers
+            elif one.answers and not whole[stage].get(split):
+                whole[stage][split] = summarise([answered.score for answered in one.answers]).to_dict()
+    return whole
+
+
+def variant_of_split(of_stage: dict[str, Evaluation]) -> str | None:
+    """Of a split's puzzles, as the last stage that says so has it."""
+    return next((one.variant for one in reversed(of_stage.values()) if one.variant), None)
+
+
+def published_beside(split: str, of_stage: dict[str, Evaluation]) -> tuple[str, list[dict[str, Any]]]:
+    """(which of the paper's puzzles, published rows to show beside a split); no row where its puzzles are not known, or are of
+    another kind than those of Tables 2 and 3."""
+    if variant_of_split(of_stage) != "batch":
+        return "", []
+    if split == "test":
+        return "Table 2, the paper's test set", [row.to_dict() for row in published_rows("Table 2")]
+    known = next(one for one in reversed(of_stage.values()) if one.variant)
+    diseases = [str(group["value"]) for group in known.found.get("disease", [])]
+    rows = [row for row in comparable("batch", diseases)["rows"] if row["table"] == "Table 3"]
+    if rows:
+        named = dict.fromkeys(row["setting"] for row in rows if row["setting"] != "average")
+        return f"Table 3, {', '.join(named)}", rows
+    average = [row.to_dict() for row in published_rows("Table 3", "average")]
+    return "Table 3, average over four diseases that are others than ours", average

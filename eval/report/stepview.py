@@ -1,0 +1,88 @@
+"""The page of one optimizer step: every token coloured by advantage, ratio, KL or share of the loss. One file, no network."""
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = Path(__file__).with_name("stepview.html")
+COLUMNS = (
+    "token",
+    "token_id",
+    "mask",
+    "clip",
+    "logprob",
+    "old_logprob",
+    "sampler_logprob",
+    "ref_logprob",
+    "ratio",
+    "advantage",
+    "surrogate",
+    "correction",
+    "kl",
+    "weight",
+    "contribution",
+)
+
+
+def step_page(
+    step: int, settings: dict[str, Any], responses: list[dict], rows: list[dict[str, Any]], prompts: dict[str, str]
+) -> str:
+    """HTML of a step.
+
+    settings: of the objective. responses: per response puzzle_id, response, reward, status. rows: the loss ledger, one row
+    per token. prompts: {puzzle_id: text}.
+    """
+    tokens: list[list[dict]] = [[] for _ in responses]
+    for row in rows:
+        tokens[row["row"]].append(row)
+    groups: dict[str, dict] = {}
+    for place, (response, own) in enumerate(zip(responses, tokens, strict=True)):
+        group = groups.setdefault(
+            response["puzzle_id"],
+            {"id": response["puzzle_id"], "prompt": prompts.get(response["puzzle_id"], ""), "rows": []},
+        )
+        columns = {name: [_short(token[name]) for token in own] for name in COLUMNS}
+        group["rows"].append(
+            {
+                "row": place,
+                "response": response["response"],
+                "reward": response["reward"],
+                "status": response["status"],
+                **columns,
+            }
+        )
+    loss = sum(row["contribution"] for row in rows)
+    data = {"groups": list(groups.values()), "scales": _scales(rows)}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
+    lead = (
+        f"{len(responses)} responses to {len(groups)} puzzles, {sum(row['mask'] for row in rows):,} trained tokens. "
+        f"The shares of all tokens sum to the loss, {loss:.3g}. Settings: {shown}."
+    )
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return (
+        TEMPLATE.read_text(encoding="utf-8")
+        .replace("{{title}}", f"GRPO step {step}, token by token")
+        .replace("{{lead}}", escape(lead))
+        .replace("{{data}}", text)
+    )
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _scales(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Per colouring, the value at full colour: the 99th percentile of its size, so that one outlier hides nothing."""
+    trained = [row for row in rows if row["mask"]]
+
+    def scale(values: list[float]) -> float:
+        ordered = sorted(values)
+        return (ordered[int(0.99 * (len(ordered) - 1))] or ordered[-1] or 1.0) if ordered else 1.0
+
+    return {
+        "advantage": scale([abs(row["advantage"]) for row in trained]),
+        "ratio": max(scale([abs(row["ratio"] - 1) for row in trained]), 1e-6),
+        "kl": scale([abs(row["kl"]) for row in trained]),
+        "contribution": scale([abs(row["contribution"]) for row in trained]),
+    }

@@ -1,0 +1,1 @@
+"""Reading the reasoning of a response."""

@@ -1,0 +1,361 @@
+"""What a line of a reasoning trace names: cell types, known and unknown, and cells; lists and tables that pair the two.
+
+Read by eval/traces/reading.py, whose first lines say what counts as a name.
+"""
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from data.atlas.markers import read_markers
+from data.puzzles import Puzzle
+from reward.cellpuzzles import normalise_label
+
+COMMON = tuple(
+    " ".join(
+        """
+adipocyte, preadipocyte, chondrocyte, osteoblast, osteoclast, osteocyte, tenocyte, synoviocyte, myofibroblast, mesenchymal stem
+cell, myoblast, myocyte, myotube, skeletal muscle satellite cell, skeletal muscle fiber, cardiac muscle cell, telocyte,
+interstitial cell of Cajal, juxtaglomerular cell, hepatic stellate cell, pericardial cell, fibrocyte, odontoblast, ameloblast,
+cementoblast, nucleus pulposus cell, notochordal cell, neutrophil, eosinophil, basophil, megakaryocyte, erythrocyte,
+reticulocyte, proerythroblast, normoblast, promyelocyte, myelocyte, myeloblast, lymphoblast, innate lymphoid cell, Kupffer
+cell, Langerhans cell, Hofbauer cell, histiocyte, thymocyte, follicular dendritic cell, centroblast, centrocyte,
+myeloid-derived suppressor cell, common lymphoid progenitor, common myeloid progenitor, megakaryocyte-erythroid progenitor
+cell, hemocytoblast, angioblast, hemangioblast, liver sinusoidal endothelial cell, endocardial cell, littoral cell, foveolar
+cell, gastric chief cell, parietal cell, enterochromaffin cell, enterochromaffin-like cell, colonocyte, BEST4-positive
+enterocyte, tuft cell, brush cell, hepatocyte, cholangiocyte, hepatoblast, oval cell, acinar cell, ductal cell, centroacinar
+cell, epsilon cell, stellate cell, ciliated cell, basal cell, hillock cell, ionocyte, pneumocyte, deuterosomal
+cell, serous cell, mucous neck cell, mucous cell, pulmonary neuroendocrine cell, neuroendocrine cell, clara cell,
+bronchioalveolar stem cell, keratinocyte, melanocyte, Merkel cell, sebocyte, corneocyte, trichocyte, eccrine sweat gland cell,
+hair follicle cell, dermal papilla cell, outer root sheath cell, urothelial cell, umbrella cell, macula densa cell,
+intercalated cell, principal cell, proximal tubule cell, luminal epithelial cell, myoepithelial cell, lactocyte, mammary basal
+cell, prostate basal cell, prostate luminal cell, thyrocyte, thyroid follicular cell, parafollicular cell, parathyroid chief
+cell, oxyphil cell, chromaffin cell, adrenocortical cell, zona glomerulosa cell, corticotroph, gonadotroph, lactotroph,
+somatotroph, thyrotroph, melanotroph, pituicyte, pinealocyte, tanycyte, Sertoli cell, Leydig cell, peritubular myoid cell,
+spermatocyte, spermatid, spermatogonium, spermatogonial stem cell, germ cell, primordial germ cell, oocyte, oogonium, granulosa
+cell, theca cell, luteal cell, cumulus cell, decidual cell, trophoblast, cytotrophoblast, syncytiotrophoblast, extravillous
+trophoblast, amniocyte, astrocyte, oligodendrocyte, oligodendrocyte precursor cell, microglial cell, ependymal cell, choroid
+plexus cell, radial glial cell, neural stem cell, neural progenitor cell, neural crest cell, neuroblast, glioblast, neuron,
+interneuron, motor neuron, sensory neuron, glutamatergic neuron, GABAergic neuron, dopaminergic neuron, serotonergic neuron,
+cholinergic neuron, pyramidal neuron, Purkinje cell, cerebellar granule cell, granule cell, medium spiny neuron, Golgi cell,
+basket cell, chandelier cell, Cajal-Retzius cell, satellite glial cell, enteric glial cell, olfactory ensheathing cell,
+olfactory sensory neuron, sustentacular cell, Mueller cell, rod photoreceptor cell, cone photoreceptor cell, photoreceptor
+cell, retinal bipolar cell, bipolar cell, amacrine cell, horizontal cell, retinal ganglion cell, retinal pigment epithelial
+cell, lens fiber cell, corneal epithelial cell, conjunctival epithelial cell, trabecular meshwork cell, hair cell, inner hair
+cell, outer hair cell, Deiters cell, taste receptor cell, embryonic stem cell, blastomere, fibroadipogenic progenitor cell
+""".split()
+    ).split(", ")
+)
+"""Common cell types, most by their Cell Ontology names, besides those of data/atlas/markers.tsv: known outside a candidate list."""
+_SYNONYMS = [
+    [tuple(side.split()) for side in pair.split(" = ")]
+    for pair in (
+        "natural killer cell = nk cell",
+        "dendritic cell = dc",
+        "regulatory t cell = treg",
+        "t cell = t lymphocyte",
+        "b cell = b lymphocyte",
+        "endothelial cell of lymphatic vessel = lymphatic endothelial cell",
+        "alveolar type 1 cell = at1",
+        "alveolar type 2 cell = at2",
+        "endothelial cell = endothelium",
+        "type b pancreatic cell = beta cell",
+        "pancreatic a cell = alpha cell",
+        "pancreatic d cell = delta cell",
+        "microglial cell = microglia",
+        "cardiac muscle cell = cardiomyocyte",
+        "malignant cell = tumor cell",
+        "malignant cell = cancer cell",
+        "erythrocyte = red blood cell",
+        "oligodendrocyte precursor cell = oligodendrocyte progenitor cell",
+        "mueller cell = muller cell",
+        "microglial cell = microglia cell",
+        "oligodendrocyte precursor cell = opc",
+        "hematopoietic stem cell = hsc",
+        "plasmacytoid dendritic cell = pdc",
+    )
+]
+_BROAD = frozenset(
+    "cell immune myeloid lymphoid blood white red hematopoietic haematopoietic stromal mesenchymal epithelial endothelial "
+    "structural connective tissue vascular vessel muscle glial neural neuronal lymphocyte leukocyte phagocyte granulocyte "
+    "phagocytic cytotoxic effector progenitor precursor stem secretory barrier lineage innate adaptive professional antigen "
+    "presenting antibody secreting specialized specialised differentiated undifferentiated immature mature inflammatory "
+    "mononuclear parenchymal airway".split()
+)
+"""Words of classes of cell types ("an epithelial cell"): coarser than a label, and so no change of mind before or after one."""
+_NO_TYPE = frozenset(
+    "a activated active an and any are as at be best better by certain challenging clear clearly close common complex couple "
+    "cycling dead different difficult distinct dividing doubtful dying each easy entire expressed expressing few final first "
+    "for from gene given good great group hard healthy high human i in interesting its key kind last likely list low marker mix "
+    "mixed more most multi multiple my negative neighboring new next no normal not of on one only or other our particular "
+    "plausible poor poorly positive potential primary proliferating proliferative puzzling quality quick rare real remaining "
+    "respective resting rich same second sense set similar simple single small so some specific stage strange stressed strong "
+    "subset such sure target that their these third this those to top tough tricky true type typical unassigned uncertain "
+    "unclear unique unknown unlabeled unusual very weak weird which whole with wrong your".split()
+)
+"""Words that make no name of a cell type: "a single cell", "a CD3-positive cell"."""
+_pattern = partial(re.compile, flags=re.I)
+FOLD = str.maketrans(
+    {  # one character for one: a place in the folded text is the same place in the response
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
+        **dict.fromkeys('"*`\u201c\u201d\u00a0\u202f', " "),
+        **dict.fromkeys("\u2192\u27f6\u21d2\u279c\u2794", ">"),
+        **dict.fromkeys("\u2018\u2019", "'"),
+        "\u2022": "-",
+    }
+)
+_GREEK = {"\u03b1": "alpha", "\u03b2": "beta", "\u03b3": "gamma", "\u03b4": "delta"}
+_WORD = re.compile(r"[A-Za-z0-9]+|[\u03b1-\u03b4]+|\+")
+_JOIN = _pattern(r"[ \t,'()-]*(?:the[ \t]+)?")
+_KIND = (
+    r"((?:[a-z][\w+/-]*[ \t]+){0,3}?(?:[a-z][\w+/-]*[ \t]+cells?|[a-z]{3,}(?:cyte|blast|phage|clast|phil)s?|"
+    r"[a-z]*neurons?))"
+)
+_UNKNOWN = _pattern(
+    r"(?:(?:\b(?:is|are|as|be|becomes?)|\b(?:it|that|this)'s)[ \t]+(?:(?:now|then|actually|really|indeed|most|likely|clearly|"
+    r"definitely|probably|therefore|thus)[ \t]+){0,2}an?[ \t]+"
+    + _KIND
+    + r"(?=\s*(?:[.,;:!?()|\]]|$|\b(?:with|based|because|"
+    r"since|given|due|as|and|by|in|from|rather|instead|not|here|for|too|but|so)\b|-[ \t])))|(?:(?:[:=>]|\bso)[ \t]+(?:an?[ \t]+)?"
+    + _KIND
+    + r"(?=\s*(?:[.,;!()|\]]|$)))"
+)
+_CELL = _pattern(
+    r"\bcells[\s#]+(\d{1,3}(?:\s*(?:(?:,\s*)?and|[,&-]|to)\s*#?\d{1,3})*)\b|\bcell(?:\s+(?:no\.|number))?[\s#_-]*(\d{1,3})\b"
+)
+_NUMBERED = re.compile(r"\s*(?:-\s*)?\(?(\d{1,3})\s*(?:[:=]|-*>)\s*(?=\S)")
+_BARE = re.compile(r"[\s|]*(?:-\s*)?\(?(\d{1,3})[.):]?\s*[-:=>|]*\s*")
+_RULE_ROW = re.compile(r"\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)+\|?\s*")
+_CELL_COLUMN = _pattern(r"\W*(?:cell(?:\W*(?:no|number|id|index))?\W*|#\s*|no\.?\s*)")
+_CELL_FIELD = _pattern(r"\W*(?:cell\W*)?(\d{1,3})\W*")
+_NO_LABELS = r"(?!.*\b(?:candidate|possible|alternative|initial|second|marker|gene))"
+_LABEL_COLUMN = [
+    _pattern(_NO_LABELS + r".*(?:" + words + ")")
+    for words in (r"final|assign|conclusion|verdict|decision|answer|best|predict|annotat", r"type|label|identity")
+]
+
+
+class Name(NamedTuple):
+    """A cell type where a line names it."""
+
+    start: int
+    end: int
+    label: str | None
+    """None: a short form of several candidates, or something like one."""
+    listed: bool
+    """Is it a candidate (an open-ended puzzle has no list: always)?"""
+    coarse: bool = False
+    """Is it a class of cell types only?"""
+
+
+Pairs = dict[int, list[tuple[int, Name]]]
+"""{line: [(cell, label), ...]}"""
+
+
+class Cells(NamedTuple):
+    """Cells where a line names them; "Cell 2 and Cell 5" are one mention of two."""
+
+    start: int
+    end: int
+    numbers: tuple[int, ...]
+    """Empty for a cell that the puzzle has not."""
+
+
+class Vocabulary(NamedTuple):
+    """What the labels of a puzzle, and others, are called."""
+
+    table: dict[tuple[str, ...], tuple[str | None, bool]]
+    """{words: (label, is it listed)}; the label of a short form that several candidates share is None."""
+    longest: dict[str, int]
+    """{first word: how many words the longest that begins with it has}"""
+    candidates: dict[str, frozenset[str]]
+    """{candidate: its words}; empty for an open-ended puzzle."""
+    spelled: dict[str, str]
+    """{normalised label: as the puzzle, or else we, write it}"""
+
+
+@lru_cache(maxsize=1)
+def _markers() -> tuple[str, ...]:
+    return tuple(read_markers())
+
+
+def known_labels(puzzles: Iterable[Puzzle], more: Iterable[str] = ()) -> tuple[str, ...]:
+    """Every label we know a cell type by, besides COMMON: of data/atlas/markers.tsv, of the puzzles, and `more`, each once."""
+    return tuple(dict.fromkeys([*_markers(), *more, *(x for p in puzzles for x in (*p.candidates, *p.answer))]))
+
+
+@lru_cache(maxsize=4096)
+def _words(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, word) as labels are compared: lower case, singular, no "the", "+" and Greek letters spelled out."""
+    found: list[tuple[int, int, str]] = []
+    for match in _WORD.finditer(text):
+        word, end = match[0].lower(), match.end()
+        if word[0] in _GREEK:
+            found += [(match.start() if i == 0 else end, end, _GREEK[letter]) for i, letter in enumerate(word)]
+        elif word != "the":
+            word = "positive" if word == "+" else word
+            if len(word) > 2 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+                word = word[:-1]
+            if found and found[-1][2] == "type":
+                word = {"i": "1", "ii": "2"}.get(word, word)
+            found.append((match.start(), end, word))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _spelled(label: str) -> tuple[str, ...]:
+    return tuple(word for _, _, word in _words(label.translate(FOLD)))
+
+
+@lru_cache(maxsize=64)
+def vocabulary(candidates: tuple[str, ...], known: tuple[str, ...]) -> Vocabulary:
+    """What the candidates (none: an open-ended puzzle), the known labels and the common ones are called."""
+    listed, opened = candidates or known, not candidates
+    words = {x: _spelled(x) for x in (*known, *listed)}
+    of_candidate = {x: frozenset(words[x]) for x in candidates}
+    owners = defaultdict(set)
+    for label in listed:
+        for form in _short_forms(words[label]):
+            owners[form].add(label)
+    short = {form: (next(iter(labels)) if len(labels) == 1 else None, True) for form, labels in owners.items()}
+    table = {words[x]: (x, False) for x in known} | short | {words[x]: (x, True) for x in listed}
+    for form, label in _common().items():
+        table.setdefault(form, _as_candidate(form, of_candidate) or (label, opened))
+    longest: dict[str, int] = {}
+    for form in table:
+        longest[form[0]] = max(longest.get(form[0], 0), len(form))
+    spelled = {normalise_label(label): label for label in (*COMMON, *known, *candidates)}
+    return Vocabulary(table, longest, of_candidate, spelled)
+
+
+@lru_cache(maxsize=1)
+def _common() -> dict[tuple[str, ...], str]:
+    """{words: label} of what is known to every puzzle, by its own name and its synonyms."""
+    found = {_spelled(label): label for label in COMMON}
+    labels = {_spelled(label): label for label in _markers()} | found
+    return found | {new: labels[old] for old, new in _SYNONYMS if old in labels}
+
+
+def _as_candidate(form: tuple[str, ...], candidates: dict[str, frozenset[str]]) -> tuple[str | None, bool] | None:
+    """The one candidate that has all the words of a name, None and True where several have; None where none has."""
+    having = [label for label, words in candidates.items() if words.issuperset(form)]
+    return (having[0] if len(having) == 1 else None, True) if having else None
+
+
+def _short_forms(words: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """What a label is called in passing: without "of ...", first words, "positive", "alpha-beta" or its last "cell"."""
+    heads = {words, words[: words.index("of")] if "of" in words else words}
+    heads |= {tuple(word for word in head if word != "positive") for head in heads}
+    heads |= {tuple(word for word in head if word not in ("alpha", "beta")) for head in heads if "t" in head}
+    forms = {head[i:] for head in heads for i in range(len(head)) if not {"non", "negative"} & set(head[:i])}
+    forms |= {form[: -len(old)] + new for old, new in _SYNONYMS for form in forms if form[-len(old) :] == old}
+    forms |= {form[:-1] for form in forms if form[-1] == "cell" and len(form) > 2 and form[-2] not in ("t", "b")}
+    forms |= {form[-1:] for form in forms if form[-1].endswith(("blast", "cyte", "phage"))}
+    forms |= {("neuron",)} if words[-1].endswith("neuron") else set()
+    forms |= {("nk",)} & {form[:-1] for form in forms if form[0] == "nk"}
+    bad = {"cell", "lymphocyte", "positive", "negative", "of", "human", "and", *"acdefghijklmnopqrsuvwxyz0123456789"}
+    return {form for form in forms if form[0] not in bad and "".join(form) not in ("t", "b", "type1", "type2")}
+
+
+def find_names(text: str, known: Vocabulary) -> list[Name]:
+    """Known labels named in a text, longest first from the left, none inside another."""
+    words, found, place = _words(text), [], 0
+    while place < len(words):
+        length = 1
+        for length in range(min(known.longest.get(words[place][2], 1), len(words) - place), 0, -1):
+            some = words[place : place + length]
+            entry = known.table.get(tuple(word for _, _, word in some))
+            if entry and all(_JOIN.fullmatch(text, a[1], b[0]) for a, b in itertools.pairwise(some)):
+                found.append(Name(some[0][0], some[-1][1], *entry))
+                break
+        place += length  # 1 where no name begins here
+    return found
+
+
+def with_unknown(text: str, names: list[Name], known: Vocabulary) -> list[Name]:
+    """The names of a line, and what else it calls a cell: "is a ... cell", "-> ...cyte"."""
+    found = []
+    for match in _UNKNOWN.finditer(text):
+        start, end = match.span(1 if match[1] else 2)
+        words = frozenset(_spelled(text[start:end])) - {"cell"}
+        idle = bool(words & _NO_TYPE) or any(word.endswith("ly") for word in words)
+        if idle or any(name.start < end and start < name.end for name in names):
+            continue
+        candidate = _as_candidate(tuple(words), known.candidates)
+        alike = any(words & other - _BROAD for other in known.candidates.values())
+        label = normalise_label(text[start:end]).removesuffix("s")
+        coarse = words <= _BROAD or any(word in ("lineage", "like") or word.endswith("ing") for word in words)
+        entry = candidate or (None if alike else label, not known.candidates)
+        found.append(Name(start, end, *entry, coarse))
+    return sorted([*names, *found])
+
+
+def find_cells(text: str, n_cells: int, names: list[Name]) -> list[Cells]:
+    """Cells named in a line."""
+    found: list[Cells] = []
+    for match in filter(None, [_NUMBERED.match(text), *_CELL.finditer(text)]):
+        if any(name.start < match.end() and match.start() < name.end for name in names):
+            continue
+        numbers: list[int] = []
+        for joint, digits in re.findall(r"(-|to)?\s*#?(\d+)", match[1] or match[2], re.I):
+            numbers += range(numbers[-1] + 1, int(digits) + 1) if joint and numbers else [int(digits)]
+        ours = tuple(numbers) if all(1 <= number <= n_cells for number in numbers) else ()
+        joined = found and re.fullmatch(r"\s*(?:and|,\s*and|&)\s*", text[found[-1].end : match.start()], re.I)
+        begin, before = (found[-1].start, found.pop().numbers) if joined else (match.start(), ())
+        found.append(Cells(begin, match.end(), before + ours))
+    return found
+
+
+def find_pairs(lines: list[str], named: list[list[Name]], n_cells: int, candidates: list[str]) -> Pairs:
+    """{line: [(cell, label), ...]} of tables, of numbered lists 1 to N with a bare label a line, of N labels joined by "|"."""
+    found = _tables(lines, named, n_cells, candidates)
+    run: list[tuple[int, Name]] = []
+    for number, line in enumerate(lines):
+        item, names = _BARE.match(line), named[number]
+        gaps = {line[a.end : b.start].strip() for a, b in itertools.pairwise(names)}
+        if number not in found and len(names) == n_cells and gaps == {"|"}:
+            found[number] = list(enumerate(names, start=1))
+        bare = item and not gaps and names and names[0].start <= item.end() + 3 and not _WORD.search(line, names[0].end)
+        if bare and number not in found:
+            run = (run if int(item[1]) == len(run) + 1 else []) + [(number, names[0])]
+            run = run if int(item[1]) == len(run) else []
+        elif line.strip():
+            run = []
+        if bare and len(run) == n_cells > 1 and [name.label for _, name in run] != candidates:
+            found |= {place: [(cell, name)] for cell, (place, name) in enumerate(run, start=1)}
+    return found
+
+
+def _tables(lines: list[str], named: list[list[Name]], n_cells: int, candidates: list[str]) -> Pairs:
+    """{line: [(cell, label)]} of Markdown tables with a column of cells and one of labels, by their headings."""
+    found: Pairs = {}
+    for number, line in enumerate(lines[1:]):
+        if number in found or not _RULE_ROW.fullmatch(line):
+            continue
+        heads = [lines[number][a:b].strip() for a, b in _fields(lines[number])]
+        of_cell = next((i for i, head in enumerate(heads) if _CELL_COLUMN.fullmatch(head)), None)
+        of_label = next((i for words in _LABEL_COLUMN for i, head in enumerate(heads) if words.match(head)), None)
+        if of_cell is None or of_label is None:
+            continue
+        rows: Pairs = {number: [], number + 1: []}
+        for place, row in itertools.takewhile(lambda item: "|" in item[1], enumerate(lines[number + 2 :], number + 2)):
+            fields = _fields(row)
+            cell = _CELL_FIELD.fullmatch(row, *fields[of_cell]) if of_cell < len(fields) else None
+            start, end = fields[of_label] if of_label < len(fields) else (0, 0)
+            names = [name for name in named[place] if start <= name.start < end]
+            sure = len(names) == 1 and names[0].label and "?" not in row[start:end]
+            rows[place] = [(int(cell[1]), names[0])] if cell and sure and 1 <= int(cell[1]) <= n_cells else []
+        given = [name.label for row in rows.values() for _, name in row]
+        if "cell" in heads[of_cell].lower() or given != candidates:
+            found |= rows
+    return found
+
+
+def _fields(row: str) -> list[tuple[int, int]]:
+    """(start, end) of the fields of a table row."""
+    edges = [match.start() for match in re.finditer(r"\|", row)]
+    edges = ([] if row.lstrip().startswith("|") else [-1]) + edges + ([] if row.rstrip().endswith("|") else [len(row)])
+    return [(a + 1, b) for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,1 @@
+"""Models that write reasoning traces: OpenAI-compatible endpoints and vLLM in this process."""

@@ -1,0 +1,92 @@
+"""What an OpenAI-compatible endpoint sent back: a completion with its token counts, or what it says is wrong."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import openai
+
+from data.distill.distill import Completion, Request
+
+MOST_TOKENS = 10**9
+"""A token count above it is none."""
+
+
+class TryFailedError(Exception):
+    """One try came to nothing. `again`: another may succeed."""
+
+    def __init__(
+        self, message: str, *, again: bool, charged: bool = False, after: float | None = None, status: int = 0
+    ) -> None:
+        """charged: it may cost all the same. after: seconds that the endpoint asks to wait."""
+        super().__init__(message)
+        self.again, self.charged, self.after, self.status = again, charged, after, status
+
+
+def read_completion(content: bytes, request: Request, clean: Callable[[str], str]) -> Completion:
+    """The completion in a response body. Raises TryFailedError, with the chance that it was charged, when there is none.
+
+    clean(text): the text without the key; applied to every text whole, before it is cut.
+    """
+    try:
+        body = json.loads(content)
+    except ValueError:
+        raise TryFailedError("the response is not JSON, or cut short", again=True, charged=True) from None
+    choices = body.get("choices") if isinstance(body, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        error = " ".join(clean(str(body.get("error", "") if isinstance(body, dict) else "")).split())[:300]
+        raise TryFailedError(f"the response holds no completion {error}".rstrip(), again=True, charged=not error)
+    prompt_tokens, completion_tokens = token_counts(body.get("usage"))
+    return Completion(
+        puzzle_id=request.puzzle.id,
+        attempt=request.attempt,
+        hinted=request.hinted,
+        text=clean(_text(message.get("content"))),
+        reasoning=clean(_text(message.get("reasoning_content")) or _text(message.get("reasoning"))),
+        finish_reason=clean(_text(choice.get("finish_reason"))),
+        model=clean(_text(body.get("model"))),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+    )
+
+
+def token_counts(usage: Any) -> tuple[int | None, int | None]:
+    """(prompt tokens, completion tokens) by a response's `usage`; None where it does not say. Reasoning that an endpoint counts
+    in the total alone belongs to the completion, since it is charged."""
+    counts = [
+        usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion", "total")
+    ]
+    prompt, completion, total = (c if type(c) is int and 0 <= c <= MOST_TOKENS else None for c in counts)
+    if prompt is not None and total is not None and total >= prompt:
+        completion = max(completion or 0, total - prompt)
+    return prompt, completion
+
+
+def _text(content: Any) -> str:
+    """Text, or a list of parts some of which are text."""
+    if isinstance(content, list):
+        return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def said(error: openai.APIStatusError) -> str:
+    """What the endpoint wrote about a refusal, as one line."""
+    body = error.body if error.body is not None else error.response.reason_phrase
+    if isinstance(body, dict) and body.get("message"):
+        body = " ".join(str(body[name]) for name in ("message", "code") if body.get(name))
+    return " ".join(str(body).split())
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that a response's headers ask to wait; None when they do not say."""
+    for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with suppress(KeyError, ValueError):
+            return max(0.0, float(headers[name]) / per_second)
+    with suppress(KeyError, ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    return None

@@ -1,0 +1,75 @@
+"""A teacher that is a checkpoint, sampled by the vLLM engine in this process."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from data.distill.distill import Completion, Request
+from data.distill.meter import Meter
+from rollout import LocalEngine, Sampling, stable_seed
+
+
+class VLLMTeacher:
+    """A checkpoint, through an engine in this process; `batch` requests are sampled together.
+
+    encode(chat) -> prompt token ids; decode(token ids) -> text. What a batch holds decides what its members get: a run that was
+    stopped and resumed draws other responses than an unbroken one.
+    """
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        encode: Callable[[list[dict]], list[int]],
+        decode: Callable[[list[int]], str],
+        sampling: Sampling,
+        batch: int,
+        model: str,
+        meter: Meter,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
+        """sampling: its seed is the run's. model: its name in the raw file. leave(): called when the engine is closed."""
+        self.engine, self.encode, self.decode, self.sampling = engine, encode, decode, sampling
+        self.batch, self.model, self.meter, self.leave = batch, model, meter, leave
+        self.ended, self.sampling_now = "", False
+
+    def sample(self, requests: list[Request]) -> Iterator[Completion]:
+        """See Teacher."""
+        for start in range(0, len(requests), self.batch):
+            some = requests[start : start + self.batch]
+            ids = [self.encode(request.chat()) for request in some]
+            seeded = replace(self.sampling, seed=stable_seed(self.sampling.seed, [request.key for request in some]))
+            try:
+                self.sampling_now = True
+                if self.ended:
+                    return
+                groups = self.engine.generate([request.puzzle.id for request in some], ids, seeded)
+            except _StoppedError:
+                return
+            finally:
+                self.sampling_now = False
+            for request, (rollout,) in zip(some, groups, strict=True):
+                self.meter.count(len(rollout.prompt_ids), len(rollout.response_ids), 0.0)
+                yield Completion(
+                    puzzle_id=request.puzzle.id,
+                    attempt=request.attempt,
+                    hinted=request.hinted,
+                    text=self.decode(rollout.response_ids),
+                    finish_reason=rollout.finish_reason,
+                    model=self.model,
+                    prompt_tokens=len(rollout.prompt_ids),
+                    completion_tokens=len(rollout.response_ids),
+                )
+
+    def stop(self) -> None:
+        """See Teacher. The batch at hand is given up: it costs nothing but time."""
+        self.ended = self.ended or "stopped"
+        if self.sampling_now:
+            raise _StoppedError
+
+    def close(self) -> None:
+        """See Teacher."""
+        self.engine.close()
+        self.leave()
+
+
+class _StoppedError(BaseException):
+    """Out of a signal handler, through whatever vLLM is doing."""

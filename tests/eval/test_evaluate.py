@@ -1,0 +1,696 @@
+"""launch/evaluate.py: saved predictions, baselines, vLLM, an endpoint; comparing, resuming, and what it says."""
+
+import json
+import threading
+from collections import Counter
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
+from data.variants import convert
+from eval.metrics import METRICS, answer_of, score
+from eval.predict import Answer, Partial, answer_all, ask_engine, digest, refused_for_good, row_of
+from launch.answering import adapter_settings
+from launch.evaluate import EvaluateConfig, main, settings
+from rollout import Sampling
+from rollout.torch_engine import TorchEngine
+from tests.helpers.commands import run_command, succeed
+from trainer.model.loading import load_tokenizer
+
+NAMES = ["T cell", "B cell", "NK cell", "monocyte"]
+KEY = "sk-a-key-that-must-not-be-written-down"
+
+
+def make_puzzles(n: int, disease: str = "melanoma") -> list[Puzzle]:
+    """Puzzles of 3 cells; the answer to each begins with another label."""
+    found = []
+    for i in range(n):
+        labels = [NAMES[(i + j) % 4] for j in range(3)]
+        found.append(
+            Puzzle(
+                id=f"p{i}",
+                context="The cell is from a male.",
+                cells=[[f"G{i}", f"H{j}"] for j in range(3)],
+                candidates=sorted(labels),
+                answer=labels,
+                meta={"donor": f"d{i % 2}", "disease": disease, "tissue": "skin of body"},
+            )
+        )
+    return found
+
+
+def save(path, puzzles: list[Puzzle], right: int) -> None:
+    """Predictions, the first `right` all right, the others rotated."""
+    rows = [
+        {
+            "id": p.id,
+            "prediction": answer_of(p.answer if i < right else p.answer[1:] + p.answer[:1]),
+            "response_tokens": 7,
+        }
+        for i, p in enumerate(puzzles)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluate(*arguments: object) -> Result:
+    """The command in this process; it starts faster."""
+    return CliRunner().invoke(main, [str(word) for word in arguments])
+
+
+def evaluated(*arguments: object) -> str:
+    """evaluate that must exit 0; returns its standard output."""
+    done = evaluate(*arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def metrics_of(folder) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def melanoma(tmp_path):
+    puzzles = make_puzzles(8)
+    write_puzzles(tmp_path / "melanoma.jsonl", puzzles)
+    save(tmp_path / "half.jsonl", puzzles, 4)
+    save(tmp_path / "most.jsonl", puzzles, 7)
+    return tmp_path, puzzles
+
+
+def test_saved_predictions_with_everything_beside_them(melanoma):
+    folder, puzzles = melanoma
+    out = succeed(
+        "evaluate",
+        "--puzzles",
+        folder / "melanoma.jsonl",
+        "--predictions",
+        folder / "half.jsonl",
+        "--out",
+        folder / "o",
+    )
+    found, rows = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")
+    assert [row["id"] for row in rows] == [puzzle.id for puzzle in puzzles]
+    expected = score([row["prediction"] for row in rows], puzzles, [7] * 8).to_dict()
+    assert {name: found[name] for name in expected} == expected  # today's keys, at the top
+    assert list(found)[: len(expected)] == list(expected) and found["batch_accuracy"] == 0.5
+    assert json.loads(out.splitlines()[0].removeprefix("melanoma ")) == expected
+    assert list(found["intervals"]) == list(METRICS) and found["response_length_unit"] == "tokens"
+    low, high = found["intervals"]["batch_accuracy"]
+    assert low < 0.5 < high and found["interval"]["batches"] == 8
+    assert found["breakdowns"]["disease"][0]["value"] == "melanoma" and "k_sample" not in found
+    assert {(row["table"], row["setting"]) for row in found["published"]["rows"]} == {
+        ("Table 2", "test"),
+        ("Table 3", "melanoma"),
+    }
+    page = (folder / "o/evaluation.md").read_text()
+    assert "names every cell right in 50.0 % of 8 batches (95 % interval " in page
+    assert "| Cell-o1, melanoma, Table 3 (published) |  | 54.0 % |  | 85.9 % |  |" in page
+    assert "| cells right by chance |" in page and "| 3 | 8 | 50.0 % (" in page and "| 33.3 % |" in page
+    again = folder / "again"
+    evaluated("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "o", "--out", again)
+    assert (again / "evaluation.md").read_text() == page  # the same predictions, the same page
+
+
+def test_comparing_with_another_model(melanoma):
+    folder, puzzles = melanoma
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "most.jsonl")
+    evaluated(*asked, "--out", folder / "o", "--compare", folder / "half.jsonl")
+    found = metrics_of(folder / "o")["compare"]["metrics"]["batch_accuracy"]
+    assert (found["ours"], found["theirs"], found["difference"]) == (7 / 8, 0.5, 3 / 8)
+    assert found["interval"][0] <= 3 / 8 <= found["interval"][1] and 0 < found["p"] < 0.2
+    assert "| batches all right | 87.5 % | 50.0 % | +37.5 (" in (folder / "o/evaluation.md").read_text()
+    other = make_puzzles(8, disease="influenza")
+    other[0].cells[0][0] = "X"  # the same ids, another puzzle
+    write_puzzles(folder / "other.jsonl", other)
+    succeed(
+        "evaluate",
+        "--puzzles",
+        folder / "other.jsonl",
+        "--predictions",
+        folder / "half.jsonl",
+        "--out",
+        folder / "other",
+    )
+    save(folder / "more.jsonl", make_puzzles(9), 9)
+    for wrong in ("other", "more.jsonl"):
+        done = evaluate(*asked, "--out", folder / "no", "--compare", folder / wrong)
+        assert done.exit_code == 2 and "answers other puzzles than --puzzles" in done.stderr
+        assert isinstance(done.exception, SystemExit) and not (folder / "no").exists()
+
+
+def test_several_files_and_their_unweighted_average(melanoma):
+    folder, puzzles = melanoma
+    few = make_puzzles(2, disease="breast carcinoma")
+    write_puzzles(folder / "breast_cancer.jsonl", few)
+    files = ("--puzzles", folder / "melanoma.jsonl", "--puzzles", folder / "breast_cancer.jsonl")
+    for name, right in (("melanoma", 4), ("breast_cancer", 2)):
+        (folder / "saved" / name).mkdir(parents=True)
+        save(folder / "saved" / name / "predictions.jsonl", puzzles if name == "melanoma" else few, right)
+    evaluated(*files, "--predictions", folder / "saved", "--out", folder / "o")
+    found = json.loads((folder / "o/average.json").read_text())
+    assert found["average"]["batch_accuracy"] == pytest.approx((0.5 + 1.0) / 2)
+    assert found["average"]["over"] == ["melanoma", "breast_cancer"]
+    assert metrics_of(folder / "o/breast_cancer")["batch_accuracy"] == 1.0
+    page = (folder / "o/evaluation.md").read_text()
+    assert "Cell-o1, breast cancer, Table 3 (published)" in page and "Unweighted average over the files" in page
+    assert not (folder / "o/metrics.json").exists()  # each file has its own
+
+
+def test_cell_level_and_open_ended_files(melanoma, tmp_path):
+    folder, puzzles = melanoma
+    for variant in ("cell", "open"):
+        made = convert(puzzles, variant)
+        write_puzzles(folder / f"{variant}.jsonl", made)
+        save(folder / f"{variant}_answers.jsonl", made, len(made) - 1)
+        evaluated(
+            "--puzzles",
+            folder / f"{variant}.jsonl",
+            "--predictions",
+            folder / f"{variant}_answers.jsonl",
+            "--out",
+            folder / variant,
+        )
+    cells = metrics_of(folder / "cell")
+    # rotating a single label changes nothing: all 24 cells are right, and so are their 8 batches
+    assert cells["n_puzzles"] == 24 and cells["interval"]["batches"] == 8
+    assert cells["decomposition"]["spoiled"]["batch_accuracy"] == 1.0
+    assert {row["table"] for row in cells["published"]["rows"]} == {"Table 11"}
+    page, together = (folder / "cell/evaluation.md").read_text().split("## Cells put together into batches (Table 11)")
+    assert "24 single cells of 8 batches" in page and "Table 11 (published)" not in page
+    assert (
+        "| Cell-o1, cell-level, reasoning, Table 11 (published) | 1.1 % |  | 50.2 % | 84.3 % | 66.1 % | 718.5 |"
+        in together
+    )
+    assert "not beside exact matches" in (folder / "open/evaluation.md").read_text()
+    assert "Table 12 (published)" not in (folder / "open/evaluation.md").read_text()
+    assert metrics_of(folder / "open")["batch_accuracy"] == pytest.approx(7 / 8)
+    assert {row["table"] for row in metrics_of(folder / "open")["published"]["rows"]} == {"Table 12"}
+
+
+def test_a_limit_on_single_cells_keeps_whole_batches(melanoma):
+    folder, puzzles = melanoma
+    cells = convert(puzzles, "cell")
+    write_puzzles(folder / "cell.jsonl", cells)
+    asked = ("--puzzles", folder / "cell.jsonl", "--baseline", "random", "--out", folder / "o", "--limit")
+    evaluated(*asked, 8)
+    assert metrics_of(folder / "o")["n_puzzles"] == 6 and metrics_of(folder / "o")["interval"]["batches"] == 2
+    done = evaluate(*asked, 2)
+    assert done.exit_code == 2 and "hold no whole batch, the first of which has 3 cells: raise --limit" in done.stderr
+    write_puzzles(folder / "torn.jsonl", cells[:-1])  # known before anything is asked
+    done = evaluate("--puzzles", folder / "torn.jsonl", "--baseline", "random", "--out", folder / "no")
+    assert (
+        done.exit_code == 2 and "torn.jsonl: batch p7: 1 of its 3 cells" in done.stderr and not (folder / "no").exists()
+    )
+
+
+def test_samples_in_saved_predictions_are_k_answers(melanoma):
+    folder, puzzles = melanoma
+    rows = [{"id": p.id, "samples": [answer_of(p.answer), "?", answer_of(p.answer)]} for p in puzzles]
+    (folder / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    succeed(
+        "evaluate", "--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "k.jsonl", "--out", folder / "o"
+    )
+    found = metrics_of(folder / "o")
+    assert found["batch_accuracy"] == 1.0  # of the first answers
+    assert found["k_sample"]["mean"]["batch_accuracy"] == pytest.approx(2 / 3)
+    assert found["k_sample"]["pass_at_k"]["1"]["value"] == pytest.approx(2 / 3)
+    assert (
+        found["k_sample"]["pass_at_k"]["2"]["value"] == 1.0
+        and found["k_sample"]["majority_vote"]["batch_accuracy"] == 1.0
+    )
+    assert "## 3 answers per batch" in (folder / "o/evaluation.md").read_text()
+
+
+def test_tokens_of_saved_predictions_are_counted_with_a_tokenizer(pipeline, melanoma):
+    folder, puzzles = melanoma
+    (folder / "bare.jsonl").write_text(
+        "".join(json.dumps({"id": p.id, "prediction": answer_of(p.answer)}) + "\n" for p in puzzles)
+    )
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "bare.jsonl", "--out", folder / "o")
+    evaluated(*asked)
+    assert metrics_of(folder / "o")["response_length_unit"] == "words"
+    evaluated(*asked, "--tokenizer", pipeline / "base")
+    found, rows = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")
+    tokenizer = load_tokenizer(str(pipeline / "base"))
+    expected = [len(tokenizer(row["prediction"], add_special_tokens=False)["input_ids"]) for row in rows]
+    assert [row["response_tokens"] for row in rows] == expected and found["response_length_unit"] == "tokens"
+    assert found["response_length"] == pytest.approx(sum(expected) / 8)
+
+
+def test_baselines_by_command(pipeline, tmp_path):
+    found = {}
+    for name in ("random", "markers", "nearest-assigned"):
+        arguments = ["--puzzles", pipeline / "puzzles/test.parquet", "--baseline", name, "--out", tmp_path / name]
+        if name != "random":
+            arguments += ["--train", pipeline / "puzzles/train.parquet"]
+        evaluated(*arguments)
+        found[name] = metrics_of(tmp_path / name)
+        assert found[name]["format_validity"] == found[name]["uniqueness"] == 1.0
+    assert found["random"]["cell_accuracy"] < 0.6 < found["markers"]["cell_accuracy"]
+    assert found["random"]["cell_accuracy"] < found["nearest-assigned"]["cell_accuracy"]
+    assert found["markers"]["name"] == "baseline markers"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give either --model, --predictions or --baseline"),
+        (("--baseline", "random", "--model", "m"), "give either --model, --predictions or --baseline"),
+        (("--baseline", "nearest"), "learns from training puzzles; name their file with --train"),
+        (("--model", "m", "--train", "t"), "--train goes with --baseline"),
+        (("--baseline", "random", "--endpoint", "http://x"), "--endpoint goes with --model"),
+        (("--model", "m", "--samples", "4", "--temperature", "0"), "gives the same answer again: raise --temperature"),
+        (("--model", "m", "--samples", "0"), "--samples 0: must be 1 or more"),
+        (("--baseline", "random", "--resume"), "--samples and --resume are for a --model"),
+        (("--model", "m", "--endpoint", "https://far.example/v1"), "environment variable NO_SUCH_KEY holds no key"),
+        (("--model", "m", "--endpoint", "https://user:word@far.example/v1"), "--endpoint holds a key or a password"),
+        (("--predictions", "none.jsonl"), "--predictions none.jsonl: no such file"),
+        (("--baseline", "random", "--medcpt", "."), "--medcpt .: no config.json there"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(melanoma, arguments, words):
+    folder, _ = melanoma
+    always = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--key-env", "NO_SUCH_KEY")
+    done = evaluate(*always, *arguments)
+    assert done.exit_code == 2 and words in done.stderr and isinstance(done.exception, SystemExit)
+    assert not (folder / "o").exists()
+
+
+def test_a_damaged_metrics_json_is_named(melanoma):
+    folder, _ = melanoma
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "again")
+    evaluated("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "half.jsonl", "--out", folder / "o")
+    (folder / "o/metrics.json").write_text('{"name": ')
+    for arguments in (
+        ("--predictions", folder / "o"),
+        ("--predictions", folder / "half.jsonl", "--compare", folder / "o"),
+    ):
+        done = evaluate(*asked, *arguments)
+        assert (
+            done.exit_code == 2 and "o/metrics.json: not JSON" in done.stderr and isinstance(done.exception, SystemExit)
+        )
+    with pytest.raises(ValueError, match=r"metrics\.json: not JSON"):
+        Partial(folder / "o", {}, resume=True)
+
+
+def test_tokens_that_are_no_numbers_are_said(melanoma):
+    folder, puzzles = melanoma
+    rows = [json.loads(line) for line in (folder / "half.jsonl").read_text().splitlines()]
+    rows[1]["response_tokens"], rows[2]["response_tokens"] = float("nan"), "7"
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = evaluate(
+        "--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "some.jsonl", "--out", folder / "o"
+    )
+    assert (
+        done.exit_code == 0
+        and "2 of 8 predictions state no number of tokens, so all lengths are in words" in done.stderr
+    )
+    assert metrics_of(folder / "o")["response_length_unit"] == "words"
+    assert metrics_of(folder / "o")["notes"][0].startswith("2 of 8 predictions")
+    assert "Mind: 2 of 8 predictions state no number of tokens" in (folder / "o/evaluation.md").read_text()
+
+
+def test_a_table_of_predictions_says_which_formats_are_read(melanoma):
+    folder, _ = melanoma
+    (folder / "answers.csv").write_text("id,prediction\np0,x\n")
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o")
+    for flag, more in (("--predictions", ()), ("--compare", ("--baseline", "random"))):
+        done = evaluate(*asked, flag, folder / "answers.csv", *more)
+        assert done.exit_code == 2 and "predictions are read from .jsonl, .json or .parquet" in done.stderr
+
+
+def test_the_average_of_two_evaluations_is_named_after_neither(melanoma):
+    folder, puzzles = melanoma
+    write_puzzles(folder / "other.jsonl", puzzles)
+    for name in ("melanoma", "other"):
+        evaluated(
+            "--puzzles",
+            folder / f"{name}.jsonl",
+            "--predictions",
+            folder / ("half.jsonl" if name == "other" else "most.jsonl"),
+            "--out",
+            folder / "saved" / name,
+        )
+    files = ("--puzzles", folder / "melanoma.jsonl", "--puzzles", folder / "other.jsonl")
+    evaluated(*files, "--predictions", folder / "saved", "--out", folder / "o")
+    assert (folder / "o/evaluation.md").read_text().startswith(f"# {folder / 'saved'} on 2 files")
+
+
+def test_a_baseline_that_learns_from_its_own_test_is_said(melanoma):
+    folder, puzzles = melanoma
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--baseline", "nearest", "--train", folder / "melanoma.jsonl")
+    done = evaluate(*asked, "--out", folder / "o")
+    assert (
+        done.exit_code == 0
+        and "melanoma: the training puzzles leak into these, so expect too good numbers" in done.stderr
+    )
+    (note,) = metrics_of(folder / "o")["notes"]
+    assert (
+        "a donor that --train has too: 2 donors" in note
+        and f"Mind: {note}." in (folder / "o/evaluation.md").read_text()
+    )
+
+
+def test_puzzles_of_two_kinds_are_not_mixed(melanoma):
+    folder, puzzles = melanoma
+    write_puzzles(folder / "mixed.jsonl", [*puzzles, *convert(puzzles[:1], "open")])
+    done = evaluate("--puzzles", folder / "mixed.jsonl", "--baseline", "random", "--out", folder / "o")
+    assert done.exit_code == 2 and "holds batch and open puzzles; evaluate each kind by itself" in done.stderr
+
+
+# ---- resuming
+
+
+def asker(asked: Counter, fail_after: int | None = None):
+    """A model that answers right, one puzzle at a time, and counts what it was asked."""
+
+    def ask(puzzles, first):
+        for puzzle in puzzles:
+            if fail_after is not None and asked.total() == fail_after:
+                raise RuntimeError("killed")
+            asked[puzzle.id] += 1
+            yield [(puzzle, [Answer(text=answer_of(puzzle.answer), tokens=3, finish_reason="stop")])]
+
+    return ask
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
+    puzzles, asked = make_puzzles(10), Counter()
+    puzzles.append(puzzles[2])  # the same puzzle twice is asked once
+    settings, options = {"model": "m"}, {"chunk": 4, "whole_chunks": False, "name": "test"}
+    with pytest.raises(RuntimeError, match="killed"):
+        answer_all(puzzles, asker(asked, fail_after=6), Partial(tmp_path, settings, resume=False), **options)
+    path = tmp_path / "predictions.partial.jsonl"
+    assert len(path.read_text().splitlines()) == 7  # settings and six answers
+    with open(path, "a") as handle:
+        handle.write('{"id": "p6", "predic')  # a torn last line
+    partial = Partial(tmp_path, settings, resume=True)
+    rows = answer_all(puzzles, asker(asked), partial, **options)
+    assert set(asked.values()) == {1} and asked.total() == 10
+    assert [row["id"] for row in rows] == [puzzle.id for puzzle in puzzles]
+    assert len(read_rows(path)) == 11  # nothing torn is left
+    partial.remove()
+    assert not path.exists()
+    assert Partial(tmp_path, settings, resume=True).rows == {}  # neither partial nor finished: a fresh start
+
+
+def test_a_chunk_that_lacks_an_answer_is_asked_whole_where_answers_hang_together(tmp_path):
+    puzzles, asked, places = make_puzzles(10), Counter(), []
+    partial = Partial(tmp_path, {}, resume=False)
+    partial.add([row_of(p, [Answer(text="x", tokens=None, finish_reason="stop")]) for p in puzzles[:6]])
+
+    def ask(chunk, first):
+        places.append(first)
+        return asker(asked)(chunk, first)
+
+    answer_all(puzzles, ask, Partial(tmp_path, {}, resume=True), chunk=4, whole_chunks=True, name="test")
+    assert places == [4, 8] and sorted(asked) == ["p4", "p5", "p6", "p7", "p8", "p9"]
+
+
+def test_other_settings_or_a_damaged_file_are_not_resumed(tmp_path):
+    Partial(tmp_path, {"model": "m", "seed": 1}, resume=False).add([{"id": "p0", "prediction": "x"}])
+    with pytest.raises(
+        ValueError, match="was made with seed 1, and this run has 2: give the same, or leave --resume out"
+    ):
+        Partial(tmp_path, {"model": "m", "seed": 2}, resume=True)
+    path = tmp_path / "predictions.partial.jsonl"
+    path.write_text('{"settings": {}}\n{"id": \n{"id": "p1", "prediction": "x"}\n')
+    with pytest.raises(ValueError, match="is damaged"):
+        Partial(tmp_path, {}, resume=True)
+
+
+def test_an_id_of_two_different_puzzles_is_refused(tmp_path):
+    one, other = make_puzzles(2)
+    twins = [one, Puzzle(id=one.id, context="c", cells=other.cells, candidates=other.candidates, answer=other.answer)]
+    with pytest.raises(ValueError, match="puzzle p0 occurs twice with different cells"):
+        answer_all(twins, asker(Counter()), Partial(tmp_path, {}, resume=False), chunk=4, whole_chunks=False, name="t")
+    assert digest([one, other]) != digest([other, one])
+
+
+# ---- an endpoint
+
+
+class Server:
+    """An OpenAI-compatible endpoint that knows the answers, on a port of this machine."""
+
+    def __init__(self, puzzles: list[Puzzle]) -> None:
+        answers = {puzzle.user_message: puzzle.answer for puzzle in puzzles}
+        self.bodies: list[dict] = []
+        self.headers: list[str] = []
+        self.fail_after: int | None = None
+        self.refused = ""
+        """A puzzle whose text holds this is refused for good."""
+        outer, lock = self, threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    failing = outer.fail_after is not None and len(outer.bodies) >= outer.fail_after
+                    if not failing:
+                        outer.bodies.append(body)
+                        outer.headers.append(self.headers["Authorization"])
+                labels = answers[body["messages"][1]["content"]]
+                refusing = bool(outer.refused) and outer.refused in body["messages"][1]["content"]
+                text = f"<answer>{' | '.join(labels)}</answer>"
+                choice = {
+                    "message": {"role": "assistant", "content": text, "reasoning_content": "markers"},
+                    "finish_reason": "stop",
+                }
+                said = {"choices": [choice], "model": "big", "usage": {"prompt_tokens": 50, "completion_tokens": 21}}
+                payload = json.dumps({"error": {"message": f"no {KEY}"}} if failing or refusing else said).encode()
+                self.send_response(401 if failing else 400 if refusing else 200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+
+def test_an_endpoint_is_asked_resumed_and_its_key_kept(melanoma):
+    folder, puzzles = melanoma
+    server = Server(puzzles)
+    arguments = (
+        "--puzzles",
+        folder / "melanoma.jsonl",
+        "--model",
+        "big",
+        "--endpoint",
+        server.url,
+        "--key-env",
+        "MY_KEY",
+        "--samples",
+        2,
+        "--concurrency",
+        1,
+        "--out",
+        folder / "o",
+    )
+    server.fail_after = 7  # three puzzles of two answers each, and one answer of the fourth
+    done = run_command("evaluate", *arguments, env={"MY_KEY": KEY})
+    assert done.returncode == 1 and "--endpoint" in done.stderr and "does not take the key" in done.stderr
+    assert "Traceback" not in done.stderr and not (folder / "o/metrics.json").exists()
+    held = [row["id"] for row in read_rows(folder / "o/predictions.partial.jsonl")[1:]]
+    assert held == ["p0", "p1", "p2"]
+    server.fail_after = None
+    kept = (folder / "o/predictions.partial.jsonl").read_text()
+    assert KEY not in kept
+    said = succeed("evaluate", *arguments, "--resume", env={"MY_KEY": KEY})
+    assert len(server.bodies) == 7 + 10 and set(server.headers) == {f"Bearer {KEY}"}
+    assert "melanoma: 8 of 8 puzzles answered" in said
+    found, rows = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")
+    assert found["batch_accuracy"] == found["k_sample"]["mean"]["batch_accuracy"] == 1.0
+    assert found["response_length"] == 21.0 and found["response_length_unit"] == "tokens"
+    assert rows[0]["prediction"].startswith("<think>markers</think>") and rows[0]["samples_tokens"] == [21, 21]
+    assert {body["temperature"] for body in server.bodies} == {1.0} and {body["model"] for body in server.bodies} == {
+        "big"
+    }
+    assert len({body["seed"] for body in server.bodies[:6]}) == 6  # samples of their own
+    written = "".join(path.read_text() for path in (folder / "o").iterdir()) + done.stdout + done.stderr + said
+    assert KEY not in written
+    assert not (folder / "o/predictions.partial.jsonl").exists()
+    asked_before = len(server.bodies)
+    succeed("evaluate", *arguments, "--resume", env={"MY_KEY": KEY})  # finished: scored again, nothing is asked
+    assert len(server.bodies) == asked_before
+
+
+def test_prompts_that_an_endpoint_refuses_for_good_end_it_or_count_as_invalid(melanoma):
+    folder, _ = melanoma
+    puzzles = make_puzzles(30)
+    write_puzzles(folder / "many.jsonl", puzzles)
+    server = Server(puzzles)
+    server.refused = "G2"  # p2, p20 to p29: more than the eight that at first would say that the settings are wrong
+    arguments = (
+        "--puzzles",
+        folder / "many.jsonl",
+        "--model",
+        "big",
+        "--endpoint",
+        server.url,
+        "--samples",
+        2,
+        "--concurrency",
+        1,
+        "--out",
+        folder / "o",
+    )
+    done = run_command("evaluate", *arguments)
+    assert (
+        done.returncode == 1
+        and "with --refused invalid the 11 refused for good count as invalid answers" in done.stderr
+    )
+    assert not (folder / "o/metrics.json").exists()
+    done = evaluate(*arguments, "--resume", "--refused", "invalid")
+    assert done.exit_code == 0 and "of 60 requests the endpoint refused 22 for good" in done.stderr
+    found, row = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")[2]
+    assert found["refused"] == 22 and found["format_validity"] == found["batch_accuracy"] == pytest.approx(19 / 30)
+    assert found["response_length_unit"] == "tokens" and row["samples"] == ["", ""]
+    assert row["samples_finish_reasons"] == ["refused"] * 2
+    assert "Mind: of 60 requests the endpoint refused 22" in (folder / "o/evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(("status", "for_good"), [(400, True), (422, True), (401, False), (429, False), (500, False)])
+def test_which_refusals_are_for_good(status, for_good):
+    assert refused_for_good(f"status {status}: no (1 try)") == for_good
+    assert not refused_for_good("") and not refused_for_good(f"the endpoint does not allow it (status {status}: no)")
+
+
+# ---- a checkpoint
+
+
+def test_a_model_that_was_replaced_is_not_resumed(melanoma):
+    folder, puzzles = melanoma
+    for name in ("base", "adapter"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"1")
+    (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "base")}))
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--resume")
+    for model, changed in (("base", "base"), ("adapter", "adapter"), ("adapter", "base")):
+        config = EvaluateConfig(puzzles=(), model=str(folder / model), out=str(folder / "o"), temperature=0.0)
+        held = settings(config, puzzles)
+        Partial(folder / "o", held, resume=False).add([{"id": "p0", "prediction": "x"}])
+        assert settings(config, puzzles) == held
+        (folder / changed / "model.safetensors").write_bytes(
+            (folder / changed / "model.safetensors").read_bytes() + b"2"
+        )
+        done = evaluate(*asked, "--model", folder / model)
+        assert done.exit_code == 2 and "was made with model_files" in done.stderr, done.output
+    (folder / "base/model.safetensors").unlink()
+    assert settings(config, puzzles)["model_files"] != held["model_files"]
+
+
+@pytest.mark.parametrize(
+    "unserved",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_would_be_served_wrongly_is_refused(melanoma, unserved):
+    folder, _ = melanoma
+    plain = {
+        "base_model_name_or_path": "b",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "use_rslora": False,
+        "rank_pattern": {},
+        "modules_to_save": None,
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(plain))
+    assert adapter_settings(folder) == plain
+    file.write_text(json.dumps(plain | unserved))
+    done = evaluate("--puzzles", folder / "melanoma.jsonl", "--model", folder, "--out", folder / "o")
+    assert done.exit_code == 2 and f"adapter_config.json: has {next(iter(unserved))} " in done.stderr
+    assert "merge it into its base" in done.stderr and not (folder / "o").exists()
+
+
+def test_an_engine_is_asked_greedily_with_seeds_by_place():
+    """The plain-torch engine on a toy model that always says one of two tokens, by the parity of the prompt's last one."""
+
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, **_):
+            logits = torch.zeros(len(input_ids), 1, 6)
+            logits[torch.arange(len(input_ids)), 0, 2 + input_ids[:, -1] % 2] = 1.0  # greedy: 2 after even, 3 after odd
+            return type("Output", (), {"logits": logits, "past_key_values": None})()
+
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    puzzles = make_puzzles(3)
+    engine = TorchEngine(Toy(), 5, nullcontext)
+    prompts = {puzzle.id: [1, 4 + i] for i, puzzle in enumerate(puzzles)}
+    greedy = Sampling(n=1, max_tokens=3, temperature=0.0, top_p=1.0, seed=0)
+    (pairs,) = ask_engine(engine, Words(), lambda puzzle: prompts[puzzle.id], greedy)(puzzles, 0)
+    assert [(puzzle.id, answer.text, answer.tokens, answer.finish_reason) for puzzle, (answer,) in pairs] == [
+        ("p0", "2 2 2", 3, "length"),
+        ("p1", "3 3 3", 3, "length"),
+        ("p2", "2 2 2", 3, "length"),
+    ]
+    drawn = Sampling(n=4, max_tokens=8, temperature=1.0, top_p=1.0, seed=0)
+    ask = ask_engine(engine, Words(), lambda puzzle: prompts[puzzle.id], drawn)
+    first, again, elsewhere = (next(iter(ask(puzzles[:1], place))) for place in (0, 0, 4))
+    assert first == again != elsewhere and len(first[0][1]) == 4
+
+
+def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
+    asked = (
+        "--puzzles",
+        pipeline / "puzzles/test.parquet",
+        "--model",
+        pipeline / "base",
+        "--max-response-tokens",
+        24,
+        "--limit",
+        10,
+        "--chunk",
+        4,
+        "--samples",
+        3,
+        "--temperature",
+        0.9,
+        "--out",
+        tmp_path,
+    )
+    puzzles = read_puzzles(pipeline / "puzzles/test.parquet")[:10]
+    said = succeed("evaluate", *asked)
+    rows, found = read_rows(tmp_path / "predictions.jsonl"), metrics_of(tmp_path)
+    assert [row["id"] for row in rows] == [
+        puzzle.id for puzzle in puzzles
+    ] and "test: 10 of 10 puzzles answered" in said
+    assert all(row["prediction"] == row["samples"][0] and len(set(row["samples"])) == 3 for row in rows)
+    assert all(1 <= n <= 24 for row in rows for n in row["samples_tokens"])
+    assert list(found["k_sample"]["pass_at_k"]) == ["1", "2", "3"] and found["run"]["temperature"] == 0.9
+    # as if killed in the third chunk: the second run samples what the first had
+    settings = json.dumps({"settings": found["run"]})
+    lines = [settings, *(json.dumps(row) for row in rows[:8]), json.dumps(rows[8])[:40]]
+    (tmp_path / "predictions.partial.jsonl").write_text("\n".join(lines))
+    (tmp_path / "predictions.jsonl").unlink()
+    succeed("evaluate", *asked, "--resume")
+    assert read_rows(tmp_path / "predictions.jsonl") == rows and metrics_of(tmp_path) == found

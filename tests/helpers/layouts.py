@@ -1,0 +1,134 @@
+"""Run by test_layout.py under torchrun: loss and gradient of random steps in every layout, in float64 over gloo.
+
+torchrun --nproc-per-node W tests/helpers/layouts.py CHECKPOINT OUT.safetensors
+"""
+
+import itertools
+import random
+import sys
+
+import torch
+from safetensors.torch import save_file
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from rollout import Rollout
+from trainer.config import GrpoConfig
+from trainer.grpo import accumulate, count_trained, reference_logprobs
+from trainer.metrics import TokenSums
+from trainer.packing import micro_batches, scored_groups
+from trainer.policy import Policy
+from trainer.ranks.world import join_world, leave_world
+from trainer.record.bundle import StepInputs
+
+OBJECTIVES = {
+    "on-policy": {"beta": 0.04},  # old = stop_gradient(new), references from the model itself
+    "paper": {"beta": 0.04},
+    "verl": {"aggregation": "token-mean", "dual_clip": 1.5, "clip_high": 0.28, "correction": "tis"},
+    "gspo": {"aggregation": "seq-mean-token-sum", "ratio_level": "sequence", "beta": 0.0},
+    "dr_grpo": {
+        "aggregation": "seq-mean-token-sum-norm",
+        "correction": "seq-mis",
+        "correction_cap": 3.0,
+        "kl_kind": "k3",
+    },
+}
+LAYOUTS = tuple(itertools.product(("plain", "shared"), (1, 60, 100_000), (False, True)))
+"""(packing, token budget of a micro-batch, shuffled): budget 1 is one response per micro-batch."""
+SOME_LAYOUTS = (("plain", 1, False), ("plain", 60, True), ("shared", 60, False), ("shared", 100_000, True))
+N_GROUPS, G = 6, 3
+
+
+def layouts_of(objective: str) -> tuple:
+    """Every layout for the paper's objective, some for the others."""
+    return LAYOUTS if objective == "paper" else SOME_LAYOUTS
+
+
+def float64_policy(checkpoint: str) -> Policy:
+    policy = Policy(checkpoint, lora_rank=4, lora_alpha=8, seed=0, device=torch.device("cpu"), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    for p in policy.trainable().values():  # lora_B starts at 0, and then lora_A has no gradient
+        p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    for module in policy.model.modules():
+        if isinstance(module, Qwen2RMSNorm):  # transformers rounds to float32 inside; a float64 check must not
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.square().mean(-1, True) + m.variance_epsilon)
+            )
+    return policy
+
+
+def random_step(seed: int) -> list[dict]:
+    """Groups of responses of 1 to 12 tokens with advantages; some responses, and one whole group, are not trained."""
+    rng = random.Random(seed)
+    groups = []
+    for g in range(N_GROUPS):
+        prompt = [rng.randrange(5, 200) for _ in range(rng.randint(1, 20))]
+        rows = []
+        for i in range(G):
+            n = rng.randint(1, 12)
+            row = {name: [rng.gauss(-5.0, 0.6) for _ in range(n)] for name in ("sampler", "old", "ref")}
+            ids = [rng.randrange(5, 200) for _ in range(n)]
+            rollout = Rollout(
+                puzzle_id=f"{g}",
+                prompt_ids=prompt,
+                response_ids=ids,
+                sampler_logprobs=row["sampler"],
+                finish_reason="stop",
+                adapter_version=0,
+                adapter_hash="",
+            )
+            trained = g != 2 and not (g == 4 and i % 2)
+            rows.append({**row, "rollout": rollout, "advantage": rng.gauss(0, 1), "trained": trained})
+        groups.append(rows)
+    return groups
+
+
+def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = random.Random(f"{budget}{packing}")
+    order = list(range(N_GROUPS))
+    if shuffled:
+        rng.shuffle(order)
+    mine = [step[g] if not shuffled else rng.sample(step[g], G) for g in order][world.rank :: world.size]
+    cfg = GrpoConfig(group_size=G, max_response_tokens=16, **OBJECTIVES[name])
+    rows = [row for group in mine for row in group]
+    rollouts = [[row["rollout"] for row in group] for group in mine]
+    advantages = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
+    trained = torch.tensor([row["trained"] for row in rows])
+    scored = scored_groups(rollouts, rows, advantages, trained)
+    plan = micro_batches(scored, budget, world.device, packing == "shared")
+
+    def recorded(name: str) -> list[torch.Tensor]:
+        flat = [[value for row in micro.rows for value in rows[row][name]] for micro in plan]
+        return [m.packed.unpack(torch.tensor(v, dtype=torch.float64)) for m, v in zip(plan, flat, strict=True)]
+
+    if name == "on-policy":
+        references, olds = [reference_logprobs(policy, micro, cfg) for micro in plan], [None] * len(plan)
+    else:
+        references, olds = recorded("ref") if cfg.beta else [None] * len(plan), recorded("old")
+    inputs = StepInputs(plan=plan, references=references, olds=olds, responses=[])
+    parameters = list(policy.trainable().values())
+    for p in parameters:
+        p.grad = None
+    sums = TokenSums()
+    assert accumulate(policy, inputs, count_trained(plan, world), cfg, sums) is None
+    world.sum_gradients(parameters)
+    return torch.tensor(world.total(sums.sums["loss"]), dtype=torch.float64), torch.cat(
+        [p.grad.flatten() for p in parameters]
+    )
+
+
+def main(checkpoint: str, out: str) -> None:
+    world = join_world()
+    policy = float64_policy(checkpoint)
+    results = {}
+    for name in OBJECTIVES:
+        for packing, budget, shuffled in layouts_of(name):
+            loss, gradient = loss_and_gradient(policy, world, random_step(0), name, packing, budget, shuffled)
+            key = f"{name}/{packing}/{budget}/{shuffled}"
+            results |= {f"{key}/loss": loss, f"{key}/gradient": gradient}
+    if world.is_main:
+        save_file(results, out)
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,276 @@
+"""One checkpoint that transformers and vLLM load, and that answers as the trainer does; one chat layout everywhere."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from data.puzzles import read_puzzles, read_rows
+from rollout import Sampling
+from rollout.torch_engine import TorchEngine
+from tests.helpers.commands import run_command, succeed
+from trainer.config import SftConfig
+from trainer.model.loading import load_tokenizer
+from trainer.model.merge import write_checkpoint
+from trainer.policy import Policy, encode_prompt
+from trainer.sft.examples import encode_traces
+
+CPU = torch.device("cpu")
+
+
+def noisy_policy(model_dir, **more) -> Policy:
+    """A policy whose adapter is not zero."""
+    policy = Policy(str(model_dir), lora_rank=4, lora_alpha=8.0, seed=0, device=CPU, dtype=torch.float32, **more)
+    torch.manual_seed(1)
+    for name, p in policy.trainable().items():
+        with torch.no_grad():
+            p.add_(0.05 * torch.randn_like(p)) if "lora_" in name else None
+    return policy
+
+
+def adapter_of(policy) -> dict:
+    return {name: t.clone() for name, t in policy.adapter_tensors().items()}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_merge_is_pefts(pipeline, tmp_path, dora):
+    policy = noisy_policy(pipeline / "base", dora=dora)
+    write_checkpoint(pipeline / "base", tmp_path / "m", torch.float32, adapter=adapter_of(policy), config=policy.lora)
+    ours = load_file(tmp_path / "m/model.safetensors")
+    theirs = policy.model.merge_and_unload().state_dict()
+    assert ours.keys() <= theirs.keys()
+    changed = [
+        name for name in ours if not torch.equal(ours[name], load_file(pipeline / "base/model.safetensors")[name])
+    ]
+    assert len(changed) == 14  # 7 linear layers in each of 2
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_four_bit_base_is_merged_as_it_was_trained(pipeline, tmp_path):
+    """The log-probs of the merged checkpoint are those of the policy with its base in 4 bits."""
+    policy = noisy_policy(pipeline / "base", quantize="nf4")
+    write_checkpoint(
+        pipeline / "base",
+        tmp_path / "m",
+        torch.float32,
+        adapter=adapter_of(policy),
+        config=policy.lora,
+        quantize="nf4",
+        held=torch.float32,
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    ids = torch.tensor([encode_prompt(policy.tokenizer, read_puzzles(pipeline / "puzzles/test.parquet")[0].chat())])
+    with torch.no_grad(), policy.decoding():
+        expected = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.log_softmax(-1)
+        got = merged(input_ids=ids).logits.log_softmax(-1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+    untouched = AutoModelForCausalLM.from_pretrained(pipeline / "base", dtype=torch.float32)
+    with torch.no_grad():
+        assert (untouched(input_ids=ids).logits.log_softmax(-1) - expected).abs().max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def trained(pipeline, tmp_path_factory):
+    """A short LoRA run; its checkpoint holds the adapter."""
+    out = tmp_path_factory.mktemp("trained") / "sft"
+    succeed(
+        "sft",
+        "--traces",
+        pipeline / "traces.jsonl",
+        "--model",
+        pipeline / "base",
+        "--out",
+        out,
+        "--lora-rank",
+        8,
+        "--lora-alpha",
+        16,
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--lr",
+        1e-2,
+    )
+    return out
+
+
+def test_export_and_vllm_answer_as_the_trainer(pipeline, trained, tmp_path):
+    """Greedy answers to the same puzzles: the trainer's own model with its adapter, and vLLM on the exported checkpoint."""
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "merged", "--dtype", "float32")
+    puzzles = read_puzzles(pipeline / "puzzles/test.parquet")
+    policy = Policy(str(pipeline / "base"), lora_rank=8, lora_alpha=16.0, seed=0, device=CPU, dtype=torch.float32)
+    policy.load_adapter(load_file(checkpoint / "adapter_model.safetensors"))
+    prompts = [encode_prompt(policy.tokenizer, p.chat()) for p in puzzles]
+    greedy = Sampling(n=1, max_tokens=24, temperature=0.0, top_p=1.0, seed=0)
+    engine = TorchEngine(policy.model, policy.eos_id, policy.decoding)
+    ours = [group[0].response_ids for group in engine.generate([p.id for p in puzzles], prompts, greedy)]
+    succeed(
+        "evaluate",
+        "--puzzles",
+        pipeline / "puzzles/test.parquet",
+        "--model",
+        tmp_path / "merged",
+        "--out",
+        tmp_path / "ev",
+        "--max-response-tokens",
+        24,
+    )
+    theirs = {row["id"]: row["prediction"] for row in read_rows(tmp_path / "ev/predictions.jsonl")}
+    texts = policy.tokenizer.batch_decode(ours, skip_special_tokens=True)
+    assert [theirs[p.id] for p in puzzles] == texts and len(set(texts)) > 1
+
+
+def test_the_adapter_alone_loads_in_peft(pipeline, trained, tmp_path):
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "a", "--adapter-only")
+    base = AutoModelForCausalLM.from_pretrained(pipeline / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "a").merge_and_unload().state_dict()
+    for name, weight in load_file(trained / "model/model.safetensors").items():
+        torch.testing.assert_close(loaded[name], weight, rtol=1e-5, atol=1e-6)
+    assert load_tokenizer_of_adapter(tmp_path / "a")
+
+
+def load_tokenizer_of_adapter(folder) -> bool:
+    return {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"} <= {
+        p.name for p in folder.iterdir()
+    }
+
+
+def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
+    metrics = {
+        "cell_accuracy": 0.5,
+        "batch_accuracy": 0.25,
+        "format_validity": 1.0,
+        "uniqueness": 1.0,
+        "response_length": 9,
+    }
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test/metrics.json").write_text(json.dumps(metrics))
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--metrics", tmp_path / "test/metrics.json")
+    card = (tmp_path / "m/README.md").read_text()
+    assert "| batch accuracy | 0.25 |" in card and "| lora_rank | 8 |" in card and "| epochs | 2 |" in card
+    digest = hashlib.sha256((pipeline / "traces.jsonl").read_bytes()).hexdigest()
+    assert f"| traces | traces.jsonl | {digest} |" in card and str(pipeline) not in card and "| adapter r | 8 |" in card
+    assert json.loads((trained / "config.json").read_text())["data"] == {"traces": digest}, "of the file as it was then"
+    weights = load_file(tmp_path / "m/model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "bfloat16"
+    exact = load_file(trained / "model/model.safetensors")
+    assert all(torch.equal(weights[name], exact[name].bfloat16()) for name in weights), (
+        "merged in float32, then rounded"
+    )
+    assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] is not None
+
+
+def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pipeline, tmp_path):
+    succeed(
+        "sft",
+        "--traces",
+        pipeline / "traces.jsonl",
+        "--model",
+        pipeline / "base",
+        "--out",
+        tmp_path / "sft",
+        "--lora-rank",
+        0,
+        "--epochs",
+        1,
+        "--batch-size",
+        64,
+        "--lr",
+        1e-3,
+    )
+    (checkpoint,) = (tmp_path / "sft/checkpoints").iterdir()
+    assert [path.name for path in checkpoint.glob("*.safetensors")] == ["model.safetensors"], (
+        "vLLM takes all for weights"
+    )
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--dtype", "float32")
+    names = {path.name for path in (pipeline / "base").iterdir()} | {"README.md", "generation_config.json"}
+    assert {path.name for path in (tmp_path / "m").iterdir()} == names
+    ours, theirs = load_file(tmp_path / "m/model.safetensors"), load_file(tmp_path / "sft/model/model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    refused = run_command("export", "--model", checkpoint, "--base", pipeline / "base", "--out", tmp_path / "n")
+    assert refused.returncode == 2 and "holds whole weights, which lie over no base" in refused.stderr
+
+
+def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_path):
+    policy = noisy_policy(pipeline / "base")
+    adapter, base = adapter_of(policy), pipeline / "base"
+    name = next(name for name in adapter if "lora_A" in name)
+    other_shape = {**adapter, name: torch.zeros(4, adapter[name].shape[1] + 2)}
+    homeless = {**adapter, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 8)}
+    damaged = tmp_path / "damaged"
+    shutil.copytree(base, damaged)
+    (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
+    for folder, tensors, settings, says in (
+        (base, other_shape, {}, "is it the base this adapter was trained on"),
+        (base, homeless, {}, "has no weight for the adapter's base_model.model.model.embed_tokens.lora_embedding_A"),
+        (base, adapter, {"alpha_pattern": {"q_proj": 64}}, "alpha_pattern cannot be merged here; merge it with PEFT"),
+        (damaged, adapter, {}, "model.safetensors: damaged"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            write_checkpoint(folder, tmp_path / "m", torch.float32, adapter=tensors, config={**policy.lora, **settings})
+        assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_what_cannot_be_exported(pipeline, trained, tmp_path):
+    for words, says in (
+        (("--model", tmp_path, "--out", tmp_path / "x"), "neither a checkpoint (config.json) nor an adapter"),
+        (("--model", pipeline / "base", "--out", tmp_path / "x", "--adapter-only"), "holds whole weights, no adapter"),
+        (("--model", pipeline / "base", "--out", tmp_path), "exists already"),
+        (("--model", pipeline / "base", "--out", tmp_path / "x", "--metrics", tmp_path / "no.json"), "no such file"),
+    ):
+        done = run_command("export", *words)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    other = tmp_path / "other"  # a base without the adapter's layers
+    succeed(
+        "create_policy",
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        other,
+        "--hidden",
+        64,
+        "--layers",
+        1,
+        "--heads",
+        2,
+        "--kv-heads",
+        2,
+        "--intermediate",
+        128,
+    )
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    done = run_command("export", "--model", checkpoint, "--base", other, "--out", tmp_path / "x")
+    assert done.returncode == 2 and "has no weight for the adapter's" in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_one_chat_layout_in_distillation_sft_grpo_and_evaluation(pipeline):
+    """The bytes of the prompt are the same in all four."""
+    puzzle = read_puzzles(pipeline / "puzzles/test.parquet")[0]
+    tokenizer = load_tokenizer(str(pipeline / "base"))
+    by_hand = (
+        f"<|im_start|>system\n{puzzle.system_message}<|im_end|>\n<|im_start|>user\n{puzzle.user_message}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    # an endpoint gets the turns and applies the checkpoint's own template to them
+    assert [turn["role"] for turn in puzzle.chat()] == ["system", "user"]
+    endpoint = tokenizer.apply_chat_template(puzzle.chat(), add_generation_prompt=True, tokenize=False)
+    grpo_and_evaluation = tokenizer.decode(encode_prompt(tokenizer, puzzle.chat()))
+    policy = Policy(str(pipeline / "base"), lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    row = {**puzzle.to_row(), "assistant_msg": f"<think>x</think>\n<answer>{' | '.join(puzzle.answer)}</answer>"}
+    (example,), _ = encode_traces(policy, [row], SftConfig(traces="t", model="m", out="o"))
+    assert endpoint == grpo_and_evaluation == tokenizer.decode(example.prompt_ids) == by_hand
+    whole = tokenizer.apply_chat_template(
+        [*puzzle.chat(), {"role": "assistant", "content": row["assistant_msg"]}], tokenize=False
+    )
+    assert tokenizer.decode(example.prompt_ids + example.response_ids) == whole.removesuffix("\n")

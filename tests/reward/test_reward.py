@@ -1,0 +1,98 @@
+"""The CellPuzzles rewards and the import-path loader."""
+
+import asyncio
+import json
+
+import pytest
+
+from data.puzzles import Puzzle, read_puzzles
+from reward import Reward, load_reward
+from reward.cellpuzzles import batch_reward, mixed_reward, parse_response, strict_reward
+from tests.helpers.commands import FIXTURES
+
+REAL = FIXTURES / "cellpuzzles_sample.jsonl"
+PUZZLE = Puzzle(
+    id="p",
+    context="",
+    cells=[["CD3D"], ["MS4A1"], ["NKG7"]],
+    candidates=["B cell", "NK cell", "T cell"],
+    answer=["T cell", "B cell", "NK cell"],
+)
+
+
+def response(answer: str, reasoning: str = "CD3D") -> str:
+    return f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "batch", "mixed", "strict"),
+    [
+        (response("T cell | B cell | NK cell"), 1, 1, 1),
+        (response(" t  CELL |b cell| nk cell "), 1, 1, 1),
+        (response("T cell | NK cell | B cell"), 0, 1 / 6, 0),
+        (response("B cell | T cell | NK cell."), 0, 0, 0),
+        (response("T cell | T cell | NK cell"), 0, 1 / 3, -1),  # duplicates are a valid format, and wrong
+        (response("T cell | monocyte | NK cell"), 0, 1 / 3, 0),
+        (response("T cell | B cell"), -1, -1, -1),
+        (response("T cell | B cell | NK cell | "), -1, -1, -1),
+        (response("T cell | | NK cell"), -1, -1, -1),
+        ("  \n" + response("T cell | B cell | NK cell") + "\n\n", 1, 1, 1),
+        ("sure: " + response("T cell | B cell | NK cell"), -1, -1, -1),
+        (response("T cell | B cell | NK cell") + " done", -1, -1, -1),
+        (response("T cell | B cell | NK cell", "the <answer> tag"), -1, -1, -1),
+        (response("T cell | B cell | NK cell").replace("\n", ""), 1, 1, 1),
+        (response("T cell | B cell | NK cell").replace("</answer>", ""), -1, -1, -1),
+        ("<answer>T cell | B cell | NK cell</answer>\n<think>x</think>", -1, -1, -1),
+        ("<THINK>x</THINK><answer>T cell | B cell | NK cell</answer>", -1, -1, -1),
+        ("", -1, -1, -1),
+    ],
+)
+def test_rewards_by_hand(text, batch, mixed, strict):
+    assert batch_reward(text, PUZZLE).total == batch
+    assert mixed_reward(text, PUZZLE).total == pytest.approx(mixed)
+    assert strict_reward(text, PUZZLE).total == strict
+
+
+def test_the_reasoning_cannot_be_scored_instead_of_the_answer():
+    """The authors' scorer reads the first line with a bar when the answer line is empty (cello1.md section 3)."""
+    gamed = "<think>T cell | B cell | NK cell</think>\n<answer>\nB cell | NK cell | T cell\n</answer>"
+    assert batch_reward(gamed, PUZZLE).total == 0
+
+
+def test_parse_names_the_problem():
+    assert parse_response(response("a | b"), 3).problem == "the answer has 2 labels for 3 cells"
+    assert parse_response("x", 3).problem == "<think> occurs 0 times, not once"
+    assert parse_response(response("a | b | c"), 3).labels == ["a", "b", "c"]
+
+
+def test_real_rows_score_one_with_their_own_answers():
+    rows = [json.loads(line) for line in REAL.read_text().splitlines()]
+    for row, puzzle in zip(rows, read_puzzles(REAL), strict=True):
+        own = row["assistant_msg"]
+        text = own if own.startswith("<think>") else f"<think></think><answer>{own}</answer>"
+        assert batch_reward(text, puzzle) == Reward(
+            total=1.0, parts={"cell_accuracy": 1.0, "batch_accuracy": 1.0, "format_validity": 1.0}
+        )
+
+
+def test_load_reward_by_module_and_by_file(tmp_path):
+    assert load_reward("reward.cellpuzzles:batch_reward") is batch_reward
+    (tmp_path / "mine.py").write_text("async def shortest(completion, puzzle):\n    return -float(len(completion))\n")
+    fn = load_reward(f"{tmp_path}/mine.py:shortest")
+    assert asyncio.run(fn("abc", PUZZLE)) == -3.0
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("reward.cellpuzzles", "write it as module:function"),
+        ("no.such.module:f", "cannot import no.such.module"),
+        ("reward.cellpuzzles:bach_reward", "has no 'bach_reward'; its functions are .*batch_reward"),
+        ("reward.cellpuzzles:_TAGS", "is a tuple, not a function"),
+        ("nowhere.py:f", "no file nowhere.py"),
+        ("trl:nowhere.py:f", "--reward trl:nowhere.py:f: no file nowhere.py"),
+    ],
+)
+def test_load_reward_says_what_is_wrong(path, says):
+    with pytest.raises(ValueError, match=says):
+        load_reward(path)

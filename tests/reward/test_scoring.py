@@ -1,0 +1,383 @@
+"""Scoring in worker processes, functions in TRL's and verl's styles, and re-scoring saved rollouts."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from data.puzzles import Puzzle
+from reward import Reward, Status, load_reward
+from reward.scoring import Scorer
+from tests.helpers.commands import ROOT, run_command, succeed
+from trainer.config import GrpoConfig
+from trainer.grpo import compare
+from trainer.metrics import explain_zeros, reward_metrics
+
+PUZZLE = Puzzle(
+    id="p",
+    context="blood",
+    cells=[["CD3D"], ["MS4A1"]],
+    candidates=["B cell", "T cell"],
+    answer=["T cell", "B cell"],
+    meta={"donor": "d1"},
+)
+RIGHT = "<think>x</think><answer>T cell | B cell</answer>"
+REWARDS = """
+import asyncio, os, sys, time
+
+def plain(completion, puzzle):
+    print("a reward may print")
+    if completion == "raise":
+        raise KeyError("no such thing")
+    if completion == "none":
+        return None
+    if completion == "nan":
+        return float("nan")
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "die":
+        os._exit(7)
+    if completion == "exit":
+        sys.exit(3)
+    return len(completion)
+
+started = 0
+
+async def meet(completion, puzzle):
+    global started
+    started += 1
+    while started < 41 or completion == "hang":  # nobody is done before all have begun
+        await asyncio.sleep(0.01)
+    return float(len(completion))
+
+async def fragile(completion, puzzle):
+    if completion == "die":
+        await asyncio.sleep(0.2)
+        os._exit(7)
+    if completion == "block":
+        time.sleep(600)
+    await asyncio.sleep(0.5)
+    return 1.0
+
+def whole(completion, puzzle):
+    import numpy as np
+    from reward import Reward
+    if completion == "words":
+        return Reward(total=1, parts={"why": "because"})
+    return Reward(total=len(completion), parts={"share": np.float32(0.5)})
+
+# ---- as written for TRL: batches in, a list out, columns as keywords
+def trl_format(completions, **kwargs):
+    return [1.0 if turns[0]["content"].endswith("</answer>") else 0.0 for turns in completions]
+
+def trl_accuracy(prompts, completions, answer, log_metric=None, **kwargs):
+    assert prompts[0][0]["role"] == "system" and prompts[0][1]["content"].startswith("Context: ")
+    rewards = []
+    for turns, gold in zip(completions, answer):
+        content = turns[-1]["content"]
+        if "<answer>" not in content:
+            rewards.append(None)
+            continue
+        given = content.split("<answer>")[1].split("</answer>")[0].split(" | ")
+        rewards.append(sum(a == b for a, b in zip(given, gold)) / len(gold))
+        log_metric("labels", len(given))
+    return rewards
+
+async def trl_async(completions, puzzle_id):
+    await asyncio.sleep(0)
+    return [float(len(turns[0]["content"])) for turns in completions]
+
+def trl_tokens(completions, completion_ids):
+    return [len(ids) for ids in completion_ids]
+
+# ---- as written for verl
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if ground_truth not in solution_str:
+        return 0.0
+    return {"score": 1.0 / extra_info["n_cells"], "acc": True, "pred": solution_str, "source": len(data_source)}
+"""
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    file.write_text(REWARDS)
+    return str(file)
+
+
+def score(
+    path: str, texts: list[str], workers: int = 1, seconds: float = 2.0, cut: tuple[str, ...] = ()
+) -> list[Reward]:
+    scorer = Scorer(path, workers, seconds)
+    try:
+        return scorer.score(texts, [PUZZLE] * len(texts), [text in cut for text in texts])
+    finally:
+        scorer.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_scores_come_back_in_order(rewards, workers):
+    got = score(f"{rewards}:plain", ["a", "bbb", "raise", "cc", "none", "nan", "dddd"], workers, cut=("cc", "raise"))
+    assert [r.total for r in got if r.scored] == [1.0, 3.0, 2.0, 4.0]
+    assert [str(r.status) for r in got] == ["ok", "ok", "error", "truncated", "error", "error", "ok"]
+    assert got[2].message == "KeyError: 'no such thing' (rewards.py, line 7)" and math.isnan(got[2].total)
+    assert "the reward is None: return a finite number or a Reward" in got[4].message
+
+
+def test_a_function_that_hangs_or_dies_costs_only_its_own_response(rewards):
+    got = score(f"{rewards}:plain", ["a", "hang", "bb", "die", "ccc", "exit", "dddd"], workers=2, seconds=1.0)
+    assert [r.total for r in got if r.scored] == [1.0, 2.0, 3.0, 4.0]
+    assert [str(got[i].status) for i in (1, 3, 5)] == ["timeout", "error", "error"]
+    assert got[1].message == "it took longer than --reward-seconds 1"
+    assert "ended with exit code 7" in got[3].message and "ended with exit code 3" in got[5].message
+
+
+def test_coroutines_run_side_by_side_and_time_out_alone(rewards):
+    got = score(f"{rewards}:meet", ["a" * n for n in range(1, 41)] + ["hang"], seconds=3.0)
+    assert [r.total for r in got[:-1]] == [float(n) for n in range(1, 41)]
+    assert got[-1].status is Status.TIMEOUT
+
+
+def test_only_the_coroutine_at_fault_is_blamed(rewards):
+    texts = ["a", "b", "die", "c", "block", "d"]
+    got = score(f"{rewards}:fragile", texts, seconds=2.0)
+    assert [str(r.status) for r in got] == ["ok", "ok", "error", "ok", "timeout", "ok"]
+    assert "exit code 7" in got[2].message
+
+
+def test_numbers_become_floats_and_words_are_refused(rewards):
+    fine, bad = score(f"{rewards}:whole", ["abc", "words"])
+    assert (fine.total, fine.parts) == (3.0, {"share": 0.5}) and isinstance(fine.total, float)
+    assert "part 'why' of the reward is 'because'" in bad.message
+
+
+def test_it_stops_at_the_first_failure_when_asked(rewards):
+    scorer = Scorer(f"{rewards}:plain", 1, 2.0)
+    got = scorer.score(["a", "raise", "b", "c"], [PUZZLE] * 4, [False] * 4, stop_at_failure=True)
+    assert got[0].total == 1.0 and got[1].status is Status.ERROR and got[2:] == [None, None]
+    again = scorer.score(["dd"], [PUZZLE], [False])
+    scorer.close()
+    assert again[0].total == 2.0
+    with pytest.raises(
+        ValueError, match="its scoring process did not start: its scoring process ended with exit code 1"
+    ):
+        score("nowhere.py:fn", ["a"])
+
+
+def test_cellpuzzles_rewards_keep_parts_and_status(rewards):
+    right, wrong = score("reward.cellpuzzles:batch_reward", [RIGHT, "no format"])
+    assert (right.total, right.parts["cell_accuracy"], right.status) == (1.0, 1.0, Status.OK)
+    assert (wrong.total, wrong.status) == (-1.0, Status.INVALID_FORMAT)
+
+
+def test_a_worker_does_not_outlive_a_killed_trainer(rewards):
+    """kill -9 on the trainer while a reward function spins."""
+    code = f"""
+import os
+from data.puzzles import Puzzle
+from reward.scoring import Scorer
+scorer = Scorer({rewards + ":plain"!r}, 1, 600.0)
+puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["a", "b"], answer=["a", "b"])
+scorer.score(["x"], [puzzle], [False])
+print(scorer.workers[0].process.pid, flush=True)
+scorer.score(["hang"], [puzzle], [False])
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and alive(worker):
+        time.sleep(0.2)
+    assert not alive(worker)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as handle:
+            return handle.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_functions_in_trls_style(rewards):
+    assert [r.total for r in score(f"trl:{rewards}:trl_format", [RIGHT, "x"])] == [1.0, 0.0]
+    half = RIGHT.replace("T cell | B cell", "T cell | T cell")
+    right, wrong, declined = score(f"trl:{rewards}:trl_accuracy", [RIGHT, half, "no answer"])
+    assert (right.total, right.parts) == (1.0, {"labels": 2.0}) and wrong.total == 0.5
+    assert declined.status is Status.DECLINED and not declined.scored
+    assert score(f"trl:{rewards}:trl_async", ["abc"])[0].total == 3.0
+    with pytest.raises(ValueError, match="it needs 'completion_ids', which is not passed on here"):
+        load_reward(f"trl:{rewards}:trl_tokens")
+
+
+def test_functions_in_verls_style(rewards):
+    right, wrong = score(f"verl:{rewards}:compute_score", [RIGHT, "x"])
+    assert right.total == 0.5 and right.parts == {"acc": 1.0, "source": 11.0}
+    assert wrong.total == 0.0 and wrong.scored
+
+
+def test_a_response_that_was_not_scored_takes_no_part():
+    """Group 0 without its failed member: rewards 1, 0; group 1 has one scored member left: nothing to compare."""
+    failed = Reward(total=float("nan"), status=Status.ERROR)
+    rewards = [Reward(total=1.0), failed, Reward(total=0.0), failed, failed, Reward(total=5.0)]
+    advantages, trained = compare(rewards, GrpoConfig(group_size=3))
+    expected = 0.5 / (math.sqrt(0.5) + 1e-6)
+    torch.testing.assert_close(advantages, torch.tensor([expected, 0.0, -expected, 0.0, 0.0, 0.0]))
+    assert trained.tolist() == [True, False, True, False, False, True]
+
+
+def rows_of(*groups: list[float | None]) -> list[dict]:
+    return [{"reward": reward, "parts": {}} for group in groups for reward in group]
+
+
+def test_groups_are_counted_and_zeros_explained():
+    metrics = reward_metrics(rows_of([1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [None, 1.0]), group_size=2)
+    assert metrics["groups/all_right"] == 0.5 and metrics["groups/all_wrong"] == metrics["groups/mixed"] == 0.25
+    assert metrics["frac_reward_zero_std"] == 0.75 and metrics["groups/dropped_responses"] == 1 / 8
+    assert metrics["reward"] == pytest.approx(4 / 7)
+
+    def notes(groups: list, cfg: GrpoConfig, **values: float) -> list[str]:
+        zeros = {
+            "pg_loss": 0.0,
+            "kl": 0.0,
+            "clip_ratio/low_mean": 0.0,
+            "clip_ratio/high_mean": 0.0,
+            "clip_ratio/dual_mean": 0.0,
+        }
+        return [
+            n.split(",")[0].split(" 0:")[-1]
+            for n in explain_zeros({**zeros, **values, **reward_metrics(groups, 2)}, cfg)
+        ]
+
+    mixed, paper = rows_of([1.0, 0.0]), GrpoConfig()
+    assert notes(mixed, paper) == [
+        " fresh samples",
+        "no clip: one update per batch",
+        " the adapter starts at zero",
+    ]
+    assert notes(rows_of([1.0, 1.0]), paper)[0] == " all groups right"
+    assert notes(rows_of([0.0, 0.0]), paper)[0] == " all groups wrong"
+    assert notes(rows_of([0.0, 0.0], [1.0, 1.0]), paper)[0] == " groups all right or all wrong"
+    assert notes(rows_of([None, None]), paper) == [" no response of the step was scored"]
+    unscored = reward_metrics(rows_of([None, None], [1.0, 1.0]), 2)
+    assert unscored["groups/unscored"] == unscored["groups/all_right"] == unscored["frac_reward_zero_std"] == 0.5
+    assert reward_metrics(rows_of([None, None]), 2)["reward"] is None, "no reward is not a reward of 0"
+    several = GrpoConfig(updates_per_batch=2, beta=0.0)
+    assert notes(mixed, several, pg_loss=0.2) == [
+        "no clip: no ratio went past the bound on its advantage's side",
+        " no reference",
+    ]
+    busy = {"pg_loss": 0.1, "kl": 0.2, "clip_ratio/low_mean": 0.1}
+    assert notes(mixed, several, **busy) == []
+
+
+SMALL = (
+    "--prompts-per-step",
+    4,
+    "--group-size",
+    3,
+    "--max-prompt-tokens",
+    400,
+    "--max-response-tokens",
+    12,
+    "--lora-rank",
+    8,
+    "--lora-alpha",
+    16,
+    "--lr",
+    1e-2,
+    "--engine",
+    "torch",
+)
+
+
+@pytest.fixture(scope="module")
+def run(pipeline, tmp_path_factory):
+    """A run whose reward fails for every response of an odd length, under --on-reward-error drop."""
+    folder = tmp_path_factory.mktemp("drop")
+    (folder / "odd.py").write_text(
+        "def fails(completion, puzzle):\n"
+        "    if len(completion) % 2:\n"
+        "        raise RuntimeError('odd')\n"
+        "    return -len(completion) / 50\n"
+        "def longer(completion, puzzle):\n"
+        "    return len(completion) / 50\n"
+    )
+    arguments = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", *SMALL)
+    stopped = run_command(
+        "grpo", *arguments, "--steps", 2, "--out", folder / "stop", "--reward", f"{folder}/odd.py:fails"
+    )
+    text = succeed(
+        "grpo",
+        *arguments,
+        "--steps",
+        2,
+        "--out",
+        folder / "run",
+        "--reward",
+        f"{folder}/odd.py:fails",
+        "--on-reward-error",
+        "drop",
+    )
+    return folder, stopped, text
+
+
+def test_a_failing_reward_stops_the_run_by_name(run):
+    folder, stopped, _ = run
+    assert stopped.returncode != 0
+    said = [line for line in stopped.stderr.splitlines() if line.startswith("Error: step 1: --reward")]
+    assert said and len(set(said)) == 1, "every rank that gets to speak says the same"
+    assert "RuntimeError: odd (odd.py, line 3)" in said[0] and "--resume --on-reward-error drop" in said[0]
+    case = json.loads((folder / "stop/reward_failure.json").read_text())
+    assert (
+        len(case["completion"]) % 2 == 1 and f"puzzle {case['puzzle_id']}, response {case['response']} of 3" in said[0]
+    )
+
+
+def test_or_is_dropped_and_counted(run):
+    folder, _, text = run
+    metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "run/rollouts.jsonl").read_text().splitlines()]
+    odd = [len(row["completion"]) % 2 == 1 for row in rows]
+    assert any(odd) and not all(odd)
+    assert [row["reward"] is None for row in rows] == odd == [row["status"] == "error" for row in rows]
+    assert all(
+        row["advantage"] == 0.0 and "RuntimeError: odd" in row["message"] for row in rows if row["reward"] is None
+    )
+    for step in metrics:
+        own = [row for row in rows if row["step"] == step["step"]]
+        scored = [row["reward"] for row in own if row["reward"] is not None]
+        assert step["reward"] == pytest.approx(sum(scored) / len(scored))
+        assert step["groups/dropped_responses"] == pytest.approx(1 - len(scored) / len(own))
+
+
+def test_rescore_says_what_changes(run, tmp_path):
+    folder, _, _ = run
+    rollouts = folder / "run/rollouts.jsonl"
+    text = succeed("rescore", rollouts, "--reward", f"{folder}/odd.py:longer", "--out", tmp_path / "new.jsonl")
+    old = [json.loads(line) for line in rollouts.read_text().splitlines()]
+    new = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in new] == [pytest.approx(len(row["completion"]) / 50) for row in old]
+    assert [row["old_reward"] for row in new] == [row["reward"] for row in old]
+    for first in range(0, len(old), 3):  # the new reward is the old one's negative: advantages of whole groups too
+        if all(row["reward"] is not None for row in old[first : first + 3]):
+            for a, b in zip(old[first : first + 3], new[first : first + 3], strict=True):
+                assert b["advantage"] == pytest.approx(-a["advantage"], abs=1e-4)
+    both = sum(row["reward"] is not None for row in old)
+    assert f"{len(old)} responses in {len(old) // 3} groups, {len(old) - both} without one of the two rewards" in text
+    for arguments, says in (
+        ([rollouts, "--reward", "reward.cellpuzzles:nope"], "has no 'nope'"),
+        (
+            [folder / "run/metrics.jsonl", "--reward", "reward.cellpuzzles:batch_reward"],
+            "not the rollouts of a GRPO run",
+        ),
+        ([rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--step", 9], "holds no rollout of step 9"),
+    ):
+        done = run_command("rescore", *arguments)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]

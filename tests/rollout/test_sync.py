@@ -1,0 +1,202 @@
+"""The hand-over to real vLLM: LoRA ranks, tied and untied heads, tensor parallel, every weight, DoRA, many times in a row."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from rollout.link import join, put, serve, take
+from rollout.sync import Canary, Parcel, SyncError, manifest_hash
+from tests.helpers.commands import ROOT, run_command, succeed
+
+SMALL = (
+    "--prompts-per-step",
+    4,
+    "--group-size",
+    3,
+    "--max-prompt-tokens",
+    400,
+    "--max-response-tokens",
+    16,
+    "--steps",
+    3,
+    "--reward-workers",
+    0,
+)
+
+
+@pytest.fixture(scope="module")
+def untied(pipeline, tmp_path_factory) -> Path:
+    """The base checkpoint with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied") / "base"
+    model = AutoModelForCausalLM.from_pretrained(pipeline / "base", dtype=torch.float32)
+    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (pipeline / "base" / name).is_file():
+            (folder / name).write_bytes((pipeline / "base" / name).read_bytes())
+    assert "lm_head.weight" in load_file(folder / "model.safetensors")
+    return folder
+
+
+def check(what: str, checkpoint: Path, ranks: int = 1) -> list[dict]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    words = [str(ROOT / "tests/helpers/sync_checks.py"), what, str(checkpoint)]
+    done = subprocess.run(
+        [*launcher, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    results = sorted(line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    return [json.loads(text) for _, text in results]
+
+
+def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
+    (result,) = check("ranks", pipeline / "base")
+    assert set(result["distances"]) == {"8", "16", "64", "256"} and all(d < 1e-5 for d in result["distances"].values())
+    assert result["bound"] == [2 * 7, 2 * 4]  # two layers: q, k, v, o, gate, up, down -> qkv, o, gate_up, down
+    assert result["threads gained"] == 1, (
+        "vLLM's CPU worker leaves torch.set_num_threads doing nothing; the engine mends it"
+    )
+    assert "slot of model.layers.0.mlp.down_proj does not hold the lora_B" in result["damaged slot"]
+    assert "answers the canary text exactly as without an adapter" in result["unused"]
+    assert result["hashes"]
+    assert result["grown_bytes"] < 32 << 20
+    assert result["files"][0] == result["files"][1]
+
+
+def test_one_sampler_over_two_processes_with_an_untied_head(untied):
+    first, second = check("parallel", untied, ranks=2)
+    assert first["ids"] == ["a", "c"] and second["ids"] == ["b", "d"]
+    for result in (first, second):
+        assert result["difference"] < 1e-4 and result["canary"] < 1e-5
+
+
+def test_every_weight_can_be_trained_and_shipped(pipeline, tmp_path):
+    """--lora-rank 0, with a tied head: the canary compares the sampler with the trainer after each step."""
+    reward = tmp_path / "reward.py"
+    reward.write_text("def length(completion, puzzle):\n    return -len(completion) / 20\n")
+    base, out = pipeline / "base", tmp_path / "run"
+    succeed(
+        "grpo",
+        "--model",
+        base,
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        out,
+        *SMALL,
+        "--lora-rank",
+        0,
+        "--lr",
+        1e-3,
+        "--reward",
+        f"{reward}:length",
+    )
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["adapter_hash"] for row in rows}) == 3
+    assert all(row["sampling/logp_difference/max"] < 1e-4 for row in rows) and rows[-1]["kl"] > 0
+    trained = load_file(out / "checkpoints/step-000003/model.safetensors")  # a whole checkpoint, and another one
+    before = load_file(base / "model.safetensors")
+    assert set(trained) == set(before) and all(
+        not torch.equal(trained[name], before[name]) for name in before if "norm" not in name
+    )
+    AutoModelForCausalLM.from_pretrained(out / "checkpoints/step-000003")
+
+
+def test_dora_is_refused_with_a_sentence(pipeline, tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    config = {
+        "use_dora": True,
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "base_model_name_or_path": str(pipeline / "base"),
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    done = run_command(
+        "evaluate", "--puzzles", pipeline / "puzzles/test.parquet", "--model", tmp_path, "--out", tmp_path / "eval"
+    )
+    assert done.returncode == 2 and "a DoRA adapter (use_dora), which vLLM cannot serve" in done.stderr
+    from rollout.vllm_engine import VLLMEngine
+
+    with pytest.raises(ValueError, match="the adapter is DoRA"):
+        VLLMEngine(str(pipeline / "base"), lora=config, max_model_len=64)
+
+
+def test_a_parcel_holds_tensors_of_any_shape_and_dtype():
+    tensors = {
+        "b": torch.arange(5, dtype=torch.float32),
+        "a": torch.ones(3, 1, dtype=torch.bfloat16) * 0.1,
+        "c": torch.tensor([[1.0, 2.0]], dtype=torch.float64),
+        "e": torch.zeros(0, 4),
+    }
+    parcel = Parcel.of(tensors)
+    manifest = parcel.manifest()
+    assert [row[0] for row in manifest] == ["a", "b", "c", "e"] and manifest[0][2] == "bfloat16"
+    assert manifest[1] == ("b", (5,), "float32", zlib.crc32(struct.pack("<5f", 0, 1, 2, 3, 4)))
+    assert parcel.spans == [(0, 6), (16, 36), (48, 64), (64, 64)] and len(parcel.buffer) == 64
+    assert all(torch.equal(parcel.tensors[name], tensor) for name, tensor in tensors.items())
+    before = manifest_hash(manifest)
+    tensors["b"][4] = 5
+    assert Parcel.of(tensors, parcel) is parcel and parcel.tensors["b"][4] == 5
+    assert manifest_hash(parcel.manifest()) != before
+    assert Parcel.of({"b": tensors["b"]}, parcel) is not parcel
+
+
+def test_the_canary_judges_by_distance_and_by_equality():
+    policy, reference = [-1.0, -2.0], [-1.5, -2.0]
+    canary = Canary(ids=[1, 2, 3], policy=policy, reference=reference, tolerance=1e-4)
+    assert canary.check([-1.00001, -2.0], [-1.5, -2.0]) == pytest.approx(5e-6)
+    with pytest.raises(
+        SyncError, match="differ by 0.25 nats on average, more than 0.0001 .0 from the reference.; it is nearer"
+    ):
+        canary.check(reference, reference)
+    with pytest.raises(SyncError, match="differ by nan nats"):
+        canary.check([float("nan"), -2.0], reference)
+    close = Canary(
+        ids=[1, 2, 3], policy=policy, reference=[-1.00002, -2.0], tolerance=1e-4
+    )  # an effect below the tolerance
+    with pytest.raises(
+        SyncError, match="exactly as without an adapter, though the policy's moves its log-probs by 1e-05"
+    ):
+        close.check([-1.00002, -2.0], [-1.00002, -2.0])
+    assert (
+        Canary(ids=[1], policy=[float("nan")], reference=[0.0], tolerance=1).check([0.0], None) != 0
+    )  # nan: named later
+
+
+def test_the_store_listens_on_one_address_and_takes_signed_values_only(capsys):
+    store, address = serve("127.0.0.1", 0)
+    socket.create_connection(("127.0.0.1", address.port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", address.port), timeout=5)
+    assert address.token not in repr(address)
+    value = {"ids": [1, 2], "logprobs": [-0.1, -1e-7], "text": "x" * (9 << 20)}  # more than a store's value may hold
+    other = join(address, "a test")
+    put(other, "k", value, address.token)
+    assert other.check(["k"])  # a set is not answered; what the same client asks next is, in order
+    assert take(store, "k", address.token) == value and take(store, "k", address.token) is None
+    put(other, "k", value, "another token")
+    assert other.check(["k"])
+    assert take(store, "k", address.token) is None and "refused k: its writer does not know" in capsys.readouterr().err
+    assert not store.check(["k/0"])
+    with pytest.raises(ValueError, match="--sync-host nowhere.invalid: not an interface or address of this machine"):
+        serve("nowhere.invalid", 0)
+    with pytest.raises(ValueError, match="another run .its token is not this run's. already answers"):
+        serve("127.0.0.1", address.port)

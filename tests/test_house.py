@@ -1,0 +1,130 @@
+"""The house: which room may import which, no circles, how much a reader must read, and what the READMEs promise.
+
+Nothing here is a list of files that somebody must keep up: everything is found by looking.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.demo import DemoConfig
+from launch.options import read_recipe
+from tests.helpers.commands import ROOT
+from trainer.config import GrpoConfig, SftConfig
+
+MAY_IMPORT = {
+    "data": {"data"},
+    "reward": {"data", "reward"},
+    "rollout": {"data", "rollout"},
+    "trainer": {"data", "reward", "rollout", "trainer"},
+    "eval": {"data", "reward", "rollout", "eval"},
+    "launch": {"data", "reward", "rollout", "trainer", "eval", "launch"},
+}
+SOURCES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+STEP_ELSEWHERE = ("rollout", "rollout.vllm_engine", "rollout.sync", "reward", "reward.scoring")
+"""The files outside trainer/ that a GRPO step runs through."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in full.values()}
+    return found & set(MODULES)
+
+
+GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def reach(start: str) -> set[str]:
+    """A module and all it imports, directly or not."""
+    seen, waiting = set(), [start]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += GRAPH[name]
+    return seen
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_rooms_import_only_what_they_may():
+    for name, targets in GRAPH.items():
+        room = name.split(".")[0]
+        assert {target.split(".")[0] for target in targets} <= MAY_IMPORT[room], f"{name} imports {targets}"
+
+
+def test_no_circle_of_files():
+    for name, targets in GRAPH.items():
+        if name in ("launch.answering", "launch.evaluate"):
+            continue  # to be taken apart
+        assert not [target for target in targets if name in reach(target)], f"{name} is imported by what it imports"
+
+
+def test_a_room_has_at_most_12_files_and_every_room_a_readme():
+    for folder in {path.parent for path in SOURCES}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        limit = 30 if folder.name == "launch" else 12  # launch/ has a file per command
+        assert len(files) <= limit, f"{folder} has {len(files)} files"
+
+
+def test_what_a_step_runs_through_is_short():
+    """All files directly in trainer/, and the five of rollout/ and reward/; the import closure may only shrink."""
+    step = [MODULES[name] for name in MODULES if MODULES[name].parent == ROOT / "trainer"]
+    step += [MODULES[name] for name in STEP_ELSEWHERE]
+    assert len(step) <= 14
+    assert sum(map(lines, step)) <= 2950
+    assert len(reach("trainer.grpo")) <= 36
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_not_huge(path):
+    """400 lines and 60 are a reason to look (the designs say so); at these it is time to split."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 520
+    assert text.isascii()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno + 1 <= 110, f"{node.name} is too long"
+
+
+def test_recipes_parse():
+    recipes = sorted((ROOT / "launch/recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        keys = yaml.safe_load(recipe.read_text())
+        config = DemoConfig if "h5ad" in keys else SftConfig if recipe.stem.startswith("sft") else GrpoConfig
+        assert read_recipe(config, recipe)
+
+
+def test_readmes_name_what_exists():
+    for readme in [
+        ROOT / "README.md",
+        *(path for room in (*MAY_IMPORT, "tests") for path in (ROOT / room).rglob("*.md")),
+    ]:
+        text = readme.read_text()
+        for name in re.findall(r"(?:launch|trainer|reward|rollout|data|eval|tests)/[\w/]+\.(?:py|yaml|tsv|png)", text):
+            assert (ROOT / name).is_file(), f"{readme} names {name}"
+
+
+def test_the_objective_is_short_and_flat():
+    """At most 250 lines; no branch (if, for, while, with, try) inside another inside another."""
+    text = (ROOT / "trainer/objective.py").read_text()
+    assert len(text.splitlines()) <= 250
+
+    def depth(node: ast.AST, inside: int = 0) -> int:
+        deeper = inside + isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try))
+        return max([deeper, *(depth(child, deeper) for child in ast.iter_child_nodes(node))])
+
+    assert depth(ast.parse(text)) <= 2

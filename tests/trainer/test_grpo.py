@@ -1,0 +1,231 @@
+"""The GRPO command end to end with real vLLM and real torch.distributed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import ROOT, run_command, succeed
+
+SMALL = (
+    "--prompts-per-step",
+    4,
+    "--group-size",
+    3,
+    "--max-prompt-tokens",
+    400,
+    "--max-response-tokens",
+    16,
+    "--lora-rank",
+    8,
+    "--lora-alpha",
+    16,
+    "--lr",
+    1e-2,
+    "--save-every",
+    2,
+)
+CHECK = """
+import sys, torch
+from pathlib import Path
+from rollout import Sampling
+from rollout.sync import Canary, Parcel, SyncError
+from rollout.vllm_engine import VLLMEngine
+from vllm import SamplingParams
+from trainer.packing import pack
+from trainer.policy import Policy
+from trainer.record.runfolder import load_checkpoint
+from trainer.ranks.world import join_world, leave_world
+
+base, checkpoint = sys.argv[1:]
+join_world()
+policy = Policy(base, lora_rank=8, lora_alpha=16, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+step, adapter, _ = load_checkpoint(Path(checkpoint))
+policy.load_adapter(adapter)
+engine = VLLMEngine(base, lora=policy.lora, max_model_len=256)
+parcel = Parcel.of(adapter)
+engine.load_adapter(parcel, parcel.manifest(), version=step)
+prompt = list(range(5, 45))
+sampling = Sampling(n=1, max_tokens=40, temperature=1.0, top_p=1.0, seed=1)
+(rollout,) = engine.generate(["x"], [prompt], sampling)[0]
+long = [{"prompt_token_ids": [5 + i % 50 for i in range(200)]}]
+output = engine.llm.generate(long, SamplingParams(n=4, max_tokens=2), lora_request=engine.request, use_tqdm=False)[0]
+assert output.num_cached_tokens >= 128, "the responses of a group share their prompt's blocks (128 tokens each on a CPU)"
+(again,) = engine.generate(["x"], [prompt], sampling)[0]
+assert again.response_ids == rollout.response_ids, "the same seed must sample the same response"
+batch = pack([(prompt, [rollout.response_ids])])
+with torch.no_grad():
+    on, off = policy.response_logprobs(batch)[0], policy.response_logprobs(batch, reference=True)[0]
+sampler = torch.tensor(rollout.sampler_logprobs)
+text = pack([(prompt[:1], [prompt[1:]])])
+with torch.no_grad():
+    known, base_known = (policy.response_logprobs(text, reference=off)[0].tolist() for off in (False, True))
+canary = Canary(ids=prompt, policy=known, reference=base_known, tolerance=1e-4)
+sampler_on, sampler_off = engine.prove(canary)
+assert canary.check(sampler_on, sampler_off) < 1e-5 and sampler_on != sampler_off
+wrong = {name: t * 0 if "lora_B" in name else t.clone() for name, t in policy.adapter_tensors().items()}
+parcel = Parcel.of(wrong)
+engine.load_adapter(parcel, parcel.manifest(), version=step + 1)
+try:
+    engine.prove(canary)
+except SyncError as error:
+    assert "nearer to the policy without its adapter" in str(error)
+else:
+    raise AssertionError("the canary must notice an adapter of zeros")
+print("RESULT", (sampler - on).abs().mean().item(), (sampler - off).abs().mean().item(), step, rollout.adapter_hash)
+engine.close()
+leave_world()
+"""
+
+
+def grpo(pipeline: Path, out: Path, *more: object, **kwargs) -> str:
+    base, puzzles = pipeline / "base", pipeline / "puzzles/train.parquet"
+    return succeed("grpo", "--model", base, "--puzzles", puzzles, "--out", out, *SMALL, *more, **kwargs)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def length_reward(tmp_path) -> str:
+    """A reward a random model can move: the share of short answers."""
+    file = tmp_path / "short.py"
+    file.write_text("def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n")
+    return f"{file}:fewer_letters"
+
+
+def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    # a cold random model: at temperature 1 its 3,000 tokens are nearly equally likely, and 32 responses say little about each
+    learning = ("--steps", 20, "--group-size", 8, "--temperature", 0.3)
+    grpo(pipeline, out, *learning, "--reward", length_reward)
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    mean = [sum(row["reward"] for row in part) / 5 for part in (rows[:5], rows[-5:])]
+    assert mean[1] > mean[0] + 0.1, mean
+    assert all(row["sampling/logp_difference/mean"] < 1e-4 for row in rows), "vLLM samples from the trainer's policy"
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
+    assert len({row["adapter_hash"] for row in rows}) == 20
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 20 * 4 * 8
+    assert {r["adapter_hash"] for r in rollouts if r["step"] == 3} == {rows[1]["adapter_hash"]}, (
+        "step 3 samples step 2's adapter"
+    )
+    # ---- the sampler's adapter is the trainer's, and not the base model
+    checkpoint = out / "checkpoints/step-000020"
+    command = [sys.executable, "-c", CHECK, str(pipeline / "base"), str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()
+    assert float(result[1]) < 1e-4 and float(result[2]) > 1e-3
+    assert result[3:] == ["20", rows[-1]["adapter_hash"]]
+
+
+def test_one_and_two_processes_give_the_same_numbers(pipeline, tmp_path, length_reward):
+    more = ("--steps", 3, "--engine", "torch", "--reward", length_reward)
+    grpo(pipeline, tmp_path / "one", *more)
+    grpo(pipeline, tmp_path / "two", *more, ranks=2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for run in ("one", "two"):
+        for row in map(json.loads, (tmp_path / run / "timing.jsonl").read_text().splitlines()):
+            assert row["packing/sharing"] > 1.5 and 0 < row["packing/fill"] <= 1, "three responses share each prompt"
+            assert 0.6 < row["packing/balance"] <= 1 and 0 < row["sampling/share"] < 1
+            assert row["sampling/tokens_per_second"] > 0
+    for a, b in zip(one, two, strict=True):
+        assert a["reward"] == b["reward"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_several_updates_per_batch_move_the_ratio(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(
+        pipeline,
+        out,
+        "--steps",
+        2,
+        "--engine",
+        "torch",
+        "--reward",
+        length_reward,
+        "--updates-per-batch",
+        2,
+        "--clip-low",
+        1e-4,
+        "--clip-high",
+        1e-4,
+    )
+    assert any(row["clip_ratio/low_mean"] + row["clip_ratio/high_mean"] > 0 for row in metrics(out))
+
+
+def test_kill_and_resume_give_the_same_metrics_bit_for_bit(pipeline, tmp_path, length_reward):
+    more = ("--reward", length_reward)  # with vLLM; test_nodes.py does it with the torch engine, sampling ahead
+    grpo(pipeline, tmp_path / "whole", "--steps", 4, *more)
+    words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "cut"]
+    command = [sys.executable, ROOT / "launch/grpo.py", *words, *SMALL, "--steps", 4000, *more]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while (line := process.stdout.readline()) and not line.startswith("step 3/"):
+        pass
+    process.send_signal(signal.SIGKILL)  # after step 3, checkpointed at step 2
+    process.wait()
+    assert line.startswith("step 3/")
+    grpo(pipeline, tmp_path / "cut", "--steps", 4, "--resume", *more)
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut/rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_0(pipeline, tmp_path, length_reward):
+    words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"]
+    command = [sys.executable, ROOT / "launch/grpo.py", *words, *SMALL, "--steps", 4000, "--engine", "torch"]
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # the whole group, as torchrun and schedulers do: the reward worker must live on
+    deadline = time.monotonic() + 60
+    process.communicate(timeout=deadline - time.monotonic())
+    assert process.returncode == 0
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step-{step:06d}/state.json").is_file()
+
+
+def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
+    out = tmp_path / "run"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("group_sise: 4\n")
+    model, puzzles = ("--model", pipeline / "base"), ("--puzzles", pipeline / "puzzles/train.parquet")
+    cases = [
+        ([*model, *puzzles, "--reward", "reward.cellpuzzles:nope"], "has no 'nope'"),
+        ([*model, *puzzles, "--recipe", recipe], "no setting is called 'group_sise'; the nearest is 'group_size'"),
+        ([*model, "--puzzles", tmp_path / "none.parquet"], "none.parquet: no such file"),
+        (["--model", tmp_path, *puzzles], "no Hugging Face checkpoint there"),
+        ([*model, *puzzles, *SMALL, "--prompts-per-step", 1000], "fewer than --prompts-per-step 1000"),
+        ([*model, *puzzles, "--steps", 0], "--steps 0: must be at least 1"),
+        ([*model], "--model needs --puzzles"),
+    ]
+    for arguments, says in cases:
+        done = run_command("grpo", *arguments, "--out", out, "--engine", "torch")
+        assert done.returncode == 2 and says in done.stderr, (arguments, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr
+        assert not out.exists(), arguments
+
+
+def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward):
+    out = tmp_path / "run"
+    grpo(pipeline, out, "--steps", 1, "--engine", "torch", "--reward", length_reward)
+    before = (out / "metrics.jsonl").read_bytes()
+    arguments = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out, *SMALL)
+    again = run_command("grpo", *arguments, "--engine", "torch")
+    assert again.returncode == 2 and "already holds a run; add --resume" in again.stderr
+    other = run_command("grpo", *arguments, "--engine", "torch", "--resume", "--reward", length_reward, "--beta", 0.5)
+    assert other.returncode == 2 and "--resume: beta was 0.001" in other.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before

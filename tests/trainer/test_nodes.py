@@ -1,0 +1,282 @@
+"""Two nodes, sharded or not, colocated or split: the same numbers; and what happens when a part of it fails.
+
+Every test runs the real command under real launchers; the two nodes are network namespaces where the machine allows them.
+"""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers.commands import ROOT, run_command, succeed
+from tests.helpers.nodes import Launched, torchrun, two_nodes
+from trainer.ranks.watch import BEAT_SECONDS
+
+SMALL = (
+    "--prompts-per-step",
+    4,
+    "--group-size",
+    3,
+    "--max-prompt-tokens",
+    400,
+    "--max-response-tokens",
+    16,
+    "--lora-rank",
+    8,
+    "--lora-alpha",
+    16,
+    "--lr",
+    1e-2,
+    "--save-every",
+    2,
+    "--reward-workers",
+    0,
+)
+SHORT = (*SMALL, "--engine", "torch", "--steps", 3)
+ENDLESS = (*SMALL, "--engine", "torch", "--steps", 100_000, "--save-every", 1000)
+REWARD = """
+import os, pathlib, time
+
+def length(completion, puzzle):
+    return -abs(len(completion) - 20) / 20
+
+def hangs_on_rank_1(completion, puzzle):
+    if os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return 0.0
+"""
+FLIP = """
+import runpy, sys
+import torch
+import rollout.split
+
+class Flipped(rollout.split.Parcel):
+    def manifest(self):
+        rows = super().manifest()
+        self.buffer[1000] ^= 4  # after the checksums, before the broadcast
+        return rows
+
+rollout.split.Parcel = Flipped
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def words(pipeline, tmp_path_factory):
+    """words(out) are the options every run here has."""
+    reward = tmp_path_factory.mktemp("reward") / "rewards.py"
+    reward.write_text(REWARD)
+
+    def of(out: Path, reward_name: str = "length") -> list:
+        return [
+            "--model",
+            pipeline / "base",
+            "--puzzles",
+            pipeline / "puzzles/train.parquet",
+            "--out",
+            out,
+            "--reward",
+            f"{reward}:{reward_name}",
+        ]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def reference(words, tmp_path_factory) -> list[dict]:
+    """Metrics of three steps in one process."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    succeed("grpo", *words(out), *SHORT)
+    return metrics(out)
+
+
+@pytest.fixture
+def start():
+    """start(words, log): a launcher that is gone after the test."""
+    running: list[Launched] = []
+
+    def begin(words: list, log: Path, env: dict | None = None) -> Launched:
+        running.append(Launched(words, log, env))
+        return running[-1]
+
+    yield begin
+    for launched in running:
+        launched.kill()
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_numbers(out: Path, reference: list[dict]) -> None:
+    rows = metrics(out)
+    assert len(rows) == len(reference)
+    for row, expected in zip(rows, reference, strict=True):
+        assert row["reward"] == expected["reward"]
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6)
+
+
+def on_two_nodes(start, nodes, arguments: list, tmp_path: Path) -> list[Launched]:
+    env = [{"GLOO_SOCKET_IFNAME": node.interface} for node in nodes]
+    return [
+        start(torchrun(*arguments, ranks=1, node=node, head=nodes[0], number=i), tmp_path / f"node{i}.log", env[i])
+        for i, node in enumerate(nodes)
+    ]
+
+
+def test_two_nodes_sharded_give_the_numbers_of_one_process(words, reference, start, tmp_path):
+    with two_nodes() as nodes:
+        more = [
+            "--shard",
+            "fsdp",
+            "--checkpointing",
+            "--micro-tokens",
+            500,
+        ]  # ranks differ in their number of micro-batches
+        launched = on_two_nodes(start, nodes, [*words(tmp_path / "run"), *SHORT, *more], tmp_path)
+        assert [one.end() for one in launched] == [0, 0], launched[0].output + launched[1].output
+    assert_same_numbers(tmp_path / "run", reference)
+    # a checkpoint of a sharded run holds whole tensors: one process goes on with it
+    succeed("grpo", *words(tmp_path / "run"), *SHORT, "--steps", 4, "--resume", "--micro-tokens", 500)
+    assert len(metrics(tmp_path / "run")) == 4
+
+
+def test_every_weight_sharded_gives_the_numbers_of_one_process(words, start, tmp_path):
+    """Two updates a batch and a frozen reference: each rank makes the passes that the other needs, in the same order."""
+    more = ["--lora-rank", 0, "--lr", 1e-3, "--updates-per-batch", 2, "--beta", 0.1, "--micro-tokens", 150]
+    succeed("grpo", *words(tmp_path / "one"), *SHORT, *more)
+    launched = start(torchrun(*words(tmp_path / "two"), *SHORT, *more, "--shard", "fsdp", ranks=2), tmp_path / "log")
+    assert launched.end() == 0, launched.output
+    assert_same_numbers(tmp_path / "two", metrics(tmp_path / "one"))
+
+
+def test_a_sampler_on_the_other_node_gives_the_numbers_of_one_process(words, reference, start, tmp_path):
+    with two_nodes() as nodes:
+        arguments = [*words(tmp_path / "run"), *SHORT, "--placement", "split"]
+        launched = on_two_nodes(start, nodes, arguments, tmp_path)
+        assert [one.end() for one in launched] == [0, 0], launched[0].output + launched[1].output
+    assert_same_numbers(tmp_path / "run", reference)
+    hashes = [row["adapter_hash"] for row in metrics(tmp_path / "run")]
+    rollouts = [json.loads(line) for line in (tmp_path / "run/rollouts.jsonl").read_text().splitlines()]
+    for step in (2, 3):
+        assert {r["adapter_hash"] for r in rollouts if r["step"] == step} == {hashes[step - 2]}
+    assert "Traceback" not in launched[0].said + launched[1].said
+
+
+def test_a_killed_trainer_is_named_on_the_other_node_within_30_seconds(words, start, tmp_path):
+    with two_nodes() as nodes:
+        launched = on_two_nodes(start, nodes, [*words(tmp_path / "run"), *ENDLESS], tmp_path)
+        launched[0].wait_for("step 2/")
+        time.sleep(3 * BEAT_SECONDS)  # rank 1 has said that it is past the start
+        rank_1 = launched[1].descendants("--steps")[-1]  # below its launcher
+        rank_1.kill()
+        killed = time.monotonic()
+        assert launched[0].end(seconds=40) != 0
+        assert time.monotonic() - killed < 30
+    said = launched[0].output
+    assert (
+        "rank 0 on node 0" in said and f"rank 1 on node 1 ({nodes[1].host}, process {rank_1.pid}) died in phase" in said
+    )
+    assert "of step" in said.split("died in phase")[1]
+
+
+def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(words, start, tmp_path):
+    arguments = [*words(tmp_path / "run", "hangs_on_rank_1"), *ENDLESS, "--hang-seconds", 20]
+    launched = start(torchrun(*arguments, ranks=2), tmp_path / "log")
+    assert launched.end() != 0
+    said = launched.output
+    assert "rank 1 on node 0" in said and "hangs in phase 'score' of step 1: no progress for" in said
+    assert "---- stacks of rank 0" in said and "---- stacks of rank 1" in said
+    assert "in hangs_on_rank_1" in said.split("---- stacks of rank 1")[1]
+
+
+def test_a_sampler_killed_while_it_generates_is_named_and_the_run_stops(words, start, tmp_path):
+    slow = ["--placement", "split", "--max-response-tokens", 400, "--reward-workers", 1]  # seconds of sampling a step
+    launched = start(torchrun(*words(tmp_path / "run"), *ENDLESS, *slow, ranks=2), tmp_path / "log")
+    launched.wait_for("step 1/")
+    (sampler,) = launched.descendants("trainer.start.sampler")
+    everything = launched.descendants("")
+    time.sleep(0.7)
+    sampler.kill()
+    assert launched.end(seconds=60) != 0
+    says = f"its process {sampler.pid}) was killed by SIGKILL in phase 'generate' of step 2"
+    assert says in launched.output and "Error: sampler 0 (rank 1 on node 0" in launched.output
+    gone, alive = psutil.wait_procs(everything, timeout=20)
+    assert len(gone) >= 4 and not alive  # both ranks, the sampler, the reward's process
+
+
+def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
+    """Sampling two steps ahead: a run whose sampler is killed early, and one killed as a whole later on, and resumed."""
+    ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2]
+    arguments = [*words(tmp_path / "restarted"), *ahead, "--restart-samplers", 1]
+    restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log")
+    restarted.wait_for("step 3/")
+    (sampler,) = restarted.descendants("trainer.start.sampler")
+    sampler.kill()
+    assert restarted.end() == 0, restarted.output
+    assert "it is started again (attempt 2)" in restarted.output
+
+    cut = start(torchrun(*words(tmp_path / "cut"), *ahead, ranks=2), tmp_path / "cut.log")
+    cut.wait_for("step 20/")
+    cut.kill()
+    resumed = start(torchrun(*words(tmp_path / "cut"), *ahead, "--resume", ranks=2), tmp_path / "resumed.log")
+    assert resumed.end() == 0, resumed.output
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "restarted" / name).read_bytes()
+
+
+def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path):
+    (tmp_path / "flip.py").write_text(FLIP)
+    command = torchrun(*words(tmp_path / "run"), *SHORT, "--placement", "split", ranks=2)
+    place = command.index(ROOT / "launch/grpo.py")
+    launched = start(
+        [*command[:place], tmp_path / "flip.py", *command[place:]], tmp_path / "log", {"PYTHONPATH": str(ROOT)}
+    )
+    assert launched.end() != 0
+    assert "Error: sampler 0: LoRA sync: base_model.model.model.layers.0" in launched.output
+    assert "arrived as" in launched.output and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_two_runs_on_one_port_are_told_apart_by_their_token(words, start, tmp_path):
+    split = ["--placement", "split", "--sync-host", "127.0.0.1", "--sync-port", 29733]
+    first = start(torchrun(*words(tmp_path / "first"), *ENDLESS, *split, ranks=2), tmp_path / "first.log")
+    first.wait_for("step 1/")
+    second = start(torchrun(*words(tmp_path / "second"), *ENDLESS, *split, ranks=2), tmp_path / "second.log")
+    assert second.end() != 0
+    says = "Error: --sync-port 29733: another run (its token is not this run's) already answers on 127.0.0.1"
+    assert says in second.output
+    assert first.process.poll() is None
+    # ---- and a sampler that is sent to another run's store does not join it
+    from rollout.link import Address, join
+    from rollout.sync import RunError
+
+    with pytest.raises(RunError, match="belongs to another run"):
+        join(Address(host="127.0.0.1", port=29733, token="0" * 32), "sampler 0")
+    # ---- SIGTERM to every rank: the step is finished and saved, and all end well
+    for process in first.descendants(str(ROOT / "launch/grpo.py")):
+        if process.ppid() == first.process.pid:
+            process.send_signal(signal.SIGTERM)
+    assert first.end() == 0, first.output
+    step = metrics(tmp_path / "first")[-1]["step"]
+    assert (tmp_path / f"first/checkpoints/step-{step:06d}/state.json").is_file()
+    assert "Traceback" not in first.said and "terminate called" not in first.output
+
+
+def test_options_that_exclude_one_another_are_refused(words, tmp_path):
+    cases = [
+        (["--max-staleness", 1], "--max-staleness 1: needs --placement split"),
+        (["--placement", "split"], "--sampler-ranks 1: the launch has 1 ranks, and at least one must train"),
+        (["--tensor-parallel", 2], "--tensor-parallel 2: needs --engine vllm"),
+        (["--prompts-per-step", 5, "--updates-per-batch", 2], "the second must divide the first"),
+        (["--max-response-tokens", 5000], "more than the model's 4096 positions"),
+    ]
+    for more, says in cases:
+        done = run_command("grpo", *words(tmp_path / "run"), *SHORT, *more)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+        assert not (tmp_path / "run").exists()

@@ -1,0 +1,268 @@
+"""Shared-prefix packing and fused log-probs equal one unpadded forward pass per response."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen3Config
+
+from trainer.logprobs import fused_logprobs
+from trainer.model import attention
+from trainer.model.attention import ATTENTION
+from trainer.model.cost import Cost
+from trainer.model.loading import why_not_shared
+from trainer.objective import aggregation_weights, grpo_terms
+from trainer.packing import balance, make_layout, pack, split_by_tokens
+from trainer.policy import predicting_padded
+
+GROUPS = [
+    ([5, 6, 7, 8, 9], [[10, 11, 12], [13], [14, 15, 16, 17, 18, 19]]),
+    ([20, 21], [[22, 23]]),
+    ([3] * 11, [[4, 4], [1, 2, 3, 4, 5]]),
+]
+MODELS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
+
+
+def tiny_model(kind: str, attn: str, dtype: torch.dtype, tied: bool):
+    """With a LoRA adapter on every linear layer, its two factors away from 0."""
+    torch.manual_seed(0)
+    config = MODELS[kind](
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        attn_implementation=attn,
+        sliding_window=None,
+    )
+    assert why_not_shared(config) == ""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, dtype=dtype) * 0.2
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # transformers rounds to float32 inside; a float64 check must not
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.square().mean(-1, True) + m.variance_epsilon)
+            )
+    return model.eval()
+
+
+def one_row_per_response(model) -> list[torch.Tensor]:
+    rows = []
+    for prompt, responses in GROUPS:
+        for response in responses:
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            rows.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0])
+    return rows
+
+
+def packed_logprobs(model) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = pack(GROUPS)
+    hidden = model.model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
+    ).last_hidden_state[0]
+    values = fused_logprobs(hidden[batch.predict_at], model.lm_head.weight, batch.targets, chunk=3)
+    return batch.unpack(values), batch.mask
+
+
+def loss_of(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The paper's objective with made-up advantages, old and reference log-probs near the policy's."""
+    noise = torch.linspace(-0.3, 0.3, mask.numel(), dtype=logprobs.dtype).view(mask.shape) * mask
+    near = {name: logprobs.detach() + noise * k for k, name in enumerate(("old_logprobs", "ref_logprobs"), 1)}
+    weight = aggregation_weights(
+        mask, "seq-mean-token-mean", float(len(mask)), float(mask.sum()), norm=6, dtype=logprobs.dtype
+    )
+    return grpo_terms(
+        logprobs=logprobs,
+        sampler_logprobs=near["old_logprobs"],
+        **near,
+        mask=mask,
+        weight=weight,
+        advantages=torch.linspace(-1, 1.3, len(mask), dtype=logprobs.dtype),
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=None,
+        beta=0.05,
+        kl_kind="low_var",
+        ratio_level="token",
+        correction="none",
+        correction_cap=2.0,
+        correction_floor=0.0,
+    ).loss
+
+
+@pytest.mark.parametrize("kernel", ["CPU", "PLAIN"])
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [("qwen2", True), ("qwen2", False), ("qwen3", True), ("qwen3", False), ("llama", False), ("mistral", False)],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_packed_equals_unpacked_in_value_loss_and_gradient(dtype, tolerance, kind, tied, kernel, monkeypatch):
+    monkeypatch.setattr(attention, "kernel_for", lambda q: getattr(attention, kernel))
+    plain, packed = (tiny_model(kind, attn, dtype, tied) for attn in ("sdpa", ATTENTION))
+    rows = one_row_per_response(plain)
+    values, mask = packed_logprobs(packed)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    torch.testing.assert_close(values, padded, rtol=0, atol=tolerance)
+    ours, theirs = loss_of(values, mask), loss_of(padded, mask)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+    ours.backward()
+    theirs.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if ".lora_" in name}
+    assert len(expected) == 3 * 7 * 2
+    for name, parameter in packed.named_parameters():
+        if name in expected:
+            assert expected[name].abs().max() > 100 * tolerance, f"{name}: no gradient to compare"
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("kernel", ["CPU", "PLAIN"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_shared_prefix_attention_is_attention_with_a_mask(heads, kv_heads, kernel, monkeypatch):
+    """Values and gradients against softmax over scores of a written-out mask [L,L], float64, grouped heads."""
+    monkeypatch.setattr(attention, "kernel_for", lambda q: getattr(attention, kernel))
+    torch.manual_seed(2)
+    sizes = [(3, [2, 5]), (4, [1]), (1, [1, 1, 3]), (6, [2, 2])]
+    segment, prompt_of, length = [], [], 0
+    for prompt, responses in sizes:
+        for place, n in enumerate((prompt, *responses)):
+            segment += [length + place] * n
+            prompt_of += [length] * n  # the prompt's own number
+        length += 1 + len(responses)
+    seg, pre = torch.tensor(segment), torch.tensor(prompt_of)
+    visible = ((seg[:, None] == seg) | (pre[:, None] == seg)).tril()
+    q, k, v = (
+        torch.randn(1, n, len(seg), 8, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads)
+    )
+    out, _ = attention._attention(None, q, k, v, None, layout=make_layout(sizes, "cpu"))
+    scores = (q @ k.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2) / 8**0.5).masked_fill(
+        ~visible, -torch.inf
+    )
+    expected = (scores.softmax(-1) @ v.repeat_interleave(heads // kv_heads, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_gpu_path_runs_without_data():
+    """No GPU here: shapes and dtypes of every step, and the call of PyTorch's varlen kernels, on the meta device."""
+
+    class Context:
+        def save_for_backward(self, *tensors):
+            self.saved_tensors = tensors
+
+    with torch.no_grad():
+        layout, context = make_layout([(40, [10, 7]), (12, [5])], "meta"), Context()
+        q, k, v = (torch.empty(74, n, 64, device="meta", dtype=torch.bfloat16) for n in (8, 2, 2))
+        assert attention.kernel_for(q) is attention.VARLEN and attention.kernel_for(q.float()) is attention.PLAIN
+        out = attention._SharedPrefixAttention.forward(context, q, k, v, layout, 0.125, attention.VARLEN)
+        assert out.shape == (74, 8, 64) and out.dtype == torch.bfloat16
+        grads = attention._SharedPrefixAttention.backward(context, out)
+        assert [g.shape for g in grads[:3]] == [x.shape for x in (q, k, v)] and grads[3:] == (None, None, None)
+
+
+def test_pack_example_by_hand():
+    batch = pack([([5, 6], [[7], [8, 9]])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.predict_at.tolist() == [1, 1, 3]
+    assert batch.unpack(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1.0, 0.0], [2.0, 3.0]]
+    assert batch.mask.tolist() == [[True, False], [True, True]]
+
+
+def test_split_by_tokens_keeps_the_budget_and_loses_no_response():
+    sizes = [(10, [5, 5, 5]), (10, [20, 20, 20]), (3, [1])]
+    plan = split_by_tokens(sizes, budget=40)
+    assert plan == [[(0, [0, 1, 2])], [(1, [0])], [(1, [1])], [(1, [2]), (2, [0])]]
+    for batch in plan:
+        assert sum(sizes[g][0] + sum(sizes[g][1][i] for i in members) for g, members in batch) <= 40
+
+
+def test_largest_first_where_in_order_wastes_a_micro_batch():
+    sizes = [(10, [30]), (10, [50]), (10, [30]), (10, [50])]  # 40, 60, 40, 60 of 100: in order 3, else 2
+    assert split_by_tokens(sizes, budget=100) == [[(0, [0]), (1, [0])], [(2, [0]), (3, [0])]]
+    sizes = [(10, [30]), (10, [30]), (10, [50]), (10, [50])]  # in order: 80, 60, 60
+    assert split_by_tokens(sizes, budget=100) == [[(0, [0]), (2, [0])], [(1, [0]), (3, [0])]]
+
+
+def test_cost_counts_what_is_computed():
+    cost = Cost(token=100.0, pair=1.0, target=10.0)
+    # prompt 3: 6 pairs; responses 2 and 1: 3 + 2*3 and 1 + 1*3
+    assert cost.of(3, [2, 1]) == 100 * 6 + (6 + 9 + 4) + 10 * 3
+
+
+def test_ranks_get_even_loads_and_at_least_one_group():
+    generator = torch.Generator().manual_seed(0)
+    costs = (torch.rand(64, generator=generator) ** 3).tolist()
+    for ranks in (1, 2, 7, 16, 64):
+        dealt = balance(costs, ranks)
+        assert sorted(item for items in dealt for item in items) == list(range(64)) and all(dealt)
+        loads = [sum(costs[i] for i in items) for items in dealt]
+        assert max(loads) <= max(1.03 * sum(costs) / ranks, max(costs)), loads
+    assert balance([1.0, 1.0, 1.0, 1.0], 2) == [[0, 2], [1, 3]]
+
+
+def test_a_model_with_a_sliding_window_goes_row_by_row():
+    """The fallback's log-probs and gradients are those of single rows in the model's own attention, window included."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=8,
+        num_key_value_heads=2,
+        sliding_window=4,
+        initializer_range=0.2,
+    )
+    assert "sliding window" in why_not_shared(config)
+    model = MistralForCausalLM(config).eval()
+    batch = pack(GROUPS)
+    values = fused_logprobs(predicting_padded(model, batch), model.lm_head.weight, batch.targets)
+    expected = torch.cat(one_row_per_response(model))
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (values, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    config.sliding_window = None
+    assert why_not_shared(config) == ""
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_logprobs_against_autograd(temperature):
+    torch.manual_seed(1)
+    hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 10, 3, 3, 7, 1, 2])
+    assert torch.autograd.gradcheck(lambda h, w: fused_logprobs(h, w, targets, temperature, 3), (hidden, weight))
+    plain = (hidden @ weight.T / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(fused_logprobs(hidden, weight, targets, temperature, 3), plain, rtol=0, atol=1e-12)
+
+
+def test_entropy_and_its_absence_from_the_graph():
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True), torch.randn(13, 6, dtype=torch.float64)
+    targets = torch.arange(9)
+    logprobs, entropy = fused_logprobs(hidden, weight, targets, temperature=0.8, chunk=4, entropy=True)
+    expected = torch.distributions.Categorical(logits=hidden @ weight.T / 0.8).entropy()
+    torch.testing.assert_close(entropy, expected, rtol=0, atol=1e-12)
+    assert not entropy.requires_grad and logprobs.requires_grad
+    torch.testing.assert_close(logprobs, fused_logprobs(hidden, weight, targets, 0.8), rtol=0, atol=1e-12)
+
+
+def test_logits_are_bounded_by_the_vocabulary_too(monkeypatch):
+    """A chunk is cut so that one buffer of logits holds no more than CHUNK_LOGITS numbers."""
+    from trainer import logprobs
+
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 50)
+    made = []
+    real = logprobs._softmax
+    monkeypatch.setattr(logprobs, "_softmax", lambda logits: made.append(tuple(logits.shape)) or real(logits))
+    fused_logprobs(torch.randn(9, 6), torch.randn(13, 6), torch.arange(9))
+    assert made == [(3, 13)] * 3

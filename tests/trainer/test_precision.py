@@ -1,0 +1,232 @@
+"""Four-bit base, bfloat16 products, eight-bit AdamW, models of other types: through the real command, and number by number."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    PhiConfig,
+)
+
+from tests.helpers.commands import run_command, succeed
+from trainer.model.loading import refuse_unknown_heads, through_nf4, why_not_shared
+from trainer.model.merge import sampler_model
+from trainer.packing import pack
+from trainer.policy import Policy
+
+REWARD = "def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n"
+SHORT = (
+    "--prompts-per-step",
+    2,
+    "--group-size",
+    2,
+    "--max-prompt-tokens",
+    400,
+    "--max-response-tokens",
+    12,
+    "--steps",
+    2,
+    "--lora-rank",
+    64,
+    "--lora-alpha",
+    64,
+    "--lr",
+    1e-2,
+)
+
+
+def start(pipeline: Path, model: Path, out: Path, *more: object) -> str:
+    """A short run with a reward that differs between a random model's responses; returns what it printed."""
+    out.parent.mkdir(exist_ok=True)
+    reward = out.parent / "short.py"
+    reward.write_text(REWARD)
+    return succeed(
+        "grpo",
+        "--model",
+        model,
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        out,
+        "--reward",
+        f"{reward}:fewer_letters",
+        *SHORT,
+        *more,
+    )
+
+
+def run(pipeline: Path, out: Path, *more: object) -> list[dict]:
+    start(pipeline, pipeline / "base", out, *more)
+    return lines(out / "metrics.jsonl")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def policy(model: Path | str, **more) -> Policy:
+    settings = {
+        "lora_rank": 8,
+        "lora_alpha": 8,
+        "seed": 0,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        **more,
+    }
+    return Policy(str(model), **settings)
+
+
+BATCH = pack([(list(range(5, 60)), [list(range(60, 90)), list(range(7, 12)), [9]])])
+
+
+def logprobs_and_gradient(of: Policy) -> tuple[torch.Tensor, torch.Tensor]:
+    for name, p in of.trainable().items():
+        if "lora_B" in name:
+            p.data = torch.linspace(-0.1, 0.1, p.numel()).view_as(p)
+    values = of.response_logprobs(BATCH)
+    values.sum().backward()
+    return values.detach(), torch.cat([p.grad.flatten() for p in of.trainable().values()])
+
+
+def test_a_four_bit_base_samples_from_its_own_weights(pipeline, tmp_path):
+    """vLLM holds the rounded weights, so the canary of every hand-over agrees and fresh samples have ratio 1."""
+    rows = run(pipeline, tmp_path / "run", "--quantize", "nf4", "--entropy")
+    assert len(rows) == 2 and rows[0]["sampling/logp_difference/mean"] < 1e-4
+    assert 0 < rows[0]["entropy"] < 12
+    # the base in 4 bits and its copy in full weights are one policy, in value and gradient
+    quantised = policy(pipeline / "base", quantize="nf4")
+    layer = quantised.causal_lm.model.layers[0].mlp.up_proj.base_layer
+    assert layer.weight.dtype == torch.uint8 and layer.weight.numel() == layer.in_features * layer.out_features // 2
+    copy = policy(tmp_path / "run/sampler_base")
+    for ours, theirs in zip(logprobs_and_gradient(quantised), logprobs_and_gradient(copy), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    base = load_file(pipeline / "base/model.safetensors")
+    rounded = load_file(tmp_path / "run/sampler_base/model.safetensors")
+    for name, weight in base.items():
+        linear = "_proj.weight" in name
+        assert torch.equal(rounded[name], through_nf4(weight) if linear else weight), name
+        assert linear == (not torch.equal(rounded[name], weight)), name
+
+
+def test_the_copy_is_made_once(pipeline, tmp_path):
+    first = sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path)
+    made = (Path(first) / "model.safetensors").stat().st_mtime_ns
+    assert sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path) == first
+    assert (Path(first) / "model.safetensors").stat().st_mtime_ns == made
+    assert sampler_model("anything", "none", "float32", tmp_path) == "anything"
+
+
+def test_eight_bit_moments_resume_bit_for_bit(pipeline, tmp_path):
+    more = ("--optimizer", "adamw8bit", "--engine", "torch", "--save-every", 1)
+    whole = run(pipeline, tmp_path / "whole", *more, "--steps", 3)
+    run(pipeline, tmp_path / "cut", *more)
+    saved = load_file(tmp_path / "cut/checkpoints/step-000002/training/optimizer.safetensors")
+    assert {t.dtype for name, t in saved.items() if name.startswith("state1/")} == {torch.uint8}
+    assert run(pipeline, tmp_path / "cut", *more, "--steps", 3, "--resume") == whole
+    plain = run(pipeline, tmp_path / "plain", "--engine", "torch")
+    assert plain[0]["loss"] == whole[0]["loss"] and plain[1]["adapter_hash"] != whole[1]["adapter_hash"]
+
+
+def test_bfloat16_products_stay_near_float32(pipeline):
+    exact, autocast = policy(pipeline / "base"), policy(pipeline / "base", autocast=True)
+    kinds = set()
+    autocast.causal_lm.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda m, x, y: kinds.add((x[0].dtype, y.dtype))
+    )
+    (values, gradient), (near, near_gradient) = logprobs_and_gradient(exact), logprobs_and_gradient(autocast)
+    assert kinds == {(torch.bfloat16, torch.bfloat16)}
+    assert near.dtype == torch.float32 and near_gradient.dtype == torch.float32
+    assert not torch.equal(values, near)
+    torch.testing.assert_close(values, near, rtol=0, atol=0.05)
+    assert torch.nn.functional.cosine_similarity(gradient, near_gradient, dim=0) > 0.99
+
+
+def test_bfloat16_weights_make_bfloat16_products(pipeline, tmp_path):
+    rows = run(pipeline, tmp_path / "run", "--dtype", "bfloat16")
+    assert rows[0]["sampling/logp_difference/mean"] < 0.05 and rows[1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--quantize", "nf4", "--shard", "fsdp"), "--quantize nf4: cannot be sharded; use --shard none"),
+        (("--optimizer", "adamw8bit", "--shard", "fsdp"), "--optimizer adamw8bit: cannot be sharded"),
+        (("--quantize", "nf4", "--lora-rank", 0), "--lora-rank must be above 0"),
+        (("--attn", "flash"), "--attn flash: needs an NVIDIA GPU"),
+    ],
+)
+def test_what_cannot_be_together_is_refused(pipeline, tmp_path, more, says):
+    done = run_command(
+        "grpo",
+        "--model",
+        pipeline / "base",
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        tmp_path / "run",
+        *SHORT,
+        *more,
+    )
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.fixture
+def windowed(pipeline, tmp_path) -> Path:
+    """A checkpoint of another type, whose layers attend within a window."""
+    base = AutoConfig.from_pretrained(pipeline / "base")
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=base.vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            sliding_window=16,
+            eos_token_id=base.eos_token_id,
+            pad_token_id=base.pad_token_id,
+        )
+    )
+    model.save_pretrained(tmp_path / "windowed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (pipeline / "base" / name).is_file():
+            shutil.copy(pipeline / "base" / name, tmp_path / "windowed")
+    return tmp_path / "windowed"
+
+
+def test_a_model_that_cannot_share_prompts_says_so_and_trains(pipeline, windowed, tmp_path):
+    out = start(pipeline, windowed, tmp_path / "run", "--engine", "torch")
+    (line,) = [line for line in out.splitlines() if "--packing plain" in line]
+    assert line.endswith("cannot share prompts, since it attends within a sliding window")
+    rows = lines(tmp_path / "run/metrics.jsonl")
+    assert rows[0]["sampling/logp_difference/mean"] < 1e-5 and rows[1]["grad_norm"] > 0
+    assert {row["packing/sharing"] for row in lines(tmp_path / "run/timing.jsonl")} == {1.0}
+
+
+def test_logits_that_are_changed_after_the_head_are_refused():
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    cases = [
+        (Gemma2Config(**small, head_dim=16, num_key_value_heads=2), r"gemma2 .* \(final_logit_softcapping\)"),
+        (PhiConfig(**small), r"phi .* \(a bias of the head\)"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "a gpt2 has no model.layers and lm_head"),
+    ]
+    for config, says in cases:
+        with pytest.raises(ValueError, match="--model x: .*" + says):
+            refuse_unknown_heads(AutoModelForCausalLM.from_config(config), "x")
+    assert "its type gemma2 is none of" in why_not_shared(Gemma2Config())

@@ -1,0 +1,141 @@
+"""What is checked before a model is loaded, the memory estimate against what autograd keeps, and the paper's recipe."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from launch.options import read_recipe
+from tests.helpers.commands import ROOT, run_command, succeed
+from trainer.config import GrpoConfig
+from trainer.packing import pack
+from trainer.policy import Policy
+from trainer.start.preflight import GIB, Launch, activation_bytes, check, layer_bytes_per_token, memory
+
+SHAPE = ROOT / "launch/recipes/qwen2.5-7b"
+
+
+def launch(nodes: int = 2, ranks: int = 8, gib: float = 40) -> Launch:
+    return Launch(nodes=nodes, ranks_per_node=ranks, rank_bytes=gib * GIB, device="cuda")
+
+
+def paper(**more) -> GrpoConfig:
+    config = GrpoConfig(**read_recipe(GrpoConfig, "paper"))
+    return dataclasses.replace(config, **{"model": str(SHAPE), **more})
+
+
+def problems(rows) -> list[str]:
+    return [row.problem for row in rows if row.problem]
+
+
+def test_the_paper_recipe_holds_b3_and_fits_its_machine():
+    config = paper()
+    assert (config.prompts_per_step, config.group_size, config.lr, config.beta, config.temperature) == (
+        64,
+        5,
+        1e-6,
+        0.001,
+        1,
+    )
+    assert (config.max_prompt_tokens, config.max_response_tokens, config.lora_rank, config.tensor_parallel) == (
+        3072,
+        3000,
+        256,
+        2,
+    )
+    assert not problems(check(config, launch()) + memory(config, launch()))
+    for too_much in (memory(config, launch(gib=10)), memory(paper(shard="none", checkpointing=False), launch())):
+        assert any("a rank needs more memory" in problem for problem in problems(too_much))
+
+
+def test_weights_and_adapter_are_exact():
+    values = {row.what.strip(): row.value for row in memory(paper(shard="none"), launch())}
+    weights = 7_615_616_512  # Qwen2.5-7B's parameters
+    adapter = 256 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert values["weights"] == f"{2 * weights / GIB:.2f} GiB"
+    assert values["adapter"] == values["gradients"] == f"{4 * adapter / GIB:.2f} GiB"
+    assert values["AdamW moments"] == f"{8 * adapter / GIB:.2f} GiB"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (
+            {"prompts_per_step": 40},
+            "--prompts-per-step 40: must be a multiple of ranks that train x --updates-per-batch (16 x 1)",
+        ),
+        ({"tensor_parallel": 3}, "--tensor-parallel 3: must divide the 16 ranks"),
+        ({"tensor_parallel": 8}, "--tensor-parallel 8: must divide the model's 28 attention heads"),
+        (
+            {"placement": "split", "sampler_ranks": 16},
+            "--sampler-ranks 16: the launch has 16 ranks, and at least one must train",
+        ),
+        ({"max_response_tokens": 30_000}, "more than the model's 32768 positions"),
+        ({"lora_rank": 1024}, "--lora-rank 1024: vLLM serves adapters up to rank 512"),
+    ],
+)
+def test_what_does_not_fit_is_named(more, says):
+    assert any(says in problem for problem in problems(check(paper(**more), launch())))
+
+
+def test_four_bits_and_eight_bit_moments_are_counted():
+    """6.53 G weights of linear layers at 4.5 bits, 1.09 G of embedding, head and norms at 16; 0.65 G of adapter, two moments."""
+    values = {
+        row.what.strip(): row.value
+        for row in memory(paper(shard="none", quantize="nf4", optimizer="adamw8bit"), launch())
+    }
+    assert values["weights"] == "5.45 GiB" and values["AdamW moments"] == "1.20 GiB"
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_the_activation_estimate_is_near_what_autograd_keeps(pipeline, dtype, checkpointing):
+    config = GrpoConfig(
+        lora_rank=8,
+        dtype=dtype,
+        checkpointing=checkpointing,
+        micro_tokens=1200,
+        max_prompt_tokens=400,
+        max_response_tokens=400,
+    )
+    policy = Policy(
+        str(pipeline / "base"),
+        lora_rank=8,
+        lora_alpha=8,
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=getattr(torch, dtype),
+        checkpointing=checkpointing,
+    )
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
+        return tensor
+
+    batch = pack([(list(range(5, 405)), [list(range(5, 405)), list(range(7, 407))])])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = policy.response_logprobs(batch).sum()
+    shape = AutoConfig.from_pretrained(pipeline / "base")
+    estimate = activation_bytes(config, shape)
+    if checkpointing:  # the layer that is computed again is not alive yet
+        estimate -= 1200 * layer_bytes_per_token(config, shape, 4)
+    assert loss.requires_grad and 0.5 < estimate / sum(kept.values()) < 2.0, estimate / sum(kept.values())
+
+
+def test_dry_run_prints_a_table_and_loads_nothing(pipeline, tmp_path):
+    machine = ["--nodes", 2, "--ranks-per-node", 8, "--rank-gib", 40]
+    text = succeed("grpo", "--recipe", "paper", "--dry-run", *machine, "--model", SHAPE)
+    assert "2 nodes x 8 ranks on cuda; 16 train, 8 samplers of 2 (the same ranks)" in text
+    assert "while training" in text and "PROBLEM" not in text
+    done = run_command("grpo", "--recipe", "paper", "--dry-run", *machine, "--model", SHAPE, "--tensor-parallel", 5)
+    assert done.returncode == 2 and "PROBLEM: --tensor-parallel 5: must divide the 16 ranks" in done.stdout
+    done = run_command("grpo", "--recipe", "paper", "--dry-run", *machine)
+    assert done.returncode == 2 and "name launch/recipes/qwen2.5-7b" in done.stderr and "Traceback" not in done.stderr
+    here = succeed(
+        "grpo", "--dry-run", "--model", pipeline / "base", "--max-prompt-tokens", 400, "--max-response-tokens", 64
+    )
+    assert "1 nodes x 1 ranks on cpu" in here

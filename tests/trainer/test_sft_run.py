@@ -1,0 +1,252 @@
+"""The cold start as a run: loss and gradients of transformers, resume, early stopping, DoRA, 4 bits, answers alone."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from data.puzzles import read_rows
+from reward.cellpuzzles import parse_response
+from tests.helpers.commands import ROOT, run_command, succeed
+from trainer.config import SftConfig
+from trainer.policy import Policy
+from trainer.ranks.world import join_world, leave_world
+from trainer.sft.examples import encode_traces, split_by_puzzle
+from trainer.sft.loop import accumulate, evaluate_loss, train
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def alone():
+    """A world of one; its environment and threads are undone, or commands and tests run later would find them."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    try:
+        yield join_world()
+    finally:
+        leave_world()
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def words(pipeline, out, *more) -> list[str]:
+    given = (
+        "--traces",
+        pipeline / "traces.jsonl",
+        "--model",
+        pipeline / "base",
+        "--out",
+        out,
+        "--batch-size",
+        8,
+        "--lr",
+        3e-3,
+        "--lora-rank",
+        4,
+        "--lora-alpha",
+        8,
+        *more,
+    )
+    return [str(word) for word in given]
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def config(pipeline, **more) -> SftConfig:
+    return SftConfig(
+        traces=str(pipeline / "traces.jsonl"), model=str(pipeline / "base"), out="out", lora_rank=0, **more
+    )
+
+
+def test_loss_and_gradients_are_those_of_transformers(pipeline):
+    """The causal-LM loss of the same rows, prompt and padding masked with -100, one padded batch."""
+    cfg = config(pipeline, micro_tokens=700)  # several packed micro-batches
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    examples, _ = encode_traces(policy, read_rows(cfg.traces)[:12], cfg)
+    with alone() as world:
+        loss = accumulate(policy, examples, cfg, world)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+    longest = max(len(e.prompt_ids) + len(e.response_ids) for e in examples)
+    ids, labels, mask = (torch.full((len(examples), longest), fill) for fill in (0, -100, 0))
+    for row, e in enumerate(examples):
+        n = len(e.prompt_ids) + len(e.response_ids)
+        ids[row, :n] = torch.tensor(e.prompt_ids + e.response_ids)
+        labels[row, len(e.prompt_ids) : n] = torch.tensor(e.response_ids)
+        mask[row, :n] = 1
+    theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-5)
+    gradients = dict(model.named_parameters())
+    assert len(policy.trainable()) == len(gradients)
+    for name, p in policy.trainable().items():
+        expected = gradients[name].grad
+        assert (p.grad - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max()), name
+
+
+def run(pipeline, out, judge=None, **more) -> list[dict]:
+    """A run in this process (imports are most of a short run's time); returns its metrics."""
+    settings = {"batch_size": 8, "lr": 3e-3, "lora_rank": 4, "lora_alpha": 8.0, "epochs": 3, **more}
+    files = {"traces": str(pipeline / "traces.jsonl"), "model": str(pipeline / "base"), "out": str(out)}
+    with alone():
+        train(SftConfig(**{**files, **settings}), judge)
+    return metrics(out)
+
+
+def test_resume_after_a_kill_gives_the_same_metrics_and_model(pipeline, tmp_path):
+    """Every run a process of its own: what else a test process has loaded may change the last bit of a sum."""
+    more = ("--epochs", 3, "--save-every", 4)
+    succeed("sft", *words(pipeline, tmp_path / "whole", *more))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/sft.py"), *words(pipeline, killed, *more)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (killed / "checkpoints/step-000008/state.json").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists()
+    with pytest.raises(ValueError, match="add --resume to go on with it"):
+        run(pipeline, killed, save_every=4)
+    with pytest.raises(ValueError, match="--resume: epochs was 3"):
+        run(pipeline, killed, save_every=4, epochs=4, resume=True)
+    succeed("sft", *words(pipeline, killed, *more, "--resume"))
+    assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    name = "model/model.safetensors"
+    assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_sigterm_finishes_the_step_and_saves(pipeline, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/sft.py"), *words(pipeline, out, "--epochs", 200)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not (out / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    done = metrics(out)[-1]["step"]
+    assert process.returncode == 0 and f"stopped after step {done} of" in said and not (out / "model").exists()
+    assert (out / f"checkpoints/step-{done:06d}/state.json").is_file()
+
+
+def test_early_stopping_keeps_the_best_epoch(pipeline, tmp_path):
+    """A learning rate that soon is too high: the loss of the held-out traces rises, the best epoch's weights are kept."""
+    out, more = tmp_path / "out", {"patience": 2, "lr": 0.2, "holdout": 0.3}
+    losses = [row["eval_loss"] for row in run(pipeline, out, epochs=12, **more) if "eval_loss" in row]
+    best = losses.index(min(losses))
+    assert len(losses) < 12 and len(losses) - 1 - best == 2, losses
+    assert json.loads((out / "best/best.json").read_text()) == {"epoch": best + 1, "eval_loss": losses[best]}
+    again = run(pipeline, tmp_path / "again", epochs=1, lr=1e-9, holdout=0.3, model=str(out / "model"))
+    assert again[-1]["eval_loss"] == pytest.approx(losses[best], rel=1e-4), "the model on disk is the best epoch's"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"dora": True}, {"quantize": "nf4"}, {"optimizer": "adamw8bit"}, {"autocast": True, "checkpointing": True}],
+    ids=lambda more: "-".join(more),
+)
+def test_other_ways_to_train_learn_too(pipeline, tmp_path, more):
+    losses = [row["loss"] for row in run(pipeline, tmp_path / "out", **more)]
+    assert losses[-1] < 0.8 * losses[0] and all(map(math.isfinite, losses))
+    policy = Policy(str(tmp_path / "out/model"), lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    cfg = config(pipeline)
+    examples, _ = encode_traces(policy, read_rows(cfg.traces)[:8], cfg)
+    with alone() as world:
+        assert evaluate_loss(policy, examples, cfg, world) < losses[0] * 0.8, "the merged model is the trained one"
+
+
+def test_the_answer_alone(pipeline, tmp_path):
+    cfg = config(pipeline, target="answer")
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    (example, *_), _ = encode_traces(policy, read_rows(cfg.traces)[:2], cfg)
+    text = policy.tokenizer.decode(example.response_ids, skip_special_tokens=True)
+    assert text == f"<think></think>\n<answer>{' | '.join(example.puzzle.answer)}</answer>"
+    assert parse_response(text, len(example.puzzle.answer)).valid
+    bare = {"traces": str(pipeline / "puzzles/train.parquet"), "epochs": 1}  # rows without a trace
+    run(pipeline, tmp_path / "a", target="answer", **bare)
+    with pytest.raises(ValueError, match="no row has a reasoning trace .* --target answer"):
+        run(pipeline, tmp_path / "b", **bare)
+    assert (tmp_path / "a/model").is_dir() and not (tmp_path / "b").exists()
+
+
+def test_held_out_puzzles_are_answered_through_vllm(pipeline, tmp_path):
+    """The five metrics, on two ranks of which one answers a puzzle less; then other traces under the same name."""
+    shutil.copy(pipeline / "traces.jsonl", tmp_path / "traces.jsonl")
+    more = ("--epochs", 2, "--eval-engine", "vllm", "--eval-puzzles", 5, "--eval-response-tokens", 16)
+    arguments = words(pipeline, tmp_path / "out", *more, "--traces", tmp_path / "traces.jsonl")
+    succeed("sft", *arguments, ranks=2)
+    rows = [row for row in metrics(tmp_path / "out") if "eval_loss" in row]
+    assert len(rows) == 2
+    names = ("cell_accuracy", "batch_accuracy", "format_validity", "uniqueness", "response_length")
+    for row in rows:
+        assert {f"eval/{name}" for name in names} <= row.keys()
+        assert 0 <= row["eval/format_validity"] <= 1 and 0 < row["eval/response_length"] <= 16
+    lines = (tmp_path / "traces.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "traces.jsonl").write_text("".join(lines[1:]))
+    refused = run_command("sft", *arguments, "--resume")
+    assert refused.returncode == 2 and "traces.jsonl is not the file that" in refused.stderr
+
+
+def test_a_puzzle_is_on_one_side_whatever_its_ids(pipeline):
+    cfg = config(pipeline)
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    rows = read_rows(cfg.traces)[:30]
+    twice = [*rows, *({**row, "id": f"again-{row['id']}"} for row in rows)]
+    kept, held_out = split_by_puzzle(encode_traces(policy, twice, cfg)[0], 0.1, seed=0)
+    prompts = [{e.puzzle.user_message for e in side} for side in (kept, held_out)]
+    assert len(held_out) == 6 and not prompts[0] & prompts[1]
+    of_few = split_by_puzzle(encode_traces(policy, rows[:4], cfg)[0], 0.1, seed=0)
+    assert [len(side) for side in of_few] == [3, 1], "a share that rounds to none is one"
+    assert [len(side) for side in split_by_puzzle(of_few[0][:1], 0.1, seed=0)] == [1, 0]
+
+
+def without_safetensors(pipeline, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(pipeline / "base", folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_settings_that_contradict(pipeline, tmp_path):
+    cfg = config(pipeline)
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
+    longest = max(len(e.prompt_ids + e.response_ids) for e in encode_traces(policy, read_rows(cfg.traces), cfg)[0])
+    for more, says in (
+        ({"overlong": "refuse", "max_tokens": longest - 1}, f"are longer than --max-tokens {longest - 1}; raise it"),
+        ({"dora": True, "eval_engine": "vllm"}, "cannot serve a DoRA adapter"),
+        ({"patience": 2, "holdout": 0.0}, "--holdout 0: keeps no puzzle"),
+        ({"quantize": "nf4", "lora_rank": 0}, "--lora-rank must be above 0"),
+        ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"lr": -1.0}, "--lr -1.0: must be above 0"),
+        ({"grad_clip": 0.0}, "--grad-clip 0.0: must be above 0"),
+        (
+            {"eval_engine": "vllm", "eval_response_tokens": 100_000},
+            "--eval-response-tokens 100000: with prompts of up to",
+        ),
+        ({"model": str(without_safetensors(pipeline, tmp_path))}, "no .safetensors file there"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run(pipeline, tmp_path / "x", **more)
+        assert not (tmp_path / "x").exists()

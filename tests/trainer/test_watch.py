@@ -1,0 +1,82 @@
+"""Verdicts of the watch on beats it might hear; the whole of it, with real processes, is tested in test_nodes.py."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from trainer.ranks.watch import JOIN_SECONDS, Beat, Watch, is_gone, stacks
+
+
+@pytest.fixture
+def watch():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    watch = Watch(store, rank=0, size=3, hang_seconds=60)
+    yield watch
+    watch.close()
+
+
+def beat(rank: int, **more) -> Beat:
+    return Beat(
+        **{"rank": rank, "node": "1", "host": "far", "pid": 1, "number": 5, "phase": "update", "step": 3, **more}
+    )
+
+
+def test_all_is_well(watch):
+    now = watch.began
+    assert watch.judge([beat(1), beat(2)], now) == ""
+    assert watch.judge([beat(1, number=6), beat(2, number=6)], now + 100) == ""
+    assert watch.judge([beat(1, number=7, seconds=50), beat(2, number=7)], now + 101) == ""
+
+
+def test_silence_is_death(watch):
+    now = watch.began
+    watch.judge([beat(1), beat(2)], now)
+    assert watch.judge([beat(1), beat(2, number=14)], now + 9.9) == ""
+    verdict = watch.judge([beat(1), beat(2, number=16)], now + 11)
+    assert verdict == "rank 1 on node 1 (far, process 1) died in phase 'update' of step 3: no sign of life for 11 s"
+    assert watch.judge([beat(1, done=True), beat(2, number=17)], now + 12) == ""  # it left in order
+
+
+def test_a_process_of_this_machine_that_is_gone_needs_no_silence(watch):
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    assert is_gone(gone) and not is_gone(os.getpid())
+    here = beat(1, host=watch.me.host, pid=gone)
+    watch.judge([here, beat(2)], watch.began)
+    assert "died in phase 'update' of step 3: its process is gone" in watch.judge([here, beat(2)], watch.began + 1)
+
+
+def test_the_rank_that_works_hangs_not_those_that_wait_for_it(watch):
+    now = watch.began
+    waiting = beat(1, seconds=70, waiting="a sum over the ranks", progress=9)
+    working = beat(2, seconds=70, phase="score", progress=8)
+    watch.me.progress, watch.me.seconds, watch.me.waiting = 9, 70, "a sum over the ranks"
+    assert watch.judge([waiting, working], now).startswith(
+        "rank 2 on node 1 (far, process 1) hangs in phase 'score' of step 3: no progress for 70 s"
+    )
+    assert watch.judge([waiting, beat(2, seconds=5, phase="score")], now) == ""  # it is slow, and alive
+    deadlock = watch.judge([waiting, beat(2, seconds=70, waiting="the rollouts of step 4", progress=8)], now)
+    assert deadlock.startswith("rank 2") and deadlock.endswith("waiting for the rollouts of step 4")
+    tied = watch.judge([beat(1, seconds=70, progress=8), beat(2, seconds=70, progress=8)], now)
+    assert tied.startswith("rank 1 on node 1 (far, process 1) (or rank 2, as far as it) hangs")
+
+
+def test_a_failure_and_a_rank_that_never_came(watch):
+    now = watch.began
+    assert (
+        watch.judge([beat(2, failed="ValueError: no")], now)
+        == "rank 2 on node 1 (far, process 1) failed in phase 'update' of step 3: ValueError: no"
+    )
+    assert watch.judge([beat(2)], now + JOIN_SECONDS - 1) == ""
+    assert (
+        watch.judge([beat(2, number=9)], now + JOIN_SECONDS + 1)
+        == f"rank 1 has not joined in {JOIN_SECONDS:.0f} s: look at what its launcher printed"
+    )
+
+
+def test_stacks_begin_with_the_main_thread():
+    assert stacks().startswith("thread MainThread:") and "test_stacks_begin" in stacks()

@@ -1,0 +1,1 @@
+"""Looking at a step afterwards: replay, ledger, explanation, another reward."""

@@ -1,0 +1,111 @@
+"""One response of a step in words and numbers: the formulas of the objective with their values filled in."""
+
+import statistics
+from typing import Any
+
+from trainer.inspect.ledger import total
+from trainer.record.bundle import Bundle
+
+FORMULAS = {
+    "grpo": "(r - mean) / (std + {eps:g})",
+    "dr_grpo": "r - mean",
+    "rloo": "r - mean of the others",
+}
+KL_FORMULAS = {
+    "k1": "-d",
+    "k2": "d^2 / 2",
+    "k3": "exp(d) - d - 1",
+    "low_var": "exp(d) - d - 1, d clamped to +-20, value to +-10",
+}
+WEIGHTS = {
+    "seq-mean-token-mean": "1 / (trained tokens of the response x trained responses of the step)",
+    "token-mean": "1 / trained tokens of the step",
+    "seq-mean-token-sum": "1 / trained responses of the step",
+    "seq-mean-token-sum-norm": "1 / (trained responses of the step x max_response_tokens)",
+}
+
+
+def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> str:
+    """rows: the ledger. row: number of the response in bundle.responses."""
+    responses = bundle.responses
+    first = row - row % bundle.config.group_size
+    group = responses[first : first + bundle.config.group_size]
+    tokens = [token for token in rows if token["row"] == row]
+    trained = [token for token in tokens if token["mask"]]
+    response, cfg = responses[row], bundle.config
+    lines = [
+        f"Response {row}: puzzle {response['puzzle_id']}, response {response['response']} of {len(group)}, {len(tokens)} tokens, "
+        f"reward {_number(response['reward'])} ({response['status']})",
+        response["completion"],
+        "",
+    ]
+    if not trained:
+        return "\n".join(
+            [*lines, f"It was not scored ({response.get('message', '')}), so no token of it is trained: share 0."]
+        )
+    lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
+    lines += [
+        f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
+        f"    trained responses {bundle.n_rows:g}, trained tokens {bundle.n_tokens:g}, of this response {len(trained)}",
+        "",
+        *_token_lines(max(trained, key=lambda token: abs(token["contribution"])), cfg),
+        "",
+        f"All {len(trained)} tokens: {total(trained):+.9g} of the step's loss {total(rows):+.9g}",
+    ]
+    clipped = sum(bool(token["clip"]) for token in trained)
+    lines.append(
+        f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push the response "
+        f"{'up' if trained[0]['advantage'] > 0 else 'down' if trained[0]['advantage'] < 0 else 'nowhere'}"
+    )
+    return "\n".join(lines)
+
+
+def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -> list[str]:
+    rewards = [member["reward"] for member in group if member["reward"] is not None]
+    mean, r = statistics.fmean(rewards), response["reward"]
+    told = [
+        f"Advantage ({cfg.advantage}): {FORMULAS[cfg.advantage].format(eps=cfg.advantage_eps)}",
+        f"    rewards of the group: {', '.join(map(_number, rewards))}",
+    ]
+    if len(set(rewards)) == 1:
+        return [*told, "    all equal: 0, this group teaches nothing"]
+    filled = f"{_number(r)} - {mean:.6g}"
+    if cfg.advantage == "grpo":
+        filled = f"({filled}) / ({statistics.stdev(rewards):.6g} + {cfg.advantage_eps:g})"
+    if cfg.advantage == "rloo":
+        filled = f"{_number(r)} - {(sum(rewards) - r) / (len(rewards) - 1):.6g}"
+    meaning = (
+        "better than its group: its tokens are made likelier"
+        if advantage > 0
+        else "worse than its group: its tokens are made less likely"
+        if advantage < 0
+        else "its group's mean: the surrogate leaves its tokens alone"
+    )
+    return [*told, f"    {filled} = {advantage:+.6g}, {meaning}"]
+
+
+def _token_lines(token: dict, cfg) -> list[str]:
+    a, ratio = token["advantage"], token["ratio"]
+    d = 0.0 if token["ref_logprob"] is None else token["ref_logprob"] - token["logprob"]
+    reference = "none (beta is 0)" if token["ref_logprob"] is None else f"{token['ref_logprob']:.6g}"
+    low, high = 1 - cfg.clip_low, 1 + cfg.clip_high
+    clipped = min(max(ratio, low), high)
+    level = "exp(new - old)" if cfg.ratio_level == "token" else "exp(mean of new - old over the response)"
+    dual = f", at most {cfg.dual_clip:g} |A| where A < 0 (dual clip)" if cfg.dual_clip else ""
+    kl = f"KL {cfg.kl_kind}: d = ref - new = {d:.6g}; {KL_FORMULAS[cfg.kl_kind]} = {token['kl']:.6g}"
+    return [
+        f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
+        f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, sampler {token['sampler_logprob']:.6g}, "
+        f"reference {reference}",
+        f"    ratio       {level} = {ratio:.6g}",
+        f"    surrogate   max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = max({-ratio * a:.6g}, {-clipped * a:.6g}) "
+        f"-> {token['surrogate']:.6g}; {token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
+        f"    correction  {cfg.correction}: {token['correction']:.6g}",
+        f"    {kl if cfg.beta else 'KL          beta is 0'}",
+        f"    share       weight (surrogate x correction + beta x KL) = {token['weight']:.6g} ({token['surrogate']:.6g} x "
+        f"{token['correction']:.6g} + {cfg.beta:g} x {token['kl']:.6g}) = {token['contribution']:.9g}",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"

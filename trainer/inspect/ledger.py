@@ -1,0 +1,110 @@
+"""The loss ledger: one row per token, with every number behind its share of the loss; the shares add up to the loss.
+
+The terms are computed again in float64 from the recorded log-probs, so that the sum is exact to 1e-12 and the rounding of
+the float32 step can be told from the objective.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trainer.grpo import terms_of
+from trainer.objective import CLIPS, LossTerms
+from trainer.packing import make_micro_batch
+from trainer.record.bundle import Bundle, StepInputs
+
+TOLERANCE = 1e-12
+
+
+def in_float64(terms: LossTerms, inputs: StepInputs, number: int, bundle: Bundle) -> LossTerms:
+    """The terms of micro-batch `number`, from the same log-probs, in float64."""
+    micro = inputs.plan[number]
+    sampled = micro.sampler_logprobs[micro.packed.rows, micro.packed.cols].double()
+    wide = make_micro_batch(
+        micro.groups, micro.rows, micro.advantages.double(), micro.mask.any(-1), sampled, torch.device("cpu")
+    )
+    reference, old = inputs.references[number], inputs.olds[number]
+    return terms_of(
+        terms.logprobs.detach().double(),
+        wide,
+        None if reference is None else reference.double(),
+        None if old is None else old.double(),
+        (bundle.n_rows, bundle.n_tokens),
+        bundle.config,
+    )
+
+
+def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Rows in order of response and position; terms[rank][micro-batch] as trainer.inspect.replay gives them.
+
+    Keys: row (response of the step, from 0), rank, puzzle_id, response (within its group, from 1), position (from 1),
+    token_id, token, logprob, old_logprob, sampler_logprob, ref_logprob, ratio, clip ("", low, high, dual), advantage,
+    surrogate, kl, correction, mask, weight, contribution. Asserts that the contributions sum to the float64 loss.
+    """
+    rows, losses, first = [], [], 0
+    for rank, inputs in enumerate(bundle.ranks):
+        for number, of_micro in enumerate(terms[rank]):
+            wide = in_float64(of_micro, inputs, number, bundle)
+            losses.append(wide.loss.item())
+            for place, row in enumerate(inputs.plan[number].rows):
+                named = {"row": first + row, "rank": rank}
+                rows += _response_rows(named, inputs.responses[row], wide, place, tokenizer)
+        first += len(inputs.responses)
+    rows.sort(key=lambda row: (row["row"], row["position"]))
+    scale = max(1.0, math.fsum(abs(row["contribution"]) for row in rows))
+    assert abs(total(rows) - math.fsum(losses)) <= TOLERANCE * scale, "the ledger does not sum to the loss"
+    return rows
+
+
+def _response_rows(
+    named: dict[str, Any], response: dict[str, Any], terms: LossTerms, place: int, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    ids = response["response_ids"]
+    named |= {"puzzle_id": response["puzzle_id"], "response": response["response"]}
+    columns: dict[str, Tensor] = {
+        "logprob": terms.logprobs,
+        "old_logprob": terms.old_logprobs,
+        "sampler_logprob": terms.sampler_logprobs,
+        "ref_logprob": terms.ref_logprobs,
+        "ratio": terms.ratio,
+        "surrogate": terms.surrogate,
+        "kl": terms.kl,
+        "correction": terms.correction,
+        "weight": terms.weight,
+        "contribution": terms.contribution,
+    }
+    numbers = {name: values[place, : len(ids)].tolist() for name, values in columns.items()}
+    no_reference = {} if terms.beta else {"ref_logprob": None}  # no reference pass was made
+    codes, mask = terms.clip[place].tolist(), terms.mask[place].tolist()
+    return [
+        {
+            **named,
+            "position": t + 1,
+            "token_id": token,
+            "token": tokenizer.decode([token]),
+            **{name: values[t] for name, values in numbers.items()},
+            "clip": CLIPS[codes[t]] if mask[t] else "",
+            "advantage": float(terms.advantages[place, 0]),
+            "mask": mask[t],
+            **no_reference,
+        }
+        for t, token in enumerate(ids)
+    ]
+
+
+def total(rows: Iterable[dict[str, Any]]) -> float:
+    """Sum of the contributions: of all rows the loss, of some their share of it."""
+    return math.fsum(row["contribution"] for row in rows)
+
+
+def totals_by(rows: Iterable[dict[str, Any]], key: str) -> dict[Any, float]:
+    """{value of `key`: share of the loss}, e.g. by "row", "puzzle_id" (a group) or "clip"; the shares sum to the loss."""
+    shares: dict[Any, list[float]] = defaultdict(list)
+    for row in rows:
+        shares[row[key]].append(row["contribution"])
+    return {value: math.fsum(parts) for value, parts in shares.items()}

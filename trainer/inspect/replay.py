@@ -1,0 +1,97 @@
+"""One optimizer step again, from its bundle, in one process on the CPU: the same functions as the run's own step."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from data.errors import UserError
+from rollout.sync import adapter_hash
+from trainer.grpo import accumulate, no_grad_logprobs, reference_logprobs
+from trainer.metrics import TokenSums
+from trainer.objective import LossTerms
+from trainer.policy import Policy
+from trainer.record.bundle import Bundle
+from trainer.record.nonfinite import BadToken
+from trainer.start.parts import load_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    policy: Policy
+    loss: float
+    grad_norm: float
+    gradient_hash: str
+    terms: list[list[LossTerms]]
+    """terms[rank][micro-batch], up to the first that is not finite."""
+    bad: tuple[int, int, BadToken] | None
+    """(rank, micro-batch, token) where a term is not finite."""
+    reference_difference: float | None
+    """Largest |recorded - recomputed| reference log-prob: above rounding, the base checkpoint is another one. None: beta 0."""
+    old_difference: float | None
+    """The same for the old log-probs, where the batch's first update is replayed; None elsewhere."""
+
+    def equals(self, bundle: Bundle) -> bool:
+        """Loss and gradient bit for bit as recorded."""
+        return self.loss == bundle.recorded["loss"] and self.gradient_hash == bundle.recorded["gradient_hash"]
+
+
+def replay(bundle: Bundle, model: str | None = None) -> Replayed:
+    """Loss and gradient of the bundle's step. model: the base checkpoint, where it has moved since.
+
+    Ranks are replayed one after another with the recorded number of threads, and their gradients added in rank order: bit
+    for bit the run's own numbers when that ran on CPU with one or two ranks and the same torch; a sum over more ranks may
+    round differently. Raises UserError when the checkpoint is not there or the adapter does not fit it.
+    """
+    torch.set_num_threads(bundle.threads)
+    policy = policy_of(bundle, model)
+    parameters = list(policy.trainable().values())
+    sums = [TokenSums() for _ in bundle.ranks]
+    terms: list[list[LossTerms]] = [[] for _ in bundle.ranks]
+    gradients = [torch.zeros_like(p) for p in parameters]
+    bad = None
+    for rank, inputs in enumerate(bundle.ranks):
+        for p in parameters:
+            p.grad = None
+        found = accumulate(policy, inputs, (bundle.n_rows, bundle.n_tokens), bundle.config, sums[rank], terms[rank])
+        if found is not None:
+            bad = bad or (rank, *found)
+            continue
+        gradients = [
+            p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
+        ]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return Replayed(
+        policy=policy,
+        loss=sum(s.sums["loss"] for s in sums),
+        grad_norm=float(norm),
+        gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
+        terms=terms,
+        bad=bad,
+        reference_difference=_difference(policy, bundle, "references"),
+        old_difference=_difference(policy, bundle, "olds"),
+    )
+
+
+def policy_of(bundle: Bundle, model: str | None) -> Policy:
+    """The policy as it was before the step."""
+    config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
+    policy = load_policy(config, torch.device("cpu"))
+    shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
+    if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
+        raise UserError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")
+    policy.load_adapter(bundle.adapter)
+    return policy
+
+
+def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
+    """Largest difference of the recorded log-probs to those the policy gives now."""
+    largest = None
+    for inputs in bundle.ranks:
+        for micro, recorded in zip(inputs.plan, getattr(inputs, which), strict=True):
+            if recorded is None or (which == "olds" and bundle.update > 1):
+                continue
+            compute = reference_logprobs if which == "references" else no_grad_logprobs
+            now = compute(policy, micro, bundle.config)
+            largest = max(largest or 0.0, float((now - recorded).abs()[micro.packed.mask].max()))
+    return largest

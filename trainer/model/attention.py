@@ -1,0 +1,289 @@
+"""Shared-prefix attention, registered with transformers, and the kernels it is made of.
+
+A kernel takes segments of packed queries against segments of packed keys:
+
+Kernel.forward(q, k, v, segments, scale) -> out [Lq,Hq,D], logsumexp [Hq,Lq]
+Kernel.backward(grad, q, k, v, out, logsumexp, segments, scale) -> gradients of q, k, v
+q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq a multiple of Hkv: grouped heads). None copies keys per query head; only PLAIN builds scores.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from data.errors import UserError
+
+ATTENTION = "shared_prefix"
+
+aten = torch.ops.aten
+
+Spans = tuple[tuple[int, int], ...]
+"""(first token, number of tokens) of each segment."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One attention call: the queries of segment i see the keys of segment i, causally or all of them."""
+
+    queries: Spans
+    keys: Spans
+    causal: bool
+    device: torch.device
+
+    @cached_property
+    def cumulative(self) -> tuple[Tensor, Tensor]:
+        """[n+1] int32 each: where the segments of queries and of keys begin, side by side, and where the last one ends."""
+        ends = ([0, *accumulate(length for _, length in spans)] for spans in (self.queries, self.keys))
+        queries, keys = (torch.tensor(end, dtype=torch.int32, device=self.device) for end in ends)
+        return queries, keys
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        return max(n for _, n in self.queries), max(n for _, n in self.keys)
+
+
+class Layout(NamedTuple):
+    """The attention of a packed row, as two calls of a kernel."""
+
+    own: Segments
+    """Every prompt and every response, causal to itself; a prompt with a single response is one segment with it."""
+    prompts: Segments | None
+    """The responses of a group, side by side, to all of their prompt; None where nothing is shared."""
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+    """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
+    assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
+    changed = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
+    assert not changed, f"shared_prefix attention knows no {changed}"
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
+    if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the residual stream's dtype
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel_for(q))[None], None
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    """Two calls of an ordinary attention kernel: every segment to itself, and responses to their group's prompt.
+
+    softmax over [prompt; own] keys = the two outputs weighted by exp(lse - lse of both). A flash kernel's backward builds its
+    probabilities from the output and logsumexp it is given; given those of both, each call returns its share of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout: Layout, scale: float, kernel: "Kernel") -> Tensor:
+        """q [L,Hq,D], k and v [L,Hkv,D] -> [L,Hq,D]."""
+        out, lse = kernel.forward(q, k, v, layout.own, scale)  # [L,Hq,D], [Hq,L]
+        if prompts := layout.prompts:
+            there, lse_there = kernel.forward(
+                _take(q, prompts.queries), _take(k, prompts.keys), _take(v, prompts.keys), prompts, scale
+            )
+            here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
+            both = torch.logaddexp(lse_here, lse_there)
+            weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
+            _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
+            _put(lse, prompts.queries, both, 1)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse = ctx.saved_tensors
+        own, prompts = ctx.layout
+        grads = ctx.kernel.backward(grad, q, k, v, out, lse, own, ctx.scale)
+        if prompts:
+            at, keys = prompts.queries, prompts.keys
+            parts = ctx.kernel.backward(
+                _take(grad, at),
+                _take(q, at),
+                _take(k, keys),
+                _take(v, keys),
+                _take(out, at),
+                _take(lse, at, 1),
+                prompts,
+                ctx.scale,
+            )
+            for whole, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
+                _put(whole, spans, part, add=True)
+        return *grads, None, None, None
+
+
+def _take(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
+    """The tokens of the spans, one after another; a view where there is one span."""
+    parts = [x.narrow(dim, first, length) for first, length in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _put(x: Tensor, spans: Spans, values: Tensor, dim: int = 0, add: bool = False) -> None:
+    """Write (or add) the tokens of the spans in place."""
+    for (first, length), part in zip(spans, values.split([length for _, length in spans], dim), strict=True):
+        target = x.narrow(dim, first, length)
+        target.add_(part) if add else target.copy_(part)
+
+
+class Kernel(NamedTuple):
+    forward: Callable
+    backward: Callable
+
+
+def kernel_for(q: Tensor) -> Kernel:
+    """PyTorch's flash kernels on CPU and GPU; plain matrix products for what those do not serve (float32 on a GPU)."""
+    if q.device.type == "cpu":
+        return CPU
+    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+        return FLASH_ATTN if use_flash_attn else VARLEN
+    return PLAIN
+
+
+def _each(segments: Segments, q_like: tuple[Tensor, ...], k_like: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
+    """Per segment [1,H,n,D] views of tensors over queries, then of those over keys."""
+    n_q, n_k = [length for _, length in segments.queries], [length for _, length in segments.keys]
+    split = [*(x.split(n_q) for x in q_like), *(x.split(n_k) for x in k_like)]
+    for parts in zip(*split, strict=True):
+        yield [part.transpose(0, 1)[None] for part in parts]
+
+
+def _side_by_side(per_segment: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """[1,H,n,D] of every segment -> [L,H,D], for each kind of tensor."""
+    return [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*per_segment, strict=True)]
+
+
+def _cpu_forward(q, k, v, segments, scale):
+    done = [
+        aten._scaled_dot_product_flash_attention_for_cpu(*qkv, is_causal=segments.causal, scale=scale)
+        for qkv in _each(segments, (q,), (k, v))
+    ]
+    return _side_by_side([(out,) for out, _ in done])[0], torch.cat([lse[0] for _, lse in done], 1)
+
+
+def _cpu_backward(grad, q, k, v, out, lse, segments, scale):
+    return _side_by_side(
+        [
+            aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_i, q_i, k_i, v_i, out_i, lse_i[..., 0], 0.0, segments.causal, scale=scale
+            )
+            for grad_i, q_i, out_i, lse_i, k_i, v_i in _each(segments, (grad, q, out, lse.T[..., None]), (k, v))
+        ]
+    )
+
+
+def _varlen_forward(q, k, v, segments, scale):
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, *segments.cumulative, *segments.longest, 0.0, segments.causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _varlen_backward(grad, q, k, v, out, lse, segments, scale):
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of dropout, of which there is none
+    return aten._flash_attention_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        *segments.cumulative,
+        *segments.longest,
+        0.0,
+        segments.causal,
+        unused,
+        unused,
+        scale=scale,
+    )
+
+
+def _flash_attn_forward(q, k, v, segments, scale):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+    out, lse, *_ = _flash_attn_varlen_forward(
+        q, k, v, *segments.cumulative, *segments.longest, dropout_p=0.0, softmax_scale=scale, causal=segments.causal
+    )
+    return out, lse
+
+
+def _flash_attn_backward(grad, q, k, v, out, lse, segments, scale):
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    _flash_attn_varlen_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        *grads,
+        *segments.cumulative,
+        *segments.longest,
+        dropout_p=0.0,
+        softmax_scale=scale,
+        causal=segments.causal,
+        window_size_left=-1,
+        window_size_right=-1,
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+    )
+    return grads
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[1,Hkv,Hq/Hkv,n,m] scaled scores; -inf above the diagonal of a causal segment."""
+    scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * scale
+    return (
+        scores.masked_fill(torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf) if causal else scores
+    )
+
+
+def _plain_forward(q, k, v, segments, scale):
+    """What the others compute, written out."""
+    done = []
+    for q_i, k_i, v_i in _each(segments, (q,), (k, v)):
+        scores = _scores(q_i, k_i, segments.causal, scale)
+        lse = scores.logsumexp(-1)
+        out = (scores - lse[..., None]).exp() @ v_i[:, :, None]
+        done.append((out.flatten(1, 2), lse.flatten(1, 2)[..., None]))
+    out, lse = _side_by_side(done)
+    return out, lse[..., 0].T.contiguous()
+
+
+def _plain_backward(grad, q, k, v, out, lse, segments, scale):
+    done = []
+    for *over_queries, k_i, v_i in _each(segments, (grad, q, out, lse.T[..., None]), (k, v)):
+        grad_i, q_i, out_i, lse_i = (x.unflatten(1, (k_i.shape[1], -1)) for x in over_queries)  # [1,Hkv,Hq/Hkv,n,*]
+        p = (_scores(over_queries[1], k_i, segments.causal, scale) - lse_i).exp()
+        d_p = grad_i @ v_i[:, :, None].transpose(-1, -2)
+        d_scores = p * (d_p - (grad_i * out_i).sum(-1, keepdim=True)) * scale
+        d_q = (d_scores @ k_i[:, :, None]).flatten(1, 2)
+        done.append((d_q, (d_scores.transpose(-1, -2) @ q_i).sum(2), (p.transpose(-1, -2) @ grad_i).sum(2)))
+    return _side_by_side(done)
+
+
+CPU = Kernel(_cpu_forward, _cpu_backward)
+VARLEN = Kernel(_varlen_forward, _varlen_backward)
+FLASH_ATTN = Kernel(_flash_attn_forward, _flash_attn_backward)
+PLAIN = Kernel(_plain_forward, _plain_backward)
+use_flash_attn = False
+
+
+def choose(attn: str, device: torch.device) -> None:
+    """attn "sdpa": PyTorch's own kernels. "flash": on this GPU those of the flash-attn package; ValueError when it cannot be."""
+    global use_flash_attn
+    use_flash_attn = attn == "flash"
+    if use_flash_attn and device.type != "cuda":
+        raise UserError("--attn flash: needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used")
+    if use_flash_attn and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("--attn flash: the package is not installed; pip install flash-attn, or leave it out")
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # no [L,L] mask is ever built

@@ -1,0 +1,93 @@
+"""FSDP2: every rank holds its rows of every weight, and whole layers exist one at a time.
+
+The model is made on the meta device and each rank reads its own rows of the checkpoint, so no rank ever holds all of it.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from data.errors import UserError
+from trainer.ranks.world import as_shard, rows_of
+
+
+def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The architecture of a checkpoint without its weights (meta device; buffers are real)."""
+    config = AutoConfig.from_pretrained(model_dir)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    return model
+
+
+def shard(causal_lm: PreTrainedModel, model_dir: str, seed: int, device: torch.device, method: str) -> None:
+    """Shard a model made by empty_model (with or without a PEFT adapter) over the world, and fill it. Collective.
+
+    One unit per decoder layer; embedding, last norm and head share the outermost. method: name of the model's method that
+    is called in place of its forward. Gradients are summed over the ranks, not averaged.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for unit in (*causal_lm.model.layers, causal_lm):
+        fully_shard(unit, mesh=mesh)
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    register_fsdp_forward_method(causal_lm, method)
+    _fill_base(causal_lm, Path(model_dir), device)
+    _fill_adapter(causal_lm, seed, device)
+    if causal_lm.config.tie_word_embeddings:
+        causal_lm.lm_head.weight = causal_lm.model.embed_tokens.weight
+
+
+def _fill_base(causal_lm: PreTrainedModel, model_dir: Path, device: torch.device) -> None:
+    """Read this rank's rows of every base weight. Raises UserError naming a weight the checkpoint lacks."""
+    index = model_dir / "model.safetensors.index.json"
+    files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    for name, param in list(causal_lm.named_parameters()):
+        if ".lora_" in name:
+            continue
+        stored = name.replace(".base_layer", "")
+        path = model_dir / files.get(stored, "model.safetensors")
+        if not path.is_file():
+            raise UserError(
+                f"--model {model_dir}: {path.name} is missing; --shard fsdp reads safetensors checkpoints only"
+            )
+        with safe_open(path, "pt") as handle:
+            if stored not in handle.keys():  # noqa: SIM118 (no mapping)
+                raise UserError(f"--model {model_dir}: the checkpoint has no tensor {stored}")
+            _put(causal_lm, name, param, handle.get_slice(stored)[rows_of(param)], device)
+
+
+def _fill_adapter(causal_lm: PreTrainedModel, seed: int, device: torch.device) -> None:
+    """Draw the adapter as PEFT does, module by module: the same values as without sharding. lora_B starts at 0."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, module in causal_lm.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            rank, width, height = module.r["default"], module.in_features, module.out_features
+            lora_A = torch.nn.Linear(width, rank, bias=False).weight  # draws, as PEFT's own constructor does
+            lora_B = torch.nn.Linear(rank, height, bias=False).weight.zero_()
+            torch.nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+            for leaf, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+                param = getattr(module, leaf)["default"].weight
+                rounded = value[rows_of(param)].to(
+                    module.get_base_layer().weight.dtype
+                )  # PEFT keeps it in float32 after that
+                _put(causal_lm, f"{name}.{leaf}.default.weight", param, rounded, device)
+
+
+def _put(model: torch.nn.Module, name: str, param: DTensor, rows: Tensor, device: torch.device) -> None:
+    """Replace a parameter on the meta device by its rows."""
+    rows = rows.detach().to(device=device, dtype=param.dtype).contiguous().clone()
+    owner, _, leaf = name.rpartition(".")
+    filled = torch.nn.Parameter(as_shard(rows, param), requires_grad=param.requires_grad)
+    setattr(model.get_submodule(owner), leaf, filled)

@@ -1,0 +1,248 @@
+"""Who is alive and where: every rank's heartbeat over the launch's store, so that a lost or stuck rank is named.
+
+A thread per rank writes its beat once a second and reads the others'. A rank that died, failed or hangs gives a verdict: one
+sentence with rank, node and phase. The main thread gets a few seconds to stop by itself (a collective with a dead peer
+usually raises), then the process ends: nobody waits half an hour for a time-out that names nobody.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+from rollout import RunError
+
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 10.0
+"""Without a beat for so long, a rank counts as dead."""
+JOIN_SECONDS = 300.0
+"""A rank that has not begun to beat so long after this one is named."""
+GRACE_SECONDS = 8.0
+"""From the verdict to the end of the process."""
+
+
+class RankLost(RunError):
+    """Another rank died, failed or hangs; the message names rank, node and phase."""
+
+
+@dataclass
+class Beat:
+    """What a rank says of itself."""
+
+    rank: int
+    node: str
+    host: str
+    pid: int
+    number: int = 0
+    """Beats so far."""
+    progress: int = 0
+    """Phases and micro-batches begun so far."""
+    phase: str = "start"
+    step: int = 0
+    """1-based; 0 before the first."""
+    waiting: str = ""
+    """What it waits for others in; empty while it works."""
+    seconds: float = 0.0
+    """Since its progress last changed."""
+    failed: str = ""
+    done: bool = False
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on node {self.node} ({self.host.split('|')[0]}, process {self.pid})"
+
+    def place(self) -> str:
+        return f"phase '{self.phase}'" + (f" of step {self.step}" if self.step else "")
+
+
+def this_host() -> str:
+    """Names the machine, boot and process namespace: equal where process numbers mean the same processes."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as handle:
+            boot = handle.read().strip()
+        return f"{socket.gethostname()}|{boot}|{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return f"{socket.gethostname()}|{os.getpid()}"  # equal to nobody's
+
+
+class Watch:
+    """store: shared by all `size` ranks of the launch. hang_seconds: longest time without progress."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, hang_seconds: float) -> None:
+        self.store, self.size, self.hang_seconds = store.clone(), size, hang_seconds
+        node = os.environ.get("GROUP_RANK", "0")
+        self.me = Beat(rank=rank, node=node, host=this_host(), pid=os.getpid())
+        self.verdict = ""
+        self.since = self.began = time.monotonic()
+        self.on_hang: Callable[[], None] = lambda: None
+        """What else should show its stacks: a process this rank keeps."""
+        self.heard: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
+        self.over = threading.Event()
+        # kill -USR1 shows where a process is, even in native code
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        self.publish()
+        self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
+        self.thread.start()
+
+    # ---- what the main thread says
+
+    def enter(self, phase: str, step: int) -> None:
+        """A new phase has begun."""
+        self.me.phase, self.me.step = phase, step
+        self.advance()
+
+    def advance(self) -> None:
+        """Something was finished: a micro-batch, a phase."""
+        self.me.progress += 1
+        self.since = time.monotonic()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside, this rank waits for others, and is not the one that hangs."""
+        before, self.me.waiting = self.me.waiting, what
+        try:
+            yield
+        finally:
+            self.me.waiting = before
+
+    def meet(self, what: str) -> None:
+        """Return once all ranks of the launch have called this."""
+        place = "meet/" + "-".join(what.split())
+        self.store.add(place, 1)
+        while self.store.add(place, 0) < self.size and not self.verdict:
+            time.sleep(0.1)
+        if self.verdict:
+            raise RankLost(self.verdict)
+
+    def close(self, failed: str = "") -> None:
+        """The last word of this rank; the thread ends."""
+        self.over.set()
+        self.thread.join(timeout=5)
+        self.me.failed, self.me.done = failed, not failed
+        try:
+            self.publish()
+        except RuntimeError:
+            pass  # the store went first: nobody is left to tell
+
+    def explain(self, error: BaseException) -> str:
+        """Why a collective raised: the verdict, for which it waits a little; "" when no other rank is to blame."""
+        deadline = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
+        while not self.verdict and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.verdict
+
+    # ---- what the thread does
+
+    def run(self) -> None:
+        while not self.over.wait(BEAT_SECONDS):
+            try:
+                self.publish()
+                beats = self.read()
+                if not self.verdict:
+                    self.verdict = self.judge(beats, time.monotonic())
+            except RuntimeError as error:  # every error of torch.distributed
+                self.verdict = (
+                    f"the store of the launch does not answer: the launcher of node 0 is gone ({first_line(error)})"
+                )
+            if self.verdict:
+                self.give_up()
+                return
+
+    def publish(self) -> None:
+        self.me.number += 1
+        self.me.seconds = time.monotonic() - self.since
+        self.store.set(f"watch/{self.me.rank}", json.dumps(asdict(self.me)))
+
+    def read(self) -> list[Beat]:
+        """The others' beats, as far as they have joined."""
+        names = [f"watch/{rank}" for rank in range(self.size) if rank != self.me.rank]
+        names = [name for name in names if self.store.check([name])]
+        return [Beat(**json.loads(value)) for value in (self.store.multi_get(names) if names else [])]
+
+    def judge(self, beats: list[Beat], now: float) -> str:
+        """The verdict on the others at time `now`; "" while all is well."""
+        for beat in beats:
+            if beat.done:
+                continue
+            if beat.failed:
+                return f"{beat} failed in {beat.place()}: {beat.failed}"
+            number, heard = self.heard.get(beat.rank, (-1, now))
+            if beat.number != number:
+                self.heard[beat.rank] = (beat.number, now)
+            elif now - heard > SILENT_SECONDS:
+                return f"{beat} died in {beat.place()}: no sign of life for {now - heard:.0f} s"
+            elif beat.host == self.me.host and is_gone(beat.pid):
+                return f"{beat} died in {beat.place()}: its process is gone"
+        missing = sorted(set(range(self.size)) - {beat.rank for beat in beats} - {self.me.rank})
+        if missing and now - self.began > JOIN_SECONDS:
+            return f"rank {missing[0]} has not joined in {JOIN_SECONDS:.0f} s: look at what its launcher printed"
+        everyone = sorted([*beats, self.me], key=lambda beat: beat.rank)
+        alive = [beat for beat in everyone if not beat.done]
+        stuck = [beat for beat in alive if beat.seconds > self.hang_seconds]
+        if not stuck or (len(stuck) < len(alive) and all(beat.waiting for beat in stuck)):
+            return ""
+        working = [beat for beat in stuck if not beat.waiting] or stuck
+        least = min(beat.progress for beat in working)
+        first, *tied = [beat for beat in working if beat.progress == least]
+        others = f" (or rank {', '.join(str(beat.rank) for beat in tied)}, as far as it)" if tied else ""
+        return (
+            f"{first}{others} hangs in {first.place()}: no progress for {first.seconds:.0f} s (--hang-seconds "
+            f"{self.hang_seconds:g})" + (f", waiting for {first.waiting}" if first.waiting else "")
+        )
+
+    def give_up(self) -> None:
+        """Say the verdict, show the stacks of a hang, and end the process unless the main thread does so itself."""
+        if " hangs in " in self.verdict:
+            self.show_stacks()
+        if not self.over.wait(GRACE_SECONDS):
+            say(f"{self.me} stops in {self.me.place()}: {self.verdict}")
+            os._exit(1)
+
+    def show_stacks(self) -> None:
+        """Every rank brings its own stacks; the first rank that is alive prints them all."""
+        self.on_hang()
+        self.store.set(f"watch/stacks/{self.me.rank}", stacks())
+        time.sleep(3 * BEAT_SECONDS)
+        there = [rank for rank in range(self.size) if self.store.check([f"watch/stacks/{rank}"])]
+        if self.me.rank != there[0]:
+            return
+        for rank in there:
+            say(f"---- stacks of rank {rank}\n{self.store.get(f'watch/stacks/{rank}').decode()}")
+        missing = sorted(set(range(self.size)) - set(there))
+        if missing:
+            say(f"---- no stacks of rank {', '.join(map(str, missing))}: in native code, stopped, or gone")
+
+
+def stacks() -> str:
+    """The Python stack of every thread of this process, the main thread's first."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: names.get(item[0]) != "MainThread")
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)) for ident, frame in frames
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """Has the process of this machine ended? One that waits to be reaped has."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
+            return handle.read().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,93 @@
+"""The parts of a run, made from its settings: policy, prompts, optimizer, sampler."""
+
+import torch
+import torch.distributed as dist
+
+from data.errors import UserError
+from data.puzzles import Puzzle
+from rollout import Engine
+from trainer.config import GrpoConfig, SftConfig
+from trainer.model.attention import choose
+from trainer.model.merge import sampler_model
+from trainer.policy import Policy, Prompt, encode_prompt
+from trainer.ranks.world import World
+from trainer.start.sampler import make_split_engine
+
+
+def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) -> Policy:
+    """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
+    choose(cfg.attn, device)
+    policy = Policy(
+        str(cfg.model),
+        lora_rank=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        seed=cfg.seed,
+        device=device,
+        dtype=getattr(torch, cfg.dtype),
+        sharded=sharded,
+        checkpointing=cfg.checkpointing,
+        frozen=cfg.beta > 0,
+        quantize=cfg.quantize,
+        autocast=cfg.autocast,
+    )
+    if policy.cannot_share and cfg.packing == "shared" and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(
+            f"--packing plain, one row per response: {cfg.model} cannot share prompts, since {policy.cannot_share}",
+            flush=True,
+        )
+    return policy
+
+
+def make_optimizer(
+    cfg: GrpoConfig | SftConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
+    """AdamW, its moments in float32 or in 8 bits."""
+    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}
+    if cfg.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings)
+
+
+def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
+    """The sampler of this rank: inside its process, or the trainers' end of those apart."""
+    if cfg.placement == "split":
+        return make_split_engine(cfg, policy, world)
+    if cfg.engine == "torch":
+        from rollout.torch_engine import TorchEngine
+
+        def anyone(wish: bool) -> bool:
+            return world.largest(float(wish)) > 0 if policy.sharded else wish
+
+        return TorchEngine(
+            policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
+        )
+    from rollout.vllm_engine import VLLMEngine
+
+    base = sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, cfg.out)
+    return VLLMEngine(
+        base,
+        lora=policy.lora,
+        max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
+        dtype=cfg.dtype,
+        memory_fraction=cfg.memory_fraction,
+        rank=world.rank,
+        size=world.size,
+        tensor_parallel=cfg.tensor_parallel,
+        may_sleep=True,
+    )
+
+
+def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
+    """Prompts that fit --max-prompt-tokens. Raises UserError when too few are left."""
+    prompts = [Prompt(puzzle=puzzle, ids=encode_prompt(policy.tokenizer, puzzle.chat())) for puzzle in puzzles]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
+    if len(fitting) < cfg.prompts_per_step:
+        raise UserError(
+            f"{cfg.puzzles}: {len(fitting)} of {len(puzzles)} puzzles fit --max-prompt-tokens {cfg.max_prompt_tokens} "
+            f"(longest {max(len(p.ids) for p in prompts)}), fewer than --prompts-per-step {cfg.prompts_per_step}"
+        )
+    if world.is_main and len(fitting) < len(prompts):
+        print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
+    return fitting
