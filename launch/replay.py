@@ -65,13 +65,12 @@ def report(bundle, replayed) -> bool:
     """Print recorded beside replayed; returns whether the replay tells the recorded story."""
     print(
         f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
-        f"{bundle.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
+        f"{bundle.denominators.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
     )
     if bundle.problem:
         print(f"recorded    stopped: {bundle.problem}")
     if replayed.bad is not None:
-        rank, number, token = replayed.bad
-        micro = bundle.ranks[rank].plan[number]
+        rank, micro, token = replayed.bad
         response = bundle.ranks[rank].responses[micro.rows[token.row]]
         found = f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
         print(f"replayed    {found}: {token}")
@@ -132,7 +131,7 @@ def write_html(path: Path, bundle, rows: list[dict[str, Any]], tokenizer) -> Non
 
     prompts = {}
     for inputs in bundle.ranks:
-        for micro in inputs.plan:
+        for micro in inputs.micro_batches:
             places = iter(micro.rows)
             for prompt, responses in micro.groups:
                 for _ in responses:

@@ -51,9 +51,9 @@ class Engine(Protocol):
     """Where a rank's rollouts come from. A step's prompts are asked for by all ranks, the same list; each collects its share."""
 
     hash: str
-    seconds: float
-    """What sampling the groups collected last took the sampler."""
     """Hash (16 hex digits) of the adapter last handed over; "" before the first."""
+    seconds: float
+    """Seconds the sampler took for the groups collected last."""
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
         """Hand over the policy's adapter (PEFT names, or every weight), with proof. Collective over the ranks that train.

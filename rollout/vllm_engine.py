@@ -5,21 +5,25 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from data.errors import UserError
-
-# Set before vLLM is imported: the engine core runs in this process, so a debugger and torch's RNG reach it.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of vLLM's own calls to torch
+
+def prepare_environment(kv_cache_bytes: int) -> None:
+    """What vLLM reads from the environment when it is imported. Called where an engine starts, and nowhere else."""
+    # the engine core runs in this process, so that a debugger and torch's random generators reach it
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several ranks share the cores
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of vLLM's own calls to torch
 
 
 class VLLMEngine(LocalEngine):
@@ -48,9 +52,7 @@ class VLLMEngine(LocalEngine):
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several ranks share the cores
+        prepare_environment(kv_cache_bytes)
         from vllm import LLM
 
         memory = {"gpu_memory_utilization": memory_fraction} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}

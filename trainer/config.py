@@ -164,7 +164,7 @@ class GrpoConfig(TrainingConfig):
     sampler_ranks: int = option(1, "Ranks that sample under --placement split.")
     tensor_parallel: int = option(1, "Neighbouring ranks that form one vLLM sampler.")
     max_staleness: int = option(
-        0, "Steps that sampling may run ahead of training (split); above 0, --correction none becomes tis."
+        0, "Steps that sampling may run ahead of training (split); above 0 it needs --correction tis or another."
     )
     restart_samplers: int = option(0, "Times a sampler that died is started again (split); 0 stops the run.")
     sync_host: str | None = option(
@@ -257,7 +257,7 @@ class GrpoConfig(TrainingConfig):
         return self.sampler_ranks if self.placement == "split" else 0
 
     def _check_placement(self) -> None:
-        """Raises UserError for settings that exclude one another; staleness switches the sampler correction on."""
+        """Raises UserError for settings that exclude one another."""
         if self.placement == "colocate":
             for name in ("max_staleness", "restart_samplers"):
                 if getattr(self, name):
@@ -272,7 +272,10 @@ class GrpoConfig(TrainingConfig):
             name = f"--quantize {self.quantize}" if self.quantize != "none" else f"--optimizer {self.optimizer}"
             raise UserError(f"{name}: cannot be sharded; use --shard none")
         if self.max_staleness and self.correction == "none":
-            object.__setattr__(self, "correction", "tis")
+            raise UserError(
+                f"--max-staleness {self.max_staleness}: the rollouts are of an older policy, which the loss must correct for; "
+                "add --correction tis"
+            )
 
     def keeps_step(self, step: int) -> bool:
         """Does --save-steps ask for a bundle of this (1-based) step? Raises UserError when it cannot be read."""

@@ -7,8 +7,7 @@ What is not here: a critic, a replay of old batches, any callback. P prompts and
 every rank trains and samples whole groups, so advantages need no communication; gradients are summed over ranks.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,11 +23,21 @@ from trainer.advantages import group_advantages
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
-from trainer.packing import MicroBatch, ScoredGroup, balance, micro_batches, pack, packing_figures, scored_groups
+from trainer.packing import (
+    Denominators,
+    MicroBatch,
+    ScoredGroup,
+    balance,
+    count_trained,
+    micro_batches,
+    pack,
+    packing_figures,
+    scored_groups,
+)
 from trainer.policy import Policy, Prompt, prompts_of_step
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world, local, whole
-from trainer.record.bundle import StepInputs, write_bundle
-from trainer.record.nonfinite import BadToken, describe, find_bad_gradient, first_bad_token
+from trainer.record.bundle import StepInputs, StepRecord, write_bundle
+from trainer.record.nonfinite import Found, bad_term_of, describe, find_bad_gradient
 from trainer.record.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
 from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
 from trainer.start.sampler import keep
@@ -36,6 +45,20 @@ from trainer.start.sampler import keep
 CANARY_TOKENS = 16
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest mean |log-prob difference| in nats between sampler and trainer on the canary text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the functions of an optimizer step share. Nothing here is replaced while it runs."""
+
+    step: int
+    """From 0; files, messages and metrics count from 1."""
+    cfg: GrpoConfig
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    world: World
+    out: Path
+    """The run folder."""
 
 
 def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
@@ -74,6 +97,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
 
     for step in range(first_step, cfg.steps):
         clock = Clock(world, step + 1)
+        now = Step(step=step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out)
         # ---- sample: G responses to each of this rank's prompts (asked for --max-staleness steps ago)
         clock.enter("sample")
         batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
@@ -81,13 +105,13 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         rollouts = [rollout for group in groups for rollout in group]
         # ---- score, and compare within each group
         clock.enter("score")
-        rewards = score(scorer, policy, batch, rollouts, cfg, step, out, world)
+        rewards = score(now, scorer, batch, rollouts)
         advantages, trained = compare(rewards, cfg)  # [N], [N]
         # ---- update: usually one optimizer step on everything just sampled
         clock.enter("update")
         rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
         sampled = world.gather(scored_groups(groups, rows, advantages, trained))  # of all ranks, in prompt order
-        sums, figures = update(policy, optimizer, sampled, cfg, step, out, world)
+        sums, figures = update(now, sampled)
         # ---- hand the new adapter to the sampler
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
@@ -142,47 +166,38 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
     return engine.hash
 
 
-def score(
-    scorer: Scorer,
-    policy: Policy,
-    batch: list[Prompt],
-    rollouts: list[Rollout],
-    cfg: GrpoConfig,
-    step: int,
-    out: Path,
-    world: World,
-) -> list[Reward]:
+def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout]) -> list[Reward]:
     """[N] rewards in row order. Special tokens (end of turn) are not part of the text. Collective.
 
-    Under --on-reward-error stop the first response that could not be scored, on whatever rank, ends the run on every rank:
-    ValueError that names it; its text stays in OUT/reward_failure.json.
+    Under --on-reward-error stop, the first response that could not be scored, on whatever rank, ends the run on every rank:
+    UserError that names it; its text is kept in OUT/reward_failure.json.
     """
-    texts = policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    cfg, world = now.cfg, now.world
+    texts = now.policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
     puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
     stop = cfg.on_reward_error == "stop"
     rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts], stop_at_failure=stop)
     failed = [i for i, reward in enumerate(rewards) if reward is not None and reward.failed]
+    # every rank must learn of a failure on any rank, or the others would wait for it in the next collective
     if not stop or world.largest(float(bool(failed))) == 0:
         return rewards
-    case = (
-        {}
-        if not failed
-        else {
-            "step": step + 1,
+    case = {}
+    if failed:
+        case = {
+            "step": now.step + 1,
             "rank": world.rank,
             "puzzle_id": puzzles[failed[0]].id,
             "response": failed[0] % cfg.group_size + 1,
             "message": rewards[failed[0]].message,
             "completion": texts[failed[0]],
         }
-    )
     first = next(case for case in world.gather_in_rank_order(case) if case)
     if world.is_main:
-        write_json(out / "reward_failure.json", first)
+        write_json(now.out / "reward_failure.json", first)
     raise UserError(
-        f"step {step + 1}: --reward {cfg.reward} failed for puzzle {first['puzzle_id']}, response {first['response']} of "
-        f"{cfg.group_size} (rank {first['rank']}; its text is in {out / 'reward_failure.json'}): {first['message']}. "
-        "Mend the function and --resume, or leave such responses out: --resume --on-reward-error drop"
+        f"step {now.step + 1}: --reward {cfg.reward} failed for puzzle {first['puzzle_id']}, response {first['response']} of "
+        f"{cfg.group_size} (rank {first['rank']}; its text is in {now.out / 'reward_failure.json'}): {first['message']}. "
+        "Fix the function and --resume, or leave such responses out: --resume --on-reward-error drop"
     )
 
 
@@ -197,132 +212,81 @@ def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
     return advantages, trained
 
 
-def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    sampled: list[ScoredGroup],
-    cfg: GrpoConfig,
-    step: int,
-    out: Path,
-    world: World,
-) -> tuple[TokenSums, dict[str, float]]:
-    """--updates-per-batch optimizer steps over what all ranks sampled; returns what the step's metrics are made of.
+def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, float]]:
+    """--updates-per-batch optimizer steps over what all ranks sampled. Collective.
+
+    Returns (sums over all trained tokens, for metrics.jsonl; how well packing did, for timing.jsonl).
+    """
+    cfg, policy, world = now.cfg, now.policy, now.world
+    parameters = list(policy.trainable().values())
+    share = len(sampled) // cfg.updates_per_batch
+    parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]
+    # all reference and old log-probs, before the first optimizer step changes the policy
+    batches = [deal(now, part, number) for number, part in enumerate(parts, start=1)]
+    totals = TokenSums()
+    for batch in batches:
+        now.optimizer.zero_grad(set_to_none=True)
+        sums, found = TokenSums(), None
+        for micro in world.paced(batch.micro_batches):
+            terms = loss_terms(policy, micro, batch.denominators, cfg)  # every term of Eq. (1), for every token
+            loss = terms.loss  # this micro-batch's share of the step's loss
+            loss.backward()  # gradients add up in .grad
+            sums.add(terms, loss)
+            found = found or bad_term_of(micro, terms)
+        norm = sum_gradients(parameters, world)
+        refuse_what_is_not_finite(now, batch, found, norm)
+        sums.grad_norm = float(norm)
+        if cfg.keeps_step(now.step + 1):
+            keep_bundle(now, batch, sums)
+        clip_gradients(parameters, norm, cfg.grad_clip)
+        if batch.denominators.n_tokens:  # 0: no response of the batch was scored, so there is nothing to learn
+            sums.lr = optimizer_step(now)
+        totals.take_in(sums)
+    plans = [batch.micro_batches for batch in batches]
+    return totals.over_ranks(world), packing_figures(plans, parts, policy.cost, cfg.micro_tokens, world)
+
+
+def deal(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
+    """This rank's part of an optimizer step, with the log-probs that no gradient flows through. number: from 1. Collective.
 
     Groups are dealt to ranks by what they cost to train on, whoever sampled them.
     """
-    share = len(sampled) // cfg.updates_per_batch
-    parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]
-    dealt = [balance([policy.cost.of(*group.size) for group in part], world.size) for part in parts]
-    ours = [[part[i] for i in ranks[world.rank]] for part, ranks in zip(parts, dealt, strict=True)]
+    cfg, policy, world = now.cfg, now.policy, now.world
+    dealt = balance([policy.cost.of(*group.size) for group in groups], world.size)
+    ours = [groups[i] for i in dealt[world.rank]]
     sharing = cfg.packing == "shared" and not policy.cannot_share
-    plans = [micro_batches(groups, cfg.micro_tokens, world.device, sharing) for groups in ours]
-    passes = [int(world.largest(len(plan))) if policy.sharded else len(plan) for plan in plans]
-    missing = sum(passes) - sum(map(len, plans))
-    references = [[reference_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
-    keep_pace(policy, missing if cfg.beta else 0, reference=True)
-    world.advance()
-    # one step per batch: old = stop_gradient(new), and no extra pass; else before the first step changes the weights
-    on_policy = cfg.updates_per_batch == 1
-    olds = [[None if on_policy else no_grad_logprobs(policy, micro, cfg) for micro in plan] for plan in plans]
-    keep_pace(policy, 0 if on_policy else missing)
-    world.advance()
-    sums = TokenSums()
-    for number, groups in enumerate(ours):
-        inputs = StepInputs(
-            plan=plans[number],
-            references=references[number],
-            olds=olds[number],
-            responses=[row for group in groups for row in group.rows],
+    micros = micro_batches(
+        ours, cfg.micro_tokens, world.device, sharing, in_step_with=world if policy.sharded else None
+    )
+    micros = [
+        replace(
+            micro, ref_logprobs=reference_logprobs(policy, micro, cfg), old_logprobs=old_logprobs(policy, micro, cfg)
         )
-        # the denominators, over all ranks, before the first micro-batch
-        counts = count_trained(inputs.plan, world)
-        optimizer.zero_grad(set_to_none=True)
-        own = TokenSums()
-        problem = accumulate(policy, inputs, counts, cfg, own, passes=passes[number], advance=world.advance)
-        finish_gradient(policy, inputs, counts, problem, cfg, own, step, number, out, world)
-        if counts[1]:
-            optimizer_step(optimizer, cfg, step, own)
-        sums.take_in(own)
-    return sums.over_ranks(world), packing_figures(plans, parts, policy.cost, cfg.micro_tokens, world)
+        for micro in world.paced(micros)
+    ]
+    return StepInputs(
+        update=number,
+        micro_batches=micros,
+        denominators=count_trained(micros, world),
+        responses=[row for group in ours for row in group.rows],
+    )
 
 
-def count_trained(plan: list[MicroBatch], world: World) -> tuple[float, float]:
-    """(rows with a trained token, trained tokens) of the whole optimizer step. Collective."""
-    n_rows, n_tokens = world.total(sum(int(m.mask.any(-1).sum()) for m in plan), sum(int(m.mask.sum()) for m in plan))
-    return n_rows, n_tokens
+def loss_terms(policy: Policy, micro: MicroBatch, denominators: Denominators, cfg: GrpoConfig) -> LossTerms:
+    """Forward one micro-batch and name every term of its loss, [N,T] each. A breakpoint here sees everything."""
+    logprobs, entropy = policy.logprobs_and_entropy(micro.packed, cfg.temperature, cfg.entropy)
+    return replace(terms_of(logprobs, micro, denominators, cfg), entropy=entropy)
 
 
-def accumulate(
-    policy: Policy,
-    inputs: StepInputs,
-    counts: tuple[float, float],
-    cfg: GrpoConfig,
-    sums: TokenSums,
-    keep: list[LossTerms] | None = None,
-    passes: int = 0,
-    advance: Callable[[], None] = lambda: None,
-) -> tuple[int, BadToken] | None:
-    """Forward and backward over a rank's micro-batches; gradients add up in .grad, numbers in `sums`.
-
-    Stops at the first term that is not finite and returns (micro-batch, token). keep: a list that collects the terms.
-    passes: the most micro-batches of any rank, where the layers are sharded; then nothing stops early.
-    """
-    found = None
-    for number in range(len(inputs.plan)):
-        terms = loss_terms(policy, *inputs.of(number), counts, cfg)
-        bad = first_bad_token(terms)
-        if bad is not None:
-            found = found or (number, bad)
-            if not policy.sharded:
-                return found
-        loss = terms.loss
-        loss.backward()
-        sums.add(terms, loss)
-        advance()
-        if keep is not None:
-            keep.append(terms)
-    for _ in range(passes - len(inputs.plan)):
-        policy.idle_pass()
-    return found
-
-
-@torch.no_grad()
-def keep_pace(policy: Policy, missing: int, reference: bool = False) -> None:
-    """The passes without gradient that a rank with more micro-batches makes and this one does not need."""
-    for _ in range(missing):
-        policy.idle_pass(reference)
-
-
-def loss_terms(
-    policy: Policy,
-    micro: MicroBatch,
-    ref_logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    counts: tuple[float, float],
-    cfg: GrpoConfig,
-) -> LossTerms:
-    """Forward one micro-batch and name every term of its loss. A breakpoint here sees everything."""
-    found = policy.response_logprobs(micro.packed, cfg.temperature, entropy=cfg.entropy)
-    logprobs, entropy = found if cfg.entropy else (found, None)  # [N,T]
-    return replace(terms_of(logprobs, micro, ref_logprobs, old_logprobs, counts, cfg), entropy=entropy)
-
-
-def terms_of(
-    logprobs: Tensor,
-    micro: MicroBatch,
-    ref_logprobs: Tensor | None,
-    old_logprobs: Tensor | None,
-    counts: tuple[float, float],
-    cfg: GrpoConfig,
-) -> LossTerms:
-    """The settings, applied to log-probs [N,T]."""
+def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cfg: GrpoConfig) -> LossTerms:
+    """The objective that the settings ask for, applied to the policy's log-probs [N,T]."""
     weight = aggregation_weights(
-        micro.mask, cfg.aggregation, *counts, norm=cfg.max_response_tokens, dtype=logprobs.dtype
+        micro.mask, cfg.aggregation, *denominators, norm=cfg.max_response_tokens, dtype=logprobs.dtype
     )
     return grpo_terms(
         logprobs=logprobs,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
+        old_logprobs=micro.old_logprobs,
+        ref_logprobs=micro.ref_logprobs,
         sampler_logprobs=micro.sampler_logprobs,
         mask=micro.mask,
         advantages=micro.advantages,
@@ -339,82 +303,73 @@ def terms_of(
     )
 
 
-@torch.no_grad()
-def no_grad_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor:
-    """[N,T] log-probs of the policy as it is now."""
-    return policy.response_logprobs(micro.packed, cfg.temperature)
-
-
 def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
-    """[N,T] log-probs of the reference (adapter off); no pass is made when beta is 0."""
+    """[N,T] log-probs of the reference policy (adapter off). None when beta is 0: then no pass is made."""
     return policy.response_logprobs(micro.packed, cfg.temperature, reference=True) if cfg.beta else None
 
 
-def finish_gradient(
-    policy: Policy,
-    inputs: StepInputs,
-    counts: tuple[float, float],
-    problem: tuple[int, BadToken] | None,
-    cfg: GrpoConfig,
-    sums: TokenSums,
-    step: int,
-    number: int,
-    out: Path,
-    world: World,
-) -> None:
-    """Sum gradients over ranks, write the step's bundle when asked for, clip. Collective.
+@torch.no_grad()
+def old_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
+    """[N,T] log-probs of the policy as it is now, before the batch's first optimizer step.
 
-    Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
+    None when a batch gets one step only: then old = stop_gradient(new), the ratio is exactly 1, and no extra pass is made.
     """
-    parameters = list(policy.trainable().values())
-    recorded: dict = {}
-    failed = world.largest(float(problem is not None)) > 0
-    if not failed:
-        world.sum_gradients(parameters)
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        sums.grad_norm = float(norm)
-        failed = not torch.isfinite(norm)
-        if failed and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
-            problem = find_bad_gradient(
-                lambda n: loss_terms(policy, *inputs.of(n), counts, cfg), len(inputs.plan), parameters
-            )
-    if failed or cfg.keeps_step(step + 1):
-        if not failed:
-            loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
-            gradients = {name: whole(p.grad) for name, p in policy.trainable().items()}
-            recorded = {
-                "loss": loss,
-                "pg_loss": pg_loss,
-                "grad_norm": sums.grad_norm,
-                "gradient_hash": adapter_hash(gradients),
-            }
-        found = [text for text in world.gather_in_rank_order(describe(problem, inputs, world.rank)) if text]
-        in_sum = "the gradient or its norm is not finite, although each token's own share of it is"
-        sentence = (found or [in_sum])[0] if failed else None
-        bundle = write_bundle(
-            out,
-            step=step + 1,
-            update=number + 1,
-            config=cfg,
-            inputs=inputs,
-            adapter=policy.adapter_tensors(),
-            counts=counts,
-            recorded=recorded,
-            problem=sentence,
-            world=world,
+    return None if cfg.updates_per_batch == 1 else policy.response_logprobs(micro.packed, cfg.temperature)
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> Tensor:
+    """Sum .grad over the ranks; returns the norm of the whole gradient (a scalar tensor). Collective."""
+    world.sum_gradients(parameters)
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+
+
+def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None, norm: Tensor) -> None:
+    """Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank. Collective.
+
+    found: this rank's first bad term. norm: of the gradient over all ranks.
+    """
+    cfg, policy, world = now.cfg, now.policy, now.world
+    bad_term = world.largest(float(found is not None)) > 0
+    if not bad_term and torch.isfinite(norm):
+        return
+    if not bad_term and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
+        parameters = list(policy.trainable().values())
+        found = find_bad_gradient(
+            batch.micro_batches, lambda micro: loss_terms(policy, micro, batch.denominators, cfg), parameters
         )
-        if failed:
-            raise FloatingPointError(
-                f"step {step + 1}, update {number + 1}: {sentence}. This update was not made; look with "
-                f"python launch/replay.py {bundle}"
-            )
-    scale = torch.clamp(cfg.grad_clip / (norm + 1e-6), max=1.0)
+    sentences = world.gather_in_rank_order(describe(found, batch.responses, world.rank))
+    sum_alone = "the gradient or its norm is not finite, although each token's own share of it is"
+    sentence = next((text for text in sentences if text), sum_alone)
+    record = StepRecord(step=now.step + 1, config=cfg, adapter=policy.adapter_tensors(), recorded={}, problem=sentence)
+    bundle = write_bundle(now.out, record, batch, world)
+    raise FloatingPointError(
+        f"step {now.step + 1}, update {batch.update}: {sentence}. This update was not made; look with "
+        f"python launch/replay.py {bundle}"
+    )
+
+
+def keep_bundle(now: Step, batch: StepInputs, sums: TokenSums) -> None:
+    """Write the step to OUT/steps, with what a replay must find again. sums: this rank's. Collective."""
+    policy, world = now.policy, now.world
+    loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
+    gradient_hash = adapter_hash({name: whole(p.grad) for name, p in policy.trainable().items()})
+    recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm, "gradient_hash": gradient_hash}
+    record = StepRecord(
+        step=now.step + 1, config=now.cfg, adapter=policy.adapter_tensors(), recorded=recorded, problem=None
+    )
+    write_bundle(now.out, record, batch, world)
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: float) -> None:
+    """Scale .grad in place so that its norm is at most `largest`. norm: what sum_gradients gave."""
+    scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
     torch._foreach_mul_([local(p.grad) for p in parameters], scale)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, cfg: GrpoConfig, step: int, sums: TokenSums) -> None:
-    """Warm-up, then AdamW."""
-    sums.lr = cfg.lr * min(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-    for group in optimizer.param_groups:
-        group["lr"] = sums.lr
-    optimizer.step()
+def optimizer_step(now: Step) -> float:
+    """AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
+    lr = now.cfg.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
+    for group in now.optimizer.param_groups:
+        group["lr"] = lr
+    now.optimizer.step()
+    return lr

@@ -1,14 +1,16 @@
 """Micro-batches and shared-prefix packing: the G responses of a prompt share one copy of the prompt in the training forward.
 
-A micro-batch is one row of tokens: group after group, each `prompt, response 1, ..., response G`. A response attends to
-its prompt and to itself only, and its positions continue from the prompt, so the numbers are those of one row per response.
+A micro-batch is one long row of tokens: group after group, each `prompt, response 1, ..., response G`. A response attends
+to its prompt and to itself only, and its positions continue from the prompt. Its log-probs are therefore those of a row of
+its own, while the prompt is computed once instead of G times.
 
-Legend: L packed tokens, M response tokens, N rows (responses), T longest response.
+Axes: L packed tokens, M response tokens (all responses side by side), N rows (one per response), T tokens of the longest
+response. [M] values become [N,T] with PackedBatch.unpack.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,9 +102,10 @@ Sizes = list[tuple[int, list[int]]]
 
 
 def balance(costs: list[float], ranks: int) -> list[list[int]]:
-    """Deal items to ranks so that the dearest rank costs little more than the mean; item numbers per rank, in order.
+    """Deal items to ranks so that the slowest rank costs little more than the mean. Returns item numbers per rank, in order.
 
-    The dearest item first, each to the rank that has least so far. With at least as many items as ranks none goes without.
+    Longest processing time first: the most expensive item goes first, each to the rank with the smallest load so far. With
+    at least as many items as ranks, every rank gets one.
     """
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
@@ -164,14 +167,43 @@ class MicroBatch:
     groups: list[Group]
     """Prompts and the responses to each, as they were packed."""
     rows: list[int]
-    """[N] place of each row among the rows handed to micro_batches."""
+    """[N] place of each row among the rows handed to micro_batches; empty for a filler."""
     packed: PackedBatch
     mask: Tensor
-    """[N,T] bool, True = trained; all False for a row that is left out of the update."""
+    """[N,T] bool, True = trained; all False for a row that is left out of the update, and in a filler."""
     advantages: Tensor
     """[N]"""
     sampler_logprobs: Tensor
-    """[N,T], 0 where there is no token."""
+    """[N,T] of the program that sampled (vLLM), 0 where there is no token."""
+    ref_logprobs: Tensor | None = None
+    """[N,T] of the reference policy (adapter off); None when beta is 0, and before they are computed."""
+    old_logprobs: Tensor | None = None
+    """[N,T] of the policy before the batch's first optimizer step; None when that is its only step (old = new)."""
+
+    @property
+    def is_filler(self) -> bool:
+        """No row of it is trained: it only keeps a sharded rank in step with the others."""
+        return not self.rows
+
+
+class Denominators(NamedTuple):
+    """What per-token losses are divided by.
+
+    They are counted over ALL ranks and micro-batches of an optimizer step before its first backward pass. Dividing by a
+    micro-batch's own counts instead would make the loss depend on how the batch was cut up.
+    """
+
+    n_rows: float
+    """Responses with at least one trained token."""
+    n_tokens: float
+    """Trained tokens."""
+
+
+def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
+    """The denominators of an optimizer step. micros: this rank's. Collective."""
+    n_rows = sum(int(micro.mask.any(-1).sum()) for micro in micros)
+    n_tokens = sum(int(micro.mask.sum()) for micro in micros)
+    return Denominators(*world.total(n_rows, n_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +235,17 @@ def scored_groups(
 
 
 def micro_batches(
-    scored: list[ScoredGroup], budget: int, device: torch.device, share_prompts: bool = True
+    scored: list[ScoredGroup],
+    budget: int,
+    device: torch.device,
+    share_prompts: bool = True,
+    in_step_with: World | None = None,
 ) -> list[MicroBatch]:
     """Pack groups into micro-batches of at most `budget` tokens.
 
-    share_prompts False gives every response a copy of its prompt: the same numbers at more cost.
+    share_prompts False gives every response its own copy of the prompt: the same numbers at more cost.
+    in_step_with: append fillers until every rank of this world has the same number of micro-batches (then collective). A
+    model whose layers are sharded needs that: a layer's weights can only be gathered by all ranks together.
     """
     groups = [group.rollouts for group in scored]
     advantages, trained = (torch.cat(x) for x in zip(*((g.advantages, g.trained) for g in scored), strict=True))
@@ -221,7 +259,16 @@ def micro_batches(
         packing = [(groups[g][0].prompt_ids, [groups[g][i].response_ids for i in indices]) for g, indices in plan]
         sampled = [value for g, indices in plan for i in indices for value in groups[g][i].sampler_logprobs]
         result.append(make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device))
+    if in_step_with is not None:
+        most = int(in_step_with.largest(len(result)))
+        result += [filler(device)] * (most - len(result))
     return result
+
+
+def filler(device: torch.device) -> MicroBatch:
+    """A micro-batch that trains on nothing: one token of which no position counts, so its loss and its gradient are 0."""
+    nothing = torch.zeros(1, dtype=torch.bool)
+    return make_micro_batch([([0], [[0]])], [], torch.zeros(1), nothing, [0.0], device)
 
 
 def make_micro_batch(
@@ -248,7 +295,7 @@ def packing_figures(
     plans: list[list[MicroBatch]], parts: list[list[ScoredGroup]], cost: Cost, budget: int, world: World
 ) -> dict[str, float]:
     """What packing saved and how even it is. plans: this rank's, per update; parts: all ranks' groups. Collective."""
-    micros = [micro for plan in plans for micro in plan]
+    micros = [micro for plan in plans for micro in plan if not micro.is_filler]
     packed = sum(micro.packed.input_ids.numel() for micro in micros)
     load = sum(cost.of(len(prompt), list(map(len, responses))) for m in micros for prompt, responses in m.groups)
     all_packed, batches, all_load = world.total(packed, len(micros), load)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.puzzles import Puzzle
 from rollout import stable_seed
 from trainer.logprobs import fused_logprobs
-from trainer.model.attention import ATTENTION
+from trainer.model.attention import attention_name
 from trainer.model.cost import cost_of
 from trainer.model.loading import (
     add_adapter,
@@ -27,7 +27,7 @@ from trainer.model.loading import (
     why_not_shared,
 )
 from trainer.model.sharding import shard
-from trainer.packing import PackedBatch, pack
+from trainer.packing import PackedBatch
 from trainer.ranks.world import local, rows_of, whole
 
 
@@ -55,12 +55,14 @@ class Policy:
         quantize: str = "none",
         autocast: bool = False,
         dora: bool = False,
+        attn: str = "sdpa",
     ) -> None:
         self.tokenizer = load_tokenizer(model_dir)
         self.device, self.sharded, self.lora = device, sharded, None
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
-        self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, sharded)
+        self.attention = attention_name(attn, device)
+        self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
         self.cannot_share = why_not_shared(self.causal_lm.config)
         self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
         self.cost = cost_of(self.causal_lm, lora_rank)
@@ -72,14 +74,14 @@ class Policy:
         # the reference: the same weights with the adapter off, or the frozen copy
         self.reference_lm = self.causal_lm
         if frozen and not lora_rank:
-            self.reference_lm = load_base(model_dir, dtype, quantize, device, sharded).requires_grad_(False)
+            reference_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
+            self.reference_lm = reference_lm.requires_grad_(False)
+        self.predicting = predicting_padded if self.cannot_share else predicting_packed
         for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
-            causal_lm.predicting = MethodType(predicting_padded if self.cannot_share else predicting_packed, causal_lm)
-            causal_lm.packed_logprobs = MethodType(packed_logprobs, causal_lm)
             if checkpointing:
                 recompute_layers(causal_lm)
             if sharded:
-                shard(causal_lm, model_dir, seed, device, "packed_logprobs")
+                shard(causal_lm, model_dir, seed, device, called_with=self._fused)
             causal_lm.to(device).eval()  # dropout stays off: sampler and trainer must agree on every log-prob
         for module in self.model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
@@ -109,31 +111,45 @@ class Policy:
         for name, p in self.trainable().items():
             local(p.detach()).copy_(tensors[name.replace(".default.", ".")][rows_of(p)])
 
-    def response_logprobs(
-        self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False, entropy: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token. With entropy also [N,T] entropies.
+    def response_logprobs(self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False) -> Tensor:
+        """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token.
 
-        reference: switch the adapter off and make no graph.
+        reference: of the reference policy (adapter off); no graph is made.
         """
+        return self._forward(batch, temperature, reference=reference)[0]
+
+    def logprobs_and_entropy(
+        self, batch: PackedBatch, temperature: float, entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """([N,T] log-probs of the response tokens; [N,T] entropies of the distributions they were drawn from, in nats).
+
+        entropy False: no pass over the logits is made for it, and None is returned.
+        """
+        return self._forward(batch, temperature, entropy=entropy)
+
+    def _forward(
+        self, batch: PackedBatch, temperature: float, reference: bool = False, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         adapter = self.model.disable_adapter() if reference and self.lora else nullcontext()
         causal_lm = self.reference_lm if reference else self.causal_lm
+        # FSDP gathers the outermost weights only around the method that sharding.shard registered
+        fused = causal_lm.fused if self.sharded else partial(self._fused, causal_lm)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not reference), adapter:
-            found = causal_lm.packed_logprobs(batch, temperature, self.autocast, entropy)
-        logprobs, entropies = found if entropy else (found, None)
+            logprobs, entropies = fused(batch, temperature, entropy)  # [M], [M]
         if self.sharded and not logprobs.requires_grad:
             causal_lm.reshard()  # no backward will do it
-        return batch.unpack(logprobs) if entropies is None else (batch.unpack(logprobs), batch.unpack(entropies))
+        return batch.unpack(logprobs), None if entropies is None else batch.unpack(entropies)
 
-    def idle_pass(self, reference: bool = False) -> None:
-        """A pass (and its backward, where graphs are made) that adds nothing, for a rank with fewer micro-batches than others.
-
-        A sharded layer can only be gathered by all ranks together.
-        """
-        filler = pack([([self.eos_id], [[self.eos_id]])], self.device)
-        nothing = self.response_logprobs(filler, reference=reference).sum() * 0.0
-        if nothing.requires_grad:
-            nothing.backward()
+    def _fused(
+        self, causal_lm: PreTrainedModel, batch: PackedBatch, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[M] log-probs of the response tokens (and their entropies), in place of the model's own forward."""
+        with matrix_products(batch.input_ids.device, self.autocast):
+            hidden, head = self.predicting(causal_lm, batch), causal_lm.lm_head.weight  # [M,H], [V,H]
+        if self.autocast:
+            hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
+        found = fused_logprobs(hidden, head, batch.targets, temperature, entropy=entropy)
+        return found if entropy else (found, None)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -144,7 +160,7 @@ class Policy:
                 yield
         finally:
             if not self.cannot_share:
-                self.causal_lm.config._attn_implementation = ATTENTION
+                self.causal_lm.config._attn_implementation = self.attention
             if self.sharded:
                 self.causal_lm.reshard()
 
@@ -152,17 +168,6 @@ class Policy:
 def matrix_products(device: torch.device, bfloat16: bool):
     """A context in which matrix products are made in bfloat16, or as the weights are."""
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-
-
-def packed_logprobs(
-    causal_lm: PreTrainedModel, batch: PackedBatch, temperature: float, autocast: bool, entropy: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """[M] log-probs of a packed batch's response tokens (with entropy also theirs), in place of the model's own forward."""
-    with matrix_products(batch.input_ids.device, autocast):
-        hidden, head = causal_lm.predicting(batch), causal_lm.lm_head.weight
-    if autocast:
-        hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
-    return fused_logprobs(hidden, head, batch.targets, temperature, entropy=entropy)
 
 
 def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tests.bench.memory import held
 from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
 from trainer.config import SftConfig
-from trainer.ranks.world import World, join_world
+from trainer.ranks.world import join_world
 from trainer.sft.examples import Example
 from trainer.sft.loop import BETAS
 
@@ -111,11 +111,11 @@ class Task:
 
 def make_start(task: Task) -> None:
     """The checkpoint, and an adapter that is not the identity, for both sides to start from."""
-    from trainer.sft.loop import load_student
+    from trainer.start.parts import load_policy
 
     make_checkpoint(task, Path(task.folder))  # type: ignore[arg-type]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_student(task.config(), World(rank=0, size=1, device=device))
+    policy = load_policy(task.config(), device)
     generator = torch.Generator().manual_seed(0)
     tensors = policy.adapter_tensors()
     for tensor in tensors.values():
@@ -131,11 +131,11 @@ def our_step(task: Task):
     from safetensors.torch import load_file
 
     from data.puzzles import Puzzle
-    from trainer.sft.loop import accumulate, load_student, step_if_finite
-    from trainer.start.parts import make_optimizer
+    from trainer.sft.loop import accumulate, step_if_finite
+    from trainer.start.parts import load_policy, make_optimizer
 
     cfg, world = task.config(), join_world()
-    policy = load_student(cfg, world)
+    policy = load_policy(cfg, world.device)
     policy.load_adapter(load_file(task.adapter))
     parameters = list(policy.trainable().values())
     optimizer = make_optimizer(cfg, parameters, BETAS)

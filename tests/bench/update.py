@@ -148,7 +148,7 @@ def our_step(task: Task, packing: str):
     from reward import Reward
     from rollout import Rollout
     from trainer.config import GrpoConfig
-    from trainer.grpo import compare, update
+    from trainer.grpo import Step, compare, update
     from trainer.packing import scored_groups
     from trainer.ranks.world import join_world
     from trainer.start.parts import load_policy, make_optimizer
@@ -189,8 +189,11 @@ def our_step(task: Task, packing: str):
     ]
     sampled = scored_groups(groups, rows, advantages, trained)
 
+    out = Path(tempfile.gettempdir())
+    now = Step(step=0, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out)
+
     def step() -> None:
-        update(policy, optimizer, sampled, cfg, 0, Path(tempfile.gettempdir()), world)
+        update(now, sampled)
 
     return step, policy.cost
 

@@ -6,6 +6,7 @@ torchrun --nproc-per-node W tests/helpers/layouts.py CHECKPOINT OUT.safetensors
 import itertools
 import random
 import sys
+from dataclasses import replace
 
 import torch
 from safetensors.torch import save_file
@@ -13,12 +14,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from rollout import Rollout
 from trainer.config import GrpoConfig
-from trainer.grpo import accumulate, count_trained, reference_logprobs
+from trainer.grpo import loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
-from trainer.packing import micro_batches, scored_groups
+from trainer.packing import count_trained, micro_batches, scored_groups
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
-from trainer.record.bundle import StepInputs
 
 OBJECTIVES = {
     "on-policy": {"beta": 0.04},  # old = stop_gradient(new), references from the model itself
@@ -104,12 +104,14 @@ def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> t
         references, olds = [reference_logprobs(policy, micro, cfg) for micro in plan], [None] * len(plan)
     else:
         references, olds = recorded("ref") if cfg.beta else [None] * len(plan), recorded("old")
-    inputs = StepInputs(plan=plan, references=references, olds=olds, responses=[])
     parameters = list(policy.trainable().values())
     for p in parameters:
         p.grad = None
-    sums = TokenSums()
-    assert accumulate(policy, inputs, count_trained(plan, world), cfg, sums) is None
+    sums, denominators = TokenSums(), count_trained(plan, world)
+    for micro, reference, old in zip(plan, references, olds, strict=True):
+        terms = loss_terms(policy, replace(micro, ref_logprobs=reference, old_logprobs=old), denominators, cfg)
+        terms.loss.backward()
+        sums.add(terms, terms.loss)
     world.sum_gradients(parameters)
     return torch.tensor(world.total(sums.sums["loss"]), dtype=torch.float64), torch.cat(
         [p.grad.flatten() for p in parameters]

@@ -213,7 +213,7 @@ def test_a_sampler_killed_while_it_generates_is_named_and_the_run_stops(words, s
 
 def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     """Sampling two steps ahead: a run whose sampler is killed early, and one killed as a whole later on, and resumed."""
-    ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2]
+    ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2, "--correction", "tis"]
     arguments = [*words(tmp_path / "restarted"), *ahead, "--restart-samplers", 1]
     restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log")
     restarted.wait_for("step 3/")
@@ -271,6 +271,7 @@ def test_two_runs_on_one_port_are_told_apart_by_their_token(words, start, tmp_pa
 def test_options_that_exclude_one_another_are_refused(words, tmp_path):
     cases = [
         (["--max-staleness", 1], "--max-staleness 1: needs --placement split"),
+        (["--max-staleness", 1, "--placement", "split"], "add --correction tis"),
         (["--placement", "split"], "--sampler-ranks 1: the launch has 1 ranks, and at least one must train"),
         (["--tensor-parallel", 2], "--tensor-parallel 2: needs --engine vllm"),
         (["--prompts-per-step", 5, "--updates-per-batch", 2], "the second must divide the first"),

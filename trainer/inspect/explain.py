@@ -46,7 +46,7 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
     lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
     lines += [
         f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
-        f"    trained responses {bundle.n_rows:g}, trained tokens {bundle.n_tokens:g}, of this response {len(trained)}",
+        f"    trained responses {bundle.denominators.n_rows:g}, trained tokens {bundle.denominators.n_tokens:g}, of this response {len(trained)}",
         "",
         *_token_lines(max(trained, key=lambda token: abs(token["contribution"])), cfg),
         "",

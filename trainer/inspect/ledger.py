@@ -7,6 +7,7 @@ the float32 step can be told from the objective.
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,28 +16,24 @@ from transformers import PreTrainedTokenizerBase
 
 from trainer.grpo import terms_of
 from trainer.objective import CLIPS, LossTerms
-from trainer.packing import make_micro_batch
-from trainer.record.bundle import Bundle, StepInputs
+from trainer.packing import MicroBatch, make_micro_batch
+from trainer.record.bundle import Bundle
 
 TOLERANCE = 1e-12
 
 
-def in_float64(terms: LossTerms, inputs: StepInputs, number: int, bundle: Bundle) -> LossTerms:
-    """The terms of micro-batch `number`, from the same log-probs, in float64."""
-    micro = inputs.plan[number]
+def in_float64(terms: LossTerms, micro: MicroBatch, bundle: Bundle) -> LossTerms:
+    """The terms of a micro-batch, from the same log-probs, in float64."""
     sampled = micro.sampler_logprobs[micro.packed.rows, micro.packed.cols].double()
     wide = make_micro_batch(
         micro.groups, micro.rows, micro.advantages.double(), micro.mask.any(-1), sampled, torch.device("cpu")
     )
-    reference, old = inputs.references[number], inputs.olds[number]
-    return terms_of(
-        terms.logprobs.detach().double(),
-        wide,
-        None if reference is None else reference.double(),
-        None if old is None else old.double(),
-        (bundle.n_rows, bundle.n_tokens),
-        bundle.config,
-    )
+    wide = replace(wide, ref_logprobs=_double(micro.ref_logprobs), old_logprobs=_double(micro.old_logprobs))
+    return terms_of(terms.logprobs.detach().double(), wide, bundle.denominators, bundle.config)
+
+
+def _double(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.double()
 
 
 def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -48,10 +45,10 @@ def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTo
     """
     rows, losses, first = [], [], 0
     for rank, inputs in enumerate(bundle.ranks):
-        for number, of_micro in enumerate(terms[rank]):
-            wide = in_float64(of_micro, inputs, number, bundle)
+        for micro, of_micro in zip(inputs.micro_batches, terms[rank], strict=True):
+            wide = in_float64(of_micro, micro, bundle)
             losses.append(wide.loss.item())
-            for place, row in enumerate(inputs.plan[number].rows):
+            for place, row in enumerate(micro.rows):
                 named = {"row": first + row, "rank": rank}
                 rows += _response_rows(named, inputs.responses[row], wide, place, tokenizer)
         first += len(inputs.responses)

@@ -7,12 +7,13 @@ import torch
 
 from data.errors import UserError
 from rollout.sync import adapter_hash
-from trainer.grpo import accumulate, no_grad_logprobs, reference_logprobs
+from trainer.grpo import loss_terms, old_logprobs, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.objective import LossTerms
+from trainer.packing import MicroBatch
 from trainer.policy import Policy
 from trainer.record.bundle import Bundle
-from trainer.record.nonfinite import BadToken
+from trainer.record.nonfinite import BadToken, bad_term_of
 from trainer.start.parts import load_policy
 
 
@@ -23,9 +24,9 @@ class Replayed:
     grad_norm: float
     gradient_hash: str
     terms: list[list[LossTerms]]
-    """terms[rank][micro-batch], up to the first that is not finite."""
-    bad: tuple[int, int, BadToken] | None
-    """(rank, micro-batch, token) where a term is not finite."""
+    """terms[rank][micro-batch]"""
+    bad: tuple[int, MicroBatch, BadToken] | None
+    """(rank, micro-batch, token) of the first term that is not finite."""
     reference_difference: float | None
     """Largest |recorded - recomputed| reference log-prob: above rounding, the base checkpoint is another one. None: beta 0."""
     old_difference: float | None
@@ -53,7 +54,14 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     for rank, inputs in enumerate(bundle.ranks):
         for p in parameters:
             p.grad = None
-        found = accumulate(policy, inputs, (bundle.n_rows, bundle.n_tokens), bundle.config, sums[rank], terms[rank])
+        found = None
+        for micro in inputs.micro_batches:
+            of_micro = loss_terms(policy, micro, inputs.denominators, bundle.config)
+            loss = of_micro.loss
+            loss.backward()
+            sums[rank].add(of_micro, loss)
+            found = found or bad_term_of(micro, of_micro)
+            terms[rank].append(of_micro)
         if found is not None:
             bad = bad or (rank, *found)
             continue
@@ -68,8 +76,8 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
         gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
         terms=terms,
         bad=bad,
-        reference_difference=_difference(policy, bundle, "references"),
-        old_difference=_difference(policy, bundle, "olds"),
+        reference_difference=_difference(policy, bundle, "ref_logprobs"),
+        old_difference=_difference(policy, bundle, "old_logprobs"),
     )
 
 
@@ -85,13 +93,15 @@ def policy_of(bundle: Bundle, model: str | None) -> Policy:
 
 
 def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
-    """Largest difference of the recorded log-probs to those the policy gives now."""
+    """Largest difference of the recorded log-probs to those the policy gives now. which: "ref_logprobs" or "old_logprobs"."""
+    compute = reference_logprobs if which == "ref_logprobs" else old_logprobs
     largest = None
     for inputs in bundle.ranks:
-        for micro, recorded in zip(inputs.plan, getattr(inputs, which), strict=True):
-            if recorded is None or (which == "olds" and bundle.update > 1):
-                continue
-            compute = reference_logprobs if which == "references" else no_grad_logprobs
-            now = compute(policy, micro, bundle.config)
-            largest = max(largest or 0.0, float((now - recorded).abs()[micro.packed.mask].max()))
+        if which == "old_logprobs" and inputs.update > 1:
+            continue  # they are of the policy before the batch's first update, which the bundle does not hold
+        for micro in inputs.micro_batches:
+            recorded = getattr(micro, which)
+            if recorded is not None:
+                difference = (compute(policy, micro, bundle.config) - recorded).abs()[micro.packed.mask]
+                largest = max(largest or 0.0, float(difference.max()))
     return largest

@@ -1,16 +1,17 @@
 """Shared-prefix attention, registered with transformers, and the kernels it is made of.
 
-A kernel takes segments of packed queries against segments of packed keys:
+A kernel computes the attention of segments of packed queries over segments of packed keys:
 
 Kernel.forward(q, k, v, segments, scale) -> out [Lq,Hq,D], logsumexp [Hq,Lq]
 Kernel.backward(grad, q, k, v, out, logsumexp, segments, scale) -> gradients of q, k, v
-q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq a multiple of Hkv: grouped heads). None copies keys per query head; only PLAIN builds scores.
+q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq is a multiple of Hkv: grouped heads). No kernel copies the keys once per query head, and
+only PLAIN builds the matrix of scores.
 """
 
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from data.errors import UserError
 
 ATTENTION = "shared_prefix"
+"""Name of our attention in transformers, with PyTorch's kernels."""
+FLASH_ATTENTION = "shared_prefix_flash"
+"""The same with the kernels of the flash-attn package."""
 
 aten = torch.ops.aten
 
@@ -59,7 +63,9 @@ class Layout(NamedTuple):
     """The responses of a group, side by side, to all of their prompt; None where nothing is shared."""
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def _attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, flash=False, **kwargs
+):
     """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
     assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
     changed = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
@@ -67,7 +73,8 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the residual stream's dtype
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel_for(q))[None], None
+    kernel = FLASH_ATTN if flash else kernel_for(q)
+    return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel)[None], None
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
@@ -139,7 +146,7 @@ def kernel_for(q: Tensor) -> Kernel:
     if q.device.type == "cpu":
         return CPU
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
-        return FLASH_ATTN if use_flash_attn else VARLEN
+        return VARLEN
     return PLAIN
 
 
@@ -272,18 +279,22 @@ CPU = Kernel(_cpu_forward, _cpu_backward)
 VARLEN = Kernel(_varlen_forward, _varlen_backward)
 FLASH_ATTN = Kernel(_flash_attn_forward, _flash_attn_backward)
 PLAIN = Kernel(_plain_forward, _plain_backward)
-use_flash_attn = False
 
 
-def choose(attn: str, device: torch.device) -> None:
-    """attn "sdpa": PyTorch's own kernels. "flash": on this GPU those of the flash-attn package; ValueError when it cannot be."""
-    global use_flash_attn
-    use_flash_attn = attn == "flash"
-    if use_flash_attn and device.type != "cuda":
+def attention_name(attn: str, device: torch.device) -> str:
+    """The name, in transformers, of our attention with the kernels that --attn asks for.
+
+    "sdpa": PyTorch's own kernels. "flash": those of the flash-attn package. Raises UserError when they cannot run here.
+    """
+    if attn != "flash":
+        return ATTENTION
+    if device.type != "cuda":
         raise UserError("--attn flash: needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used")
-    if use_flash_attn and importlib.util.find_spec("flash_attn") is None:
+    if importlib.util.find_spec("flash_attn") is None:
         raise UserError("--attn flash: the package is not installed; pip install flash-attn, or leave it out")
+    return FLASH_ATTENTION
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)  # no [L,L] mask is ever built
+for name, function in ((ATTENTION, _attention), (FLASH_ATTENTION, partial(_attention, flash=True))):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # no [L,L] mask is ever built

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from trainer.model.attention import ATTENTION
 from trainer.model.sharding import empty_model
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard says nothing here
@@ -57,13 +56,14 @@ def refuse_unknown_heads(causal_lm: PreTrainedModel, model_dir: str) -> None:
 
 
 def load_base(
-    model_dir: str, dtype: torch.dtype, quantize: str, device: torch.device, sharded: bool
+    model_dir: str, dtype: torch.dtype, quantize: str, device: torch.device, sharded: bool, attention_name: str
 ) -> PreTrainedModel:
-    """The checkpoint's model, in our attention where that can serve it and in its own where not; empty if it will be sharded.
+    """The checkpoint's model, with our attention where that can serve it and its own where not; empty if it will be sharded.
 
+    attention_name: of our attention (trainer/model/attention.py).
     quantize: "none", or "nf4" for linear layers in 4 bits (bitsandbytes), computed in `dtype`.
     """
-    attention = {} if why_not_shared(AutoConfig.from_pretrained(model_dir)) else {"attn_implementation": ATTENTION}
+    attention = {} if why_not_shared(AutoConfig.from_pretrained(model_dir)) else {"attn_implementation": attention_name}
     if quantize == "nf4":
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype

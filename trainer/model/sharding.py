@@ -5,7 +5,9 @@ The model is made on the meta device and each rank reads its own rows of the che
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 
 import torch
 from accelerate import init_empty_weights
@@ -29,18 +31,20 @@ def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTraine
     return model
 
 
-def shard(causal_lm: PreTrainedModel, model_dir: str, seed: int, device: torch.device, method: str) -> None:
+def shard(causal_lm: PreTrainedModel, model_dir: str, seed: int, device: torch.device, called_with: Callable) -> None:
     """Shard a model made by empty_model (with or without a PEFT adapter) over the world, and fill it. Collective.
 
-    One unit per decoder layer; embedding, last norm and head share the outermost. method: name of the model's method that
-    is called in place of its forward. Gradients are summed over the ranks, not averaged.
+    One unit per decoder layer; embedding, last norm and head share the outermost one. called_with(causal_lm, ...): what is
+    called in place of the model's forward, as causal_lm.fused(...). Gradients are summed over the ranks, not averaged.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for unit in (*causal_lm.model.layers, causal_lm):
         fully_shard(unit, mesh=mesh)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-    register_fsdp_forward_method(causal_lm, method)
+    # torch gathers the outermost unit's weights around methods of the module alone, so the function has to become one
+    causal_lm.fused = MethodType(called_with, causal_lm)
+    register_fsdp_forward_method(causal_lm, "fused")
     _fill_base(causal_lm, Path(model_dir), device)
     _fill_adapter(causal_lm, seed, device)
     if causal_lm.config.tie_word_embeddings:

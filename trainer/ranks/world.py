@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from data.errors import UserError
 from trainer.ranks.watch import RankLost, Watch, first_line
 
 HANG_SECONDS = 1800.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,12 @@ class World:
         """Tell the watch that a piece of the phase is done."""
         if self.watch:
             self.watch.advance()
+
+    def paced(self, items: list[T]) -> Iterator[T]:
+        """The items, one after another; the watch is told after each that this rank goes on."""
+        for item in items:
+            yield item
+            self.advance()
 
     def meet(self, what: str) -> None:
         """Wait until every rank of the launch, those that sample included, has come here. what: it waits for."""

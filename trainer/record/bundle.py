@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.errors import UserError
 from trainer.config import GrpoConfig
-from trainer.packing import Group, MicroBatch, make_micro_batch
+from trainer.packing import Denominators, Group, MicroBatch, make_micro_batch
 from trainer.ranks.world import World
 from trainer.record.runfolder import provenance, write_json
 
@@ -32,17 +32,28 @@ FORMAT = 1
 class StepInputs:
     """What one rank brings to an optimizer step."""
 
-    plan: list[MicroBatch]
-    references: list[Tensor | None]
-    """Per micro-batch [N,T] adapter-off log-probs; None when beta is 0."""
-    olds: list[Tensor | None]
-    """Per micro-batch [N,T] log-probs before the batch's first step; None when it is the batch's only step."""
+    update: int
+    """Which optimizer step of the sampled batch, from 1."""
+    micro_batches: list[MicroBatch]
+    denominators: Denominators
+    """Of the whole optimizer step, all ranks."""
     responses: list[dict[str, Any]]
-    """Per row, what rollouts.jsonl says of it."""
+    """Per row of this rank, its row of rollouts.jsonl."""
 
-    def of(self, number: int) -> tuple[MicroBatch, Tensor | None, Tensor | None]:
-        """(micro-batch, its reference log-probs, its old log-probs)"""
-        return self.plan[number], self.references[number], self.olds[number]
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What a bundle says of an optimizer step that is the same on every rank."""
+
+    step: int
+    """From 1."""
+    config: GrpoConfig
+    adapter: dict[str, Tensor]
+    """As it was before the step."""
+    recorded: dict[str, Any]
+    """loss, pg_loss, grad_norm, gradient_hash; empty when the step was refused."""
+    problem: str | None
+    """Why the step was refused; None when it was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +65,12 @@ class Bundle:
     update: int
     config: GrpoConfig
     threads: int
-    n_rows: float
-    """Rows with a trained token, all ranks: the denominator of the sequence means."""
-    n_tokens: float
+    denominators: Denominators
+    """Of the whole optimizer step, all ranks."""
     adapter: dict[str, Tensor]
     ranks: list[StepInputs]
     recorded: dict[str, Any]
-    """loss, pg_loss, grad_norm, gradient_hash, adapter_hash."""
+    """loss, pg_loss, grad_norm, gradient_hash."""
     problem: str | None
     versions: dict[str, str]
 
@@ -75,54 +85,19 @@ def bundle_folder(out: Path, step: int, update: int, updates: int) -> Path:
     return out / "steps" / (f"step-{step:06d}" + (f"-update-{update}" if updates > 1 else ""))
 
 
-def write_bundle(
-    out: Path,
-    *,
-    step: int,
-    update: int,
-    config: GrpoConfig,
-    inputs: StepInputs,
-    adapter: dict[str, Tensor],
-    counts: tuple[float, float],
-    recorded: dict[str, Any],
-    problem: str | None,
-    world: World,
-) -> Path:
+def write_bundle(out: Path, record: StepRecord, inputs: StepInputs, world: World) -> Path:
     """Write the bundle of an optimizer step that has not been made yet; returns its folder. Collective."""
-    final = bundle_folder(out, step, update, config.updates_per_batch)
+    final = bundle_folder(out, record.step, inputs.update, record.config.updates_per_batch)
     ranks = world.gather_in_rank_order(_portable(inputs))
     if world.is_main:
-        _write(
-            final,
-            ranks,
-            step=step,
-            update=update,
-            config=config,
-            adapter=adapter,
-            counts=counts,
-            recorded=recorded,
-            problem=problem,
-            world=world,
-        )
-    world.total(0)  # nobody goes on, or gives up, before it is written
+        _write(final, record, inputs, ranks, world)
+    world.total(0)  # a barrier: no rank goes on, or gives up, before the bundle is written
     return final
 
 
-def _write(
-    final: Path,
-    ranks: list,
-    *,
-    step: int,
-    update: int,
-    config: GrpoConfig,
-    adapter: dict[str, Tensor],
-    counts: tuple[float, float],
-    recorded: dict[str, Any],
-    problem: str | None,
-    world: World,
-) -> None:
+def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, world: World) -> None:
     """Rank 0's part: everything under a temporary name, flushed, renamed."""
-    tensors = {f"adapter.{name}": tensor for name, tensor in adapter.items()}
+    tensors = {f"adapter.{name}": tensor for name, tensor in record.adapter.items()}
     layout = []
     for rank, (plan, responses) in enumerate(ranks):
         for number, micro in enumerate(plan):
@@ -139,16 +114,16 @@ def _write(
         os.fsync(handle.fileno())
     content = {
         "format": FORMAT,
-        "step": step,
-        "update": update,
-        "settings": dataclasses.asdict(config),
+        "step": record.step,
+        "update": inputs.update,
+        "settings": dataclasses.asdict(record.config),
         "world_size": world.size,
         "threads": torch.get_num_threads(),
         "device": world.device.type,
-        "n_rows": counts[0],
-        "n_tokens": counts[1],
-        "recorded": recorded,
-        "problem": problem,
+        "n_rows": inputs.denominators.n_rows,
+        "n_tokens": inputs.denominators.n_tokens,
+        "recorded": record.recorded,
+        "problem": record.problem,
         "crc32": crc,
         "ranks": layout,
         **provenance(),
@@ -161,7 +136,10 @@ def _write(
 def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
     """A rank's part as plain lists and CPU tensors."""
     plan = []
-    for micro, reference, old in zip(inputs.plan, inputs.references, inputs.olds, strict=True):
+    for micro in inputs.micro_batches:
+        if micro.is_filler:
+            continue  # it adds nothing to the loss, and a replay runs in one process
+        reference, old = micro.ref_logprobs, micro.old_logprobs
         tensors = {
             "advantages": micro.advantages,
             "trained": micro.mask.any(-1),
@@ -196,10 +174,12 @@ def read_bundle(path: str | Path) -> Bundle:
     except SafetensorError as error:
         raise UserError(f"{file}: damaged ({error})") from None
     known = {field.name for field in dataclasses.fields(GrpoConfig)}
-    if set(content["settings"]) != known:
-        odd = sorted(set(content["settings"]) ^ known)[0]
+    unknown = sorted(
+        set(content["settings"]) - known
+    )  # a setting that came later has its default: that was the behaviour
+    if unknown:
         raise UserError(
-            f"{path}: written by another version of the trainer (setting '{odd}'); replay it with commit "
+            f"{path}: written by another version of the trainer (setting '{unknown[0]}'); replay it with commit "
             f"{content['git_commit']}"
         )
     config = GrpoConfig(**{**content["settings"], "tensorboard": False})
@@ -210,29 +190,30 @@ def read_bundle(path: str | Path) -> Bundle:
         update=content["update"],
         config=config,
         threads=content["threads"],
-        n_rows=content["n_rows"],
-        n_tokens=content["n_tokens"],
+        denominators=Denominators(content["n_rows"], content["n_tokens"]),
         adapter=adapter,
-        ranks=[_rank_inputs(rank, part, tensors) for rank, part in enumerate(content["ranks"])],
+        ranks=[_rank_inputs(rank, content, tensors) for rank in range(len(content["ranks"]))],
         recorded=content["recorded"],
         problem=content["problem"],
         versions=content["versions"],
     )
 
 
-def _rank_inputs(rank: int, part: dict, tensors: dict[str, Tensor]) -> StepInputs:
-    plan, references, olds = [], [], []
+def _rank_inputs(rank: int, content: dict, tensors: dict[str, Tensor]) -> StepInputs:
+    part, micros = content["ranks"][rank], []
     for number, micro in enumerate(part["micro_batches"]):
         own = {
             name: tensors.get(f"{rank}.{number}.{name}")
             for name in ("advantages", "trained", "sampler", "reference", "old")
         }
         groups: list[Group] = [(prompt, responses) for prompt, responses in micro["groups"]]
-        plan.append(
-            make_micro_batch(
-                groups, micro["rows"], own["advantages"], own["trained"], own["sampler"], torch.device("cpu")
-            )
+        made = make_micro_batch(
+            groups, micro["rows"], own["advantages"], own["trained"], own["sampler"], torch.device("cpu")
         )
-        references.append(own["reference"])
-        olds.append(own["old"])
-    return StepInputs(plan=plan, references=references, olds=olds, responses=part["responses"])
+        micros.append(dataclasses.replace(made, ref_logprobs=own["reference"], old_logprobs=own["old"]))
+    return StepInputs(
+        update=content["update"],
+        micro_batches=micros,
+        denominators=Denominators(content["n_rows"], content["n_tokens"]),
+        responses=part["responses"],
+    )

@@ -1,13 +1,18 @@
-"""The first bad token: where a log-prob, ratio, KL, loss or gradient stops being a finite number, and with what values."""
+"""The first bad token: where a log-prob, ratio, KL, loss or gradient stops being a finite number, and with what values.
+
+A step that would not be finite is refused before optimizer.step(), so the weights on disk and in memory stay good.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.objective import LossTerms
-from trainer.record.bundle import StepInputs
+from trainer.packing import MicroBatch
 
 CHECKED = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction", "contribution")
 """In the order of the computation: the first of them that is not finite is the cause."""
@@ -77,24 +82,32 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))
 
 
+Found = tuple[MicroBatch, BadToken]
+
+
+def bad_term_of(micro: MicroBatch, terms: LossTerms) -> Found | None:
+    """(micro-batch, its first trained token with a term that is not finite); None when all are finite."""
+    bad = first_bad_token(terms)
+    return None if bad is None else (micro, bad)
+
+
 def find_bad_gradient(
-    terms_of: Callable[[int], LossTerms], micro_batches: int, parameters: list[Tensor]
-) -> tuple[int, BadToken] | None:
-    """(micro-batch, token) of the first whose share of the gradient is not finite. terms_of(number) makes a fresh graph."""
-    for number in range(micro_batches):
-        bad = first_bad_gradient(lambda number=number: terms_of(number), parameters)
+    micros: list[MicroBatch], terms_of: Callable[[MicroBatch], LossTerms], parameters: list[Tensor]
+) -> Found | None:
+    """(micro-batch, token) of the first whose share of the gradient is not finite. terms_of(micro) makes a fresh graph."""
+    for micro in micros:
+        bad = first_bad_gradient(partial(terms_of, micro), parameters)
         if bad is not None:
-            return number, bad
+            return micro, bad
     return None
 
 
-def describe(problem: tuple[int, BadToken] | None, inputs: StepInputs, rank: int) -> str | None:
-    """One sentence that names sample, token and values. problem: (micro-batch, token)."""
-    if problem is None:
+def describe(found: Found | None, responses: list[dict[str, Any]], rank: int) -> str | None:
+    """One sentence that names puzzle, response, token and values. responses: of this rank, as in rollouts.jsonl."""
+    if found is None:
         return None
-    number, bad = problem
-    micro = inputs.plan[number]
-    row = inputs.responses[micro.rows[bad.row]]
+    micro, bad = found
+    row = responses[micro.rows[bad.row]]
     token = row["response_ids"][bad.position]
     return (
         f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of {len(row['response_ids'])} "

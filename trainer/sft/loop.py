@@ -22,14 +22,13 @@ from data.puzzles import Puzzle, read_rows
 from rollout import Canary, Engine, Sampling
 from trainer.config import SftConfig
 from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
-from trainer.model.attention import choose
 from trainer.model.merge import sampler_model, weight_files, write_checkpoint
 from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
 from trainer.record.runfolder import append_jsonl, check_run, open_run, restore_training, save_training, write_json
 from trainer.sft.examples import Example, encode_traces, split_by_puzzle
-from trainer.start.parts import make_optimizer
+from trainer.start.parts import load_policy, make_optimizer
 
 BETAS = (0.9, 0.95)
 Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
@@ -113,7 +112,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     check_run(cfg)
     if cfg.lora_rank:
         weight_files(Path(cfg.model))  # the adapter is merged into them at the end
-    policy = load_student(cfg, world)
+    policy = load_policy(cfg, world.device)
     examples, skipped = encode_traces(policy, rows, cfg)
     kept, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
     check_held_out(held_out, policy, cfg)
@@ -171,23 +170,6 @@ def finish(run: Run, cfg: SftConfig, world: World, stopped: bool, done: int) -> 
         save_model(run.policy, cfg, run.out / "model")
         counts = {"kept": len(run.kept), "held_out": len(run.held_out), "skipped_too_long": run.skipped}
         write_json(run.out / "traces.json", counts)
-
-
-def load_student(cfg: SftConfig, world: World) -> Policy:
-    """The model to train, the same on every rank."""
-    choose(cfg.attn, world.device)
-    return Policy(
-        cfg.model,
-        lora_rank=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,
-        seed=cfg.seed,
-        device=world.device,
-        dtype=getattr(torch, cfg.dtype),
-        checkpointing=cfg.checkpointing,
-        quantize=cfg.quantize,
-        autocast=cfg.autocast,
-        dora=cfg.dora,
-    )
 
 
 def batch_of_step(kept: list[Example], cfg: SftConfig, epoch: int, place: int) -> list[Example]:

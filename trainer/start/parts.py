@@ -1,22 +1,25 @@
 """The parts of a run, made from its settings: policy, prompts, optimizer, sampler."""
 
+import json
+import os
+
 import torch
 import torch.distributed as dist
 
 from data.errors import UserError
 from data.puzzles import Puzzle
 from rollout import Engine
+from rollout.link import Address, join, serve
+from rollout.split import SplitEngine
 from trainer.config import GrpoConfig, SftConfig
-from trainer.model.attention import choose
 from trainer.model.merge import sampler_model
 from trainer.policy import Policy, Prompt, encode_prompt
 from trainer.ranks.world import World
-from trainer.start.sampler import make_split_engine
 
 
-def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) -> Policy:
+def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool = False) -> Policy:
     """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
-    choose(cfg.attn, device)
+    grpo = isinstance(cfg, GrpoConfig)
     policy = Policy(
         str(cfg.model),
         lora_rank=cfg.lora_rank,
@@ -26,14 +29,16 @@ def load_policy(cfg: GrpoConfig, device: torch.device, sharded: bool = False) ->
         dtype=getattr(torch, cfg.dtype),
         sharded=sharded,
         checkpointing=cfg.checkpointing,
-        frozen=cfg.beta > 0,
+        frozen=grpo and cfg.beta > 0,
         quantize=cfg.quantize,
         autocast=cfg.autocast,
+        dora=not grpo and cfg.dora,
+        attn=cfg.attn,
     )
-    if policy.cannot_share and cfg.packing == "shared" and (not dist.is_initialized() or dist.get_rank() == 0):
+    cannot_share = grpo and cfg.packing == "shared" and policy.cannot_share
+    if cannot_share and (not dist.is_initialized() or dist.get_rank() == 0):
         print(
-            f"--packing plain, one row per response: {cfg.model} cannot share prompts, since {policy.cannot_share}",
-            flush=True,
+            f"--packing plain, one row per response: {cfg.model} cannot share prompts, since {cannot_share}", flush=True
         )
     return policy
 
@@ -63,19 +68,46 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
         return TorchEngine(
             policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
         )
-    from rollout.vllm_engine import VLLMEngine
+    return make_vllm_engine(cfg, policy.lora, rank=world.rank, size=world.size, may_sleep=True)
 
-    base = sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, cfg.out)
+
+def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) -> Engine:
+    """vLLM in this process, for the run's base model. lora, place: as VLLMEngine takes them."""
+    from rollout.vllm_engine import VLLMEngine  # seconds of imports, which the torch engine does not need
+
     return VLLMEngine(
-        base,
-        lora=policy.lora,
+        sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, cfg.out),
+        lora=lora,
         max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
         dtype=cfg.dtype,
         memory_fraction=cfg.memory_fraction,
+        tensor_parallel=cfg.tensor_parallel,
+        **place,
+    )
+
+
+def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEngine:
+    """Open the store where trainers and samplers meet (rank 0), tell every rank of the launch its address, and join it."""
+    assert world.store is not None
+    store = None
+    if world.is_main:
+        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        store, address = serve(cfg.sync_host or os.environ["MASTER_ADDR"], cfg.sync_port, nodes)
+        world.held.append(store)  # the keepers read it to the end
+        world.store.set("sync/address", json.dumps(vars(address)))
+    address = Address(**json.loads(world.store.get("sync/address")))
+    return SplitEngine(
+        address,
+        store or join(address, f"rank {world.rank}"),
         rank=world.rank,
         size=world.size,
-        tensor_parallel=cfg.tensor_parallel,
-        may_sleep=True,
+        samplers=cfg.sampler_ranks // cfg.tensor_parallel,
+        members=cfg.tensor_parallel,
+        lora=policy.lora,
+        device=world.device,
+        restarts=cfg.restart_samplers,
+        synchronous=cfg.max_staleness == 0,
+        waiting=world.waiting,
     )
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import IO
 
@@ -21,13 +22,12 @@ import torch
 import torch.distributed as dist
 
 from rollout import LocalEngine, Sampling
-from rollout.link import Address, join, serve
-from rollout.split import SamplerEnd, SplitEngine
+from rollout.link import Address, join
+from rollout.split import SamplerEnd
 from rollout.sync import RunError, SyncError
 from trainer.config import GrpoConfig
-from trainer.model.merge import sampler_model
-from trainer.policy import Policy
 from trainer.ranks.world import World, own_device
+from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the kept process that begin so tell the keeper where it is."""
@@ -78,31 +78,6 @@ def keep(cfg: GrpoConfig, world: World) -> None:
     with world.waiting("the trainers to stop"):
         time.sleep(5)  # they have something to say first: torchrun ends all ranks when one fails
     raise RunError(f"{store.get(lost).decode()}; --restart-samplers {cfg.restart_samplers} allows no further start")
-
-
-def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEngine:
-    """Open the store where trainers and samplers meet (rank 0), tell every rank of the launch its address, and join it."""
-    assert world.store is not None
-    store = None
-    if world.is_main:
-        nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        store, address = serve(cfg.sync_host or os.environ["MASTER_ADDR"], cfg.sync_port, nodes)
-        world.held.append(store)  # the keepers read it to the end
-        world.store.set("sync/address", json.dumps(vars(address)))
-    address = Address(**json.loads(world.store.get("sync/address")))
-    return SplitEngine(
-        address,
-        store or join(address, f"rank {world.rank}"),
-        rank=world.rank,
-        size=world.size,
-        samplers=cfg.sampler_ranks // cfg.tensor_parallel,
-        members=cfg.tensor_parallel,
-        lora=policy.lora,
-        device=world.device,
-        restarts=cfg.restart_samplers,
-        synchronous=cfg.max_staleness == 0,
-        waiting=world.waiting,
-    )
 
 
 def _await(store: dist.Store, key: str) -> bytes:
@@ -211,34 +186,14 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
 
 def make_engine(cfg: GrpoConfig, engine: int, member: int, device: torch.device) -> LocalEngine:
     """The sampler, with a model of its own."""
-    assert cfg.model is not None
     if cfg.engine == "torch":
         from rollout.torch_engine import TorchEngine
 
-        policy = Policy(
-            cfg.model,
-            lora_rank=cfg.lora_rank,
-            lora_alpha=cfg.lora_alpha,
-            seed=cfg.seed,
-            device=device,
-            dtype=getattr(torch, cfg.dtype),
-            quantize=cfg.quantize,
-            autocast=cfg.autocast,
-        )
+        # a sampler needs no reference and never packs
+        policy = load_policy(replace(cfg, beta=0.0, packing="plain"), device)
         return TorchEngine(policy.model, policy.eos_id, policy.decoding, adopt=policy.load_adapter)
-    from rollout.vllm_engine import VLLMEngine
-
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
-    base = sampler_model(cfg.model, cfg.quantize, cfg.dtype, cfg.out)
-    return VLLMEngine(
-        base,
-        lora=lora,
-        max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
-        dtype=cfg.dtype,
-        memory_fraction=cfg.memory_fraction,
-        rank=engine * cfg.tensor_parallel + member,
-        tensor_parallel=cfg.tensor_parallel,
-    )
+    return make_vllm_engine(cfg, lora, rank=engine * cfg.tensor_parallel + member)
 
 
 def status(phase: str, step: int, waiting: str = "") -> None:
