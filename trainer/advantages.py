@@ -1,7 +1,7 @@
-"""From rewards to advantages. Pure functions of tensors.
+"""From rewards to advantages: how much better a response is than the others to the same prompt. Pure functions of tensors.
 
-N rows (responses), T response tokens. `groups[i]` names the prompt that row i answers.
-Departures from verl on purpose: a group of one gets advantage 0 (verl lets the raw score through).
+Axes: N rows (one per response), T response tokens. `groups[i]` names the prompt that row i answers.
+One departure from verl, on purpose: a group of one response gets advantage 0, while verl passes its raw score through.
 """
 
 import torch
@@ -9,12 +9,19 @@ from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
-    """Advantage of each row relative to its group.
+    """Advantage of each response relative to its group.
 
     rewards: [N] float; groups: [N] long, any labels. Returns [N].
-    kind: "grpo" (r - mean) / (std + eps), unbiased std (DeepSeekMath, arXiv:2402.03300, Eq. 3);
+    kind: "grpo" (r - mean) / (std + eps), with the unbiased std (DeepSeekMath, arXiv:2402.03300, section 4.1.2);
     "dr_grpo" r - mean (arXiv:2503.20783); "rloo" r - mean of the others (arXiv:2402.14740).
     A group of one, and a group of equal rewards, gives 0. Raises ValueError for another kind.
+
+    >>> rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])  # prompt 0: one right of four; prompt 1: all right
+    >>> groups = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> group_advantages(rewards, groups)
+    tensor([ 1.5000, -0.5000, -0.5000, -0.5000,  0.0000,  0.0000])
+    >>> group_advantages(rewards, groups, kind="dr_grpo")
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500,  0.0000,  0.0000])
     """
     if kind not in ("grpo", "dr_grpo", "rloo"):
         raise ValueError(f"advantage kind {kind!r} is not one of grpo, dr_grpo, rloo")
@@ -22,7 +29,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: f
     zeros = rewards.new_zeros(int(index.max()) + 1)
     size = zeros.index_add(0, index, torch.ones_like(rewards))[index]  # [N] size of the row's group
     mean = zeros.index_add(0, index, rewards)[index] / size
-    # a mean of equal floats can be off by one ulp; compare the extremes instead of trusting r - mean == 0
+    # the mean of equal floats can be off by one rounding unit, and (r - mean) / (std + eps) would blow that up to about 1:
+    # so equality is decided by the extremes, not by r - mean == 0
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)[index]
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)[index]
     centred = torch.where(lowest == highest, torch.zeros_like(rewards), rewards - mean)
@@ -38,9 +46,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: f
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438), over masked-in tokens only.
 
-    rewards, values: [N,T] float; mask: [N,T] bool. Returns advantages [N,T] (not whitened; 0 where masked out)
-    and returns [N,T] = advantages + values (0 where masked out). A masked-out token is skipped: the token before it
-    bootstraps from the next masked-in one.
+    rewards, values: [N,T] float; mask: [N,T] bool, True = counts. Returns (advantages [N,T], not whitened; returns [N,T]
+    = advantages + values); both are 0 where masked out. A masked-out token is skipped: the token before it bootstraps from
+    the next one that counts. For PPO; GRPO has no critic and does not use it.
     """
     advantages = []
     running, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])

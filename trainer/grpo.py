@@ -1,10 +1,14 @@
-"""GRPO, one step after another, read top to bottom in `train`.
+"""GRPO (Group Relative Policy Optimization, arXiv:2402.03300) as Cell-o1 uses it (arXiv:2506.02911, Eq. 1).
 
     torchrun --nproc-per-node 2 launch/grpo.py --recipe demo
     python -m pdb launch/grpo.py --recipe demo             # one process, stops anywhere
 
-What is not here: a critic, a replay of old batches, any callback. P prompts and G responses a step, N = P * G rows;
-every rank trains and samples whole groups, so advantages need no communication; gradients are summed over ranks.
+Read `train_rank` first: its loop is the algorithm. Then `update`: one optimizer step. There is no critic, no buffer of old
+batches, no callback.
+
+Axes: P prompts of a step, G responses per prompt, N = P * G rows (one per response), T tokens of the longest response.
+Every rank samples whole groups, so advantages need no communication between ranks; gradients are summed over the ranks.
+"Collective" in a docstring means that all ranks must make the call, in the same order, or the others wait for ever.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +48,7 @@ from trainer.start.sampler import keep
 
 CANARY_TOKENS = 16
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Largest mean |log-prob difference| in nats between sampler and trainer on the canary text."""
+"""Largest accepted mean |log-prob difference|, in nats per token, between sampler and trainer on the canary text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,11 @@ class Step:
 
 
 def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
-    """Train a LoRA adapter with GRPO; returns the run folder. Called by every rank of the launch.
+    """Train a LoRA adapter with GRPO; returns the run folder. Every rank of the launch calls this.
 
-    Raises UserError for settings or data the user must change and for a reward that fails under --on-reward-error stop,
-    FloatingPointError before an optimizer step that would not be finite, RunError when a rank, a sampler or a hand-over fails.
+    Raises UserError for settings or data that the user must change, and when the reward function fails under
+    --on-reward-error stop; FloatingPointError before an optimizer step that would not be finite; RunError when a rank, a
+    sampler or a hand-over of the adapter fails.
     """
     world = join_world(cfg.ranks_apart, cfg.hang_seconds)
     with guarded(world):
@@ -78,9 +83,9 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
 
 
 def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
-    """The whole work of a rank that trains."""
+    """All the work of a rank that trains: prepare, then the loop over steps."""
     check_run(cfg)
-    stop = StopRequest(world)
+    stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
     prompts = encode_prompts(policy, puzzles, cfg, world)
     scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
@@ -90,7 +95,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     first_step, pending = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
     engine = make_engine(cfg, policy, world)
     canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
-    hand_over(engine, policy, canary, version=first_step)
+    hand_over(engine, policy, canary, version=first_step)  # the sampler starts from the trainer's adapter, proven
     ahead = Ahead(engine, lambda step: ask(engine, prompts, cfg, step), cfg.max_staleness, first_step, cfg.steps)
     ahead.restore(pending, world.rank, world.size)
     log = StepLog(out, cfg, first_step) if world.is_main else None
@@ -98,24 +103,25 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     for step in range(first_step, cfg.steps):
         clock = Clock(world, step + 1)
         now = Step(step=step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out)
-        # ---- sample: G responses to each of this rank's prompts (asked for --max-staleness steps ago)
+        # ---- sample G responses to each of this rank's prompts (they were requested --max-staleness steps ago)
         clock.enter("sample")
         batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
         groups = ahead.groups(step)
         rollouts = [rollout for group in groups for rollout in group]
-        # ---- score, and compare within each group
+        # ---- score each response, and compare it with the others of its group
         clock.enter("score")
         rewards = score(now, scorer, batch, rollouts)
         advantages, trained = compare(rewards, cfg)  # [N], [N]
-        # ---- update: usually one optimizer step on everything just sampled
+        # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
         rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
-        sampled = world.gather(scored_groups(groups, rows, advantages, trained))  # of all ranks, in prompt order
+        # every rank sees all groups, in prompt order, so that update() can deal them out evenly by cost
+        sampled = world.gather(scored_groups(groups, rows, advantages, trained))
         sums, figures = update(now, sampled)
-        # ---- hand the new adapter to the sampler
+        # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
-        # ---- record
+        # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
         if log is not None:
             rows = [row for group in sampled for row in group.rows]
@@ -135,7 +141,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
 
 
 def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
-    """Ask for G responses to each prompt of a step; every rank asks for all of them, and collects its own."""
+    """Request G responses to each prompt of a step. Every rank requests all of them, and later collects its own share."""
     batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
     sampling = Sampling(
         n=cfg.group_size,
@@ -148,19 +154,25 @@ def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> No
 
 
 def make_canary(policy: Policy, text: list[int], cfg: GrpoConfig) -> Canary:
-    """A fixed text with the reference's log-probs, which never change; the policy's are filled in at every hand-over."""
+    """A fixed text with its log-probs under the reference policy, which never change.
+
+    hand_over fills in the log-probs under the policy, which change with every step. text: token ids.
+    """
     reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
     return Canary(ids=text, policy=[], reference=reference, tolerance=CANARY_TOLERANCE[cfg.compute_dtype])
 
 
 @torch.no_grad()
 def canary_logprobs(policy: Policy, text: list[int], reference: bool = False) -> list[float]:
-    """[T-1] log-probs of text[1:]."""
+    """[T-1] log-probs of text[1:], each given the tokens before it."""
     return policy.response_logprobs(pack([(text[:1], [text[1:]])], policy.device), reference=reference)[0].tolist()
 
 
 def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> str:
-    """Give the sampler the policy's adapter, with the trainer's log-probs of the canary as proof; returns its hash."""
+    """Give the sampler the policy's adapter; returns the adapter's hash. Collective.
+
+    The trainer's log-probs of the canary text go with it: the sampler must give the same. Raises SyncError if it does not.
+    """
     canary = replace(canary, policy=canary_logprobs(policy, canary.ids))
     engine.deliver(policy.adapter_tensors(), version, canary)
     return engine.hash
@@ -202,7 +214,10 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
 
 
 def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
-    """([N] advantages within each group, [N] bool: is the response trained on). One that was not scored takes no part."""
+    """([N] advantages within each group, [N] bool: is the response trained on).
+
+    A response that could not be scored takes no part: it is neither trained on nor counted in its group's mean.
+    """
     trained = torch.tensor([reward.scored for reward in rewards])
     totals = torch.tensor([reward.total for reward in rewards])
     group = torch.arange(len(rewards)) // cfg.group_size

@@ -1,13 +1,15 @@
-"""Log-probs of chosen tokens straight from hidden states, never holding a [tokens, V] tensor.
+"""Log-probs of chosen tokens straight from hidden states, without ever holding a [tokens, V] tensor.
 
-M tokens, H hidden size, V vocabulary, m tokens of a chunk.
+At a vocabulary of 152,000 the float32 logits of 16,000 tokens take 9.7 GB, and autograd would keep several such tensors.
+
+Axes: M tokens, H hidden size, V vocabulary, m tokens of a chunk.
 """
 
 import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 25
-"""Most logits that exist at a time, whatever the chunk asked for: 128 MiB of float32."""
+"""Upper bound on the logits that exist at a time, whatever `chunk` says: 128 MiB of float32."""
 
 
 def fused_logprobs(
@@ -18,15 +20,15 @@ def fused_logprobs(
     chunk: int = 1024,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(hidden @ lm_head_weight.T / temperature)[targets].
+    """log softmax(hidden @ lm_head_weight.T / temperature)[targets], the log-prob of each target token.
 
-    hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M], float32 (float64 for float64 input); with entropy
+    hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M] in float32 (float64 for float64 input); with entropy
     also the entropy of each distribution, [M] in nats, without a graph. Differentiable in hidden and in the weight.
 
     The logits of at most `chunk` tokens exist at a time, in one buffer. The gradient of a log-prob with respect to its hidden
-    state, (weight[target] - softmax @ weight) / temperature, is known as soon as the logits are: it is kept ([M,H]) instead of
-    computing the logits again in backward, where each row is scaled by the gradient that arrives. Only the gradient of the
-    weight computes them again.
+    state is (weight[target] - softmax @ weight) / temperature. It is known as soon as the logits are, so forward keeps it
+    ([M,H]) and backward only scales each row by the gradient that arrives. The logits are computed again in backward only
+    where the head itself is trained.
     """
     chunk = max(1, min(chunk, CHUNK_LOGITS // len(lm_head_weight)))
     logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy)
@@ -47,7 +49,7 @@ class _FusedLogprobs(torch.autograd.Function):
             logprobs[rows] = chosen - lse
             if entropy:
                 entropies[rows] = torch.special.entr(softmax).sum(1)
-            if slopes is not None:
+            if slopes is not None:  # under no_grad nothing is kept
                 slopes[rows] = _slope(softmax, at).to(weight.dtype) @ weight
         ctx.save_for_backward(hidden, weight, targets, slopes)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -71,7 +73,7 @@ class _FusedLogprobs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
-    """Yields (rows, their logits [m,V]), accumulated and kept in float32 (or float64); a yield overwrites the last one's."""
+    """Yields (rows, their logits [m,V]) in float32 (or float64). All chunks share one buffer: use a chunk before the next."""
     accurate = torch.promote_types(hidden.dtype, torch.float32)
     buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=accurate)
     for start in range(0, len(hidden), chunk):
@@ -88,7 +90,8 @@ def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(softmax, written over the logits; [m] logsumexp)"""
+    """(softmax [m,V], written over the logits to save a copy; logsumexp [m])."""
+    # the largest logit is subtracted first: exp of it would overflow
     largest = logits.amax(1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     return logits.div_(total), (largest + total.log())[:, 0]

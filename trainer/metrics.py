@@ -1,4 +1,8 @@
-"""Numbers of a step: sums over tokens while training, rows of rollouts.jsonl, the line of metrics.jsonl, what is shown."""
+"""The numbers of a step: sums over tokens while training, rows of rollouts.jsonl, the line of metrics.jsonl, the console.
+
+metrics.jsonl holds only what the seed determines, so that equal runs write equal bytes; seconds go to timing.jsonl.
+The glossary of all keys is in trainer/README.md.
+"""
 
 import time
 from collections import Counter, defaultdict
@@ -34,7 +38,7 @@ SUMMED = (
 
 @dataclass
 class TokenSums:
-    """Running sums over a step's trained tokens, over all its updates and, after over_ranks, all ranks."""
+    """Sums over the trained tokens of a step: of this rank's micro-batches, and after over_ranks of all ranks."""
 
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     mismatch_max: float = 0.0
@@ -42,9 +46,9 @@ class TokenSums:
     lr: float = 0.0
 
     def add(self, terms: LossTerms, loss: Tensor) -> None:
-        """Add one micro-batch. `float()` waits for the device, once per number."""
+        """Add one micro-batch. On a GPU every `float()` waits for the device to finish."""
         with torch.no_grad():
-            # 0 where masked out, since both log-probs are 0 there
+            # trainer minus sampler, in nats; 0 where masked out, since both log-probs are 0 there
             difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             weight = torch.where(terms.mask, difference.exp(), torch.zeros_like(difference))
             values = {
@@ -55,7 +59,7 @@ class TokenSums:
                     f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name
                 },
                 "mismatch": difference.abs().sum(),
-                # k3 of the sampler against the trainer
+                # the k3 estimate of KL(sampler || trainer) from the sampler's own tokens
                 "mismatch_kl": (difference.exp() - difference - 1).sum(),
                 "is_weight": weight.sum(),
                 "is_weight_squared": weight.square().sum(),
@@ -68,7 +72,7 @@ class TokenSums:
             self.mismatch_max = max(self.mismatch_max, float(difference.abs().max()))
 
     def take_in(self, later: "TokenSums") -> None:
-        """Add the sums of a later update of the same batch."""
+        """Add the sums of a later update of the same batch; gradient norm and learning rate are those of the last."""
         for name, value in later.sums.items():
             self.sums[name] += value
         self.mismatch_max = max(self.mismatch_max, later.mismatch_max)
@@ -88,7 +92,7 @@ class TokenSums:
 def rollout_rows(
     step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor, group_size: int
 ) -> list[dict]:
-    """Rows of rollouts.jsonl: one sampled response each, with everything to read it, rescore it, or sample it again."""
+    """Rows of rollouts.jsonl, one per sampled response, with all that is needed to read, rescore or train on it again."""
     return [
         {
             "step": step,
@@ -112,7 +116,7 @@ def rollout_rows(
 
 
 def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, adapter_hash: str) -> dict:
-    """The line of metrics.jsonl; every key is explained in the README's glossary. rows: those of rollouts.jsonl."""
+    """The line of metrics.jsonl. rows: of rollouts.jsonl, all ranks. sums: over all ranks."""
     totals, tokens = sums.sums, max(sums.sums["tokens"], 1)
     lengths = [len(row["response_ids"]) for row in rows]
     status = Counter(row["status"] for row in rows)
@@ -142,7 +146,7 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, 
 
 
 def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
-    """Rewards, their parts, and how many groups teach. Rows without a reward (failed, declined) do not count."""
+    """Rewards, their parts, and how many groups have a learning signal. Rows without a reward (failed, declined) do not count."""
     groups = [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
     scored = [[row["reward"] for row in group if row["reward"] is not None] for group in groups]
     all_rewards = torch.tensor([reward for group in scored for reward in group], dtype=torch.float64)
@@ -172,40 +176,33 @@ def _group_kind(rewards: list[float]) -> str:
 
 
 def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
-    """Notes on the zeros of a line of metrics.jsonl."""
-    notes = []
-    on_policy = cfg.updates_per_batch == 1
+    """One note per zero in a line of metrics.jsonl: a healthy zero and a broken one look the same otherwise."""
     if metrics["groups/dropped_responses"] == 1:
         return ["loss 0: no response of the step was scored, so no optimizer step was made"]
+    notes = []
+    on_policy = cfg.updates_per_batch == 1
     if metrics["groups/mixed"] == 0:
-        right, wrong = metrics["groups/all_right"], metrics["groups/all_wrong"]
-        which = (
-            "all groups right" if right == 1 else "all groups wrong" if wrong == 1 else "groups all right or all wrong"
-        )
+        which = "groups all right or all wrong"
+        if metrics["groups/all_right"] == 1:
+            which = "all groups right"
+        elif metrics["groups/all_wrong"] == 1:
+            which = "all groups wrong"
         notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
     elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
         notes.append(
             "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
         )
     if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
-        reason = (
-            "one update per batch, so every ratio is exactly 1"
-            if on_policy
-            else "no ratio went past the bound on its advantage's side"
-        )
-        notes.append(f"no clip: {reason}")
+        reason = "no ratio went past the bound on its advantage's side"
+        notes.append(f"no clip: {'one update per batch, so every ratio is exactly 1' if on_policy else reason}")
     if metrics["kl"] == 0:
-        reason = (
-            "the adapter starts at zero, so policy and reference are the same"
-            if cfg.beta
-            else "beta is 0: no reference"
-        )
-        notes.append(f"kl 0: {reason}")
+        at_start = "the adapter starts at zero, so policy and reference are the same"
+        notes.append(f"kl 0: {at_start if cfg.beta else 'beta is 0: no reference'}")
     return notes
 
 
 class Clock:
-    """Seconds per phase of a step; the watch is told of each."""
+    """Seconds per phase of a step. It also tells the watch which phase this rank is in, for the message if it hangs."""
 
     def __init__(self, world: World, step: int) -> None:
         self.world, self.step = world, step
@@ -214,7 +211,7 @@ class Clock:
         self.laps: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
-        """The phase before ends, this one begins."""
+        """End the phase before, and begin this one."""
         now = time.perf_counter()
         if self.phase:
             self.laps[f"timing_s/{self.phase}"] = now - self.last
@@ -240,7 +237,7 @@ class StepLog:
     def write(
         self, metrics: dict, rows: list[dict], clock: Clock, sampler_seconds: float, figures: dict[str, float]
     ) -> None:
-        """Append the step to the run folder, and show it. sampler_seconds: it took the sampler; figures: of packing."""
+        """Append the step to the run folder and show it. sampler_seconds: spent sampling; figures: of packing_figures."""
         seconds, step = clock.total(), metrics["step"]
         rate = metrics["num_tokens"] / seconds
         sampled = sum(len(row["response_ids"]) for row in rows)

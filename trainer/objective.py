@@ -1,11 +1,11 @@
 """The GRPO objective, term by term. Pure functions of tensors and floats; every loss here is to be minimised.
 
-Shapes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. Values under a
-False mask may be anything, NaN included: they are replaced with torch.where before they can be multiplied.
+Axes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. Values under a False
+mask may be anything, NaN included: torch.where replaces them before they can be multiplied (0 * NaN is NaN).
 
-Cell-o1 Eq. (1), per response, averaged over the group:
+Cell-o1 (arXiv:2506.02911) Eq. (1), per response, averaged over the group, to be maximised:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
-What is not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, the corrections.
+Not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, the sampler corrections.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CLIPS = ("", "low", "high", "dual")
-"""What each code of clip_fired means; "" = no clip."""
+"""Meaning of the codes of clip_fired; "" = no clip."""
 CORRECTIONS = ("none", "tis", "mis", "seq-tis", "seq-mis")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
@@ -55,10 +55,10 @@ def clipped_surrogate(
 def clip_fired(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Tensor:
-    """[N,T] int8 codes into CLIPS: which bound took the gradient of clipped_surrogate away. advantages [N,T], [N,1] or [N].
+    """[N,T] int8 codes into CLIPS: which bound stops the gradient of clipped_surrogate. advantages [N,T], [N,1] or [N].
 
-    "low": a worse-than-average token already below 1 - clip_low; "high": a better one already above 1 + clip_high;
-    "dual": a worse one above dual_clip.
+    "low": a token of a worse-than-average response whose ratio is already below 1 - clip_low; "high": of a better one, above
+    1 + clip_high; "dual": of a worse one, above dual_clip.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     codes = torch.zeros_like(ratio, dtype=torch.int8)
@@ -120,11 +120,11 @@ def aggregation_weights(
     norm: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[N,T] weights such that (weights * per_token).sum() over all micro-batches and ranks is the step's loss.
+    """[N,T] weights such that (weights * per_token).sum(), added up over all micro-batches and ranks, is the step's loss.
 
-    n_rows, n_tokens: rows with at least one trained token and trained tokens of the WHOLE optimizer step, all ranks: counting
-    them once, before the first micro-batch, is what makes the loss independent of the layout.
-    norm: divisor of "seq-mean-token-sum-norm" (default T).
+    n_rows, n_tokens: rows with at least one trained token, and trained tokens, of the WHOLE optimizer step over all ranks.
+    They are counted once, before the first micro-batch; that makes the loss independent of how the batch is cut up.
+    norm: divisor of "seq-mean-token-sum-norm" (default T). Raises ValueError for an unknown mode.
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
@@ -139,7 +139,7 @@ def aggregation_weights(
 
 
 def aggregate(per_token: Tensor, mask: Tensor, mode: str = "seq-mean-token-mean", norm: float | None = None) -> Tensor:
-    """Scalar loss of [N,T] per-token losses that are the whole step. Rows without a trained token do not count."""
+    """Scalar loss of per-token losses [N,T] that are the whole optimizer step. Rows without a trained token do not count."""
     n_rows, n_tokens = int(mask.any(-1).sum()), int(mask.sum())
     weights = aggregation_weights(mask, mode, n_rows, n_tokens, norm, per_token.dtype)
     return (weights * torch.where(mask, per_token, torch.zeros_like(per_token))).sum()
@@ -184,7 +184,7 @@ class LossTerms:
 
     @property
     def contribution(self) -> Tensor:
-        """[N,T] each token's share of the step's loss: sums over a response, a group or the clipped tokens are theirs."""
+        """[N,T] each token's share of the step's loss; a response's, or a group's, share is the sum over its tokens."""
         return self.weight * (self.surrogate * self.correction + self.beta * self.kl)
 
     @property
@@ -212,10 +212,23 @@ def grpo_terms(
     correction_cap: float,
     correction_floor: float = 0.0,
 ) -> LossTerms:
-    """Assemble the terms of a micro-batch. All tensors [N,T] but advantages [N].
+    """All terms of a micro-batch's loss. Every tensor is [N,T], but advantages is [N].
 
     old_logprobs None: this is the batch's only optimizer step, so old = stop_gradient(new) and the ratio is exactly 1.
-    ref_logprobs None (beta 0): the KL is reported as 0.
+    ref_logprobs None (beta 0): the KL is reported as 0. weight: from aggregation_weights.
+
+    >>> mask = torch.tensor([[True, True], [True, False]])  # two responses, of two tokens and of one
+    >>> new, ref = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([[-1.0, -2.5], [-3.0, 0.0]])
+    >>> terms = grpo_terms(logprobs=new, old_logprobs=None, ref_logprobs=ref, sampler_logprobs=new, mask=mask,
+    ...     advantages=torch.tensor([1.0, -1.0]), weight=aggregation_weights(mask, "token-mean", n_rows=2, n_tokens=3),
+    ...     clip_low=0.2, clip_high=0.2, dual_clip=None, beta=0.1, kl_kind="low_var", ratio_level="token",
+    ...     correction="none", correction_cap=2.0)
+    >>> terms.surrogate.tolist()  # -ratio * advantage, and every ratio is 1
+    [[-1.0, -1.0], [1.0, 1.0]]
+    >>> round(terms.kl[0, 1].item(), 4)  # exp(d) - d - 1 with d = ref - new = -0.5
+    0.1065
+    >>> round(terms.loss.item(), 4)  # (-1 - 1 + 1) / 3 + 0.1 * 0.1065 / 3
+    -0.3298
     """
     zero = torch.zeros_like(logprobs)
     logprobs = torch.where(mask, logprobs, zero)

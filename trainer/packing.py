@@ -25,7 +25,11 @@ Group = tuple[list[int], list[list[int]]]
 
 
 def make_layout(sizes: list[tuple[int, list[int]]], device: torch.device | str) -> Layout:
-    """sizes: per group (prompt length, response lengths), packed one after another."""
+    """Which tokens of a packed row attend to which. sizes: per group (prompt length, response lengths), in packed order.
+
+    A prompt with one response is one causal segment. A prompt with several is a segment of its own, as is each response;
+    a second attention call lets those responses see all of their prompt.
+    """
     own, responses, prompts, at = [], [], [], 0
     for prompt, lengths in sizes:
         if len(lengths) > 1:
@@ -41,8 +45,16 @@ def make_layout(sizes: list[tuple[int, list[int]]], device: torch.device | str) 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch. Example: the group ([5, 6], [[7], [8, 9]]) packs to input_ids [[5, 6, 7, 8, 9]],
-    position_ids [[0, 1, 2, 2, 3]], predict_at [1, 1, 3], targets [7, 8, 9], rows [0, 1, 1], cols [0, 0, 1]."""
+    """The tokens of one forward pass.
+
+    >>> batch = pack([([5, 6], [[7], [8, 9]])])  # one prompt of two tokens, two responses
+    >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+    ([[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]])
+    >>> batch.targets.tolist(), batch.predict_at.tolist()  # 7 and 8 are both predicted by the prompt's last token
+    ([7, 8, 9], [1, 1, 3])
+    >>> batch.unpack(batch.targets).tolist()
+    [[7, 0], [8, 9]]
+    """
 
     input_ids: Tensor
     """[1,L]"""
@@ -51,7 +63,7 @@ class PackedBatch:
     layout: Layout
     """Who attends to whom."""
     predict_at: Tensor
-    """[M] the packed position whose hidden state predicts each response token."""
+    """[M] packed position of the token before each response token: its hidden state predicts that token."""
     targets: Tensor
     """[M] response tokens."""
     rows: Tensor
@@ -67,7 +79,7 @@ class PackedBatch:
 
 
 def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedBatch:
-    """Pack groups into one micro-batch. Every prompt and response must have at least one token."""
+    """Pack groups into one row. Every prompt and every response must have at least one token."""
     ids, positions, sizes, predict_at, targets, rows, cols, lengths = [], [], [], [], [], [], [], []
     for prompt, responses in groups:
         assert prompt and all(responses), "an empty prompt or response has nothing to predict from"
@@ -162,7 +174,7 @@ def _place(size: int, piece: tuple[int, list[int]], batches: list[tuple[int, lis
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward and backward pass sees. N rows, T tokens of its longest response."""
+    """All that one forward and backward pass needs. N rows, T tokens of its longest response."""
 
     groups: list[Group]
     """Prompts and the responses to each, as they were packed."""
@@ -182,7 +194,7 @@ class MicroBatch:
 
     @property
     def is_filler(self) -> bool:
-        """No row of it is trained: it only keeps a sharded rank in step with the others."""
+        """It holds no response: it only keeps a rank of a sharded model in step with the others."""
         return not self.rows
 
 
@@ -208,11 +220,11 @@ def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
-    """A prompt's rollouts, ready to train on; what ranks exchange."""
+    """A prompt's rollouts with their advantages, ready to train on. Ranks exchange these."""
 
     rollouts: list[Rollout]
     rows: list[dict]
-    """Per rollout, what rollouts.jsonl says of it."""
+    """Per rollout, its row of rollouts.jsonl."""
     advantages: Tensor
     """[G]"""
     trained: Tensor
@@ -294,7 +306,10 @@ def make_micro_batch(
 def packing_figures(
     plans: list[list[MicroBatch]], parts: list[list[ScoredGroup]], cost: Cost, budget: int, world: World
 ) -> dict[str, float]:
-    """What packing saved and how even it is. plans: this rank's, per update; parts: all ranks' groups. Collective."""
+    """How much packing saved and how even the ranks are; keys of timing.jsonl. Collective.
+
+    plans: this rank's micro-batches, per update. parts: the groups of all ranks, per update.
+    """
     micros = [micro for plan in plans for micro in plan if not micro.is_filler]
     packed = sum(micro.packed.input_ids.numel() for micro in micros)
     load = sum(cost.of(len(prompt), list(map(len, responses))) for m in micros for prompt, responses in m.groups)

@@ -1,6 +1,9 @@
-"""The policy: a frozen base model with a LoRA adapter; the reference policy is the same weights with the adapter off.
+"""The policy: a frozen base model with a LoRA adapter. The reference policy is the same weights with the adapter off.
 
-And what it is asked: prompts as tokens, and which of them a step takes.
+Also here: prompts as token ids, and which prompts an optimizer step takes.
+
+Axes: N rows (responses), T tokens of the longest response, M response tokens side by side, L packed tokens, H hidden size,
+V vocabulary, S tokens of the longest prompt with its response.
 """
 
 import random
@@ -32,12 +35,16 @@ from trainer.ranks.world import local, rows_of, whole
 
 
 class Policy:
-    """model_dir: a Hugging Face checkpoint. lora_rank 0 trains every weight and has no adapter to switch off.
+    """A causal language model that gives log-probs of responses, with and without its adapter.
 
-    sharded: over the ranks of the world (FSDP2); then every call below is collective. checkpointing: activations of a layer
-    are computed again in backward. frozen: with lora_rank 0, keep the checkpoint's own weights beside as the reference.
-    quantize: "nf4" holds the base's linear layers in 4 bits. autocast: matrix products in bfloat16; always so where the base
-    is bfloat16 and an adapter, which stays float32, is trained on it.
+    model_dir: folder of a Hugging Face checkpoint. lora_rank 0: train every weight; then there is no adapter to switch off.
+    sharded: spread the weights over the ranks (FSDP2); then every method below is collective. checkpointing: compute the
+    activations of a layer again in backward instead of keeping them. frozen: with lora_rank 0, keep a second copy of the
+    checkpoint's weights as the reference. quantize: "nf4" holds the linear layers of the base in 4 bits. autocast: matrix
+    products in bfloat16; always so where the base is bfloat16 and an adapter, which stays float32, is trained on it. dora:
+    weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa" (PyTorch's attention kernels) or "flash" (flash-attn's).
+
+    Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class Policy:
             targets = sorted(self.model.peft_config["default"].target_modules)
             kind = {"use_dora": True} if dora else {}
             self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets, **kind}
-        # the reference: the same weights with the adapter off, or the frozen copy
+        # the reference policy: the same weights with the adapter off, or a frozen copy where every weight is trained
         self.reference_lm = self.causal_lm
         if frozen and not lora_rank:
             reference_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
@@ -82,10 +89,10 @@ class Policy:
                 recompute_layers(causal_lm)
             if sharded:
                 shard(causal_lm, model_dir, seed, device, called_with=self._fused)
-            causal_lm.to(device).eval()  # dropout stays off: sampler and trainer must agree on every log-prob
+            causal_lm.to(device).eval()  # no dropout: sampler and trainer must agree on every log-prob
         for module in self.model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = not self.autocast  # PEFT would widen every layer's input to float32
+                module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         self.model.eval()
         keep_four_bits_exact(self.model)
 
@@ -94,20 +101,20 @@ class Policy:
         return self.tokenizer.eos_token_id
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Trained parameters by name, in a fixed order."""
-        if self.sharded or not self.trained:  # sharding swaps the parameter objects
+        """Trained parameters by name, in the same order on every rank and in every call."""
+        if self.sharded or not self.trained:  # FSDP replaces the parameter objects, so they are looked up each time
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return self.trained
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's file names (`base_model.model....lora_A.weight`), which vLLM reads too, whole on every rank.
+        """The adapter under the names of PEFT's files (`base_model.model....lora_A.weight`), which vLLM reads too.
 
-        With lora_rank 0: every weight under its checkpoint name.
+        Every rank gets the full tensors. With lora_rank 0: every weight under its checkpoint name.
         """
         return {name.replace(".default.", "."): whole(p.detach()) for name, p in self.trainable().items()}
 
     def load_adapter(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the values of an adapter of the same names and shapes, in place."""
+        """Copy in an adapter of the same names and shapes. In place: the optimizer holds these parameters."""
         for name, p in self.trainable().items():
             local(p.detach()).copy_(tensors[name.replace(".default.", ".")][rows_of(p)])
 
@@ -153,7 +160,7 @@ class Policy:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Attend as an ordinary causal model (KV cache, left padding) inside this context."""
+        """A context in which the model attends as an ordinary causal model (KV cache, left padding), for TorchEngine."""
         self.causal_lm.config._attn_implementation = self.own_attention
         try:
             with matrix_products(self.device, self.autocast):
@@ -166,12 +173,12 @@ class Policy:
 
 
 def matrix_products(device: torch.device, bfloat16: bool):
-    """A context in which matrix products are made in bfloat16, or as the weights are."""
+    """A context in which matrix products are made in bfloat16; with bfloat16 False, in the dtype of the weights."""
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
 
 def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[M,H] last hidden states of the tokens that predict the targets."""
+    """[M,H] last hidden states of the tokens that predict the targets, from one packed row in shared-prefix attention."""
     hidden = causal_lm.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
     ).last_hidden_state[0]  # [L,H]
@@ -179,13 +186,17 @@ def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def predicting_padded(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[M,H] last hidden states of the tokens that predict the targets."""
+    """[M,H] as predicting_packed, for a model whose attention ours cannot stand in for: one row per response, in its own.
+
+    Padding on the right is exact for every causal model, whatever its layers do: what follows a token does not change it.
+    """
     ids, predict_at = one_row_per_response(batch)
     return causal_lm.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[predict_at]
 
 
 def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """([N,S] prompt + response, padded on the right; [M] where each target is predicted from, in the flattened [N,S])."""
+    """Undo the packing. Returns ([N,S] prompt + response, padded on the right; [M] positions in the flattened [N,S] whose
+    hidden states predict the targets)."""
     own, prompts = batch.layout
     sharing = dict(zip(prompts.keys, prompts.queries, strict=True)) if prompts else {}
     sequences, prompt, end = [], batch.input_ids[0, :0], 0
@@ -193,7 +204,7 @@ def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         tokens = batch.input_ids[0, first : first + length]
         if (first, length) in sharing:
             prompt, end = tokens, sum(sharing[first, length])
-        else:  # up to `end` they are responses to that prompt; beyond it a prompt with its only response
+        else:  # a segment before `end` is a response to that prompt; one after it is a prompt with its only response
             sequences.append(torch.cat([prompt, tokens]) if first < end else tokens)
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)
@@ -209,7 +220,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]
 class Prompt:
     puzzle: Puzzle
     ids: list[int]
-    """[P] prompt tokens."""
+    """Token ids of the prompt, chat template included."""
 
 
 def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) -> list[Prompt]:
