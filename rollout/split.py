@@ -126,6 +126,7 @@ class SplitEngine:
             raise SyncError(f"LoRA sync: the training ranks hold different adapters ({', '.join(hashes)})")
         self.version, self.hash = version, hashes[0]
         if self.rank == 0:
+            # the same queue as for ask(): a sampler loads an adapter before the first order that needs it
             item = Load(version=version, manifest=manifest, parcel=parcel, canary=canary, lora=self.lora)
             for orders in self.queues:
                 orders.put(item)
@@ -134,7 +135,7 @@ class SplitEngine:
 
     def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
         """See Engine. Sampler e of E gets prompts[e :: E]."""
-        self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)
+        self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
         for e, orders in enumerate(self.queues):
             places = list(range(e, len(prompts), len(self.queues)))
             orders.put(
@@ -179,7 +180,7 @@ class SplitEngine:
     def close(self) -> None:
         """See Engine. Stops the samplers after their last order."""
         for orders in self.queues:
-            orders.put(None)
+            orders.put(None)  # ends the thread's loop, after all earlier orders
         for thread in self.threads:
             thread.join(timeout=JOIN_SECONDS)
         if self.store.check(["failure"]):  # the last adapter was not sampled from, but its hand-over is proven too
@@ -217,6 +218,7 @@ class SplitEngine:
                         session = Session(store, engine, self._generation(engine), self)
                         if item is not last_load and last_load is not None:  # a restarted sampler has no adapter
                             session.load(last_load)
+                    # after a restart the whole order is repeated; its rollouts are the same, since its seed is
                     session.load(item) if isinstance(item, Load) else session.generate(item)
                     break
                 except SamplerLost as lost:
@@ -225,7 +227,7 @@ class SplitEngine:
                         raise
                     self.restarts_left[engine] -= 1
                     print(f"{lost}; it is started again (attempt {attempt + 2})", file=sys.stderr, flush=True)
-            self.queues[engine].task_done()
+            self.queues[engine].task_done()  # deliver() waits for this if it is synchronous
         if session is not None:
             session.stop()
 
@@ -296,7 +298,7 @@ class Session:
         self._answers()
 
     def _order(self, order: dict) -> None:
-        self.orders += 1
+        self.orders += 1  # counted on both sides, so an order is never carried out twice
         for member in range(self.owner.members):
             put_signed(self.store, f"{self.prefix}/order/{self.orders}/{member}", order, self.token)
 
@@ -376,6 +378,7 @@ class SamplerEnd:
     def receive(self, manifest: Manifest) -> Parcel:
         """The adapter that the trainer broadcasts; its checksums are not verified yet. Collective with Session.load."""
         layout = tuple(row[:-1] for row in manifest)
+        # keep the buffer as long as the layout is the same: vLLM's SlotPlan has views into it
         if self.parcel is None or self.parcel.layout != layout:
             self.parcel = Parcel(layout, self.device)
         self.group.broadcast(self.parcel.buffer, 0).wait()

@@ -72,6 +72,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
         if found is not None:
             bad = bad or (rank, *found)
             continue  # its gradient is not finite; the others' still say whether theirs are
+        # rank 0 is copied, not added to 0: 0 + -0.0 is 0.0, and the hash of the bytes would differ
         gradients = [
             p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
         ]

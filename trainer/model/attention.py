@@ -108,7 +108,7 @@ def _attention(
     """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
     assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
     changed = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
-    assert not changed, f"shared_prefix attention knows no {changed}"
+    assert not changed, f"shared_prefix attention knows no {changed}"  # loading.why_not_shared refuses such models
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the dtype of the residual stream
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -124,9 +124,10 @@ class _SharedPrefixAttention(torch.autograd.Function):
         """q [L,Hq,D], k and v [L,Hkv,D] -> [L,Hq,D]."""
         out, lse = kernel.forward(Call(q, k, v, layout.own, scale))  # [L,Hq,D], [Hq,L]
         if prompts := layout.prompts:
+            # only the rows of shared responses change; prompts and single responses are complete after the first call
             there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
             here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
-            both = torch.logaddexp(lse_here, lse_there)
+            both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
             weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
             _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
             _put(lse, prompts.queries, both, 1)
@@ -144,6 +145,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
             at, keys = prompts.queries, prompts.keys
             call = _to_prompts(q, k, v, prompts, ctx.scale)
             parts = ctx.kernel.backward(call, _take(grad, at), _take(out, at), _take(lse, at, 1))
+            # a prompt's keys and values get gradient from the prompt itself and from all of its responses
             for total, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
                 _put(total, spans, part, add=True)
         return *grads, None, None, None
@@ -171,7 +173,7 @@ def kernel_for(q: Tensor) -> Kernel:
     """PyTorch's flash kernels on CPU and GPU; plain matrix products for what they do not support (float32 on a GPU)."""
     if q.device.type == "cpu":
         return CPU
-    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:  # the limits of the flash kernels
         return VARLEN
     return PLAIN
 
@@ -189,7 +191,7 @@ def _side_by_side(per_segment: list[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*per_segment, strict=True)]
 
 
-# ---- CPU: PyTorch's flash kernel, one call per segment
+# ---- CPU: PyTorch's flash kernel. It has no form for packed segments, so every segment is a call.
 
 
 def _cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -293,7 +295,7 @@ def _flash_attn_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> 
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
-        deterministic=False,
+        deterministic=False,  # dq is summed with atomic adds: its last bits may differ from run to run
     )
     return grads
 
@@ -303,6 +305,7 @@ def _flash_attn_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> 
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """[1,Hkv,Hq/Hkv,n,m] scaled scores; -inf above the diagonal of a causal segment."""
+    # k broadcasts over the query heads of its group
     scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * scale
     return (
         scores.masked_fill(torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf) if causal else scores
@@ -314,7 +317,7 @@ def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
     for q_i, k_i, v_i in _each(call.segments, (call.q,), (call.k, call.v)):
         scores = _scores(q_i, k_i, call.segments.causal, call.scale)
         lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp() @ v_i[:, :, None]
+        out = (scores - lse[..., None]).exp() @ v_i[:, :, None]  # exp(S - lse) is the softmax
         done.append((out.flatten(1, 2), lse.flatten(1, 2)[..., None]))
     out, lse = _side_by_side(done)
     return out, lse[..., 0].T.contiguous()
@@ -325,6 +328,7 @@ def _plain_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[
     over_queries = (grad, call.q, out, lse.T[..., None])
     for *per_query, k_i, v_i in _each(call.segments, over_queries, (call.k, call.v)):
         grad_i, q_i, out_i, lse_i = (x.unflatten(1, (k_i.shape[1], -1)) for x in per_query)  # [1,Hkv,Hq/Hkv,n,*]
+        # with the logsumexp of both calls p is this call's part of the softmax; its rows sum to less than 1
         p = (_scores(per_query[1], k_i, call.segments.causal, call.scale) - lse_i).exp()
         d_p = grad_i @ v_i[:, :, None].transpose(-1, -2)
         row_sums = (grad_i * out_i).sum(-1, keepdim=True)  # D of the formulas

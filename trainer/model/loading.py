@@ -71,7 +71,7 @@ def load_base(
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-        attention["device_map"] = {"": device}
+        attention["device_map"] = {"": device}  # quantize on the device that will hold the layers
     if sharded:
         causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
     else:
@@ -106,6 +106,7 @@ def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, 
 def recompute_layers(causal_lm: PreTrainedModel) -> None:
     """Gradient checkpointing (arXiv:1604.06174): keep only each layer's input, and run the layer again in backward."""
     for layer in causal_lm.model.layers:
+        # the reentrant form needs an input with a gradient, which a frozen embedding does not give
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
@@ -135,5 +136,6 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    # the same block size as bitsandbytes' layers (its default, 64), or the values would differ
     packed, state = quantize_4bit(weight, quant_type="nf4")
     return dequantize_4bit(packed, state).to(weight.dtype)

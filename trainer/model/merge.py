@@ -83,7 +83,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        used: set[str] = set()
+        used: set[str] = set()  # names of adapter tensors that found their weight
         size = 0
         for path in files:
             tensors = {}
@@ -94,12 +94,13 @@ def write_checkpoint(
                 if adapter:
                     weight = merged_weight(weight, name, adapter, config or {})
                     used |= {f"base_model.model.{name.removesuffix('.weight')}.{part}" for part in MERGED}
-                tensors[name] = weight.to(dtype) if weight.is_floating_point() else weight
+                tensors[name] = weight.to(dtype) if weight.is_floating_point() else weight  # rounded once, at the end
             size += sum(t.numel() * t.element_size() for t in tensors.values())
             _save(tensors, partial / path.name, folder)
-        if homeless := sorted(set(adapter or {}) - used):
+        # an adapter of another model would otherwise be dropped silently
+        if unused := sorted(set(adapter or {}) - used):
             raise UserError(
-                f"{base}: has no weight for the adapter's {homeless[0]}; is it the base this adapter was trained on?"
+                f"{base}: has no weight for the adapter's {unused[0]}; is it the base this adapter was trained on?"
             )
         _write_settings(base, partial, dtype, size)
         for name, text in (extra or {}).items():

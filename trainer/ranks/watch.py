@@ -124,7 +124,8 @@ class Watch:
 
     def meet(self, what: str) -> None:
         """Return once all ranks of the launch have called this. Raises RankLost if one of them is lost meanwhile."""
-        # a counter in the store and not a collective: ranks that only sample are in no process group with the others
+        # a counter in the store and not a collective: ranks that only sample are in no process group with the others.
+        # it is never reset, so each `what` works once per launch
         place = "meet/" + "-".join(what.split())
         self.store.add(place, 1)
         while self.store.add(place, 0) < self.size and not self.verdict:

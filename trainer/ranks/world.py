@@ -197,7 +197,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if samplers >= size:
         raise UserError(f"--sampler-ranks {samplers}: the launch has {size} ranks, and at least one must train")
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store, _, _ = next(dist.rendezvous("env://", rank, size))  # the one store of the whole launch
+    # prefixes keep our keys apart from those of torch.distributed in the same store
     watch = Watch(dist.PrefixStore("cellpuzzles", store), rank, size, hang_seconds) if size > 1 else None
     trainers = size - samplers
     if rank < trainers:
@@ -230,7 +231,7 @@ def leave_world() -> None:
     if _joined is not None:
         _joined.meet("the end of the run")
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # every rank has finished its last collective
         dist.destroy_process_group()
     if _joined is not None and _joined.watch is not None:
         _joined.watch.close()
@@ -248,6 +249,7 @@ def guarded(world: World) -> Iterator[None]:
     except BaseException as error:
         if world.watch is None:
             raise
+        # an error of our own code needs no waiting for a verdict: this rank is the one to blame
         verdict = world.watch.explain(error) if is_collective_failure(error) else ""
         world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
         if verdict:
@@ -271,7 +273,7 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self.asked = True  # nothing else: a collective in a handler would meet another collective of the other ranks
 
     def requested(self) -> bool:
         """True on every rank if any rank has received SIGTERM. Collective."""

@@ -108,7 +108,7 @@ def write_bundle(out: Path, record: StepRecord, inputs: StepInputs, world: World
 def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, world: World) -> None:
     """Rank 0's part. Files are written to a temporary folder and flushed to disk; the rename comes last."""
     tensors = {f"adapter.{name}": tensor for name, tensor in record.adapter.items()}
-    layout = []
+    layout = []  # per rank, for bundle.json: groups and rows; every tensor goes to tensors.safetensors
     for rank, (plan, responses) in enumerate(ranks):
         for number, micro in enumerate(plan):
             tensors |= {f"{rank}.{number}.{name}": tensor for name, tensor in micro.pop("tensors").items()}
@@ -139,7 +139,7 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
         **provenance(),
     }
     write_json(partial / "bundle.json", content)
-    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)  # of the same step before a resume
     os.replace(partial, final)
 
 
@@ -153,7 +153,7 @@ def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
         tensors = {
             "advantages": micro.advantages,
             "trained": micro.mask.any(-1),
-            "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],
+            "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],  # [M], without the padding
             **({} if reference is None else {"reference": reference}),
             **({} if old is None else {"old": old}),
         }
@@ -191,7 +191,7 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{path}: written by another version of the trainer (setting '{unknown[0]}'); replay it with commit "
             f"{content['git_commit']}"
         )
-    config = GrpoConfig(**{**content["settings"], "tensorboard": False})
+    config = GrpoConfig(**{**content["settings"], "tensorboard": False})  # its package may be missing here
     adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
     return Bundle(
         path=path,

@@ -47,6 +47,7 @@ def first_bad_token(terms: LossTerms) -> BadToken | None:
         return None
     row, position = bad[0].tolist()
     values = values_at(terms, row, position)
+    # in the order of CHECKED, not of the values: a bad log-prob makes every later term bad too
     what = next(name for name in CHECKED if not torch.isfinite(getattr(terms, name)[row, position]))
     return BadToken(row=row, position=position, what=what, values=values)
 
@@ -70,6 +71,7 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
     def overflows(part: Tensor) -> bool:
 
         share = contribution[part[:, 0], part[:, 1]].sum()
+        # retain_graph: every half uses the same forward pass
         gradients = torch.autograd.grad(share, parameters, retain_graph=True, allow_unused=True)
         return not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 

@@ -117,6 +117,7 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         remedy = "add --resume to go on with it, or " if allow_resume else ""
         raise UserError(f"--out {out}: already holds a run; {remedy}name another folder")
     if resume:
+        # through JSON, so that both sides have JSON's types
         before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
         # a setting that an older version did not record had its default behaviour
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -157,7 +158,7 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[2]  # not the working directory, which may be another repository
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
 
@@ -279,7 +280,7 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
             gathered = full_tensor(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
                 moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
-    adapter = policy.adapter_tensors()
+    adapter = policy.adapter_tensors()  # collective under --shard fsdp, so before the other ranks return
     if not world.is_main:
         return
     adapter_config = None
@@ -309,6 +310,7 @@ def restore_training(
         # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
         state = {
             index: {
+                # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
                 kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
                 for kind, value in of_name[name].items()
             }

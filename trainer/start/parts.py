@@ -35,6 +35,7 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
         dora=not grpo and cfg.dora,
         attn=cfg.attn,
     )
+    # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = grpo and cfg.packing == "shared" and policy.cannot_share
     if cannot_share and (not dist.is_initialized() or dist.get_rank() == 0):
         print(
@@ -63,6 +64,7 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
         from rollout.torch_engine import TorchEngine
 
         def anyone(flag: bool) -> bool:
+            # only a sharded model needs the other ranks in every forward pass
             return world.largest(float(flag)) > 0 if policy.sharded else flag
 
         return TorchEngine(
@@ -91,6 +93,7 @@ def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEng
     assert world.store is not None
     store = None
     if world.is_main:
+        # a store of its own: torchrun's has no token, and listens on all interfaces
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
         store, address = open_store(cfg.sync_host or os.environ["MASTER_ADDR"], cfg.sync_port, nodes)
         world.keep_alive.append(

@@ -62,6 +62,7 @@ def keep_sampler(cfg: GrpoConfig, world: World) -> None:
         reader.start()
         if world.watch:
             world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # makes it print its stacks
+        # until this process ends, or another keeper reports that its process of the same sampler has died
         while process.poll() is None and not store.check([lost]):
             time.sleep(0.1)
         if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
@@ -105,7 +106,7 @@ def _start(cfg: GrpoConfig, address: Address, me: SamplerProcess) -> subprocess.
         stdout=subprocess.PIPE,
         text=True,
         env=env,
-        start_new_session=True,
+        start_new_session=True,  # a signal to the launch's process group must not reach it
     )
     assert process.stdin is not None
     # not on the command line, where every user of the machine could read the token
