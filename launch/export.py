@@ -73,14 +73,14 @@ def main(config: ExportConfig) -> None:
             write_adapter(out, base, adapter, adapter_config, card)
         else:
             settings = run.get("settings", {})
-            held = getattr(torch, settings["dtype"]) if is_adapter and "dtype" in settings else None
+            base_dtype = getattr(torch, settings["dtype"]) if is_adapter and "dtype" in settings else None
             write_checkpoint(
                 base,
                 out,
                 getattr(torch, config.dtype),
                 adapter=adapter,
                 config=adapter_config,
-                held=held,
+                base_dtype=base_dtype,
                 quantize=settings.get("quantize", "none") if is_adapter else "none",
                 extra={"README.md": card},
             )

@@ -16,7 +16,7 @@ from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig
 from trainer.record.runfolder import check_run
-from trainer.start.preflight import check, launch_of, memory, refuse_problems, table
+from trainer.start.preflight import check_launch, estimate_memory, format_rows, launch_of, refuse_problems
 
 DEMO = Path("runs/demo")
 
@@ -40,9 +40,9 @@ def main(config: GrpoConfig) -> None:
         check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
     launch = launch_of(config)
-    refuse_problems(check(config, launch))
+    refuse_problems(check_launch(config, launch))
     if os.environ.get("RANK", "0") == "0":
-        for row in memory(config, launch):  # an estimate: said, not refused
+        for row in estimate_memory(config, launch):  # an estimate: said, not refused
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
 
@@ -59,9 +59,9 @@ def dry_run(config: GrpoConfig) -> None:
         return
     config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))
     launch = launch_of(config)
-    rows = check(config, launch)
-    rows += memory(config, launch)
-    click.echo(table(rows))
+    rows = check_launch(config, launch)
+    rows += estimate_memory(config, launch)
+    click.echo(format_rows(rows))
     if any(row.problem for row in rows):
         raise SystemExit(2)
 

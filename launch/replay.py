@@ -103,16 +103,16 @@ def report(bundle, replayed) -> bool:
 
 def report_ledger(rows: list[dict[str, Any]], loss: float) -> None:
     """The sums of the ledger that mean something."""
-    from trainer.inspect.ledger import total, totals_by
+    from trainer.inspect.ledger import contributions_by, total_contribution
 
-    exact = total(rows)
+    exact = total_contribution(rows)
     print(
         f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 step's "
         f"own sum is {exact - loss:.2g} off)"
     )
-    by_clip = totals_by(rows, "clip")
+    by_clip = contributions_by(rows, "clip")
     print("  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())))
-    by_group = sorted(totals_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
+    by_group = sorted(contributions_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
     print("  groups with the largest shares: " + ", ".join(f"{name} {share:+.6g}" for name, share in by_group[:3]))
 
 

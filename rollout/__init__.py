@@ -1,4 +1,7 @@
-"""Sampling: the `Rollout` noun, the engine protocol, engines in the trainer's process or apart from it, the LoRA sync."""
+"""Sampling: the `Rollout` noun, the engine protocol, engines inside or outside the trainer's process, the LoRA sync.
+
+G: responses per prompt. T: tokens of one response.
+"""
 
 import hashlib
 import time
@@ -21,96 +24,98 @@ class Sampling:
     n: int
     """Responses per prompt (G)."""
     max_tokens: int
-    """Longest response, its end-of-turn token included."""
+    """Longest response, including its end-of-turn token."""
     temperature: float
-    """0 is greedy."""
+    """0 is greedy decoding."""
     top_p: float
+    """Probability mass of nucleus sampling; 1 samples from the whole vocabulary."""
     seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled response: token-in, token-out. Text is decoded for the reward and never encoded again."""
+    """One sampled response: token-in, token-out. The text is decoded for the reward and never tokenized again."""
 
     puzzle_id: str
     prompt_ids: list[int]
-    """[P] prompt tokens as they were sampled from."""
+    """[tokens of the prompt] the sampler's input."""
     response_ids: list[int]
-    """[T] sampled tokens, the end-of-turn token included when it was reached."""
+    """[T] sampled tokens, including the end-of-turn token if the response reached it."""
     sampler_logprobs: list[float]
-    """[T] log-prob of each sampled token under the sampler, at its temperature."""
+    """[T] log-prob of each sampled token under the sampler, at the sampling temperature."""
     finish_reason: str
     """"stop" (end of turn) or "length" (cut at max_tokens)."""
     adapter_version: int
-    """Optimizer steps behind the sampler's adapter; 0 = none loaded yet."""
+    """Number of optimizer steps the sampler's adapter has had; 0 = none loaded yet."""
     adapter_hash: str
-    """Hash (16 hex digits) of the adapter the sampler held; "" = adapter off."""
+    """Hash (16 hex digits) of the adapter that sampled this response; "" = adapter off."""
 
 
 class Engine(Protocol):
-    """Where a rank's rollouts come from. A step's prompts are asked for by all ranks, the same list; each collects its share."""
+    """Where a rank's rollouts come from. All ranks request the same list of prompts; each rank collects its share."""
 
     hash: str
-    """Hash (16 hex digits) of the adapter last handed over; "" before the first."""
+    """Hash (16 hex digits) of the adapter delivered last; "" before the first delivery."""
     seconds: float
     """Seconds the sampler took for the groups collected last."""
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
-        """Hand over the policy's adapter (PEFT names, or every weight), with proof. Collective over the ranks that train.
+        """Give the sampler the policy's adapter (PEFT names) or every weight, and prove that it arrived.
 
-        Raises SyncError naming a tensor that arrived damaged or unbound, or when the canary shows another adapter.
+        Collective over the ranks that train. Raises SyncError that names a damaged or unbound tensor, or when the
+        canary shows that the sampler does not use this adapter.
         """
 
     def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
-        """Ask for `sampling.n` responses to each prompt of a step, under the adapter last delivered."""
+        """Request `sampling.n` responses to each prompt of a step, under the adapter delivered last."""
 
     def collect(self, step: int) -> list[list[Rollout]]:
-        """Groups of this rank's prompts, `prompts[rank :: size]`, in order."""
+        """The groups of this rank's prompts, `prompts[rank :: size]`, in order. Waits until they are sampled."""
 
     def close(self) -> None:
-        """Free what the engine holds."""
+        """Free the engine's resources."""
 
 
 class LocalEngine(ABC):
-    """An engine inside the rank's own process: it samples when the rollouts are collected.
+    """An engine inside the rank's own process. It samples when the rollouts are collected, not when they are requested.
 
-    `tensor_parallel` neighbouring ranks may form one sampler; then they sample for the prompts of all of them together.
+    `tensor_parallel` neighbouring ranks can form one sampler; together they then sample for the prompts of all of them.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, tensor_parallel: int = 1) -> None:
         self.rank, self.size, self.tensor_parallel = rank, size, tensor_parallel
         self.version, self.hash, self.seconds = 0, "", 0.0
-        self.asked: dict[int, tuple] = {}
+        self.asked: dict[int, tuple] = {}  # step -> the arguments of ask()
         self.parcel: Parcel | None = None
-        self.off: list[float] | None = None
+        self.off: list[float] | None = None  # [T-1] canary log-probs without the adapter; they never change
 
     @abstractmethod
     def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
-        """Sample `sampling.n` responses per prompt; the outer list is in prompt order."""
+        """Sample `sampling.n` responses per prompt. Returns one group per prompt, in prompt order."""
 
     @abstractmethod
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
-        """Replace the adapter by the parcel's tensors, verified against the manifest; they are the engine's to change."""
+        """Verify the parcel against the manifest and replace the adapter by its tensors. May write into the parcel."""
 
     @abstractmethod
     def prompt_logprobs(self, ids: list[int], adapter: bool = True) -> list[float]:
-        """[T-1] log-probs of ids[1:], each given what stands before it; adapter False: as if there were none."""
+        """[T-1] log-probs of ids[1:], each given the tokens before it. adapter False: with the adapter off."""
 
     def wake(self) -> None:  # noqa: B027 (most engines never sleep)
-        """Before sampling: take back what sleep gave away."""
+        """Called before sampling: take back the memory that sleep() released."""
 
     def sleep(self) -> None:  # noqa: B027
-        """After sampling: leave memory to the trainer."""
+        """Called after sampling: release memory to the trainer."""
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
         """See Engine."""
         self.parcel, manifest = broadcast_adapter(tensors, self.parcel)
-        self.wake()
+        self.wake()  # the adapter's slots are part of the memory that sleep() released
         self.load_adapter(self.parcel, manifest, version)
         self.prove(canary)
 
     def prove(self, canary: Canary) -> tuple[list[float], list[float] | None]:
-        """The sampler's log-probs of the canary with and without the adapter, checked; the second never change."""
+        """Check the sampler's log-probs of the canary. Returns those with and without the adapter."""
         if self.off is None and canary.reference is not None:
             self.off = self.prompt_logprobs(canary.ids, adapter=False)
         on = self.prompt_logprobs(canary.ids)
@@ -125,6 +130,7 @@ class LocalEngine(ABC):
         """See Engine."""
         start = time.perf_counter()
         puzzle_ids, prompts, sampling = self.asked.pop(step)
+        # the ranks of one tensor-parallel sampler must make the same calls: each samples the prompts of all of them
         first = self.rank // self.tensor_parallel * self.tensor_parallel
         team = range(first, first + self.tensor_parallel)
         ours = [i for i in range(len(prompts)) if i % self.size in team]
@@ -138,51 +144,53 @@ class LocalEngine(ABC):
 
 
 class Ahead:
-    """A step's rollouts, asked for `staleness` steps before they are trained on (0: when they are needed).
+    """The rollouts of each step, requested `staleness` steps before they are trained on (0: when they are needed).
 
-    Those of step s are sampled under the adapter of step s - staleness: always the oldest allowed, so that a run with the
-    same seed is the same run, however fast its samplers are. The first steps of a run take the first adapter; so do those of one
-    that is resumed for more steps than it was to have, since nothing was asked beyond its end.
+    The rollouts of step s are sampled under the adapter of step s - staleness. This is always the oldest adapter
+    allowed, so two runs with the same seed are equal however fast their samplers are. The first steps use the first
+    adapter. The same holds for the first steps after a resume with a larger --steps: nothing was requested beyond the
+    old end of the run.
     """
 
     def __init__(self, engine: Engine, ask: Callable[[int], None], staleness: int, first: int, end: int) -> None:
-        """ask(step) asks the engine. first, end: the run's steps."""
+        """ask(step) sends the request to the engine. first, end: the steps of the run, end excluded."""
         self.engine, self.ask, self.staleness, self.next, self.end = engine, ask, staleness, first, end
-        self.held: dict[int, list[list[Rollout]]] = {}
-        self.coming: list[int] = []
+        self.sampled: dict[int, list[list[Rollout]]] = {}
+        self.requested: list[int] = []
 
     def restore(self, pending: dict[str, list], rank: int, size: int) -> None:
-        """Begin, with the unused rollouts of a checkpoint (as unused() gives them); a rank takes its share."""
+        """Start from the unused rollouts of a checkpoint, in the format of unused(); each rank takes its share."""
         for step, groups in pending.items():
-            self.held[int(step)] = [[Rollout(**r) for r in group] for group in groups[rank::size]]
+            self.sampled[int(step)] = [[Rollout(**r) for r in group] for group in groups[rank::size]]
         self._ask_until(self.next + self.staleness)
 
     def groups(self, step: int) -> list[list[Rollout]]:
-        """This rank's groups of a step; those of step + staleness are asked for, under the adapter at hand."""
+        """This rank's groups of a step. First requests the groups of step + staleness, under the current adapter."""
         self._ask_until(step + self.staleness + 1)
-        if step in self.held:
-            return self.held.pop(step)
-        self.coming.remove(step)
+        if step in self.sampled:
+            return self.sampled.pop(step)
+        self.requested.remove(step)
         return self.engine.collect(step)
 
     def unused(self, gather: Callable[[list], list]) -> dict[str, list]:
-        """Rollouts asked for and not yet trained on, for a checkpoint; waits for them. gather: as World.gather. Collective."""
-        for step in self.coming:
-            self.held[step] = self.engine.collect(step)
-        self.coming = []
+        """Wait for all rollouts not yet trained on, for a checkpoint. gather: World.gather. Collective."""
+        for step in self.requested:
+            self.sampled[step] = self.engine.collect(step)
+        self.requested = []
         return {
             str(step): gather([[asdict(r) for r in group] for group in groups])
-            for step, groups in sorted(self.held.items())
+            for step, groups in sorted(self.sampled.items())
         }
 
     def _ask_until(self, end: int) -> None:
         for step in range(self.next, min(end, self.end)):
-            if step not in self.held:
+            if step not in self.sampled:
                 self.ask(step)
-                self.coming.append(step)
+                self.requested.append(step)
         self.next = max(self.next, min(end, self.end))
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts' text: the same on every machine and in every process."""
+    """A 63-bit seed from the text of the parts: the same on every machine and in every process."""
+    # not hash(): Python salts it per process
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

@@ -1,8 +1,8 @@
-"""Where a run's trainers and samplers meet: a TCPStore on one interface and one port.
+"""The meeting point of a run's trainers and samplers: a TCPStore on one interface and one port.
 
-Orders, answers and rollouts are signed with the run's token; a store of another run, and a value of another writer, are
-refused. It keeps runs apart. It is no wall: the token comes through torchrun's own store, which asks nobody who he is, so the
-network between the nodes must be trusted.
+Orders, answers and rollouts are signed with the run's token. A store of another run and a value of another writer are
+refused. This keeps runs apart, but it is no protection against an attacker: the token travels through torchrun's own
+store, which has no authentication, so the network between the nodes must be trusted.
 """
 
 import hmac
@@ -22,25 +22,28 @@ from data.errors import UserError
 from rollout.sync import RunError
 
 PART = 4 << 20
-"""Bytes of a value; the store takes 8 MiB at most."""
+"""Bytes of one stored part. The store accepts at most 8 MiB per value."""
 JOIN_SECONDS = 60
+"""How long to wait for a store that should answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """Where a run's samplers and trainers meet."""
+    """The address of a run's store, and the token that proves that a process belongs to the run."""
 
     host: str
     port: int
     token: str = field(repr=False)
 
 
-def serve(where: str, port: int, nodes: int = 1) -> tuple[dist.TCPStore, Address]:
-    """Open a run's store on the interface or address `where` alone; port 0 takes a free one.
+def open_store(where: str, port: int, nodes: int = 1) -> tuple[dist.TCPStore, Address]:
+    """Open a run's store. It listens only on the interface or address `where`. Port 0 takes a free port.
 
-    Raises UserError when the address is not this machine's or the port is taken, and says whether by another run.
+    Raises UserError if the address does not belong to this machine, or if the port is taken; then it says whether
+    another run has taken it.
     """
     host = address_of(where, nodes)
+    # bind the socket here and give it to TCPStore, which would listen on all interfaces
     listener = socket.create_server((host, 0)) if port == 0 else _listen(host, port)
     token = secrets.token_hex(16)
     port = listener.getsockname()[1]
@@ -65,15 +68,15 @@ def _listen(host: str, port: int) -> socket.socket:
             if dist.TCPStore(host, port, timeout=timedelta(seconds=3), wait_for_workers=False).check(["who"]):
                 whose = "another run (its token is not this run's)"
         except dist.DistError:
-            pass  # no store
+            pass  # the program there is no TCPStore
         raise UserError(
             f"--sync-port {port}: {whose} already answers on {host} ({error.strerror}); name another port, or 0 for "
             "a free one"
         ) from None
 
 
-def join(address: Address, who: str) -> dist.TCPStore:
-    """Join a run's store. Raises RunError when nobody answers there, or another run does."""
+def join_store(address: Address, who: str) -> dist.TCPStore:
+    """Connect to a run's store. who: for messages. Raises RunError if nobody answers there, or another run does."""
     where = f"{address.host}:{address.port}"
     try:
         store = dist.TCPStore(
@@ -84,7 +87,8 @@ def join(address: Address, who: str) -> dist.TCPStore:
         raise RunError(f"{who}: nobody answers at {where}, where the trainers' store should be") from None
     if not ours:
         raise RunError(
-            f"{who}: the store at {where} belongs to another run (its token is not this run's); give each run its own --sync-port"
+            f"{who}: the store at {where} belongs to another run (its token is not this run's); "
+            "give each run its own --sync-port"
         )
     return store
 
@@ -92,18 +96,19 @@ def join(address: Address, who: str) -> dist.TCPStore:
 def address_of(where: str, nodes: int = 1) -> str:
     """The IPv4 address of a network interface (eth0), a host name or an address.
 
-    Raises UserError for an unknown one, and for a name that other nodes cannot use.
+    Raises UserError if it is unknown, or if it is a host name that other nodes cannot reach.
     """
     for card in psutil.net_if_addrs().get(where, []):
         if card.family == socket.AF_INET:
             return card.address
     try:
         host = socket.gethostbyname(where)
-        socket.create_server((host, 0)).close()
+        socket.create_server((host, 0)).close()  # fails for an address of another machine
     except OSError as error:
         raise UserError(
             f"--sync-host {where}: not an interface or address of this machine ({error.strerror or error})"
         ) from None
+    # many distributions map the machine's own name to 127.0.1.1 in /etc/hosts
     if host.startswith("127.") and not where[0].isdigit() and where not in ("localhost", "lo") and nodes > 1:
         raise UserError(
             f"--sync-host {where}: the name stands for {host} here, which no other node reaches; name an interface "
@@ -112,14 +117,15 @@ def address_of(where: str, nodes: int = 1) -> str:
     return host
 
 
-def facing(address: Address) -> str:
-    """The address of this machine's interface that faces the trainers'."""
+def address_facing(address: Address) -> str:
+    """The address of this machine's interface from which the trainers' store is reached."""
     with socket.create_connection((address.host, address.port), timeout=JOIN_SECONDS) as probe:
         return probe.getsockname()[0]
 
 
-def put(store: dist.Store, key: str, value: Any, token: str) -> None:
-    """Store a JSON value under a key, in parts; their number and a signature come last and say that all are there."""
+def put_signed(store: dist.Store, key: str, value: Any, token: str) -> None:
+    """Store a JSON value under a key, in parts. The key itself is set last, to the number of parts and a signature."""
+    # readers look at the key only, so a value of which some parts are missing is never seen
     data = json.dumps(value).encode()
     parts = [data[i : i + PART] for i in range(0, len(data), PART)]
     for number, part in enumerate(parts):
@@ -127,10 +133,10 @@ def put(store: dist.Store, key: str, value: Any, token: str) -> None:
     store.set(key, f"{len(parts)} {_sign(token, key, data)}")
 
 
-def take(store: dist.Store, key: str, token: str) -> Any:
-    """The value of a key, removed from the store; None while it is not there (a stored value is never None).
+def take_signed(store: dist.Store, key: str, token: str) -> Any:
+    """Remove the value of a key from the store and return it. None if it is not there (a stored value is never None).
 
-    A value that was not signed with the run's token is left out, with a line that says so.
+    A value that is not signed with the run's token is dropped, and a line on stderr says so.
     """
     if not store.check([key]):
         return None
@@ -146,12 +152,15 @@ def take(store: dist.Store, key: str, token: str) -> Any:
 
 
 def _sign(token: str, key: str, data: bytes = b"") -> str:
-    """Shows that the writer of a key knows the token, without showing the token."""
+    """HMAC-SHA256 of key and data: proves that the writer knows the token without revealing the token."""
     return hmac.new(token.encode(), key.encode() + b"\0" + data, "sha256").hexdigest()
 
 
 def make_group(store: dist.Store, rank: int, size: int, host: str, device: torch.device) -> dist.ProcessGroup:
-    """The group an adapter travels in: rank 0 is the trainer. NCCL between GPUs, else gloo on the interface `host`."""
+    """The process group of the adapter's broadcast; rank 0 is the trainer. NCCL on GPUs, else gloo on interface `host`.
+
+    All `size` processes must call it: gloo connects every pair of them here, and waits for them up to JOIN_SECONDS.
+    """
     if device.type == "cuda":
         return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
     options = dist.ProcessGroupGloo._Options()

@@ -1,9 +1,10 @@
-"""Sampling in processes of their own: orders and rollouts over a TCPStore, the adapter by broadcast in a group of its own.
+"""Sampling in separate processes: orders and rollouts go through a TCPStore, the adapter through a broadcast.
 
-Each sampler has a queue of orders and, on rank 0 of the trainers, a thread that works through it: load an adapter, generate,
-stop. A sampler that died and was started again gets the last adapter and the unfinished order once more.
+Each sampler has a queue of orders on rank 0 of the trainers, and a thread there that works through the queue: load an
+adapter, generate, stop. A sampler that died and was restarted gets the last adapter and the unfinished order again.
 
-Keys: e0/g1/... belong to the first restart (generation 1) of sampler 0; rollouts/STEP/PROMPT to any of them.
+Keys in the store: e0/g1/... belong to the first restart (generation 1) of sampler 0; rollouts/STEP/PROMPT to all
+samplers.
 """
 
 import os
@@ -22,17 +23,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rollout import Rollout, Sampling
-from rollout.link import JOIN_SECONDS, Address, facing, join, make_group, put, take
+from rollout.link import JOIN_SECONDS, Address, address_facing, join_store, make_group, put_signed, take_signed
 from rollout.sync import Canary, Manifest, Parcel, RunError, SyncError, manifest_hash
 
 
 class SamplerLost(RunError):
-    """A sampler died and was not started again, or failed; the message names it."""
+    """A sampler died and was not restarted, or it failed; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerProcess:
+    """Identifies one process of one sampler."""
+
+    engine: int
+    """Number of the sampler."""
+    member: int
+    """Number of the process within the sampler: its tensor-parallel rank."""
+    members: int
+    """Processes of the sampler."""
+    generation: int
+    """How often the sampler was restarted before this process started."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the keys in the store that belong to this life of the sampler."""
+        return f"e{self.engine}/g{self.generation}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """An adapter on its way: a snapshot, so that the trainer may go on."""
+    """The order to load an adapter. The parcel is a snapshot, so the trainer can change its weights meanwhile."""
 
     version: int
     manifest: Manifest
@@ -43,20 +63,23 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """One sampler's share of a step: prompts[i] for i in places."""
+    """The order to sample one sampler's share of a step."""
 
     step: int
+    """From 0."""
     places: list[int]
+    """Position of each prompt in the step's list of prompts."""
     puzzle_ids: list[str]
     prompts: list[list[int]]
     sampling: Sampling
 
 
 class SplitEngine:
-    """The trainers' end. Every rank reads its own rollouts; rank 0 also gives the orders.
+    """The trainers' side. Every rank reads its own rollouts; rank 0 also sends the orders.
 
-    samplers: how many there are, of `members` processes each. restarts: how often one may die. synchronous: a delivery waits
-    until it is proven (else the proof comes before the first rollout under that adapter is accepted).
+    samplers: number of samplers, of `members` processes each. restarts: how often each may be restarted. synchronous:
+    deliver() waits until the adapter is proven; otherwise the proof still comes before the first rollout under that
+    adapter. waiting(what): a context that tells the watch that this rank waits.
     """
 
     def __init__(
@@ -79,7 +102,7 @@ class SplitEngine:
         self.version, self.hash, self.seconds = 0, "", 0.0
         self.asked: dict[int, tuple] = {}
         self.off: dict[int, list[float]] = {}
-        """Per sampler, its log-probs of the canary without an adapter."""
+        """Per sampler, its log-probs of the canary with the adapter off."""
         self.restarts_left = [restarts] * samplers
         self.queues: list[queue.Queue] = [queue.Queue() for _ in range(samplers if rank == 0 else 0)]
         self.threads = [
@@ -93,6 +116,7 @@ class SplitEngine:
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
         """See Engine."""
+        # a new parcel each time: with staleness the last one may still be on its way to a sampler
         parcel = Parcel.of(tensors)
         manifest = parcel.manifest()
         hashes: list[str] = [""] * self.size
@@ -102,6 +126,7 @@ class SplitEngine:
             raise SyncError(f"LoRA sync: the training ranks hold different adapters ({', '.join(hashes)})")
         self.version, self.hash = version, hashes[0]
         if self.rank == 0:
+            # the same queue as for ask(): a sampler loads an adapter before the first order that needs it
             item = Load(version=version, manifest=manifest, parcel=parcel, canary=canary, lora=self.lora)
             for orders in self.queues:
                 orders.put(item)
@@ -110,7 +135,7 @@ class SplitEngine:
 
     def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
         """See Engine. Sampler e of E gets prompts[e :: E]."""
-        self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)
+        self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
         for e, orders in enumerate(self.queues):
             places = list(range(e, len(prompts), len(self.queues)))
             orders.put(
@@ -124,11 +149,11 @@ class SplitEngine:
             )
 
     def collect(self, step: int) -> list[list[Rollout]]:
-        """See Engine. Raises SyncError for rollouts of another adapter than was asked for."""
+        """See Engine. Raises SyncError if rollouts were sampled under another adapter than requested."""
         puzzle_ids, prompts, version, identity = self.asked.pop(step)
         groups = []
         for place in range(self.rank, len(prompts), self.size):
-            while (sampled := take(self.store, f"rollouts/{step}/{place}", self.address.token)) is None:
+            while (sampled := take_signed(self.store, f"rollouts/{step}/{place}", self.address.token)) is None:
                 self._check_failure(f"the rollouts of step {step + 1}")
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(
@@ -153,16 +178,16 @@ class SplitEngine:
         return groups
 
     def close(self) -> None:
-        """See Engine: stop the samplers, in order."""
+        """See Engine. Stops the samplers after their last order."""
         for orders in self.queues:
-            orders.put(None)
+            orders.put(None)  # ends the thread's loop, after all earlier orders
         for thread in self.threads:
             thread.join(timeout=JOIN_SECONDS)
-        if self.store.check(["failure"]):  # the last hand-over is proven too
+        if self.store.check(["failure"]):  # the last adapter was not sampled from, but its hand-over is proven too
             raise SamplerLost(self.store.get("failure").decode())
 
     def _check_failure(self, what: str) -> None:
-        """Wait a moment; raise SamplerLost, on every rank, when a sampler is gone."""
+        """Sleep briefly. Raises SamplerLost if a sampler is gone; every rank that polls sees the same failure."""
         with self.waiting(what):
             time.sleep(0.01)
         if self.store.check(["failure"]):
@@ -171,14 +196,15 @@ class SplitEngine:
     # ---- a thread per sampler, on rank 0
 
     def _drive(self, engine: int) -> None:
-        """Work through a sampler's orders, over its restarts; leave a sentence for everyone when that fails."""
-        store = self.store.clone()
+        """Work through a sampler's orders, across restarts. On failure, leave a sentence for all ranks in the store."""
+        store = self.store.clone()  # a client serves one thread at a time
         try:
             self._work(engine, store)
         except RunError as error:
             store.set("failure", str(error))
         finally:
-            if (error := sys.exception()) is not None:  # a bug of ours: its traceback is printed, and nobody may wait
+            # any other error is a bug: Python prints its traceback, and no rank may wait for this thread for ever
+            if (error := sys.exception()) is not None:
                 store.set("failure", f"sampler {engine}: {type(error).__name__}: {error}")
 
     def _work(self, engine: int, store: dist.Store) -> None:
@@ -190,8 +216,9 @@ class SplitEngine:
                 try:
                     if session is None:
                         session = Session(store, engine, self._generation(engine), self)
-                        if item is not last_load and last_load is not None:
+                        if item is not last_load and last_load is not None:  # a restarted sampler has no adapter
                             session.load(last_load)
+                    # after a restart the whole order is repeated; its rollouts are the same, since its seed is
                     session.load(item) if isinstance(item, Load) else session.generate(item)
                     break
                 except SamplerLost as lost:
@@ -200,31 +227,32 @@ class SplitEngine:
                         raise
                     self.restarts_left[engine] -= 1
                     print(f"{lost}; it is started again (attempt {attempt + 2})", file=sys.stderr, flush=True)
-            self.queues[engine].task_done()
+            self.queues[engine].task_done()  # deliver() waits for this if it is synchronous
         if session is not None:
             session.stop()
 
     def _generation(self, engine: int) -> int:
-        """Restarts of a sampler so far."""
+        """How often a sampler was restarted so far."""
         return next(g for g in count() if not self.store.check([f"e{engine}/g{g}/lost"]))
 
 
 class Session:
-    """One life of one sampler, seen from the trainer: orders one at a time, each answered by all its processes."""
+    """One life of one sampler, seen from the trainer: one order at a time, answered by all processes of the sampler."""
 
     def __init__(self, store: dist.Store, engine: int, generation: int, owner: SplitEngine) -> None:
-        """Wait until the sampler's processes have loaded their model and shown that they know the token; make the group."""
+        """Wait until the sampler's processes have loaded their model and proven their token, then make the group."""
         self.store, self.engine, self.owner, self.token = store, engine, owner, owner.address.token
         self.prefix, self.orders = f"e{engine}/g{generation}", 0
         for member in range(owner.members):
             self._await(f"{self.prefix}/hello/{member}")
+        # only now: making the group blocks until all are there, and a process that died while loading would never come
         store.set(f"{self.prefix}/group", "come")
         self.group = make_group(
             dist.PrefixStore(self.prefix, store), 0, 1 + owner.members, owner.address.host, owner.device
         )
 
     def load(self, item: Load) -> None:
-        """Send an adapter, and check what every process of the sampler says of it."""
+        """Broadcast an adapter, and check the answers of the sampler's processes: checksums and canary."""
         want_off = self.engine not in self.owner.off and item.canary.reference is not None
         self._order(
             {
@@ -238,7 +266,7 @@ class Session:
             }
         )
         work = self.group.broadcast(item.parcel.buffer, 0)
-        while not work.is_completed():
+        while not work.is_completed():  # poll: wait() would block for minutes if the sampler died
             self._check_alive()
             time.sleep(0.0005)
         try:
@@ -251,7 +279,7 @@ class Session:
         item.canary.check(answer["on"], self.owner.off.get(self.engine))
 
     def generate(self, item: Generate) -> None:
-        """Have a share of a step sampled; the rollouts wait in the store for the rank that needs them."""
+        """Have a share of a step sampled. The sampler puts the rollouts into the store; each rank takes its own."""
         self._order(
             {
                 "do": "generate",
@@ -265,24 +293,24 @@ class Session:
         self._answers()
 
     def stop(self) -> None:
-        """The last order."""
+        """Send the last order."""
         self._order({"do": "stop"})
         self._answers()
 
     def _order(self, order: dict) -> None:
-        self.orders += 1
+        self.orders += 1  # counted on both sides, so an order is never carried out twice
         for member in range(self.owner.members):
-            put(self.store, f"{self.prefix}/order/{self.orders}/{member}", order, self.token)
+            put_signed(self.store, f"{self.prefix}/order/{self.orders}/{member}", order, self.token)
 
     def _answers(self) -> dict:
-        """The first process's answer, once all have answered. Raises SyncError or SamplerLost with what one of them says."""
+        """The first process's answer, once all have answered. Raises SyncError or RunError if one answers an error."""
         answers: dict[int, dict] = {}
         for waited in count():
             for member in set(range(self.owner.members)) - set(answers):
-                answer = take(self.store, f"{self.prefix}/answer/{self.orders}/{member}", self.token)
+                answer = take_signed(self.store, f"{self.prefix}/answer/{self.orders}/{member}", self.token)
                 if answer is not None:
                     answers[member] = answer
-                    if "error" in answer:  # at once: the others may wait for this one for ever
+                    if "error" in answer:  # raise before the others answer: they may wait for this one for ever
                         kind = SyncError if answer["sync"] else RunError
                         raise kind(f"sampler {self.engine}: {answer['error']}")
             if len(answers) == self.owner.members:
@@ -292,14 +320,14 @@ class Session:
 
     def _await(self, key: str) -> dict:
         for waited in count():
-            value = take(self.store, key, self.token)
+            value = take_signed(self.store, key, self.token)
             if value is not None:
                 return value
             self._pause(waited)
         raise AssertionError
 
     def _pause(self, waited: int) -> None:
-        """Between two looks into the store."""
+        """Sleep between two looks into the store; check now and then that the sampler is alive."""
         time.sleep(0.001 if waited < 100 else 0.02)
         if waited % 25 == 0:
             self._check_alive()
@@ -309,7 +337,7 @@ class Session:
             raise SamplerLost(self.store.get(f"{self.prefix}/lost").decode())
 
     def _lost_or(self, error: RuntimeError) -> None:
-        """A broken broadcast: the sampler's keeper says within seconds how it died; else the error is the network's."""
+        """After a failed broadcast. Raises SamplerLost if the keeper reports a death within 10 s, else SyncError."""
         for _ in range(100):
             self._check_alive()
             time.sleep(0.1)
@@ -319,56 +347,51 @@ class Session:
 class SamplerEnd:
     """The same session seen from one process of a sampler."""
 
-    def __init__(
-        self, address: Address, engine: int, member: int, members: int, generation: int, device: torch.device
-    ) -> None:
-        self.address, self.member, self.members, self.device = address, member, members, device
-        self.prefix = f"e{engine}/g{generation}"
-        self.store = join(address, f"sampler {engine}")
+    def __init__(self, address: Address, process: SamplerProcess, device: torch.device) -> None:
+        self.address, self.device, self.prefix = address, device, process.prefix
+        self.member, self.members = process.member, process.members
+        self.store = join_store(address, f"sampler {process.engine}")
         self.orders = 0
         self.parcel: Parcel | None = None
 
     def hello(self) -> None:
-        """The model is loaded: say so, signed with the token, and join the group."""
-        put(self.store, f"{self.prefix}/hello/{self.member}", {"pid": os.getpid()}, self.address.token)
+        """Report, signed with the token, that the model is loaded, and join the group."""
+        put_signed(self.store, f"{self.prefix}/hello/{self.member}", {"pid": os.getpid()}, self.address.token)
         while not self.store.check([f"{self.prefix}/group"]):
             time.sleep(0.02)
         self.group = make_group(
             dist.PrefixStore(self.prefix, self.store),
             1 + self.member,
             1 + self.members,
-            facing(self.address),
+            address_facing(self.address),
             self.device,
         )
 
     def next_order(self) -> dict:
-        """Wait for an order; DistError when the trainers' store is gone."""
+        """Wait for an order. Raises DistError if the trainers' store is gone."""
         self.orders += 1
         key = f"{self.prefix}/order/{self.orders}/{self.member}"
-        while (order := take(self.store, key, self.address.token)) is None:
+        while (order := take_signed(self.store, key, self.address.token)) is None:
             time.sleep(0.002)
         return order
 
     def receive(self, manifest: Manifest) -> Parcel:
-        """What the trainer broadcasts, as it came."""
+        """The adapter that the trainer broadcasts; its checksums are not verified yet. Collective with Session.load."""
         layout = tuple(row[:-1] for row in manifest)
+        # keep the buffer as long as the layout is the same: vLLM's SlotPlan has views into it
         if self.parcel is None or self.parcel.layout != layout:
             self.parcel = Parcel(layout, self.device)
         self.group.broadcast(self.parcel.buffer, 0).wait()
         return self.parcel
 
     def answer(self, **values: Any) -> None:
-        put(self.store, f"{self.prefix}/answer/{self.orders}/{self.member}", values, self.address.token)
+        """Answer the current order."""
+        put_signed(self.store, f"{self.prefix}/answer/{self.orders}/{self.member}", values, self.address.token)
 
-    def deliver_rollouts(
-        self, step: int, places: list[int], groups: list[list[Rollout]], version: int, identity: str, seconds: float
-    ) -> None:
-        """Leave each prompt's rollouts for the rank that trains on them."""
+    def deliver_rollouts(self, step: int, places: list[int], groups: list[list[Rollout]], seconds: float) -> None:
+        """Put each prompt's rollouts into the store, for the rank that collects them. seconds: of sampling."""
         for place, group in zip(places, groups, strict=True):
             responses = [(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group]
-            put(
-                self.store,
-                f"rollouts/{step}/{place}",
-                {"version": version, "hash": identity, "responses": responses, "seconds": seconds},
-                self.address.token,
-            )
+            sampled = {"version": group[0].adapter_version, "hash": group[0].adapter_hash, "responses": responses}
+            key = f"rollouts/{step}/{place}"
+            put_signed(self.store, key, {**sampled, "seconds": seconds}, self.address.token)

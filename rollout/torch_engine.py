@@ -1,6 +1,7 @@
 """Sampling with the trainer's own model in plain PyTorch: slow, deterministic, and easy to step through.
 
-Every response draws its uniforms from a generator of its own, so it does not depend on what else is in the batch.
+Every response has its own random generator, so it does not depend on the other responses in the batch.
+B: responses decoded together. L: tokens of the longest prompt. T: response tokens. V: vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rollout.sync import Manifest, Parcel, manifest_hash
 
 
 class TorchEngine(LocalEngine):
-    """Samples from `model`, the live policy (adapter on). `batch` responses are decoded at a time, [B, T] with a KV cache."""
+    """Samples from `model`, the policy in training (adapter on): `batch` responses at a time, with a KV cache."""
 
     def __init__(
         self,
@@ -30,15 +31,15 @@ class TorchEngine(LocalEngine):
     ) -> None:
         """decoding(): a context in which `model` attends as an ordinary causal model (policy.decoding).
 
-        adopt: takes over an adapter, where the model is not the trainer's own. anyone(wish): does any rank wish it; a sharded
-        model decodes on all ranks until the last is done.
+        adopt: loads an adapter into the model, if it is not the trainer's own. anyone(flag): True if the flag is True
+        on any rank; the ranks of a sharded model must all decode until the last one is done.
         """
         super().__init__(rank, size)
         self.model, self.eos_id, self.decoding, self.batch = model, eos_id, decoding, batch
         self.adopt, self.anyone = adopt, anyone
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
-        """See LocalEngine. The trainer's own model already holds these tensors; only their identity is recorded."""
+        """See LocalEngine. The trainer's own model already has these tensors; only their hash is recorded."""
         parcel.verify(manifest)
         if self.adopt is not None:
             self.adopt(parcel.tensors)
@@ -76,7 +77,7 @@ class TorchEngine(LocalEngine):
 
     @staticmethod
     def _uniforms(sampling: Sampling, puzzle_id: str, copy: int) -> Tensor:
-        """[max_tokens] float64 in [0, 1): one draw per token, from (seed, puzzle, copy) alone."""
+        """[max_tokens] float64 in [0, 1): one draw per token. A function of (seed, puzzle, copy) only."""
         generator = torch.Generator().manual_seed(stable_seed(sampling.seed, puzzle_id, copy))
         return torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
 
@@ -84,14 +85,17 @@ class TorchEngine(LocalEngine):
     def _decode(
         self, prompts: list[list[int]], uniforms_BT: Tensor, sampling: Sampling
     ) -> list[tuple[list[int], list[float]]]:
+        """Per prompt (response ids, their log-probs), including the end of turn. uniforms_BT: one draw per token."""
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
-        tokens_BL = torch.tensor([[self.eos_id] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-        seen_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        # padded on the left, so that the last position of every row predicts its next token
+        tokens_BL = torch.tensor([[self.eos_id] * (width - len(p)) + p for p in prompts], device=device)
+        seen_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # 0: padding
         cache, done_B = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)
         ids_TB, logprobs_TB = [], []
         with self.decoding():
             for step in range(sampling.max_tokens):
+                # positions count real tokens only, as in training; after the first pass only the newest token is fed
                 position_ids = (seen_BL.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BL.shape[1] :]
                 out = self.model(
                     input_ids=tokens_BL,
@@ -103,23 +107,28 @@ class TorchEngine(LocalEngine):
                 )
                 cache = out.past_key_values
                 logits_BV = out.logits[:, -1].float()
-                choice_B, logprob_B = choose(
+                choice_B, logprob_B = draw_token(
                     logits_BV, uniforms_BT[:, step].to(device), sampling.temperature, sampling.top_p
                 )
                 ids_TB.append(choice_B)
                 logprobs_TB.append(logprob_B)
                 done_B |= choice_B == self.eos_id
+                # sync point of a sharded model: a rank that stopped alone would leave the others waiting for its layers
                 if not self.anyone(not bool(done_B.all())):
                     break
                 tokens_BL = choice_B[:, None]
                 seen_BL = torch.cat([seen_BL, seen_BL.new_ones(len(prompts), 1)], dim=1)
+        # finished rows were decoded on with the rest of the batch: cut each after its first end-of-turn token
         ids, logprobs = torch.stack(ids_TB, 1).tolist(), torch.stack(logprobs_TB, 1).tolist()
         lengths = [row.index(self.eos_id) + 1 if self.eos_id in row else len(row) for row in ids]
         return [(row[:n], values[:n]) for row, values, n in zip(ids, logprobs, lengths, strict=True)]
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """(tokens [B], log-probs [B]) by inverting the cumulative distribution at `uniform_B`; greedy at temperature 0."""
+def draw_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """(tokens [B], log-probs [B]), by inverting the cumulative distribution at `uniform_B`. Greedy at temperature 0.
+
+    logits_BV: float32. uniform_B: float64 in [0, 1). The log-probs are those of the distribution that was sampled from.
+    """
     if temperature == 0:
         logprobs_BV = logits_BV.log_softmax(-1)
         choice_B = logits_BV.argmax(-1)
@@ -127,10 +136,10 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: floa
     logprobs_BV = (logits_BV / temperature).log_softmax(-1)
     if top_p < 1:
         ordered, index = logprobs_BV.sort(-1, descending=True)
-        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the first token past top_p stays
+        beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the token that crosses top_p stays
         dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
         logprobs_BV = logprobs_BV.masked_fill(dropped, float("-inf")).log_softmax(-1)
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    target_B = uniform_B * cumulative_BV[:, -1]  # the sum is 1 up to rounding
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)  # float64: a float32 sum over V loses the rare tokens
+    target_B = uniform_B * cumulative_BV[:, -1]  # the sum is 1 only up to rounding
     choice_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
     return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Sampling with vLLM inside every rank: the engine shares the process, and its world, with the trainer."""
+"""Sampling with vLLM inside every rank: the engine shares process and torch.distributed world with the trainer."""
 
 import os
 import warnings
@@ -14,24 +14,26 @@ from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
 
 
 def prepare_environment(kv_cache_bytes: int) -> None:
-    """What vLLM reads from the environment when it is imported. Called where an engine starts, and nowhere else."""
-    # the engine core runs in this process, so that a debugger and torch's random generators reach it
+    """Set the variables that vLLM reads when it is imported. Called only where an engine starts."""
+    # run the engine core in this process: a debugger and torch's random generators then reach it
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several ranks share the cores
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # of vLLM's own calls to torch
+        # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
 
 
 class VLLMEngine(LocalEngine):
-    """A vLLM engine inside the rank, or over `tensor_parallel` neighbouring ranks; adapter or weights handed over in memory.
+    """A vLLM engine inside the rank, or over `tensor_parallel` neighbouring ranks. It gets its adapter in memory.
 
-    model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter. max_model_len:
-    prompt + response tokens. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from memory_fraction. may_sleep: give the
-    GPU's memory back between samplings (level 1: the weights wait in main memory; level 2 would lose the adapter).
+    model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter.
+    max_model_len: prompt + response tokens. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
+    memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
+    2 would lose the adapter).
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class VLLMEngine(LocalEngine):
         self.lora, self.request, self.may_sleep, self.asleep = lora, None, may_sleep and on_gpu, False
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
-        set_num_threads = torch.set_num_threads  # vLLM's CPU worker leaves one that does nothing; put back below
+        set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op; restored below
         self.llm = LLM(
             model_dir,
             dtype=dtype,
@@ -68,11 +70,11 @@ class VLLMEngine(LocalEngine):
             max_num_seqs=max_num_seqs,
             seed=0,
             enforce_eager=not on_gpu,
-            distributed_executor_backend="external_launcher",
+            distributed_executor_backend="external_launcher",  # this process is the worker; vLLM starts none
             tensor_parallel_size=tensor_parallel,
             enable_sleep_mode=self.may_sleep,
             worker_extension_cls="rollout.vllm_engine.SyncWorker",
-            logprobs_mode="processed_logprobs",
+            logprobs_mode="processed_logprobs",  # after temperature and top-p: the distribution that was sampled from
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
             disable_log_stats=True,
@@ -83,7 +85,7 @@ class VLLMEngine(LocalEngine):
         torch.set_num_threads = set_num_threads
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
-        """See LocalEngine. A new LoRA name and id per version: vLLM's prefix cache is keyed by the name."""
+        """See LocalEngine. Every version gets a new LoRA name and id: vLLM's prefix cache is keyed by the name."""
         from vllm.lora.request import LoRARequest
 
         self.hash, self.version = manifest_hash(manifest), version
@@ -93,7 +95,7 @@ class VLLMEngine(LocalEngine):
             answers = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))
             self.bound = answers[0]
             self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")
-        # a cache that starts empty also makes a resumed run sample what the unbroken one would have
+        # with an empty cache a resumed run samples the same tokens as an uninterrupted one
         self.llm.reset_prefix_cache()
 
     def wake(self) -> None:
@@ -103,14 +105,14 @@ class VLLMEngine(LocalEngine):
             self.asleep = False
 
     def sleep(self) -> None:
-        """See LocalEngine. The adapter goes with the weights, and comes back with them."""
+        """See LocalEngine. The adapter moves to main memory with the weights, and back with them."""
         if self.may_sleep and not self.asleep:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # sleep() unmaps memory that a queued kernel could still read
             self.llm.sleep(level=1)
             self.asleep = True
 
     def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
-        """See LocalEngine. Same prompts, adapter and seed give the same responses: vLLM draws from torch's global generator."""
+        """See LocalEngine. Equal prompts, adapter and seed give equal responses: vLLM uses torch's generator."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -124,7 +126,7 @@ class VLLMEngine(LocalEngine):
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         self.wake()
         with torch.random.fork_rng():
-            # other ranks sample other prompts: other draws; those of one sampler draw the same
+            # samplers get different prompts and different draws; the ranks of one sampler must draw the same tokens
             torch.manual_seed(sampling.seed + self.rank // self.tensor_parallel)
             outputs = self.llm.generate(requests, params, lora_request=self.request, use_tqdm=False)
         return [
@@ -133,7 +135,7 @@ class VLLMEngine(LocalEngine):
         ]
 
     def prompt_logprobs(self, ids: list[int], adapter: bool = True) -> list[float]:
-        """See LocalEngine. vLLM reads no prefix cache for it, so every layer runs under the adapter at hand."""
+        """See LocalEngine. Prompt log-probs use no prefix cache, so every layer runs with the current adapter."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -156,13 +158,13 @@ class VLLMEngine(LocalEngine):
         )
 
     def close(self) -> None:
-        """Stop the engine; its process groups go down before torch.distributed's own."""
+        """Stop the engine. Its process groups must be destroyed before torch.distributed's own."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest LoRA rank vLLM allocates that holds `rank`. Raises UserError above its largest."""
+    """The smallest slot size of vLLM that holds LoRA rank `rank`. Raises UserError above the largest size."""
     for allowed in (8, 16, 32, 64, 128, 256, 320, 512):
         if rank <= allowed:
             return allowed
@@ -170,7 +172,7 @@ def vllm_rank(rank: int) -> int:
 
 
 def refuse_dora(config: dict[str, Any]) -> None:
-    """Raises UserError for a DoRA adapter: vLLM would leave its magnitudes out and sample from another policy."""
+    """Raises UserError for a DoRA adapter: vLLM would ignore its magnitudes and sample from another policy."""
     if config.get("use_dora") or config.get("lora_magnitude_vector"):
         raise UserError(
             "the adapter is DoRA (use_dora), which vLLM cannot serve: train plain LoRA, or merge it into the base first"
@@ -178,14 +180,14 @@ def refuse_dora(config: dict[str, Any]) -> None:
 
 
 class SyncWorker:
-    """Mixed into vLLM's worker class (`worker_extension_cls`); `self` is the worker. Puts tensors where vLLM samples from."""
+    """A mixin for vLLM's worker class (`worker_extension_cls`); `self` is the worker. Puts tensors where vLLM reads."""
 
     def set_adapter(self, parcel: Parcel, manifest: Manifest, config: dict, adapter_id: int) -> tuple[int, int]:
-        """Replace whatever adapter is loaded by the parcel's; returns (PEFT modules given, vLLM modules bound).
+        """Replace the loaded adapter by the parcel's. Returns (PEFT modules given, vLLM modules bound).
 
-        vLLM packs q/k/v and gate/up into one module each, so "bound" counts vLLM's modules, not PEFT's. config: PEFT's r,
-        lora_alpha, target_modules. Raises SyncError naming a tensor that arrived damaged, a module without a place in vLLM,
-        or a slot that does not hold what was sent.
+        vLLM packs q/k/v and gate/up into one module each, so "bound" counts vLLM's modules, not PEFT's. config: PEFT's
+        r, lora_alpha, target_modules. Raises SyncError that names a damaged tensor, a module that vLLM does not have,
+        or a slot whose content differs from the parcel.
         """
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
@@ -213,7 +215,7 @@ class SyncWorker:
             )
         for loaded in list(manager.list_adapters()):
             adapters.remove_adapter(loaded)
-        adapters.add_adapter(lora)  # packs q/k/v and gate/up, and folds alpha / r into lora_B, in place
+        adapters.add_adapter(lora)  # packs q/k/v and gate/up, and multiplies lora_B by alpha / r in place
         adapters.activate_adapter(adapter_id)
         bound = [name for name in adapters.modules if lora.get_lora(name) is not None]
         unbound = sorted(set(lora.loras) - set(bound) - _packed_away(adapters, lora))
@@ -229,10 +231,10 @@ class SyncWorker:
         return given, len(bound)
 
     def set_weights(self, parcel: Parcel, manifest: Manifest) -> int:
-        """Replace every weight of the model by the parcel's (checkpoint names); returns how many vLLM read.
+        """Replace every weight of the model by the parcel's (checkpoint names). Returns how many tensors vLLM read.
 
-        vLLM packs and, on a CPU, re-lays the weights out, so they cannot be read back: the canary alone proves what it samples
-        from.
+        vLLM packs the weights and, on a CPU, changes their memory layout, so they cannot be read back and compared.
+        Only the canary proves which weights it samples from.
         """
         parcel.verify(manifest)
         taken = []
@@ -244,7 +246,7 @@ class SyncWorker:
 
         self.reload_weights(weights_iterator=each())
         head = getattr(self.model_runner.get_model(), "lm_head", None)
-        # a head tied to the embedding would keep its old packed copy (vLLM 0.32 on CPU)
+        # vLLM 0.32 on CPU: a head tied to the embedding keeps its old packed copy unless it is packed again
         if hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
         if len(taken) != len(parcel.tensors):
@@ -253,7 +255,7 @@ class SyncWorker:
 
 
 def _packed_away(adapters, lora) -> set[str]:
-    """Names of adapter modules that live on inside a packed vLLM module (q_proj in qkv_proj)."""
+    """Names of adapter modules that are part of a packed vLLM module (q_proj in qkv_proj)."""
     return {
         part for name, parts in adapters.packed_modules.items() if lora.get_lora(name) is not None for part in parts
     }
@@ -266,19 +268,20 @@ class SlotPiece:
     module: str
     half: str
     """lora_A or lora_B."""
-    held: Tensor
+    slot: Tensor
+    """A view into the weights that vLLM's kernels read."""
     sent: Tensor
 
 
 def _slot_pieces(name: str, module, slot: int, weights) -> list[SlotPiece]:
-    """This rank's pieces of a module: three for a packed q/k/v, one for most."""
+    """This rank's pieces of a module: three for q/k/v, two for gate/up, one for others; A and B each."""
     packed = isinstance(weights.lora_a, list)
     lora_a, lora_b = weights.lora_a, weights.lora_b
-    if module.tp_size > 1:
+    if module.tp_size > 1:  # this rank's slots hold only its shard
         lora_a, lora_b = module.slice_lora_a(lora_a), module.slice_lora_b(lora_b)
     halves = (("lora_A", module.lora_a_stacked, lora_a), ("lora_B", module.lora_b_stacked, lora_b))
     return [
-        SlotPiece(module=name, half=half, held=place[slot, 0, : value.shape[0], : value.shape[1]], sent=value)
+        SlotPiece(module=name, half=half, slot=place[slot, 0, : value.shape[0], : value.shape[1]], sent=value)
         for half, stacked, values in halves
         for place, value in zip(stacked, values if packed else [values], strict=True)
         if value is not None
@@ -286,17 +289,17 @@ def _slot_pieces(name: str, module, slot: int, weights) -> list[SlotPiece]:
 
 
 def _check_slots(pieces: list[SlotPiece]) -> None:
-    """Raises SyncError naming the first module whose slot does not hold what was sent."""
+    """Raises SyncError that names the first module whose slot differs from the tensor sent."""
     for piece in pieces:
-        if not torch.equal(piece.held, piece.sent.to(device=piece.held.device, dtype=piece.held.dtype)):
+        if not torch.equal(piece.slot, piece.sent.to(device=piece.slot.device, dtype=piece.slot.dtype)):
             raise SyncError(f"LoRA sync: the slot of {piece.module} does not hold the {piece.half} that was sent")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlotPlan:
-    """Where each tensor of a parcel lies in vLLM's slots, learned from the first version; later ones are copied straight there.
+    """Where each tensor of a parcel lies in vLLM's slots: recorded with the first version, used for later ones.
 
-    It saves most of a hand-over of many small tensors (LOG.md).
+    This saves most of the time of a hand-over, which has many small tensors (LOG.md).
     """
 
     parcel: Parcel
@@ -308,17 +311,18 @@ class SlotPlan:
     pieces: list[SlotPiece]
 
     def reads_the_parcel(self) -> bool:
-        """Are all tensors views into the parcel? Not where vLLM changed their dtype, device or order: then each version goes
-        through its own loading."""
+        """Are all tensors views into the parcel? If vLLM changed dtype, device or order they are not, and every version
+        goes through vLLM's own loading."""
         storage = self.parcel.buffer.untyped_storage().data_ptr()
         return all(piece.sent.untyped_storage().data_ptr() == storage for piece in self.pieces)
 
     def refill(self, adapters, adapter_id: int) -> None:
-        """Copy the parcel's tensors into the slots, check them there, and give the adapter its new id."""
-        torch._foreach_copy_([piece.held for piece in self.pieces], [piece.sent for piece in self.pieces])
+        """Copy the parcel's tensors into the slots, compare them there, and give the adapter its new id."""
+        torch._foreach_copy_([piece.slot for piece in self.pieces], [piece.sent for piece in self.pieces])
         _check_slots(self.pieces)
-        scale = self.config["lora_alpha"] / self.config["r"]  # vLLM folds it into lora_B
-        torch._foreach_mul_([piece.held for piece in self.pieces if piece.half == "lora_B"], scale)
+        # s = alpha / r of W + s B A (LoRA, arXiv:2106.09685); after the comparison, since the parcel holds B unscaled
+        scale = self.config["lora_alpha"] / self.config["r"]
+        torch._foreach_mul_([piece.slot for piece in self.pieces if piece.half == "lora_B"], scale)
         for loaded in list(adapters.list_adapters()):
             adapters.remove_adapter(loaded)
         self.lora.id = adapter_id

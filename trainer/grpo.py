@@ -39,12 +39,12 @@ from trainer.packing import (
     scored_groups,
 )
 from trainer.policy import Policy, Prompt, prompts_of_step
-from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world, local, whole
+from trainer.ranks.world import StopRequest, World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
-from trainer.record.nonfinite import Found, bad_term_of, describe, find_bad_gradient
+from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
 from trainer.record.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
 from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
-from trainer.start.sampler import keep
+from trainer.start.sampler import keep_sampler
 
 CANARY_TOKENS = 16
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -75,7 +75,7 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
     world = join_world(cfg.ranks_apart, cfg.hang_seconds)
     with guarded(world):
         if world.sampler is not None:
-            keep(cfg, world)
+            keep_sampler(cfg, world)
         else:
             train_rank(cfg, puzzles, world)
     leave_world()
@@ -128,7 +128,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock, engine.seconds, figures)
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
-            save_training(out, policy, optimizer, step + 1, cfg, world, ahead.unused(world.gather))
+            save_training(now, step + 1, ahead.unused(world.gather))
         if last:
             break
 
@@ -335,7 +335,7 @@ def old_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor |
 def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> Tensor:
     """Sum .grad over the ranks; returns the norm of the whole gradient (a scalar tensor). Collective."""
     world.sum_gradients(parameters)
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
 
 def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None, norm: Tensor) -> None:
@@ -352,7 +352,7 @@ def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None,
         found = find_bad_gradient(
             batch.micro_batches, lambda micro: loss_terms(policy, micro, batch.denominators, cfg), parameters
         )
-    sentences = world.gather_in_rank_order(describe(found, batch.responses, world.rank))
+    sentences = world.gather_in_rank_order(describe_bad_token(found, batch.responses, world.rank))
     sum_alone = "the gradient or its norm is not finite, although each token's own share of it is"
     sentence = next((text for text in sentences if text), sum_alone)
     record = StepRecord(step=now.step + 1, config=cfg, adapter=policy.adapter_tensors(), recorded={}, problem=sentence)
@@ -367,7 +367,7 @@ def keep_bundle(now: Step, batch: StepInputs, sums: TokenSums) -> None:
     """Write the step to OUT/steps, with what a replay must find again. sums: this rank's. Collective."""
     policy, world = now.policy, now.world
     loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
-    gradient_hash = adapter_hash({name: whole(p.grad) for name, p in policy.trainable().items()})
+    gradient_hash = adapter_hash({name: full_tensor(p.grad) for name, p in policy.trainable().items()})
     recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm, "gradient_hash": gradient_hash}
     record = StepRecord(
         step=now.step + 1, config=now.cfg, adapter=policy.adapter_tensors(), recorded=recorded, problem=None
@@ -378,7 +378,7 @@ def keep_bundle(now: Step, batch: StepInputs, sums: TokenSums) -> None:
 def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: float) -> None:
     """Scale .grad in place so that its norm is at most `largest`. norm: what sum_gradients gave."""
     scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([local(p.grad) for p in parameters], scale)
+    torch._foreach_mul_([local_shard(p.grad) for p in parameters], scale)
 
 
 def optimizer_step(now: Step) -> float:

@@ -31,7 +31,7 @@ from trainer.model.loading import (
 )
 from trainer.model.sharding import shard
 from trainer.packing import PackedBatch
-from trainer.ranks.world import local, rows_of, whole
+from trainer.ranks.world import full_tensor, local_shard, rows_of
 
 
 class Policy:
@@ -111,12 +111,12 @@ class Policy:
 
         Every rank gets the full tensors. With lora_rank 0: every weight under its checkpoint name.
         """
-        return {name.replace(".default.", "."): whole(p.detach()) for name, p in self.trainable().items()}
+        return {name.replace(".default.", "."): full_tensor(p.detach()) for name, p in self.trainable().items()}
 
     def load_adapter(self, tensors: dict[str, Tensor]) -> None:
         """Copy in an adapter of the same names and shapes. In place: the optimizer holds these parameters."""
         for name, p in self.trainable().items():
-            local(p.detach()).copy_(tensors[name.replace(".default.", ".")][rows_of(p)])
+            local_shard(p.detach()).copy_(tensors[name.replace(".default.", ".")][rows_of(p)])
 
     def response_logprobs(self, batch: PackedBatch, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """[N,T] log-probs of a packed batch's response tokens; 0 where there is no token.

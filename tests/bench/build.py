@@ -3,13 +3,13 @@
     python -m tests.bench.build [--atlas FILE.h5ad] [--authors FOLDER]
     python -m tests.bench.build --memory FILE.h5ad --puzzles-per-n 40     # ours alone, on a file of any size
 
-Ours is the whole of launch/build.py as a process of its own, interpreter start included, 5 times; it builds at least as many
-puzzles as theirs. Theirs is the three scripts one runs for the same (data/build_context.py, match_qa.py,
-split_train_test.py), once, from FOLDER: a checkout of github.com/ncbi-nlp/cell-o1 at commit 34192be. It takes half an hour:
-for each cell step 1 copies the matrix. Without FOLDER ours is compared with AUTHORS, 450 s: what their first step alone took
-on another file of this size. On the atlas that is made without --atlas (20,000 cells x 20,000 genes, CSR, gzip) all three
-took 1,750 s of CPU time, 2,318 s on the clock of 2 cores that had other work (2026-11-21). Prints puzzles and memory of both
-sides, RATIO lines, and writes JSON.
+Ours is the whole of launch/build.py in its own process, including the start of the interpreter, 5 times. It builds at
+least as many puzzles as theirs. Theirs is their three scripts for the same job (data/build_context.py, match_qa.py,
+split_train_test.py), once, from FOLDER: a checkout of github.com/ncbi-nlp/cell-o1 at commit 34192be. They take half an
+hour, because step 1 copies the matrix for each cell. Without FOLDER ours is compared with AUTHORS, 450 s: the time of
+their first step alone on another file of this size. On the atlas that is made without --atlas (20,000 cells x 20,000
+genes, CSR, gzip) their three steps took 1,750 s of CPU time, 2,318 s on the clock of 2 busy cores (2026-11-21). Prints
+puzzles and memory of both sides and RATIO lines, and writes JSON.
 """
 
 import argparse
@@ -36,15 +36,15 @@ SHAPE = (20_000, 20_000)
 
 @dataclass(frozen=True)
 class Measured:
-    """What a command took."""
+    """The cost of a command."""
 
     seconds: float
     cpu: float
-    """Seconds of CPU time of all its processes: what is left of `seconds` on a machine with other work."""
+    """CPU seconds of all its processes; other work on the machine changes this less than `seconds`."""
     largest: int
-    """Most bytes that one of its processes ever had resident, as the kernel counts."""
+    """Peak resident bytes of its largest process, from the kernel."""
     tree: int
-    """Most bytes that its processes had together when looked at, every POLL_SECONDS; shared pages count once."""
+    """Peak bytes of all its processes together, sampled every POLL_SECONDS; shared pages count once."""
     puzzles: int = 0
 
 
@@ -52,7 +52,7 @@ AUTHORS = Measured(seconds=450.0, cpu=450.0, largest=605_000_000, tree=605_000_0
 
 
 def measure(words: list, log: Path) -> Measured:
-    """Run a command; one that fails ends the benchmark with the end of its output."""
+    """Run a command and measure it. If it fails, the benchmark ends and prints the end of its output."""
     with open(log, "wb") as file:
         start = time.perf_counter()
         process = subprocess.Popen([str(word) for word in words], cwd=ROOT, stdout=file, stderr=file)
@@ -70,7 +70,7 @@ def measure(words: list, log: Path) -> Measured:
 
 
 def watch(pid: int, peak: list[int], done: threading.Event) -> None:
-    """Keep the most memory that process `pid` and its children had together in peak[0]."""
+    """Record in peak[0] the largest memory that process `pid` and its children had together."""
     while not done.wait(POLL_SECONDS):
         try:
             process = psutil.Process(pid)
@@ -81,7 +81,7 @@ def watch(pid: int, peak: list[int], done: threading.Event) -> None:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of a process, each page divided by the number of processes that share it; 0 when it is gone."""
+    """Bytes of a process, each page divided by the number of processes that share it; 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -90,6 +90,7 @@ def proportional(pid: int) -> int:
 
 
 def ours(atlas: Path, folder: Path, puzzles_per_n: int) -> Measured:
+    """Our build of an atlas."""
     words = [sys.executable, "launch/build.py", "--h5ad", atlas, "--out", folder, "--seed", 0]
     found = measure([*words, "--puzzles-per-n", puzzles_per_n], folder.with_suffix(".log"))
     counts = [pyarrow.parquet.read_metadata(path).num_rows for path in folder.glob("*.parquet")]
@@ -97,7 +98,7 @@ def ours(atlas: Path, folder: Path, puzzles_per_n: int) -> Measured:
 
 
 def theirs(atlas: Path, authors: Path, folder: Path) -> Measured:
-    """Their three steps one after another, each a process of its own."""
+    """Their three steps one after another, each in its own process."""
     (folder / "raw/dataset").mkdir(parents=True)
     (folder / "raw/dataset" / atlas.name).symlink_to(atlas)
     steps = []
@@ -120,7 +121,7 @@ def theirs(atlas: Path, authors: Path, folder: Path) -> Measured:
     )
 
 
-def describe(side: str, found: Measured, cells: int) -> None:
+def print_measured(side: str, found: Measured, cells: int) -> None:
     print(
         f"{side}: {found.seconds:.2f} s ({found.cpu:.2f} of CPU), {cells / found.seconds:.0f} cells per second, "
         f"{found.puzzles} puzzles, "
@@ -130,7 +131,7 @@ def describe(side: str, found: Measured, cells: int) -> None:
 
 
 def rows_of(table: str, atlas: Path) -> int:
-    """Rows of obs (cells) or var (genes)."""
+    """Number of rows of obs (cells) or var (genes)."""
     with h5py.File(atlas) as file:
         return len(file[table][file[table].attrs["_index"]])
 
@@ -139,9 +140,9 @@ def compare(atlas: Path, authors: Path | None, folder: Path, arguments: argparse
     cells = rows_of("obs", atlas)
     runs = [ours(atlas, folder / f"ours-{turn}", arguments.puzzles_per_n) for turn in range(arguments.repeats)]
     for found in runs:
-        describe("ours", found, cells)
+        print_measured("ours", found, cells)
     other = theirs(atlas, authors, folder / "theirs") if authors else AUTHORS
-    describe("theirs" if authors else "theirs (a figure, see the docstring)", other, cells)
+    print_measured("theirs" if authors else "theirs (a figure, see the docstring)", other, cells)
     fewest = min(found.puzzles for found in runs)
     print(f"puzzles: ours {fewest}, theirs {other.puzzles}")
     if fewest < other.puzzles:
@@ -175,7 +176,7 @@ def main() -> None:
         folder = Path(name)
         if arguments.memory:
             atlas = arguments.memory.resolve()
-            describe("ours", ours(atlas, folder / "ours", arguments.puzzles_per_n), rows_of("obs", atlas))
+            print_measured("ours", ours(atlas, folder / "ours", arguments.puzzles_per_n), rows_of("obs", atlas))
             return
         atlas = arguments.atlas.resolve() if arguments.atlas else make_atlas(folder / "atlas.h5ad")
         if not authors and (rows_of("obs", atlas), rows_of("var", atlas)) != SHAPE:

@@ -1,9 +1,10 @@
-"""Log-probs of response tokens: ours (fused with the head, in chunks) against logits, log_softmax and gather, in one run.
+"""Log-probs of response tokens: ours (fused with the head, in chunks) against log_softmax and gather, in one run.
 
     python -m tests.bench.memory [--repeats 5]
 
-Forward and backward at several vocabularies and numbers of tokens, float32, each case in a process of its own that reports
-its peak resident memory above what it held before, alternating. Prints a table, RATIO lines, and writes JSON.
+Measures forward and backward at several vocabularies and numbers of tokens, in float32. Each case runs in its own
+process, which reports its peak resident memory above what it had before the pass. The two sides alternate. Prints a
+table and RATIO lines, and writes JSON.
 """
 
 import argparse
@@ -21,15 +22,16 @@ from trainer.logprobs import fused_logprobs
 CASES = ((32_000, 2048), (152_064, 1024), (152_064, 4096))
 """(vocabulary, tokens)"""
 HIDDEN = 896
+"""Hidden size of Qwen2.5-0.5B."""
 
 
 def plain_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What most trainers do."""
+    """The usual way: all logits at once."""
     return (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def one(which: str, vocabulary: int, tokens: int) -> None:
-    """Print {"seconds", "bytes"} of one forward and backward pass."""
+    """Print {"seconds", "bytes"} of one forward and backward pass. which: "fused" or "plain"."""
     torch.set_num_threads(2)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, HIDDEN, generator=generator).requires_grad_()
@@ -37,16 +39,16 @@ def one(which: str, vocabulary: int, tokens: int) -> None:
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     run = fused_logprobs if which == "fused" else plain_logprobs
     run(hidden[:2], weight, targets[:2]).sum().backward()  # warm up
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is held now
-    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak to the current value
+    before = resident("VmRSS")
     start = time.perf_counter()
     run(hidden, weight, targets).sum().backward()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "bytes": held("VmHWM") - before}))
+    print(json.dumps({"seconds": seconds, "bytes": resident("VmHWM") - before}))
 
 
-def held(what: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at most (VmHWM)."""
+def resident(what: str) -> int:
+    """Resident bytes of this process: now (VmRSS) or at the peak (VmHWM)."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what)]
     return int(line.split()[1]) * 1024
 

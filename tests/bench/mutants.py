@@ -1,8 +1,9 @@
-"""Mutation check: flip each sign and each bound of the objective once; a test must fail every time.
+"""Mutation check: change each sign and each bound of the objective once. A test must fail every time.
 
-    python -m tests.bench.mutants          # about 3 minutes; exit code 1 when a mutant survives
+    python -m tests.bench.mutants          # about 3 minutes; exit code 1 if a mutant survives
 
-Each mutant is one replacement in a copy of the repository; tests/trainer/test_objective.py and tests/trainer/test_parity.py run against it.
+Each mutant is one replacement in a copy of the repository. tests/trainer/test_objective.py and
+tests/trainer/test_parity.py run against it. A mutant that survives (all tests pass) shows that a test is missing.
 """
 
 import os
@@ -18,7 +19,7 @@ TESTS = ("tests/trainer/test_objective.py", "tests/trainer/test_parity.py")
 OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
 SHARE = "self.surrogate * self.correction + self.beta * self.kl"
 MUTANTS = [
-    # (file, what is there, what the mutant has)
+    # (file, original text, text of the mutant)
     (OBJECTIVE, "torch.where(mask, logprobs - old_logprobs,", "torch.where(mask, old_logprobs - logprobs,"),
     (OBJECTIVE, "log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()", "log_ratio.exp()"),
     (OBJECTIVE, "(own - own.detach() + mean)", "(own - own.detach() - mean)"),
@@ -123,7 +124,7 @@ def main() -> int:
 
 
 def run_tests(copy: Path) -> str:
-    """Which tests fail."""
+    """The names of the tests that fail in the copy, or "all pass"."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--tb=no", "-p", "no:warnings", *TESTS],
         cwd=copy,

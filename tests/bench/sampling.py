@@ -1,10 +1,10 @@
-"""Sampling: our vLLM engine against vllm.LLM.generate on the same requests, in one process, taking turns.
+"""Sampling: our vLLM engine against vllm.LLM.generate on the same requests, in one process, in turns.
 
     python -m tests.bench.sampling [--repeats 5] [--model embedded]
 
-8 prompts x 5 responses, prompt lengths as the paper's x 0.25, one LoRA adapter (r = 16) on both sides. Ours does what a step
-does: it draws from its own seed, asks for the log-prob of every token, and makes Rollout objects. Also prints how much of the
-prompts came from the prefix cache, and writes JSON.
+8 prompts x 5 responses, a quarter of the paper's prompt lengths, one LoRA adapter (r = 16) on both sides. Our side does
+what a training step does: it samples with its own seed, requests the log-prob of every token, and makes Rollout
+objects. Also prints how many prompt tokens came from the prefix cache, and writes JSON.
 """
 
 import argparse
@@ -44,11 +44,12 @@ def main() -> None:
 
 
 def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> dict:
+    """{"ours": seconds per response token of each turn, "plain": the same, "cached": prompt tokens from the cache}."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     policy = Policy(task.folder, lora_rank=16, lora_alpha=32, seed=0, device=device, dtype=torch.float32)
-    with torch.no_grad():
+    with torch.no_grad():  # lora_B starts at 0: a trained adapter does not
         for parameter in policy.trainable().values():
             parameter.normal_(std=0.01)
     adapter = Path(task.folder) / "adapter"
@@ -83,7 +84,7 @@ def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> 
             prompts,
             Sampling(n=task.group_size, max_tokens=arguments.tokens, temperature=1.0, top_p=1.0, seed=turn),
         )
-        engine.llm.reset_prefix_cache()
+        engine.llm.reset_prefix_cache()  # both sides start every turn with an empty cache
         between = time.perf_counter()
         torch.manual_seed(turn)
         params = SamplingParams(n=task.group_size, temperature=1.0, max_tokens=arguments.tokens, detokenize=False)

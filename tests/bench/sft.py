@@ -3,15 +3,16 @@
     pip install -e ".[bench]"                     # TRL 1.16
     python -m tests.bench.sft                     # CPU: 16 traces, the paper's lengths x 0.25, a tiny model
     python -m tests.bench.sft --model 40M --trl "padded 1" --rounds 2
-    python -m tests.bench.sft --trl-python ENV/bin/python     # TRL in an environment of its own, which sees our packages
+    python -m tests.bench.sft --trl-python ENV/bin/python     # TRL in its own environment, which also has our packages
 
-A step is collating or packing, forward, backward, clipping and AdamW with LoRA on all linear layers, loss on responses alone.
-Each side is a process that makes a step when told to; sides take turns. First TRL makes a step at each of SETTINGS, and the
-fastest is the one compared. On a CPU TRL runs the LM head over prompts and padding too, in plain PyTorch operations; "changed"
-makes it score response tokens alone, as it does on a GPU (and in the search), and "our head" gives it our fused head,
-which leaves passes, padding, attention and bookkeeping as the difference. Before anything is timed the losses of both sides must
-agree to 1e-4, and so they must after every step. Prints RATIO lines and writes JSON.
-On a machine that others use, set OMP_WAIT_POLICY=passive (both sides get it) and read the ratios of CPU seconds too.
+A step is collating or packing, forward, backward, clipping and AdamW, with LoRA on all linear layers; the loss is on
+response tokens only. Each side is a process that makes one step on request; the sides take turns. First TRL makes a
+step at each of SETTINGS, and its fastest setting is compared. On a CPU TRL applies the LM head to prompts and padding
+too, in plain PyTorch operations. "changed" makes it score response tokens only, as it does on a GPU (the search uses
+this too). "our head" gives TRL our fused head; what is left are the differences in passes, padding, attention and
+bookkeeping. The losses of both sides must agree to 1e-4 before anything is timed and after every step. Prints RATIO
+lines and writes JSON. On a shared machine set OMP_WAIT_POLICY=passive (both sides get it), and read the ratios of CPU
+seconds too.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from tests.bench.memory import held
+from tests.bench.memory import resident
 from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
 from trainer.config import SftConfig
 from trainer.ranks.world import join_world
@@ -40,10 +41,10 @@ from trainer.sft.loop import BETAS
 CELLS = (8, 15)
 """Fewest and most cells of a puzzle."""
 CELL_SHARE = 0.9
-"""Part of a mean prompt that is cells; the rest is there at any number of them."""
+"""Share of a mean prompt that lists cells; the rest does not depend on their number."""
 LR = 1e-3
 AGREE = 1e-4
-"""Largest difference of the sides' losses, in nats per response token."""
+"""Largest allowed difference between the losses of two sides, in nats per response token."""
 SETTINGS = [
     *(f"padded {m}" for m in (1, 2, 4, 8, 16)),
     *(f"grouped {m}" for m in (2, 4, 8)),
@@ -51,10 +52,10 @@ SETTINGS = [
     "padding-free 4",
     "packing 1",
 ]
-"""How TRL makes its passes, and traces (packed: rows) per pass."""
+"""TRL's settings: how it makes its passes (TrlSettings.way), and traces (or packed rows) per pass."""
 HEADS = {"own": "TRL", "changed": "TRL changed", "ours": "TRL with our head"}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""Tells glibc not to return memory to the system."""
+"""Settings that keep glibc from returning freed memory to the system."""
 
 Trace = tuple[list[int], list[int]]
 """(prompt, response) token ids."""
@@ -62,7 +63,7 @@ Trace = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every side is given."""
+    """The work that every side gets."""
 
     model: str
     scale: float = 0.25
@@ -71,11 +72,11 @@ class Task:
     dtype: str = "float32"
     checkpointing: bool = False
     micro_tokens: int = 2048
-    """Of ours, per pass, and of a row of TRL's packing: the default of launch/sft.py x 0.25."""
+    """Tokens per pass of ours, and per row of TRL's packing: a quarter of the default of launch/sft.py."""
     folder: str = ""
 
     def batch(self) -> list[Trace]:
-        """The traces of a step, of the paper's lengths."""
+        """The traces of a step, with the paper's lengths x scale."""
         rng = random.Random(0)
         vocabulary = shape_of(self.model)["vocab_size"]
 
@@ -110,7 +111,7 @@ class Task:
 
 
 def make_start(task: Task) -> None:
-    """The checkpoint, and an adapter that is not the identity, for both sides to start from."""
+    """Write the checkpoint and an adapter that changes the model: both sides start from them."""
     from trainer.start.parts import load_policy
 
     make_checkpoint(task, Path(task.folder))  # type: ignore[arg-type]
@@ -123,7 +124,7 @@ def make_start(task: Task) -> None:
     save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, task.adapter)
 
 
-# ---- a side: a process that makes a step when told to
+# ---- a side: a process that makes one step on request
 
 
 def our_step(task: Task):
@@ -131,7 +132,7 @@ def our_step(task: Task):
     from safetensors.torch import load_file
 
     from data.puzzles import Puzzle
-    from trainer.sft.loop import accumulate, step_if_finite
+    from trainer.sft.loop import accumulate, refuse_what_is_not_finite, sum_and_clip_gradients
     from trainer.start.parts import load_policy, make_optimizer
 
     cfg, world = task.config(), join_world()
@@ -152,7 +153,9 @@ def our_step(task: Task):
     def step() -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
         loss = accumulate(policy, batch, cfg, world)
-        norm = step_if_finite(parameters, optimizer, cfg, 0, world)
+        norm = sum_and_clip_gradients(parameters, cfg.grad_clip, world)
+        refuse_what_is_not_finite(norm, step=0)
+        optimizer.step()
         return {"loss": loss, "norm": norm, "positions": positions}
 
     return step
@@ -178,15 +181,15 @@ def trl_step(task: Task, side: dict):
 
 
 def serve(task: Task, side: dict) -> None:
-    """Make a step for every line on standard input; print what it gave, its seconds and the most memory held so far."""
+    """Make a step for every line on standard input. Print its results, its seconds and the peak memory so far."""
     if not torch.cuda.is_available():
         torch.set_num_threads(psutil.cpu_count())
-    import peft  # noqa: F401 (what both sides import is no part of what they hold)
+    import peft  # noqa: F401 (import before the first measurement: the memory of imports does not count)
     import transformers  # noqa: F401
 
     if side["name"] == "trl":
         import tests.bench.sft_trl  # noqa: F401
-    before = held("VmRSS")
+    before = resident("VmRSS")
     step = our_step(task) if side["name"] == "ours" else trl_step(task, side)
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
@@ -194,13 +197,13 @@ def serve(task: Task, side: dict) -> None:
         found = step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        seconds, most = time.perf_counter() - start, held("VmHWM")
+        seconds, most = time.perf_counter() - start, resident("VmHWM")
         work = {"seconds": seconds, "cpu": time.process_time() - worked, "bytes": most - before, "peak": most}
         print(json.dumps(found | work), flush=True)
 
 
 class Side:
-    """The parent's end of a side."""
+    """The parent's handle of a side."""
 
     def __init__(self, task: Task, side: dict, arguments: argparse.Namespace) -> None:
         self.label = label(side)
@@ -243,7 +246,10 @@ def label(side: dict) -> str:
 
 
 def agreement(one: list[dict], other: list[dict], who: str) -> dict[str, float]:
-    """Largest differences of losses, absolute, and of gradient norms, relative. Raises SystemExit where losses disagree."""
+    """The largest absolute difference of losses and relative difference of gradient norms over the common steps.
+
+    Raises SystemExit if the losses differ by more than AGREE.
+    """
     pairs = list(zip(one, other, strict=False))
     loss = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
     norm = max(abs(a["norm"] / b["norm"] - 1) for a, b in pairs)
@@ -253,7 +259,8 @@ def agreement(one: list[dict], other: list[dict], who: str) -> dict[str, float]:
 
 
 def find_setting(task: Task, ours: Side, arguments: argparse.Namespace) -> tuple[dict, dict[str, dict]]:
-    """TRL's fastest setting, and the step of each; its losses must be ours. Checkpointing is tried with the fastest."""
+    """(TRL's fastest setting, {setting: its step}). TRL's losses must equal ours. The fastest is also tried with
+    checkpointing."""
     found: dict[str, dict] = {}
     best: dict = {}
     for setting in [*(arguments.trl or SETTINGS), None]:
@@ -278,7 +285,7 @@ def trl_side(setting: str, head: str, checkpointing: bool = False) -> dict:
 
 
 def compare_sides(task: Task, arguments: argparse.Namespace) -> dict:
-    describe(task)
+    print_task(task)
     ours, settings = Side(task, {"name": "ours"}, arguments), {}
     ours.step()
     if len(arguments.trl) == 1:
@@ -312,11 +319,12 @@ def compare_sides(task: Task, arguments: argparse.Namespace) -> dict:
     return result
 
 
-def describe(task: Task) -> None:
+def print_task(task: Task) -> None:
     prompts, responses = ([len(x) for x in column] for column in zip(*task.batch(), strict=True))
     print(
-        f"{task.model}: {task.traces} traces a step, lengths x {task.scale}, LoRA r = {task.rank}, {task.dtype}, {n_tokens(task)}"
-        f" tokens, passes of at most {task.micro_tokens} (ours)\n  prompts {statistics.mean(prompts):.0f}: {sorted(prompts)}\n"
+        f"{task.model}: {task.traces} traces a step, lengths x {task.scale}, LoRA r = {task.rank}, {task.dtype}, "
+        f"{n_tokens(task)} tokens, passes of at most {task.micro_tokens} (ours)\n"
+        f"  prompts {statistics.mean(prompts):.0f}: {sorted(prompts)}\n"
         f"  responses {statistics.mean(responses):.0f}: {sorted(responses)}",
         flush=True,
     )
@@ -331,12 +339,14 @@ def report(result: dict) -> None:
         seconds, last = sorted(step["seconds"] for step in steps), steps[-1]
         middle, cpu = statistics.median(seconds), statistics.median(step["cpu"] for step in steps)
         print(
-            f"  {name}: {middle:.2f} s a step ({seconds[0]:.2f}-{seconds[-1]:.2f}), {result['tokens'] / middle:.0f} tok/s, "
-            f"{cpu:.2f} CPU seconds, peak RSS {last['peak'] / 1e9:.2f} GB, {last['bytes'] / 1e9:.2f} GB above its imports"
+            f"  {name}: {middle:.2f} s a step ({seconds[0]:.2f}-{seconds[-1]:.2f}), "
+            f"{result['tokens'] / middle:.0f} tok/s, {cpu:.2f} CPU seconds, peak RSS {last['peak'] / 1e9:.2f} GB, "
+            f"{last['bytes'] / 1e9:.2f} GB above its imports"
         )
     for name, found in result["agreement"].items():
         print(
-            f"  {name}: losses of {found['steps']} steps are ours to {found['loss']:.1e}, gradient norms to {found['norm']:.1e}"
+            f"  {name}: losses of {found['steps']} steps are ours to {found['loss']:.1e}, "
+            f"gradient norms to {found['norm']:.1e}"
         )
 
 

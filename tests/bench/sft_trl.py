@@ -1,8 +1,8 @@
 """One SFT optimizer step as TRL 1.16.0's SFTTrainer makes it: the other side of tests/bench/sft.py.
 
-Needs trl, datasets, multiprocess and xxhash beside our own packages. transformers' own `_run_epoch` drives the step: the
-dataset is one optimizer step's traces, so an epoch is its passes and one step. Completion-only loss on token ids that are
-given. Nothing is logged, saved or sent.
+Needs trl, datasets, multiprocess and xxhash beside our own packages. transformers' own `_run_epoch` drives the step:
+the dataset is the traces of one optimizer step, so an epoch is the passes of one step. The loss is completion-only, on
+given token ids. Nothing is logged, saved or sent.
 """
 
 import warnings
@@ -30,14 +30,18 @@ TRL_CHOICE, TRL_HEAD = trl.trainer.utils._use_triton, trl.trainer.utils._Chunked
 
 @dataclass(frozen=True, kw_only=True)
 class TrlSettings:
+    """How TRL makes its step."""
+
     way: str
-    """padded: in the order given, to the longest of a pass. grouped: the same, longest first (group_by_length).
-    padding-free: the traces of a pass end to end. packing: TRL's packing into rows of `row_tokens`."""
+    """padded: in the given order, padded to the longest trace of a pass. grouped: the same, sorted by length
+    (group_by_length). padding-free: the traces of a pass end to end. packing: TRL's packing into rows of
+    `row_tokens`."""
     micro_batch: int
     """Traces, or rows of packed traces, per pass."""
     head: str
-    """own: as TRL is; on a CPU it scores prompts and padding too, in plain PyTorch operations. changed: response tokens
-    alone, as TRL always does on a GPU. ours: that, by our fused head, and without the metrics of TRL's."""
+    """own: TRL unchanged; on a CPU it scores prompts and padding too, in plain PyTorch operations. changed: response
+    tokens only, as TRL always does on a GPU. ours: response tokens only, with our fused head and without TRL's
+    metrics."""
     lora_rank: int
     lr: float
     betas: tuple[float, float]
@@ -50,15 +54,15 @@ class TrlSettings:
 class TrlStep:
     """TRL's SFTTrainer on the traces of one optimizer step.
 
-    adapter: file of LoRA weights to start from, under the names of `Policy.adapter_tensors`. The choice of a head holds for
-    the whole process, until the next TrlStep.
+    adapter: file of LoRA weights to start from, under the names of `Policy.adapter_tensors`. The choice of a head holds
+    for the whole process, until the next TrlStep.
     """
 
     def __init__(
         self, model_dir: str, traces: list[tuple[list[int], list[int]]], settings: TrlSettings, out: str, adapter: str
     ) -> None:
         assert settings.way in WAYS and settings.head in HEADS
-        # this name in this module is read for the choice of positions alone; the kernels read their own
+        # in this module the name only decides which positions are scored; the kernels read their own copy of it
         trl.trainer.utils._use_triton = TRL_CHOICE if settings.head == "own" else lambda device: True
         trl.trainer.utils._ChunkedLogProbFunction = _OurHead if settings.head == "ours" else TRL_HEAD
         rows = {
@@ -88,10 +92,10 @@ class TrlStep:
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(tensors[name])
-        self.trainer.train()  # all of TRL's preparation, and no step: see _Stepper
+        self.trainer.train()  # does all of TRL's preparation but makes no step: see _Stepper
 
     def step(self) -> dict[str, float]:
-        """Collate, forward, backward, clip, AdamW: {"loss", "norm" before clipping, "positions" the model saw}."""
+        """Collate, forward, backward, clip, AdamW: {"loss", "norm" before clipping, "positions" of all passes}."""
         self.trainer.optimizer_step()
         return {
             "loss": self.trainer._tr_loss.item(),
@@ -101,11 +105,11 @@ class TrlStep:
 
 
 class _Stepper(SFTTrainer):
-    """SFTTrainer whose `train` stops before the first epoch, and makes one epoch, which is one step, on each call."""
+    """An SFTTrainer whose `train` stops before the first epoch; optimizer_step() then makes one epoch, one step."""
 
     gradient_norm: torch.Tensor | float = 0.0
     positions = 0
-    """Tokens and padding that the model saw in the last step."""
+    """Tokens and padding of the last step's forward passes."""
     epoch_arguments: dict | None = None
 
     def _run_epoch(self, **arguments) -> None:
@@ -128,11 +132,11 @@ class _Stepper(SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _send_telemetry(self) -> None:
-        """Nothing leaves this machine."""
+        """Send nothing."""
 
 
 class _OurHead:
-    """Our fused head where TRL calls its own; entropy and accuracy, which TRL reports, are zeros."""
+    """Our fused head in place of TRL's own. Entropy and accuracy, which TRL only reports, are zeros."""
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, *_) -> tuple:
@@ -143,12 +147,13 @@ class _OurHead:
 
 
 def _config(settings: TrlSettings, n_traces: int, out: str) -> SFTConfig:
-    """Our settings in TRL's words."""
+    """Our settings as TRL's."""
     packs = settings.way == "packing"
     assert packs or n_traces % settings.micro_batch == 0
     return SFTConfig(
         output_dir=out,
-        # one optimizer step sees all traces; packed, they are fewer rows, and an epoch's last step takes what there is
+        # one optimizer step sees all traces; packed they are fewer rows, and the last step of an epoch takes what is
+        # left
         per_device_train_batch_size=settings.micro_batch,
         gradient_accumulation_steps=n_traces if packs else n_traces // settings.micro_batch,
         max_steps=MANY_STEPS,

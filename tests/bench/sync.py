@@ -2,10 +2,13 @@
 
     python -m tests.bench.sync [--repeats 7]
 
-Per model (tiny; the shape of Qwen2.5-0.5B) and LoRA rank, alternating: ours = `LocalEngine.deliver` without and with its
-canary (manifest, checksums before and after, slots read back; the canary also runs the model on 16 tokens, in trainer and
-sampler); file = save in PEFT's format to /dev/shm and load it with vLLM's own add_lora, unverified; merge = W + B A into a copy
-of every weight, handed to a vLLM engine without LoRA, unverified. Prints a table, one RATIO line per comparison, writes JSON.
+For two models (tiny; the shape of Qwen2.5-0.5B) and two LoRA ranks, in turns:
+ours   `LocalEngine.deliver`: manifest, checksums before and after, slots read back; without and with the canary, which
+runs
+       the model on 16 tokens in trainer and sampler
+file   save in PEFT's format to /dev/shm and load with vLLM's own add_lora; not verified
+merge  add s B A to a copy of every weight and load all weights into a vLLM engine without LoRA; not verified
+Prints a table and one RATIO line per comparison, and writes JSON.
 """
 
 # ruff: noqa: B023 (every function is called in the round that made it)
@@ -49,6 +52,7 @@ MODELS = {
 }
 RANKS = (16, 256)
 TEXT = list(range(5, 21))
+"""Token ids of the canary."""
 
 
 def make_checkpoint(folder: Path, shape: dict) -> None:
@@ -72,7 +76,7 @@ def seconds(action) -> float:
 
 
 def through_file(engine: VLLMEngine, policy: Policy, folder: Path, number: int) -> None:
-    """What one does without a hand-over in memory: a folder in PEFT's format, and vLLM loads it."""
+    """The usual way without a hand-over in memory: write a folder in PEFT's format, and let vLLM load it."""
     from vllm.lora.request import LoRARequest
 
     path = folder / f"adapter-{number}"
@@ -155,7 +159,7 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
 
 
 def in_a_row(folder: Path, times: int) -> str:
-    """Hand-overs with every proof, one after another: hashes, resident memory, file descriptors."""
+    """Many hand-overs with every proof in a row: do hashes, resident memory and file descriptors stay equal?"""
     policy = Policy(str(folder), lora_rank=16, lora_alpha=32, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     randomise(policy)
     engine = VLLMEngine(str(folder), lora=policy.lora, max_model_len=128, kv_cache_bytes=1 << 28)
@@ -173,8 +177,8 @@ def in_a_row(folder: Path, times: int) -> str:
     engine.llm.llm_engine.engine_core.shutdown()
     early = times // 10
     return (
-        f"{times} hand-overs in a row: resident memory {memory[early]:.1f} MB after {early}, {memory[-1]:.1f} MB at the end; "
-        f"file descriptors {files[early]}, {files[-1]}; hashes equal: {hashes == {adapter_hash(tensors)}}"
+        f"{times} hand-overs in a row: resident memory {memory[early]:.1f} MB after {early}, {memory[-1]:.1f} MB at "
+        f"the end; file descriptors {files[early]}, {files[-1]}; hashes equal: {hashes == {adapter_hash(tensors)}}"
     )
 
 

@@ -2,15 +2,16 @@
 
     pip install -e ".[bench]"                     # TRL 1.16
     python -m tests.bench.update                  # CPU: the paper's lengths x 0.25, a tiny and a 40 M model
-    python -m tests.bench.update --model qwen2.5-7b --scale 1 --prompts 8 --rank 256 --dtype bfloat16 --micro-tokens 16384 \\
-        --no-sweep                                # one H200; written, not run yet
+    python -m tests.bench.update --model qwen2.5-7b --scale 1 --prompts 2 --rank 256 --dtype bfloat16 \\
+        --micro-tokens 16384 --checkpointing --no-sweep     # one GPU of 80 GB
 
-A step is reference log-probs, forward, backward, clipping and AdamW on the same fabricated rollouts with the same LoRA. Each
-side is a process of its own that makes a step when told to; sides take turns, or on a GPU run one after another. TRL runs at each
-of checkpointing on and off x micro-batch 1, 2, 5 once, and its fastest setting is the one compared. On a CPU TRL runs the head
-over prompts and padding too; "changed" makes it score response tokens alone, as it does on a GPU. With --liger also Liger's
-fused loss in that. Memory is the most a process held above what its imports held (on a GPU, what PyTorch allocated). Prints
-RATIO lines, writes JSON and a plot.
+A step is reference log-probs, forward, backward, clipping and AdamW, on the same fabricated rollouts with the same
+LoRA. Each side is a process that makes one step on request. The sides take turns; on a GPU, which holds one side at a
+time, they run one after another. TRL runs once at each of checkpointing on and off x micro-batch 1, 2, 5, and its
+fastest setting is compared. On a CPU TRL applies the LM head to prompts and padding too; "changed" makes it score
+response tokens only, as it does on a GPU. --liger adds "changed" with Liger's fused loss. Memory is the peak of a
+process above its memory after the imports (on a GPU: the peak that PyTorch allocated). Prints RATIO lines, and writes
+JSON and a plot.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from tests.bench.memory import held
+from tests.bench.memory import resident
 from trainer.model.cost import Cost
 from trainer.packing import Group
 
@@ -49,7 +50,7 @@ MODELS = {
         "num_key_value_heads": 2,
         "vocab_size": 32_000,
     },
-    # as the demo's, in which vLLM can sample on a CPU (its heads of 32)
+    # the demo's shape, with which vLLM can sample on a CPU (head size 32)
     "embedded": {
         "hidden_size": 128,
         "intermediate_size": 384,
@@ -67,7 +68,7 @@ SPREAD = 0.35
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every side is given."""
+    """The work that every side gets."""
 
     model: str
     scale: float = 0.25
@@ -78,7 +79,7 @@ class Task:
     dtype: str = "float32"
     checkpointing: bool = False
     micro_tokens: int = 2600
-    """Of ours, per pass; a group of the paper's lengths x 0.25 has about 2,000."""
+    """Tokens per pass of ours; a group of a quarter of the paper's lengths has about 2,000."""
     folder: str = ""
 
     def groups(self) -> list[Group]:
@@ -96,7 +97,7 @@ class Task:
 
 
 def draw_text(rng: random.Random, mean: float, spread: float, vocabulary: int) -> list[int]:
-    """Random tokens, of a log-normal length with that mean."""
+    """Random tokens; the length is log-normal. spread: standard deviation of its logarithm."""
     length = round(mean * math.exp(rng.gauss(-(spread**2) / 2, spread)))
     return [rng.randrange(100, vocabulary) for _ in range(max(4, length))]
 
@@ -125,13 +126,17 @@ def make_checkpoint(task: Task, folder: Path) -> None:
 
 
 def fixed_reward(group: int, response: int) -> float:
-    """Reward of a response, 0 to 1; a group of two or more never has equal ones."""
+    """Reward of a response, 0 to 1. The rewards of a group of two or more are never all equal."""
     return ((7 * response + 3 * group) % 5) / 4
 
 
 def step_flops(task: Task, cost: Cost, shared: bool) -> float:
-    """Floating-point operations of a step. Linear layers run three times (reference, policy, gradient of their input), the
-    head too, attention twice and its backward costs 2.5 forwards; the adapter's own gradient is left out."""
+    """Floating-point operations of a step.
+
+    In units of a forward pass, linear layers and head cost 3 (reference, policy, gradient of their input); attention
+    costs 4.5 (reference, policy, and 2.5 for its backward, arXiv:2307.08691). The gradient of the adapter itself is
+    left out.
+    """
     total = 0.0
     for prompt, responses in task.groups():
         for group in [[len(r) for r in responses]] if shared else [[len(r)] for r in responses]:
@@ -140,11 +145,11 @@ def step_flops(task: Task, cost: Cost, shared: bool) -> float:
     return total
 
 
-# ---- a side: a process that makes a step when told to
+# ---- a side: a process that makes one step on request
 
 
 def our_step(task: Task, packing: str):
-    """A function that makes a step with trainer.grpo.update, and what a forward pass costs."""
+    """(a function that makes a step with trainer.grpo.update, the cost of a forward pass)."""
     from reward import Reward
     from rollout import Rollout
     from trainer.config import GrpoConfig
@@ -216,10 +221,10 @@ def trl_step(task: Task, side: dict):
 
 
 def serve(task: Task, side: dict) -> None:
-    """Make a step for every line on standard input; print its seconds and the most memory held so far."""
+    """Make a step for every line on standard input. Print its seconds and the peak memory so far."""
     if not torch.cuda.is_available():
         torch.set_num_threads(psutil.cpu_count())
-    import peft  # noqa: F401 (what both sides import is no part of what they hold)
+    import peft  # noqa: F401 (import before the first measurement: the memory of imports does not count)
     import transformers  # noqa: F401
 
     process, cost = psutil.Process(), None
@@ -240,12 +245,12 @@ def serve(task: Task, side: dict) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else held("VmHWM") - before
+        most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
         print(json.dumps({"seconds": seconds, "bytes": most}), flush=True)
 
 
 class Side:
-    """The parent's end of a side."""
+    """The parent's handle of a side."""
 
     def __init__(self, task: Task, side: dict) -> None:
         self.label = label(side)
@@ -287,7 +292,7 @@ def label(side: dict) -> str:
 
 
 def best_trl(task: Task) -> tuple[dict, dict[str, float]]:
-    """TRL's fastest setting, and the seconds of each."""
+    """(TRL's fastest setting, {setting: seconds of its step})."""
     found: dict[str, float] = {}
     best = None
     for checkpointing in (False, True):
@@ -315,9 +320,10 @@ def best_trl(task: Task) -> tuple[dict, dict[str, float]]:
 
 
 def compare_sides(task: Task, repeats: int, liger: bool, only_trl: int) -> dict:
-    """only_trl: compare shared packing with TRL at this micro-batch alone, without a search; 0 for all."""
+    """Time all sides. only_trl: only shared packing and TRL at this micro-batch, without a search; 0: all sides."""
     print(
-        f"{task.model}: {task.prompts} prompts x {task.group_size} responses, lengths x {task.scale}, LoRA r = {task.rank}"
+        f"{task.model}: {task.prompts} prompts x {task.group_size} responses, lengths x {task.scale}, "
+        f"LoRA r = {task.rank}"
     )
     trl, settings = (
         {"name": "trl", "checkpointing": False, "micro_batch": only_trl, "liger": False, "compact": False},
@@ -382,7 +388,7 @@ def ratio(name: str, above: list[dict], below: list[dict], key: str) -> str:
 
 
 def sweep(task: Task, repeats: int) -> list[dict]:
-    """Seconds of a step of ours, shared and plain, over response lengths and over group sizes."""
+    """Seconds of one of our steps, with shared and with plain packing, over response lengths and over group sizes."""
     points = [{"response": RESPONSE * x} for x in (0.25, 0.5, 1.0, 2.0)] + [{"group_size": g} for g in (1, 2, 5, 10)]
     found = []
     for point in points:

@@ -1,9 +1,9 @@
-"""One GRPO optimizer step as TRL 1.16.0 makes it, on rollouts made elsewhere: the other side of tests/bench/update.py.
+"""One GRPO optimizer step as TRL 1.16.0 makes it, on given rollouts: the other side of tests/bench/update.py.
 
 Needs trl, datasets, multiprocess and xxhash (and liger-kernel for `liger`) beside our own packages. transformers' own
-`_run_epoch` drives the step: an epoch is P prompts, G rows each, N / micro_batch passes, one optimizer step. Not TRL's
-own: `rollout_func` (TRL's way to bring rollouts along) returns the given tokens, the reward is a fixed list, and
-nothing is logged, saved or sent.
+`_run_epoch` drives the step: an epoch is P prompts with G rows each, N / micro_batch passes, and one optimizer step.
+Three things are not TRL's: `rollout_func` (TRL's interface for given rollouts) returns the given tokens, the reward is
+a fixed list, and nothing is logged, saved or sent.
 """
 
 import warnings
@@ -28,13 +28,13 @@ TRL_CHOICE = trl.trainer.utils._use_triton
 
 
 class TrlStep:
-    """TRL's GRPOTrainer fed with fabricated rollouts.
+    """TRL's GRPOTrainer with fabricated rollouts.
 
-    groups: (prompt, responses) per prompt, G responses each, N in all. micro_batch: responses per forward pass, divides
-    N. liger: Liger's fused GRPO loss in place of TRL's own, as under use_liger_loss, which TRL 1.16 no longer has; on a
+    groups: (prompt, responses) per prompt, G responses each, N in all. micro_batch: responses per forward pass; divides
+    N. liger: Liger's fused GRPO loss instead of TRL's own, as under use_liger_loss, which TRL 1.16 no longer has; on a
     GPU also TRL's use_liger_kernel (Triton kernels inside the layers). adapter: LoRA weights to start from, under the
-    names of `Policy.adapter_tensors`. compact: score response tokens alone with the LM head, as TRL always does on a
-    GPU; on a CPU it scores prompts and padding too. The choice holds for the whole process, until the next TrlStep.
+    names of `Policy.adapter_tensors`. compact: apply the LM head to response tokens only, as TRL always does on a GPU;
+    on a CPU it scores prompts and padding too. The choice holds for the whole process, until the next TrlStep.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TrlStep:
         group_size = len(groups[0][1])
         n_rows = len(groups) * group_size
         assert all(len(responses) == group_size for _, responses in groups) and n_rows % micro_batch == 0
-        # this name in this module is read for the choice of positions alone; the kernels read their own
+        # in this module the name only decides which positions are scored; the kernels read their own copy of it
         trl.trainer.utils._use_triton = (lambda device: True) if compact else TRL_CHOICE
         rewards = [fixed_reward(group, response) for group in range(len(groups)) for response in range(group_size)]
         rollouts = {
@@ -92,7 +92,7 @@ class TrlStep:
             with torch.no_grad():
                 for name, parameter in self.trainable().items():
                     parameter.copy_(adapter[name.replace(".default.", ".")])
-        self.trainer.train()  # all of TRL's preparation, and no step: see _Stepper
+        self.trainer.train()  # does all of TRL's preparation but makes no step: see _Stepper
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """LoRA parameters by name; the names are those of `Policy.trainable`."""
@@ -104,8 +104,8 @@ class TrlStep:
         return {"loss": self.trainer._tr_loss.item(), "grad_norm": float(self.trainer.gradient_norm)}
 
     def first_gradient(self) -> dict[str, Tensor]:
-        """Gradient by parameter name, before clipping, of the first step, which this makes."""
-        assert self.trainer.state.global_step == 0, "the first step has been made"
+        """Make the first step and return its gradient by parameter name, before clipping."""
+        assert self.trainer.state.global_step == 0, "the first step has been made already"
         self.trainer.gradient = {}
         self.step()
         gradient, self.trainer.gradient = self.trainer.gradient, None
@@ -113,10 +113,10 @@ class TrlStep:
 
 
 class _Stepper(GRPOTrainer):
-    """GRPOTrainer whose `train` stops before the first epoch, and makes one epoch, which is one step, on each call."""
+    """A GRPOTrainer whose `train` stops before the first epoch; optimizer_step() then makes one epoch, one step."""
 
     gradient: dict[str, Tensor] | None = None
-    """Filled with the next step's gradient when it is a dict."""
+    """If it is a dict, it is filled with the next step's gradient."""
     gradient_norm: Tensor | float = 0.0
     epoch_arguments: dict | None = None
     liger_loss: torch.nn.Module | None = None
@@ -159,7 +159,7 @@ class _Stepper(GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps
 
     def _send_telemetry(self) -> None:
-        """Nothing leaves this machine."""
+        """Send nothing."""
 
 
 def _liger_loss(args: GRPOConfig) -> torch.nn.Module:
@@ -177,7 +177,7 @@ def _liger_loss(args: GRPOConfig) -> torch.nn.Module:
 def _config(
     groups: list[Group], micro_batch: int, checkpointing: bool, liger: bool, out: str, dtype: str
 ) -> GRPOConfig:
-    """Our paper preset in TRL's words; TRL's advantages always have 1e-4 where ours have --advantage-eps."""
+    """Our paper preset as TRL's settings. TRL always adds 1e-4 to the standard deviation (ours: --advantage-eps)."""
     group_size = len(groups[0][1])
     return GRPOConfig(
         output_dir=out,

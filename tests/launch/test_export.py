@@ -62,7 +62,7 @@ def test_a_four_bit_base_is_merged_as_it_was_trained(pipeline, tmp_path):
         adapter=adapter_of(policy),
         config=policy.lora,
         quantize="nf4",
-        held=torch.float32,
+        base_dtype=torch.float32,
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     ids = torch.tensor([encode_prompt(policy.tokenizer, read_puzzles(pipeline / "puzzles/test.parquet")[0].chat())])

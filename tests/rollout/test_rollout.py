@@ -5,7 +5,7 @@ import torch
 
 from rollout import Sampling, stable_seed
 from rollout.sync import Canary, Parcel, SyncError, adapter_hash, manifest_of
-from rollout.torch_engine import TorchEngine, choose
+from rollout.torch_engine import TorchEngine, draw_token
 from trainer.packing import pack
 from trainer.policy import Policy, encode_prompt
 
@@ -25,13 +25,13 @@ def test_a_flipped_bit_is_named():
         Parcel.of(tensors).verify(manifest)
 
 
-def test_choose_inverts_the_cumulative_distribution():
+def test_draw_token_inverts_the_cumulative_distribution():
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().repeat(4, 1)
-    tokens, logprobs = choose(logits, torch.tensor([0.05, 0.15, 0.31, 0.999], dtype=torch.float64), 1.0, 1.0)
+    tokens, logprobs = draw_token(logits, torch.tensor([0.05, 0.15, 0.31, 0.999], dtype=torch.float64), 1.0, 1.0)
     assert tokens.tolist() == [0, 1, 2, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.2, 0.7, 0.7]))
-    assert choose(logits, torch.zeros(4).double(), 0.0, 1.0)[0].tolist() == [2, 2, 2, 2]
-    tokens, logprobs = choose(
+    assert draw_token(logits, torch.zeros(4).double(), 0.0, 1.0)[0].tolist() == [2, 2, 2, 2]
+    tokens, logprobs = draw_token(
         logits, torch.tensor([0.05, 0.1, 0.3, 0.9], dtype=torch.float64), 1.0, 0.85
     )  # drops token 0
     assert tokens.tolist() == [1, 1, 2, 2]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rollout.link import join, put, serve, take
+from rollout.link import join_store, open_store, put_signed, take_signed
 from rollout.sync import Canary, Parcel, SyncError, manifest_hash
 from tests.helpers.commands import ROOT, run_command, succeed
 
@@ -182,21 +182,24 @@ def test_the_canary_judges_by_distance_and_by_equality():
 
 
 def test_the_store_listens_on_one_address_and_takes_signed_values_only(capsys):
-    store, address = serve("127.0.0.1", 0)
+    store, address = open_store("127.0.0.1", 0)
     socket.create_connection(("127.0.0.1", address.port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", address.port), timeout=5)
     assert address.token not in repr(address)
     value = {"ids": [1, 2], "logprobs": [-0.1, -1e-7], "text": "x" * (9 << 20)}  # more than a store's value may hold
-    other = join(address, "a test")
-    put(other, "k", value, address.token)
+    other = join_store(address, "a test")
+    put_signed(other, "k", value, address.token)
     assert other.check(["k"])  # a set is not answered; what the same client asks next is, in order
-    assert take(store, "k", address.token) == value and take(store, "k", address.token) is None
-    put(other, "k", value, "another token")
+    assert take_signed(store, "k", address.token) == value and take_signed(store, "k", address.token) is None
+    put_signed(other, "k", value, "another token")
     assert other.check(["k"])
-    assert take(store, "k", address.token) is None and "refused k: its writer does not know" in capsys.readouterr().err
+    assert (
+        take_signed(store, "k", address.token) is None
+        and "refused k: its writer does not know" in capsys.readouterr().err
+    )
     assert not store.check(["k/0"])
     with pytest.raises(ValueError, match="--sync-host nowhere.invalid: not an interface or address of this machine"):
-        serve("nowhere.invalid", 0)
+        open_store("nowhere.invalid", 0)
     with pytest.raises(ValueError, match="another run .its token is not this run's. already answers"):
-        serve("127.0.0.1", address.port)
+        open_store("127.0.0.1", address.port)

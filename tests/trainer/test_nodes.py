@@ -253,11 +253,11 @@ def test_two_runs_on_one_port_are_told_apart_by_their_token(words, start, tmp_pa
     assert says in second.output
     assert first.process.poll() is None
     # ---- and a sampler that is sent to another run's store does not join it
-    from rollout.link import Address, join
+    from rollout.link import Address, join_store
     from rollout.sync import RunError
 
     with pytest.raises(RunError, match="belongs to another run"):
-        join(Address(host="127.0.0.1", port=29733, token="0" * 32), "sampler 0")
+        join_store(Address(host="127.0.0.1", port=29733, token="0" * 32), "sampler 0")
     # ---- SIGTERM to every rank: the step is finished and saved, and all end well
     for process in first.descendants(str(ROOT / "launch/grpo.py")):
         if process.ppid() == first.process.pid:

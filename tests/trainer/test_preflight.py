@@ -11,7 +11,7 @@ from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.packing import pack
 from trainer.policy import Policy
-from trainer.start.preflight import GIB, Launch, activation_bytes, check, layer_bytes_per_token, memory
+from trainer.start.preflight import GIB, Launch, activation_bytes, check_launch, estimate_memory, layer_bytes_per_token
 
 SHAPE = ROOT / "launch/recipes/qwen2.5-7b"
 
@@ -44,13 +44,16 @@ def test_the_paper_recipe_holds_b3_and_fits_its_machine():
         256,
         2,
     )
-    assert not problems(check(config, launch()) + memory(config, launch()))
-    for too_much in (memory(config, launch(gib=10)), memory(paper(shard="none", checkpointing=False), launch())):
+    assert not problems(check_launch(config, launch()) + estimate_memory(config, launch()))
+    for too_much in (
+        estimate_memory(config, launch(gib=10)),
+        estimate_memory(paper(shard="none", checkpointing=False), launch()),
+    ):
         assert any("a rank needs more memory" in problem for problem in problems(too_much))
 
 
 def test_weights_and_adapter_are_exact():
-    values = {row.what.strip(): row.value for row in memory(paper(shard="none"), launch())}
+    values = {row.what.strip(): row.value for row in estimate_memory(paper(shard="none"), launch())}
     weights = 7_615_616_512  # Qwen2.5-7B's parameters
     adapter = 256 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert values["weights"] == f"{2 * weights / GIB:.2f} GiB"
@@ -76,14 +79,14 @@ def test_weights_and_adapter_are_exact():
     ],
 )
 def test_what_does_not_fit_is_named(more, says):
-    assert any(says in problem for problem in problems(check(paper(**more), launch())))
+    assert any(says in problem for problem in problems(check_launch(paper(**more), launch())))
 
 
 def test_four_bits_and_eight_bit_moments_are_counted():
     """6.53 G weights of linear layers at 4.5 bits, 1.09 G of embedding, head and norms at 16; 0.65 G of adapter, two moments."""
     values = {
         row.what.strip(): row.value
-        for row in memory(paper(shard="none", quantize="nf4", optimizer="adamw8bit"), launch())
+        for row in estimate_memory(paper(shard="none", quantize="nf4", optimizer="adamw8bit"), launch())
     }
     assert values["weights"] == "5.45 GiB" and values["AdamW moments"] == "1.20 GiB"
 

@@ -9,14 +9,23 @@ import torch
 
 from trainer.config import GrpoConfig
 from trainer.metrics import StepLog
-from trainer.record.runfolder import PENDING, list_checkpoints, load_checkpoint, rewind, save_checkpoint, training_file
+from trainer.record.runfolder import (
+    PENDING,
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    rewind,
+    save_checkpoint,
+    training_file,
+)
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
 
 
 def save(out, step, keep=2):
-    return save_checkpoint(out, step, ADAPTER, {"r": 2}, MOMENTS, keep)
+    saved = Checkpoint(step=step, adapter=ADAPTER, adapter_config={"r": 2}, moments=MOMENTS)
+    return save_checkpoint(out, saved, keep)
 
 
 def test_round_trip_and_only_the_newest_are_kept(tmp_path):

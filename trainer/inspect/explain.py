@@ -1,9 +1,9 @@
-"""One response of a step in words and numbers: the formulas of the objective with their values filled in."""
+"""Explain one response of a step: the formulas of the objective with the response's numbers filled in."""
 
 import statistics
 from typing import Any
 
-from trainer.inspect.ledger import total
+from trainer.inspect.ledger import total_contribution
 from trainer.record.bundle import Bundle
 
 FORMULAS = {
@@ -26,16 +26,17 @@ WEIGHTS = {
 
 
 def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> str:
-    """rows: the ledger. row: number of the response in bundle.responses."""
+    """The text of launch/replay.py --row. rows: the ledger. row: number of the response in bundle.responses."""
     responses = bundle.responses
+    # groups are never split over ranks, and each has group_size rows
     first = row - row % bundle.config.group_size
     group = responses[first : first + bundle.config.group_size]
     tokens = [token for token in rows if token["row"] == row]
     trained = [token for token in tokens if token["mask"]]
     response, cfg = responses[row], bundle.config
     lines = [
-        f"Response {row}: puzzle {response['puzzle_id']}, response {response['response']} of {len(group)}, {len(tokens)} tokens, "
-        f"reward {_number(response['reward'])} ({response['status']})",
+        f"Response {row}: puzzle {response['puzzle_id']}, response {response['response']} of {len(group)}, "
+        f"{len(tokens)} tokens, reward {_number(response['reward'])} ({response['status']})",
         response["completion"],
         "",
     ]
@@ -46,11 +47,13 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
     lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
     lines += [
         f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
-        f"    trained responses {bundle.denominators.n_rows:g}, trained tokens {bundle.denominators.n_tokens:g}, of this response {len(trained)}",
+        f"    trained responses {bundle.denominators.n_rows:g}, trained tokens {bundle.denominators.n_tokens:g}, "
+        f"of this response {len(trained)}",
         "",
         *_token_lines(max(trained, key=lambda token: abs(token["contribution"])), cfg),
         "",
-        f"All {len(trained)} tokens: {total(trained):+.9g} of the step's loss {total(rows):+.9g}",
+        f"All {len(trained)} tokens: {total_contribution(trained):+.9g} of the step's loss "
+        f"{total_contribution(rows):+.9g}",
     ]
     clipped = sum(bool(token["clip"]) for token in trained)
     lines.append(
@@ -61,14 +64,15 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
 
 
 def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -> list[str]:
+    """The response's reward against its group (trainer/advantages.py)."""
     rewards = [member["reward"] for member in group if member["reward"] is not None]
     mean, r = statistics.fmean(rewards), response["reward"]
-    told = [
+    lines = [
         f"Advantage ({cfg.advantage}): {FORMULAS[cfg.advantage].format(eps=cfg.advantage_eps)}",
         f"    rewards of the group: {', '.join(map(_number, rewards))}",
     ]
     if len(set(rewards)) == 1:
-        return [*told, "    all equal: 0, this group teaches nothing"]
+        return [*lines, "    all equal: 0, this group teaches nothing"]
     filled = f"{_number(r)} - {mean:.6g}"
     if cfg.advantage == "grpo":
         filled = f"({filled}) / ({statistics.stdev(rewards):.6g} + {cfg.advantage_eps:g})"
@@ -81,10 +85,11 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
         if advantage < 0
         else "its group's mean: the surrogate leaves its tokens alone"
     )
-    return [*told, f"    {filled} = {advantage:+.6g}, {meaning}"]
+    return [*lines, f"    {filled} = {advantage:+.6g}, {meaning}"]
 
 
 def _token_lines(token: dict, cfg) -> list[str]:
+    """Every factor of one token's share of the loss (trainer/objective.py). token: a row of the ledger."""
     a, ratio = token["advantage"], token["ratio"]
     d = 0.0 if token["ref_logprob"] is None else token["ref_logprob"] - token["logprob"]
     reference = "none (beta is 0)" if token["ref_logprob"] is None else f"{token['ref_logprob']:.6g}"
@@ -95,15 +100,17 @@ def _token_lines(token: dict, cfg) -> list[str]:
     kl = f"KL {cfg.kl_kind}: d = ref - new = {d:.6g}; {KL_FORMULAS[cfg.kl_kind]} = {token['kl']:.6g}"
     return [
         f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
-        f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, sampler {token['sampler_logprob']:.6g}, "
-        f"reference {reference}",
+        f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, "
+        f"sampler {token['sampler_logprob']:.6g}, reference {reference}",
         f"    ratio       {level} = {ratio:.6g}",
-        f"    surrogate   max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = max({-ratio * a:.6g}, {-clipped * a:.6g}) "
-        f"-> {token['surrogate']:.6g}; {token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
+        f"    surrogate   max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = "
+        f"max({-ratio * a:.6g}, {-clipped * a:.6g}) -> {token['surrogate']:.6g}; "
+        f"{token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
         f"    correction  {cfg.correction}: {token['correction']:.6g}",
         f"    {kl if cfg.beta else 'KL          beta is 0'}",
-        f"    share       weight (surrogate x correction + beta x KL) = {token['weight']:.6g} ({token['surrogate']:.6g} x "
-        f"{token['correction']:.6g} + {cfg.beta:g} x {token['kl']:.6g}) = {token['contribution']:.9g}",
+        f"    share       weight (surrogate x correction + beta x KL) = {token['weight']:.6g} "
+        f"({token['surrogate']:.6g} x {token['correction']:.6g} + {cfg.beta:g} x {token['kl']:.6g}) = "
+        f"{token['contribution']:.9g}",
     ]
 
 

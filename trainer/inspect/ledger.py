@@ -1,7 +1,7 @@
-"""The loss ledger: one row per token, with every number behind its share of the loss; the shares add up to the loss.
+"""The loss ledger: one row per token with every number behind its share of the loss. The shares add up to the loss.
 
-The terms are computed again in float64 from the recorded log-probs, so that the sum is exact to 1e-12 and the rounding of
-the float32 step can be told from the objective.
+The terms are computed again in float64 from the recorded log-probs. So the sum is exact to 1e-12, and a difference to
+the run's own loss is the rounding of its float32 arithmetic and not the objective.
 """
 
 import math
@@ -20,10 +20,11 @@ from trainer.packing import MicroBatch, make_micro_batch
 from trainer.record.bundle import Bundle
 
 TOLERANCE = 1e-12
+"""Largest relative error of the sum of the shares, in float64."""
 
 
 def in_float64(terms: LossTerms, micro: MicroBatch, bundle: Bundle) -> LossTerms:
-    """The terms of a micro-batch, from the same log-probs, in float64."""
+    """The terms of a micro-batch in float64, from the same log-probs."""
     sampled = micro.sampler_logprobs[micro.packed.rows, micro.packed.cols].double()
     wide = make_micro_batch(
         micro.groups, micro.rows, micro.advantages.double(), micro.mask.any(-1), sampled, torch.device("cpu")
@@ -37,7 +38,7 @@ def _double(values: Tensor | None) -> Tensor | None:
 
 
 def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Rows in order of response and position; terms[rank][micro-batch] as trainer.inspect.replay gives them.
+    """The ledger's rows, in order of response and position. terms[rank][micro-batch]: from trainer.inspect.replay.
 
     Keys: row (response of the step, from 0), rank, puzzle_id, response (within its group, from 1), position (from 1),
     token_id, token, logprob, old_logprob, sampler_logprob, ref_logprob, ratio, clip ("", low, high, dual), advantage,
@@ -52,15 +53,16 @@ def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTo
                 named = {"row": first + row, "rank": rank}
                 rows += _response_rows(named, inputs.responses[row], wide, place, tokenizer)
         first += len(inputs.responses)
-    rows.sort(key=lambda row: (row["row"], row["position"]))
+    rows.sort(key=lambda row: (row["row"], row["position"]))  # packing puts the longest groups first
     scale = max(1.0, math.fsum(abs(row["contribution"]) for row in rows))
-    assert abs(total(rows) - math.fsum(losses)) <= TOLERANCE * scale, "the ledger does not sum to the loss"
+    assert abs(total_contribution(rows) - math.fsum(losses)) <= TOLERANCE * scale, "the ledger does not sum to the loss"
     return rows
 
 
 def _response_rows(
     named: dict[str, Any], response: dict[str, Any], terms: LossTerms, place: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
+    """One row per token of a response. named: the keys that all of them share. place: its row in the micro-batch."""
     ids = response["response_ids"]
     named |= {"puzzle_id": response["puzzle_id"], "response": response["response"]}
     columns: dict[str, Tensor] = {
@@ -76,7 +78,7 @@ def _response_rows(
         "contribution": terms.contribution,
     }
     numbers = {name: values[place, : len(ids)].tolist() for name, values in columns.items()}
-    no_reference = {} if terms.beta else {"ref_logprob": None}  # no reference pass was made
+    no_reference = {} if terms.beta else {"ref_logprob": None}  # with beta 0 no reference pass is made
     codes, mask = terms.clip[place].tolist(), terms.mask[place].tolist()
     return [
         {
@@ -94,13 +96,14 @@ def _response_rows(
     ]
 
 
-def total(rows: Iterable[dict[str, Any]]) -> float:
-    """Sum of the contributions: of all rows the loss, of some their share of it."""
+def total_contribution(rows: Iterable[dict[str, Any]]) -> float:
+    """Sum of the contributions: the loss for all rows, their share of the loss for some rows."""
+    # fsum is exact before the final rounding, so the order of the rows does not matter
     return math.fsum(row["contribution"] for row in rows)
 
 
-def totals_by(rows: Iterable[dict[str, Any]], key: str) -> dict[Any, float]:
-    """{value of `key`: share of the loss}, e.g. by "row", "puzzle_id" (a group) or "clip"; the shares sum to the loss."""
+def contributions_by(rows: Iterable[dict[str, Any]], key: str) -> dict[Any, float]:
+    """{value of column `key`: its share of the loss}, e.g. by "row", "puzzle_id" (a group) or "clip"."""
     shares: dict[Any, list[float]] = defaultdict(list)
     for row in rows:
         shares[row[key]].append(row["contribution"])

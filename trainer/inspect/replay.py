@@ -1,4 +1,4 @@
-"""One optimizer step again, from its bundle, in one process on the CPU: the same functions as the run's own step."""
+"""Compute one optimizer step again from its bundle, in one process on the CPU, with the run's own functions."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,30 +19,37 @@ from trainer.start.parts import load_policy
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
+    """The results of a replay."""
+
     policy: Policy
+    """With the adapter before the step."""
     loss: float
     grad_norm: float
+    """Before clipping."""
     gradient_hash: str
+    """Hash of the bytes of all gradients, as recorded by the run."""
     terms: list[list[LossTerms]]
     """terms[rank][micro-batch]"""
     bad: tuple[int, MicroBatch, BadToken] | None
     """(rank, micro-batch, token) of the first term that is not finite."""
     reference_difference: float | None
-    """Largest |recorded - recomputed| reference log-prob: above rounding, the base checkpoint is another one. None: beta 0."""
+    """Largest |recorded - recomputed| of the reference log-probs in nats; more than rounding means that the base
+    checkpoint has changed. None if beta is 0."""
     old_difference: float | None
-    """The same for the old log-probs, where the batch's first update is replayed; None elsewhere."""
+    """The same for the old log-probs; None unless the batch's first update of several is replayed."""
 
     def equals(self, bundle: Bundle) -> bool:
-        """Loss and gradient bit for bit as recorded."""
+        """Are loss and gradient bit for bit those recorded?"""
         return self.loss == bundle.recorded["loss"] and self.gradient_hash == bundle.recorded["gradient_hash"]
 
 
 def replay(bundle: Bundle, model: str | None = None) -> Replayed:
-    """Loss and gradient of the bundle's step. model: the base checkpoint, where it has moved since.
+    """Loss and gradient of the bundle's step. model: the base checkpoint, if it has moved since the run.
 
-    Ranks are replayed one after another with the recorded number of threads, and their gradients added in rank order: bit
-    for bit the run's own numbers when that ran on CPU with one or two ranks and the same torch; a sum over more ranks may
-    round differently. Raises UserError when the checkpoint is not there or the adapter does not fit it.
+    The ranks are replayed one after another with the recorded number of threads, and their gradients are added in rank
+    order. The results equal the run's own bit for bit if the run used a CPU, one or two ranks and the same version of
+    torch; a sum over more ranks may be rounded differently. Raises UserError if the checkpoint is missing or the
+    adapter does not fit it.
     """
     torch.set_num_threads(bundle.threads)
     policy = policy_of(bundle, model)
@@ -64,11 +71,12 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
             terms[rank].append(of_micro)
         if found is not None:
             bad = bad or (rank, *found)
-            continue
+            continue  # its gradient is not finite; the others' still say whether theirs are
+        # rank 0 is copied, not added to 0: 0 + -0.0 is 0.0, and the hash of the bytes would differ
         gradients = [
             p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
         ]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)  # of the sum over ranks, as in grpo.sum_gradients
     return Replayed(
         policy=policy,
         loss=sum(s.sums["loss"] for s in sums),
@@ -82,7 +90,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
 
 
 def policy_of(bundle: Bundle, model: str | None) -> Policy:
-    """The policy as it was before the step."""
+    """The policy as it was before the step, unsharded. model: as for replay()."""
     config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
     policy = load_policy(config, torch.device("cpu"))
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
@@ -93,12 +101,15 @@ def policy_of(bundle: Bundle, model: str | None) -> Policy:
 
 
 def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
-    """Largest difference of the recorded log-probs to those the policy gives now. which: "ref_logprobs" or "old_logprobs"."""
+    """Largest |difference| between recorded and recomputed log-probs; None if there are none.
+
+    which: "ref_logprobs" or "old_logprobs".
+    """
     compute = reference_logprobs if which == "ref_logprobs" else old_logprobs
     largest = None
     for inputs in bundle.ranks:
         if which == "old_logprobs" and inputs.update > 1:
-            continue  # they are of the policy before the batch's first update, which the bundle does not hold
+            continue  # old log-probs are of the policy before the batch's first update, which this bundle does not have
         for micro in inputs.micro_batches:
             recorded = getattr(micro, which)
             if recorded is not None:

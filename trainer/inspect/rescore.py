@@ -1,4 +1,4 @@
-"""Saved rollouts under another reward: how rewards and advantages would have changed. Nothing is sampled or trained."""
+"""Score saved rollouts with another reward, and compare rewards and advantages. Nothing is sampled or trained."""
 
 import math
 from collections import defaultdict
@@ -17,8 +17,8 @@ def rescore(
 ) -> list[dict[str, Any]]:
     """Rows {step, puzzle_id, response, old_reward, reward, status, message, parts, old_advantage, advantage}, in order.
 
-    Advantages are compared within a step's responses to one puzzle; a response that is not scored has reward None and
-    advantage 0. Raises UserError when a puzzle is missing.
+    rollouts: rows of rollouts.jsonl. puzzles: by id. Advantages compare the responses to one puzzle within a step, as
+    in training; a response without a score has reward None and advantage 0. Raises UserError if a puzzle is missing.
     """
     missing = [row["puzzle_id"] for row in rollouts if row["puzzle_id"] not in puzzles]
     if missing:
@@ -28,7 +28,7 @@ def rescore(
         [puzzles[row["puzzle_id"]] for row in rollouts],
         [row["finish_reason"] == "length" for row in rollouts],
     )
-    numbers: dict[tuple, int] = defaultdict(lambda: len(numbers))
+    numbers: dict[tuple, int] = defaultdict(lambda: len(numbers))  # (step, puzzle) -> number of the group
     groups = torch.tensor([numbers[row["step"], row["puzzle_id"]] for row in rollouts])
     totals = torch.tensor([reward.total for reward in rewards])  # float32, as in training
     scored = torch.tensor([reward.scored for reward in rewards])
@@ -53,7 +53,7 @@ def rescore(
 
 
 def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
-    """The comparison as text."""
+    """The comparison as text. shown: number of responses listed with the largest changes of their advantage."""
     both = [row for row in rows if row["old_reward"] is not None and row["reward"] is not None]
     old, new = [row["old_reward"] for row in both], [row["reward"] for row in both]
     changed = sum(a != b for a, b in zip(old, new, strict=True))
@@ -61,6 +61,7 @@ def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["step"], row["puzzle_id"]].append(row)
+    # a group whose rewards are all equal has advantages of 0, so it has no gradient
     teach = [
         sum(len({row[key] for row in group if row[key] is not None}) > 1 for group in groups.values())
         for key in ("old_reward", "reward")

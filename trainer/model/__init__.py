@@ -1,1 +1,1 @@
-"""The language model below a step: attention, loading, merging, sharding, what a pass costs."""
+"""The language model of the policy: attention, loading, merging, sharding, and the cost of a pass."""

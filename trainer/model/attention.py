@@ -1,11 +1,27 @@
-"""Shared-prefix attention, registered with transformers, and the kernels it is made of.
+"""Shared-prefix attention, registered with transformers, and the kernels it uses.
 
-A kernel computes the attention of segments of packed queries over segments of packed keys:
+The G responses of a prompt are packed behind one copy of it. Response tokens see the prompt and their own response.
+Attention over both sets of keys is computed as two ordinary calls and merged exactly, so no mask and no copy of the
+prompt is needed:
 
-Kernel.forward(q, k, v, segments, scale) -> out [Lq,Hq,D], logsumexp [Hq,Lq]
-Kernel.backward(grad, q, k, v, out, logsumexp, segments, scale) -> gradients of q, k, v
-q [Lq,Hq,D], k and v [Lk,Hkv,D] (Hq is a multiple of Hkv: grouped heads). No kernel copies the keys once per query head, and
-only PLAIN builds the matrix of scores.
+    S = q k^T scale                     scores of one call
+    lse = log sum_j exp(S_j)            over the keys of one call
+    out = sum_j exp(S_j - lse) v_j
+    lse_both = log(exp(lse_1) + exp(lse_2))
+    out_both = exp(lse_1 - lse_both) out_1 + exp(lse_2 - lse_both) out_2
+
+FlashAttention (arXiv:2205.14135) computes out and lse without the matrix of scores. Its backward (arXiv:2307.08691,
+Algorithm 2) recomputes the probabilities from the logsumexp it is given, p = exp(S - lse), and needs the output only in
+the row sums D = sum_d dout_d out_d:
+
+    dv = p^T dout        dp = dout v^T        dS = p (dp - D)        dq = dS k scale        dk = dS^T q scale
+
+Given lse_both and out_both, each of the two calls therefore returns its exact share of the gradient, and the shares add
+up.
+
+Axes: L packed tokens, Lq queries and Lk keys of one call, Hq query heads, Hkv key-value heads (Hq is a multiple of Hkv:
+grouped-query attention, arXiv:2305.13245), D head size. No kernel copies the keys once per query head, and only PLAIN
+builds the matrix of scores.
 """
 
 import importlib.util
@@ -35,22 +51,24 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Segments:
-    """One attention call: the queries of segment i see the keys of segment i, causally or all of them."""
+    """Which queries see which keys in one call: the queries of segment i see the keys of segment i."""
 
     queries: Spans
     keys: Spans
     causal: bool
+    """True: query j of a segment sees its keys 0..j. False: it sees all keys of the segment."""
     device: torch.device
 
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
-        """[n+1] int32 each: where the segments of queries and of keys begin, side by side, and where the last one ends."""
+        """[n+1] int32 each, of queries and of keys, packed side by side: where each segment starts, and the end."""
         ends = ([0, *accumulate(length for _, length in spans)] for spans in (self.queries, self.keys))
         queries, keys = (torch.tensor(end, dtype=torch.int32, device=self.device) for end in ends)
         return queries, keys
 
     @property
     def longest(self) -> tuple[int, int]:
+        """Tokens of the longest segment of queries and of keys."""
         return max(n for _, n in self.queries), max(n for _, n in self.keys)
 
 
@@ -58,9 +76,30 @@ class Layout(NamedTuple):
     """The attention of a packed row, as two calls of a kernel."""
 
     own: Segments
-    """Every prompt and every response, causal to itself; a prompt with a single response is one segment with it."""
+    """Every prompt and every response, causal to itself. A prompt with a single response is one segment with it."""
     prompts: Segments | None
-    """The responses of a group, side by side, to all of their prompt; None where nothing is shared."""
+    """The responses of a group, side by side, to all of their prompt; None if no prompt is shared."""
+
+
+class Call(NamedTuple):
+    """The inputs of one kernel call."""
+
+    q: Tensor
+    """[Lq,Hq,D]"""
+    k: Tensor
+    """[Lk,Hkv,D]"""
+    v: Tensor
+    """[Lk,Hkv,D]"""
+    segments: Segments
+    scale: float
+    """Factor of the scores, usually D ** -0.5."""
+
+
+class Kernel(NamedTuple):
+    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    """call -> (out [Lq,Hq,D], logsumexp [Hq,Lq])"""
+    backward: Callable[[Call, Tensor, Tensor, Tensor], list[Tensor]]
+    """(call, grad of out [Lq,Hq,D], out [Lq,Hq,D], logsumexp [Hq,Lq]) -> gradients of q, k, v"""
 
 
 def _attention(
@@ -69,34 +108,30 @@ def _attention(
     """transformers' attention signature: query [1,Hq,L,D], key and value [1,Hkv,L,D] -> ([1,L,Hq,D], None)."""
     assert layout is not None and query.shape[0] == 1, "shared_prefix attention serves packed batches only"
     changed = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
-    assert not changed, f"shared_prefix attention knows no {changed}"
+    assert not changed, f"shared_prefix attention knows no {changed}"  # loading.why_not_shared refuses such models
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
-    if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the residual stream's dtype
+    if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the dtype of the residual stream
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     kernel = FLASH_ATTN if flash else kernel_for(q)
     return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel)[None], None
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
-    """Two calls of an ordinary attention kernel: every segment to itself, and responses to their group's prompt.
-
-    softmax over [prompt; own] keys = the two outputs weighted by exp(lse - lse of both). A flash kernel's backward builds its
-    probabilities from the output and logsumexp it is given; given those of both, each call returns its share of the gradient.
-    """
+    """Two merged calls of an ordinary attention kernel: every segment to itself, and responses to their prompt."""
 
     @staticmethod
-    def forward(ctx, q, k, v, layout: Layout, scale: float, kernel: "Kernel") -> Tensor:
+    def forward(ctx, q, k, v, layout: Layout, scale: float, kernel: Kernel) -> Tensor:
         """q [L,Hq,D], k and v [L,Hkv,D] -> [L,Hq,D]."""
-        out, lse = kernel.forward(q, k, v, layout.own, scale)  # [L,Hq,D], [Hq,L]
+        out, lse = kernel.forward(Call(q, k, v, layout.own, scale))  # [L,Hq,D], [Hq,L]
         if prompts := layout.prompts:
-            there, lse_there = kernel.forward(
-                _take(q, prompts.queries), _take(k, prompts.keys), _take(v, prompts.keys), prompts, scale
-            )
+            # only the rows of shared responses change; prompts and single responses are complete after the first call
+            there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
             here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
-            both = torch.logaddexp(lse_here, lse_there)
+            both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
             weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
             _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
             _put(lse, prompts.queries, both, 1)
+        # out and lse are now those of both calls, which is what makes the two backward calls shares of one gradient
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
         return out
@@ -105,53 +140,46 @@ class _SharedPrefixAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         own, prompts = ctx.layout
-        grads = ctx.kernel.backward(grad, q, k, v, out, lse, own, ctx.scale)
+        grads = ctx.kernel.backward(Call(q, k, v, own, ctx.scale), grad, out, lse)
         if prompts:
             at, keys = prompts.queries, prompts.keys
-            parts = ctx.kernel.backward(
-                _take(grad, at),
-                _take(q, at),
-                _take(k, keys),
-                _take(v, keys),
-                _take(out, at),
-                _take(lse, at, 1),
-                prompts,
-                ctx.scale,
-            )
-            for whole, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
-                _put(whole, spans, part, add=True)
+            call = _to_prompts(q, k, v, prompts, ctx.scale)
+            parts = ctx.kernel.backward(call, _take(grad, at), _take(out, at), _take(lse, at, 1))
+            # a prompt's keys and values get gradient from the prompt itself and from all of its responses
+            for total, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
+                _put(total, spans, part, add=True)
         return *grads, None, None, None
 
 
+def _to_prompts(q: Tensor, k: Tensor, v: Tensor, prompts: Segments, scale: float) -> Call:
+    """The second call: the responses' queries to their prompts' keys."""
+    return Call(_take(q, prompts.queries), _take(k, prompts.keys), _take(v, prompts.keys), prompts, scale)
+
+
 def _take(x: Tensor, spans: Spans, dim: int = 0) -> Tensor:
-    """The tokens of the spans, one after another; a view where there is one span."""
+    """The tokens of the spans, one after another; a view if there is one span."""
     parts = [x.narrow(dim, first, length) for first, length in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _put(x: Tensor, spans: Spans, values: Tensor, dim: int = 0, add: bool = False) -> None:
-    """Write (or add) the tokens of the spans in place."""
+    """Write (or add) values to the tokens of the spans, in place."""
     for (first, length), part in zip(spans, values.split([length for _, length in spans], dim), strict=True):
         target = x.narrow(dim, first, length)
         target.add_(part) if add else target.copy_(part)
 
 
-class Kernel(NamedTuple):
-    forward: Callable
-    backward: Callable
-
-
 def kernel_for(q: Tensor) -> Kernel:
-    """PyTorch's flash kernels on CPU and GPU; plain matrix products for what those do not serve (float32 on a GPU)."""
+    """PyTorch's flash kernels on CPU and GPU; plain matrix products for what they do not support (float32 on a GPU)."""
     if q.device.type == "cpu":
         return CPU
-    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:
+    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= 256:  # the limits of the flash kernels
         return VARLEN
     return PLAIN
 
 
 def _each(segments: Segments, q_like: tuple[Tensor, ...], k_like: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
-    """Per segment [1,H,n,D] views of tensors over queries, then of those over keys."""
+    """Per segment, [1,H,n,D] views of the tensors over queries, then of those over keys."""
     n_q, n_k = [length for _, length in segments.queries], [length for _, length in segments.keys]
     split = [*(x.split(n_q) for x in q_like), *(x.split(n_k) for x in k_like)]
     for parts in zip(*split, strict=True):
@@ -163,114 +191,150 @@ def _side_by_side(per_segment: list[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat([part[0].transpose(0, 1) for part in parts]) for parts in zip(*per_segment, strict=True)]
 
 
-def _cpu_forward(q, k, v, segments, scale):
+# ---- CPU: PyTorch's flash kernel. It has no form for packed segments, so every segment is a call.
+
+
+def _cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
+    segments = call.segments
     done = [
-        aten._scaled_dot_product_flash_attention_for_cpu(*qkv, is_causal=segments.causal, scale=scale)
-        for qkv in _each(segments, (q,), (k, v))
+        aten._scaled_dot_product_flash_attention_for_cpu(*qkv, is_causal=segments.causal, scale=call.scale)
+        for qkv in _each(segments, (call.q,), (call.k, call.v))
     ]
     return _side_by_side([(out,) for out, _ in done])[0], torch.cat([lse[0] for _, lse in done], 1)
 
 
-def _cpu_backward(grad, q, k, v, out, lse, segments, scale):
+def _cpu_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    segments = call.segments
+    over_queries = (grad, call.q, out, lse.T[..., None])  # lse as [L,Hq,1], so that it can be split like the others
     return _side_by_side(
         [
             aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_i, q_i, k_i, v_i, out_i, lse_i[..., 0], 0.0, segments.causal, scale=scale
+                grad_i, q_i, k_i, v_i, out_i, lse_i[..., 0], 0.0, segments.causal, scale=call.scale
             )
-            for grad_i, q_i, out_i, lse_i, k_i, v_i in _each(segments, (grad, q, out, lse.T[..., None]), (k, v))
+            for grad_i, q_i, out_i, lse_i, k_i, v_i in _each(segments, over_queries, (call.k, call.v))
         ]
     )
 
 
-def _varlen_forward(q, k, v, segments, scale):
+# ---- VARLEN: PyTorch's flash kernel on GPUs, all segments in one call
+
+
+def _varlen_forward(call: Call) -> tuple[Tensor, Tensor]:
+    segments = call.segments
     out, lse, *_ = aten._flash_attention_forward(
-        q, k, v, *segments.cumulative, *segments.longest, 0.0, segments.causal, False, scale=scale
+        call.q,
+        call.k,
+        call.v,
+        *segments.cumulative,
+        *segments.longest,
+        0.0,  # dropout
+        segments.causal,
+        False,  # return_debug_mask
+        scale=call.scale,
     )
     return out, lse
 
 
-def _varlen_backward(grad, q, k, v, out, lse, segments, scale):
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of dropout, of which there is none
+def _varlen_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    segments = call.segments
+    unused = torch.empty(2, dtype=torch.uint64, device=call.q.device)  # the random state of dropout, which is off
     return aten._flash_attention_backward(
         grad,
-        q,
-        k,
-        v,
+        call.q,
+        call.k,
+        call.v,
         out,
         lse.contiguous(),
         *segments.cumulative,
         *segments.longest,
-        0.0,
+        0.0,  # dropout
         segments.causal,
         unused,
         unused,
-        scale=scale,
+        scale=call.scale,
     )
 
 
-def _flash_attn_forward(q, k, v, segments, scale):
+# ---- FLASH_ATTN: the flash-attn package (GPU)
+
+
+def _flash_attn_forward(call: Call) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
+    segments = call.segments
     out, lse, *_ = _flash_attn_varlen_forward(
-        q, k, v, *segments.cumulative, *segments.longest, dropout_p=0.0, softmax_scale=scale, causal=segments.causal
+        call.q,
+        call.k,
+        call.v,
+        *segments.cumulative,
+        *segments.longest,
+        dropout_p=0.0,
+        softmax_scale=call.scale,
+        causal=segments.causal,
     )
     return out, lse
 
 
-def _flash_attn_backward(grad, q, k, v, out, lse, segments, scale):
+def _flash_attn_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    segments, qkv = call.segments, (call.q, call.k, call.v)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv]  # written by the kernel
     _flash_attn_varlen_backward(
         grad,
-        q,
-        k,
-        v,
+        *qkv,
         out,
         lse.contiguous(),
         *grads,
         *segments.cumulative,
         *segments.longest,
         dropout_p=0.0,
-        softmax_scale=scale,
+        softmax_scale=call.scale,
         causal=segments.causal,
         window_size_left=-1,
         window_size_right=-1,
         softcap=0.0,
         alibi_slopes=None,
-        deterministic=False,
+        deterministic=False,  # dq is summed with atomic adds: its last bits may differ from run to run
     )
     return grads
 
 
+# ---- PLAIN: the formulas at the top of this file, written out
+
+
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """[1,Hkv,Hq/Hkv,n,m] scaled scores; -inf above the diagonal of a causal segment."""
+    # k broadcasts over the query heads of its group
     scores = q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * scale
     return (
         scores.masked_fill(torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1), -torch.inf) if causal else scores
     )
 
 
-def _plain_forward(q, k, v, segments, scale):
-    """What the others compute, written out."""
+def _plain_forward(call: Call) -> tuple[Tensor, Tensor]:
     done = []
-    for q_i, k_i, v_i in _each(segments, (q,), (k, v)):
-        scores = _scores(q_i, k_i, segments.causal, scale)
+    for q_i, k_i, v_i in _each(call.segments, (call.q,), (call.k, call.v)):
+        scores = _scores(q_i, k_i, call.segments.causal, call.scale)
         lse = scores.logsumexp(-1)
-        out = (scores - lse[..., None]).exp() @ v_i[:, :, None]
+        out = (scores - lse[..., None]).exp() @ v_i[:, :, None]  # exp(S - lse) is the softmax
         done.append((out.flatten(1, 2), lse.flatten(1, 2)[..., None]))
     out, lse = _side_by_side(done)
     return out, lse[..., 0].T.contiguous()
 
 
-def _plain_backward(grad, q, k, v, out, lse, segments, scale):
+def _plain_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
     done = []
-    for *over_queries, k_i, v_i in _each(segments, (grad, q, out, lse.T[..., None]), (k, v)):
-        grad_i, q_i, out_i, lse_i = (x.unflatten(1, (k_i.shape[1], -1)) for x in over_queries)  # [1,Hkv,Hq/Hkv,n,*]
-        p = (_scores(over_queries[1], k_i, segments.causal, scale) - lse_i).exp()
+    over_queries = (grad, call.q, out, lse.T[..., None])
+    for *per_query, k_i, v_i in _each(call.segments, over_queries, (call.k, call.v)):
+        grad_i, q_i, out_i, lse_i = (x.unflatten(1, (k_i.shape[1], -1)) for x in per_query)  # [1,Hkv,Hq/Hkv,n,*]
+        # with the logsumexp of both calls p is this call's part of the softmax; its rows sum to less than 1
+        p = (_scores(per_query[1], k_i, call.segments.causal, call.scale) - lse_i).exp()
         d_p = grad_i @ v_i[:, :, None].transpose(-1, -2)
-        d_scores = p * (d_p - (grad_i * out_i).sum(-1, keepdim=True)) * scale
+        row_sums = (grad_i * out_i).sum(-1, keepdim=True)  # D of the formulas
+        d_scores = p * (d_p - row_sums) * call.scale
         d_q = (d_scores @ k_i[:, :, None]).flatten(1, 2)
+        # the query heads of a group share their key-value head, so their gradients add up (sum over dimension 2)
         done.append((d_q, (d_scores.transpose(-1, -2) @ q_i).sum(2), (p.transpose(-1, -2) @ grad_i).sum(2)))
     return _side_by_side(done)
 
@@ -282,9 +346,10 @@ PLAIN = Kernel(_plain_forward, _plain_backward)
 
 
 def attention_name(attn: str, device: torch.device) -> str:
-    """The name, in transformers, of our attention with the kernels that --attn asks for.
+    """The name in transformers of our attention with the kernels of --attn.
 
-    "sdpa": PyTorch's own kernels. "flash": those of the flash-attn package. Raises UserError when they cannot run here.
+    attn: "sdpa" for PyTorch's own kernels, "flash" for those of the flash-attn package. Raises UserError if they cannot
+    run here.
     """
     if attn != "flash":
         return ATTENTION
@@ -297,4 +362,5 @@ def attention_name(attn: str, device: torch.device) -> str:
 
 for name, function in ((ATTENTION, _attention), (FLASH_ATTENTION, partial(_attention, flash=True))):
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)  # no [L,L] mask is ever built
+    # transformers would build an [L,L] mask for every pass; the layout says who sees whom, so there is none
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)

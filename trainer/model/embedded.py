@@ -1,8 +1,9 @@
-"""The embedded policy: a small Qwen2-architecture model and its tokenizer, made from scratch, nothing downloaded.
+"""The embedded policy: a small model of the Qwen2 architecture and its tokenizer, made without any download.
 
-The tokenizer is byte-level BPE, so any text survives; it is trained on the puzzles at hand so that a gene symbol with its
-comma (" CD3D,") is one token, in the prompt and when a trace cites it. Labels and the fixed sentences of the prompt are one
-token each too: a two-core machine should spend its time on cells, not on the system message.
+The tokenizer is byte-level BPE, so it can encode any text. It is trained on the given puzzles, so that a gene symbol
+with its comma (" CD3D,") is one token, both in the prompt and where a trace cites the gene. Labels and the fixed
+sentences of the prompt are one token each too: a two-core machine should spend its time on cells and not on the system
+message.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space
+# split at: a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space
 WORDS = r" ?</?(?:think|answer)>| ?\|| ?[^\s<>|,]+,?| ?[<>,]|\s+"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -25,20 +26,26 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Size of the embedded model."""
+    """Size of the embedded model; about a million parameters with the demo's vocabulary."""
 
     hidden: int = 128
     layers: int = 3
     heads: int = 4
     kv_heads: int = 4
+    """Fewer than heads: grouped-query attention (arXiv:2305.13245)."""
     intermediate: int = 384
+    """Width of the MLP."""
     context: int = 4096
+    """Longest prompt + response in tokens."""
 
 
 def make_tokenizer(
     texts: Iterable[str], words: Iterable[str] = (), phrases: Iterable[str] = (), vocab_size: int = 8192
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on `texts`; every word (gene symbol) is a token, with and without comma; so is every phrase."""
+    """A tokenizer trained on `texts`.
+
+    words: gene symbols; each becomes a token, with and without a comma after it. phrases: each becomes one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,7 +61,8 @@ def make_tokenizer(
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    listed = [f" {word}, {word}" for word in sorted(set(words)) for _ in range(2)]  # twice: min_frequency
+    # each word twice, so that it reaches min_frequency even if no text has it; sorted, so that the result is the same
+    listed = [f" {word}, {word}" for word in sorted(set(words)) for _ in range(2)]
     tokenizer.train_from_iterator([*texts, *listed], trainer)
     tokenizer.add_tokens([AddedToken(phrase, single_word=True, normalized=False) for phrase in sorted(set(phrases))])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=TURN_END, pad_token=PAD)
@@ -71,10 +79,13 @@ def create_policy(
     shape: Shape = Shape(),
     seed: int = 0,
 ) -> int:
-    """Write a randomly initialised checkpoint (model and tokenizer) to the folder `out`; returns its number of parameters."""
+    """Write a randomly initialised checkpoint (model and tokenizer) to folder `out`. Returns its number of parameters.
+
+    The weights are a function of shape, vocabulary size and seed.
+    """
     tokenizer = make_tokenizer(texts, words, phrases)
     config = Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # rounded up: matrix products are faster
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -82,14 +93,14 @@ def create_policy(
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.context,
         tie_word_embeddings=True,
-        # a narrow model at the usual 0.02 spends its first hundred steps on a plateau (LOG.md, 2026-11-20)
+        # with the usual 0.02 a narrow model spends its first hundred steps on a plateau (LOG.md, 2026-11-20)
         initializer_range=shape.hidden**-0.5,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
     transformers_logging.disable_progress_bar()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # leave the global generator as it was
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config).to(torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -1,7 +1,7 @@
-"""One Hugging Face checkpoint from a base and an adapter: merged in float32, one file at a time, no model in memory.
+"""Write one Hugging Face checkpoint from a base and an adapter: merged in float32, one file at a time, without a model.
 
-LoRA (arXiv:2106.09685): W + s B A with s = alpha / r. DoRA (arXiv:2402.09353): each row of that, scaled to the magnitude m.
-With a base that was trained on in 4 bits (QLoRA, arXiv:2305.14314) W is what the 4-bit layers multiplied with.
+LoRA (arXiv:2106.09685): W + s B A with s = alpha / r. DoRA (arXiv:2402.09353): each row of W + s B A, scaled to length
+m. If the base was held in 4 bits in training (QLoRA, arXiv:2305.14314), W is the weight after the rounding to 4 bits.
 """
 
 import fcntl
@@ -23,17 +23,20 @@ from trainer.record.runfolder import MAGNITUDE
 SAMPLER_BASE = "sampler_base"
 INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", INDEX, "README.md", "state.json")
-"""Files that are written anew, or a run's own, not copied."""
+"""Files that are not copied from the base: they are written anew, or belong to a run."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-"""Endings of files that hold weights in some format."""
+"""Suffixes of files with weights in some format."""
 MERGED = ("lora_A.weight", "lora_B.weight", MAGNITUDE, f"{MAGNITUDE}.weight")
-"""What an adapter has of a linear layer."""
-PLAIN = ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
-"""Settings of an adapter that are not merged here."""
+"""Names of an adapter's tensors of one linear layer, that can be merged."""
+UNSUPPORTED = ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
+"""Settings of PEFT adapters that cannot be merged here."""
 
 
 def merged_weight(weight: Tensor, name: str, adapter: dict[str, Tensor], config: dict[str, Any]) -> Tensor:
-    """[out,in] float32 weight `name` of the checkpoint with its part of the adapter; as it is where there is none."""
+    """[out,in] float32 weight `name` of the checkpoint, with its part of the adapter if there is one.
+
+    adapter, config: an adapter in PEFT's format. Raises UserError if their shapes do not fit the weight.
+    """
     module = "base_model.model." + name.removesuffix(".weight")
     lora_a, lora_b = (adapter.get(f"{module}.lora_{side}.weight") for side in "AB")
     weight = weight.float()
@@ -41,13 +44,14 @@ def merged_weight(weight: Tensor, name: str, adapter: dict[str, Tensor], config:
         return weight
     if (lora_b.shape[0], lora_a.shape[1]) != tuple(weight.shape) or lora_b.shape[1] != lora_a.shape[0]:
         raise UserError(
-            f"the adapter's {module} is {lora_b.shape[0]} x {lora_a.shape[1]}, the base's {name} {tuple(weight.shape)}; is it "
-            "the base this adapter was trained on?"
+            f"the adapter's {module} is {lora_b.shape[0]} x {lora_a.shape[1]}, the base's {name} "
+            f"{tuple(weight.shape)}; is it the base this adapter was trained on?"
         )
+    # rsLoRA (arXiv:2312.03732) divides by sqrt(r)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     weight = weight + (lora_b.float() @ lora_a.float()) * scale
     magnitude = adapter.get(f"{module}.{MAGNITUDE}.weight", adapter.get(f"{module}.{MAGNITUDE}"))
-    if magnitude is not None:
+    if magnitude is not None:  # DoRA: m (W + s B A) / ||W + s B A||, one norm per row (output channel)
         weight = weight * (magnitude.float() / weight.norm(dim=1))[:, None]
     return weight
 
@@ -60,61 +64,63 @@ def write_checkpoint(
     adapter: dict[str, Tensor] | None = None,
     config: dict[str, Any] | None = None,
     quantize: str = "none",
-    held: torch.dtype | None = None,
+    base_dtype: torch.dtype | None = None,
     extra: dict[str, str] | None = None,
 ) -> None:
     """Write the checkpoint `base`, with the adapter (PEFT's names and config) merged in, to a new folder.
 
-    Tokenizer, chat template and other files are copied; config.json says the dtype; generation_config.json is made where the
-    base has none. quantize "nf4": linear weights go through 4 bits and back first. held: the dtype in which the base was held
-    in training; default the file's. extra: {file name: text} to put beside. Whole or not at all.
-    Raises UserError when the base has no safetensors or a damaged one, the adapter does not go with it or has settings that
-    cannot be merged here, or the folder cannot be written.
+    Tokenizer, chat template and other files are copied. config.json gets the new dtype. generation_config.json is made
+    if the base has none. quantize "nf4": linear weights are first rounded to 4 bits and back. base_dtype: the dtype of
+    the base in training; default the file's. extra: {file name: text} of more files to write. The folder appears
+    complete or not at all. Raises UserError if the base has no safetensors file or a damaged one, if the adapter does
+    not fit it or has settings that cannot be merged here, or if the folder cannot be written.
     """
     base, partial = Path(base), folder.with_name(folder.name + ".partial")
     files = weight_files(base)
-    if unknown := [key for key in PLAIN if (config or {}).get(key)]:
+    if unknown := [key for key in UNSUPPORTED if (config or {}).get(key)]:
         raise UserError(f"the adapter's {unknown[0]} cannot be merged here; merge it with PEFT (merge_and_unload)")
     four_bit = linear_weights(str(base)) if quantize == "nf4" else set()
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        used: set[str] = set()
+        used: set[str] = set()  # names of adapter tensors that found their weight
         size = 0
         for path in files:
             tensors = {}
             for name, weight in _read(path):
-                weight = weight.to(held) if held and weight.is_floating_point() else weight
+                # the order of training: convert to the base's dtype, round to 4 bits, then add the adapter in float32
+                weight = weight.to(base_dtype) if base_dtype and weight.is_floating_point() else weight
                 weight = through_nf4(weight) if name in four_bit else weight
                 if adapter:
                     weight = merged_weight(weight, name, adapter, config or {})
                     used |= {f"base_model.model.{name.removesuffix('.weight')}.{part}" for part in MERGED}
-                tensors[name] = weight.to(dtype) if weight.is_floating_point() else weight
+                tensors[name] = weight.to(dtype) if weight.is_floating_point() else weight  # rounded once, at the end
             size += sum(t.numel() * t.element_size() for t in tensors.values())
             _save(tensors, partial / path.name, folder)
-        if homeless := sorted(set(adapter or {}) - used):
+        # an adapter of another model would otherwise be dropped silently
+        if unused := sorted(set(adapter or {}) - used):
             raise UserError(
-                f"{base}: has no weight for the adapter's {homeless[0]}; is it the base this adapter was trained on?"
+                f"{base}: has no weight for the adapter's {unused[0]}; is it the base this adapter was trained on?"
             )
         _write_settings(base, partial, dtype, size)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)
+        partial.rename(folder)  # last: a reader never sees a folder without all its files
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, else model.safetensors, else all.
+    """The safetensors files of a checkpoint: the files of its index, else model.safetensors, else all.
 
-    Raises UserError when there is none, or one is missing.
+    Raises UserError if there is none, or if one is missing.
     """
     if (base / INDEX).is_file():
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         files = sorted({base / name for name in index["weight_map"].values()})
     else:
-        whole = base / "model.safetensors"
-        files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
+        single = base / "model.safetensors"
+        files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
     if not files:
         raise UserError(f"{base}: no .safetensors file there; name a Hugging Face checkpoint folder")
     if missing := [path for path in files if not path.is_file()]:
@@ -123,6 +129,7 @@ def weight_files(base: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """One tensor at a time, so that memory holds one file of the checkpoint and not the model."""
     try:
         with safe_open(path, "pt") as handle:
             for name in handle.keys():  # noqa: SIM118 (no mapping)
@@ -134,38 +141,40 @@ def _read(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _save(tensors: dict[str, Tensor], path: Path, folder: Path) -> None:
     try:
         save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:  # its own error for a disk that is full
+    except SafetensorError as error:  # safetensors raises its own error, and not OSError, if the disk is full
         raise UserError(f"{folder}: cannot be written ({error}); make room, or name another folder") from None
 
 
 def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) -> str:
     """The checkpoint that vLLM samples from: the policy's own base weights.
 
-    With quantize "nf4" a copy in OUT/sampler_base whose linear weights went through 4 bits and back, made by the first
-    process of a node that asks; so sampler and trainer stay the same policy, and the canary proves it.
+    With quantize "nf4": a copy in OUT/sampler_base whose linear weights were rounded to 4 bits and back. So sampler and
+    trainer have the same weights, and the canary proves it. The first process that calls this writes the copy.
     """
     if quantize == "none":
         return model_dir
     folder = Path(out) / SAMPLER_BASE
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here
+        fcntl.flock(lock, fcntl.LOCK_EX)  # sync point: the other ranks of the node wait here for the copy
         if not (folder / "config.json").is_file():
-            held = getattr(torch, dtype)
-            write_checkpoint(model_dir, folder, held, quantize=quantize, held=held)
+            base_dtype = getattr(torch, dtype)
+            write_checkpoint(model_dir, folder, base_dtype, quantize=quantize, base_dtype=base_dtype)
     return str(folder)
 
 
 def _write_settings(base: Path, folder: Path, dtype: torch.dtype, size: int) -> None:
+    """Copy or rewrite every file that holds no weights. size: bytes of all weights, for the index."""
     for path in sorted(base.iterdir()):
         if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name not in SETTINGS:
             shutil.copy(path, folder)
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    settings.pop("torch_dtype", None)  # the older name
-    settings.pop("quantization_config", None)
+    settings.pop("torch_dtype", None)  # the older name of dtype
+    settings.pop("quantization_config", None)  # the written weights are plain numbers
     settings["dtype"] = str(dtype).removeprefix("torch.")
     _write(folder / "config.json", settings)
     if (base / INDEX).is_file():
+        # files keep their names and tensors, so only the size changes
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         _write(folder / INDEX, index)

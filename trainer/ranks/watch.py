@@ -1,8 +1,9 @@
-"""Who is alive and where: every rank's heartbeat over the launch's store, so that a lost or stuck rank is named.
+"""The watch: every rank's heartbeat in the launch's store, so that a rank that died or hangs is named.
 
-A thread per rank writes its beat once a second and reads the others'. A rank that died, failed or hangs gives a verdict: one
-sentence with rank, node and phase. The main thread gets a few seconds to stop by itself (a collective with a dead peer
-usually raises), then the process ends: nobody waits half an hour for a time-out that names nobody.
+A thread per rank writes its heartbeat once a second and reads the heartbeats of the others. If a rank died, failed or
+hangs, the others reach a verdict: one sentence with rank, node and phase. The main thread then has a few seconds to
+stop by itself (a collective with a dead peer usually raises), and the process ends. Without the watch the other ranks
+would wait for a collective's time-out of half an hour, which does not name the rank.
 """
 
 import faulthandler
@@ -23,39 +24,42 @@ import torch.distributed as dist
 from rollout import RunError
 
 BEAT_SECONDS = 1.0
+"""Time between two heartbeats."""
 SILENT_SECONDS = 10.0
-"""Without a beat for so long, a rank counts as dead."""
+"""A rank without a heartbeat for this long counts as dead."""
 JOIN_SECONDS = 300.0
-"""A rank that has not begun to beat so long after this one is named."""
+"""A rank that has sent no heartbeat this long after the start of this rank is named as missing."""
 GRACE_SECONDS = 8.0
-"""From the verdict to the end of the process."""
+"""Time from the verdict to the end of the process."""
 
 
 class RankLost(RunError):
-    """Another rank died, failed or hangs; the message names rank, node and phase."""
+    """Another rank died, failed or hangs; the message names its rank, node and phase."""
 
 
 @dataclass
 class Beat:
-    """What a rank says of itself."""
+    """The heartbeat of a rank: what it reports about itself."""
 
     rank: int
     node: str
     host: str
     pid: int
     number: int = 0
-    """Beats so far."""
+    """Heartbeats so far."""
     progress: int = 0
-    """Phases and micro-batches begun so far."""
+    """Phases and micro-batches finished so far."""
     phase: str = "start"
     step: int = 0
-    """1-based; 0 before the first."""
+    """1-based; 0 before the first step."""
     waiting: str = ""
-    """What it waits for others in; empty while it works."""
+    """The collective in which it waits for other ranks; empty while it works."""
     seconds: float = 0.0
-    """Since its progress last changed."""
+    """Time since its progress last changed."""
     failed: str = ""
+    """The error that ended it; empty otherwise."""
     done: bool = False
+    """It left the run in order."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on node {self.node} ({self.host.split('|')[0]}, process {self.pid})"
@@ -65,49 +69,53 @@ class Beat:
 
 
 def this_host() -> str:
-    """Names the machine, boot and process namespace: equal where process numbers mean the same processes."""
+    """Name of machine, boot and process namespace. Ranks with equal names can look up each other's processes."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as handle:
             boot = handle.read().strip()
         return f"{socket.gethostname()}|{boot}|{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return f"{socket.gethostname()}|{os.getpid()}"  # equal to nobody's
+    except OSError:  # not Linux: a name that no other rank has
+        return f"{socket.gethostname()}|{os.getpid()}"
 
 
 class Watch:
-    """store: shared by all `size` ranks of the launch. hang_seconds: longest time without progress."""
+    """One rank's heartbeat, and its view of the others.
+
+    store: shared by all `size` ranks of the launch. hang_seconds: longest allowed time without progress.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, hang_seconds: float) -> None:
+        # a clone is a connection of its own: the main thread can block in the store without silencing the heartbeat
         self.store, self.size, self.hang_seconds = store.clone(), size, hang_seconds
         node = os.environ.get("GROUP_RANK", "0")
         self.me = Beat(rank=rank, node=node, host=this_host(), pid=os.getpid())
         self.verdict = ""
         self.since = self.began = time.monotonic()
         self.on_hang: Callable[[], None] = lambda: None
-        """What else should show its stacks: a process this rank keeps."""
-        self.heard: dict[int, tuple[int, float]] = {}  # rank -> (its last beat, when it came)
+        """Called on a hang, to let a process of this rank (its sampler) print its stacks too."""
+        self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
         self.over = threading.Event()
-        # kill -USR1 shows where a process is, even in native code
+        # kill -USR1 prints where a process is, even while it runs native code
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.publish()
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
 
-    # ---- what the main thread says
+    # ---- called by the main thread
 
     def enter(self, phase: str, step: int) -> None:
-        """A new phase has begun."""
+        """A new phase begins."""
         self.me.phase, self.me.step = phase, step
         self.advance()
 
     def advance(self) -> None:
-        """Something was finished: a micro-batch, a phase."""
+        """Something was finished: a micro-batch or a phase."""
         self.me.progress += 1
         self.since = time.monotonic()
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Inside, this rank waits for others, and is not the one that hangs."""
+        """Inside this context the rank waits for others, so it is not the rank to blame for a hang."""
         before, self.me.waiting = self.me.waiting, what
         try:
             yield
@@ -115,7 +123,9 @@ class Watch:
             self.me.waiting = before
 
     def meet(self, what: str) -> None:
-        """Return once all ranks of the launch have called this."""
+        """Return once all ranks of the launch have called this. Raises RankLost if one of them is lost meanwhile."""
+        # a counter in the store and not a collective: ranks that only sample are in no process group with the others.
+        # it is never reset, so each `what` works once per launch
         place = "meet/" + "-".join(what.split())
         self.store.add(place, 1)
         while self.store.add(place, 0) < self.size and not self.verdict:
@@ -124,32 +134,34 @@ class Watch:
             raise RankLost(self.verdict)
 
     def close(self, failed: str = "") -> None:
-        """The last word of this rank; the thread ends."""
+        """End the thread and publish how this rank ended."""
         self.over.set()
         self.thread.join(timeout=5)
         self.me.failed, self.me.done = failed, not failed
         try:
             self.publish()
         except RuntimeError:
-            pass  # the store went first: nobody is left to tell
+            pass  # the store is gone already, so no rank is left to read it
 
     def explain(self, error: BaseException) -> str:
-        """Why a collective raised: the verdict, for which it waits a little; "" when no other rank is to blame."""
+        """Why a collective raised: the verdict, or "" if no other rank is to blame. Waits some seconds for one."""
+        # a rank is declared dead only after SILENT_SECONDS, while a collective with it fails at once
         deadline = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
         while not self.verdict and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.verdict
 
-    # ---- what the thread does
+    # ---- called by the thread
 
     def run(self) -> None:
+        """Write and read heartbeats until the run is over or a rank is lost."""
         while not self.over.wait(BEAT_SECONDS):
             try:
                 self.publish()
                 beats = self.read()
                 if not self.verdict:
                     self.verdict = self.judge(beats, time.monotonic())
-            except RuntimeError as error:  # every error of torch.distributed
+            except RuntimeError as error:  # the base of every error of torch.distributed
                 self.verdict = (
                     f"the store of the launch does not answer: the launcher of node 0 is gone ({first_line(error)})"
                 )
@@ -158,24 +170,27 @@ class Watch:
                 return
 
     def publish(self) -> None:
+        """Write this rank's heartbeat."""
         self.me.number += 1
         self.me.seconds = time.monotonic() - self.since
         self.store.set(f"watch/{self.me.rank}", json.dumps(asdict(self.me)))
 
     def read(self) -> list[Beat]:
-        """The others' beats, as far as they have joined."""
+        """The heartbeats of the other ranks that have joined."""
         names = [f"watch/{rank}" for rank in range(self.size) if rank != self.me.rank]
+        # check first: a get of a key that is not there would block this thread
         names = [name for name in names if self.store.check([name])]
         return [Beat(**json.loads(value)) for value in (self.store.multi_get(names) if names else [])]
 
     def judge(self, beats: list[Beat], now: float) -> str:
-        """The verdict on the others at time `now`; "" while all is well."""
+        """The verdict on the others at time `now` (of time.monotonic); "" while all is well."""
         for beat in beats:
             if beat.done:
                 continue
             if beat.failed:
                 return f"{beat} failed in {beat.place()}: {beat.failed}"
             number, heard = self.heard.get(beat.rank, (-1, now))
+            # compare numbers, not times: the clocks of two nodes may differ
             if beat.number != number:
                 self.heard[beat.rank] = (beat.number, now)
             elif now - heard > SILENT_SECONDS:
@@ -188,8 +203,10 @@ class Watch:
         everyone = sorted([*beats, self.me], key=lambda beat: beat.rank)
         alive = [beat for beat in everyone if not beat.done]
         stuck = [beat for beat in alive if beat.seconds > self.hang_seconds]
+        # ranks that wait for a slow rank make no progress either: they hang only if nobody works
         if not stuck or (len(stuck) < len(alive) and all(beat.waiting for beat in stuck)):
             return ""
+        # blame a working rank before a waiting one, and among those the rank with the least progress
         working = [beat for beat in stuck if not beat.waiting] or stuck
         least = min(beat.progress for beat in working)
         first, *tied = [beat for beat in working if beat.progress == least]
@@ -200,18 +217,19 @@ class Watch:
         )
 
     def give_up(self) -> None:
-        """Say the verdict, show the stacks of a hang, and end the process unless the main thread does so itself."""
+        """Print the stacks of a hang, and end the process with the verdict unless the main thread ends first."""
         if " hangs in " in self.verdict:
             self.show_stacks()
+        # os._exit and not sys.exit: the main thread may be blocked in native code for ever
         if not self.over.wait(GRACE_SECONDS):
             say(f"{self.me} stops in {self.me.place()}: {self.verdict}")
             os._exit(1)
 
     def show_stacks(self) -> None:
-        """Every rank brings its own stacks; the first rank that is alive prints them all."""
+        """Every rank stores its own stacks; the first rank that is alive prints the stacks of all."""
         self.on_hang()
         self.store.set(f"watch/stacks/{self.me.rank}", stacks())
-        time.sleep(3 * BEAT_SECONDS)
+        time.sleep(3 * BEAT_SECONDS)  # the other ranks reach their verdict with their next heartbeat
         there = [rank for rank in range(self.size) if self.store.check([f"watch/stacks/{rank}"])]
         if self.me.rank != there[0]:
             return
@@ -232,7 +250,7 @@ def stacks() -> str:
 
 
 def is_gone(pid: int) -> bool:
-    """Has the process of this machine ended? One that waits to be reaped has."""
+    """Has this process of this machine ended? A zombie, which waits for its parent to read its exit code, has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
             return handle.read().rpartition(")")[2].split()[0] in "ZX"

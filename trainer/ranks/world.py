@@ -1,7 +1,11 @@
-"""The processes of a run: torch.distributed under torchrun, or one process that is its own world.
+"""The processes of a run: torch.distributed under torchrun, or a single process that forms a world of one.
 
-Under --placement split the launch's last ranks sample: they are no part of the world of those that train, and only share its
-store and its watch.
+Under --placement split the last ranks of the launch only sample. They are not part of the training ranks' process
+group, and share only its store and its watch with it.
+
+A method or function marked "Collective" is a sync point: it returns only once every training rank has called it. If one
+rank skips it, the others hang in it until the watch ends the run; if ranks make their collective calls in different
+orders, they read each other's data.
 """
 
 import os
@@ -28,50 +32,55 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
+    """The ranks that train, seen from one rank of the launch."""
+
     rank: int
-    """Among the ranks that train."""
+    """Number of this rank among those that train."""
     size: int
+    """Number of ranks that train."""
     device: torch.device
     store: dist.Store | None = None
-    """Shared by all ranks of the launch, those that sample included."""
+    """Shared by all ranks of the launch, including those that sample."""
     watch: Watch | None = None
+    """None in a world of one: there is nobody to watch."""
     sampler: int | None = None
-    """Number of this rank among those that sample; None where it trains."""
-    held: list = field(default_factory=list)
-    """What must live until every rank is done: a store that others still read."""
+    """Number of this rank among those that only sample; None if it trains."""
+    keep_alive: list = field(default_factory=list)
+    """Objects that must exist until every rank is done: a store that others still read."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0 and self.sampler is None
 
     def waiting(self, what: str):
-        """A context in which this rank waits for the others."""
+        """A context in which the watch knows that this rank waits for others. what: named in the verdict of a hang."""
         return self.watch.waiting(what) if self.watch else nullcontext()
 
     def enter(self, phase: str, step: int) -> None:
-        """Tell the watch where this rank is. step: 1-based."""
+        """Tell the watch that this rank begins a phase of a step. step: 1-based."""
         if self.watch:
             self.watch.enter(phase, step)
 
     def advance(self) -> None:
-        """Tell the watch that a piece of the phase is done."""
+        """Tell the watch that a part of the phase is done: this rank does not hang."""
         if self.watch:
             self.watch.advance()
 
     def paced(self, items: list[T]) -> Iterator[T]:
-        """The items, one after another; the watch is told after each that this rank goes on."""
+        """The items, one after another; advance() after each."""
         for item in items:
             yield item
             self.advance()
 
     def meet(self, what: str) -> None:
-        """Wait until every rank of the launch, those that sample included, has come here. what: it waits for."""
+        """A barrier over all ranks of the launch, including those that sample. what: what this rank waits for."""
         if self.watch is not None:
             with self.waiting(what):
                 self.watch.meet(what)
 
     def total(self, *values: float) -> list[float]:
-        """Sum of each value over the ranks (float64). Collective."""
+        """Sum of each value over the ranks. Collective."""
+        # float64: counts stay exact, and the number of ranks changes a sum of losses by rounding only
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.waiting("a sum over the ranks"):
             dist.all_reduce(tensor)
@@ -85,64 +94,68 @@ class World:
         return tensor.item()
 
     def gather(self, items: list) -> list:
-        """On every rank, all ranks' items. Collective.
+        """The items of all ranks, on every rank. Collective.
 
-        Undoes a split by [rank::size], even or not: item k of rank r comes back at place k * size + r.
+        Undoes a split by [rank::size], even or uneven: item k of rank r comes back at place k * size + r.
         """
         if self.size == 1:
             return items
-        boxes: list[list] = [[]] * self.size
+        per_rank: list[list] = [[]] * self.size
         with self.waiting("the rollouts of all ranks"):
-            dist.all_gather_object(boxes, items)
-        nothing = object()  # the last ranks may have an item less
-        return [item for items_k in zip_longest(*boxes, fillvalue=nothing) for item in items_k if item is not nothing]
+            dist.all_gather_object(per_rank, items)
+        nothing = object()  # fills up the last ranks, which have an item less after an uneven split
+        return [
+            item for items_k in zip_longest(*per_rank, fillvalue=nothing) for item in items_k if item is not nothing
+        ]
 
     def gather_in_rank_order(self, item: Any) -> list[Any]:
-        """On every rank, one item per rank. Collective."""
-        boxes: list[Any] = [None] * self.size
-        with self.waiting("a word of every rank"):
-            dist.all_gather_object(boxes, item)
-        return boxes
+        """[item of rank 0, item of rank 1, ...] on every rank. Collective."""
+        per_rank: list[Any] = [None] * self.size
+        with self.waiting("a message of every rank"):
+            dist.all_gather_object(per_rank, item)
+        return per_rank
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sum .grad over the ranks in place, as one flat tensor; sharded ones are summed already. Collective."""
+        """Sum .grad over the ranks, in place. Sharded gradients are already summed (sharding.shard). Collective."""
+        # summed, not averaged: every loss is already divided by counts over all ranks (packing.Denominators)
         replicated = [p for p in parameters if not isinstance(p, DTensor)]
         if self.size == 1 or not replicated:
             return
-        flat = torch.cat([p.grad.reshape(-1) for p in replicated])
+        flat = torch.cat([p.grad.reshape(-1) for p in replicated])  # one all-reduce instead of one per tensor
         with self.waiting("the sum of gradients"):
             dist.all_reduce(flat)
         for p, part in zip(replicated, flat.split([p.numel() for p in replicated]), strict=True):
             p.grad.copy_(part.view_as(p))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one. Collective for those; any other comes back as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded tensor; an ordinary tensor is returned unchanged. Collective for sharded tensors."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds, sharing its storage; any other tensor as it is."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """A view of this rank's shard of a sharded tensor; an ordinary tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def rows_of(param: Tensor) -> slice:
-    """The rows (first dimension) of a parameter that this rank holds; all of them unless it is sharded."""
+    """The rows (first dimension) of a parameter that this rank has: all rows unless the parameter is sharded."""
     if not isinstance(param, DTensor):
         return slice(None)
+    # FSDP2 splits as torch.chunk does: equal shares rounded up, so the last ranks can have fewer rows or none
     share = -(-len(param) // param.device_mesh.size())
     start = min(param.device_mesh.get_local_rank() * share, len(param))
-    return slice(start, start + len(local(param)))
+    return slice(start, start + len(local_shard(param)))
 
 
-def share_of(tensor: Tensor, param: Tensor) -> Tensor:
-    """A full tensor sharded as `param` is; scalars and tensors for unsharded parameters as they are."""
+def shard_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """A full tensor, sharded like `param`. Scalars, and tensors of unsharded parameters, are returned unchanged."""
     if not isinstance(param, DTensor) or tensor.ndim == 0:
         return tensor
-    return as_shard(tensor[rows_of(param)].to(param.device).contiguous(), param)
+    return shard_from_rows(tensor[rows_of(param)].to(param.device).contiguous(), param)
 
 
-def as_shard(rows: Tensor, param: DTensor) -> DTensor:
+def shard_from_rows(rows: Tensor, param: DTensor) -> DTensor:
     """This rank's rows as a sharded tensor like `param`."""
     return DTensor.from_local(
         rows, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
@@ -150,12 +163,13 @@ def as_shard(rows: Tensor, param: DTensor) -> DTensor:
 
 
 def own_device(local_rank: int, local_size: int) -> torch.device:
-    """This rank's GPU, made the current one; or the CPU, with this rank's share of its cores as threads."""
+    """This rank's GPU, made the current device; or the CPU, with this rank's share of the cores as its threads."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))  # torchrun's default of one wastes cores
+    # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.device("cpu")
 
 
@@ -163,35 +177,38 @@ _joined: World | None = None
 
 
 def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
-    """Join the torchrun world, or make a world of one; a second call returns the same. NCCL beside gloo on GPUs.
+    """Join the world that torchrun started, or make a world of one. A second call returns the same world.
 
-    samplers: the last so many ranks of the launch sample and do not train. Raises UserError when none would be left.
+    samplers: this many ranks, the last of the launch, sample and do not train. Raises UserError if no rank would train.
     """
     global _joined
     if _joined is not None:
         return _joined
     if "RANK" not in os.environ:
-        with socket.socket() as probe:  # vLLM reads these too, so they must be there without a launcher
+        with socket.socket() as probe:  # a free port
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        # in the environment, because vLLM reads these variables too
         os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
     device = own_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    # on a lost peer NCCL would end the process before the watch can say which it was; the watch ends it too
+    # when a peer is lost, NCCL would end this process before the watch can name the peer; the watch ends it as well
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if samplers >= size:
         raise UserError(f"--sampler-ranks {samplers}: the launch has {size} ranks, and at least one must train")
-    store, _, _ = next(dist.rendezvous("env://", rank, size))
+    store, _, _ = next(dist.rendezvous("env://", rank, size))  # the one store of the whole launch
+    # prefixes keep our keys apart from those of torch.distributed in the same store
     watch = Watch(dist.PrefixStore("cellpuzzles", store), rank, size, hang_seconds) if size > 1 else None
     trainers = size - samplers
     if rank < trainers:
+        # gloo beside NCCL: it carries CPU tensors and Python objects (all_gather_object)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("trainers", store),
             rank=rank,
             world_size=trainers,
-            # the watch ends a run long before; a single process still needs some bound
+            # the watch ends a hanging run long before this; a world of one has no watch and needs some bound
             timeout=timedelta(seconds=2 * hang_seconds),
         )
     _joined = World(
@@ -206,12 +223,15 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
 
 
 def leave_world() -> None:
-    """Leave in order: everybody arrives, those that sample too, then the groups go down, then the watch."""
+    """Leave in order: wait for all ranks of the launch, then destroy the process groups, then end the watch.
+
+    A rank that destroyed its groups early would abort the others in gloo or NCCL, which then report a lost peer.
+    """
     global _joined
     if _joined is not None:
         _joined.meet("the end of the run")
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier()  # every rank has finished its last collective
         dist.destroy_process_group()
     if _joined is not None and _joined.watch is not None:
         _joined.watch.close()
@@ -220,15 +240,16 @@ def leave_world() -> None:
 
 @contextmanager
 def guarded(world: World) -> Iterator[None]:
-    """Around the whole of a rank's work: what goes wrong here is told to the other ranks, and what they did is told here.
+    """Wraps all of a rank's work: reports an error to the other ranks, and explains an error that another rank caused.
 
-    Raises RankLost, with the sentence of the watch, when a collective failed because of another rank.
+    Raises RankLost with the verdict of the watch if a collective failed because of another rank.
     """
     try:
         yield
     except BaseException as error:
         if world.watch is None:
             raise
+        # an error of our own code needs no waiting for a verdict: this rank is the one to blame
         verdict = world.watch.explain(error) if is_collective_failure(error) else ""
         world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
         if verdict:
@@ -237,7 +258,7 @@ def guarded(world: World) -> Iterator[None]:
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Did torch.distributed raise it, rather than code of ours? It has types of its own for some, RuntimeError for gloo."""
+    """Did torch.distributed raise the error? It has its own types for some errors; gloo raises a plain RuntimeError."""
     words = ("gloo", "nccl", "connection", "store", "timed out", "socket")
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and any(word in str(error).lower() for word in words)
@@ -245,15 +266,16 @@ def is_collective_failure(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """SIGTERM asks for a stop; the step is finished and saved, and the process exits 0."""
+    """Handles SIGTERM: the current step is finished and saved, and the process exits with code 0."""
 
     def __init__(self, world: World) -> None:
         self.world, self.asked = world, False
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: object) -> None:
-        self.asked = True
+        self.asked = True  # nothing else: a collective in a handler would meet another collective of the other ranks
 
     def requested(self) -> bool:
-        """True on every rank as soon as one rank was asked. Collective."""
+        """True on every rank if any rank has received SIGTERM. Collective."""
+        # a rank that stopped alone would leave the others hanging in their next collective
         return self.world.largest(float(self.asked)) > 0

@@ -1,8 +1,9 @@
-"""Step bundles: one optimizer step on disk, with all it takes to compute its loss and gradient again.
+"""Step bundles: one optimizer step on disk, with everything that is needed to compute its loss and gradient again.
 
-OUT/steps/step-000010/ holds `bundle.json` (settings, responses, how they were packed, what was recorded) and
+OUT/steps/step-000010/ has `bundle.json` (settings, responses, how they were packed, the recorded results) and
 `tensors.safetensors` (the adapter before the step; per micro-batch the advantages and the sampler's, old and reference
-log-probs). The base checkpoint is named, not copied: its reference log-probs show on replay whether it is still the same.
+log-probs). The base checkpoint is named but not copied. The recorded reference log-probs show in a replay whether it
+has changed since.
 """
 
 import dataclasses
@@ -26,79 +27,88 @@ from trainer.ranks.world import World
 from trainer.record.runfolder import provenance, write_json
 
 FORMAT = 1
+"""Raise it when an older version of the trainer could misread a bundle."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """What one rank brings to an optimizer step."""
+    """One rank's inputs of an optimizer step."""
 
     update: int
-    """Which optimizer step of the sampled batch, from 1."""
+    """Number of the optimizer step within the sampled batch, from 1."""
     micro_batches: list[MicroBatch]
     denominators: Denominators
-    """Of the whole optimizer step, all ranks."""
+    """Of the whole optimizer step, over all ranks."""
     responses: list[dict[str, Any]]
-    """Per row of this rank, its row of rollouts.jsonl."""
+    """The row of rollouts.jsonl of each response of this rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """What a bundle says of an optimizer step that is the same on every rank."""
+    """The part of a bundle that is the same on every rank."""
 
     step: int
     """From 1."""
     config: GrpoConfig
     adapter: dict[str, Tensor]
-    """As it was before the step."""
+    """Its values before the step."""
     recorded: dict[str, Any]
-    """loss, pg_loss, grad_norm, gradient_hash; empty when the step was refused."""
+    """loss, pg_loss, grad_norm, gradient_hash; empty if the step was refused."""
     problem: str | None
-    """Why the step was refused; None when it was made."""
+    """Why the step was refused; None if it was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle read back. ranks[r] is rank r's part; `responses` rows are numbered rank after rank."""
+    """A bundle read from disk."""
 
     path: Path
     step: int
+    """From 1."""
     update: int
+    """Number of the optimizer step within the sampled batch, from 1."""
     config: GrpoConfig
     threads: int
+    """Threads per rank of the run: a sum over another number of threads rounds differently."""
     denominators: Denominators
-    """Of the whole optimizer step, all ranks."""
+    """Of the whole optimizer step, over all ranks."""
     adapter: dict[str, Tensor]
+    """Its values before the step."""
     ranks: list[StepInputs]
+    """ranks[r] is the part of rank r."""
     recorded: dict[str, Any]
-    """loss, pg_loss, grad_norm, gradient_hash."""
+    """loss, pg_loss, grad_norm, gradient_hash; empty if the step was refused."""
     problem: str | None
+    """Why the step was refused; None if it was made."""
     versions: dict[str, str]
+    """Of the packages that the run used."""
 
     @property
     def responses(self) -> list[dict[str, Any]]:
-        """The responses of all ranks, in row order."""
+        """The responses of all ranks, rank after rank: launch/replay.py --row counts in this order."""
         return [response for inputs in self.ranks for response in inputs.responses]
 
 
 def bundle_folder(out: Path, step: int, update: int, updates: int) -> Path:
-    """steps/step-000010, or step-000010-update-2 where a batch gets several updates. step and update from 1."""
+    """steps/step-000010, or step-000010-update-2 if a batch gets several updates. step and update count from 1."""
     return out / "steps" / (f"step-{step:06d}" + (f"-update-{update}" if updates > 1 else ""))
 
 
 def write_bundle(out: Path, record: StepRecord, inputs: StepInputs, world: World) -> Path:
-    """Write the bundle of an optimizer step that has not been made yet; returns its folder. Collective."""
+    """Write the bundle of an optimizer step before the weights change. Returns its folder. Collective."""
     final = bundle_folder(out, record.step, inputs.update, record.config.updates_per_batch)
     ranks = world.gather_in_rank_order(_portable(inputs))
     if world.is_main:
         _write(final, record, inputs, ranks, world)
-    world.total(0)  # a barrier: no rank goes on, or gives up, before the bundle is written
+    # a barrier: after a refused step every rank raises, and torchrun would end rank 0 while it still writes
+    world.total(0)
     return final
 
 
 def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, world: World) -> None:
-    """Rank 0's part: everything under a temporary name, flushed, renamed."""
+    """Rank 0's part. Files are written to a temporary folder and flushed to disk; the rename comes last."""
     tensors = {f"adapter.{name}": tensor for name, tensor in record.adapter.items()}
-    layout = []
+    layout = []  # per rank, for bundle.json: groups and rows; every tensor goes to tensors.safetensors
     for rank, (plan, responses) in enumerate(ranks):
         for number, micro in enumerate(plan):
             tensors |= {f"{rank}.{number}.{name}": tensor for name, tensor in micro.pop("tensors").items()}
@@ -111,7 +121,7 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
     )
     with open(partial / "tensors.safetensors", "rb") as handle:
         crc = zlib.crc32(handle.read())
-        os.fsync(handle.fileno())
+        os.fsync(handle.fileno())  # before the rename, or a power cut could leave a visible folder with empty files
     content = {
         "format": FORMAT,
         "step": record.step,
@@ -129,21 +139,21 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
         **provenance(),
     }
     write_json(partial / "bundle.json", content)
-    shutil.rmtree(final, ignore_errors=True)
+    shutil.rmtree(final, ignore_errors=True)  # of the same step before a resume
     os.replace(partial, final)
 
 
 def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
-    """A rank's part as plain lists and CPU tensors."""
+    """A rank's part as plain lists and CPU tensors: (micro-batches, responses)."""
     plan = []
     for micro in inputs.micro_batches:
         if micro.is_filler:
-            continue  # it adds nothing to the loss, and a replay runs in one process
+            continue  # it adds nothing to the loss, and a replay needs none: it runs in one process
         reference, old = micro.ref_logprobs, micro.old_logprobs
         tensors = {
             "advantages": micro.advantages,
             "trained": micro.mask.any(-1),
-            "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],
+            "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],  # [M], without the padding
             **({} if reference is None else {"reference": reference}),
             **({} if old is None else {"old": old}),
         }
@@ -154,7 +164,7 @@ def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
 
 
 def read_bundle(path: str | Path) -> Bundle:
-    """Read a bundle onto the CPU. Raises UserError naming what is missing, damaged or of another format."""
+    """Read a bundle onto the CPU. Raises UserError that names what is missing, damaged or of another format."""
     path = Path(path)
     if not (path / "bundle.json").is_file():
         raise UserError(
@@ -174,15 +184,14 @@ def read_bundle(path: str | Path) -> Bundle:
     except SafetensorError as error:
         raise UserError(f"{file}: damaged ({error})") from None
     known = {field.name for field in dataclasses.fields(GrpoConfig)}
-    unknown = sorted(
-        set(content["settings"]) - known
-    )  # a setting that came later has its default: that was the behaviour
+    # the other way round is fine: a setting that is newer than the bundle had its default behaviour then
+    unknown = sorted(set(content["settings"]) - known)
     if unknown:
         raise UserError(
             f"{path}: written by another version of the trainer (setting '{unknown[0]}'); replay it with commit "
             f"{content['git_commit']}"
         )
-    config = GrpoConfig(**{**content["settings"], "tensorboard": False})
+    config = GrpoConfig(**{**content["settings"], "tensorboard": False})  # its package may be missing here
     adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
     return Bundle(
         path=path,
@@ -200,6 +209,7 @@ def read_bundle(path: str | Path) -> Bundle:
 
 
 def _rank_inputs(rank: int, content: dict, tensors: dict[str, Tensor]) -> StepInputs:
+    """Pack a rank's groups again; packing is a function of the recorded groups and rows only."""
     part, micros = content["ranks"][rank], []
     for number, micro in enumerate(part["micro_batches"]):
         own = {

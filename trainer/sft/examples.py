@@ -1,4 +1,4 @@
-"""Traces as token ids: what the cold start learns, and what it leaves out."""
+"""Turn traces into token ids, leave out those that are too long, and hold out puzzles for evaluation."""
 
 import random
 from dataclasses import dataclass
@@ -13,10 +13,13 @@ from trainer.policy import Policy, encode_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
+    """A trace to learn, as token ids."""
+
     puzzle: Puzzle
     prompt_ids: list[int]
+    """[tokens of the prompt] not trained on."""
     response_ids: list[int]
-    """The trace and the end-of-turn token."""
+    """[tokens of the response] the trace and the end-of-turn token, trained on."""
 
     @property
     def puzzle_id(self) -> str:
@@ -24,7 +27,11 @@ class Example:
 
 
 def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[list[Example], int]:
-    """(examples that fit --max-tokens, number that do not). Raises UserError naming a row that is no trace."""
+    """(examples that fit --max-tokens, number of traces that do not fit). rows: of the --traces file.
+
+    Raises UserError for a row that is not a puzzle, if no trace fits, if a trace does not fit and --overlong is refuse,
+    or if no trace has the format that the reward accepts.
+    """
     examples, too_long, valid = [], [], 0
     for number, row in enumerate(rows):
         try:
@@ -34,9 +41,10 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
         text = row["assistant_msg"] if cfg.target == "trace" else answer_only(puzzle)
         valid += parse_response(text, len(puzzle.answer)).valid
         prompt_ids = encode_prompt(policy.tokenizer, puzzle.chat())
+        # tokenized apart from the prompt, as a sampled response is; the end of turn teaches the model to stop
         response_ids = [*policy.tokenizer.encode(text, add_special_tokens=False), policy.eos_id]
         if len(prompt_ids) + len(response_ids) > cfg.max_tokens:
-            too_long.append(number)
+            too_long.append(number)  # never cut: half an answer teaches half an answer
             continue
         examples.append(Example(puzzle=puzzle, prompt_ids=prompt_ids, response_ids=response_ids))
     if not examples:
@@ -48,26 +56,26 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
         )
     if not valid:
         raise UserError(
-            f"{cfg.traces}: no row has a reasoning trace in the answer format; make some with launch/distill.py, or learn "
-            "the answers alone with --target answer"
+            f"{cfg.traces}: no row has a reasoning trace in the answer format; make some with launch/distill.py, or "
+            "learn the answers alone with --target answer"
         )
     return examples, len(too_long)
 
 
 def answer_only(puzzle: Puzzle) -> str:
-    """The answer with nothing thought before it, in the format that is scored."""
+    """The answer with an empty reasoning part, in the format that the reward accepts."""
     return f"<think></think>\n<answer>{answer_text(puzzle.answer)}</answer>"
 
 
 def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(kept, held out): a share of the puzzles, at least one of two or more, never one puzzle on both sides.
+    """(to train on, held out). holdout: share of the puzzles held out; at least one puzzle if there are two or more.
 
-    A puzzle is its prompt: the same one under two ids is one.
+    All traces of a puzzle go to the same side. Puzzles with equal prompts are one puzzle, whatever their ids.
     """
     first: dict[str, str] = {}
     names_of = [first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id) for e in examples]
     names = sorted(set(names_of))
-    random.Random(f"{seed} holdout").shuffle(names)
+    random.Random(f"{seed} holdout").shuffle(names)  # of sorted names: independent of the order of the file
     out = set(names[: max(int(holdout * len(names)), min(1, len(names) - 1) if holdout else 0)])
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example, name in zip(examples, names_of, strict=True):

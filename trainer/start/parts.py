@@ -1,4 +1,4 @@
-"""The parts of a run, made from its settings: policy, prompts, optimizer, sampler."""
+"""Make the parts of a run from its settings: policy, prompts, optimizer, sampler."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data.errors import UserError
 from data.puzzles import Puzzle
 from rollout import Engine
-from rollout.link import Address, join, serve
+from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import GrpoConfig, SftConfig
 from trainer.model.merge import sampler_model
@@ -18,7 +18,7 @@ from trainer.ranks.world import World
 
 
 def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool = False) -> Policy:
-    """The base checkpoint with a fresh adapter (lora_B = 0), the same on every rank."""
+    """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
     grpo = isinstance(cfg, GrpoConfig)
     policy = Policy(
         str(cfg.model),
@@ -29,12 +29,13 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
         dtype=getattr(torch, cfg.dtype),
         sharded=sharded,
         checkpointing=cfg.checkpointing,
-        frozen=grpo and cfg.beta > 0,
+        frozen=grpo and cfg.beta > 0,  # the KL needs a reference; with an adapter that is the base itself
         quantize=cfg.quantize,
         autocast=cfg.autocast,
         dora=not grpo and cfg.dora,
         attn=cfg.attn,
     )
+    # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = grpo and cfg.packing == "shared" and policy.cannot_share
     if cannot_share and (not dist.is_initialized() or dist.get_rank() == 0):
         print(
@@ -46,7 +47,7 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
 def make_optimizer(
     cfg: GrpoConfig | SftConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
-    """AdamW, its moments in float32 or in 8 bits."""
+    """AdamW (arXiv:1711.05101), with its moments in the parameters' dtype or in 8 bits (arXiv:2110.02861)."""
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}
     if cfg.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -56,14 +57,15 @@ def make_optimizer(
 
 
 def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
-    """The sampler of this rank: inside its process, or the trainers' end of those apart."""
+    """The sampler of this rank: in its own process, or the trainers' side of samplers in other processes."""
     if cfg.placement == "split":
         return make_split_engine(cfg, policy, world)
     if cfg.engine == "torch":
         from rollout.torch_engine import TorchEngine
 
-        def anyone(wish: bool) -> bool:
-            return world.largest(float(wish)) > 0 if policy.sharded else wish
+        def anyone(flag: bool) -> bool:
+            # only a sharded model needs the other ranks in every forward pass
+            return world.largest(float(flag)) > 0 if policy.sharded else flag
 
         return TorchEngine(
             policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
@@ -72,8 +74,8 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
 
 
 def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) -> Engine:
-    """vLLM in this process, for the run's base model. lora, place: as VLLMEngine takes them."""
-    from rollout.vllm_engine import VLLMEngine  # seconds of imports, which the torch engine does not need
+    """vLLM in this process, with the run's base model. lora and place: keyword arguments of VLLMEngine."""
+    from rollout.vllm_engine import VLLMEngine  # takes seconds to import, and the torch engine does not need it
 
     return VLLMEngine(
         sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, cfg.out),
@@ -87,18 +89,21 @@ def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) ->
 
 
 def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEngine:
-    """Open the store where trainers and samplers meet (rank 0), tell every rank of the launch its address, and join it."""
+    """Rank 0 opens the store where trainers and samplers meet; every rank learns its address and connects to it."""
     assert world.store is not None
     store = None
     if world.is_main:
+        # a store of its own: torchrun's has no token, and listens on all interfaces
         nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        store, address = serve(cfg.sync_host or os.environ["MASTER_ADDR"], cfg.sync_port, nodes)
-        world.held.append(store)  # the keepers read it to the end
+        store, address = open_store(cfg.sync_host or os.environ["MASTER_ADDR"], cfg.sync_port, nodes)
+        world.keep_alive.append(
+            store
+        )  # the samplers' keepers read it until the end; the server must outlive the engine
         world.store.set("sync/address", json.dumps(vars(address)))
-    address = Address(**json.loads(world.store.get("sync/address")))
+    address = Address(**json.loads(world.store.get("sync/address")))  # blocks until rank 0 has set it
     return SplitEngine(
         address,
-        store or join(address, f"rank {world.rank}"),
+        store or join_store(address, f"rank {world.rank}"),
         rank=world.rank,
         size=world.size,
         samplers=cfg.sampler_ranks // cfg.tensor_parallel,
@@ -112,7 +117,7 @@ def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEng
 
 
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
-    """Prompts that fit --max-prompt-tokens. Raises UserError when too few are left."""
+    """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
     prompts = [Prompt(puzzle=puzzle, ids=encode_prompt(policy.tokenizer, puzzle.chat())) for puzzle in puzzles]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:

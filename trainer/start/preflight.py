@@ -1,7 +1,8 @@
-"""Before a model is loaded: do settings and launch fit together, and does a rank have the memory?
+"""Checks before a model is loaded: do settings and launch fit together, and does a rank have enough memory?
 
-Memory is an estimate: exact for weights, adapter, gradients and AdamW; for activations a count of what autograd keeps of one
-packed row at its longest (tests/test_preflight.py compares it with what autograd does keep).
+The memory is exact for weights, adapter, gradients and AdamW. For activations it is an estimate: a count of the tensors
+that autograd keeps of one packed row at its longest (tests/trainer/test_preflight.py compares it with what autograd
+keeps).
 """
 
 import json
@@ -23,13 +24,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The processes there are, or will be."""
+    """The processes of this launch, or of the machine that --dry-run checks for."""
 
     nodes: int
     ranks_per_node: int
     rank_bytes: float
-    """Memory a rank may use: of its GPU, or its share of what is free here."""
+    """Memory a rank can use: of its GPU, or its share of this machine's free memory."""
     device: str
+    """"cuda" or "cpu"."""
 
     @property
     def ranks(self) -> int:
@@ -43,11 +45,11 @@ class Row:
     what: str
     value: str
     problem: str = ""
-    """One sentence with the remedy; "" when all is well."""
+    """One sentence with the remedy; "" if there is none."""
 
 
 def launch_of(cfg: GrpoConfig) -> Launch:
-    """From torchrun's variables; --nodes, --ranks-per-node and --rank-gib describe a machine that is not this one."""
+    """The launch, from torchrun's variables; or the machine of --nodes, --ranks-per-node and --rank-gib."""
     per_node = cfg.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = cfg.nodes or max(1, int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     elsewhere = bool(cfg.nodes or cfg.ranks_per_node or cfg.rank_gib)
@@ -62,7 +64,7 @@ def launch_of(cfg: GrpoConfig) -> Launch:
 
 
 def model_config(model_dir: str) -> dict[str, Any]:
-    """The checkpoint's config.json. Raises UserError when there is none."""
+    """The checkpoint's config.json. Raises UserError if there is none."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise UserError(
@@ -72,8 +74,8 @@ def model_config(model_dir: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def check(cfg: GrpoConfig, launch: Launch) -> list[Row]:
-    """World, placement, lengths and ranks; nothing is loaded."""
+def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+    """Check world, placement, lengths and LoRA rank against each other. Reads config.json only."""
     model = model_config(str(cfg.model))
     split = cfg.placement == "split"
     trainers = launch.ranks - cfg.ranks_apart
@@ -84,62 +86,71 @@ def check(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     kv_heads = model.get("num_key_value_heads", heads)
     share = max(trainers, 1) * cfg.updates_per_batch
     samplers = (cfg.sampler_ranks if split else launch.ranks) // tp
-
-    rows: list[Row] = []
-
-    def row(what: str, value: str, *demands: tuple[bool, str]) -> None:
-        rows.append(Row(what=what, value=value, problem=next((problem for good, problem in demands if not good), "")))
-
     who = f"{max(trainers, 0)} train, {samplers} samplers of {tp}" + ("" if split else " (the same ranks)")
-    row(
-        "world",
-        f"{launch.nodes} nodes x {launch.ranks_per_node} ranks on {launch.device}; {who}",
-        (
-            trainers > 0,
-            f"--sampler-ranks {cfg.sampler_ranks}: the launch has {launch.ranks} ranks, and at least one must train",
+    return [
+        _row(
+            "world",
+            f"{launch.nodes} nodes x {launch.ranks_per_node} ranks on {launch.device}; {who}",
+            (
+                trainers > 0,
+                f"--sampler-ranks {cfg.sampler_ranks}: the launch has {launch.ranks} ranks, and at least one must "
+                "train",
+            ),
         ),
-    )
-    row(
-        "tensor parallel",
-        f"{tp} of {heads} heads",
-        (split or launch.ranks % tp == 0, f"--tensor-parallel {tp}: must divide the {launch.ranks} ranks"),
-        (heads % tp == 0, f"--tensor-parallel {tp}: must divide the model's {heads} attention heads"),
-        (
-            kv_heads % tp == 0 or tp % kv_heads == 0,
-            f"--tensor-parallel {tp}: must divide the model's {kv_heads} key-value heads, or be a multiple of them",
+        _row(
+            "tensor parallel",
+            f"{tp} of {heads} heads",
+            (split or launch.ranks % tp == 0, f"--tensor-parallel {tp}: must divide the {launch.ranks} ranks"),
+            (heads % tp == 0, f"--tensor-parallel {tp}: must divide the model's {heads} attention heads"),
+            (
+                # vLLM splits the key-value heads over the ranks, or copies each to several ranks
+                kv_heads % tp == 0 or tp % kv_heads == 0,
+                f"--tensor-parallel {tp}: must divide the model's {kv_heads} key-value heads, or be a multiple of them",
+            ),
+            (
+                # tensor-parallel ranks exchange activations in every layer: fast inside a node only
+                launch.ranks_per_node % tp == 0,
+                f"--tensor-parallel {tp}: must divide the {launch.ranks_per_node} ranks of a node",
+            ),
         ),
-        (
-            launch.ranks_per_node % tp == 0,
-            f"--tensor-parallel {tp}: must divide the {launch.ranks_per_node} ranks of a node",
+        _row(
+            "batch",
+            f"{cfg.prompts_per_step} prompts x {cfg.group_size} responses, {cfg.updates_per_batch} update(s)",
+            (
+                # so that every rank scores as many groups, and gets at least one in every update
+                cfg.prompts_per_step % share == 0,
+                f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of ranks that train "
+                f"x --updates-per-batch ({trainers} x {cfg.updates_per_batch})",
+            ),
         ),
-    )
-    row(
-        "batch",
-        f"{cfg.prompts_per_step} prompts x {cfg.group_size} responses, {cfg.updates_per_batch} update(s)",
-        (
-            cfg.prompts_per_step % share == 0,
-            f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of ranks that train "
-            f"x --updates-per-batch ({trainers} x {cfg.updates_per_batch})",
+        _row(
+            "tokens",
+            f"{cfg.max_prompt_tokens} + {cfg.max_response_tokens} of {context}",
+            (
+                longest <= context,
+                f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: "
+                f"more than the model's {context} positions",
+            ),
         ),
-    )
-    row(
-        "tokens",
-        f"{cfg.max_prompt_tokens} + {cfg.max_response_tokens} of {context}",
-        (
-            longest <= context,
-            f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: "
-            f"more than the model's {context} positions",
-        ),
-    )
-    adapter = f"rank {cfg.lora_rank}" if cfg.lora_rank else "none: every weight is trained and shipped"
-    problem = ""
-    if cfg.engine == "vllm" and cfg.lora_rank:
-        try:
-            adapter += f", in vLLM's slot of {vllm_rank(cfg.lora_rank)}"
-        except ValueError as error:
-            problem = str(error)
-    rows.append(Row(what="LoRA", value=adapter, problem=problem))
-    return rows
+        _adapter_row(cfg),
+    ]
+
+
+def _row(what: str, value: str, *conditions: tuple[bool, str]) -> Row:
+    """conditions: (it holds, the problem if it does not); the first that does not hold is reported."""
+    return Row(what=what, value=value, problem=next((problem for holds, problem in conditions if not holds), ""))
+
+
+def _adapter_row(cfg: GrpoConfig) -> Row:
+    if not cfg.lora_rank:
+        return Row(what="LoRA", value="none: every weight is trained and sent to the sampler")
+    value = f"rank {cfg.lora_rank}"
+    if cfg.engine != "vllm":
+        return Row(what="LoRA", value=value)
+    try:
+        return Row(what="LoRA", value=f"{value}, in vLLM's slot of {vllm_rank(cfg.lora_rank)}")
+    except UserError as error:
+        return Row(what="LoRA", value=value, problem=str(error))
 
 
 def refuse_problems(rows: list[Row]) -> None:
@@ -149,94 +160,140 @@ def refuse_problems(rows: list[Row]) -> None:
             raise UserError(row.problem)
 
 
-def memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
-    """What a rank needs, in GiB: while it trains and while it samples; the larger must fit."""
-    from trainer.logprobs import CHUNK_LOGITS
-    from trainer.model.sharding import empty_model  # it loads transformers, and check() should answer at once
+@dataclass(frozen=True, kw_only=True)
+class SamplerMemory:
+    """Bytes of one rank of a vLLM sampler."""
+
+    weights: float
+    cache: float
+    """KV cache; not above 0 if the weights leave no room for it."""
+    response: float
+    """KV cache of one prompt and response of full length."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.cache
+
+
+def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+    """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit."""
+    from trainer.model.sharding import empty_model  # loads transformers, and check_launch() must answer at once
 
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
-    size = getattr(torch, cfg.dtype).itemsize
     split = cfg.placement == "split"
-    shards = launch.ranks - cfg.ranks_apart if cfg.shard == "fsdp" else 1
-    n_base, n_layer = count(base), count(base.model.layers[0])
-    linears = [m for layer in base.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    n_trained = sum(cfg.lora_rank * (m.in_features + m.out_features) for m in linears) if cfg.lora_rank else n_base
-    trained_size = 4 if cfg.lora_rank else size
-    copies = 1 if cfg.lora_rank or not cfg.beta else 2  # a frozen reference beside
-    weights = float(n_base * size)
-    if cfg.quantize == "nf4":  # half a byte, and a float32 scale per 64
-        weights -= sum(m.weight.numel() for m in linears) * (size - 0.5 - 4 / 64)
-    moment_size = 1 if cfg.optimizer == "adamw8bit" else trained_size
-    parts = {
-        "weights": copies * weights / shards,
-        "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * len(base.model.layers))) * size,
-        "adapter": n_trained * 4 / shards if cfg.lora_rank else 0.0,
-        "gradients": n_trained * trained_size / shards,
-        "AdamW moments": 2 * n_trained * moment_size / shards,
-        "activations": activation_bytes(cfg, base.config),
-        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,
-    }
+    parts = training_bytes(cfg, launch, base)
     training = sum(parts.values())
-    per_rank = n_base * size / cfg.tensor_parallel
-    if launch.device == "cuda":
-        sampler = cfg.memory_fraction * launch.rank_bytes
-        cache = sampler - per_rank
-    else:
-        cache = float(GIB)
-        sampler = per_rank + cache
-    one = 2 * base.config.num_hidden_layers * base.config.num_key_value_heads * head_size(base.config) * size
-    one *= (cfg.max_prompt_tokens + cfg.max_response_tokens) / cfg.tensor_parallel
-    here = 0.0 if split or cfg.engine == "torch" else sampler
     kept = parts["weights"] + parts["adapter"] + parts["gradients"] + parts["AdamW moments"]
-    handed_over = 2 * n_trained * trained_size  # gathered, and side by side in a parcel
+    handed_over = 2.0 * trained_bytes(cfg, base)  # the gathered tensors, and their copy in a parcel
+    sampler = sampler_bytes(cfg, launch, base)
+    here = 0.0 if split or cfg.engine == "torch" else sampler.total
+    # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory
     peak = max(training, kept + handed_over + here) if launch.device == "cuda" else training + handed_over + here
     rows = [Row(what=f"  {name}", value=gib(value)) for name, value in parts.items() if value]
     rows.append(Row(what="while training", value=gib(training)))
     rows.append(Row(what="kept while sampling", value=f"{gib(kept)}, and {gib(handed_over)} at a hand-over"))
     if cfg.engine == "vllm":
-        holds = (
-            f"{gib(sampler)}: weights {gib(per_rank)}, KV cache for {max(cache, 0) / one:.1f} responses at full length"
+        rows.append(
+            _row(
+                "sampler" + (" (its own ranks)" if split else ""),
+                f"{gib(sampler.total)}: weights {gib(sampler.weights)}, KV cache for "
+                f"{max(sampler.cache, 0) / sampler.response:.1f} responses at full length",
+                (
+                    sampler.cache > sampler.response,
+                    "the KV cache holds no response of full length: raise --memory-fraction or --tensor-parallel",
+                ),
+            )
         )
-        too_small = "the KV cache holds no response of full length: raise --memory-fraction or --tensor-parallel"
-        what = "sampler" + (" (its own ranks)" if split else "")
-        rows.append(Row(what=what, value=holds, problem="" if cache > one else too_small))
-    too_much = peak > launch.rank_bytes or (split and sampler > launch.rank_bytes)
     rows.append(
-        Row(
-            what="a rank's peak",
-            value=f"{gib(peak)} of {gib(launch.rank_bytes)}",
-            problem="a rank needs more memory than there is: --shard fsdp, --checkpointing, a smaller --micro-tokens or "
-            "--lora-rank, or --dtype bfloat16"
-            if too_much
-            else "",
+        _row(
+            "peak memory",
+            f"{gib(peak)} of {gib(launch.rank_bytes)}",
+            (
+                peak <= launch.rank_bytes and not (split and sampler.total > launch.rank_bytes),
+                "a rank needs more memory than it has: use --shard fsdp, --checkpointing, a smaller --micro-tokens or "
+                "--lora-rank, or --dtype bfloat16",
+            ),
         )
     )
     return rows
 
 
+def training_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> dict[str, float]:
+    """{what: bytes} of a rank while it trains. base: the model without its weights."""
+    from trainer.logprobs import CHUNK_LOGITS
+
+    size = getattr(torch, cfg.dtype).itemsize
+    shards = launch.ranks - cfg.ranks_apart if cfg.shard == "fsdp" else 1
+    n_base, n_layer, n_layers = n_weights(base), n_weights(base.model.layers[0]), len(base.model.layers)
+    copies = 1 if cfg.lora_rank or not cfg.beta else 2  # without an adapter the reference is a second, frozen copy
+    weights = float(n_base * size)
+    if cfg.quantize == "nf4":  # 4 bits per weight, and a float32 scale per block of 64 (QLoRA, arXiv:2305.14314)
+        weights -= sum(m.weight.numel() for m in linear_layers(base)) * (size - 0.5 - 4 / 64)
+    trained = trained_bytes(cfg, base)
+    moment = 1 / trained_itemsize(cfg) if cfg.optimizer == "adamw8bit" else 1
+    return {
+        "weights": copies * weights / shards,
+        # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
+        "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
+        "adapter": trained / shards if cfg.lora_rank else 0.0,
+        "gradients": trained / shards,
+        "AdamW moments": 2 * trained * moment / shards,
+        "activations": activation_bytes(cfg, base.config),
+        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,
+    }
+
+
+def sampler_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
+    """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
+    size, shape = getattr(torch, cfg.dtype).itemsize, base.config
+    weights = n_weights(base) * size / cfg.tensor_parallel
+    token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape) * size  # keys and values
+    return SamplerMemory(
+        weights=weights,
+        cache=cfg.memory_fraction * launch.rank_bytes - weights if launch.device == "cuda" else float(GIB),
+        response=token * ((cfg.max_prompt_tokens + cfg.max_response_tokens) / cfg.tensor_parallel),
+    )
+
+
+def linear_layers(base: torch.nn.Module) -> list[torch.nn.Linear]:
+    return [m for layer in base.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def trained_itemsize(cfg: GrpoConfig) -> int:
+    """Bytes of one trained weight: LoRA weights are float32 whatever the base is."""
+    return 4 if cfg.lora_rank else getattr(torch, cfg.dtype).itemsize
+
+
+def trained_bytes(cfg: GrpoConfig, base: torch.nn.Module) -> int:
+    """Bytes of all trained weights, unsharded: the adapter, or every weight."""
+    n_adapter = sum(cfg.lora_rank * (m.in_features + m.out_features) for m in linear_layers(base))
+    return (n_adapter if cfg.lora_rank else n_weights(base)) * trained_itemsize(cfg)
+
+
 def activation_bytes(cfg: GrpoConfig, shape: Any) -> float:
-    """What autograd keeps of the longest packed row."""
+    """Bytes of the activations that autograd keeps of the longest packed row. shape: the model's configuration."""
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
     size = getattr(torch, cfg.dtype).itemsize
     layer = layer_bytes_per_token(cfg, shape, size)
-    if cfg.checkpointing:
+    if cfg.checkpointing:  # the input of every layer, and all of the one layer that is computed again
         return tokens * ((shape.num_hidden_layers + 3) * shape.hidden_size * size + layer)
     return tokens * (shape.num_hidden_layers * layer + 3 * shape.hidden_size * size)
 
 
 def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
-    """Of one decoder layer. A norm keeps its input twice in float32 and once scaled; a LoRA layer its input and x A."""
+    """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
-    norms = 2 * (2 * 4 * h + size * h)
-    attention = size * (q + 2 * kv + q)
-    mlp = size * 4 * i
+    norms = 2 * (2 * 4 * h + size * h)  # two norms; each keeps its input twice in float32, and once scaled
+    attention = size * (q + 2 * kv + q)  # q, k, v and the output
+    mlp = size * 4 * i  # gate, its activation, up, and their product
     linear_inputs = size * (h + q + h + i)
-    lora = 7 * size * cfg.lora_rank
+    lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     return norms + attention + mlp + linear_inputs + lora
 
 
-def count(module: torch.nn.Module) -> int:
+def n_weights(module: torch.nn.Module) -> int:
+    """Number of weights; a tied head counts once."""
     return sum(p.numel() for p in module.parameters())
 
 
@@ -244,8 +301,8 @@ def gib(value: float) -> str:
     return f"{value / GIB:.2f} GiB"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as text; a problem stands under its row."""
+def format_rows(rows: list[Row]) -> str:
+    """The rows as text; each problem on the line below its row."""
     width = max(len(row.what) for row in rows)
     lines = []
     for row in rows:

@@ -1,8 +1,9 @@
-"""A rank that samples (--placement split): a keeper, which beats, restarts and reports, and the process it keeps.
+"""A rank that only samples (--placement split): a keeper process, and the sampler process that the keeper starts.
 
-The keeper is the rank torchrun started; it loads no model, so that a sampler may die and be started again without the launcher
-ending the run. The kept process (`python -m trainer.start.sampler`) gets its settings, the token among them, on standard input, and
-ends when that closes: it never outlives its keeper.
+The keeper is the rank that torchrun started. It sends heartbeats, restarts the sampler and reports its death. It loads
+no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`python -m
+trainer.start.sampler`) reads its settings and the run's token from standard input. It ends when standard input closes,
+so it never outlives its keeper.
 """
 
 import dataclasses
@@ -22,15 +23,15 @@ import torch
 import torch.distributed as dist
 
 from rollout import LocalEngine, Sampling
-from rollout.link import Address, join
-from rollout.split import SamplerEnd
+from rollout.link import Address, join_store
+from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
 from trainer.config import GrpoConfig
 from trainer.ranks.world import World, own_device
 from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
-"""Lines of the kept process that begin so tell the keeper where it is."""
+"""Lines of the sampler process that begin with this tell the keeper its phase and step."""
 LAUNCHER = (
     "RANK",
     "WORLD_SIZE",
@@ -44,26 +45,29 @@ LAUNCHER = (
 """What torchrun says of its own world, which is not the sampler's."""
 
 
-def keep(cfg: GrpoConfig, world: World) -> None:
-    """The whole work of a rank that samples. Raises RunError when its sampler died and may not be started again."""
+def keep_sampler(cfg: GrpoConfig, world: World) -> None:
+    """The whole work of a rank that samples. Raises RunError if its sampler died and may not be restarted."""
     assert world.store is not None and world.sampler is not None
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the trainers finish their step, and then say stop
+    # SIGTERM goes to every rank, but the trainers still need samples to finish their step; they send "stop" afterwards
+    signal.signal(signal.SIGTERM, lambda *_: None)
     engine, member = divmod(world.sampler, cfg.tensor_parallel)
     with world.waiting("the trainers"):
         address = Address(**json.loads(_await(world.store, "sync/address")))
-    store = join(address, f"sampler {engine}")
+    store = join_store(address, f"sampler {engine}")
     for generation in range(cfg.restart_samplers + 1):
         lost = f"e{engine}/g{generation}/lost"
-        process = _start(cfg, address, engine, member, generation)
+        me = SamplerProcess(engine=engine, member=member, members=cfg.tensor_parallel, generation=generation)
+        process = _start(cfg, address, me)
         reader = threading.Thread(target=_listen, args=(process.stdout, world), daemon=True)
         reader.start()
         if world.watch:
-            world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # it prints its stacks
+            world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # makes it print its stacks
+        # until this process ends, or another keeper reports that its process of the same sampler has died
         while process.poll() is None and not store.check([lost]):
             time.sleep(0.1)
         if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
-            return  # its work was done, whatever its libraries said at the end
-        process.kill()  # another process of the same sampler died
+            return  # it was told to stop, so a crash of a library during its exit does not matter
+        process.kill()  # still alive if another process of the same sampler died: all of them restart together
         code = process.wait()
         reader.join(timeout=5)
         if not store.check([lost]):
@@ -76,43 +80,43 @@ def keep(cfg: GrpoConfig, world: World) -> None:
                 f"{where}{step}",
             )
     with world.waiting("the trainers to stop"):
-        time.sleep(5)  # they have something to say first: torchrun ends all ranks when one fails
+        time.sleep(5)  # let the trainers print their error first: torchrun ends all ranks as soon as one fails
     raise RunError(f"{store.get(lost).decode()}; --restart-samplers {cfg.restart_samplers} allows no further start")
 
 
 def _await(store: dist.Store, key: str) -> bytes:
+    # polling has no time-out: the trainers load their model first, which can take longer than the store would wait
     while not store.check([key]):
         time.sleep(0.05)
     return store.get(key)
 
 
-def _start(cfg: GrpoConfig, address: Address, engine: int, member: int, generation: int) -> subprocess.Popen:
+def _start(cfg: GrpoConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
     spec = {
         "config": dataclasses.asdict(cfg),
         "address": vars(address),
-        "engine": engine,
-        "member": member,
-        "generation": generation,
+        "process": vars(me),
         "local_size": int(os.environ["LOCAL_WORLD_SIZE"]),
     }
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    env |= {"RANK": str(member), "WORLD_SIZE": str(cfg.tensor_parallel)}
+    env |= {"RANK": str(me.member), "WORLD_SIZE": str(cfg.tensor_parallel)}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.start.sampler"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=env,
-        start_new_session=True,
+        start_new_session=True,  # a signal to the launch's process group must not reach it
     )
     assert process.stdin is not None
+    # not on the command line, where every user of the machine could read the token
     process.stdin.write(json.dumps(spec) + "\n")
     process.stdin.flush()
     return process
 
 
 def _listen(lines: IO[str], world: World) -> None:
-    """Pass on what the kept process prints; its status goes to the watch."""
+    """Print the lines of the sampler process; pass its status lines to the watch."""
     for line in lines:
         if line.startswith(STATUS):
             status = json.loads(line.removeprefix(STATUS))
@@ -123,43 +127,46 @@ def _listen(lines: IO[str], world: World) -> None:
             print(line, end="", flush=True)
 
 
-# ---- the kept process
+# ---- the sampler process
 
 
 def main() -> None:
+    """Load the model, then carry out the trainers' orders until the last."""
     spec = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_keeper, daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cfg, address = GrpoConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
-    status("load", 0)
-    end = SamplerEnd(address, spec["engine"], spec["member"], cfg.tensor_parallel, spec["generation"], device)
+    report_status("load", 0)
+    me = SamplerProcess(**spec["process"])
+    end = SamplerEnd(address, me, device)
+    # vLLM reads this world: the processes of one sampler, which know nothing of the trainers' world
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=spec["member"],
-        world_size=cfg.tensor_parallel,
+        rank=me.member,
+        world_size=me.members,
         store=dist.PrefixStore(f"{end.prefix}/world", end.store),
     )
-    engine = make_engine(cfg, spec["engine"], spec["member"], device)
-    end.hello()
-    work(end, engine)
+    engine = make_engine(cfg, me, device)
+    end.hello()  # only now: the trainer then makes the broadcast group, and waits for this process in it
+    carry_out_orders(end, engine)
     engine.close()
-    if dist.is_initialized():  # vLLM takes it down with itself
+    if dist.is_initialized():  # vLLM's shutdown may have destroyed it
         dist.destroy_process_group()
 
 
-def work(end: SamplerEnd, engine: LocalEngine) -> None:
-    """Carry out orders until the last."""
+def carry_out_orders(end: SamplerEnd, engine: LocalEngine) -> None:
+    """Carry out and answer the trainers' orders until the order to stop."""
     while True:
-        status("idle", 0, waiting="orders")
+        report_status("idle", 0, waiting="orders")
         try:
             order = end.next_order()
         except dist.DistError:
             sys.exit(f"the trainers' store at {end.address.host}:{end.address.port} is gone, so this sampler ends")
-        status(order["do"], order.get("step", -1) + 1)
+        report_status(order["do"], order.get("step", -1) + 1)
         try:
             answer = carry_out(order, end, engine)
-        except RunError as error:  # the trainers stop, and say why
+        except RunError as error:  # the trainers decide: they stop and print the error
             end.answer(error=str(error), sync=isinstance(error, SyncError))
             continue
         end.answer(**answer)
@@ -168,8 +175,9 @@ def work(end: SamplerEnd, engine: LocalEngine) -> None:
 
 
 def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
-    """One order; returns the answer."""
+    """Carry out one order. Returns the answer."""
     if order["do"] == "load":
+        # JSON made lists of the manifest's tuples, which are compared with == and hashed
         manifest = [(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]]
         engine.lora = order["lora"]
         engine.load_adapter(end.receive(manifest), manifest, order["version"])
@@ -180,23 +188,24 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]))
         if end.member == 0:
             seconds = time.perf_counter() - start
-            end.deliver_rollouts(order["step"], order["places"], groups, engine.version, engine.hash, seconds)
+            end.deliver_rollouts(order["step"], order["places"], groups, seconds)
     return {}
 
 
-def make_engine(cfg: GrpoConfig, engine: int, member: int, device: torch.device) -> LocalEngine:
-    """The sampler, with a model of its own."""
+def make_engine(cfg: GrpoConfig, me: SamplerProcess, device: torch.device) -> LocalEngine:
+    """The engine of this process, with its own copy of the model."""
     if cfg.engine == "torch":
         from rollout.torch_engine import TorchEngine
 
-        # a sampler needs no reference and never packs
+        # a sampler needs no reference model and packs nothing
         policy = load_policy(replace(cfg, beta=0.0, packing="plain"), device)
         return TorchEngine(policy.model, policy.eos_id, policy.decoding, adopt=policy.load_adapter)
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
-    return make_vllm_engine(cfg, lora, rank=engine * cfg.tensor_parallel + member)
+    return make_vllm_engine(cfg, lora, rank=me.engine * me.members + me.member)
 
 
-def status(phase: str, step: int, waiting: str = "") -> None:
+def report_status(phase: str, step: int, waiting: str = "") -> None:
+    """Tell the keeper, on standard output, what this process does. step: 1-based, 0 for none."""
     print(STATUS + json.dumps({"phase": phase, "step": step, "waiting": waiting}), flush=True)
 
 

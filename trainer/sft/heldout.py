@@ -1,0 +1,104 @@
+"""What the cold start does with the held-out puzzles beside their loss: answers them, and keeps the best epoch."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from data.puzzles import Puzzle
+from rollout import Canary, Engine, Sampling
+from trainer.config import SftConfig
+from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
+from trainer.model.merge import sampler_model
+from trainer.policy import Policy
+from trainer.ranks.world import World
+from trainer.record.runfolder import write_json
+from trainer.sft.examples import Example
+
+Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
+"""(answers, puzzles) -> {metric: value}"""
+
+
+class HeldOutAnswers:
+    """Samples greedy answers to the held-out puzzles with vLLM, under the current weights, and judges them."""
+
+    def __init__(
+        self, cfg: SftConfig, policy: Policy, held_out: list[Example], world: World, judge: Judge | None
+    ) -> None:
+        from rollout.vllm_engine import VLLMEngine
+
+        assert judge is not None
+        of_puzzle = {example.puzzle_id: example for example in held_out}  # several traces can share a puzzle
+        self.examples = [of_puzzle[name] for name in sorted(of_puzzle)][: cfg.eval_puzzles]
+        self.cfg, self.policy, self.world, self.judge = cfg, policy, world, judge
+        longest = max(len(e.prompt_ids) for e in self.examples)
+        self.engine: Engine = VLLMEngine(
+            sampler_model(cfg.model, cfg.quantize, cfg.dtype, cfg.out),
+            lora=policy.lora,
+            max_model_len=longest + cfg.eval_response_tokens,
+            dtype=cfg.dtype,
+            memory_fraction=cfg.memory_fraction,
+            rank=world.rank,
+            size=world.size,
+            may_sleep=True,
+        )
+        self.canary: Canary = make_canary(policy, self.examples[0].prompt_ids[:CANARY_TOKENS], cfg)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """{"eval/<metric>": value}, the same on every rank. step: from 1. Collective."""
+        hand_over(self.engine, self.policy, self.canary, version=step)
+        greedy = Sampling(n=1, max_tokens=self.cfg.eval_response_tokens, temperature=0.0, top_p=1.0, seed=0)
+        self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
+        ids = self.world.gather([group[0].response_ids for group in self.engine.collect(step)])
+        texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found = self.judge(texts, [e.puzzle for e in self.examples])
+        found["response_length"] = sum(map(len, ids)) / len(ids)
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class BestEpoch:
+    """The epoch with the lowest eval_loss and, with --patience, its weights on disk (OUT/best)."""
+
+    def __init__(self, out: Path, cfg: SftConfig, epochs_done: int) -> None:
+        self.folder, self.patience, self.latest = out / "best", cfg.patience, epochs_done
+        self.epoch, self.loss = 0, math.inf  # epochs count from 1; 0: none evaluated yet
+        record = self.folder / "best.json"
+        if self.patience and record.is_file():
+            found = json.loads(record.read_text())
+            # a later epoch is of a run that died after it, before its checkpoint; it will be trained again
+            if found["epoch"] <= epochs_done:
+                self.epoch, self.loss = found["epoch"], found["eval_loss"]
+
+    def compare(self, epoch: int, loss: float, policy: Policy, world: World) -> None:
+        """Compare a new epoch (from 1) with the best. With --patience rank 0 keeps the weights of a better one."""
+        self.latest = epoch
+        if loss >= self.loss:
+            return
+        self.epoch, self.loss = epoch, loss
+        if self.patience and world.is_main:
+            # the rename comes last, so a crash never leaves a folder without its weights
+            partial = self.folder.with_name("best.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            save_file(
+                {name: t.contiguous().cpu() for name, t in policy.adapter_tensors().items()},
+                partial / "best.safetensors",
+            )
+            write_json(partial / "best.json", {"epoch": epoch, "eval_loss": loss})
+            shutil.rmtree(self.folder, ignore_errors=True)
+            partial.rename(self.folder)
+
+    def patience_is_over(self) -> bool:
+        """Have --patience epochs passed since the best one? The same on every rank, since eval_loss is."""
+        return bool(self.patience and self.epoch and self.latest - self.epoch >= self.patience)
+
+    def load_into(self, policy: Policy) -> None:
+        """Give the policy the weights of the best epoch."""
+        if self.patience and self.epoch and self.epoch != self.latest:
+            policy.load_adapter(load_file(self.folder / "best.safetensors"))
