@@ -4,7 +4,7 @@
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
     scorer.close()
 
-A worker is `python -m reward.scoring PATH SECONDS`: one JSON job {"index", "completion", "puzzle"} a line in, one JSON
+A worker is `python -m reward.scoring PATH SECONDS PARENT`: one JSON job {"index", "completion", "puzzle"} a line in, one JSON
 result {"index", "total", "parts", "status", "message"} a line out. What the reward prints goes to standard error. A plain
 function gets one response at a time; of an async one up to CONCURRENT run side by side, each with its own time limit.
 """
@@ -23,19 +23,18 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TextIO
 
 from data.errors import UserError
+from data.processes import end_with_parent, module_environment
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 
 CONCURRENT = 64
 GRACE = 1.0  # seconds beyond the limit before a process is killed: a coroutine's own time-out gets to reply first
 START_SECONDS = 300.0  # a reward module may load a model
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Scorer:
@@ -50,6 +49,8 @@ class Scorer:
         """on_reply() is called for every response that has been scored in a worker."""
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
+        # one pool for the life of the scorer: a worker process ends with the thread that started it
+        self.threads = ThreadPoolExecutor(workers) if workers else None
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
@@ -79,14 +80,19 @@ class Scorer:
     def _in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
         stop = threading.Event() if stop_at_failure else None
-        with ThreadPoolExecutor(len(self.workers)) as threads:
-            parts = threads.map(lambda worker, share: worker.score(share, stop), self.workers, shares)
-            return {index: reward for part in parts for index, reward in part.items()}
+        assert self.threads is not None
+        futures = [
+            self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
+        ]
+        wait(futures)
+        return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
         """End the worker processes."""
         for worker in self.workers:
             worker.stop()
+        if self.threads is not None:
+            self.threads.shutdown()
 
 
 class _Worker:
@@ -144,14 +150,11 @@ class _Worker:
             self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:
             return
-        root = str(Path(__file__).resolve().parent.parent)
-        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)],
+            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=env,
+            env=module_environment(),
             start_new_session=True,  # a SIGTERM for the run must not reach it
         )
         os.set_blocking(self.process.stdin.fileno(), False)
@@ -218,7 +221,6 @@ def serve(path: str, seconds: float) -> None:
     """Answer jobs until standard input ends."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     fn = load_reward(path)
     _reply(replies, {"ready": True, "is_async": is_async(fn)})
     asyncio.run(_serve_jobs(fn, seconds, replies))
@@ -281,12 +283,6 @@ def _reply(replies: TextIO, message: dict) -> None:
     replies.flush()
 
 
-def _end_with_parent(parent: int) -> None:
-    """A trainer killed with -9 leaves no worker behind, not even one stuck in a reward function."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[3]))
     serve(sys.argv[1], float(sys.argv[2]))

@@ -5,13 +5,11 @@ the report) and its puzzles. A build that is killed goes on from there; everythi
 the bytes of a resumed build are those of an unbroken one.
 """
 
-import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RunError
+from data.processes import end_with_parent
 from data.puzzles import Puzzle
 
 FORMAT = 2
 """Changes when files of an older version may no longer be used."""
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
-"""From Linux's prctl.h: the signal that a process gets when the one that started it ends."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +150,7 @@ def _begin(counters: Any, parent: int) -> None:
     """In a worker, first of all."""
     global _counters
     _counters = counters
-    end_with(parent)
-
-
-def end_with(parent: int) -> None:
-    """Have this process end when the one that started it does, even by kill -9; elsewhere than on Linux it goes on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before it was asked for
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _call(task: Callable, number: int, call: tuple) -> Any:

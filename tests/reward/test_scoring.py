@@ -197,6 +197,21 @@ scorer.score(["hang"], [puzzle], [False])
     assert not alive(worker)
 
 
+def test_a_worker_serves_step_after_step(rewards):
+    """A worker ends with the thread that started it, so that thread must outlive a call of score."""
+    scorer = Scorer(f"{rewards}:plain", 2, 60.0)
+    pids = []
+    for _ in range(3):
+        got = scorer.score(["a", "bb", "ccc"], [PUZZLE] * 3, [False] * 3)
+        assert [reward.total for reward in got] == [1.0, 2.0, 3.0]
+        time.sleep(0.1)
+        assert all(alive(worker.process.pid) for worker in scorer.workers)
+        pids.append([worker.process.pid for worker in scorer.workers])
+    scorer.close()
+    assert pids[0] == pids[1] == pids[2]
+    assert not any(map(alive, pids[0]))
+
+
 def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as handle:

@@ -1,8 +1,8 @@
 """A rank that samples (--placement split): a keeper, which beats, restarts and reports, and the process it keeps.
 
 The keeper is the rank torchrun started; it loads no model, so that a sampler may die and be started again without the launcher
-ending the run. The kept process (`python -m trainer.start.sampler`) gets its settings, the token among them, on standard input, and
-ends when that closes: it never outlives its keeper.
+ending the run. The kept process (`python -m trainer.start.sampler`) gets its settings, the token among them, on standard input,
+and ends with its keeper.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+from data.processes import end_with_parent, module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join, serve
 from rollout.split import SamplerEnd, SplitEngine
@@ -31,17 +32,6 @@ from trainer.ranks.world import World, own_device
 
 STATUS = "@status "
 """Lines of the kept process that begin so tell the keeper where it is."""
-LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
-"""What torchrun says of its own world, which is not the sampler's."""
 
 
 def keep(cfg: GrpoConfig, world: World) -> None:
@@ -113,6 +103,7 @@ def _await(store: dist.Store, key: str) -> bytes:
 
 def _start(cfg: GrpoConfig, address: Address, engine: int, member: int, generation: int) -> subprocess.Popen:
     spec = {
+        "keeper": os.getpid(),
         "config": dataclasses.asdict(cfg),
         "address": vars(address),
         "engine": engine,
@@ -120,7 +111,7 @@ def _start(cfg: GrpoConfig, address: Address, engine: int, member: int, generati
         "generation": generation,
         "local_size": int(os.environ["LOCAL_WORLD_SIZE"]),
     }
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    env = module_environment() | {"LOCAL_RANK": os.environ["LOCAL_RANK"]}
     env |= {"RANK": str(member), "WORLD_SIZE": str(cfg.tensor_parallel)}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.start.sampler"],
@@ -153,7 +144,7 @@ def _listen(lines: IO[str], world: World) -> None:
 
 def main() -> None:
     spec = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_keeper, daemon=True).start()
+    end_with_parent(spec["keeper"])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cfg, address = GrpoConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
@@ -243,11 +234,6 @@ def make_engine(cfg: GrpoConfig, engine: int, member: int, device: torch.device)
 
 def status(phase: str, step: int, waiting: str = "") -> None:
     print(STATUS + json.dumps({"phase": phase, "step": step, "waiting": waiting}), flush=True)
-
-
-def _end_with_keeper() -> None:
-    sys.stdin.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":
