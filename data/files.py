@@ -55,7 +55,7 @@ def reason_of(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
-def need_room(folder: Path, n_bytes: int) -> None:
+def require_free_space(folder: Path, n_bytes: int) -> None:
     """Raise OSError where the disk has less room than that, while what is open on it can still be closed in order."""
     disk = shutil.disk_usage(folder)
     if disk.total and disk.free < n_bytes:  # some network disks say 0 of both

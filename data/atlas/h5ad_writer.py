@@ -16,7 +16,7 @@ from anndata.io import write_elem
 from scipy import sparse
 from tqdm import tqdm
 
-from data.files import need_room
+from data.files import require_free_space
 
 COMPRESSIONS = MappingProxyType({"gzip": "gzip", "lzf": "lzf", "none": None})
 """Name -> filter of h5py; gzip is level 4, as anndata writes it."""
@@ -157,7 +157,7 @@ class _Csc:
         _extend(self.node["data"], np.concatenate(values)[order])
 
     def _put(self, name: str, values: np.ndarray) -> None:
-        need_room(self.folder, ROOM + values.nbytes)
+        require_free_space(self.folder, ROOM + values.nbytes)
         with open(self.folder / name, "ab") as file:
             values.tofile(file)
 
@@ -177,7 +177,7 @@ def _empty_sparse(file: h5py.File, empty: sparse.spmatrix, compression: str | No
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
-    need_room(Path(dataset.file.filename).parent, ROOM + values.nbytes)
+    require_free_space(Path(dataset.file.filename).parent, ROOM + values.nbytes)
     n = len(dataset)
     dataset.resize(n + len(values), axis=0)
     dataset[n:] = values

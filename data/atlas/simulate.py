@@ -22,7 +22,7 @@ import scipy.sparse
 from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, read_markers
 from data.errors import UserError
-from data.files import need_room, replacing
+from data.files import replacing, require_free_space
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
 
@@ -124,7 +124,7 @@ class Programs:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DonorBatch:
     """One batch of one donor: which cells it has, before their counts are drawn."""
 
     donor: Donor
@@ -159,11 +159,11 @@ def simulate_atlas(
     one does), and sorted by them, so that the order of genes says nothing about cell types.
     Raises UserError naming a setting that is out of range.
     """
-    check_settings(n_donors, seed, cells_per_type, noise)
+    check_atlas_settings(n_donors, seed, cells_per_type, noise)
     rng = np.random.default_rng(seed)
-    entries = choose_types(read_markers(), n_types)
+    entries = select_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
-    batches = draw_batches(rng, programs, entries, draw_donors(rng, n_donors), cells_per_type)
+    batches = draw_donor_batches(rng, programs, entries, draw_donors(rng, n_donors), cells_per_type)
     blocks = [draw_block(rng, programs, batch, noise) for batch in batches]
     counts, obs = [counts for counts, _ in blocks], [obs for _, obs in blocks]
     cells = pd.concat(obs, ignore_index=True)
@@ -184,7 +184,7 @@ def simulate_atlas(
     )
 
 
-def check_settings(n_donors: int, seed: int, cells_per_type: float, noise: float) -> None:
+def check_atlas_settings(n_donors: int, seed: int, cells_per_type: float, noise: float) -> None:
     """Raise UserError, naming the option, for a setting that is out of range."""
     if n_donors < len(TISSUES):
         raise UserError(f"--donors {n_donors} is too few: give at least {len(TISSUES)}, one for each tissue")
@@ -215,7 +215,7 @@ def write_atlas(
         raise UserError(f"--out {path}: the file name must end in .h5ad")
     adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
     with replacing(path) as partial:
-        need_room(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
+        require_free_space(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
         adata.write_h5ad(partial, compression="gzip")
     return adata
 
@@ -283,7 +283,7 @@ def draw_donors(rng: np.random.Generator, n_donors: int) -> list[Donor]:
     return donors
 
 
-def choose_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[str, MarkerEntry]:
+def select_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[str, MarkerEntry]:
     """n_types entries, the tissues taking turns. Raises UserError when there are fewer, or too few for every tissue."""
     if n_types is None:
         return entries
@@ -307,14 +307,14 @@ def types_of(donor: Donor, entries: dict[str, MarkerEntry]) -> list[str]:
     ]
 
 
-def draw_batches(
+def draw_donor_batches(
     rng: np.random.Generator,
     programs: Programs,
     entries: dict[str, MarkerEntry],
     donors: Sequence[Donor],
     cells_per_type: float,
     sizes: Iterator[int] | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[DonorBatch]:
     """The batches of the donors, one by one; each type of a donor's tissue has at least one cell in each.
 
     sizes: cells of each batch, at least its number of types; default: as `cells_per_type` gives.
@@ -331,11 +331,11 @@ def draw_batches(
                 share = np.array(list(abundance.values())) / sum(abundance.values())
                 of_type = 1 + rng.multinomial(next(sizes) - len(share), share)
             types = rng.permutation(np.repeat(list(abundance), of_type))
-            yield Batch(donor, number, types, effect)
+            yield DonorBatch(donor, number, types, effect)
 
 
 def draw_block(
-    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice = slice(None)
+    rng: np.random.Generator, programs: Programs, batch: DonorBatch, noise: float, rows: slice = slice(None)
 ) -> tuple[scipy.sparse.csr_matrix, pd.DataFrame]:
     """(counts [R, G], obs [R]) of some rows of a batch, by default all."""
     mean = relative_expression(rng, programs, batch, noise, rows) * batch.effect
@@ -349,7 +349,7 @@ def disease_activity(rng: np.random.Generator, donor: Donor) -> np.ndarray:
 
 
 def relative_expression(
-    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice
+    rng: np.random.Generator, programs: Programs, batch: DonorBatch, noise: float, rows: slice
 ) -> np.ndarray:
     """[R, G] expected weights of some cells of one batch, not normalised."""
     types = batch.types[rows]
@@ -385,7 +385,7 @@ def draw_counts(rng: np.random.Generator, weights: np.ndarray) -> scipy.sparse.c
     return scipy.sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
 
 
-def batch_obs(rng: np.random.Generator, batch: Batch, rows: slice) -> pd.DataFrame:
+def batch_obs(rng: np.random.Generator, batch: DonorBatch, rows: slice) -> pd.DataFrame:
     """[R] rows of obs for one batch; a few cells lose their label or are no primary data, as in real files."""
     donor, types = batch.donor, batch.types[rows]
     n_cells = len(types)

@@ -21,22 +21,22 @@ from tqdm import tqdm
 from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS, ROOM, GrowingH5ad
 from data.atlas.markers import MarkerEntry, read_markers
 from data.atlas.simulate import (
-    Batch,
     Donor,
+    DonorBatch,
     Programs,
     batch_obs,
-    check_settings,
-    choose_types,
+    check_atlas_settings,
     disease_activity,
-    draw_batches,
     draw_block,
+    draw_donor_batches,
     draw_donors,
     draw_programs,
+    select_types,
     synthetic_ensembl_id,
     types_of,
 )
 from data.errors import UserError
-from data.files import need_room, replacing
+from data.files import replacing, require_free_space
 
 BLOCK_CELLS = 1000
 MAX_GENES = 100_000
@@ -68,7 +68,7 @@ class AtlasSummary:
         )
 
 
-def summarise(adata: anndata.AnnData) -> AtlasSummary:
+def summarise_atlas(adata: anndata.AnnData) -> AtlasSummary:
     """The summary of an atlas in memory."""
     obs = adata.obs
     diseases, types = set(obs["disease"]) - {"normal"}, set(obs["cell_type"]) - {"unknown"}
@@ -101,22 +101,24 @@ def stream_atlas(
     path = Path(path)
     if path.suffix != ".h5ad":
         raise UserError(f"--out {path}: the file name must end in .h5ad")
-    check_settings(n_donors, seed, cells_per_type, noise)
+    check_atlas_settings(n_donors, seed, cells_per_type, noise)
     rng = np.random.default_rng(seed)
-    entries = choose_types(read_markers(), n_types)
+    entries = select_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
     table = GeneTable.of(programs, genes, seed)
     donors = draw_donors(rng, n_donors)
     sizes = batch_sizes(donors, entries, cells, cells_per_type, seed)
-    check_layout(encoding, compression, sum(sizes), len(table.var))
-    batches = draw_batches(rng, programs, entries, donors, cells_per_type, iter(sizes) if cells is not None else None)
+    check_matrix_layout(encoding, compression, sum(sizes), len(table.var))
+    batches = draw_donor_batches(
+        rng, programs, entries, donors, cells_per_type, iter(sizes) if cells is not None else None
+    )
     settings = {"donors": n_donors, "seed": seed, "noise": noise, "types": len(entries), "genes": len(table.var)}
     settings |= {"cells_per_type": cells_per_type} if cells is None else {"cells": cells}
     uns = {"title": "Simulated atlas (no real cells)", "simulation": settings}
     seen: set[str] = set()
     categories = obs_categories(donors, entries)
     with replacing(path) as partial:
-        need_room(path.parent, ROOM)
+        require_free_space(path.parent, ROOM)
         with (
             h5py.File(partial, "w") as file,
             tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
@@ -138,7 +140,7 @@ def stream_atlas(
     )
 
 
-def check_layout(encoding: str, compression: str, cells: int, genes: int) -> None:
+def check_matrix_layout(encoding: str, compression: str, cells: int, genes: int) -> None:
     """Raise UserError, naming the option, for a layout that is not known or a dense matrix above MAX_DENSE_BYTES."""
     if encoding not in ENCODINGS:
         raise UserError(f"--encoding {encoding}: must be one of {', '.join(ENCODINGS)}")
@@ -253,7 +255,7 @@ def filler_symbols(n: int, core: Sequence[str]) -> list[str]:
 
 
 def _blocks(
-    rng: np.random.Generator, programs: Programs, batches: Iterator[Batch], noise: float, table: GeneTable
+    rng: np.random.Generator, programs: Programs, batches: Iterator[DonorBatch], noise: float, table: GeneTable
 ) -> Iterator[tuple[sparse.csr_matrix, pd.DataFrame]]:
     """(counts [R, G], obs [R]) of all cells in order; a batch of several blocks has one disease activity."""
     for batch in batches:
@@ -268,7 +270,7 @@ def obs_categories(donors: Sequence[Donor], entries: dict[str, MarkerEntry]) -> 
     """{obs column: its sorted values in the whole atlas}, in the order of the columns; None for a column of booleans."""
     types = {name for donor in donors for name in types_of(donor, entries)}
     batches = [
-        Batch(d, number, np.array([""]), np.ones(0)) for d in donors for number in range(1, len(d.suspensions) + 1)
+        DonorBatch(d, number, np.array([""]), np.ones(0)) for d in donors for number in range(1, len(d.suspensions) + 1)
     ]
     rows = pd.concat([batch_obs(np.random.default_rng(0), batch, slice(None)) for batch in batches])
     categories = {name: sorted(set(rows[name])) if rows[name].dtype == object else None for name in rows.columns}

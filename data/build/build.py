@@ -20,7 +20,7 @@ from typing import Any
 from data.audit import Audit, audit
 from data.build import h5ad
 from data.build.contexts import has_disease
-from data.build.onefile import Summary, build_file, summarise, summary_of, unseen_donors
+from data.build.onefile import FileSummary, build_file, split_summary, summarise_file, unseen_donors
 from data.build.settings import BuildConfig, check_config
 from data.build.splits import SPLITS, choose_test_donors
 from data.build.staging import Staging, run_all
@@ -31,7 +31,7 @@ VERSIONS_OF = ("numpy", "h5py", "pyarrow")
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class BuildProgress:
     """What a long build tells: nothing by default."""
 
     say: Callable[[str], None] = lambda text: None
@@ -46,7 +46,7 @@ def build_puzzles(
     *,
     workers: int = 1,
     staging: Staging | None = None,
-    watch: Watch = Watch(),
+    watch: BuildProgress = BuildProgress(),
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
     """({"train": puzzles, "test": ..., "unseen": ...}, report) of one or more .h5ad files.
 
@@ -62,7 +62,7 @@ def build_puzzles(
     paths = h5ad.sorted_files(files)
     _refuse_names_not_in_utf8(paths)
     summaries = run_all(
-        _summarise,
+        _summarise_file,
         [(path, config) for path in paths],
         workers,
         lambda done, total: None,
@@ -87,12 +87,17 @@ def _refuse_names_not_in_utf8(paths: list[Path]) -> None:
             raise UserError(f"{path.parent / name}: the file's name is not UTF-8; rename it")
 
 
-def _summarise(path: Path, config: BuildConfig, advance: Callable) -> Summary:
-    return summarise(path, config)
+def _summarise_file(path: Path, config: BuildConfig, advance: Callable) -> FileSummary:
+    return summarise_file(path, config)
 
 
 def _build_files(
-    summaries: list[Summary], assignment: dict, config: BuildConfig, workers: int, staging: Staging, watch: Watch
+    summaries: list[FileSummary],
+    assignment: dict,
+    config: BuildConfig,
+    workers: int,
+    staging: Staging,
+    watch: BuildProgress,
 ) -> None:
     """Build what staging does not hold yet."""
     staging.folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,7 @@ def _build_and_stage(
     return sum(map(len, splits.values())), sum(len(p.cells) for puzzles in splits.values() for p in puzzles)
 
 
-def _gathered(summaries: list[Summary], staging: Staging) -> tuple[dict[str, list[Puzzle]], list[dict[str, Any]]]:
+def _gathered(summaries: list[FileSummary], staging: Staging) -> tuple[dict[str, list[Puzzle]], list[dict[str, Any]]]:
     """(puzzles by split with their ids, each file's report of splits)."""
     splits: dict[str, list[Puzzle]] = {split: [] for split in SPLITS}
     reports = []
@@ -142,7 +147,7 @@ def _gathered(summaries: list[Summary], staging: Staging) -> tuple[dict[str, lis
     return splits, reports
 
 
-def _refuse_if_nothing_to_build(summaries: list[Summary], config: BuildConfig) -> None:
+def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfig) -> None:
     """Note which files can give no puzzle, and raise the first reason when none can."""
     organisms = {s.organism: s.path for s in summaries if s.organism}
     if len(organisms) > 1:
@@ -171,7 +176,7 @@ def _refuse_if_nothing_to_build(summaries: list[Summary], config: BuildConfig) -
         raise UserError(problems[0] + others)
 
 
-def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, str]:
+def assign_donors(summaries: list[FileSummary], config: BuildConfig) -> dict[str, str]:
     """{donor: split} for the donors that can give puzzles; a donor id means one donor, in whatever file it stands.
 
     In the cell and instance modes every donor without an unseen disease is "train": cells or puzzles are divided later.
@@ -180,7 +185,7 @@ def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, st
     diseases = {disease for s in summaries for kinds in s.donors.values() for _, disease in kinds} - {"unknown"}
     for name in config.unseen_disease:
         if not any(has_disease(disease, (name,)) for disease in diseases):
-            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest(name, diseases)})")
+            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest_names(name, diseases)})")
     unseen = {donor for summary in summaries for donor in unseen_donors(summary, config.unseen_disease)}
     assignment = dict.fromkeys(sorted(unseen), "unseen")
     able = {d for s in summaries for (d, _), n_types in s.group_sizes.items() if n_types >= config.min_cells}
@@ -198,7 +203,7 @@ def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, st
     return assignment
 
 
-def _main_tissue(summaries: list[Summary], donor: str) -> str:
+def _main_tissue(summaries: list[FileSummary], donor: str) -> str:
     """The tissue of most of the donor's cells; of equal ones the first by name."""
     cells: Counter[str] = Counter()
     for summary in summaries:
@@ -219,7 +224,11 @@ def _refuse_leaks(leaks: Audit, config: BuildConfig, n_files: int) -> None:
 
 
 def _report(
-    splits: dict[str, list[Puzzle]], summaries: list[Summary], reports: list[dict], leaks: Audit, config: BuildConfig
+    splits: dict[str, list[Puzzle]],
+    summaries: list[FileSummary],
+    reports: list[dict],
+    leaks: Audit,
+    config: BuildConfig,
 ) -> dict[str, Any]:
     """What was read, dropped and built; holds file names but no folders, so that it does not depend on where it ran."""
     asked_for = {"test": config.test_fraction > 0, "unseen": bool(config.unseen_disease)}
@@ -238,12 +247,12 @@ def _report(
         "options": {**dataclasses.asdict(config), "split": config.split_mode},
         "notes": notes,
         "files": [summary.report | report for summary, report in zip(summaries, reports, strict=True)],
-        "splits": {split: summary_of(puzzles) for split, puzzles in splits.items()},
+        "splits": {split: split_summary(puzzles) for split, puzzles in splits.items()},
         "audit": leaks.to_dict(),
     }
 
 
-def _command(summaries: list[Summary], config: BuildConfig) -> str:
+def _command(summaries: list[FileSummary], config: BuildConfig) -> str:
     """A command that gives these bytes again."""
     words = ["python", "launch/build.py"]
     for summary in summaries:

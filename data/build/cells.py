@@ -8,9 +8,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data.build.columns import Column, clean, constant_column
+from data.build.columns import Column, clean_text, constant_column
 from data.build.contexts import CONTEXT_COLUMNS
-from data.build.h5ad import as_text, get, index_of, nearest, obs_columns, open_h5ad, read_obs
+from data.build.h5ad import as_text, nearest_names, obs_columns, open_h5ad, open_node, read_obs, table_index
 from data.errors import UserError
 
 COLUMN_FLAGS = {
@@ -145,7 +145,7 @@ def resolve_columns(
             supplied[name] = value
         elif name in REQUIRED_COLUMNS or key != name:
             raise UserError(
-                f"{path}: no obs column {key!r} (nearest: {nearest(key, present)}); name the column with "
+                f"{path}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column with "
                 f"{COLUMN_FLAGS[name]} COLUMN, or supply its value with --constant {name}=VALUE"
             )
     return columns, supplied, notes
@@ -156,17 +156,17 @@ def parse_constants(items: Iterable[str], keys: dict[str, str]) -> dict[str, str
     constants, names = {}, {*keys, *keys.values(), *CONTEXT_COLUMNS}
     for item in items:
         name, equals, value = item.partition("=")
-        if not equals or not clean(value):
+        if not equals or not clean_text(value):
             raise UserError(f"--constant {item}: must be NAME=VALUE with a known value")
         if name not in names:
-            raise UserError(f"--constant {item}: no column {name!r} is used (nearest: {nearest(name, names)})")
-        constants[name] = clean(value)
+            raise UserError(f"--constant {item}: no column {name!r} is used (nearest: {nearest_names(name, names)})")
+        constants[name] = clean_text(value)
     return constants
 
 
 def _n_cells(path: str | os.PathLike) -> int:
     with open_h5ad(path) as file:
-        n_cells = index_of(file, "obs", path).shape[0]
+        n_cells = table_index(file, "obs", path).shape[0]
     if not n_cells:
         raise UserError(f"{path}: holds no cells; choose another file")
     return n_cells
@@ -189,11 +189,11 @@ def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> 
 
 def _organism_of_uns(path: str | os.PathLike) -> str | None:
     with open_h5ad(path) as file:
-        uns = get(file, "uns", path)
+        uns = open_node(file, "uns", path)
         for name in ORGANISM_COLUMNS if isinstance(uns, h5py.Group) else ():
-            node = get(uns, name, path)
+            node = open_node(uns, name, path)
             if isinstance(node, h5py.Dataset) and node.shape == ():
-                return clean(as_text(node[()], f"{path}: uns {name!r}"))
+                return clean_text(as_text(node[()], f"{path}: uns {name!r}"))
     return None
 
 

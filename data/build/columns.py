@@ -36,7 +36,7 @@ def constant_column(text: str, n_cells: int) -> Column:
     return Column(np.zeros(n_cells, dtype=np.int32), [text])
 
 
-def clean(value: Any) -> str | None:
+def clean_text(value: Any) -> str | None:
     """A value of an obs column as one line of text, or None where it stands for "not known"."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")

@@ -6,7 +6,7 @@ INTRO and RULES; the rest of this file only looks values up.
 
 import re
 
-from data.build.columns import Column, clean
+from data.build.columns import Column, clean_text
 
 INTRO = {
     "sex": " a {}",
@@ -139,7 +139,7 @@ def context_sentence(facts: dict[str, str]) -> str:
     Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
     "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
     """
-    known = {name: text for name, value in facts.items() if (text := clean(value))}
+    known = {name: text for name, value in facts.items() if (text := clean_text(value))}
     intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
     sentences = [f"The cell is from{intro}."] if intro else []
     if "disease" in known:

@@ -10,12 +10,12 @@ import numpy as np
 from data.build.cells import Cells, Groups
 from data.build.contexts import has_disease
 from data.build.settings import BuildConfig
-from data.build.splits import SPLITS, divide
+from data.build.splits import SPLITS, split_items
 
 TRIES = 50
 """Draws in a row that may repeat an earlier batch before a group is taken to have no other batch of that size."""
 
-Batch = tuple[tuple[str, str], list[int]]
+PuzzleCells = tuple[tuple[str, str], list[int]]
 """((donor, batch), rows in cell order)."""
 
 
@@ -41,7 +41,7 @@ def split_groups(
     if config.split_mode == "cell":
         rng = random.Random(f"{config.seed}:test cells:{dataset}")
         for group, types in list(splits["train"].items()):
-            divided = {name: divide(rows.tolist(), config.test_fraction, rng) for name, rows in types.items()}
+            divided = {name: split_items(rows.tolist(), config.test_fraction, rng) for name, rows in types.items()}
             splits["train"][group] = {name: np.array(train) for name, (train, _) in divided.items()}
             splits["test"][group] = {name: np.array(test) for name, (_, test) in divided.items() if test}
     return splits, set_aside
@@ -53,9 +53,9 @@ def _has_unseen_disease(cells: Cells, config: BuildConfig) -> np.ndarray:
     return np.array([*unseen, False])[disease.codes]
 
 
-def draw_batches(
+def draw_puzzle_cells(
     groups: Groups, sizes: Sequence[int], quota: int, rng: random.Random
-) -> tuple[list[Batch], dict[str, Any]]:
+) -> tuple[list[PuzzleCells], dict[str, Any]]:
     """([(group, rows in cell order)], {"quota_left", "exhausted"}): at most `quota` batches of each size.
 
     Round-robin over the groups; the size is drawn from those with open quota that the group has types enough for, then

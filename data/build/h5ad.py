@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.build.columns import Column, clean
+from data.build.columns import Column, clean_text
 from data.errors import UserError
 
 VALUES_PER_BLOCK = 200_000
@@ -49,7 +49,7 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
     with file:
         try:
             for table in ("obs", "var"):
-                if not isinstance(get(file, table, path), h5py.Group):
+                if not isinstance(open_node(file, table, path), h5py.Group):
                     raise UserError(
                         f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
                     )
@@ -87,7 +87,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def get(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
+def open_node(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
     """group[name], or None where there is none; a link or object that cannot be opened is damage."""
     try:
         return group[name] if name in group or group.get(name, getlink=True) is not None else None
@@ -97,13 +97,13 @@ def get(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
 
 def _vector(group: h5py.Group, name: str, where: str) -> np.ndarray:
     """The numbers of a part of a column."""
-    node = get(group, name, where)
+    node = open_node(group, name, where)
     if not isinstance(node, h5py.Dataset) or node.ndim != 1 or node.dtype.kind not in "biu":
         raise UserError(f"{where}: its {name} are not one row of whole numbers; {RESAVE}")
     return node[:]
 
 
-def nearest(name: str, names: Iterable[str], n: int = 8) -> str:
+def nearest_names(name: str, names: Iterable[str], n: int = 8) -> str:
     """The n names most like `name`, joined for a message."""
     by_lower = {other.lower(): other for other in sorted(names)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.0)
@@ -126,7 +126,7 @@ def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
     """obs names of `rows`; a name that several cells of the file share gets its row number appended (`name#row`)."""
     with open_h5ad(path) as file:
         order, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
-        index = index_of(file, "obs", path)
+        index = table_index(file, "obs", path)
         names = _names_at(index, order)
         cells_of = dict.fromkeys(names, 0)
         for start in range(0, index.shape[0], VALUES_PER_BLOCK):
@@ -153,14 +153,14 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     """A column of obs, var or raw/var. Raises UserError, naming it, when it is absent or not understood."""
     group = file[table]
     if key not in column_names(group):
-        raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest(key, column_names(group))})")
+        raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest_names(key, column_names(group))})")
     where = f"{path}: {table} column {key!r}"
-    codes, raw = _factorise(get(group, key, path), group, where)
-    n_rows = index_of(file, table, path).shape[0]
+    codes, raw = _factorise(open_node(group, key, path), group, where)
+    n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
         raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
     text_of = {}
-    new = [text_of.setdefault(text, len(text_of)) if (text := clean(value)) else -1 for value in raw]
+    new = [text_of.setdefault(text, len(text_of)) if (text := clean_text(value)) else -1 for value in raw]
     return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
 
 
@@ -168,9 +168,9 @@ def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, li
     """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings."""
     if isinstance(node, h5py.Group):
         if {"codes", "categories"} <= set(node):
-            return _checked_codes(_vector(node, "codes", where), get(node, "categories", where), where)
+            return _checked_codes(_vector(node, "codes", where), open_node(node, "categories", where), where)
         if {"values", "mask"} <= set(node):  # pandas' nullable arrays
-            codes, values = _factorise(get(node, "values", where), group, where)
+            codes, values = _factorise(open_node(node, "values", where), group, where)
             mask = _vector(node, "mask", where)
             if len(mask) != len(codes):
                 raise UserError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
@@ -202,7 +202,7 @@ def _scalars(values: np.ndarray) -> list:
 
 def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.ndarray, list]:
     if isinstance(categories, h5py.Group):  # nullable categories
-        categories = get(categories, "values", where)
+        categories = open_node(categories, "values", where)
     if not isinstance(categories, h5py.Dataset) or categories.ndim != 1 or codes.dtype.kind not in "iu":
         raise UserError(f"{where} is a categorical without readable codes and categories; {RESAVE}")
     values = [as_text(v, where) if isinstance(v, bytes) else v for v in _scalars(categories[:])]
@@ -231,12 +231,12 @@ def as_text(value: Any, where: str) -> str:
         raise UserError(f"{where} holds text that is not UTF-8 ({value[:30]!r}); {RESAVE}") from None
 
 
-def index_of(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
+def table_index(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
     """The index (names of cells or genes) of a table."""
     group = file[table]
-    index = get(group, index_key(group), path)
+    index = open_node(group, index_key(group), path)
     if isinstance(index, h5py.Group):  # pandas' nullable strings
-        index = get(index, "values", path)
+        index = open_node(index, "values", path)
     if not isinstance(index, h5py.Dataset) or index.ndim != 1:
         raise UserError(f"{path}: the {table} table has no index ({index_key(group)!r}); {RESAVE}")
     return index

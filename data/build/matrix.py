@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column
-from data.build.h5ad import RESAVE, as_text, column_names, get, index_of, nearest, open_h5ad, read_column
+from data.build.h5ad import RESAVE, as_text, column_names, nearest_names, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
 
 NONZEROS_PER_BLOCK = 4_000_000
@@ -84,14 +84,14 @@ def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix
     """A layer, its format checked. Raises UserError, naming the file and the layer, for what cannot be read."""
     with open_h5ad(path, CACHE_BYTES) as file:
         layer, layers = _resolve_layer(file, layer, path)
-        node = get(file, _element(layer), path)
+        node = open_node(file, _element(layer), path)
         matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
         _check_shape(file, matrix)
         yield matrix
 
 
 def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
-    raw, layers = (get(file, name, path) for name in ("raw", "layers"))
+    raw, layers = (open_node(file, name, path) for name in ("raw", "layers"))
     present = ["X"] if "X" in file else []
     present += ["raw"] if isinstance(raw, h5py.Group) and "X" in raw else []
     named = layers if isinstance(layers, h5py.Group) else ()
@@ -116,7 +116,7 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
     stated = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "none"))
     stated = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
     encoding = stated.removesuffix("_matrix")
-    parts = [get(node, name, where) for name in ("data", "indices", "indptr")]
+    parts = [open_node(node, name, where) for name in ("data", "indices", "indptr")]
     if encoding not in ("csr", "csc") or not all(isinstance(p, h5py.Dataset) and p.ndim == 1 for p in parts):
         raise UserError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
     if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
@@ -132,9 +132,9 @@ def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
 
 def _check_shape(file: h5py.File, matrix: Matrix) -> None:
     var = "raw/var" if matrix.layer == "raw" else "var"
-    if not isinstance(get(file, var, matrix.path), h5py.Group):
+    if not isinstance(open_node(file, var, matrix.path), h5py.Group):
         raise UserError(f"{matrix} has no table of genes ({var}); {RESAVE}")
-    n_obs, n_var = (index_of(file, table, matrix.path).shape[0] for table in ("obs", var))
+    n_obs, n_var = (table_index(file, table, matrix.path).shape[0] for table in ("obs", var))
     if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
         shape = f"the shape {matrix.n_cells} x {matrix.n_genes}" if matrix.n_cells >= 0 else "no shape of two numbers"
         raise UserError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {RESAVE}")
@@ -155,7 +155,7 @@ def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
     gene_key: a var column, or `index`. Raises UserError when the column is absent or a name cannot stand in a puzzle.
     """
     file, path, table = matrix.node.file, matrix.path, "raw/var" if matrix.layer == "raw" else "var"
-    index = [as_text(name, f"{path}: the index of {table}") for name in index_of(file, table, path)[:].tolist()]
+    index = [as_text(name, f"{path}: the index of {table}") for name in table_index(file, table, path)[:].tolist()]
     if gene_key == "index":
         names = index
     elif gene_key in column_names(file[table]):
@@ -178,12 +178,12 @@ def _or_index(column: Column, index: list[str]) -> list[str]:
 def _names_through_var(file: h5py.File, index: list[str], gene_key: str, table: str, path) -> list[str]:
     """Names of raw genes by way of `var`, for a raw.var without such a column where var covers all its genes."""
     if table == "raw/var" and gene_key in column_names(file["var"]):
-        var_index = [as_text(name, f"{path}: the index of var") for name in index_of(file, "var", path)[:].tolist()]
+        var_index = [as_text(name, f"{path}: the index of var") for name in table_index(file, "var", path)[:].tolist()]
         names = dict(zip(var_index, read_column(file, "var", gene_key, path).texts(), strict=True))
         if len(names) == len(var_index) and names.keys() >= set(index):
             return [names[gene] or gene for gene in index]
     raise UserError(
-        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest(gene_key, column_names(file[table]))}); "
+        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest_names(gene_key, column_names(file[table]))}); "
         "name the column of gene names with --gene-key, or --gene-key index for the index"
     )
 

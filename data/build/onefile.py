@@ -19,11 +19,11 @@ import numpy as np
 from data.build import h5ad
 from data.build.cells import Cells, Groups, check_labels, groups_of, read_cells
 from data.build.contexts import agreed_facts, context_sentence, has_disease, joined_values
-from data.build.draw import Batch, draw_batches, split_groups
+from data.build.draw import PuzzleCells, draw_puzzle_cells, split_groups
 from data.build.matrix import open_matrix, value_kind
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
-from data.build.splits import SPLITS, divide
+from data.build.splits import SPLITS, split_items
 from data.files import sha256
 from data.puzzles import Puzzle
 
@@ -34,7 +34,7 @@ PEER_CELLS = 256
 
 
 @dataclass(frozen=True)
-class Summary:
+class FileSummary:
     """What the division of donors needs to know of a file, and its part of the report so far."""
 
     path: Path
@@ -46,7 +46,7 @@ class Summary:
     report: dict[str, Any]
 
 
-def summarise(path: Path, config: BuildConfig) -> Summary:
+def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
     """Read the obs table and try the matrix. Raises UserError for a column, label or layer that cannot be used."""
     cells = _read_cells(path, config)
     check_labels(path, (cells.columns["cell_type"].names[i] for i in np.unique(cells.columns["cell_type"].codes)))
@@ -71,7 +71,9 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         "cells_read": cells.n_read,
         "cells_dropped": cells.dropped,
         "cells_kept": len(cells),
-        "cell_types": counts(chain.from_iterable(len(r) * [t] for types in groups.values() for t, r in types.items())),
+        "cell_types": count_sorted(
+            chain.from_iterable(len(r) * [t] for types in groups.values() for t, r in types.items())
+        ),
         "donors": len(donors),
         "groups": len(groups),
         "groups_skipped": {
@@ -79,7 +81,7 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         },
         "notes": cells.notes,
     }
-    return Summary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
+    return FileSummary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
 
 
 def _read_cells(path: Path, config: BuildConfig) -> Cells:
@@ -95,7 +97,7 @@ def build_file(
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
     """({split: puzzles without ids}, the file's report of splits and hash) of one file.
 
-    assignment: {donor: split}. kind: of the file's values, as summarise found it. advance: told of cells read and of cells
+    assignment: {donor: split}. kind: of the file's values, as summarise_file found it. advance: told of cells read and of cells
     to read. Raises UserError as data.build.matrix does.
     """
     with ThreadPoolExecutor(1) as hasher:
@@ -116,17 +118,17 @@ def build_file(
         rng = random.Random(f"{config.seed}:test puzzles:{path.stem}")
         sizes = range(config.min_cells, config.max_cells + 1)
         by_size = [[p for p in puzzles.get("train", []) if len(p.cells) == n_cells] for n_cells in sizes]
-        divided = [divide(of_size, config.test_fraction, rng) for of_size in by_size]
+        divided = [split_items(of_size, config.test_fraction, rng) for of_size in by_size]
         puzzles["train"], puzzles["test"] = (list(chain(*parts)) for parts in zip(*divided, strict=True))
     for split, made in puzzles.items():
-        report["splits"][split].update(summary_of(made))
+        report["splits"][split].update(split_summary(made))
     return puzzles, report
 
 
 def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
     """({split: batches}, {split: what the drawing left over})."""
     sizes = range(config.min_cells, config.max_cells + 1)
-    drawn: dict[str, list[Batch]] = {}
+    drawn: dict[str, list[PuzzleCells]] = {}
     drawing: dict[str, dict] = {}
     for split, of_split in groups.items():
         quota = config.puzzles_per_n if split == "train" else config.test_puzzles_per_n
@@ -134,13 +136,13 @@ def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
         choices = of_split
         if config.profile == "cluster":  # a type has one profile; its first cell stands for it
             choices = {group: {name: rows[:1] for name, rows in types.items()} for group, types in of_split.items()}
-        drawn[split], left = draw_batches(choices, sizes, quota, rng)
+        drawn[split], left = draw_puzzle_cells(choices, sizes, quota, rng)
         drawing[split] = left if of_split else {}
     return drawn, drawing
 
 
 def _members(
-    groups: Groups, batches: list[Batch], config: BuildConfig
+    groups: Groups, batches: list[PuzzleCells], config: BuildConfig
 ) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
     """{drawn row: (its group, the rows whose mean is shown for it)}; deg compares all types of a group, drawn or not."""
     if config.profile == "cell":
@@ -230,21 +232,21 @@ def _puzzle(
     return Puzzle(id="", context=context, cells=[], candidates=candidates, answer=answer, meta=meta)
 
 
-def summary_of(puzzles: list[Puzzle]) -> dict[str, Any]:
+def split_summary(puzzles: list[Puzzle]) -> dict[str, Any]:
     """Counts of a split for the report, each sorted by name."""
     return {
         "puzzles": len(puzzles),
-        "puzzles_per_n": counts(len(puzzle.cells) for puzzle in puzzles),
+        "puzzles_per_n": count_sorted(len(puzzle.cells) for puzzle in puzzles),
         "distinct_cells": len({(p.meta["source"], cell) for p in puzzles for cell in p.meta["cell_ids"]}),
-        **{f"{key}s": counts(puzzle.meta[key] for puzzle in puzzles) for key in ("donor", "tissue", "disease")},
-        "labels": counts(label for puzzle in puzzles for label in puzzle.answer),
+        **{f"{key}s": count_sorted(puzzle.meta[key] for puzzle in puzzles) for key in ("donor", "tissue", "disease")},
+        "labels": count_sorted(label for puzzle in puzzles for label in puzzle.answer),
     }
 
 
-def counts(values: Iterable) -> dict[str, int]:
+def count_sorted(values: Iterable) -> dict[str, int]:
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def unseen_donors(summary: Summary, names: tuple[str, ...]) -> set[str]:
+def unseen_donors(summary: FileSummary, names: tuple[str, ...]) -> set[str]:
     """Donors with a cell that has one of the diseases."""
     return {d for d, kinds in summary.donors.items() if any(has_disease(disease, names) for _, disease in kinds)}

@@ -146,14 +146,14 @@ def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
     return Genes(names.astype(object), ids, copies > 1, listed)
 
 
-def scaling(kind: str) -> Scale:
+def scale_for(kind: str) -> Scale:
     """What makes the expression of cells comparable: counts to COUNTS_PER_CELL in all; other values as they are."""
     if kind != "counts":
         return lambda values: values
     return lambda values: values * (COUNTS_PER_CELL / total) if (total := values.sum()) > 0 else values
 
 
-def logging(kind: str) -> Scale:
+def log_for(kind: str) -> Scale:
     """The logarithm on which scaled expression is compared; log counts are compared as they are."""
     return (lambda values: values) if kind == "log counts" else np.log1p
 
@@ -191,7 +191,7 @@ def _rank_cells(
     """All in one pass; deg in two passes for as many groups at a time as have room for their means."""
     groups, is_deg = _indices_by_group(profiles), settings.rank == "deg"
     most = max(1, MEANS_PER_BLOCK // len(genes.names)) if is_deg else len(groups)
-    level = _compose(logging(kind), scaling(kind))
+    level = _compose(log_for(kind), scale_for(kind))
     ranked: list[list[str]] = [[]] * len(profiles)
     for start in range(0, len(groups), most):
         members = list(chain.from_iterable(groups[start : start + most]))
@@ -202,7 +202,7 @@ def _rank_cells(
         means = _group_means(reader, genes, {g: peers[g] for g in group_of.values()}, level) if is_deg else {}
         for row, columns, values in reader.rows(np.array(sorted(place), dtype=np.int64)):
             if is_deg:
-                ids, scores = _above(means[group_of[row]], *genes.of_cell(columns, level(values)))
+                ids, scores = _above_mean(means[group_of[row]], *genes.of_cell(columns, level(values)))
             else:
                 ids, scores = genes.of_cell(columns, values)
             listed = genes.ranked(ids, scores, settings.top_genes)
@@ -211,7 +211,7 @@ def _rank_cells(
     return ranked
 
 
-def _above(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _above_mean(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ids, how far they lie above the mean) of the genes that do."""
     differences = levels - mean[ids]
     above = differences > SAME_LEVEL * levels
@@ -232,7 +232,7 @@ def _rank_means(
     reader: _Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
 ) -> list[list[str]]:
     """As many groups at a time as fit, so that memory does not grow with the file."""
-    scale, log = scaling(kind), logging(kind)
+    scale, log = scale_for(kind), log_for(kind)
     ranked: list[list[str]] = [[]] * len(profiles)
     for members in _blocks_of_groups(profiles, max(1, MEANS_PER_BLOCK // len(genes.names))):
         owner = np.concatenate([np.full(len(profiles[i].rows), n) for n, i in enumerate(members)])
@@ -281,7 +281,7 @@ def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, 
     As scanpy's flavour 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): log of variance over mean of the scaled
     expression, standardised within HVG_BINS bins of the mean.
     """
-    scale = scaling(kind)
+    scale = scale_for(kind)
     total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))
     for _, columns, values in reader.rows(rows):
         ids, values = genes.of_cell(columns, np.expm1(values) if kind == "log counts" else scale(values))

@@ -27,7 +27,7 @@ def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.R
     return test
 
 
-def divide(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:
+def split_items(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:
     """(train, test), each in the given order; of two items or more, at least one in each (test: if fraction > 0)."""
     n_test = max(0, min(max(round(fraction * len(items)), fraction > 0), len(items) - 1))
     test = set(rng.sample(range(len(items)), n_test))

@@ -2,7 +2,7 @@
 
     Request -> teacher -> Completion -> raw file -> judge -> Verdict -> rows of accepted traces
 
-The teachers are data/distill/embedded_teacher.py and rollout/teachers/openai.py, the judge is reward/traces.py, the raw file is
+The teachers are data/distill/embedded_teacher.py and rollout/teachers/openai.py, the judge is reward/judge.py, the raw file is
 data/distill/responses.py; launch/distill.py puts them together. A puzzle is asked for no more candidates at a time than it still
 lacks accepted ones, so none is bought that a better luck with its neighbours would have made needless.
 """
@@ -19,8 +19,8 @@ from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 
-KEEP = ("first", "shortest", "all", "random")
-Key = tuple[str, int, bool]
+KEEP_RULES = ("first", "shortest", "all", "random")
+RequestKey = tuple[str, int, bool]
 """(puzzle id, attempt, hinted): the name of a request, and of the completion that answers it."""
 
 
@@ -34,7 +34,7 @@ class Request:
     hinted: bool = False
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RequestKey:
         return self.puzzle.id, self.attempt, self.hinted
 
     def chat(self) -> list[dict[str, str]]:
@@ -61,7 +61,7 @@ class Completion:
     error: str = ""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RequestKey:
         return self.puzzle_id, self.attempt, self.hinted
 
     @property
@@ -83,7 +83,7 @@ class Verdict:
 
     accepted: bool
     reason: str = ""
-    """Why not, in a word of reward.traces.REASONS; "" when accepted."""
+    """Why not, in a word of reward.judge.REASONS; "" when accepted."""
     detail: str = ""
     """More of the same. Example: "3 of 8 right"."""
 
@@ -174,7 +174,7 @@ class Draws:
     def rows(self, keep: str, seed: int) -> list[dict]:
         """Accepted traces in puzzle order: the puzzle's row with the trace as `assistant_msg`, `puzzle_id`, `attempt` and, only
         where it is true, `hinted`; a trace whose labels are not the puzzle's has these as `answer` (see Puzzle.to_row).
-        keep: one of KEEP; "shortest" counts characters, "random" draws from (seed, puzzle)."""
+        keep: one of KEEP_RULES; "shortest" counts characters, "random" draws from (seed, puzzle)."""
         rows = []
         for puzzle in self.puzzles:
             for completion in _kept(self.accepted(puzzle), keep, f"{seed} {puzzle.id} keep"):
@@ -212,7 +212,7 @@ def distill(
 
     Raises what the teacher or the judge raises, with every completion that came recorded.
     """
-    bench = _Bench(judge)
+    background = _BackgroundJudge(judge)
 
     def take(judged: list[tuple[Completion, Verdict]]) -> None:
         for completion, verdict in judged:
@@ -220,8 +220,8 @@ def distill(
             watch(completion)
 
     try:
-        take(bench.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
-        take(bench.rest(teacher))
+        take(background.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
+        take(background.rest(teacher))
         while not teacher.ended and (requests := draws.next_requests()):
             broken: Exception | None = None
             with closing(teacher.sample(requests)) as completions:
@@ -229,20 +229,20 @@ def distill(
                     record(completion)
                     if broken is None and teacher.ended != "stopped":
                         try:
-                            take(bench.add([(draws.by_id[completion.puzzle_id], completion)]))
+                            take(background.add([(draws.by_id[completion.puzzle_id], completion)]))
                         except (ValueError, RunError) as error:  # of the judge: what is still to come is recorded first
                             broken = error
                             teacher.stop()
             if broken is not None:
                 raise broken
-            take(bench.rest(teacher))
+            take(background.rest(teacher))
         return teacher.ended
     finally:
         teacher.stop()
-        bench.pool.shutdown(wait=False, cancel_futures=True)
+        background.pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Bench:
+class _BackgroundJudge:
     """The judge on a thread of its own, a batch at a time, so that no response waits for a verdict to be recorded."""
 
     def __init__(self, judge: Judge) -> None:

@@ -76,7 +76,7 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
     }
 
 
-def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
+def write_trace(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
     """One candidate trace: a line per cell that names a label, with or without its markers, then the answer block."""
     labels = _assign(puzzle, table, rng, config.noise)
     at_a_glance = rng.random() < config.glance
@@ -137,9 +137,9 @@ class EmbeddedTeacher:
             digest = hashlib.sha256(f"{self.seed} {puzzle.id}".encode()).digest()
             rng, drawn = random.Random(int.from_bytes(digest[:8], "big")), 0
         for _ in range(attempt - drawn):
-            teach(puzzle, self.table, rng, self.config)
+            write_trace(puzzle, self.table, rng, self.config)
         self.streams[puzzle.id] = (rng, attempt + 1)
-        return teach(puzzle, self.table, rng, self.config)
+        return write_trace(puzzle, self.table, rng, self.config)
 
     def stop(self) -> None:
         """See Teacher."""

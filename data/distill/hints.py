@@ -57,7 +57,7 @@ def hinted_chat(puzzle: Puzzle) -> list[dict[str, str]]:
     return chat(puzzle.system_message, puzzle.user_message + HINT.format(answer=answer_text(puzzle.answer)))
 
 
-def leak(trace: str, puzzle: Puzzle) -> str:
+def find_leak(trace: str, puzzle: Puzzle) -> str:
     """How a trace shows that its teacher had seen the answer; "" when it does not. Example: "a hint: 'hinted'"."""
     reasoning = trace.split("<answer>")[0]
     for tag in RESPONSE_TAGS:

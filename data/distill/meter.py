@@ -32,7 +32,7 @@ class Meter:
     def priced(self) -> bool:
         return self.price_in > 0 or self.price_out > 0
 
-    def worst(self, chat: list[dict[str, str]], max_tokens: int) -> float:
+    def worst_cost(self, chat: list[dict[str, str]], max_tokens: int) -> float:
         """The most a request can cost: no byte-level tokenizer makes more tokens than bytes."""
         prompt = sum(len(turn["content"].encode()) for turn in chat) + TEMPLATE_TOKENS
         return self.cost(prompt, max_tokens)

@@ -114,7 +114,7 @@ def _details(details) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:DETAILS])
 
 
-def table(report: dict[str, Any]) -> str:
+def acceptance_table(report: dict[str, Any]) -> str:
     """The report as text, a few lines per group."""
     width = 34
     lines = [f"{'':{width}}{'puzzles':>8}{'asked':>8}{'accepted':>10}{'at first':>10}"]

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.distill.distill import Completion, Key
+from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
@@ -66,13 +66,13 @@ class RawFile:
         resume: bool,
         replace: bool,
         sync: bool,
-        worst: Callable[[Key], float] = lambda key: 0.0,
+        worst_cost: Callable[[RequestKey], float] = lambda key: 0.0,
     ) -> None:
         """replace: an old file may go, where its teacher is the same: it costs nothing to write again. sync: every line is
         on disk, not only with the operating system, before append returns. The meter takes over what earlier runs cost.
-        worst: the most that a request can cost, for responses without token counts that were bought before prices were given."""
-        self.path, self.sync, self.worst, self.lock = path, sync, worst, threading.Lock()
-        self.completions: dict[Key, Completion] = {}
+        worst_cost: the most that a request can cost, for responses without token counts that were bought before prices were given."""
+        self.path, self.sync, self.worst_cost, self.lock = path, sync, worst_cost, threading.Lock()
+        self.completions: dict[RequestKey, Completion] = {}
         self.broken = ""
         if resume and not path.is_file():
             raise UserError(f"--resume: there is no {path}; leave --resume out to start anew")
@@ -131,7 +131,7 @@ class RawFile:
                 )
 
     def _load(self, rows: list[dict[str, Any]], meter: Meter) -> None:
-        sent: dict[Key, float] = {}
+        sent: dict[RequestKey, float] = {}
         for number, row in enumerate(rows, start=2):
             if not _whole(row):
                 raise self._damaged(number)
@@ -146,7 +146,7 @@ class RawFile:
                 completion = Completion(**row)
                 if not completion.error:
                     if worst == 0 and None in (completion.prompt_tokens, completion.completion_tokens):
-                        worst = self.worst(key)
+                        worst = self.worst_cost(key)
                     meter.count(completion.prompt_tokens, completion.completion_tokens, worst)
                     self.completions[key] = completion
         meter.lost += sum(sent.values())

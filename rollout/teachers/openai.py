@@ -27,7 +27,7 @@ from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
 from data.errors import RunError
 from rollout import stable_seed
-from rollout.teachers.replies import TryFailedError, read_completion, retry_after, said
+from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries, at most, where the endpoint does not say how long."""
@@ -177,7 +177,7 @@ class OpenAITeacher:
 
     async def _ask(self, client: openai.AsyncOpenAI, request: Request, settled: asyncio.Event) -> Completion | None:
         """A request's completion, after as many tries as it takes; None when it was not sent and will not be."""
-        worst = self.meter.worst(request.chat(), self.endpoint.max_response_tokens)
+        worst = self.meter.worst_cost(request.chat(), self.endpoint.max_response_tokens)
         rng = random.Random(stable_seed(self.endpoint.seed, "backoff", request.key))
         named = dict(zip(("puzzle_id", "attempt", "hinted"), request.key, strict=True))
         tries = 0
@@ -264,7 +264,7 @@ class OpenAITeacher:
     def _adapt(self, body: dict[str, Any], error: openai.APIStatusError) -> bool:
         """Did the endpoint refuse a field that can be renamed or left out? Newer OpenAI models know max_tokens by another name,
         and some endpoints know no seed."""
-        text = said(error)
+        text = refusal_text(error)
         if error.status_code not in (400, 422) or not _FIELD_REFUSED.search(text):
             return False
         if "max_tokens" in body and re.search(r"\bmax_tokens\b", text):
@@ -276,7 +276,7 @@ class OpenAITeacher:
         return False
 
     def _refusal(self, error: openai.APIStatusError) -> TryFailedError:
-        status, text = error.status_code, self._clean(said(error))
+        status, text = error.status_code, self._clean(refusal_text(error))
         message = f"status {status}: {text[:300]}"
         if status in ENDS_THE_RUN:
             return TryFailedError(f"the endpoint {ENDS_THE_RUN[status]} ({message})", again=False, status=status)

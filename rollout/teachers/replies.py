@@ -74,7 +74,7 @@ def _text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def said(error: openai.APIStatusError) -> str:
+def refusal_text(error: openai.APIStatusError) -> str:
     """What the endpoint wrote about a refusal, as one line."""
     body = error.body if error.body is not None else error.response.reason_phrase
     if isinstance(body, dict) and body.get("message"):

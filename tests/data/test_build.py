@@ -17,11 +17,11 @@ from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.contexts import context_sentence
-from data.build.draw import draw_batches
+from data.build.draw import draw_puzzle_cells
 from data.build.h5ad import obs_columns, read_cell_ids, read_obs
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
-from data.build.splits import choose_test_donors, divide
+from data.build.splits import choose_test_donors, split_items
 from data.puzzles import read_puzzles
 from launch.build import write_build
 from tests.helpers.commands import ROOT
@@ -462,7 +462,7 @@ def test_gene_dropout_gives_train_cells_many_views_and_leaves_test_cells_alone(t
 
 def test_batches_run_out(tmp_path):
     groups = {("d", ""): {"a": [0], "b": [1], "c": [2, 3]}}
-    drawn, drawing = draw_batches(groups, [2, 3], 10, random.Random("0"))
+    drawn, drawing = draw_puzzle_cells(groups, [2, 3], 10, random.Random("0"))
     assert Counter(len(rows) for _, rows in drawn) == {2: 5, 3: 2}  # ab, and ac, bc with either c; abc with either c
     assert len({frozenset(rows) for _, rows in drawn}) == 7
     assert drawing["quota_left"] == {"2": 5, "3": 8}
@@ -477,10 +477,10 @@ def test_test_donors_are_spread_over_tissues():
 
 
 def test_divide():
-    assert divide([5], 0.15, random.Random("0")) == ([5], [])
-    assert [len(part) for part in divide(list(range(20)), 0.15, random.Random("0"))] == [17, 3]
-    assert [len(part) for part in divide([1, 2], 0.99, random.Random("0"))] == [1, 1]
-    assert divide([1, 2], 0.0, random.Random("0")) == ([1, 2], [])
+    assert split_items([5], 0.15, random.Random("0")) == ([5], [])
+    assert [len(part) for part in split_items(list(range(20)), 0.15, random.Random("0"))] == [17, 3]
+    assert [len(part) for part in split_items([1, 2], 0.99, random.Random("0"))] == [1, 1]
+    assert split_items([1, 2], 0.0, random.Random("0")) == ([1, 2], [])
 
 
 def test_splits_that_leak_are_refused_unless_asked_for(tmp_path):

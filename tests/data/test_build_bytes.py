@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.build.build import Watch, build_puzzles
+from data.build.build import BuildProgress, build_puzzles
 from data.build.cells import groups_of, read_cells
-from data.build.draw import draw_batches
+from data.build.draw import draw_puzzle_cells
 from data.build.matrix import open_matrix
 from data.build.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
 from data.build.staging import Staging
@@ -126,7 +126,7 @@ def test_resume_takes_nothing_that_was_made_with_other_settings(atlases, tmp_pat
     said = []
     build_puzzles(atlases, SMALL, staging=staging)
     changed = dataclasses.replace(SMALL, top_genes=3)
-    splits, _ = build_puzzles(atlases, changed, staging=staging, watch=Watch(say=said.append))
+    splits, _ = build_puzzles(atlases, changed, staging=staging, watch=BuildProgress(say=said.append))
     assert not any("finished earlier" in line for line in said) and len(said) == 4
     assert splits == build_puzzles(atlases, changed)[0]
 
@@ -150,7 +150,7 @@ def test_a_finished_part_that_is_damaged_is_built_again(atlases, tmp_path, damag
     text = part.read_text()
     kept = {"cut in the first line": text[:200], "cut in a row": text[:-500], "empty": ""}
     part.write_text(kept.get(damage, text.replace("B cell", "C cell", 1)))
-    assert build_puzzles(atlases[:2], SMALL, staging=staging, watch=Watch(say=said.append))[0] == splits
+    assert build_puzzles(atlases[:2], SMALL, staging=staging, watch=BuildProgress(say=said.append))[0] == splits
     assert ["finished earlier" in line for line in said] == [True, False]
 
 
@@ -196,7 +196,7 @@ def test_two_builds_do_not_write_into_one_folder(atlases, tmp_path):
 
 def test_progress_counts_every_cell_that_is_read(atlases):
     told = []
-    splits, _ = build_puzzles(atlases, SMALL, workers=1, watch=Watch(progress=lambda *args: told.append(args)))
+    splits, _ = build_puzzles(atlases, SMALL, workers=1, watch=BuildProgress(progress=lambda *args: told.append(args)))
     cells = {(p.meta["source"], cell) for ps in splits.values() for p in ps for cell in p.meta["cell_ids"]}
     assert told[-1] == ("reading cells", len(cells), len(cells))
     done = [done for phase, done, _ in told if phase == "reading cells"]
@@ -229,7 +229,7 @@ def test_batches_keep_the_rules(table, smallest, more, quota, seed):
     }
     where = {int(row): (g, t) for g, types in groups.items() for t, rows in types.items() for row in rows}
     sizes = range(smallest, smallest + more + 1)
-    drawn, drawing = draw_batches(groups, sizes, quota, random.Random(seed))
+    drawn, drawing = draw_puzzle_cells(groups, sizes, quota, random.Random(seed))
     for group, rows in drawn:
         assert {where[row][0] for row in rows} == {group}, "one donor and batch"
         assert len({where[row][1] for row in rows}) == len(rows) and len(rows) in sizes, "each cell of another type"
@@ -238,7 +238,7 @@ def test_batches_keep_the_rules(table, smallest, more, quota, seed):
     assert {n: quota - taken[n] for n in sizes if quota > taken[n]} == {
         int(n): q for n, q in drawing["quota_left"].items()
     }
-    assert draw_batches(groups, sizes, quota, random.Random(seed)) == (drawn, drawing), "the seed decides"
+    assert draw_puzzle_cells(groups, sizes, quota, random.Random(seed)) == (drawn, drawing), "the seed decides"
     for n, left in drawing["quota_left"].items():  # what is left could not be drawn
         able = [g for g, types in groups.items() if len(types) >= int(n)]
         closed = {(gap["donor"], gap["batch"]) for gap in drawing["exhausted"] if gap["n_cells"] == int(n)}

@@ -15,17 +15,17 @@ from data.distill.embedded_teacher import (
     TeacherConfig,
     learned_markers,
     marker_table,
-    teach,
+    write_trace,
 )
-from data.distill.hints import HINT, LEAKS, hinted_chat, leak
+from data.distill.hints import HINT, LEAKS, find_leak, hinted_chat
 from data.distill.meter import TEMPLATE_TOKENS, Meter
-from data.distill.report import make_report, table
+from data.distill.report import acceptance_table, make_report
 from data.distill.responses import RawFile, prompts_hash
 from data.errors import RunError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from reward.cellpuzzles import batch_reward
-from reward.traces import REASONS, TraceJudge
+from reward.judge import REASONS, TraceJudge
 from tests.helpers.commands import run_command, succeed
 from tests.helpers.endpoints import here
 
@@ -71,7 +71,7 @@ def made_up(number: int) -> Puzzle:
 
 
 def test_a_sure_teacher_cites_the_markers_and_is_right():
-    assert teach(PUZZLE, TABLE, random.Random(0), SURE) == (
+    assert write_trace(PUZZLE, TABLE, random.Random(0), SURE) == (
         "<think>By the markers.\nCell 1: CD3D, IL7R, so T cell\nCell 2: MS4A1, so B cell</think>\n"
         "<answer>T cell | B cell</answer>"
     )
@@ -81,7 +81,7 @@ def test_the_most_common_opening_is_the_markers_and_first_words_differ():
     """Greedy decoding after SFT takes the likeliest first token: no two openings may share it."""
     config = TeacherConfig()
     openings = [
-        teach(PUZZLE, TABLE, random.Random(i), config).split("\n")[0].removeprefix("<think>") for i in range(2000)
+        write_trace(PUZZLE, TABLE, random.Random(i), config).split("\n")[0].removeprefix("<think>") for i in range(2000)
     ]
     counts = {opening: openings.count(opening) for opening in (*GLANCE_OPENINGS, MARKERS_OPENING)}
     assert sum(counts.values()) == 2000
@@ -237,7 +237,7 @@ LEAKED = [
 
 @pytest.mark.parametrize(("kind", "reasoning"), LEAKED)
 def test_a_leak_is_found(kind, reasoning):
-    assert leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE).startswith(kind)
+    assert find_leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE).startswith(kind)
 
 
 def test_every_kind_of_leak_is_tried():
@@ -257,7 +257,7 @@ def test_every_kind_of_leak_is_tried():
     ],
 )
 def test_an_argument_is_no_leak(reasoning):
-    assert leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE) == ""
+    assert find_leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE) == ""
 
 
 # ---- verdicts
@@ -391,7 +391,7 @@ def test_what_a_kill_left_in_flight_counts_at_its_worst(tmp_path):
 
 def test_the_worst_case_of_a_request():
     meter = Meter(price_in=1e6, price_out=2e6)
-    assert meter.worst([{"content": "abc"}, {"content": "\u00e9"}], 10) == 3 + 2 + TEMPLATE_TOKENS + 20
+    assert meter.worst_cost([{"content": "abc"}, {"content": "\u00e9"}], 10) == 3 + 2 + TEMPLATE_TOKENS + 20
 
 
 def test_the_report_says_where_traces_are_accepted_and_why_not(judge):
@@ -419,17 +419,17 @@ def test_the_report_says_where_traces_are_accepted_and_why_not(judge):
         "wrong_labels": {"traces": 1, "details": {"0 of 2 right": 1}},
         "invalid_format": {"traces": 1, "details": {"<think> occurs 0 times, not once": 1}},
     }
-    assert "tissue lung                              1       1    100.0%    100.0%" in table(report)
-    assert "tissue skin                              1       0         -         -" in table(report)
+    assert "tissue lung                              1       1    100.0%    100.0%" in acceptance_table(report)
+    assert "tissue skin                              1       0         -         -" in acceptance_table(report)
 
 
 def test_the_table_says_what_was_spent_though_the_endpoint_counted_no_token():
     draws, meter = Draws([PUZZLE], Plan()), Meter(price_in=1.0, price_out=1.0)
     empty = make_report(draws, meter, seed=0, settings={}, rows=0, ended="")
-    assert "cost" not in table(empty) and empty["acceptance"] is None
+    assert "cost" not in acceptance_table(empty) and empty["acceptance"] is None
     meter.count(None, None, worst=0.25)
     meter.lost = 0.5
-    said = table(make_report(draws, meter, seed=0, settings={}, rows=0, ended=""))
+    said = acceptance_table(make_report(draws, meter, seed=0, settings={}, rows=0, ended=""))
     assert "cost 0.25 (without token counts: 1, at the worst case), and at most 0.5 lost" in said
 
 

@@ -164,7 +164,7 @@ def test_a_misbehaving_endpoint_is_asked_until_it_answers_and_nothing_is_bought_
         and server.most <= 4
         and server.keys == {f"Bearer {KEY}"}
     )
-    worst = [meter.worst(puzzle(i).chat(), 4096) for i in range(9)]
+    worst = [meter.worst_cost(puzzle(i).chat(), 4096) for i in range(9)]
     assert kinds.count("sent") == 9 and kinds.count("lost") == 2 * len(["cut", "short", "close", "hang", "html", "408"])
     assert 12 * min(worst) <= meter.lost <= 12 * max(worst) and meter.reserved == 0
     assert (meter.prompt_tokens, meter.completion_tokens) == (9 * PROMPT_TOKENS, 9 * RESPONSE_TOKENS)
@@ -418,7 +418,7 @@ def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
     cost = server.charged * (PROMPT_TOKENS * 1 + RESPONSE_TOKENS * 10) / 1e6
     found = report(tmp_path)
     spent, lost = found["cost"]["spent"], found["cost"]["lost_at_most"]
-    worst = max(Meter(price_in=1.0, price_out=10.0).worst(puzzle(i).chat(), limit) for i in range(40))
+    worst = max(Meter(price_in=1.0, price_out=10.0).worst_cost(puzzle(i).chat(), limit) for i in range(40))
     assert cost <= spent + lost <= 0.06 < spent + lost + worst
     assert found["ended"] == "budget" and spent == pytest.approx(
         len(server.served) * (PROMPT_TOKENS + 10 * RESPONSE_TOKENS) / 1e6
@@ -447,7 +447,7 @@ def test_what_was_bought_before_prices_were_given_counts_at_its_worst(serve, tmp
     said = here(*given, "--price-in", 2, "--price-out", 8, "--budget", 5, "--resume")
     priced = Meter(price_in=2.0, price_out=8.0)
     cost = report(tmp_path)["cost"]
-    assert cost["spent"] == pytest.approx(sum(priced.worst(puzzle(i).chat(), 1000) for i in range(4)), abs=1e-6)
+    assert cost["spent"] == pytest.approx(sum(priced.worst_cost(puzzle(i).chat(), 1000) for i in range(4)), abs=1e-6)
     assert cost["responses_without_token_counts"] == 4 and "(without token counts: 4, at the worst case)" in said
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data.distill.distill import Completion, Verdict
-from data.distill.hints import leak
+from data.distill.hints import find_leak
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 from reward import Reward, Status, load_reward
@@ -67,7 +67,7 @@ class TraceJudge:
             reason = {Status.ERROR: "reward_error", Status.TIMEOUT: "reward_timeout"}.get(reward.status, "declined")
             return Verdict(accepted=False, reason=reason, detail=reward.message)
         if reward.total >= self.accept_at:
-            shown = leak(completion.trace, puzzle) if completion.hinted else ""
+            shown = find_leak(completion.trace, puzzle) if completion.hinted else ""
             return Verdict(accepted=not shown, reason="leak" if shown else "", detail=shown)
         parsed = parse_response(completion.trace, len(puzzle.cells))
         if not parsed.valid:
