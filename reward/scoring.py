@@ -1,12 +1,13 @@
-"""Scoring in worker processes: a time limit per response, and a reward function that cannot take the trainer down.
+"""Scoring in worker processes: each response has a time limit, and a reward function that crashes never ends the run.
 
     scorer = Scorer("my_rewards.py:fn", workers=2, seconds=60)
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
     scorer.close()
 
-A worker is `python -m reward.scoring PATH SECONDS PARENT`: one JSON job {"index", "completion", "puzzle"} a line in, one JSON
-result {"index", "total", "parts", "status", "message"} a line out. What the reward prints goes to standard error. A plain
-function gets one response at a time; of an async one up to CONCURRENT run side by side, each with its own time limit.
+A worker is `python -m reward.scoring PATH SECONDS PARENT`. It reads one JSON job {"index", "completion", "puzzle"} per
+line and writes one JSON result {"index", "total", "parts", "status", "message"} per line. What the reward prints goes
+to standard error. A plain function gets one response at a time; an async one up to CONCURRENT at once, each with its
+own time limit.
 """
 
 import asyncio
@@ -33,51 +34,55 @@ from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 
 CONCURRENT = 64
-GRACE = 1.0  # seconds beyond the limit before a process is killed: a coroutine's own time-out gets to reply first
+GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
 START_SECONDS = 300.0  # a reward module may load a model
 
 
 class Scorer:
-    """path: what load_reward takes. workers 0 scores in this process: no time limit, breakpoints reach the function.
+    """Scores responses. path: a reward, as for load_reward.
 
-    Worker processes start with the first call of `score`, which raises UserError when one does not come up.
+    workers: number of processes. 0 scores in this process, without a time limit; a debugger then reaches the function.
+    Workers start with the first call of `score`, which raises UserError when one does not start.
     """
 
     def __init__(
         self, path: str, workers: int = 1, seconds: float = 60.0, on_reply: Callable[[], None] = lambda: None
     ) -> None:
-        """on_reply() is called for every response that has been scored in a worker."""
+        """seconds: time limit per response. on_reply() is called for every response that a worker has scored."""
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
-        # one pool for the life of the scorer: a worker process ends with the thread that started it
+        # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
         self.threads = ThreadPoolExecutor(workers) if workers else None
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
     ) -> list[Reward | None]:
-        """[N] rewards in order. A response cut at the length limit has the status TRUNCATED; its reward stays as given.
+        """[N] rewards in order. A response that was cut gets the status TRUNCATED; its reward does not change.
 
-        stop_at_failure: give up at the first ERROR or TIMEOUT; what was not scored by then is None.
+        truncated: [N] whether a response was cut at the length limit.
+        stop_at_failure: stop at the first ERROR or TIMEOUT; responses that were not scored by then are None.
         """
         jobs = [
             {"index": index, "completion": completion, "puzzle": asdict(puzzle)}
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
-        found = self._in_workers(jobs, stop_at_failure) if self.workers else self._here(completions, puzzles)
+        found = (
+            self._score_in_workers(jobs, stop_at_failure) if self.workers else self._score_here(completions, puzzles)
+        )
         results = [found.get(index) for index in range(len(jobs))]
         return [
             replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
             for result, cut in zip(results, truncated, strict=True)
         ]
 
-    def _here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
+    def _score_here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
         async def gather() -> list[Reward]:
             pairs = zip(completions, puzzles, strict=True)
             return await asyncio.gather(*(score_one(self.fn, text, puzzle, None) for text, puzzle in pairs))
 
         return dict(enumerate(asyncio.run(gather())))
 
-    def _in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
+    def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
         stop = threading.Event() if stop_at_failure else None
         assert self.threads is not None
@@ -96,7 +101,7 @@ class Scorer:
 
 
 class _Worker:
-    """One scoring process, started when it is first needed and again after it was killed or died."""
+    """One scoring process. It is started when it is first needed, and again after it died or was killed."""
 
     def __init__(self, path: str, seconds: float, on_reply: Callable[[], None]) -> None:
         self.path, self.seconds, self.on_reply = path, seconds, on_reply
@@ -105,8 +110,8 @@ class _Worker:
         self.is_async = False
 
     def score(self, jobs: list[dict], stop: threading.Event | None) -> dict[int, Reward]:
-        """{index: reward}. When the process hangs or dies with several jobs in flight, each of them is tried again alone, so
-        that only the one at fault has the failure."""
+        """{index: reward}. When the process hangs or dies with several jobs in flight, each is tried again alone, so
+        that only the job that caused it gets the failure."""
         done: dict[int, Reward] = {}
         waiting, alone = deque(jobs), deque()
         while (waiting or alone) and not (stop and stop.is_set()):
@@ -115,33 +120,36 @@ class _Worker:
         return done
 
     def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event | None) -> list[dict]:
-        """Work off the queue, at most `window` jobs in flight, until it is empty or the process fails; the jobs to try alone."""
+        """Do the jobs of the queue, at most `window` in flight, until it is empty or the process fails.
+
+        Returns the jobs to try again alone.
+        """
         self._start()
         window = window if self.is_async else 1
-        flying: dict[int, tuple[dict, float]] = {}
-        while (queue or flying) and not (stop and stop.is_set()):
+        in_flight: dict[int, tuple[dict, float]] = {}
+        while (queue or in_flight) and not (stop and stop.is_set()):
             failure = None
-            while queue and len(flying) < window and failure is None:
+            while queue and len(in_flight) < window and failure is None:
                 job = queue.popleft()
-                flying[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
+                in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
-            reply = failure or self._receive(min(deadline for _, deadline in flying.values()))
+            reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
             if isinstance(reply, Reward):
                 self.stop()
-                if len(flying) > 1:
-                    return [job for job, _ in flying.values()]
-                index, reward = next(iter(flying)), reply
+                if len(in_flight) > 1:
+                    return [job for job, _ in in_flight.values()]
+                index, reward = next(iter(in_flight)), reply
                 if queue:
                     self._start()
             else:
                 index = reply.pop("index")
                 reward = Reward(**{**reply, "status": Status(reply["status"])})
-            del flying[index]
+            del in_flight[index]
             done[index] = reward
             self.on_reply()
             if stop and reward.failed:
                 stop.set()
-        if flying:
+        if in_flight:
             self.stop()  # its answers are no longer wanted
         return []
 
@@ -167,7 +175,7 @@ class _Worker:
         self.is_async = ready["is_async"]
 
     def _send(self, job: dict) -> Reward | None:
-        """Write one job; the Reward that says why it could not be written."""
+        """Write one job. Returns a Reward with the reason when it cannot be written."""
         data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.process.stdin.fileno()
         deadline = time.monotonic() + self.seconds + GRACE
         while data:
@@ -180,7 +188,7 @@ class _Worker:
         return None
 
     def _receive(self, deadline: float) -> dict | Reward:
-        """The next reply, or the Reward that says why there is none."""
+        """The next reply, or a Reward with the reason why there is none."""
         pipe = self.process.stdout.fileno()
         while b"\n" not in self.unread:
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -200,7 +208,7 @@ class _Worker:
         return Reward(total=math.nan, status=Status.ERROR, message=message)
 
     def stop(self) -> None:
-        """Kill the process and whatever it started."""
+        """Kill the process and the processes that it started."""
         if self.process is None:
             return
         try:
@@ -218,7 +226,8 @@ class _Worker:
 
 
 def serve(path: str, seconds: float) -> None:
-    """Answer jobs until standard input ends."""
+    """Do jobs until standard input ends."""
+    # replies keep the real standard output; what the reward prints must not mix with them
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     fn = load_reward(path)
@@ -233,7 +242,7 @@ async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
     def read() -> None:  # a thread, so that jobs keep arriving while coroutines run
         for line in sys.stdin:
             loop.call_soon_threadsafe(jobs.put_nowait, json.loads(line))
-        os._exit(0)  # the trainer is done; a reward's own threads may still be stuck
+        os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
 
     async def answer(job: dict) -> None:
         reward = await score_one(fn, job["completion"], Puzzle(**job["puzzle"]), seconds)
@@ -243,19 +252,19 @@ async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
     threading.Thread(target=read, daemon=True).start()
     while True:
         task = loop.create_task(answer(await jobs.get()))
-        tasks.add(task)  # the loop itself holds tasks only weakly
+        tasks.add(task)  # the event loop has only weak references to tasks
         task.add_done_callback(tasks.discard)
 
 
 def is_async(fn: RewardFn) -> bool:
-    """Is `fn` (or what an adapter wraps) a coroutine function?"""
+    """Whether `fn`, or the function that an adapter wraps, is a coroutine function."""
     return inspect.iscoroutinefunction(fn) or getattr(fn, "is_async", False)
 
 
 async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
-    """One reward; an exception or a time-out becomes its status, with total nan, and never a number.
+    """The reward of one response. An exception or a time-out becomes a status with total nan, never a number.
 
-    The one place that catches every Exception: the function is the user's, and the run's --on-reward-error decides.
+    This is the only place that catches every Exception: the function is the user's, and --on-reward-error decides.
     """
     start = time.monotonic()
     try:

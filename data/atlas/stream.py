@@ -1,8 +1,8 @@
-"""Simulated atlases of any size: the cells of data.atlas.simulate, with filler genes, streamed into an .h5ad block by block.
+"""Simulated atlases of any size: the cells of data/atlas/simulate.py plus filler genes, written block by block.
 
-Axes: C cells, G genes (core genes, which data.atlas.simulate draws, and filler genes), R cells of a block. A filler gene has an
-invented name and means nothing: a cell holds a Poisson number of filler counts, laid on genes by fixed heavy-tailed weights,
-so most are 1. Memory holds one block, whatever C is.
+Axes: C cells, G genes (core genes, which data/atlas/simulate.py draws, and filler genes), R cells of a block. A filler
+gene has an invented name and no meaning: a cell gets a Poisson number of filler counts, spread over genes by fixed
+heavy-tailed weights, so most counts are 1. Only one block is in memory, for any C.
 """
 
 import os
@@ -50,16 +50,16 @@ BATCH_SPREAD = 0.4  # standard deviation of the logarithm of a batch's number of
 
 @dataclass(frozen=True)
 class AtlasSummary:
-    """What an atlas holds."""
+    """The size of an atlas."""
 
     cells: int
     genes: int
     donors: int
     tissues: int
     cell_types: int
-    """Without "unknown"."""
+    """"unknown" is not counted."""
     diseases: int
-    """Without "normal"."""
+    """"normal" is not counted."""
 
     def __str__(self) -> str:
         return (
@@ -89,14 +89,15 @@ def stream_atlas(
     noise: float = 1.0,
     n_types: int | None = None,
 ) -> AtlasSummary:
-    """Simulate an atlas and write it as .h5ad as it is drawn, whole or not at all (temporary name, then rename).
+    """Simulate an atlas and write each block of cells as it is drawn. Returns the size of the atlas.
 
-    cells: in all, exactly; default: as many as `cells_per_type` gives, and then, where no batch has more than BLOCK_CELLS
-        cells, the counts of core genes and the values of obs are those of data.atlas.simulate.simulate_atlas.
-    genes: in all, filler included; default: no filler.
-    encoding, compression: of X; CSC needs 8 bytes per value beside the output while it is written.
-    Other settings as for simulate_atlas. The same settings write the same bytes. Raises UserError naming a bad option, or
-    a disk with less room than the next block needs and ROOM.
+    The file is written completely or not at all (temporary name, then rename). The same settings write the same bytes.
+    cells: exact number of cells. Default: as `cells_per_type` gives; if then no batch has more than BLOCK_CELLS cells,
+        the counts of core genes and the values of obs are those of data.atlas.simulate.simulate_atlas.
+    genes: number of genes, filler included. Default: no filler.
+    encoding, compression: of X. CSC needs 8 bytes per value beside the output while it is written.
+    Other settings: as for simulate_atlas. Raises UserError, with the option's name, for a setting out of range, and
+    when the disk has less free space than the next block and ROOM.
     """
     path = Path(path)
     if path.suffix != ".h5ad":
@@ -141,24 +142,25 @@ def stream_atlas(
 
 
 def check_matrix_layout(encoding: str, compression: str, cells: int, genes: int) -> None:
-    """Raise UserError, naming the option, for a layout that is not known or a dense matrix above MAX_DENSE_BYTES."""
+    """Raise UserError, with the option's name, for an unknown layout or a dense matrix above MAX_DENSE_BYTES."""
     if encoding not in ENCODINGS:
         raise UserError(f"--encoding {encoding}: must be one of {', '.join(ENCODINGS)}")
     if compression not in COMPRESSIONS:
         raise UserError(f"--compression {compression}: must be one of {', '.join(COMPRESSIONS)}")
     if encoding == "dense" and 4 * cells * genes > MAX_DENSE_BYTES:
         raise UserError(
-            f"--encoding dense: {cells} cells x {genes} genes are {4e-9 * cells * genes:.0f} GB before compression, more "
-            f"than {MAX_DENSE_BYTES / 1e9:.0f} GB; give --encoding csr, or fewer --cells or --genes"
+            f"--encoding dense: {cells} cells x {genes} genes are {4e-9 * cells * genes:.0f} GB before compression, "
+            f"more than {MAX_DENSE_BYTES / 1e9:.0f} GB; give --encoding csr, or fewer --cells or --genes"
         )
 
 
 def batch_sizes(
     donors: Sequence[Donor], entries: dict[str, MarkerEntry], cells: int | None, cells_per_type: float, seed: int
 ) -> list[int]:
-    """Cells of each batch of the donors, in order: `cells` divided by log-normal shares, or the mean that is expected.
+    """The number of cells of each batch, in the order of donors: `cells` divided by log-normal shares.
 
-    Raises UserError when `cells` is not enough for one cell of every type in each batch.
+    Without `cells`, the expected number. Raises UserError when `cells` is too few for one cell of every type in each
+    batch.
     """
     fewest = np.array([len(types_of(donor, entries)) for donor in donors for _ in donor.suspensions])
     if cells is None:
@@ -168,34 +170,35 @@ def batch_sizes(
             f"--cells {cells} is too few for {len(donors)} donors: give at least {fewest.sum()}, "
             f"one for each type in each of their {len(fewest)} batches, or fewer --donors"
         )
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, 1])  # its own generator: the draws of simulate_atlas must not shift
     shares = np.exp(rng.normal(0, BATCH_SPREAD, len(fewest)))
     return (fewest + rng.multinomial(cells - fewest.sum(), shares / shares.sum())).tolist()
 
 
 @dataclass(frozen=True)
 class GeneTable:
-    """All genes of an atlas, in the order of their synthetic Ensembl ids, and how filler counts fall on them."""
+    """All genes of an atlas, in the order of their synthetic Ensembl ids, and the distribution of filler counts."""
 
     var: pd.DataFrame
-    """[G]"""
+    """[G] rows of var."""
     core_columns: np.ndarray
     """[core genes] column of each gene of Programs, increasing."""
     slots: np.ndarray
-    """[about FILLER_SLOTS] column of a filler gene, each as often as it is likely; empty without filler."""
+    """[about FILLER_SLOTS] columns of filler genes. A gene occurs in proportion to its weight. Empty without filler."""
     filler_counts: float
-    """Mean filler counts of a cell."""
+    """Mean number of filler counts of a cell."""
     rng: np.random.Generator
-    """Draws the filler, so that the draws of data.atlas.simulate are the same with and without."""
+    """Draws the filler only, so that the other draws are the same with and without filler."""
 
     @classmethod
     def of(cls, programs: Programs, genes: int | None, seed: int) -> "GeneTable":
-        """The table of `genes` genes, by default the core ones. Raises UserError when they do not fit."""
+        """The table of `genes` genes, by default of the core genes. Raises UserError for a number out of range."""
         core = list(programs.genes)
         genes = len(core) if genes is None else genes
         if not len(core) <= genes <= MAX_GENES:
             raise UserError(
-                f"--genes {genes} is out of range: give {len(core)}, the genes that the chosen types need, to {MAX_GENES}"
+                f"--genes {genes} is out of range: give {len(core)}, the genes that the chosen types need, to "
+                f"{MAX_GENES}"
             )
         filler = filler_symbols(genes - len(core), core)
         symbols = np.array(sorted([*core, *filler], key=synthetic_ensembl_id), dtype=object)
@@ -218,16 +221,18 @@ class GeneTable:
         )
 
     def widen(self, core: sparse.csr_matrix) -> sparse.csr_matrix:
-        """[R, core genes] counts -> [R, G] float32 with sorted indices, filler drawn and added."""
+        """Counts [R, core genes] -> [R, G] float32 with sorted indices; filler counts are drawn and added."""
         shape = (core.shape[0], len(self.var))
         wide = sparse.csr_matrix((core.data, self.core_columns[core.indices], core.indptr), shape=shape)
         return wide + self._filler(*shape) if len(self.slots) else wide
 
     def _filler(self, n_cells: int, n_genes: int) -> sparse.csr_matrix:
+        """[R, G] filler counts of a block."""
         depth = self.filler_counts * np.exp(self.rng.normal(0, 0.35, n_cells))
         times = self.rng.poisson(depth)  # [R]
         columns = self.slots[self.rng.integers(0, len(self.slots), times.sum(), dtype=np.uint32)]
-        starts = np.arange(n_cells, dtype=np.int32) * np.int32(n_genes)  # below BLOCK_CELLS x MAX_GENES
+        # one key per count, row x G + column; sorted, equal keys are neighbours, and their number is the count
+        starts = np.arange(n_cells, dtype=np.int32) * np.int32(n_genes)  # fits 32 bits: below BLOCK_CELLS x MAX_GENES
         keys = np.repeat(starts, times) + columns
         keys.sort()
         first = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -238,9 +243,9 @@ class GeneTable:
 
 
 def filler_symbols(n: int, core: Sequence[str]) -> list[str]:
-    """n invented symbols that look like those of long non-coding genes, whose real accessions do not start with 9.
+    """n invented symbols that look like those of long non-coding genes. Real accessions of those do not start with 9.
 
-    Their synthetic ids differ from each other and from those of the core symbols.
+    Their synthetic ids are distinct, also from those of the core symbols.
     """
     taken, symbols, number = {synthetic_ensembl_id(symbol) for symbol in core}, [], 0
     while len(symbols) < n:
@@ -257,9 +262,9 @@ def filler_symbols(n: int, core: Sequence[str]) -> list[str]:
 def _blocks(
     rng: np.random.Generator, programs: Programs, batches: Iterator[DonorBatch], noise: float, table: GeneTable
 ) -> Iterator[tuple[sparse.csr_matrix, pd.DataFrame]]:
-    """(counts [R, G], obs [R]) of all cells in order; a batch of several blocks has one disease activity."""
+    """Yield (counts [R, G], obs [R]) of all cells, in order."""
     for batch in batches:
-        if len(batch.types) > BLOCK_CELLS:
+        if len(batch.types) > BLOCK_CELLS:  # all blocks of a batch must have the same disease activity
             batch = replace(batch, raised=disease_activity(rng, batch.donor))
         for start in range(0, len(batch.types), BLOCK_CELLS):
             counts, obs = draw_block(rng, programs, batch, noise, slice(start, start + BLOCK_CELLS))
@@ -267,7 +272,8 @@ def _blocks(
 
 
 def obs_categories(donors: Sequence[Donor], entries: dict[str, MarkerEntry]) -> dict[str, list[str] | None]:
-    """{obs column: its sorted values in the whole atlas}, in the order of the columns; None for a column of booleans."""
+    """{obs column: its sorted values in the whole atlas}, in column order. None for a column of booleans."""
+    # categories are written before the first cell, so they are found from one cell of each batch
     types = {name for donor in donors for name in types_of(donor, entries)}
     batches = [
         DonorBatch(d, number, np.array([""]), np.ones(0)) for d in donors for number in range(1, len(d.suspensions) + 1)

@@ -1,7 +1,9 @@
-"""The puzzles of one .h5ad file: what is known of it before anything is drawn, and the drawing itself.
+"""The puzzles of one .h5ad file: `summarise_file` looks at it before the donors are divided, `build_file` builds.
 
-Both run in a worker process per file. All random choices come from generators named by seed, purpose, file and split, so
-that the bytes do not depend on the order of files, on the workers or on the process.
+Each call runs in a worker process. Every random choice comes from a generator that is named by seed, purpose, file and
+split, so the puzzles do not depend on the order of the files or on the number of workers.
+A group is a donor and experimental batch; a row is the number of a cell in the file; N is the number of cells of a
+puzzle.
 """
 
 import dataclasses
@@ -28,26 +30,28 @@ from data.files import sha256
 from data.puzzles import Puzzle
 
 HVG_CELLS = 5000
-"""Train cells at most, evenly spaced, from which --rank hvg learns which genes vary."""
+"""--rank hvg learns which genes vary from at most this many train cells, evenly spaced."""
 PEER_CELLS = 256
-"""Usable cells of a donor and batch at most, evenly spaced, whose mean --rank deg compares a cell with."""
+"""--rank deg compares a cell with the mean of at most this many cells of its donor and batch, evenly spaced."""
 
 
 @dataclass(frozen=True)
 class FileSummary:
-    """What the division of donors needs to know of a file, and its part of the report so far."""
+    """What the division of donors needs to know about a file, and the first part of the file's report."""
 
     path: Path
     donors: dict[str, Counter]
-    """{donor: {(tissue, disease): usable cells}}; "unknown" where one is missing."""
+    """{donor: {(tissue, disease): number of usable cells}}; "unknown" where a value is missing."""
     group_sizes: dict[tuple[str, str], int]
-    """{(donor, batch): cell types}."""
+    """{(donor, batch): number of cell types}."""
     organism: str | None
+    """None when the file does not state it."""
     report: dict[str, Any]
+    """The file's part of report.json so far."""
 
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
-    """Read the obs table and try the matrix. Raises UserError for a column, label or layer that cannot be used."""
+    """Read obs and a sample of the matrix. Raises UserError for a column, label or layer that cannot be used."""
     cells = _read_cells(path, config)
     check_labels(path, (cells.columns["cell_type"].names[i] for i in np.unique(cells.columns["cell_type"].codes)))
     groups = groups_of(cells)
@@ -60,7 +64,7 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         donors.setdefault(donor, Counter())[tissue, disease] += count
     with open_matrix(path, config.layer) as matrix:
         layer, kind = matrix.layer, None
-        if len(cells):
+        if len(cells):  # called for its errors: a bad gene column must show before hours of work
             genes_of(matrix, config.rank_settings)
             kind = value_kind(matrix, cells.rows, config.allow_scaled)
     report = {
@@ -95,12 +99,13 @@ def build_file(
     config: BuildConfig,
     advance: Callable[[int, int], None] = lambda read, total: None,
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
-    """({split: puzzles without ids}, the file's report of splits and hash) of one file.
+    """Build the puzzles of one file. Returns ({split: puzzles without ids}, second part of the file's report).
 
-    assignment: {donor: split}. kind: of the file's values, as summarise_file found it. advance: told of cells read and of cells
-    to read. Raises UserError as data.build.matrix does.
+    assignment: {donor: split}. kind: kind of the file's values, as summarise_file found it.
+    advance(cells read now, cells to read in all) is called while the matrix is read. Raises UserError as
+    data.build.matrix does.
     """
-    with ThreadPoolExecutor(1) as hasher:
+    with ThreadPoolExecutor(1) as hasher:  # hashing releases the GIL: it runs beside the work below
         digest = hasher.submit(sha256, path)
         cells = _read_cells(path, config)
         whole = groups_of(cells)
@@ -114,7 +119,7 @@ def build_file(
         kept = [puzzle for puzzle in made if all(puzzle.cells)]
         puzzles[split] = kept
         report["splits"][split] = drawing[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
-    if config.split_mode == "instance":
+    if config.split_mode == "instance":  # the authors' split: puzzles of each size are divided, cells may be shared
         rng = random.Random(f"{config.seed}:test puzzles:{path.stem}")
         sizes = range(config.min_cells, config.max_cells + 1)
         by_size = [[p for p in puzzles.get("train", []) if len(p.cells) == n_cells] for n_cells in sizes]
@@ -126,7 +131,7 @@ def build_file(
 
 
 def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
-    """({split: batches}, {split: what the drawing left over})."""
+    """({split: cells of the puzzles}, {split: the part of the quota that could not be drawn})."""
     sizes = range(config.min_cells, config.max_cells + 1)
     drawn: dict[str, list[PuzzleCells]] = {}
     drawing: dict[str, dict] = {}
@@ -134,7 +139,7 @@ def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
         quota = config.puzzles_per_n if split == "train" else config.test_puzzles_per_n
         rng = random.Random(f"{config.seed}:batches:{dataset}:{split}")
         choices = of_split
-        if config.profile == "cluster":  # a type has one profile; its first cell stands for it
+        if config.profile == "cluster":  # a type has one profile per group; its first cell represents it
             choices = {group: {name: rows[:1] for name, rows in types.items()} for group, types in of_split.items()}
         drawn[split], left = draw_puzzle_cells(choices, sizes, quota, rng)
         drawing[split] = left if of_split else {}
@@ -144,7 +149,11 @@ def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
 def _members(
     groups: Groups, batches: list[PuzzleCells], config: BuildConfig
 ) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
-    """{drawn row: (its group, the rows whose mean is shown for it)}; deg compares all types of a group, drawn or not."""
+    """{drawn row: (its group, the rows whose mean is shown for it)}.
+
+    With --rank deg and --profile cluster, all types of a group have an entry, drawn or not: they are compared with each
+    other.
+    """
     if config.profile == "cell":
         return {row: (group, np.array([row])) for group, rows in batches for row in rows}
     of_type = {group: {int(rows[0]): rows for rows in types.values()} for group, types in groups.items()}
@@ -161,13 +170,14 @@ def _gene_lists(
     config: BuildConfig,
     advance: Callable[[int, int], None],
 ) -> dict[int, list[str]]:
-    """{drawn row: its ranked genes}, read in as few passes as may be."""
+    """{drawn row: its ranked genes} for all splits together, so that the file is read as few times as possible."""
     drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
     groups = sorted({group for group, _ in drawn.values()})
     number = {group: i for i, group in enumerate(groups)}
     order = sorted(drawn)
     profiles = [Profile(number[drawn[row][0]], drawn[row][1]) for row in order]
     peers = [_peers(whole[group]) for group in groups] if config.rank == "deg" and config.profile == "cell" else []
+    # highly variable genes are learned from train cells only: test cells must not choose what a model is shown
     train = [rows for _, rows in (members["train"] or drawn).values()]
     train_rows = np.unique(np.concatenate(train)) if train else np.zeros(0, np.int64)
     train_rows = train_rows[:: max(1, -(-len(train_rows) // HVG_CELLS))] if config.rank == "hvg" else train_rows[:0]
@@ -179,12 +189,13 @@ def _gene_lists(
 
 
 def _peers(types: dict[str, np.ndarray]) -> np.ndarray:
-    """The same cells of a donor and batch whatever was drawn."""
+    """At most PEER_CELLS rows of a group, evenly spaced. They do not depend on which cells were drawn."""
     rows = np.sort(np.concatenate(list(types.values())))
     return rows[:: -(-len(rows) // PEER_CELLS)]
 
 
 def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[Puzzle]]:
+    """{split: puzzles without ids}, from the drawn rows and their gene lists."""
     rows = sorted(gene_lists)
     cell_ids = dict(zip(rows, h5ad.read_cell_ids(path, rows), strict=True)) if rows else {}
     puzzles = {}
@@ -200,7 +211,7 @@ def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[
 
 
 def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: random.Random) -> list[list[str]]:
-    """[N][<= M] genes shown of each cell's ranked genes; --gene-dropout passes over some of a train cell's."""
+    """[N][<= M] the genes that a puzzle shows of each cell. --gene-dropout leaves out some of a train cell's genes."""
     if is_train and config.gene_dropout:
         ranked = [[gene for gene in genes if rng.random() >= config.gene_dropout] for genes in ranked]
     return [genes[: config.top_genes] for genes in ranked]
@@ -209,7 +220,7 @@ def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: r
 def _puzzle(
     path: Path, cells: Cells, group, batch, members, cell_ids, config: BuildConfig, rng: random.Random
 ) -> Puzzle:
-    """A puzzle whose gene lists are not filled in yet."""
+    """A puzzle whose gene lists are still empty."""
     answer = cells.at(batch)["cell_type"].texts()
     candidates = sorted(answer) if config.compat == "authors" else rng.sample(answer, len(answer))
     profiles = [members[row][1] for row in batch]
@@ -233,7 +244,7 @@ def _puzzle(
 
 
 def split_summary(puzzles: list[Puzzle]) -> dict[str, Any]:
-    """Counts of a split for the report, each sorted by name."""
+    """The counts of a split for the report, each sorted by name."""
     return {
         "puzzles": len(puzzles),
         "puzzles_per_n": count_sorted(len(puzzle.cells) for puzzle in puzzles),
@@ -244,9 +255,10 @@ def split_summary(puzzles: list[Puzzle]) -> dict[str, Any]:
 
 
 def count_sorted(values: Iterable) -> dict[str, int]:
+    """{value as text: how often it occurs}, sorted by value."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 def unseen_donors(summary: FileSummary, names: tuple[str, ...]) -> set[str]:
-    """Donors with a cell that has one of the diseases."""
+    """The donors with at least one cell that has one of the diseases."""
     return {d for d, kinds in summary.donors.items() if any(has_disease(disease, names) for _, disease in kinds)}

@@ -297,7 +297,7 @@ def test_two_files_of_two_organisms_and_one_name(tmp_path, atlas):
     for name, organism in (("human.h5ad", "Homo sapiens"), ("mouse.h5ad", "Mus musculus")):
         saved(set_column("organism", organism))(tmp_path / name, atlas)
     code, output = run(tmp_path, tmp_path / "human.h5ad", tmp_path / "mouse.h5ad")
-    assert code == 2 and "holds Homo sapiens and" in output and "build them apart" in output
+    assert code == 2 and "holds Homo sapiens and" in output and "build them separately" in output
     (tmp_path / "sub").mkdir()
     shutil.copy(atlas, tmp_path / "sub/human.h5ad")
     code, output = run(tmp_path, tmp_path / "human.h5ad", tmp_path / "sub/human.h5ad")
@@ -417,7 +417,7 @@ def test_folders_and_files_without_permission(tmp_path, atlas):
     secret.chmod(0)
     locked.mkdir(mode=0o555)
     done = subprocess.run([*words, *command(tmp_path, secret, tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 2 and "secret.h5ad: may not be read" in done.stderr, done.stderr
+    assert done.returncode == 2 and "secret.h5ad: you have no permission to read it" in done.stderr, done.stderr
     secret.chmod(0o644)
     done = subprocess.run([*words, *command(tmp_path, secret, locked / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr, done.stderr

@@ -194,9 +194,9 @@ def test_what_no_further_try_can_mend_is_recorded_once_or_ends_the_run(serve):
         and not done["p0"].error
     )
     for status, sentence in (
-        (401, "does not take the key"),
+        (401, "does not accept the key"),
         (404, "does not know the model"),
-        (402, "wants to be paid"),
+        (402, "requires payment first"),
     ):
         server = serve(3, lambda number, of, asked, status=status: f"{status} no: {KEY}")
         with pytest.raises(RunError, match=sentence) as caught:
@@ -540,7 +540,7 @@ def test_the_key_is_nowhere(serve, tmp_path):
     assert b"HTTP Request: POST" in seen and server.keys == {f"Bearer {KEY}"}
     server.behave = lambda number, of, asked: f"401 {KEY} is not valid"
     refused = run_command("distill", *given, "--resume", env={"OPENAI_API_KEY": KEY})
-    assert refused.returncode == 1 and "does not take the key" in refused.stderr
+    assert refused.returncode == 1 and "does not accept the key" in refused.stderr
     seen += (refused.stdout + refused.stderr).encode()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"t.raw.jsonl", "t.report.json", "env.txt"}
