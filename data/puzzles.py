@@ -42,8 +42,7 @@ class Puzzle:
     Or a variant of such a batch (data/variants.py): one of its cells with all N candidates, or the batch without
     candidates.
 
-    Example: Puzzle(id="train-0", context="The cell is from a female ...", cells=[["CD3D", "IL7R"], ["MS4A1"]],
-    candidates=["B cell", "T cell"], answer=["T cell", "B cell"])
+    Examples: `to_row` and `from_row` below.
     """
 
     id: str
@@ -81,6 +80,20 @@ class Puzzle:
 
         `id` is left out when it is the hash of the user message. The column `answer` (the correct labels) is added only
         when `assistant_msg` is a trace that ends in other labels; launch/distill.py keeps such traces with --accept-at.
+
+        >>> puzzle = Puzzle(
+        ...     id="blood-1",
+        ...     context="The cell is from a female, originating from the blood.",
+        ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+        ...     candidates=["B cell", "T cell"],
+        ...     answer=["T cell", "B cell"],
+        ...     meta={"donor": "D1"},
+        ... )
+        >>> row = puzzle.to_row()
+        >>> list(row)
+        ['system_msg', 'user_msg', 'assistant_msg', 'id', 'donor']
+        >>> row["assistant_msg"]
+        'T cell | B cell'
         """
         row: dict[str, Any] = {
             "system_msg": self.system_message,
@@ -102,6 +115,18 @@ class Puzzle:
 
         The correct labels are taken from the text column `answer`, or from the end of `assistant_msg` when the row has
         no such column. Raises UserError, with the part that is missing, when the messages are no CellPuzzles puzzle.
+
+        >>> cells = "Cell 1: CD3D, IL7R\\nCell 2: CD79A, MS4A1"
+        >>> request = "Match the cells above to one of the following cell types:\\nB cell\\nT cell"
+        >>> user_msg = f"Context: The cell is from a female. \\n\\n{cells}\\n\\n{request}"
+        >>> row = {"system_msg": "...", "user_msg": user_msg, "assistant_msg": "T cell | B cell"}
+        >>> puzzle = Puzzle.from_row(row)
+        >>> puzzle.cells
+        [['CD3D', 'IL7R'], ['CD79A', 'MS4A1']]
+        >>> puzzle.answer
+        ['T cell', 'B cell']
+        >>> puzzle.to_row() == row
+        True
         """
         if "assistant_msg" not in row:  # the authors' files of unseen diseases call the column `answer`
             row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
@@ -252,6 +277,18 @@ def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
     """The puzzles of a .parquet, .jsonl or .json file, ours or the published ones, in file order.
 
     Raises UserError with the file and number of the first row that is no puzzle, or when the file has no row.
+
+    >>> puzzle = Puzzle(
+    ...     id="blood-1",
+    ...     context="The cell is from a female, originating from the blood.",
+    ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+    ...     candidates=["B cell", "T cell"],
+    ...     answer=["T cell", "B cell"],
+    ... )
+    >>> write_puzzles("puzzles.parquet", [puzzle])
+    >>> for puzzle in read_puzzles("puzzles.parquet"):
+    ...     print(puzzle.id, dict(zip(puzzle.answer, puzzle.cells)))
+    blood-1 {'T cell': ['CD3D', 'IL7R'], 'B cell': ['CD79A', 'MS4A1']}
     """
     puzzles = []
     for number, row in enumerate(read_rows(path)):
@@ -265,7 +302,10 @@ def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
 
 
 def write_puzzles(path: str | os.PathLike, puzzles: Iterable[Puzzle]) -> None:
-    """Write puzzles as .parquet or .jsonl, completely or not at all (temporary name, then rename)."""
+    """Write puzzles as .parquet or .jsonl, completely or not at all (temporary name, then rename).
+
+    See `read_puzzles` for an example. Raises UserError for another file ending or a value that parquet cannot store.
+    """
     write_rows(path, [puzzle.to_row() for puzzle in puzzles])
 
 

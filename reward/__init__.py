@@ -22,6 +22,9 @@ def load_reward(path: str) -> RewardFn:
 
     The prefixes `trl:` and `verl:` adapt a function written for those programs (reward/adapters.py).
     Raises UserError, with the reason, when the module cannot be imported or has no such function.
+
+    >>> load_reward("reward.cellpuzzles:batch_reward").__doc__.splitlines()[0]
+    'Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.'
     """
     style, _, rest = path.partition(":")
     if style in ("trl", "verl") and ":" in rest:

@@ -4,11 +4,6 @@ A valid response is exactly one `<think>...</think>` followed by exactly one `<a
 space outside and between them. The answer has one non-empty label per cell, separated by `|`.
 Only the answer block is read. A tag that occurs twice anywhere, also inside the reasoning, makes the response invalid:
 the authors' scorer can be tricked into reading a line of the reasoning instead of the answer.
-
-Example, for a puzzle whose answer is ["T cell", "B cell"]:
-    batch_reward("<think>CD3D, MS4A1</think>\\n<answer>T cell | B cell</answer>", puzzle).total == 1.0
-    batch_reward("<think>?</think><answer>B cell | T cell</answer>", puzzle).total == 0.0
-    batch_reward("T cell | B cell", puzzle).total == -1.0
 """
 
 from dataclasses import dataclass
@@ -31,7 +26,13 @@ class ParsedResponse:
 
 
 def parse_response(text: str, n_cells: int) -> ParsedResponse:
-    """Parse a response to a puzzle of `n_cells` cells. A bad response is a result, not an error: this never raises."""
+    """Parse a response to a puzzle of `n_cells` cells. A bad response is a result, not an error: this never raises.
+
+    >>> parse_response("<think>CD3D is a marker of T cells.</think><answer>T cell | B cell</answer>", n_cells=2).labels
+    ['T cell', 'B cell']
+    >>> parse_response("<think>CD3D is a marker of T cells.</think><answer>T cell</answer>", n_cells=2).problem
+    'the answer has 1 labels for 2 cells'
+    """
     for tag in _TAGS:
         if text.count(tag) != 1:
             return _invalid(f"{tag} occurs {text.count(tag)} times, not once")
@@ -57,7 +58,22 @@ def cells_right(labels: list[str], answer: list[str]) -> int:
 
 
 def batch_reward(completion: str, puzzle: Puzzle) -> Reward:
-    """Eq. (2): -1 for an invalid format, 1 when every label is right, else 0."""
+    """Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.
+
+    >>> puzzle = Puzzle(
+    ...     id="blood-1",
+    ...     context="The cell is from a female, originating from the blood.",
+    ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+    ...     candidates=["B cell", "T cell"],
+    ...     answer=["T cell", "B cell"],
+    ... )
+    >>> batch_reward("<think>CD3D, MS4A1</think><answer>T cell | B cell</answer>", puzzle).total
+    1.0
+    >>> batch_reward("<think>CD3D, MS4A1</think><answer>B cell | T cell</answer>", puzzle).total
+    0.0
+    >>> batch_reward("T cell | B cell", puzzle).total
+    -1.0
+    """
     return _reward(completion, puzzle, lambda cell_accuracy: float(cell_accuracy == 1.0))
 
 

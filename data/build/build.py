@@ -55,6 +55,18 @@ def build_puzzles(
     workers: number of processes; each builds one file at a time. The puzzles do not depend on it.
     staging: folder with finished files, from which a stopped build goes on. Default: a temporary folder.
     Raises UserError when an option, a file or a column cannot be used, or when the splits share cells or donors.
+
+    >>> from data.atlas.simulate import write_atlas
+    >>> cells = write_atlas("atlas.h5ad", n_donors=12, cells_per_type=2)  # or a file from CELLxGENE
+    >>> config = BuildConfig(min_cells=3, max_cells=3, top_genes=10, puzzles_per_n=4, test_puzzles_per_n=2)
+    >>> splits, report = build_puzzles(["atlas.h5ad"], config)
+    >>> {split: len(puzzles) for split, puzzles in splits.items()}
+    {'train': 4, 'test': 2, 'unseen': 0}
+    >>> puzzle = splits["train"][0]
+    >>> puzzle.id, puzzle.meta["donor"], len(puzzle.cells), len(puzzle.cells[0])
+    ('train-000000', 'donor_001', 3, 10)
+    >>> sorted(puzzle.candidates) == sorted(puzzle.answer)
+    True
     """
     if staging is None:
         with TemporaryDirectory() as folder:

@@ -153,9 +153,7 @@ def test_a_folder_is_not_a_missing_file(tmp_path):
 def test_metadata_that_parquet_cannot_hold_is_named(tmp_path):
     for value, other in ((1, "one"), ([1], 1), (2**70, 1), ({}, {})):
         rows = [{**ROW, "age": value}, {**ROW, "age": other}]
-        with pytest.raises(
-            ValueError, match=r"(column 'age'|the rows) cannot be stored as parquet .*write \.jsonl"
-        ):
+        with pytest.raises(ValueError, match=r"(column 'age'|the rows) cannot be stored as parquet .*write \.jsonl"):
             write_rows(tmp_path / "a.parquet", rows)
         write_rows(tmp_path / "a.jsonl", rows)
         assert [row["age"] for row in read_rows(tmp_path / "a.jsonl")] == [value, other]
