@@ -140,7 +140,9 @@ class Puzzle:
         has_answer = isinstance(row.get("answer"), str)
         answer = _parse_answer(row["answer" if has_answer else "assistant_msg"])
         _check_numbers(variant, len(cells), len(candidates), len(answer))
+        # parquet gives None for a column that other rows have: it is no metadata of this row
         meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}
+        # keep only what differs from our own rendering, so that an unchanged row renders back to the same bytes
         if row["system_msg"] != SYSTEM_MESSAGES[variant]:
             meta["system_msg"] = row["system_msg"]
         if has_answer:
@@ -238,7 +240,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
+    import pyarrow  # here, not above: reading .jsonl must not wait for this import
     import pyarrow.parquet as parquet
 
     try:
@@ -330,6 +332,7 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
     import pyarrow.parquet as parquet
 
     columns = {}
+    # column by column, so that a value of the wrong type can be reported with its column
     for column in dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows or like for key in row)]):
         values = [row.get(column) for row in rows or like]
         try:

@@ -165,7 +165,7 @@ class _Worker:
             env=module_environment(),
             start_new_session=True,  # a SIGTERM for the run must not reach it
         )
-        os.set_blocking(self.process.stdin.fileno(), False)
+        os.set_blocking(self.process.stdin.fileno(), False)  # a stuck worker that reads no more must not block _send
         self.unread = b""
         ready = self._receive(time.monotonic() + START_SECONDS)
         if isinstance(ready, Reward):
@@ -212,7 +212,7 @@ class _Worker:
         if self.process is None:
             return
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
         except ProcessLookupError:
             pass  # it is gone
         self.process.wait()

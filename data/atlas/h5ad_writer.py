@@ -58,7 +58,7 @@ class GrowingH5ad:
             for name, values in categories.items()
         }
         kwargs = {"compression": COMPRESSIONS[compression]}
-        growing = {**kwargs, "chunks": (OBS_CHUNK,), "maxshape": (None,)}
+        growing = {**kwargs, "chunks": (OBS_CHUNK,), "maxshape": (None,)}  # HDF5 resizes only chunked datasets
         self._x = ENCODINGS[encoding](file, len(var), COMPRESSIONS[compression], folder)
         write_elem(file, "obs", pd.DataFrame(empty, index=pd.Index([], dtype=object)), dataset_kwargs=growing)
         write_elem(file, "var", var, dataset_kwargs=kwargs)
@@ -92,6 +92,7 @@ class _Csr:
         self.node = _empty_sparse(file, sparse.csr_matrix((0, n_genes), dtype=np.float32), compression)
 
     def append(self, block: sparse.csr_matrix) -> None:
+        # the block's indptr counts from 0, the file's from the values that are already there
         _extend(self.node["indptr"], len(self.node["data"]) + block.indptr[1:].astype(np.int64))
         _extend(self.node["indices"], block.indices)
         _extend(self.node["data"], block.data)
@@ -104,7 +105,7 @@ class _Dense:
     """X as a dense matrix, with chunks of whole rows."""
 
     def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
-        chunks = (max(1, CHUNK // n_genes), n_genes)
+        chunks = (max(1, CHUNK // n_genes), n_genes)  # whole rows: a reader wants all genes of a cell
         kwargs = {"compression": compression, "chunks": chunks, "maxshape": (None, n_genes)}
         write_elem(file, "X", np.zeros((0, n_genes), dtype=np.float32), dataset_kwargs=kwargs)
         self.node = file["X"]
@@ -131,6 +132,7 @@ class _Csc:
 
     def append(self, block: sparse.csr_matrix) -> None:
         block = block.tocsc()
+        # starts: [blocks, G + 1] positions in the files `rows` and `values`
         self._put("starts", self.n_values + block.indptr.astype(np.int64))
         self._put("rows", (self.n_cells + block.indices).astype(np.int32))
         self._put("values", block.data)
@@ -146,7 +148,8 @@ class _Csc:
         start = 0
         with tqdm(total=self.n_genes, desc="columns", unit="gene", disable=None) as bar:
             while start < self.n_genes:
-                done = ends[start - 1] if start else 0
+                done = ends[start - 1] if start else 0  # values of the columns written so far
+                # as many columns as fit in memory, at least one
                 stop = max(start + 1, int(np.searchsorted(ends, done + VALUES_IN_MEMORY, side="right")))
                 self._write_columns(start, stop)
                 bar.update(stop - start)

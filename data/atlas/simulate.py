@@ -78,6 +78,7 @@ TISSUE_CONDITIONS = {
     "kidney": ("normal", "chronic kidney disease"),
     "islet of Langerhans": ("normal", "type 2 diabetes mellitus"),
 }
+# cell type -> the only disease in which it occurs
 DISEASE_ONLY_TYPES = {"malignant cell": "lung adenocarcinoma"}
 
 ETHNICITIES = ("European", "African American", "Asian", "Hispanic or Latin American", "unknown")
@@ -241,7 +242,7 @@ def draw_programs(rng: np.random.Generator, entries: dict[str, MarkerEntry]) -> 
     """Draw the strength of every gene, once for the whole atlas."""
     symbols = background_genes().union(*PROGRAMS.values(), *(entry.markers for entry in entries.values()))
     genes = pd.Index(sorted(symbols, key=synthetic_ensembl_id))
-    spread = pd.Series(np.exp(rng.normal(0, 0.5, len(genes))), index=genes)
+    spread = pd.Series(np.exp(rng.normal(0, 0.5, len(genes))), index=genes)  # a gene is strong or weak everywhere
     background = pd.Series(0.0, index=genes)
     background[list(RIBOSOMAL)] = spread[list(RIBOSOMAL)]
     background[list(MITOCHONDRIAL)] = 1.3 * spread[list(MITOCHONDRIAL)] * np.linspace(1.5, 0.2, len(MITOCHONDRIAL))
@@ -341,7 +342,7 @@ def draw_donor_batches(
             else:
                 share = np.array(list(abundance.values())) / sum(abundance.values())
                 of_type = 1 + rng.multinomial(next(sizes) - len(share), share)
-            types = rng.permutation(np.repeat(list(abundance), of_type))
+            types = rng.permutation(np.repeat(list(abundance), of_type))  # the order of rows must not tell the type
             yield DonorBatch(donor, number, types, effect)
 
 
@@ -371,10 +372,10 @@ def relative_expression(
     related = by_lineage.loc[programs.lineage[types]].to_numpy()  # [R, G]
     # a cell of low identity looks like background: it can only be told by excluding the other cells of the puzzle
     identity = rng.random((n_cells, 1)) ** noise
-    detected = np.where(rng.random(own.shape) < (1 - DROPOUT) ** noise, own, 0)
-    leak = np.where(rng.random(own.shape) < 1 - (1 - LINEAGE_LEAK) ** noise, related, 0)
-    soup = AMBIENT_LEAK * noise * by_lineage.to_numpy().sum(axis=0)  # [G]
-    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS)))
+    detected = np.where(rng.random(own.shape) < (1 - DROPOUT) ** noise, own, 0)  # own markers after dropout
+    leak = np.where(rng.random(own.shape) < 1 - (1 - LINEAGE_LEAK) ** noise, related, 0)  # markers of related types
+    soup = AMBIENT_LEAK * noise * by_lineage.to_numpy().sum(axis=0)  # [G] ambient RNA, the same for all cells
+    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS)))  # mostly small, sometimes large
     activity = activity + (disease_activity(rng, batch.donor) if batch.raised is None else batch.raised)
 
     is_ribosomal, is_mitochondrial = programs.genes.isin(RIBOSOMAL), programs.genes.isin(MITOCHONDRIAL)

@@ -103,7 +103,7 @@ def stream_atlas(
     if path.suffix != ".h5ad":
         raise UserError(f"--out {path}: the file name must end in .h5ad")
     check_atlas_settings(n_donors, seed, cells_per_type, noise)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # the draws from here on come in the same order as in simulate_atlas
     entries = select_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
     table = GeneTable.of(programs, genes, seed)
@@ -122,6 +122,7 @@ def stream_atlas(
         require_free_space(path.parent, ROOM)
         with (
             h5py.File(partial, "w") as file,
+            # beside the output: /tmp may be small, or in memory
             tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
         ):
             out = GrowingH5ad(file, table.var, categories, uns, encoding, compression, Path(folder))
@@ -228,7 +229,7 @@ class GeneTable:
 
     def _filler(self, n_cells: int, n_genes: int) -> sparse.csr_matrix:
         """[R, G] filler counts of a block."""
-        depth = self.filler_counts * np.exp(self.rng.normal(0, 0.35, n_cells))
+        depth = self.filler_counts * np.exp(self.rng.normal(0, 0.35, n_cells))  # [R], spread as library sizes are
         times = self.rng.poisson(depth)  # [R]
         columns = self.slots[self.rng.integers(0, len(self.slots), times.sum(), dtype=np.uint32)]
         # one key per count, row x G + column; sorted, equal keys are neighbours, and their number is the count

@@ -76,6 +76,7 @@ def build_puzzles(
         raise UserError(f"--workers {workers}: must be at least 1")
     paths = h5ad.sorted_files(files)
     _refuse_names_not_in_utf8(paths)
+    # all files are looked at first: donors are divided over the whole build, and a bad file shows early
     summaries = run_all(
         _summarise_file,
         [(path, config) for path in paths],
@@ -87,7 +88,7 @@ def build_puzzles(
     assignment = assign_donors(summaries, config)
     _build_files(summaries, assignment, config, workers, staging, watch)
     splits, reports = _gathered(summaries, staging)
-    leaks = audit(splits, donors_apart=config.split_mode != "cell")
+    leaks = audit(splits, donors_apart=config.split_mode != "cell")  # --split cell shares donors on purpose
     _refuse_leaks(leaks, config, len(paths))
     if not splits["train"]:
         raise UserError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
@@ -222,7 +223,7 @@ def assign_donors(summaries: list[FileSummary], config: BuildConfig) -> dict[str
             only = f"only donor {able[0]!r} can give puzzles, so none is left for test"
             raise UserError(f"{only}; use --split cell or --test-fraction 0")
         tissue_of = {donor: _main_tissue(summaries, donor) for donor in able}
-        rng = random.Random(f"{config.seed}:test donors")
+        rng = random.Random(f"{config.seed}:test donors")  # named by its purpose, so no other draw shifts it
         assignment.update(dict.fromkeys(choose_test_donors(tissue_of, config.test_fraction, rng), "test"))
     return assignment
 
@@ -281,6 +282,7 @@ def _command(summaries: list[FileSummary], config: BuildConfig) -> str:
     words = ["python", "launch/build.py"]
     for summary in summaries:
         words += ["--h5ad", summary.path.name]
+    # the seed is always shown: a reader should not need to know the default
     for setting in dataclasses.fields(BuildConfig):
         value = getattr(config, setting.name)
         if value == setting.default and setting.name != "seed":

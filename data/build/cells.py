@@ -85,7 +85,7 @@ def read_cells(
     """
     columns, supplied, notes = resolve_columns(path, keys, constants)
     present = obs_columns(path)
-    organism_keys = [name for name in ORGANISM_COLUMNS if name in present][:1]
+    organism_keys = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
     obs = read_obs(path, [*columns.values(), *organism_keys])
     n_read = _n_cells(path)
     organisms = _organisms(path, obs[organism_keys[0]] if organism_keys else None, n_read)
@@ -220,9 +220,10 @@ def groups_of(cells: Cells) -> Groups:
     # one lexsort over the whole file instead of a pass over its cells for each group
     groups: Groups = {}
     columns = [cells.columns[name] for name in ("donor_id", "batch", "cell_type")]
+    # codes are in the order of the file: replace them by the alphabetical rank of their names
     orders = [np.argsort(np.argsort(np.array(column.names, dtype=object))) for column in columns]
     ranks = [order[column.codes] for order, column in zip(orders, columns, strict=True)]
-    by_key = np.lexsort((cells.rows, *reversed(ranks)))
+    by_key = np.lexsort((cells.rows, *reversed(ranks)))  # np.lexsort takes its most important key last
     keys = np.stack([rank[by_key] for rank in ranks], axis=1)
     starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]) if len(by_key) else []
     for members in np.split(by_key, starts[1:]) if len(by_key) else []:

@@ -51,6 +51,7 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
         raise UserError(f"{path}: cannot be opened, was the download cut short? ({_one_line(error)})") from None
     with file:
         try:
+            # files of anndata before 0.7 hold obs and var as compound datasets instead of groups
             for table in ("obs", "var"):
                 if not isinstance(open_node(file, table, path), h5py.Group):
                     raise UserError(
@@ -133,7 +134,7 @@ def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
         order, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
         index = table_index(file, "obs", path)
         names = _names_at(index, order)
-        cells_of = dict.fromkeys(names, 0)
+        cells_of = dict.fromkeys(names, 0)  # {name: cells of the file with it}; only the requested names
         for start in range(0, index.shape[0], VALUES_PER_BLOCK):
             for name in index[start : start + VALUES_PER_BLOCK]:
                 if name in cells_of:
@@ -165,6 +166,7 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     if len(codes) != n_rows:
         raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
     text_of = {}
+    # cleaning can make two values equal ("T  cell", "T cell"): they get one code
     new = [text_of.setdefault(text, len(text_of)) if (text := clean_text(value)) else -1 for value in raw]
     return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
 

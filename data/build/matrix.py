@@ -86,7 +86,7 @@ class Matrix:
 @contextlib.contextmanager
 def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix]:
     """Open a layer and check its format. Raises UserError, with file and layer, when it cannot be read."""
-    with open_h5ad(path, CACHE_BYTES) as file:
+    with open_h5ad(path, CACHE_BYTES) as file:  # a block may end within a chunk, which the next block needs again
         layer, layers = _resolve_layer(file, layer, path)
         node = open_node(file, _element(layer), path)
         matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
@@ -209,6 +209,7 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> 
     "counts": whole numbers. "log counts": none larger than LARGEST_LOG. "normalised": all others. Raises UserError for
     values that cannot be ranked by expression: see check_values and _looks_scaled.
     """
+    # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
     runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
     sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
     whole, largest, distinct, moments = True, 0.0, [], np.zeros((3, matrix.n_genes))
@@ -275,6 +276,7 @@ def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:
     rows = np.asarray(rows, dtype=np.int64)
     if not len(rows):
         return
+    # the blocks rely on this order, so a caller that breaks it has a bug
     assert rows[0] >= 0 and rows[-1] < matrix.n_cells and (np.diff(rows) > 0).all()
     blocks = {"csr": _csr_blocks, "csc": _csc_blocks, "dense": _dense_blocks}[matrix.encoding]
     for block in blocks(matrix, rows):
@@ -300,7 +302,7 @@ def _csr_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
     first = 0
     while first < len(rows):
         last = int(np.searchsorted(stops, starts[first] + NONZEROS_PER_BLOCK, side="right"))
-        last = max(last, first + 1)
+        last = max(last, first + 1)  # a single row may be larger than a block
         far = np.flatnonzero(starts[first + 1 : last] - stops[first : last - 1] > gap)
         last = first + 1 + int(far[0]) if len(far) else last
         lo, hi = starts[first], stops[last - 1]
@@ -319,6 +321,7 @@ def _dense_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
         far = np.flatnonzero(np.diff(rows[first:last]) > gap)
         last = first + 1 + int(far[0]) if len(far) else last
         span = slice(first, last)
+        # a slice, then the rows in memory: h5py is slow for lists of rows
         values = matrix.node[rows[first] : rows[last - 1] + 1][rows[span] - rows[first]]
         offsets = np.arange(len(values)) * matrix.n_genes
         columns = np.tile(np.arange(matrix.n_genes), len(values))

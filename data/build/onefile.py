@@ -92,6 +92,22 @@ def _read_cells(path: Path, config: BuildConfig) -> Cells:
     return read_cells(path, config.column_keys, config.constants, config.organism, config.include_non_primary)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """One file while its puzzles are built."""
+
+    path: Path
+    config: BuildConfig
+    cells: Cells
+    groups: Groups
+    """All usable cells, before they are divided over the splits."""
+
+    def generator(self, purpose: str, split: str = "") -> random.Random:
+        """The random generator for one purpose. Its name is its seed, so its draws do not depend on other files."""
+        name = ":".join(filter(None, (purpose, self.path.stem, split)))
+        return random.Random(f"{self.config.seed}:{name}")
+
+
 def build_file(
     path: Path,
     assignment: dict[str, str],
@@ -108,19 +124,19 @@ def build_file(
     with ThreadPoolExecutor(1) as hasher:  # hashing releases the GIL: it runs beside the work below
         digest = hasher.submit(sha256, path)
         cells = _read_cells(path, config)
-        whole = groups_of(cells)
-        groups, set_aside = split_groups(cells, whole, path.stem, assignment, config)
-        drawn, drawing = _draw(path.stem, groups, config)
-        members = {split: _members(groups[split], batches, config) for split, batches in drawn.items()}
-        gene_lists = _gene_lists(path, whole, members, kind, config, advance)
-        puzzles = _puzzles(path, cells, drawn, members, gene_lists, config)
+        source = _Source(path, config, cells, groups_of(cells))
+        groups, set_aside = split_groups(cells, source.groups, path.stem, assignment, config)
+        drawn, left_over = _draw(source, groups)
+        members = {split: _members(groups[split], chosen, config) for split, chosen in drawn.items()}
+        gene_lists = _gene_lists(source, members, kind, advance)
+        puzzles = _puzzles(source, drawn, members, gene_lists)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
     for split, made in puzzles.items():
-        kept = [puzzle for puzzle in made if all(puzzle.cells)]
+        kept = [puzzle for puzzle in made if all(puzzle.cells)]  # a cell without a listed gene cannot be told apart
         puzzles[split] = kept
-        report["splits"][split] = drawing[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
+        report["splits"][split] = left_over[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
     if config.split_mode == "instance":  # the authors' split: puzzles of each size are divided, cells may be shared
-        rng = random.Random(f"{config.seed}:test puzzles:{path.stem}")
+        rng = source.generator("test puzzles")
         sizes = range(config.min_cells, config.max_cells + 1)
         by_size = [[p for p in puzzles.get("train", []) if len(p.cells) == n_cells] for n_cells in sizes]
         divided = [split_items(of_size, config.test_fraction, rng) for of_size in by_size]
@@ -130,61 +146,62 @@ def build_file(
     return puzzles, report
 
 
-def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
-    """({split: cells of the puzzles}, {split: the part of the quota that could not be drawn})."""
+def _draw(source: _Source, groups: dict[str, Groups]) -> tuple[dict[str, list[PuzzleCells]], dict[str, dict[str, Any]]]:
+    """({split: cells of its puzzles}, {split: the part of the quota that could not be drawn}). groups: by split."""
+    config = source.config
     sizes = range(config.min_cells, config.max_cells + 1)
     drawn: dict[str, list[PuzzleCells]] = {}
-    drawing: dict[str, dict] = {}
+    left_over: dict[str, dict[str, Any]] = {}
     for split, of_split in groups.items():
         quota = config.puzzles_per_n if split == "train" else config.test_puzzles_per_n
-        rng = random.Random(f"{config.seed}:batches:{dataset}:{split}")
         choices = of_split
         if config.profile == "cluster":  # a type has one profile per group; its first cell represents it
             choices = {group: {name: rows[:1] for name, rows in types.items()} for group, types in of_split.items()}
-        drawn[split], left = draw_puzzle_cells(choices, sizes, quota, rng)
-        drawing[split] = left if of_split else {}
-    return drawn, drawing
+        drawn[split], left = draw_puzzle_cells(choices, sizes, quota, source.generator("batches", split))
+        left_over[split] = left if of_split else {}
+    return drawn, left_over
 
 
-def _members(
-    groups: Groups, batches: list[PuzzleCells], config: BuildConfig
-) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
-    """{drawn row: (its group, the rows whose mean is shown for it)}.
+Members = dict[int, tuple[tuple[str, str], np.ndarray]]
+"""{drawn row: (its group, the rows whose mean is shown for it)}. With --profile cell these rows are the cell itself."""
+
+
+def _members(groups: Groups, drawn: list[PuzzleCells], config: BuildConfig) -> Members:
+    """The members of the drawn rows of one split.
 
     With --rank deg and --profile cluster, all types of a group have an entry, drawn or not: they are compared with each
     other.
     """
     if config.profile == "cell":
-        return {row: (group, np.array([row])) for group, rows in batches for row in rows}
+        return {row: (group, np.array([row])) for group, rows in drawn for row in rows}
     of_type = {group: {int(rows[0]): rows for rows in types.values()} for group, types in groups.items()}
     if config.rank == "deg":
-        return {row: (group, rows) for group in dict(batches) for row, rows in of_type[group].items()}
-    return {row: (group, of_type[group][row]) for group, rows in batches for row in rows}
+        return {row: (group, rows) for group in dict(drawn) for row, rows in of_type[group].items()}
+    return {row: (group, of_type[group][row]) for group, rows in drawn for row in rows}
 
 
 def _gene_lists(
-    path: Path,
-    whole: Groups,
-    members: dict[str, dict],
-    kind: str | None,
-    config: BuildConfig,
-    advance: Callable[[int, int], None],
+    source: _Source, members: dict[str, Members], kind: str | None, advance: Callable[[int, int], None]
 ) -> dict[int, list[str]]:
     """{drawn row: its ranked genes} for all splits together, so that the file is read as few times as possible."""
+    config = source.config
     drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
     groups = sorted({group for group, _ in drawn.values()})
     number = {group: i for i, group in enumerate(groups)}
     order = sorted(drawn)
     profiles = [Profile(number[drawn[row][0]], drawn[row][1]) for row in order]
-    peers = [_peers(whole[group]) for group in groups] if config.rank == "deg" and config.profile == "cell" else []
-    # highly variable genes are learned from train cells only: test cells must not choose what a model is shown
+    needs_peers = config.rank == "deg" and config.profile == "cell"
+    peers = [_peers(source.groups[group]) for group in groups] if needs_peers else []
+    # highly variable genes are learned from train cells only: test cells must not choose the genes that are shown
     train = [rows for _, rows in (members["train"] or drawn).values()]
     train_rows = np.unique(np.concatenate(train)) if train else np.zeros(0, np.int64)
     train_rows = train_rows[:: max(1, -(-len(train_rows) // HVG_CELLS))] if config.rank == "hvg" else train_rows[:0]
     total = len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
     total += sum(map(len, peers)) + len(train_rows)
     advance(0, total)
-    ranked = ranked_genes(path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total))
+    ranked = ranked_genes(
+        source.path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total)
+    )
     return dict(zip(order, ranked, strict=True))
 
 
@@ -194,17 +211,20 @@ def _peers(types: dict[str, np.ndarray]) -> np.ndarray:
     return rows[:: -(-len(rows) // PEER_CELLS)]
 
 
-def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[Puzzle]]:
+def _puzzles(
+    source: _Source, drawn: dict[str, list[PuzzleCells]], members: dict[str, Members], gene_lists: dict[int, list[str]]
+) -> dict[str, list[Puzzle]]:
     """{split: puzzles without ids}, from the drawn rows and their gene lists."""
     rows = sorted(gene_lists)
-    cell_ids = dict(zip(rows, h5ad.read_cell_ids(path, rows), strict=True)) if rows else {}
+    cell_ids = dict(zip(rows, h5ad.read_cell_ids(source.path, rows), strict=True)) if rows else {}
     puzzles = {}
-    for split, batches in drawn.items():
-        rng = random.Random(f"{config.seed}:candidates:{path.stem}:{split}")
-        made = [_puzzle(path, cells, group, batch, members[split], cell_ids, config, rng) for group, batch in batches]
-        shown = [[gene_lists[row] for row in batch] for _, batch in batches]
+    for split, of_split in drawn.items():
+        rng = source.generator("candidates", split)
+        # all candidates of a split are shuffled before the first gene is left out: the order of draws is pinned
+        made = [_puzzle(source, chosen, members[split], cell_ids, rng) for chosen in of_split]
+        shown = [[gene_lists[row] for row in batch] for _, batch in of_split]
         puzzles[split] = [
-            dataclasses.replace(puzzle, cells=_listed(ranked, split == "train", config, rng))
+            dataclasses.replace(puzzle, cells=_listed(ranked, split == "train", source.config, rng))
             for puzzle, ranked in zip(made, shown, strict=True)
         ]
     return {split: made for split, made in puzzles.items() if made or rows}
@@ -218,26 +238,27 @@ def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: r
 
 
 def _puzzle(
-    path: Path, cells: Cells, group, batch, members, cell_ids, config: BuildConfig, rng: random.Random
+    source: _Source, chosen: PuzzleCells, members: Members, cell_ids: dict[int, str], rng: random.Random
 ) -> Puzzle:
-    """A puzzle whose gene lists are still empty."""
-    answer = cells.at(batch)["cell_type"].texts()
-    candidates = sorted(answer) if config.compat == "authors" else rng.sample(answer, len(answer))
-    profiles = [members[row][1] for row in batch]
-    columns = cells.at(np.concatenate(profiles))
-    ids = [cell_ids[row] for row in batch]
-    if config.profile == "cluster":
-        sizes = [f"{len(rows)} cell{'s' if len(rows) > 1 else ''}" for rows in profiles]
+    """A puzzle of the chosen cells whose gene lists are still empty."""
+    (donor, batch), rows = chosen
+    answer = source.cells.at(rows)["cell_type"].texts()
+    candidates = sorted(answer) if source.config.compat == "authors" else rng.sample(answer, len(answer))
+    profiles = [members[row][1] for row in rows]
+    columns = source.cells.at(np.concatenate(profiles))
+    ids = [cell_ids[row] for row in rows]
+    if source.config.profile == "cluster":
+        sizes = [f"{len(profile)} cell{'s' if len(profile) > 1 else ''}" for profile in profiles]
         ids = [f"mean of {size} from {name}" for size, name in zip(sizes, ids, strict=True)]
     meta = {
-        "dataset": path.stem,
-        "donor": group[0],
-        "batch": group[1],
+        "dataset": source.path.stem,
+        "donor": donor,
+        "batch": batch,
         "tissue": joined_values(columns["tissue"]),
         "disease": joined_values(columns["disease"]),
-        "n_cells": len(batch),
+        "n_cells": len(rows),
         "cell_ids": ids,
-        "source": path.name,
+        "source": source.path.name,
     }
     context = context_sentence(agreed_facts(columns))
     return Puzzle(id="", context=context, cells=[], candidates=candidates, answer=answer, meta=meta)

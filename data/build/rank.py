@@ -80,7 +80,7 @@ class Genes:
     def of_cell(self, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(distinct indices into names, values) of a cell's columns; the largest value of columns with one name."""
         ids = self.ids[columns]
-        several = np.flatnonzero(self.shared[ids])
+        several = np.flatnonzero(self.shared[ids])  # few names are shared, so most cells return here
         if len(several) < 2:
             return ids, values
         several = several[np.lexsort((-values[several], ids[several]))]
@@ -95,6 +95,7 @@ class Genes:
         if len(scores) > n_top:  # sort only the largest scores; entries that tie with the last one must stay
             head = scores >= np.partition(scores, -n_top)[-n_top]
             ids, scores = ids[head], scores[head]
+        # by score, then by id; ids are in alphabetical order of names, so ties are too
         return self.names[ids[np.lexsort((ids, -scores))][:n_top]].tolist()
 
 
@@ -105,7 +106,7 @@ def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settin
     by gene name. With rank="deg" cells are compared with the mean of the given cells. Raises UserError, with the
     layer's name, when the rows hold NaN or negative values: scaled data cannot be ranked by expression.
     """
-    distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+    distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)  # blocks need increasing rows
     profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
     asked = RankSettings(top_genes=n_top, **settings)
     with open_matrix(path, asked.layer) as matrix:
@@ -203,6 +204,7 @@ def _rank_cells(
     have room for their means.
     """
     groups, is_deg = _indices_by_group(profiles), settings.rank == "deg"
+    # a mean has U values per group: take only as many groups at a time as fit in memory
     most = max(1, MEANS_PER_BLOCK // len(genes.names)) if is_deg else len(groups)
     level = _compose(log_for(kind), scale_for(kind))
     ranked: list[list[str]] = [[]] * len(profiles)
@@ -237,7 +239,7 @@ def _group_means(reader: _Reader, genes: Genes, peers: dict[int, np.ndarray], le
     means = {group: np.zeros(len(genes.names)) for group in peers}
     for row, columns, values in reader.rows(np.array(sorted(group_of), dtype=np.int64)):
         ids, levels = genes.of_cell(columns, level(values))
-        means[group_of[row]][ids] += levels / len(peers[group_of[row]])
+        means[group_of[row]][ids] += levels / len(peers[group_of[row]])  # genes that are not stored count as 0
     return means
 
 
@@ -252,6 +254,7 @@ def _rank_means(
         owner = np.concatenate([np.full(len(profiles[i].rows), n) for n, i in enumerate(members)])
         rows = np.concatenate([profiles[i].rows for i in members])
         order = np.argsort(rows, kind="stable")
+        # rows are read once and in increasing order, whatever the profiles to which they belong
         distinct, first = np.unique(rows[order], return_index=True)
         owners = np.split(owner[order], first[1:])
         means = np.zeros((len(members), len(genes.names)))
@@ -303,6 +306,7 @@ def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, 
         total[ids] += values
         squares[ids] += values**2
     mean = total / len(rows)
+    # unbiased variance; rounding can make the difference slightly negative
     variance = np.maximum(squares / len(rows) - mean**2, 0) * len(rows) / max(1, len(rows) - 1)
     seen = np.flatnonzero((mean > 0) & (variance > 0))
     if not len(seen):

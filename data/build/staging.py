@@ -47,7 +47,7 @@ class Staging:
         The last line is the SHA-256 of the lines before it.
         """
         target = self._file(path)
-        partial = target.with_name(target.name + f".partial-{os.getpid()}")
+        partial = target.with_name(target.name + f".partial-{os.getpid()}")  # a killed build must not leave half a file
         rows = ([split, puzzle.to_row()] for split, puzzles in splits.items() for puzzle in puzzles)
         digest = hashlib.sha256()
         with open(partial, "wb") as file:
@@ -119,7 +119,7 @@ def run_all(
     if workers == 1 or len(calls) <= 1:
         return _run_here(task, calls, on_progress, on_finished)
     context = multiprocessing.get_context("spawn")  # a fork would copy open HDF5 files and threads
-    counters = context.Array("q", 2 * len(calls), lock=False)
+    counters = context.Array("q", 2 * len(calls), lock=False)  # no lock: each call writes its own two numbers
     results: dict[int, Any] = {}
     with ProcessPoolExecutor(min(workers, len(calls)), context, _begin, (counters, os.getpid())) as pool:
         waiting: dict[Future, int] = {pool.submit(_call, task, i, call): i for i, call in enumerate(calls)}
@@ -172,6 +172,7 @@ def _call(task: Callable, number: int, call: tuple) -> Any:
 
 def _result_of(future: Future) -> Any:
     """The result of a call. Raises its exception, or RunError when its process was killed."""
+    # BrokenProcessPool is a name of this submodule only
     from concurrent.futures.process import BrokenProcessPool
 
     try:

@@ -207,7 +207,7 @@ def _kept(accepted: list[Completion], keep: str, name: str) -> list[Completion]:
     if keep == "shortest":
         return [min(accepted, key=lambda completion: len(completion.trace))]
     if keep == "random":
-        digest = hashlib.sha256(name.encode()).digest()
+        digest = hashlib.sha256(name.encode()).digest()  # Python's hash() differs from process to process
         return [random.Random(int.from_bytes(digest[:8], "big")).choice(accepted)]
     assert keep == "first", keep
     return accepted[:1]
@@ -237,11 +237,13 @@ def distill(
             watch(completion)
 
     try:
+        # judged again, not trusted: the reward or the threshold may have changed since
         take(background.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
         take(background.rest(teacher))
+        # each round requests what is missing after the verdicts of the round before
         while not teacher.ended and (requests := draws.next_requests()):
             broken: Exception | None = None
-            with closing(teacher.sample(requests)) as completions:
+            with closing(teacher.sample(requests)) as completions:  # an error must end the teacher's own threads too
                 for completion in completions:
                     record(completion)
                     if broken is None and teacher.ended != "stopped":

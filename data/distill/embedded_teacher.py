@@ -100,6 +100,7 @@ def write_trace(
 
 def _assign(puzzle: Puzzle, markers: MarkerTable, rng: random.Random, noise: float) -> list[str]:
     """[N] labels, each used once. The pair of cell and label with the highest score is assigned first."""
+    # a marker of k candidates adds 1 / k to the score of each
     owners = Counter(gene for label in puzzle.candidates for gene in markers.get(label, ()))
     scores = []
     for cell, genes in enumerate(puzzle.cells):

@@ -110,6 +110,7 @@ def _by(draws: Draws, group: Callable[[Puzzle], str]) -> dict[str, dict[str, Any
             "accepted_at_first": _at_first(accepted),
         }
         found.setdefault(group(puzzle), Counter()).update(counts)
+    # names are no numbers: they have the key 0 and are sorted by themselves
     by_number = sorted(found.items(), key=lambda item: (int(item[0]) if item[0].isdigit() else 0, item[0]))
     return {name: {**counts, "acceptance": _share(counts["accepted"], counts["asked"])} for name, counts in by_number}
 

@@ -94,7 +94,7 @@ class RawFile:
     def _begin(self, settings: dict[str, Any], meter: Meter, resume: bool, replace: bool) -> None:
         """Lock the file, read what an earlier run wrote, and cut off an incomplete last line."""
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process is killed
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
         head, end, _ = self.path.read_bytes().rpartition(b"\n")
@@ -173,7 +173,7 @@ class RawFile:
             if self.broken:
                 raise RunError(self.broken)  # nothing may follow an incomplete line
             try:
-                while line:
+                while line:  # os.write may take only a part
                     line = line[os.write(self.handle, line) :]
                 if self.sync:
                     os.fsync(self.handle)

@@ -66,6 +66,7 @@ def token_counts(usage: Any) -> tuple[int | None, int | None]:
     counts = [
         usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion", "total")
     ]
+    # `type(c) is int`, because bool is an int too; the numbers decide what a budget allows
     prompt, completion, total = (c if type(c) is int and 0 <= c <= MOST_TOKENS else None for c in counts)
     if prompt is not None and total is not None and total >= prompt:
         completion = max(completion or 0, total - prompt)

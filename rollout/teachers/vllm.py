@@ -36,9 +36,10 @@ class VLLMTeacher:
         for start in range(0, len(requests), self.batch):
             some = requests[start : start + self.batch]
             ids = [self.encode(request.chat()) for request in some]
+            # a seed for each batch: the same seed would draw the same random numbers for every batch
             seeded = replace(self.sampling, seed=stable_seed(self.sampling.seed, [request.key for request in some]))
             try:
-                self.sampling_now = True
+                self.sampling_now = True  # from here on a signal raises _StoppedError; a signal before is seen below
                 if self.ended:
                     return
                 groups = self.engine.generate([request.puzzle.id for request in some], ids, seeded)
