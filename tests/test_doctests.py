@@ -1,6 +1,6 @@
 """The examples in docstrings and in the READMEs of the rooms run, and print what they say.
 
-Modules and READMEs with an example (`>>>`) are found by looking. An example may write files: it runs in an empty folder.
+Modules and READMEs with an example (`>>>`) are found by looking. Each runs in an empty folder and may write files.
 """
 
 import doctest

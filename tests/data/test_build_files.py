@@ -1,4 +1,4 @@
-"""Files as the world holds them: every kind of damage or surprise gives one sentence, exit code 2 and no output."""
+"""Files from anywhere: every kind of damage or surprise gives one sentence, exit code 2 and no output."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def atlas(tmp_path_factory):
 
 
 def run(tmp_path, *files, options=()):
-    """The command in this process: (exit code, output)."""
+    """Run the command in this process. Returns (exit code, output)."""
     words = [word for file in files for word in ("--h5ad", str(file))]
     done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out"), "--workers", "1", *SIZES, *options])
     return done.exit_code, done.output
@@ -145,7 +145,7 @@ def csc_with_a_bad_cell(path, atlas):
 
 
 def old_categories(reference):
-    """A column whose categories stand elsewhere, as anndata 0.7 wrote it."""
+    """A column whose categories are in another dataset, as anndata 0.7 wrote it."""
 
     def change(file):
         del file["obs/sex"]
@@ -325,7 +325,7 @@ def test_files_of_another_organism_are_skipped(tmp_path, atlas, table):
             name = "organism_ontology_term_id" if ":" in organism else "organism"
             (adata.obs if table == "obs" else adata.uns)[name] = organism
             if donors == "m":
-                adata.var = adata.var.rename(columns={"feature_name": "symbol"})  # not looked at
+                adata.var = adata.var.rename(columns={"feature_name": "symbol"})  # not used
 
         saved(change)(tmp_path / f"{donors}.h5ad", atlas)
     files = [tmp_path / f"{donors}.h5ad" for donors in "hmt"]
@@ -375,7 +375,7 @@ def command(tmp_path, atlas, out):
 
 
 def test_a_disk_that_is_full(tmp_path, atlas):
-    """The file size limit stands in for the disk's: writing fails in the same place, with another reason."""
+    """A limit on the file size replaces a full disk: writing fails in the same place, with another reason."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -1,4 +1,4 @@
-"""Distillation without a network: the embedded teacher, the plan of what is asked, hints, verdicts, the raw file, the report."""
+"""Distillation without a network: embedded teacher, choice of requests, hints, verdicts, raw file, report."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def drawn(text: str, attempt: int = 0, name: str = "p", hinted: bool = False, **
 
 
 def made_up(number: int) -> Puzzle:
-    """A puzzle of labels that no marker table knows."""
+    """A puzzle with labels that are not in the marker table."""
     rng = random.Random(number)
     labels = rng.sample([f"type {k}" for k in range(12)], 3)
     of_type = [[f"G{label.split()[1]}M{m}" for m in range(4)] for label in labels]
@@ -78,7 +78,7 @@ def test_a_sure_teacher_cites_the_markers_and_is_right():
 
 
 def test_the_most_common_opening_is_the_markers_and_first_words_differ():
-    """Greedy decoding after SFT takes the likeliest first token: no two openings may share it."""
+    """Greedy decoding after SFT takes the most likely first token, so no two openings may begin with the same token."""
     config = TeacherConfig()
     openings = [
         write_trace(PUZZLE, TABLE, random.Random(i), config).split("\n")[0].removeprefix("<think>") for i in range(2000)
@@ -96,7 +96,7 @@ def test_learned_markers_tell_the_label_and_not_one_odd_cell():
 
 
 def test_its_accepted_rows_are_those_the_published_demo_was_trained_on(judge):
-    """The hash is of the rows that rejection sampling gave before there were other teachers."""
+    """The hash was taken when the embedded teacher was the only one."""
     puzzles = [made_up(number) for number in range(40)]
     draws = Draws(puzzles, Plan(candidates=4))
     distill(draws, EmbeddedTeacher(marker_table(puzzles), 5, TeacherConfig(noise=0.8)), judge)
@@ -114,7 +114,7 @@ def test_a_candidate_depends_on_its_attempt_alone():
     assert [other.candidate(PUZZLE, attempt) for attempt in (4, 1, 1, 5)] == [traces[i] for i in (4, 1, 1, 5)]
 
 
-# ---- what is asked, and what is kept
+# ---- which requests are made, and which traces are kept
 
 
 def test_no_more_is_asked_for_than_a_puzzle_still_lacks():
@@ -330,7 +330,7 @@ def test_a_raw_file_is_never_overwritten_by_mistake(tmp_path):
     with pytest.raises(ValueError, match=r"--resume: there is no .*t.raw.jsonl"):
         opened(path, resume=True)
     with opened(path, settings={"teacher": "vllm"}):
-        pass  # a run that was refused before it had a response leaves nothing worth keeping
+        pass  # a run that was refused before its first response may be overwritten
     with opened(path) as raw:
         raw.append(drawn("bought"))
     with pytest.raises(ValueError, match="already holds responses; add --resume"):

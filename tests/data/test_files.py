@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def test_a_reason_is_one_line_whoever_said_it(tmp_path):
         replacing(tmp_path / "a.h5ad") as partial,
     ):
         partial.mkdir()
-        h5py.File(partial, "w")  # whose message is a page
+        h5py.File(partial, "w")  # its message is a page long
 
 
 def test_room_is_asked_for_before_the_disk_is_full(tmp_path):

@@ -128,7 +128,7 @@ def test_the_authors_unseen_files_call_the_answer_answer(tmp_path):
 
 
 def test_damaged_parquet_is_told_in_one_sentence(tmp_path):
-    """Bits turned in the columns and in the footer: read as it is or refused, never a traceback."""
+    """Bits are flipped in the columns and in the footer. The file is read or refused, never with a traceback."""
     rows = [{**ROW, "id": str(i), "n_cells": i, "cell_ids": ["c1", "c2"]} for i in range(300)]
     write_rows(tmp_path / "a.parquet", rows)
     whole, refused = (tmp_path / "a.parquet").read_bytes(), 0

@@ -51,7 +51,7 @@ started = 0
 async def meet(completion, puzzle):
     global started
     started += 1
-    while started < 41 or completion == "hang":  # nobody is done before all have begun
+    while started < 41 or completion == "hang":  # no call ends before all have begun
         await asyncio.sleep(0.01)
     return float(len(completion))
 
@@ -176,7 +176,7 @@ def test_cellpuzzles_rewards_keep_parts_and_status(rewards):
 
 
 def test_a_worker_does_not_outlive_a_killed_trainer(rewards):
-    """kill -9 on the trainer while a reward function spins."""
+    """kill -9 on the trainer while a reward function is in an endless loop."""
     code = f"""
 import os
 from data.puzzles import Puzzle
