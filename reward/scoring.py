@@ -1,4 +1,4 @@
-"""Scoring in worker processes: each response has a time limit, and a reward function that crashes never ends the run.
+"""Scoring in worker processes: each response has a time limit, and a reward that crashes does not crash the trainer.
 
     scorer = Scorer("my_rewards.py:fn", workers=2, seconds=60)
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order

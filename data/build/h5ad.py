@@ -25,7 +25,7 @@ RESAVE = "re-save it with anndata 0.8 or later"
 def sorted_files(files: Sequence[str | Path]) -> list[Path]:
     """The files sorted by name, so that their order on the command line does not matter.
 
-    Raises UserError when there is none, or two files have the same name: the name is the name of the dataset.
+    Raises UserError when there is none, or two files have the same name, which is also the name of the dataset.
     """
     paths = sorted(map(Path, files), key=lambda path: (path.stem, str(path)))
     if not paths:

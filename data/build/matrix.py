@@ -232,8 +232,9 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> 
 def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
     """Whether genes were scaled to variance 1 without being centred, so that no value is negative.
 
-    Two signs must hold together. Values do not repeat within a cell; counts do, but log TPM do not either. And nearly
-    all genes that half of the cells express have standard deviation 1; genes on a log scale do not.
+    Two signs must hold together. First, values do not repeat within a cell. (Counts repeat; log TPM do not, so this
+    sign alone is not enough.) Second, nearly all genes that half of the cells express have standard deviation 1; genes
+    on a log scale do not.
     distinct: per cell, number of distinct values / number of values. moments: [3, G] number, sum and sum of squares of
     the values > 0 of each gene.
     """

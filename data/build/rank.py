@@ -127,9 +127,9 @@ def ranked_genes(
     """[len(profiles)][<= M] gene names of each profile, in one or a few passes over the file.
 
     train_rows: cells from which --rank hvg learns which genes vary.
-    peers: [groups] increasing rows; --rank deg compares single cells with their mean. Empty when it compares the
-    profiles of a group with each other. kind: the result of value_kind; None when there is no cell. advance(n_rows) is
-    called when rows have been read.
+    peers: [groups] increasing rows of cells; --rank deg compares single cells with their mean. Empty when it compares
+        the profiles of a group with each other.
+    kind: the result of value_kind; None when there is no cell. advance(n_rows) is called when rows have been read.
     """
     if not profiles:
         return []

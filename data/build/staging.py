@@ -114,7 +114,7 @@ def run_all(
 
     task: a function of a module. It calls its last argument, advance(more done, total), to report progress.
     on_progress(done, total) gets the sums over all calls; on_finished(number, result) is called when a call has ended.
-    The processes end with this one. Raises the ValueError of a call, and RunError when a process was killed.
+    The processes end with this one. Raises the exception of a call, and RunError when a process was killed.
     """
     if workers == 1 or len(calls) <= 1:
         return _run_here(task, calls, on_progress, on_finished)
