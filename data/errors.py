@@ -1,12 +1,15 @@
-"""Errors that a command tells in one sentence, without a traceback. Any other exception is a bug and keeps its traceback."""
+"""Errors that a command prints as one sentence, without a traceback. Any other exception is a bug and keeps it."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used: a file, a row, an option (exit code 2).
+    """A file, a row or an option that the user gave cannot be used. The command exits with code 2.
 
-    The message is one sentence that names it and says what to do.
+    The message is one sentence: it names the file, row or option and says what to do.
     """
 
 
 class RunError(RuntimeError):
-    """The run cannot go on, and the user's input is not why; the message is one sentence (exit code 1)."""
+    """The run cannot go on, for a reason other than the user's input. The command exits with code 1.
+
+    The message is one sentence.
+    """

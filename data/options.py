@@ -1,11 +1,11 @@
-"""Fields of settings dataclasses, with the text that their flag shows (launch/options.py makes the flags)."""
+"""Fields of settings dataclasses that carry the help text of their flag. launch/options.py turns them into flags."""
 
 import dataclasses
 from typing import Any
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the text its flag shows and, where it is a choice, what may be chosen."""
+    """A dataclass field with its default, the help text of its flag and, for a choice, the allowed values."""
     metadata = {"help": help, "choices": choices}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
@@ -13,5 +13,5 @@ def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 def argument(help: str) -> Any:
-    """A dataclass field that is a positional argument of its command."""
+    """A dataclass field that becomes a positional argument of its command."""
     return dataclasses.field(metadata={"help": help, "choices": (), "argument": True})

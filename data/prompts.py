@@ -1,10 +1,11 @@
-"""The words every stage puts around a puzzle: system message, user message, chat layout, response layout.
+"""The text around a puzzle: system message, user message, chat layout, response layout.
 
-One layout everywhere (distillation, SFT, GRPO, evaluation): system message + user message. The published CellPuzzles
-rows use exactly these bytes (Cell-o1, arXiv:2506.02911, Table 10), so an official row renders back to itself.
+All stages (distillation, SFT, GRPO, evaluation) use one layout: a system message and a user message. The published
+CellPuzzles rows have exactly these bytes (Cell-o1, arXiv:2506.02911, Table 10), so a published row that is parsed and
+rendered again does not change.
 
-A puzzle comes in three variants: "batch" (the published one), "cell" (a cell of a batch alone, appendix C) and "open" (a
-batch without its candidates, appendix D); data/variants.py makes the last two.
+A puzzle has one of three variants: "batch" (the published one), "cell" (one cell of a batch alone, appendix C) and
+"open" (a batch without candidates, appendix D). data/variants.py makes the last two.
 """
 
 import re
@@ -20,8 +21,8 @@ SYSTEM_MESSAGE = (
     "assigned cell types in order, separated by ' | '."
 )
 
-# The wording of the next two, and of the requests of their user messages below, is ours, in the style of the one above: the
-# paper's was not at hand, so a model's scores under them need not be those of its Tables 11 and 12.
+# The next two messages, and the last line of their user messages below, are worded by us in the style of the one above:
+# the paper's wording was not available. A model's scores with them may differ from the paper's Tables 11 and 12.
 CELL_SYSTEM_MESSAGE = (
     "You are an expert assistant specialized in cell type annotation. You will be given one cell of a donor. Its top "
     "expressed genes are provided in descending order of expression. Using both the gene expression data and donor "
@@ -52,16 +53,16 @@ RESPONSE_LAYOUT = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P
 
 
 def variant_of(n_cells: int, n_candidates: int) -> str:
-    """The variant, "batch", "cell" or "open": no candidates are an open-ended puzzle, one cell with several a cell-level one."""
+    """The variant: "open" without candidates, "cell" for one cell with several candidates, otherwise "batch"."""
     if n_candidates == 0:
         return "open"
     return "cell" if n_cells == 1 and n_candidates > 1 else "batch"
 
 
 def user_message(context: str, cells: list[list[str]], candidates: list[str], context_tail: str = " ") -> str:
-    """Render the user turn of one puzzle of any variant.
+    """Render the user message of a puzzle of any variant.
 
-    context_tail: what stands between the context and the blank line; the published rows keep one space there.
+    context_tail: the characters between the context and the blank line. The published rows have one space there.
     """
     cell_lines = [f"Cell {number}: {', '.join(genes)}" for number, genes in enumerate(cells, start=1)]
     head = {"batch": CANDIDATES_HEAD, "cell": CELL_CANDIDATES_HEAD, "open": OPEN_REQUEST}
@@ -70,10 +71,10 @@ def user_message(context: str, cells: list[list[str]], candidates: list[str], co
 
 
 def answer_text(labels: list[str]) -> str:
-    """The gold answer as the published rows write it: labels in cell order, joined by ' | '."""
+    """The correct answer as the published rows write it: labels in cell order, joined by ' | '."""
     return LABEL_SEPARATOR.join(labels)
 
 
 def chat(system_msg: str, user_msg: str) -> list[dict[str, str]]:
-    """The chat turns handed to a tokenizer's chat template or to an OpenAI-compatible endpoint."""
+    """The chat turns for a tokenizer's chat template or an OpenAI-compatible endpoint."""
     return [{"role": "system", "content": system_msg}, {"role": "user", "content": user_msg}]

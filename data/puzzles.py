@@ -1,7 +1,10 @@
-"""`Puzzle`, the one noun of the task, and its rows on disk.
+"""`Puzzle`, the unit of the task, and its rows on disk.
 
-A row has the three columns of the published dataset (`system_msg`, `user_msg`, `assistant_msg`) and, for puzzles we
-built, an `id` and metadata columns (dataset, donor, batch, tissue, disease, cell_ids, source, ...).
+A row has the three columns of the published dataset (`system_msg`, `user_msg`, `assistant_msg`). A puzzle that
+launch/build.py built also has an `id` and metadata columns (dataset, donor, batch, tissue, disease, cell_ids, source,
+...).
+
+Axes: N cells of a puzzle, M genes listed per cell.
 """
 
 import hashlib
@@ -34,30 +37,30 @@ _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Puzzle:
-    """A batch of N cells of one donor, each to get a different label of the candidate list.
+    """N cells of one donor and N candidate labels; each cell gets a different label.
 
-    Or a variant of one (data/variants.py): one of its cells alone, with all N candidates; or the batch without candidates.
+    Or a variant of such a batch (data/variants.py): one of its cells with all N candidates, or the batch without
+    candidates.
 
-    Example: Puzzle(id="train-0", context="The cell is from a female ...", cells=[["CD3D", "IL7R"], ["MS4A1"]],
-    candidates=["B cell", "T cell"], answer=["T cell", "B cell"])
+    Examples: `to_row` and `from_row` below.
     """
 
     id: str
-    """Unique name; the first 16 hex digits of the user message's SHA-256 where the row brought none."""
+    """Unique name. A row without an id gets the first 16 hex digits of its user message's SHA-256."""
     context: str
-    """What is known of the donor, one or more sentences."""
+    """What is known about the donor, in one or more sentences."""
     cells: list[list[str]]
     """[N][<= M] gene symbols per cell, most expressed first."""
     candidates: list[str]
-    """[N] labels as the prompt shows them; of a cell-level puzzle those of its batch, of an open-ended one none."""
+    """[N] labels in the order of the prompt. A cell-level puzzle has those of its batch, an open-ended one none."""
     answer: list[str]
     """[N] answer[i] is the label of cell i."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Metadata columns; also `system_msg`, `assistant_msg`, `context_tail` where a row differs from our own rendering."""
+    """Metadata columns; also `system_msg`, `assistant_msg`, `context_tail` where a row differs from our rendering."""
 
     @property
     def variant(self) -> str:
-        """Which puzzle it is: "batch", "cell" (one cell, several candidates) or "open" (no candidates)."""
+        """The variant: "batch", "cell" (one cell, several candidates) or "open" (no candidates)."""
         return variant_of(len(self.cells), len(self.candidates))
 
     @property
@@ -73,8 +76,25 @@ class Puzzle:
         return chat(self.system_message, self.user_message)
 
     def to_row(self) -> dict[str, Any]:
-        """The row to write: message columns, then `id` (when it is not the content hash) and the metadata columns; `answer`, the
-        true labels, only where `assistant_msg` is a trace that ends in others, which a lower --accept-at lets through."""
+        """The row to write: the three messages, then `id` and the metadata columns.
+
+        `id` is left out when it is the hash of the user message. The column `answer` (the correct labels) is added only
+        when `assistant_msg` is a trace that ends in other labels; launch/distill.py keeps such traces with --accept-at.
+
+        >>> puzzle = Puzzle(
+        ...     id="blood-1",
+        ...     context="The cell is from a female, originating from the blood.",
+        ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+        ...     candidates=["B cell", "T cell"],
+        ...     answer=["T cell", "B cell"],
+        ...     meta={"donor": "D1"},
+        ... )
+        >>> row = puzzle.to_row()
+        >>> list(row)
+        ['system_msg', 'user_msg', 'assistant_msg', 'id', 'donor']
+        >>> row["assistant_msg"]
+        'T cell | B cell'
+        """
         row: dict[str, Any] = {
             "system_msg": self.system_message,
             "user_msg": self.user_message,
@@ -91,11 +111,24 @@ class Puzzle:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Puzzle":
-        """Parse a row. Raises UserError, naming what is missing, when the messages are not a CellPuzzles puzzle.
+        """Parse a row of any variant.
 
-        The answer is the text column `answer` where there is one beside `assistant_msg`, else what `assistant_msg` ends in.
+        The correct labels are taken from the text column `answer`, or from the end of `assistant_msg` when the row has
+        no such column. Raises UserError, with the part that is missing, when the messages are no CellPuzzles puzzle.
+
+        >>> cells = "Cell 1: CD3D, IL7R\\nCell 2: CD79A, MS4A1"
+        >>> request = "Match the cells above to one of the following cell types:\\nB cell\\nT cell"
+        >>> user_msg = f"Context: The cell is from a female. \\n\\n{cells}\\n\\n{request}"
+        >>> row = {"system_msg": "...", "user_msg": user_msg, "assistant_msg": "T cell | B cell"}
+        >>> puzzle = Puzzle.from_row(row)
+        >>> puzzle.cells
+        [['CD3D', 'IL7R'], ['CD79A', 'MS4A1']]
+        >>> puzzle.answer
+        ['T cell', 'B cell']
+        >>> puzzle.to_row() == row
+        True
         """
-        if "assistant_msg" not in row:  # the authors' unseen-disease files call it so
+        if "assistant_msg" not in row:  # the authors' files of unseen diseases call the column `answer`
             row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
         if missing:
@@ -107,7 +140,9 @@ class Puzzle:
         has_answer = isinstance(row.get("answer"), str)
         answer = _parse_answer(row["answer" if has_answer else "assistant_msg"])
         _check_numbers(variant, len(cells), len(candidates), len(answer))
+        # parquet gives None for a column that other rows have: it is no metadata of this row
         meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}
+        # keep only what differs from our own rendering, so that an unchanged row renders back to the same bytes
         if row["system_msg"] != SYSTEM_MESSAGES[variant]:
             meta["system_msg"] = row["system_msg"]
         if has_answer:
@@ -127,12 +162,12 @@ class Puzzle:
 
 
 def content_id(user_msg: str) -> str:
-    """16 hex digits that name a prompt by its bytes."""
+    """The first 16 hex digits of the prompt's SHA-256."""
     return hashlib.sha256(user_msg.encode()).hexdigest()[:16]
 
 
 def cell_ids_problem(puzzle: Puzzle) -> str | None:
-    """What is wrong with the column `cell_ids` of a puzzle, None where nothing is or it has none."""
+    """What is wrong with the column `cell_ids` of a puzzle. None when nothing is, or the puzzle has no such column."""
     ids = puzzle.meta.get("cell_ids")
     if ids is None or isinstance(ids, list | tuple) and len(ids) == len(puzzle.cells):
         return None
@@ -140,7 +175,10 @@ def cell_ids_problem(puzzle: Puzzle) -> str | None:
 
 
 def _split_request(text: str) -> tuple[str, str, list[str]]:
-    """(variant, what stands before the request, candidates) of a user message. Raises UserError where it has no request."""
+    """(variant, text before the request, candidates) of a user message. The request begins at "Match the cells above".
+
+    Raises UserError when there is no request.
+    """
     for variant, head in (("batch", CANDIDATES_HEAD), ("cell", CELL_CANDIDATES_HEAD)):
         body, found, candidate_text = text.partition("\n\n" + head)
         if found:
@@ -151,7 +189,7 @@ def _split_request(text: str) -> tuple[str, str, list[str]]:
 
 
 def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
-    """(context, context tail, cells) of a user message without its request."""
+    """(context, context tail, cells) of the text before the request."""
     head, found, cell_text = body.rpartition("\n\n")
     if not found or not head.startswith(CONTEXT_HEAD):
         raise UserError(f"the user message does not begin with {CONTEXT_HEAD.strip()!r} and a blank line after it")
@@ -167,7 +205,7 @@ def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
 
 
 def _check_numbers(variant: str, n_cells: int, n_candidates: int, n_answers: int) -> None:
-    """Raises UserError when cells, candidates and answers do not go together in the variant."""
+    """Raise UserError when the numbers of cells, candidates and answers do not fit the variant."""
     found = f"{n_cells} cells, {n_candidates} candidates and {n_answers} answers"
     if variant == "batch" and not n_cells == n_candidates == n_answers:
         raise UserError(f"{found}: the three must be equal in number")
@@ -178,13 +216,13 @@ def _check_numbers(variant: str, n_cells: int, n_candidates: int, n_answers: int
 
 
 def _parse_answer(assistant_msg: str) -> list[str]:
-    """Labels of a bare answer, or of the answer block that ends a reasoning trace."""
+    """The labels of an answer, or of the answer block at the end of a reasoning trace."""
     block = _ANSWER_BLOCK.search(assistant_msg)
     return [label.strip() for label in (block[1] if block else assistant_msg).split("|")]
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Every row of a .parquet, .jsonl or .json file. Raises UserError naming the file, and the line where there is one."""
+    """All rows of a .parquet, .jsonl or .json file. Raises UserError with the name of the file and the line, if any."""
     path = Path(path)
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a .parquet, .jsonl or .json file in it")
@@ -202,7 +240,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
+    import pyarrow  # here, not above: reading .jsonl must not wait for this import
     import pyarrow.parquet as parquet
 
     try:
@@ -223,7 +261,9 @@ def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
 
 def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):  # splitlines also cuts at U+2028
+    for number, line in enumerate(
+        text.removesuffix("\n").split("\n"), start=1
+    ):  # str.splitlines would also cut at U+2028
         if not line:
             continue
         try:
@@ -236,9 +276,21 @@ def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
 
 
 def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
-    """Puzzles of a .parquet, .jsonl or .json file, ours or the published ones, in file order.
+    """The puzzles of a .parquet, .jsonl or .json file, ours or the published ones, in file order.
 
-    Raises UserError that names the file and row of the first row that is no puzzle, or says that the file is empty.
+    Raises UserError with the file and number of the first row that is no puzzle, or when the file has no row.
+
+    >>> puzzle = Puzzle(
+    ...     id="blood-1",
+    ...     context="The cell is from a female, originating from the blood.",
+    ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+    ...     candidates=["B cell", "T cell"],
+    ...     answer=["T cell", "B cell"],
+    ... )
+    >>> write_puzzles("puzzles.parquet", [puzzle])
+    >>> for puzzle in read_puzzles("puzzles.parquet"):
+    ...     print(puzzle.id, dict(zip(puzzle.answer, puzzle.cells)))
+    blood-1 {'T cell': ['CD3D', 'IL7R'], 'B cell': ['CD79A', 'MS4A1']}
     """
     puzzles = []
     for number, row in enumerate(read_rows(path)):
@@ -252,12 +304,15 @@ def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:
 
 
 def write_puzzles(path: str | os.PathLike, puzzles: Iterable[Puzzle]) -> None:
-    """Write puzzles as .parquet or .jsonl, whole or not at all (temporary name, then rename)."""
+    """Write puzzles as .parquet or .jsonl, completely or not at all (temporary name, then rename).
+
+    See `read_puzzles` for an example. Raises UserError for another file ending or a value that parquet cannot store.
+    """
     write_rows(path, [puzzle.to_row() for puzzle in puzzles])
 
 
 def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
-    """Write rows as .parquet or .jsonl, whole or not at all. Raises UserError for another ending."""
+    """Write rows as .parquet or .jsonl, completely or not at all. Raises UserError for another file ending."""
     if Path(path).suffix not in (".parquet", ".jsonl"):
         raise UserError(f"{path}: write puzzles to a name that ends in .parquet or .jsonl")
     with replacing(path) as partial:
@@ -265,10 +320,10 @@ def write_rows(path: str | os.PathLike, rows: list[dict[str, Any]]) -> None:
 
 
 def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, Any]] = ()) -> None:
-    """Write rows in place, for a folder that is renamed as a whole.
+    """Write rows directly to `path`, for a folder that is renamed as a whole afterwards.
 
-    like: rows whose columns and types a parquet file without rows gets. Raises UserError for values that parquet cannot
-    hold, naming the column.
+    like: example rows; a parquet file without rows gets their columns and types. Raises UserError, with the column's
+    name, for values that parquet cannot store.
     """
     if path.suffix != ".parquet":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -277,16 +332,17 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
     import pyarrow.parquet as parquet
 
     columns = {}
+    # column by column, so that a value of the wrong type can be reported with its column
     for column in dict.fromkeys([*MESSAGE_COLUMNS, *(key for row in rows or like for key in row)]):
         values = [row.get(column) for row in rows or like]
         try:
             columns[column] = pyarrow.array(values)
         except (pyarrow.ArrowException, OverflowError) as error:
             why = " ".join(str(error).split())
-            raise UserError(f"column {column!r} is none that parquet can hold ({why}); write .jsonl instead") from None
+            raise UserError(f"column {column!r} cannot be stored as parquet ({why}); write .jsonl instead") from None
     table = pyarrow.table(columns)
     try:
         parquet.write_table(table if rows else table.schema.empty_table(), path)
     except pyarrow.ArrowException as error:
         why = " ".join(str(error).split())
-        raise UserError(f"the rows are none that parquet can hold ({why}); write .jsonl instead") from None
+        raise UserError(f"the rows cannot be stored as parquet ({why}); write .jsonl instead") from None

@@ -19,7 +19,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from data.build.build import BuildConfig, Watch, build_puzzles
+from data.build.build import BuildConfig, BuildProgress, build_puzzles
 from data.build.staging import Staging
 from data.errors import UserError
 from data.files import flush, reason_of
@@ -142,7 +142,7 @@ def _remove_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Watch]:
+def watching() -> Iterator[BuildProgress]:
     """A bar with rate and time left on a terminal, plain lines elsewhere."""
     bars: dict[str, tqdm] = {}
 
@@ -158,7 +158,7 @@ def watching() -> Iterator[Watch]:
         bars[phase].update(done - bars[phase].n)
 
     try:
-        yield Watch(say=say, progress=progress if sys.stderr.isatty() else plain_progress())
+        yield BuildProgress(say=say, progress=progress if sys.stderr.isatty() else plain_progress())
     finally:
         for bar in bars.values():
             bar.close()

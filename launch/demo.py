@@ -15,11 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.processes import environment_without_launcher
 from launch.options import command, option
 from trainer.record.runfolder import list_checkpoints, provenance, write_json
 
 LAUNCH = Path(__file__).resolve().parent
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def run_stage(
     launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     print(f"\n[{stage}] $ {shlex.join([*launcher, f'launch/{verb}.py', *arguments])}", flush=True)
     start = time.perf_counter()
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("TORCHELASTIC")}
+    env = environment_without_launcher()
     env |= {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}  # torchrun's own default, without its banner
     launcher = [sys.executable, *(["-m", "torch.distributed.run", *launcher[1:]] if ranks > 1 else [])]
     done = subprocess.run([*launcher, str(LAUNCH / f"{verb}.py"), *arguments], env=env, check=False)

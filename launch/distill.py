@@ -30,15 +30,15 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from data.distill.distill import KEEP, Completion, Draws, Key, Plan, Request, Teacher, distill
+from data.distill.distill import KEEP_RULES, Completion, Draws, Plan, Request, RequestKey, Teacher, distill
 from data.distill.embedded_teacher import EmbeddedTeacher, TeacherConfig, marker_table
 from data.distill.meter import Meter
-from data.distill.report import headline, make_report, table, write_report
+from data.distill.report import acceptance_table, headline, make_report, write_report
 from data.distill.responses import RawFile, prompts_hash
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, write_rows
 from launch.options import command, flag, option
-from reward.traces import TraceJudge
+from reward.judge import TraceJudge
 
 TEACHERS = ("embedded", "openai", "vllm")
 OF_TEACHER = {
@@ -80,7 +80,7 @@ class DistillConfig:
     candidates: int = option(8, "Traces drawn per puzzle before giving up (k of the paper).")
     stop_at: int = option(1, "Accepted traces after which a puzzle is asked no more; 0 draws all --candidates.")
     keep: str = option(
-        "first", "Which of a puzzle's accepted traces are kept (see --stop-at); shortest counts characters.", KEEP
+        "first", "Which of a puzzle's accepted traces are kept (see --stop-at); shortest counts characters.", KEEP_RULES
     )
     hint: bool = option(False, "Ask again, with the answer hinted, for puzzles whose every candidate was rejected.")
     hint_candidates: int = option(4, "Traces drawn with the answer hinted.")
@@ -144,7 +144,7 @@ def main(config: DistillConfig) -> None:
     settings, worst = meaning(config, puzzles), worst_cases(config, puzzles, meter)
     with (
         closing(judge),
-        RawFile(raw_path, settings, meter, resume=config.resume, replace=free, sync=not free, worst=worst) as raw,
+        RawFile(raw_path, settings, meter, resume=config.resume, replace=free, sync=not free, worst_cost=worst) as raw,
     ):
         teacher = make_teacher(config, key, puzzles, chosen, meter, raw)
         with Progress(draws, meter) as progress, Interruptible(teacher, raw, config) as interrupted:
@@ -234,16 +234,16 @@ def meaning(config: DistillConfig, puzzles: list[Puzzle]) -> dict[str, Any]:
     return {"teacher": config.teacher, **used, "seed": config.seed, "prompts": prompts_hash(puzzles)}
 
 
-def worst_cases(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Callable[[Key], float]:
+def worst_cases(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Callable[[RequestKey], float]:
     """The most that a request of the raw file can cost, by its key."""
     by_id = {puzzle.id: puzzle for puzzle in puzzles}
 
-    def worst(key: Key) -> float:
+    def worst(key: RequestKey) -> float:
         puzzle_id, attempt, hinted = key
         if puzzle_id not in by_id:
             return 0.0
         request = Request(puzzle=by_id[puzzle_id], attempt=attempt, hinted=hinted)
-        return meter.worst(request.chat(), config.max_response_tokens)
+        return meter.worst_cost(request.chat(), config.max_response_tokens)
 
     return worst
 
@@ -330,7 +330,7 @@ def finish(config: DistillConfig, draws: Draws, meter: Meter, ended: str, second
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
     report = make_report(draws, meter, seed=config.seed, rows=len(rows), ended=ended, settings=settings)
     write_report(beside(config.out, ".report.json"), {**report, "timing": {"seconds": round(seconds, 1)}})
-    print(table(report), flush=True)
+    print(acceptance_table(report), flush=True)
     if ended == "budget":
         click.echo(
             f"note: --budget {config.budget:g} is used up: puzzles are left, {report['puzzles'] - report['puzzles_asked']} of "

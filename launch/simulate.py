@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 
 from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS
 from data.atlas.simulate import write_atlas
-from data.atlas.stream import stream_atlas, summarise
+from data.atlas.stream import stream_atlas, summarise_atlas
 from data.errors import UserError
 from launch.options import command, option
 
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     layout = {"cells": config.cells, "genes": config.genes}
     layout |= {"encoding": config.encoding, "compression": config.compression}
     if layout == {"cells": None, "genes": None, "encoding": "csr", "compression": "gzip"}:
-        summary = summarise(write_atlas(config.out, config.donors, config.seed, **settings))
+        summary = summarise_atlas(write_atlas(config.out, config.donors, config.seed, **settings))
     else:
         summary = stream_atlas(config.out, config.donors, config.seed, **settings, **layout)
     print(f"{config.out}: {summary}")

@@ -1,6 +1,6 @@
-"""Rewards: `fn(completion: str, puzzle: Puzzle) -> float | Reward`, sync or async, named by import path.
+"""Rewards: functions `fn(completion: str, puzzle: Puzzle) -> float | Reward`, sync or async, named by import path.
 
-`reward/scoring.py` runs them in worker processes; `reward/adapters.py` takes functions in TRL's and verl's styles.
+reward/scoring.py runs them in worker processes. reward/adapters.py adapts functions written for TRL or verl.
 """
 
 import importlib
@@ -18,10 +18,13 @@ __all__ = ["Reward", "RewardFn", "Status", "as_reward", "load_reward"]
 
 
 def load_reward(path: str) -> RewardFn:
-    """The function behind `package.module:function` or `path/to/file.py:function`.
+    """The reward function named by `package.module:function` or `path/to/file.py:function`.
 
-    `trl:` and `verl:` in front take a function written for those programs (reward/adapters.py).
-    Raises UserError, with the reason, when it does not import, is not there, or is not callable.
+    The prefixes `trl:` and `verl:` adapt a function written for those programs (reward/adapters.py).
+    Raises UserError, with the reason, when the module cannot be imported or has no such function.
+
+    >>> load_reward("reward.cellpuzzles:batch_reward").__doc__.splitlines()[0]
+    'Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.'
     """
     style, _, rest = path.partition(":")
     if style in ("trl", "verl") and ":" in rest:
@@ -30,7 +33,7 @@ def load_reward(path: str) -> RewardFn:
 
 
 def _load_function(path: str, function: str) -> Callable:
-    """`function` is what names the function, `path` what the user wrote."""
+    """Load `module:name`. path: the text that the user wrote, for messages."""
     module_name, colon, name = function.rpartition(":")
     if not colon or not module_name or not name:
         raise UserError(f"--reward {path}: write it as module:function or path/to/file.py:function")
@@ -47,7 +50,7 @@ def _load_function(path: str, function: str) -> Callable:
 
 
 def _load_module(path: str, module_name: str):
-    if str(Path.cwd()) not in sys.path:  # `python launch/grpo.py` puts launch/ there, not the user's folder
+    if str(Path.cwd()) not in sys.path:  # `python launch/grpo.py` adds launch/ to the path, not the user's folder
         sys.path.append(str(Path.cwd()))
     try:
         return importlib.import_module(module_name)

@@ -1,11 +1,11 @@
 """Reward functions written for TRL or verl, used unchanged: `--reward trl:module:fn`, `--reward verl:file.py:fn`.
 
-TRL   fn(prompts, completions, **columns) -> list of float or None. Puzzles are chats, so a prompt is a list of
-      {"role", "content"} turns and a completion is one such turn in a list, as TRL passes them for a chat dataset.
-      columns: puzzle_id, answer, candidates, cells, context and the columns of the puzzle's row. Called with one response
-      at a time: a function that compares the responses of a call with each other cannot be used so.
+TRL   fn(prompts, completions, **columns) -> list of float or None. As TRL does for a chat dataset, a prompt is a list
+      of {"role", "content"} turns and a completion is a list with one such turn. columns: puzzle_id, answer,
+      candidates, cells, context and the columns of the puzzle's row. The function is called with one response at a
+      time, so it cannot compare the responses of a group.
 verl  fn(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float, ...}. ground_truth is the
-      answer as published, "T cell | B cell"; extra_info has puzzle_id, candidates, n_cells.
+      answer as published, "T cell | B cell". extra_info has puzzle_id, candidates and n_cells.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from reward.result import Reward, RewardFn, Status
 
 
 def adapt(style: str, fn: Callable) -> RewardFn:
-    """`fn` as a reward function of (completion, puzzle). Raises UserError when it needs what we cannot give."""
+    """`fn` as a reward function of (completion, puzzle). Raises UserError when it needs an argument we do not have."""
     if style == "verl":
         return _from_verl(fn)
     needed = [
@@ -33,6 +33,7 @@ def adapt(style: str, fn: Callable) -> RewardFn:
 
 
 def _from_trl(fn: Callable) -> RewardFn:
+    """A function in TRL's style as a reward function. What it logs with log_metric becomes parts of the reward."""
     # TRL passes every column as a keyword; a function without **kwargs can only take those it names
     takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
     names = set(inspect.signature(fn).parameters)
@@ -59,7 +60,7 @@ def _from_trl(fn: Callable) -> RewardFn:
     def settle(results: list, parts: dict[str, float]) -> Reward:
         if not isinstance(results, (list, tuple)) or len(results) != 1:
             raise UserError(f"a TRL-style reward returns one number per completion; for one it returned {results!r}")
-        if results[0] is None:
+        if results[0] is None:  # TRL: the function does not apply to this response
             return Reward(total=float("nan"), parts=parts, status=Status.DECLINED, message="the function returned None")
         return Reward(total=float(results[0]), parts=parts)
 
@@ -72,6 +73,8 @@ def _from_trl(fn: Callable) -> RewardFn:
 
 
 def _from_verl(fn: Callable) -> RewardFn:
+    """A function in verl's style as a reward function. Further numbers in its dict become parts of the reward."""
+
     def settle(result: Any) -> Reward:
         if not isinstance(result, dict):
             return Reward(total=float(result))
@@ -92,7 +95,7 @@ def _from_verl(fn: Callable) -> RewardFn:
 
 
 def _then(result: Any, settle: Callable[[Any], Reward]) -> Reward | Awaitable[Reward]:
-    """settle(result), now or, for an async function, when it is there."""
+    """settle(result); for an async function, an awaitable of it."""
     if not inspect.isawaitable(result):
         return settle(result)
 

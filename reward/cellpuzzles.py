@@ -1,14 +1,9 @@
 """The CellPuzzles rewards (Cell-o1, arXiv:2506.02911, Eq. 2 and the ablations of section 5).
 
-A valid response is exactly one `<think>...</think>` followed by exactly one `<answer>...</answer>`, nothing but white
-space outside and between them, and one non-empty label per cell in the answer, separated by `|`. Only the answer block
-is read, and a tag repeated anywhere (inside the reasoning too) makes the response invalid: the authors' scorer can be
-led to read a line of the reasoning instead.
-
-Example, for a puzzle whose answer is ["T cell", "B cell"]:
-    batch_reward("<think>CD3D, MS4A1</think>\\n<answer>T cell | B cell</answer>", puzzle).total == 1.0
-    batch_reward("<think>?</think><answer>B cell | T cell</answer>", puzzle).total == 0.0
-    batch_reward("T cell | B cell", puzzle).total == -1.0
+A valid response is exactly one `<think>...</think>` followed by exactly one `<answer>...</answer>`, with only white
+space outside and between them. The answer has one non-empty label per cell, separated by `|`.
+Only the answer block is read. A tag that occurs twice anywhere, also inside the reasoning, makes the response invalid:
+the authors' scorer can be tricked into reading a line of the reasoning instead of the answer.
 """
 
 from dataclasses import dataclass
@@ -21,16 +16,23 @@ from reward import Reward, Status
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedResponse:
-    """What a response says. `labels` is empty exactly when the format is invalid, and `problem` then says why."""
+    """The labels of a response. When the format is invalid, `labels` is empty and `problem` says why."""
 
     valid: bool
     labels: list[str]
-    """[N] labels in cell order, trimmed, as written."""
+    """[N] labels in cell order, as written, without white space around them."""
     problem: str
+    """Why the format is invalid; "" when it is valid."""
 
 
 def parse_response(text: str, n_cells: int) -> ParsedResponse:
-    """Read a response to a puzzle of `n_cells` cells. Never raises: a bad response is a result, not an error."""
+    """Parse a response to a puzzle of `n_cells` cells. A bad response is a result, not an error: this never raises.
+
+    >>> parse_response("<think>CD3D is a marker of T cells.</think><answer>T cell | B cell</answer>", n_cells=2).labels
+    ['T cell', 'B cell']
+    >>> parse_response("<think>CD3D is a marker of T cells.</think><answer>T cell</answer>", n_cells=2).problem
+    'the answer has 1 labels for 2 cells'
+    """
     for tag in _TAGS:
         if text.count(tag) != 1:
             return _invalid(f"{tag} occurs {text.count(tag)} times, not once")
@@ -46,17 +48,32 @@ def parse_response(text: str, n_cells: int) -> ParsedResponse:
 
 
 def normalise_label(label: str) -> str:
-    """A label as labels are compared: trimmed, inner white space collapsed, case folded."""
+    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored."""
     return " ".join(label.split()).casefold()
 
 
 def cells_right(labels: list[str], answer: list[str]) -> int:
-    """Number of positions where the label is the gold label."""
+    """The number of cells whose label is the correct one. labels, answer: [N]."""
     return sum(normalise_label(label) == normalise_label(gold) for label, gold in zip(labels, answer, strict=True))
 
 
 def batch_reward(completion: str, puzzle: Puzzle) -> Reward:
-    """Eq. (2): -1 for an invalid format, 1 when every label is right, else 0."""
+    """Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.
+
+    >>> puzzle = Puzzle(
+    ...     id="blood-1",
+    ...     context="The cell is from a female, originating from the blood.",
+    ...     cells=[["CD3D", "IL7R"], ["CD79A", "MS4A1"]],
+    ...     candidates=["B cell", "T cell"],
+    ...     answer=["T cell", "B cell"],
+    ... )
+    >>> batch_reward("<think>CD3D, MS4A1</think><answer>T cell | B cell</answer>", puzzle).total
+    1.0
+    >>> batch_reward("<think>CD3D, MS4A1</think><answer>B cell | T cell</answer>", puzzle).total
+    0.0
+    >>> batch_reward("T cell | B cell", puzzle).total
+    -1.0
+    """
     return _reward(completion, puzzle, lambda cell_accuracy: float(cell_accuracy == 1.0))
 
 
@@ -66,7 +83,10 @@ def mixed_reward(completion: str, puzzle: Puzzle) -> Reward:
 
 
 def strict_reward(completion: str, puzzle: Puzzle) -> Reward:
-    """`batch_reward` with the authors' further rule: -1 for a label given twice (a wrong count is invalid anyway)."""
+    """`batch_reward` with another rule of the authors' code: -1 when two cells get the same label.
+
+    Their rule of -1 for a wrong number of labels is part of the format here.
+    """
     reward = batch_reward(completion, puzzle)
     labels = parse_response(completion, len(puzzle.cells)).labels
     if len({normalise_label(label) for label in labels}) < len(labels):
@@ -75,6 +95,7 @@ def strict_reward(completion: str, puzzle: Puzzle) -> Reward:
 
 
 def _reward(completion: str, puzzle: Puzzle, total_of) -> Reward:
+    """The reward of a response. total_of(cell accuracy in [0, 1]): the total for a valid format."""
     parsed = parse_response(completion, len(puzzle.cells))
     if not parsed.valid:
         parts = {"cell_accuracy": 0.0, "batch_accuracy": 0.0, "format_validity": 0.0}

@@ -1,4 +1,4 @@
-"""What a reward function returns: a number, or a Reward with its parts and a status."""
+"""What a reward function returns: a number, or a `Reward` with its parts and a status."""
 
 import math
 import numbers
@@ -11,20 +11,20 @@ from data.puzzles import Puzzle
 
 
 class Status(StrEnum):
-    """What became of a completion. Nothing collapses silently to a reward of 0."""
+    """What happened to a completion. A failure is never turned into a reward of 0."""
 
     OK = "ok"
     """Scored."""
     INVALID_FORMAT = "invalid_format"
-    """Scored, as an answer that breaks the format."""
+    """Scored; the response breaks the format."""
     TRUNCATED = "truncated"
-    """Scored, but the response hit the length limit."""
+    """Scored; the response was cut at the length limit."""
     ERROR = "error"
-    """The reward function raised, returned no number, or brought its process down. Not scored."""
+    """Not scored: the reward function raised, returned no number, or its process died."""
     TIMEOUT = "timeout"
-    """The reward function took too long. Not scored."""
+    """Not scored: the reward function took too long."""
     DECLINED = "declined"
-    """A TRL-style function returned None for this completion. Not scored; left out of its group under every policy."""
+    """Not scored: a TRL-style function returned None. The response is left out of its group under every policy."""
 
 
 NOT_SCORED = (Status.ERROR, Status.TIMEOUT, Status.DECLINED)
@@ -32,19 +32,22 @@ NOT_SCORED = (Status.ERROR, Status.TIMEOUT, Status.DECLINED)
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """A score with its parts. Example: Reward(total=-1.0, parts={"format_validity": 0.0}, status=Status.INVALID_FORMAT)"""
+    """A score with its parts.
+
+    Example: Reward(total=-1.0, parts={"format_validity": 0.0}, status=Status.INVALID_FORMAT)
+    """
 
     total: float
-    """What the advantages are computed from; nan when the status says that the completion was not scored."""
+    """The number from which advantages are computed; nan when the completion was not scored."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Named numbers behind the total, averaged into `rewards/<name>` of metrics.jsonl."""
+    """Named numbers that explain the total. Their means are `rewards/<name>` in metrics.jsonl."""
     status: Status = Status.OK
     message: str = ""
-    """Why it was not scored."""
+    """Why the completion was not scored."""
 
     @property
     def failed(self) -> bool:
-        """Is this a case for --on-reward-error?"""
+        """Whether the option --on-reward-error decides what happens to this completion."""
         return self.status in (Status.ERROR, Status.TIMEOUT)
 
     @property
@@ -56,7 +59,7 @@ RewardFn = Callable[[str, Puzzle], "float | Reward | Awaitable[float | Reward]"]
 
 
 def as_reward(result: object) -> Reward:
-    """What a reward function returned, as a Reward of plain floats.
+    """The result of a reward function as a Reward of plain floats.
 
     Raises UserError when it is neither a finite number nor a Reward whose total and parts are finite numbers.
     """

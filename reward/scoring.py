@@ -1,12 +1,13 @@
-"""Scoring in worker processes: a time limit per response, and a reward function that cannot take the trainer down.
+"""Scoring in worker processes: each response has a time limit, and a reward that crashes does not crash the trainer.
 
     scorer = Scorer("my_rewards.py:fn", workers=2, seconds=60)
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
     scorer.close()
 
-A worker is `python -m reward.scoring PATH SECONDS`: one JSON job {"index", "completion", "puzzle"} a line in, one JSON
-result {"index", "total", "parts", "status", "message"} a line out. What the reward prints goes to standard error. A plain
-function gets one response at a time; of an async one up to CONCURRENT run side by side, each with its own time limit.
+A worker is `python -m reward.scoring PATH SECONDS PARENT`. It reads one JSON job {"index", "completion", "puzzle"} per
+line and writes one JSON result {"index", "total", "parts", "status", "message"} per line. What the reward prints goes
+to standard error. A plain function gets one response at a time; an async one up to CONCURRENT at once, each with its
+own time limit.
 """
 
 import asyncio
@@ -23,74 +24,84 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TextIO
 
 from data.errors import UserError
+from data.processes import end_with_parent, module_environment
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 
 CONCURRENT = 64
-GRACE = 1.0  # seconds beyond the limit before a process is killed: a coroutine's own time-out gets to reply first
+GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
 START_SECONDS = 300.0  # a reward module may load a model
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Scorer:
-    """path: what load_reward takes. workers 0 scores in this process: no time limit, breakpoints reach the function.
+    """Scores responses. path: a reward, as for load_reward.
 
-    Worker processes start with the first call of `score`, which raises UserError when one does not come up.
+    workers: number of processes. 0 scores in this process, without a time limit; a debugger then reaches the function.
+    Workers start with the first call of `score`, which raises UserError when one does not start.
     """
 
     def __init__(
         self, path: str, workers: int = 1, seconds: float = 60.0, on_reply: Callable[[], None] = lambda: None
     ) -> None:
-        """on_reply() is called for every response that has been scored in a worker."""
+        """seconds: time limit per response. on_reply() is called for every response that a worker has scored."""
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
+        # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
+        self.threads = ThreadPoolExecutor(workers) if workers else None
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
     ) -> list[Reward | None]:
-        """[N] rewards in order. A response cut at the length limit has the status TRUNCATED; its reward stays as given.
+        """[N] rewards in order. A response that was cut gets the status TRUNCATED; its reward does not change.
 
-        stop_at_failure: give up at the first ERROR or TIMEOUT; what was not scored by then is None.
+        truncated: [N] whether a response was cut at the length limit.
+        stop_at_failure: stop at the first ERROR or TIMEOUT; responses that were not scored by then are None.
         """
         jobs = [
             {"index": index, "completion": completion, "puzzle": asdict(puzzle)}
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
-        found = self._in_workers(jobs, stop_at_failure) if self.workers else self._here(completions, puzzles)
+        found = (
+            self._score_in_workers(jobs, stop_at_failure) if self.workers else self._score_here(completions, puzzles)
+        )
         results = [found.get(index) for index in range(len(jobs))]
         return [
             replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
             for result, cut in zip(results, truncated, strict=True)
         ]
 
-    def _here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
+    def _score_here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
         async def gather() -> list[Reward]:
             pairs = zip(completions, puzzles, strict=True)
             return await asyncio.gather(*(score_one(self.fn, text, puzzle, None) for text, puzzle in pairs))
 
         return dict(enumerate(asyncio.run(gather())))
 
-    def _in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
+    def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
         stop = threading.Event() if stop_at_failure else None
-        with ThreadPoolExecutor(len(self.workers)) as threads:
-            parts = threads.map(lambda worker, share: worker.score(share, stop), self.workers, shares)
-            return {index: reward for part in parts for index, reward in part.items()}
+        assert self.threads is not None
+        futures = [
+            self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
+        ]
+        wait(futures)
+        return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
         """End the worker processes."""
         for worker in self.workers:
             worker.stop()
+        if self.threads is not None:
+            self.threads.shutdown()
 
 
 class _Worker:
-    """One scoring process, started when it is first needed and again after it was killed or died."""
+    """One scoring process. It is started when it is first needed, and again after it died or was killed."""
 
     def __init__(self, path: str, seconds: float, on_reply: Callable[[], None]) -> None:
         self.path, self.seconds, self.on_reply = path, seconds, on_reply
@@ -99,8 +110,8 @@ class _Worker:
         self.is_async = False
 
     def score(self, jobs: list[dict], stop: threading.Event | None) -> dict[int, Reward]:
-        """{index: reward}. When the process hangs or dies with several jobs in flight, each of them is tried again alone, so
-        that only the one at fault has the failure."""
+        """{index: reward}. When the process hangs or dies with several jobs in flight, each is tried again alone, so
+        that only the job that caused it gets the failure."""
         done: dict[int, Reward] = {}
         waiting, alone = deque(jobs), deque()
         while (waiting or alone) and not (stop and stop.is_set()):
@@ -109,33 +120,36 @@ class _Worker:
         return done
 
     def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event | None) -> list[dict]:
-        """Work off the queue, at most `window` jobs in flight, until it is empty or the process fails; the jobs to try alone."""
+        """Do the jobs of the queue, at most `window` in flight, until it is empty or the process fails.
+
+        Returns the jobs to try again alone.
+        """
         self._start()
         window = window if self.is_async else 1
-        flying: dict[int, tuple[dict, float]] = {}
-        while (queue or flying) and not (stop and stop.is_set()):
+        in_flight: dict[int, tuple[dict, float]] = {}
+        while (queue or in_flight) and not (stop and stop.is_set()):
             failure = None
-            while queue and len(flying) < window and failure is None:
+            while queue and len(in_flight) < window and failure is None:
                 job = queue.popleft()
-                flying[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
+                in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
-            reply = failure or self._receive(min(deadline for _, deadline in flying.values()))
+            reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
             if isinstance(reply, Reward):
                 self.stop()
-                if len(flying) > 1:
-                    return [job for job, _ in flying.values()]
-                index, reward = next(iter(flying)), reply
+                if len(in_flight) > 1:
+                    return [job for job, _ in in_flight.values()]
+                index, reward = next(iter(in_flight)), reply
                 if queue:
                     self._start()
             else:
                 index = reply.pop("index")
                 reward = Reward(**{**reply, "status": Status(reply["status"])})
-            del flying[index]
+            del in_flight[index]
             done[index] = reward
             self.on_reply()
             if stop and reward.failed:
                 stop.set()
-        if flying:
+        if in_flight:
             self.stop()  # its answers are no longer wanted
         return []
 
@@ -144,17 +158,14 @@ class _Worker:
             self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:
             return
-        root = str(Path(__file__).resolve().parent.parent)
-        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds)],
+            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=env,
+            env=module_environment(),
             start_new_session=True,  # a SIGTERM for the run must not reach it
         )
-        os.set_blocking(self.process.stdin.fileno(), False)
+        os.set_blocking(self.process.stdin.fileno(), False)  # a stuck worker that reads no more must not block _send
         self.unread = b""
         ready = self._receive(time.monotonic() + START_SECONDS)
         if isinstance(ready, Reward):
@@ -164,7 +175,7 @@ class _Worker:
         self.is_async = ready["is_async"]
 
     def _send(self, job: dict) -> Reward | None:
-        """Write one job; the Reward that says why it could not be written."""
+        """Write one job. Returns a Reward with the reason when it cannot be written."""
         data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.process.stdin.fileno()
         deadline = time.monotonic() + self.seconds + GRACE
         while data:
@@ -177,7 +188,7 @@ class _Worker:
         return None
 
     def _receive(self, deadline: float) -> dict | Reward:
-        """The next reply, or the Reward that says why there is none."""
+        """The next reply, or a Reward with the reason why there is none."""
         pipe = self.process.stdout.fileno()
         while b"\n" not in self.unread:
             if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -197,11 +208,11 @@ class _Worker:
         return Reward(total=math.nan, status=Status.ERROR, message=message)
 
     def stop(self) -> None:
-        """Kill the process and whatever it started."""
+        """Kill the process and the processes that it started."""
         if self.process is None:
             return
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
         except ProcessLookupError:
             pass  # it is gone
         self.process.wait()
@@ -215,10 +226,10 @@ class _Worker:
 
 
 def serve(path: str, seconds: float) -> None:
-    """Answer jobs until standard input ends."""
+    """Do jobs until standard input ends."""
+    # replies keep the real standard output; what the reward prints must not mix with them
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     fn = load_reward(path)
     _reply(replies, {"ready": True, "is_async": is_async(fn)})
     asyncio.run(_serve_jobs(fn, seconds, replies))
@@ -231,7 +242,7 @@ async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
     def read() -> None:  # a thread, so that jobs keep arriving while coroutines run
         for line in sys.stdin:
             loop.call_soon_threadsafe(jobs.put_nowait, json.loads(line))
-        os._exit(0)  # the trainer is done; a reward's own threads may still be stuck
+        os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
 
     async def answer(job: dict) -> None:
         reward = await score_one(fn, job["completion"], Puzzle(**job["puzzle"]), seconds)
@@ -241,19 +252,19 @@ async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
     threading.Thread(target=read, daemon=True).start()
     while True:
         task = loop.create_task(answer(await jobs.get()))
-        tasks.add(task)  # the loop itself holds tasks only weakly
+        tasks.add(task)  # the event loop has only weak references to tasks
         task.add_done_callback(tasks.discard)
 
 
 def is_async(fn: RewardFn) -> bool:
-    """Is `fn` (or what an adapter wraps) a coroutine function?"""
+    """Whether `fn`, or the function that an adapter wraps, is a coroutine function."""
     return inspect.iscoroutinefunction(fn) or getattr(fn, "is_async", False)
 
 
 async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
-    """One reward; an exception or a time-out becomes its status, with total nan, and never a number.
+    """The reward of one response. An exception or a time-out becomes a status with total nan, never a number.
 
-    The one place that catches every Exception: the function is the user's, and the run's --on-reward-error decides.
+    This is the only place that catches every Exception: the function is the user's, and --on-reward-error decides.
     """
     start = time.monotonic()
     try:
@@ -281,12 +292,6 @@ def _reply(replies: TextIO, message: dict) -> None:
     replies.flush()
 
 
-def _end_with_parent(parent: int) -> None:
-    """A trainer killed with -9 leaves no worker behind, not even one stuck in a reward function."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 if __name__ == "__main__":
+    end_with_parent(int(sys.argv[3]))
     serve(sys.argv[1], float(sys.argv[2]))

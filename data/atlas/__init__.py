@@ -1,1 +1,1 @@
-"""A simulated single-cell atlas, and the marker table that it is made from."""
+"""A simulated single-cell atlas, and the table of marker genes from which it is made."""

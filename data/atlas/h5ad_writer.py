@@ -1,7 +1,7 @@
-"""Writing an .h5ad larger than memory: cells come in blocks and go straight to the file, in what layout is asked for.
+"""Write an .h5ad file that is larger than memory: cells arrive in blocks and are written at once, as CSR, CSC or dense.
 
-Axes: C cells, G genes, R cells of a block. The empty skeleton is written by anndata, so the file is one of anndata's; its
-datasets then grow. CSC goes through temporary files: a column's values come from every block.
+Axes: C cells, G genes, R cells of a block. anndata itself writes the empty file, so the format is its own; the datasets
+then grow with each block. CSC needs temporary files, because the values of one column come from every block.
 Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 """
 
@@ -16,22 +16,22 @@ from anndata.io import write_elem
 from scipy import sparse
 from tqdm import tqdm
 
-from data.files import need_room
+from data.files import require_free_space
 
 COMPRESSIONS = MappingProxyType({"gzip": "gzip", "lzf": "lzf", "none": None})
-"""Name -> filter of h5py; gzip is level 4, as anndata writes it."""
+"""Name -> filter of h5py. gzip has level 4, as in anndata."""
 CHUNK = 65_536
 """Values per HDF5 chunk of X."""
 OBS_CHUNK = 8192
 """Values per HDF5 chunk of an obs column."""
 VALUES_IN_MEMORY = 4_000_000
-"""Of CSC columns or dense rows, at a time."""
+"""Values of CSC columns or dense rows in memory at once."""
 ROOM = 64_000_000
-"""Bytes that are left free on a disk: HDF5 holds chunks back, and where it cannot write them in the end it crashes."""
+"""Bytes that stay free on the disk. HDF5 buffers chunks and crashes when it cannot write them at the end."""
 
 
 class GrowingH5ad:
-    """An .h5ad that grows by a block of cells with each `append`; `finish` completes it."""
+    """An .h5ad file that grows by one block of cells with each `append`. `finish` completes it."""
 
     def __init__(
         self,
@@ -43,12 +43,13 @@ class GrowingH5ad:
         compression: str,
         folder: Path,
     ) -> None:
-        """file: open and empty.
+        """Write the empty tables.
 
+        file: an open and empty HDF5 file.
         var: [G] table of genes.
-        categories: {obs column: all values it may have}, None for a column of booleans.
-        encoding, compression: of X, one of ENCODINGS and of COMPRESSIONS.
-        folder: an empty one, where CSC puts temporary files, 8 bytes per value.
+        categories: {obs column: all its possible values}; None for a column of booleans.
+        encoding, compression: of X; keys of ENCODINGS and COMPRESSIONS.
+        folder: an empty folder for the temporary files of CSC, 8 bytes per value.
         """
         self.categories, self.n_cells = categories, 0
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -57,7 +58,7 @@ class GrowingH5ad:
             for name, values in categories.items()
         }
         kwargs = {"compression": COMPRESSIONS[compression]}
-        growing = {**kwargs, "chunks": (OBS_CHUNK,), "maxshape": (None,)}
+        growing = {**kwargs, "chunks": (OBS_CHUNK,), "maxshape": (None,)}  # HDF5 resizes only chunked datasets
         self._x = ENCODINGS[encoding](file, len(var), COMPRESSIONS[compression], folder)
         write_elem(file, "obs", pd.DataFrame(empty, index=pd.Index([], dtype=object)), dataset_kwargs=growing)
         write_elem(file, "var", var, dataset_kwargs=kwargs)
@@ -67,7 +68,7 @@ class GrowingH5ad:
         self._obs = file["obs"]
 
     def append(self, counts: sparse.csr_matrix, obs: pd.DataFrame) -> None:
-        """Add a block: counts [R, G], float32 with sorted indices; obs [R] with text or booleans in every column."""
+        """Append a block. counts: [R, G] float32 with sorted indices. obs: [R] rows; columns hold text or booleans."""
         numbers = range(self.n_cells, self.n_cells + len(obs))
         _extend(self._obs["_index"], np.array([f"cell_{i:06d}" for i in numbers], dtype=object))
         for name, values in self.categories.items():
@@ -79,16 +80,19 @@ class GrowingH5ad:
         self.n_cells += len(obs)
 
     def finish(self) -> None:
-        """Write what had to wait for the last block."""
+        """Write the parts that need all blocks: the shape, and the columns of CSC."""
         self._x.finish()
 
 
 class _Csr:
+    """X as CSR: blocks are appended as they are."""
+
     def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
         self.n_genes = n_genes
         self.node = _empty_sparse(file, sparse.csr_matrix((0, n_genes), dtype=np.float32), compression)
 
     def append(self, block: sparse.csr_matrix) -> None:
+        # the block's indptr counts from 0, the file's from the values that are already there
         _extend(self.node["indptr"], len(self.node["data"]) + block.indptr[1:].astype(np.int64))
         _extend(self.node["indices"], block.indices)
         _extend(self.node["data"], block.data)
@@ -98,8 +102,10 @@ class _Csr:
 
 
 class _Dense:
+    """X as a dense matrix, with chunks of whole rows."""
+
     def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
-        chunks = (max(1, CHUNK // n_genes), n_genes)
+        chunks = (max(1, CHUNK // n_genes), n_genes)  # whole rows: a reader wants all genes of a cell
         kwargs = {"compression": compression, "chunks": chunks, "maxshape": (None, n_genes)}
         write_elem(file, "X", np.zeros((0, n_genes), dtype=np.float32), dataset_kwargs=kwargs)
         self.node = file["X"]
@@ -110,12 +116,14 @@ class _Dense:
             _extend(self.node, block[start : start + rows].toarray())
 
     def finish(self) -> None:
-        """All is written."""
+        """Nothing is left to write."""
 
 
 class _Csc:
-    """Each block is transposed and put into temporary files, where values of neighbouring columns are neighbours; in the
-    end each range of columns is collected from all blocks."""
+    """X as CSC. Each block is converted to CSC and appended to temporary files, in the order of its columns.
+
+    `finish` collects each range of columns from all blocks.
+    """
 
     def __init__(self, file: h5py.File, n_genes: int, compression: str | None, folder: Path) -> None:
         self.node = _empty_sparse(file, sparse.csc_matrix((0, n_genes), dtype=np.float32), compression)
@@ -124,6 +132,7 @@ class _Csc:
 
     def append(self, block: sparse.csr_matrix) -> None:
         block = block.tocsc()
+        # starts: [blocks, G + 1] positions in the files `rows` and `values`
         self._put("starts", self.n_values + block.indptr.astype(np.int64))
         self._put("rows", (self.n_cells + block.indices).astype(np.int32))
         self._put("values", block.data)
@@ -139,25 +148,27 @@ class _Csc:
         start = 0
         with tqdm(total=self.n_genes, desc="columns", unit="gene", disable=None) as bar:
             while start < self.n_genes:
-                done = ends[start - 1] if start else 0
+                done = ends[start - 1] if start else 0  # values of the columns written so far
+                # as many columns as fit in memory, at least one
                 stop = max(start + 1, int(np.searchsorted(ends, done + VALUES_IN_MEMORY, side="right")))
                 self._write_columns(start, stop)
                 bar.update(stop - start)
                 start = stop
 
     def _write_columns(self, start: int, stop: int) -> None:
+        """Collect the columns start to stop - 1 from the temporary files and append them to X."""
         columns, rows, values = [], [], []
         for block in range(self.n_blocks):
             starts = self._get("starts", np.int64, stop - start + 1, block * (self.n_genes + 1) + start)
             columns.append(np.repeat(np.arange(start, stop, dtype=np.int32), np.diff(starts)))
             rows.append(self._get("rows", np.int32, starts[-1] - starts[0], starts[0]))
             values.append(self._get("values", np.float32, starts[-1] - starts[0], starts[0]))
-        order = np.argsort(np.concatenate(columns), kind="stable")  # rows of a column come in order
+        order = np.argsort(np.concatenate(columns), kind="stable")  # stable: blocks, and so rows, stay in order
         _extend(self.node["indices"], np.concatenate(rows)[order])
         _extend(self.node["data"], np.concatenate(values)[order])
 
     def _put(self, name: str, values: np.ndarray) -> None:
-        need_room(self.folder, ROOM + values.nbytes)
+        require_free_space(self.folder, ROOM + values.nbytes)
         with open(self.folder / name, "ab") as file:
             values.tofile(file)
 
@@ -170,14 +181,15 @@ ENCODINGS = MappingProxyType({"csr": _Csr, "csc": _Csc, "dense": _Dense})
 
 
 def _empty_sparse(file: h5py.File, empty: sparse.spmatrix, compression: str | None) -> h5py.Group:
-    """X without cells, as anndata writes it; 64 bits for the starts, which count all values."""
+    """X without cells, as anndata writes it. indptr has 64 bits, because it counts all values of the file."""
     kwargs = {"compression": compression, "chunks": (CHUNK,), "indptr_dtype": np.int64}
     write_elem(file, "X", empty, dataset_kwargs=kwargs)
     return file["X"]
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
-    need_room(Path(dataset.file.filename).parent, ROOM + values.nbytes)
+    """Append values to a dataset. Raises OSError while the file can still be closed when the disk is nearly full."""
+    require_free_space(Path(dataset.file.filename).parent, ROOM + values.nbytes)
     n = len(dataset)
     dataset.resize(n + len(values), axis=0)
     dataset[n:] = values

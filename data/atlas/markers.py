@@ -1,4 +1,4 @@
-"""The marker table: which genes tell which cell type, in which tissues, and who says so (data/atlas/markers.tsv)."""
+"""The marker table data/atlas/markers.tsv: the marker genes of each cell type, its tissues, and the sources."""
 
 import os
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class MarkerEntry:
     """One cell type of the marker table."""
 
     cell_type: str
-    """Cell Ontology name, e.g. "natural killer cell"."""
+    """Name in the Cell Ontology. Example: "natural killer cell"."""
     lineage: str
-    """Group of related types, e.g. "T and NK cells"."""
+    """Group of related types. Example: "T and NK cells"."""
     tissues: tuple[str, ...]
-    """Uberon names of the tissues the type lives in."""
+    """Uberon names of the tissues in which the type occurs."""
     markers: tuple[str, ...]
     """HGNC gene symbols, strongest first."""
     source: str
@@ -27,10 +27,10 @@ class MarkerEntry:
 
 
 def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntry]:
-    """The entries of a marker table by cell type, in file order; `#` lines and empty lines are skipped.
+    """{cell type: entry} of a marker table, in file order. Empty lines and lines that begin with `#` are skipped.
 
-    Raises UserError naming the file and line of a missing or wrong header, a line without its five filled columns, a
-    cell type that comes twice, or a line that lists a gene or a tissue twice.
+    Raises UserError, with file and line, for a missing or wrong header, a line without five filled columns, a cell type
+    that occurs twice, or a line that lists a gene or a tissue twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,7 +59,7 @@ def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntr
 
 
 def _entry(fields: list[str]) -> MarkerEntry:
-    """The entry of one line's fields."""
+    """The entry for the fields of one line."""
     if len(fields) != len(COLUMNS):
         raise UserError(f"has {len(fields)} tab-separated columns, needs {len(COLUMNS)}: {', '.join(COLUMNS)}")
     for column, field in zip(COLUMNS, fields, strict=True):
@@ -71,7 +71,7 @@ def _entry(fields: list[str]) -> MarkerEntry:
 
 
 def _split(column: str, text: str) -> tuple[str, ...]:
-    """The comma-separated names of one field, each once."""
+    """The comma-separated names of one field. Raises UserError when one is empty or occurs twice."""
     names = tuple(name.strip() for name in text.split(","))
     for position, name in enumerate(names):
         if not name:

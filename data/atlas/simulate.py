@@ -1,11 +1,17 @@
-"""A simulated single-cell atlas: a CELLxGENE-schema .h5ad for trying the whole pipeline without a download.
+"""A simulated single-cell atlas: an .h5ad file in the CELLxGENE schema, to try the whole pipeline without a download.
 
-Axes: C cells, G genes, T cell types. A cell's relative expression is a background (ribosomal, mitochondrial and
-housekeeping genes, most of a cell's top genes), plus the markers of its type, weaker down the marker list and partly
-dropped out, plus some markers of related types and an ambient soup of its batch's types, plus state programs (stress,
-interferon, ...), some of which a disease raises, times log-normal donor and batch effects.
-Counts are negative binomial around library size x relative expression (the gamma-Poisson model of Grun et al. 2014,
-doi:10.1038/nmeth.2930). What is real: names, markers, and the shape of a top-50 list. The rest is invented.
+Axes: C cells, G genes, T cell types, R cells of a block. The relative expression of a cell is the sum of
+
+- a background of ribosomal, mitochondrial and housekeeping genes, which are most of a cell's top genes;
+- the markers of its type, weaker towards the end of the marker list, some of them dropped out;
+- some markers of related types, and an ambient mixture of the types of its batch;
+- state programs (stress, interferon, ...), some of which a disease raises;
+
+times log-normal effects of donor and batch. Counts are negative binomial around library size x relative expression (the
+gamma-Poisson model of Grun et al. 2014, doi:10.1038/nmeth.2930). The names, the markers and the shape of a top-50 list
+are real. Everything else is invented.
+
+The bytes for a seed are pinned by tests: never change the number or the order of random draws.
 """
 
 import hashlib
@@ -22,7 +28,7 @@ import scipy.sparse
 from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, read_markers
 from data.errors import UserError
-from data.files import need_room, replacing
+from data.files import replacing, require_free_space
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
 
@@ -42,7 +48,7 @@ HOUSEKEEPING = tuple(
     VIM H3-3A OAZ1 SERF2 RACK1 HSP90AA1 CALM2 UBA52 NACA CFL1 PFN1 PPIA ITM2B HNRNPA1 YBX1 EEF1B2 EEF1D CD63 GSTP1
     S100A6 BTG1 UBB HSPA8 HINT1 CALM1 COX4I1 COX7C SLC25A6 LDHA EIF4A1""".split()
 )
-# genes of what a cell goes through rather than of what it is; a disease raises some of these programs
+# genes that show the state of a cell, not its type; a disease raises some of these programs
 PROGRAMS = {
     "immediate early": "FOS JUN JUNB FOSB DUSP1 ZFP36 EGR1 IER2 KLF6 JUND".split(),
     "heat shock": "HSPA1A HSPA1B HSP90AB1 DNAJB1 DNAJA1 HSPH1 HSPE1 HSPB1".split(),
@@ -63,7 +69,7 @@ DISEASE_PROGRAMS = {
     "chronic kidney disease": ("fibrosis", "metallothionein"),
     "type 2 diabetes mellitus": ("unfolded protein",),
 }
-# the donors of a tissue take these in turn
+# the donors of a tissue get these diseases in turn
 TISSUE_CONDITIONS = {
     "lung": ("normal", "chronic obstructive pulmonary disease", "lung adenocarcinoma"),
     "blood": ("normal", "systemic lupus erythematosus", "HIV infectious disease"),
@@ -72,6 +78,7 @@ TISSUE_CONDITIONS = {
     "kidney": ("normal", "chronic kidney disease"),
     "islet of Langerhans": ("normal", "type 2 diabetes mellitus"),
 }
+# cell type -> the only disease in which it occurs
 DISEASE_ONLY_TYPES = {"malignant cell": "lung adenocarcinoma"}
 
 ETHNICITIES = ("European", "African American", "Asian", "Hispanic or Latin American", "unknown")
@@ -83,14 +90,14 @@ MARKER_STRENGTH = 12.0  # first marker of a list in a cell of full identity, rel
 MARKER_DECAY = 8.0  # list positions over which the strength falls by e
 DROPOUT = 0.45  # chance that a cell lacks one of its own markers
 LINEAGE_LEAK = 0.3  # chance that a cell carries a marker of its lineage, own or not
-AMBIENT_LEAK = 0.03  # share of every lineage's markers that floats in every cell of the batch
+AMBIENT_LEAK = 0.03  # share of every lineage's markers in the ambient RNA of each cell of the batch
 STATE_STRENGTH = 1.3  # first gene of a state program at activity 1, relative to a median ribosomal gene
 DISPERSION = 0.35  # of the negative binomial: variance = mean + DISPERSION * mean ** 2
 
 
 @dataclass(frozen=True)
 class Donor:
-    """One donor; all its cells are of one tissue."""
+    """One donor. All cells of a donor are of one tissue."""
 
     donor_id: str
     tissue: str
@@ -101,13 +108,13 @@ class Donor:
     ethnicity: str
     smoking_status: str
     suspensions: tuple[str, ...]
-    """"cell" or "nucleus" of each of its batches."""
+    """"cell" or "nucleus", for each batch of the donor."""
     assay: str
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What every cell of the atlas is mixed from; weights are relative to a median ribosomal gene."""
+    """The expression programs of which every cell is a mixture. Weights are relative to a median ribosomal gene."""
 
     genes: pd.Index
     """[G] symbols."""
@@ -120,22 +127,22 @@ class Programs:
     lineage: pd.Series
     """[T] lineage of each type."""
     ribosomal_share: pd.Series
-    """[T] factor on the ribosomal genes, the same within a lineage."""
+    """[T] factor on the ribosomal genes; types of one lineage have the same."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One batch of one donor: which cells it has, before their counts are drawn."""
+class DonorBatch:
+    """One experimental batch of one donor: its cells before their counts are drawn."""
 
     donor: Donor
     number: int
     """1 for the donor's first batch."""
     types: np.ndarray
-    """[C] cell type of each cell, in the order of the rows."""
+    """[C] cell type of each cell of the batch, in the order of the rows."""
     effect: np.ndarray
     """[G] factor of donor and batch on each gene."""
     raised: np.ndarray | None = None
-    """[len(PROGRAMS)] activity that the disease adds; None: drawn together with the cells."""
+    """[len(PROGRAMS)] activity that the disease adds. None: it is drawn together with the cells."""
 
     @property
     def suspension(self) -> str:
@@ -145,25 +152,25 @@ class Batch:
 def simulate_atlas(
     n_donors: int = 48, seed: int = 0, *, cells_per_type: float = 8, noise: float = 1.0, n_types: int | None = None
 ) -> anndata.AnnData:
-    """Raw counts [C, G] (CSR, float32) of cells of 6 tissues, with CELLxGENE obs columns and `feature_name` in var.
+    """Simulate raw counts [C, G] (CSR, float32) of cells of 6 tissues, with the obs columns of CELLxGENE.
 
-    n_donors: spread evenly over the tissues, at least one each.
+    n_donors: number of donors, spread evenly over the tissues, at least one for each.
     seed: the same seed and settings give the same arrays.
-    cells_per_type: mean number of cells of each type in one batch of one donor, before the donor's own composition.
-    noise: scales leak, dropout and marker weakness. Matching the cells of 5 types of one batch to the types by the
-        number of markers in their top 50 (24) genes gets about 100 % (99 %) of the cells right at noise 0.5,
-        94 % (88 %) at 1, 71 % (67 %) at 2.
-    n_types: cell types in all, taken from the tissues in turn; default every type of data/atlas/markers.tsv.
+    cells_per_type: mean number of cells per type, batch and donor, before the donor's own composition.
+    noise: strength of leakage, dropout and weak markers. When the cells of 5 types of one batch are matched to the
+        types by the number of markers in their top 50 (24) genes, about 100 % (99 %) of the cells are right at noise
+        0.5, 94 % (88 %) at 1, 71 % (67 %) at 2.
+    n_types: number of cell types, taken from the tissues in turn. Default: every type of data/atlas/markers.tsv.
 
-    var is indexed by ENSG ids that are synthetic, made from a hash of the symbol (they start with ENSG9, which no real
-    one does), and sorted by them, so that the order of genes says nothing about cell types.
-    Raises UserError naming a setting that is out of range.
+    `feature_name` in var has the gene symbols. The index of var has synthetic ENSG ids, made from a hash of the symbol
+    (they start with ENSG9; no real id does). Genes are sorted by them, so the order of genes says nothing about cell
+    types. Raises UserError, with the option's name, when a setting is out of range.
     """
-    check_settings(n_donors, seed, cells_per_type, noise)
+    check_atlas_settings(n_donors, seed, cells_per_type, noise)
     rng = np.random.default_rng(seed)
-    entries = choose_types(read_markers(), n_types)
+    entries = select_types(read_markers(), n_types)
     programs = draw_programs(rng, entries)
-    batches = draw_batches(rng, programs, entries, draw_donors(rng, n_donors), cells_per_type)
+    batches = draw_donor_batches(rng, programs, entries, draw_donors(rng, n_donors), cells_per_type)
     blocks = [draw_block(rng, programs, batch, noise) for batch in batches]
     counts, obs = [counts for counts, _ in blocks], [obs for _, obs in blocks]
     cells = pd.concat(obs, ignore_index=True)
@@ -184,8 +191,8 @@ def simulate_atlas(
     )
 
 
-def check_settings(n_donors: int, seed: int, cells_per_type: float, noise: float) -> None:
-    """Raise UserError, naming the option, for a setting that is out of range."""
+def check_atlas_settings(n_donors: int, seed: int, cells_per_type: float, noise: float) -> None:
+    """Raise UserError, with the option's name, when a setting is out of range."""
     if n_donors < len(TISSUES):
         raise UserError(f"--donors {n_donors} is too few: give at least {len(TISSUES)}, one for each tissue")
     if seed < 0:
@@ -205,36 +212,37 @@ def write_atlas(
     noise: float = 1.0,
     n_types: int | None = None,
 ) -> anndata.AnnData:
-    """Simulate an atlas and write it as .h5ad, whole or not at all (temporary name, then rename); returns the atlas.
+    """Simulate an atlas, write it as .h5ad and return it.
 
-    An old file is replaced. Settings as for `simulate_atlas`; the same ones write the same bytes.
-    Raises UserError when the name does not end in .h5ad or a setting is out of range, before anything is written.
+    The file is written completely or not at all (temporary name, then rename); an old file is replaced. Settings: as
+    for `simulate_atlas`; the same settings write the same bytes. Raises UserError, before anything is written, when the
+    name does not end in .h5ad or a setting is out of range.
     """
     path = Path(path)
     if path.suffix != ".h5ad":
         raise UserError(f"--out {path}: the file name must end in .h5ad")
     adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
     with replacing(path) as partial:
-        need_room(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
+        require_free_space(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
         adata.write_h5ad(partial, compression="gzip")
     return adata
 
 
 def synthetic_ensembl_id(symbol: str) -> str:
-    """An id in Ensembl's form, the same for the same symbol; not the gene's real id."""
+    """An id that looks like one of Ensembl. It depends on the symbol only and is not the gene's real id."""
     return f"ENSG9{int(hashlib.sha256(symbol.encode()).hexdigest(), 16) % 10**10:010d}"
 
 
 def background_genes() -> set[str]:
-    """Symbols of the ribosomal, mitochondrial and housekeeping genes."""
+    """The symbols of the ribosomal, mitochondrial and housekeeping genes."""
     return {*RIBOSOMAL, *MITOCHONDRIAL, *HOUSEKEEPING}
 
 
 def draw_programs(rng: np.random.Generator, entries: dict[str, MarkerEntry]) -> Programs:
-    """Every gene's strength, drawn once for the whole atlas."""
+    """Draw the strength of every gene, once for the whole atlas."""
     symbols = background_genes().union(*PROGRAMS.values(), *(entry.markers for entry in entries.values()))
     genes = pd.Index(sorted(symbols, key=synthetic_ensembl_id))
-    spread = pd.Series(np.exp(rng.normal(0, 0.5, len(genes))), index=genes)
+    spread = pd.Series(np.exp(rng.normal(0, 0.5, len(genes))), index=genes)  # a gene is strong or weak everywhere
     background = pd.Series(0.0, index=genes)
     background[list(RIBOSOMAL)] = spread[list(RIBOSOMAL)]
     background[list(MITOCHONDRIAL)] = 1.3 * spread[list(MITOCHONDRIAL)] * np.linspace(1.5, 0.2, len(MITOCHONDRIAL))
@@ -259,7 +267,10 @@ def draw_programs(rng: np.random.Generator, entries: dict[str, MarkerEntry]) -> 
 
 
 def draw_donors(rng: np.random.Generator, n_donors: int) -> list[Donor]:
-    """The donors: tissues in turn, a tissue's conditions in turn; a third has two batches, some of those nuclei."""
+    """Draw the donors. Tissues take turns, and the diseases of a tissue take turns.
+
+    A third of the donors has two batches. The second batch of every fourth of these is single nuclei.
+    """
     two_batches = rng.permutation(n_donors)[: max(1, n_donors // 3)].tolist()
     nuclei = two_batches[::4]
     donors = []
@@ -283,8 +294,8 @@ def draw_donors(rng: np.random.Generator, n_donors: int) -> list[Donor]:
     return donors
 
 
-def choose_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[str, MarkerEntry]:
-    """n_types entries, the tissues taking turns. Raises UserError when there are fewer, or too few for every tissue."""
+def select_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[str, MarkerEntry]:
+    """Select n_types entries; the tissues take turns. Raises UserError when there are not enough for every tissue."""
     if n_types is None:
         return entries
     if not 2 * len(TISSUES) <= n_types <= len(entries):
@@ -293,13 +304,13 @@ def choose_types(entries: dict[str, MarkerEntry], n_types: int | None) -> dict[s
     for turn in range(len(entries) * len(TISSUES)):
         tissue, specific = TISSUES[turn % len(TISSUES)], turn // len(TISSUES) % 2 == 0
         waiting = [name for name, entry in entries.items() if tissue in entry.tissues and name not in chosen]
-        if waiting and len(chosen) < n_types:  # its own types and widespread ones by turns
+        if waiting and len(chosen) < n_types:  # in turn, a type of few tissues and one of many
             chosen.add(min(waiting, key=lambda name: len(entries[name].tissues) * (1 if specific else -1)))
     return {name: entry for name, entry in entries.items() if name in chosen}
 
 
 def types_of(donor: Donor, entries: dict[str, MarkerEntry]) -> list[str]:
-    """Cell types found in the donor's tissue under its disease."""
+    """The cell types that occur in the donor's tissue with the donor's disease."""
     return [
         name
         for name, entry in entries.items()
@@ -307,18 +318,19 @@ def types_of(donor: Donor, entries: dict[str, MarkerEntry]) -> list[str]:
     ]
 
 
-def draw_batches(
+def draw_donor_batches(
     rng: np.random.Generator,
     programs: Programs,
     entries: dict[str, MarkerEntry],
     donors: Sequence[Donor],
     cells_per_type: float,
     sizes: Iterator[int] | None = None,
-) -> Iterator[Batch]:
-    """The batches of the donors, one by one; each type of a donor's tissue has at least one cell in each.
+) -> Iterator[DonorBatch]:
+    """Yield the batches of the donors, one by one. Each type of a donor's tissue has at least one cell in each batch.
 
-    sizes: cells of each batch, at least its number of types; default: as `cells_per_type` gives.
-    A batch is drawn when it is asked for, so draws in between (its counts) belong to the order of draws.
+    sizes: number of cells of each batch, at least its number of types. Default: drawn around `cells_per_type`.
+    A batch is drawn when the caller requests it, and the caller draws its counts before the next one: the order of
+    random draws depends on both.
     """
     for donor in donors:
         donor_effect = np.exp(rng.normal(0, 0.2, len(programs.genes)))
@@ -330,46 +342,46 @@ def draw_batches(
             else:
                 share = np.array(list(abundance.values())) / sum(abundance.values())
                 of_type = 1 + rng.multinomial(next(sizes) - len(share), share)
-            types = rng.permutation(np.repeat(list(abundance), of_type))
-            yield Batch(donor, number, types, effect)
+            types = rng.permutation(np.repeat(list(abundance), of_type))  # the order of rows must not tell the type
+            yield DonorBatch(donor, number, types, effect)
 
 
 def draw_block(
-    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice = slice(None)
+    rng: np.random.Generator, programs: Programs, batch: DonorBatch, noise: float, rows: slice = slice(None)
 ) -> tuple[scipy.sparse.csr_matrix, pd.DataFrame]:
-    """(counts [R, G], obs [R]) of some rows of a batch, by default all."""
+    """(counts [R, G], obs [R]) of some rows of a batch. Default: all rows."""
     mean = relative_expression(rng, programs, batch, noise, rows) * batch.effect
     return draw_counts(rng, mean), batch_obs(rng, batch, rows)
 
 
 def disease_activity(rng: np.random.Generator, donor: Donor) -> np.ndarray:
-    """[len(PROGRAMS)] what the donor's disease adds to the activity of each state program in one batch."""
+    """[len(PROGRAMS)] the activity that the donor's disease adds to each state program in one batch."""
     raised = [name in DISEASE_PROGRAMS.get(donor.disease, ()) for name in PROGRAMS]
     return np.where(raised, rng.gamma(4, 0.25, len(PROGRAMS)), 0)
 
 
 def relative_expression(
-    rng: np.random.Generator, programs: Programs, batch: Batch, noise: float, rows: slice
+    rng: np.random.Generator, programs: Programs, batch: DonorBatch, noise: float, rows: slice
 ) -> np.ndarray:
-    """[R, G] expected weights of some cells of one batch, not normalised."""
+    """[R, G] expected expression of some cells of one batch, not normalised."""
     types = batch.types[rows]
     n_cells = len(types)
     own = programs.markers.loc[types].to_numpy()
     of_batch = programs.markers.loc[list(dict.fromkeys(batch.types))]
-    by_lineage = of_batch.groupby(programs.lineage).max()  # types of this batch
+    by_lineage = of_batch.groupby(programs.lineage).max()  # [lineages, G], only lineages of this batch
     related = by_lineage.loc[programs.lineage[types]].to_numpy()  # [R, G]
-    # a cell of low identity looks like its background: only the other cells of the puzzle give it away
+    # a cell of low identity looks like background: it can only be told by excluding the other cells of the puzzle
     identity = rng.random((n_cells, 1)) ** noise
-    detected = np.where(rng.random(own.shape) < (1 - DROPOUT) ** noise, own, 0)
-    leak = np.where(rng.random(own.shape) < 1 - (1 - LINEAGE_LEAK) ** noise, related, 0)
-    soup = AMBIENT_LEAK * noise * by_lineage.to_numpy().sum(axis=0)  # [G]
-    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS)))
+    detected = np.where(rng.random(own.shape) < (1 - DROPOUT) ** noise, own, 0)  # own markers after dropout
+    leak = np.where(rng.random(own.shape) < 1 - (1 - LINEAGE_LEAK) ** noise, related, 0)  # markers of related types
+    soup = AMBIENT_LEAK * noise * by_lineage.to_numpy().sum(axis=0)  # [G] ambient RNA, the same for all cells
+    activity = rng.gamma(0.5, 0.5, (n_cells, len(PROGRAMS)))  # mostly small, sometimes large
     activity = activity + (disease_activity(rng, batch.donor) if batch.raised is None else batch.raised)
 
     is_ribosomal, is_mitochondrial = programs.genes.isin(RIBOSOMAL), programs.genes.isin(MITOCHONDRIAL)
     ribosomal = programs.ribosomal_share[types].to_numpy() * np.exp(rng.normal(0, 0.25, n_cells))  # [R]
     mitochondrial = np.exp(rng.normal(0, 0.5, n_cells))  # [R]
-    if batch.suspension == "nucleus":  # cytoplasmic RNA stays behind
+    if batch.suspension == "nucleus":  # nuclei lose the cytoplasmic RNA
         ribosomal, mitochondrial = 0.3 * ribosomal, 0.1 * mitochondrial
     factor = np.ones((n_cells, len(programs.genes)))
     factor[:, is_ribosomal] = ribosomal[:, None]
@@ -378,15 +390,16 @@ def relative_expression(
 
 
 def draw_counts(rng: np.random.Generator, weights: np.ndarray) -> scipy.sparse.csr_matrix:
-    """[C, G] negative binomial counts around log-normal library size x normalised weights."""
+    """[R, G] negative binomial counts. Their mean is a log-normal library size x the normalised weights."""
     library = LIBRARY_SIZE * np.exp(rng.normal(0, 0.35, len(weights)))
     mean = library[:, None] * weights / weights.sum(axis=1, keepdims=True)
+    # a Poisson variable with a gamma-distributed rate is negative binomial
     rate = rng.gamma(1 / DISPERSION, DISPERSION * mean)
     return scipy.sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
 
 
-def batch_obs(rng: np.random.Generator, batch: Batch, rows: slice) -> pd.DataFrame:
-    """[R] rows of obs for one batch; a few cells lose their label or are no primary data, as in real files."""
+def batch_obs(rng: np.random.Generator, batch: DonorBatch, rows: slice) -> pd.DataFrame:
+    """[R] rows of obs for one batch. As in real files, a few cells have no label or are no primary data."""
     donor, types = batch.donor, batch.types[rows]
     n_cells = len(types)
     constant = {

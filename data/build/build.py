@@ -1,8 +1,10 @@
-"""CellPuzzles from .h5ad files: batches of N cells of one donor and experimental batch, each of another cell type.
+"""CellPuzzles from .h5ad files: N cells of one donor and experimental batch, each of another cell type.
 
-The rules are those of the Cell-o1 paper (arXiv:2506.02911) where the authors' code differs from it: shuffled
-candidates, donor-disjoint splits, no cell in two splits, no batch twice. Read top to bottom: look at every file, divide
-the donors, build each file (data/build/onefile.py, in worker processes), audit, report.
+Where the authors' code and the Cell-o1 paper (arXiv:2506.02911) differ, this builder follows the paper: candidates are
+shuffled, donors are disjoint between splits, no cell is in two splits, no set of cells occurs twice.
+
+`build_puzzles` has five steps: summarise every file, assign the donors to splits, build each file (in worker processes,
+data/build/onefile.py), audit the splits for leaks, write the report.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from typing import Any
 from data.audit import Audit, audit
 from data.build import h5ad
 from data.build.contexts import has_disease
-from data.build.onefile import Summary, build_file, summarise, summary_of, unseen_donors
+from data.build.onefile import FileSummary, build_file, split_summary, summarise_file, unseen_donors
 from data.build.settings import BuildConfig, check_config
 from data.build.splits import SPLITS, choose_test_donors
 from data.build.staging import Staging, run_all
@@ -31,13 +33,13 @@ VERSIONS_OF = ("numpy", "h5py", "pyarrow")
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
-    """What a long build tells: nothing by default."""
+class BuildProgress:
+    """Functions that a long build calls to report its progress. By default they do nothing."""
 
     say: Callable[[str], None] = lambda text: None
-    """A line, for each finished file."""
+    """Called with one line of text for each finished file."""
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None
-    """Phase, and how many of how many files or cells are done."""
+    """Called with the phase ("looking at files" or "reading cells"), the files or cells done, and their total."""
 
 
 def build_puzzles(
@@ -46,12 +48,25 @@ def build_puzzles(
     *,
     workers: int = 1,
     staging: Staging | None = None,
-    watch: Watch = Watch(),
+    watch: BuildProgress = BuildProgress(),
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
-    """({"train": puzzles, "test": ..., "unseen": ...}, report) of one or more .h5ad files.
+    """Build puzzles from one or more .h5ad files. Returns ({"train": puzzles, "test": ..., "unseen": ...}, report).
 
-    workers: processes, one file each. staging: where finished files are kept, and found again; default a temporary
-    folder. Raises UserError, in one sentence, when an option, a file or a column stands in the way, or splits leak.
+    workers: number of processes; each builds one file at a time. The puzzles do not depend on it.
+    staging: folder with finished files, from which a stopped build goes on. Default: a temporary folder.
+    Raises UserError when an option, a file or a column cannot be used, or when the splits share cells or donors.
+
+    >>> from data.atlas.simulate import write_atlas
+    >>> cells = write_atlas("atlas.h5ad", n_donors=12, cells_per_type=2)  # or a file from CELLxGENE
+    >>> config = BuildConfig(min_cells=3, max_cells=3, top_genes=10, puzzles_per_n=4, test_puzzles_per_n=2)
+    >>> splits, report = build_puzzles(["atlas.h5ad"], config)
+    >>> {split: len(puzzles) for split, puzzles in splits.items()}
+    {'train': 4, 'test': 2, 'unseen': 0}
+    >>> puzzle = splits["train"][0]
+    >>> puzzle.id, puzzle.meta["donor"], len(puzzle.cells), len(puzzle.cells[0])
+    ('train-000000', 'donor_001', 3, 10)
+    >>> sorted(puzzle.candidates) == sorted(puzzle.answer)
+    True
     """
     if staging is None:
         with TemporaryDirectory() as folder:
@@ -61,8 +76,9 @@ def build_puzzles(
         raise UserError(f"--workers {workers}: must be at least 1")
     paths = h5ad.sorted_files(files)
     _refuse_names_not_in_utf8(paths)
+    # all files are looked at first: donors are divided over the whole build, and a bad file shows early
     summaries = run_all(
-        _summarise,
+        _summarise_file,
         [(path, config) for path in paths],
         workers,
         lambda done, total: None,
@@ -72,7 +88,7 @@ def build_puzzles(
     assignment = assign_donors(summaries, config)
     _build_files(summaries, assignment, config, workers, staging, watch)
     splits, reports = _gathered(summaries, staging)
-    leaks = audit(splits, donors_apart=config.split_mode != "cell")
+    leaks = audit(splits, donors_apart=config.split_mode != "cell")  # --split cell shares donors on purpose
     _refuse_leaks(leaks, config, len(paths))
     if not splits["train"]:
         raise UserError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
@@ -80,24 +96,29 @@ def build_puzzles(
 
 
 def _refuse_names_not_in_utf8(paths: list[Path]) -> None:
-    """A file's name seeds its draws and stands in every row."""
+    """Raise UserError for a file name that is not UTF-8. The name seeds the file's draws and is part of every row."""
     for path in paths:
         name = os.fsencode(path.name).decode(errors="replace")
         if name != path.name:
             raise UserError(f"{path.parent / name}: the file's name is not UTF-8; rename it")
 
 
-def _summarise(path: Path, config: BuildConfig, advance: Callable) -> Summary:
-    return summarise(path, config)
+def _summarise_file(path: Path, config: BuildConfig, advance: Callable) -> FileSummary:
+    return summarise_file(path, config)
 
 
 def _build_files(
-    summaries: list[Summary], assignment: dict, config: BuildConfig, workers: int, staging: Staging, watch: Watch
+    summaries: list[FileSummary],
+    assignment: dict,
+    config: BuildConfig,
+    workers: int,
+    staging: Staging,
+    watch: BuildProgress,
 ) -> None:
-    """Build what staging does not hold yet."""
+    """Build the files that staging does not hold yet."""
     staging.folder.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    del settings["allow_leaks"]  # decides over what was built, not how
+    del settings["allow_leaks"]  # accepting leaks does not change a file's puzzles, so it may change under --resume
     calls = []
     for summary in summaries:
         of_file = {donor: assignment[donor] for donor in summary.donors if donor in assignment}
@@ -107,11 +128,15 @@ def _build_files(
         else:
             calls.append((summary.path, of_file, summary.report["values"], config, staging, fingerprint))
 
-    def finished(number: int, built: tuple[int, int]) -> None:
+    def tell_finished(number: int, built: tuple[int, int]) -> None:
         watch.say(f"{calls[number][0].name}: {built[0]} puzzles of {built[1]} cells")
 
     run_all(
-        _build_and_stage, calls, workers, lambda done, total: watch.progress("reading cells", done, total), finished
+        _build_and_stage,
+        calls,
+        workers,
+        lambda done, total: watch.progress("reading cells", done, total),
+        tell_finished,
     )
 
 
@@ -124,14 +149,17 @@ def _build_and_stage(
     fingerprint: str,
     advance: Callable,
 ) -> tuple[int, int]:
-    """(puzzles, cells in them), after they are on disk."""
+    """Build one file in a worker process. Returns (number of puzzles, number of their cells) once both are on disk."""
     splits, report = build_file(path, assignment, kind, config, advance)
     staging.save(path, fingerprint, splits, report)
     return sum(map(len, splits.values())), sum(len(p.cells) for puzzles in splits.values() for p in puzzles)
 
 
-def _gathered(summaries: list[Summary], staging: Staging) -> tuple[dict[str, list[Puzzle]], list[dict[str, Any]]]:
-    """(puzzles by split with their ids, each file's report of splits)."""
+def _gathered(summaries: list[FileSummary], staging: Staging) -> tuple[dict[str, list[Puzzle]], list[dict[str, Any]]]:
+    """({split: puzzles with their ids}, [report of each file's splits]) from the staged files.
+
+    The ids are counted here, over all files, so that they do not depend on which file was finished first.
+    """
     splits: dict[str, list[Puzzle]] = {split: [] for split in SPLITS}
     reports = []
     for summary in summaries:
@@ -142,12 +170,14 @@ def _gathered(summaries: list[Summary], staging: Staging) -> tuple[dict[str, lis
     return splits, reports
 
 
-def _refuse_if_nothing_to_build(summaries: list[Summary], config: BuildConfig) -> None:
-    """Note which files can give no puzzle, and raise the first reason when none can."""
+def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfig) -> None:
+    """Note in each report why a file gives no puzzle. Raises UserError with the first reason when no file gives one."""
     organisms = {s.organism: s.path for s in summaries if s.organism}
     if len(organisms) > 1:
         (one, first), (other, second) = sorted(organisms.items())[:2]
-        raise UserError(f"{first} holds {one} and {second} {other}, whose genes have other names; build them apart")
+        raise UserError(
+            f"{first} holds {one} and {second} {other}, whose genes have other names; build them separately"
+        )
     problems = []
     for summary in summaries:
         sizes, n_types = summary.group_sizes, len(summary.report["cell_types"])
@@ -171,20 +201,20 @@ def _refuse_if_nothing_to_build(summaries: list[Summary], config: BuildConfig) -
         raise UserError(problems[0] + others)
 
 
-def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, str]:
-    """{donor: split} for the donors that can give puzzles; a donor id means one donor, in whatever file it stands.
+def assign_donors(summaries: list[FileSummary], config: BuildConfig) -> dict[str, str]:
+    """{donor: split} of the donors that can give puzzles. One donor id in several files counts as one donor.
 
-    In the cell and instance modes every donor without an unseen disease is "train": cells or puzzles are divided later.
-    Raises UserError when no cell has an unseen disease, or too few donors are left.
+    With --split cell or instance, every donor without an unseen disease is "train"; cells or puzzles are divided later.
+    Raises UserError when no cell has the unseen disease, or too few donors are left.
     """
     diseases = {disease for s in summaries for kinds in s.donors.values() for _, disease in kinds} - {"unknown"}
     for name in config.unseen_disease:
         if not any(has_disease(disease, (name,)) for disease in diseases):
-            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest(name, diseases)})")
+            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest_names(name, diseases)})")
     unseen = {donor for summary in summaries for donor in unseen_donors(summary, config.unseen_disease)}
     assignment = dict.fromkeys(sorted(unseen), "unseen")
     able = {d for s in summaries for (d, _), n_types in s.group_sizes.items() if n_types >= config.min_cells}
-    able = sorted(able - unseen)
+    able = sorted(able - unseen)  # sorted: the draw of test donors must not depend on the order of a set
     if not able:
         raise UserError("every donor that can give a puzzle has an --unseen-disease: nothing is left to train on")
     assignment.update(dict.fromkeys(able, "train"))
@@ -193,13 +223,13 @@ def assign_donors(summaries: list[Summary], config: BuildConfig) -> dict[str, st
             only = f"only donor {able[0]!r} can give puzzles, so none is left for test"
             raise UserError(f"{only}; use --split cell or --test-fraction 0")
         tissue_of = {donor: _main_tissue(summaries, donor) for donor in able}
-        rng = random.Random(f"{config.seed}:test donors")
+        rng = random.Random(f"{config.seed}:test donors")  # named by its purpose, so no other draw shifts it
         assignment.update(dict.fromkeys(choose_test_donors(tissue_of, config.test_fraction, rng), "test"))
     return assignment
 
 
-def _main_tissue(summaries: list[Summary], donor: str) -> str:
-    """The tissue of most of the donor's cells; of equal ones the first by name."""
+def _main_tissue(summaries: list[FileSummary], donor: str) -> str:
+    """The tissue of most of the donor's cells. A tie goes to the first tissue in alphabetical order."""
     cells: Counter[str] = Counter()
     for summary in summaries:
         for (tissue, _), n_cells in summary.donors.get(donor, {}).items():
@@ -219,9 +249,13 @@ def _refuse_leaks(leaks: Audit, config: BuildConfig, n_files: int) -> None:
 
 
 def _report(
-    splits: dict[str, list[Puzzle]], summaries: list[Summary], reports: list[dict], leaks: Audit, config: BuildConfig
+    splits: dict[str, list[Puzzle]],
+    summaries: list[FileSummary],
+    reports: list[dict],
+    leaks: Audit,
+    config: BuildConfig,
 ) -> dict[str, Any]:
-    """What was read, dropped and built; holds file names but no folders, so that it does not depend on where it ran."""
+    """The content of report.json. It has file names but no folders, so that it is the same on every machine."""
     asked_for = {"test": config.test_fraction > 0, "unseen": bool(config.unseen_disease)}
     notes = [
         f"{split} is empty: none of its donors and batches has {config.min_cells} cell types left"
@@ -238,16 +272,17 @@ def _report(
         "options": {**dataclasses.asdict(config), "split": config.split_mode},
         "notes": notes,
         "files": [summary.report | report for summary, report in zip(summaries, reports, strict=True)],
-        "splits": {split: summary_of(puzzles) for split, puzzles in splits.items()},
+        "splits": {split: split_summary(puzzles) for split, puzzles in splits.items()},
         "audit": leaks.to_dict(),
     }
 
 
-def _command(summaries: list[Summary], config: BuildConfig) -> str:
-    """A command that gives these bytes again."""
+def _command(summaries: list[FileSummary], config: BuildConfig) -> str:
+    """The command that builds the same bytes again: every option that is not at its default."""
     words = ["python", "launch/build.py"]
     for summary in summaries:
         words += ["--h5ad", summary.path.name]
+    # the seed is always shown: a reader should not need to know the default
     for setting in dataclasses.fields(BuildConfig):
         value = getattr(config, setting.name)
         if value == setting.default and setting.name != "seed":

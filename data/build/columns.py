@@ -1,4 +1,4 @@
-"""A column of an obs or var table as categories of cleaned text."""
+"""A column of an obs or var table as categories of cleaned text. C is the number of cells (or genes) in the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,40 +7,42 @@ from typing import Any
 import numpy as np
 
 MISSING_VALUES = frozenset({"", "unknown", "nan", "none", "na"})
-"""Values (lower case) that stand for "not known" in CELLxGENE obs tables."""
+"""Values, in lower case, that mean "not known" in CELLxGENE obs tables."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column as categories of cleaned text."""
+    """A column as categories of cleaned text. An atlas repeats a few values for millions of cells."""
 
     codes: np.ndarray
     """[C] int32 index into names; -1 where the value is not known (MISSING_VALUES)."""
     names: list[str]
-    """Distinct values."""
+    """The distinct values."""
 
     def __getitem__(self, cells: Any) -> "Column":
         return Column(self.codes[cells], self.names)
 
     def texts(self, missing: str | None = None) -> list[str | None]:
-        """[C] the values as text."""
-        lookup = np.array([*self.names, missing], dtype=object)  # code -1 is the last one
+        """[C] the values as text, `missing` where a value is not known."""
+        lookup = np.array([*self.names, missing], dtype=object)  # code -1 takes the last entry
         return lookup[self.codes].tolist()
 
     def where(self, wanted: Callable[[str], bool]) -> np.ndarray:
-        """[C] bool: whether the value is known, and wanted."""
-        return np.array([*map(wanted, self.names), False], dtype=bool)[self.codes]  # code -1 is the last one
+        """[C] bool: whether the value is known and `wanted(value)` holds."""
+        return np.array([*map(wanted, self.names), False], dtype=bool)[self.codes]  # code -1 takes the last entry
 
 
 def constant_column(text: str, n_cells: int) -> Column:
+    """A column with the same value for every cell."""
     return Column(np.zeros(n_cells, dtype=np.int32), [text])
 
 
-def clean(value: Any) -> str | None:
-    """A value of an obs column as one line of text, or None where it stands for "not known"."""
+def clean_text(value: Any) -> str | None:
+    """A value of an obs column as one line of text. None when it means "not known"."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
-    if isinstance(value, float | np.floating) and value.is_integer():  # 27.0 is 27
+    # pandas stores whole numbers as floats when a value is missing: the batch 27.0 is the batch 27
+    if isinstance(value, float | np.floating) and value.is_integer():
         value = int(value)
     text = " ".join(str(value).split())
     return None if text.lower() in MISSING_VALUES or text == "<NA>" else text

@@ -1,12 +1,12 @@
-"""The context sentence of a batch: what is known of the donor, in the wording of the published CellPuzzles rows.
+"""The context of a puzzle: sentences about the donor, worded like the published CellPuzzles rows.
 
-Wording: Cell-o1 (arXiv:2506.02911), Table 9 and the published dataset. Which obs column says what stands in two tables,
-INTRO and RULES; the rest of this file only looks values up.
+Source of the wording: Cell-o1 (arXiv:2506.02911), Table 9, and the published dataset. Two tables, INTRO and RULES, say
+which obs column gives which words; the functions below look values up in them.
 """
 
 import re
 
-from data.build.columns import Column, clean
+from data.build.columns import Column, clean_text
 
 INTRO = {
     "sex": " a {}",
@@ -14,8 +14,8 @@ INTRO = {
     "self_reported_ethnicity": " with {} background",
     "tissue": ", originating from the {}",
 }
-"""obs column -> its piece of the first sentence, in order. A missing piece vanishes and leaves the rest as it is, as in
-the published rows ("The cell is from, originating from the lung.")."""
+"""obs column -> its part of the first sentence, in order. A missing value removes its part and nothing else, as in the
+published rows ("The cell is from, originating from the lung.")."""
 
 _YES, _NO = "yes|true", "no|false"
 RULES: dict[str, dict[str, str]] = {
@@ -84,7 +84,7 @@ RULES: dict[str, dict[str, str]] = {
     "eGFR": {".+": "The patient's estimated glomerular filtration rate (eGFR) is in the range {value}."},
     "Condition": {
         "healthy": "The donor was healthy with no reported skin condition.",
-        # the atlas writes an en dash between the two words
+        # the published atlas has an en dash between the two words
         r"dm\s*\S\s*non ulcer": "The donor had diabetes mellitus without skin ulceration.",
         "keloid": "The donor had a keloid, which is an overgrowth of scar tissue.",
         "locali[sz]ed scleroderma": (
@@ -103,15 +103,16 @@ RULES: dict[str, dict[str, str]] = {
         "APL": "The patient is diagnosed with acute promyelocytic leukemia (APL).",
     },
 }
-"""obs column -> {pattern of the whole value, in any case: sentence}. The first that fits speaks, none is silence."""
+"""obs column -> {regular expression for the whole value, case ignored: sentence}. The first match gives its sentence;
+without a match the column gives none."""
 
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
 
 def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
-    """{context column: value} on which all cells of a batch agree; a fact that one cell lacks is left out.
+    """{context column: value} of the facts that are known and equal for all cells of a puzzle.
 
-    cells: {column: its values for the cells of the batch}.
+    cells: {column: its values for the cells of the puzzle}.
     """
     facts = {}
     for name in CONTEXT_COLUMNS:
@@ -123,23 +124,23 @@ def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
 
 
 def joined_values(column: Column) -> str:
-    """The distinct values of a batch in CELLxGENE's way of writing several, 'a || b'; missing ones are 'unknown'."""
+    """The distinct values of a puzzle's cells, written as in CELLxGENE: 'a || b'. A missing value is 'unknown'."""
     return " || ".join(sorted(set(column.texts(missing="unknown"))))
 
 
 def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:
-    """Whether a disease value, which may be 'a || b', contains one of the names (in any case)."""
+    """Whether a disease value, which may be 'a || b', contains one of the names. Case is ignored."""
     parts = {part.strip().lower() for part in (disease or "").split("||")}
     return any(name.strip().lower() in parts for name in names)
 
 
 def context_sentence(facts: dict[str, str]) -> str:
-    """The context of facts {obs column: value}; values that stand for "not known" are passed over. No trailing space.
+    """The context for some facts {obs column: value}. Values that mean "not known" are left out. No trailing space.
 
     Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
     "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
     """
-    known = {name: text for name, value in facts.items() if (text := clean(value))}
+    known = {name: text for name, value in facts.items() if (text := clean_text(value))}
     intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
     sentences = [f"The cell is from{intro}."] if intro else []
     if "disease" in known:
@@ -151,6 +152,7 @@ def context_sentence(facts: dict[str, str]) -> str:
 
 
 def _extra(rules: dict[str, str], value: str) -> str:
+    """The sentence of the first rule that matches the value, or ""."""
     for pattern, sentence in rules.items():
         if match := re.fullmatch(pattern, value, re.IGNORECASE):
             return sentence.format(**match.groupdict(), value=value, lower=value.lower())

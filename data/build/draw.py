@@ -1,4 +1,7 @@
-"""Which cells make a batch: rows drawn from groups of one donor and experimental batch, one cell per cell type."""
+"""Which cells form a puzzle: rows of one group (a donor and experimental batch), one cell per cell type.
+
+A row is the number of a cell in its file. N is the number of cells of a puzzle.
+"""
 
 import random
 from collections import deque
@@ -10,22 +13,22 @@ import numpy as np
 from data.build.cells import Cells, Groups
 from data.build.contexts import has_disease
 from data.build.settings import BuildConfig
-from data.build.splits import SPLITS, divide
+from data.build.splits import SPLITS, split_items
 
 TRIES = 50
-"""Draws in a row that may repeat an earlier batch before a group is taken to have no other batch of that size."""
+"""A group counts as exhausted for a size N after this many draws in a row that gave only sets of cells seen before."""
 
-Batch = tuple[tuple[str, str], list[int]]
-"""((donor, batch), rows in cell order)."""
+PuzzleCells = tuple[tuple[str, str], list[int]]
+"""((donor, batch), [N] rows in cell order)."""
 
 
 def split_groups(
     cells: Cells, groups: Groups, dataset: str, assignment: dict[str, str], config: BuildConfig
 ) -> tuple[dict[str, Groups], dict[str, int]]:
-    """(groups of a file by split, {reason: cells set aside}).
+    """({split: groups of a file}, {reason: cells set aside}).
 
-    Unseen holds the cells that have an unseen disease, not its donors' other cells. In the cell mode the cells of each
-    type and group are divided over train and test.
+    assignment: {donor: split}. The unseen split has only the cells with an unseen disease; other cells of the same
+    donors are set aside. With --split cell, the cells of each type and group are divided over train and test.
     """
     splits: dict[str, Groups] = {split: {} for split in SPLITS}
     for group, types in groups.items():
@@ -39,34 +42,36 @@ def split_groups(
     of_unseen_donor = np.array([assignment.get(name) == "unseen" for name in donors.names])[donors.codes]
     set_aside = {"donor has an unseen disease, the cell does not": int(of_unseen_donor.sum()) - len(rows_unseen)}
     if config.split_mode == "cell":
+        # the generator is named by seed, purpose and file: the draw is the same with any number of workers
         rng = random.Random(f"{config.seed}:test cells:{dataset}")
         for group, types in list(splits["train"].items()):
-            divided = {name: divide(rows.tolist(), config.test_fraction, rng) for name, rows in types.items()}
+            divided = {name: split_items(rows.tolist(), config.test_fraction, rng) for name, rows in types.items()}
             splits["train"][group] = {name: np.array(train) for name, (train, _) in divided.items()}
             splits["test"][group] = {name: np.array(test) for name, (_, test) in divided.items() if test}
     return splits, set_aside
 
 
 def _has_unseen_disease(cells: Cells, config: BuildConfig) -> np.ndarray:
+    """[C] bool: whether a cell has one of the unseen diseases."""
     disease = cells.columns["disease"]
     unseen = [has_disease(name, config.unseen_disease) for name in disease.names]
-    return np.array([*unseen, False])[disease.codes]
+    return np.array([*unseen, False])[disease.codes]  # code -1 (not known) takes the last entry
 
 
-def draw_batches(
+def draw_puzzle_cells(
     groups: Groups, sizes: Sequence[int], quota: int, rng: random.Random
-) -> tuple[list[Batch], dict[str, Any]]:
-    """([(group, rows in cell order)], {"quota_left", "exhausted"}): at most `quota` batches of each size.
+) -> tuple[list[PuzzleCells], dict[str, Any]]:
+    """Draw the cells of at most `quota` puzzles of each size. Returns (drawn, {"quota_left", "exhausted"}).
 
-    Round-robin over the groups; the size is drawn from those with open quota that the group has types enough for, then
-    that many types, then one cell of each. No set of cells comes twice: a group whose TRIES draws of a size were all
-    seen before is exhausted for that size.
+    sizes: numbers of cells N of a puzzle. The groups take turns. A turn draws a size N (of those with quota left and
+    not more than the group's cell types), then N cell types, then one cell of each type. No set of cells is drawn
+    twice: after TRIES draws that gave only sets seen before, a group is exhausted for that size.
     """
     quota_left = dict.fromkeys(sizes, quota)
     drawn, seen, exhausted = [], set(), []
     closed: set[tuple[tuple[str, str], int]] = set()
     queue = deque(sorted(groups))
-    while queue:
+    while queue:  # every turn either draws a puzzle, closes a size of a group or drops the group, so this ends
         group = queue.popleft()
         types = groups[group]
         open_sizes = [n for n in sizes if quota_left[n] and n <= len(types) and (group, n) not in closed]
@@ -88,7 +93,9 @@ def draw_batches(
 def _draw_new(
     types: dict[str, Sequence[int]], n_cells: int, seen: set[frozenset], rng: random.Random
 ) -> list[int] | None:
+    """Rows of `n_cells` cells of different types whose set is not in `seen`. None after TRIES draws without one."""
     for _ in range(TRIES):
+        # types are sorted before the draw: it must not depend on the order in which a file lists them
         rows = [int(rng.choice(types[cell_type])) for cell_type in rng.sample(sorted(types), n_cells)]
         if frozenset(rows) not in seen:
             return rows

@@ -1,7 +1,7 @@
-"""The tables of .h5ad files, read through h5py without loading the file: obs columns, cell ids, gene names.
+"""The tables of .h5ad files (obs columns, cell ids, gene names), read through h5py without loading the whole file.
 
-Every file is taken to be someone else's: what this reader does not understand is refused in one sentence.
-Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
+Files come from many sources and versions of anndata. Every encoding that this reader does not know is refused with one
+sentence. Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 """
 
 import contextlib
@@ -14,16 +14,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.build.columns import Column, clean
+from data.build.columns import Column, clean_text
 from data.errors import UserError
 
 VALUES_PER_BLOCK = 200_000
-"""Values of a text column that are in memory at once."""
+"""Values of a text column in memory at once."""
 RESAVE = "re-save it with anndata 0.8 or later"
 
 
 def sorted_files(files: Sequence[str | Path]) -> list[Path]:
-    """Files by name, so that their order on the command line does not matter."""
+    """The files sorted by name, so that their order on the command line does not matter.
+
+    Raises UserError when there is none, or two files have the same name, which is also the name of the dataset.
+    """
     paths = sorted(map(Path, files), key=lambda path: (path.stem, str(path)))
     if not paths:
         raise UserError("no .h5ad file was given; name one with --h5ad")
@@ -35,10 +38,10 @@ def sorted_files(files: Sequence[str | Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File]:
-    """The open HDF5 file, whose damage, found while it is read, is told as a ValueError that names the file.
+    """Open an .h5ad file. Damage that is found while the file is read also raises UserError with the file's name.
 
-    cache_bytes: decompressed chunks kept per dataset. Raises UserError when the file is missing, not readable, empty,
-    cut short or not an h5ad.
+    cache_bytes: memory for decompressed chunks, per dataset. Raises UserError when the file is missing, not readable,
+    empty, incomplete or no .h5ad file.
     """
     path = Path(path)
     _check_is_hdf5(path)
@@ -48,8 +51,9 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
         raise UserError(f"{path}: cannot be opened, was the download cut short? ({_one_line(error)})") from None
     with file:
         try:
+            # files of anndata before 0.7 hold obs and var as compound datasets instead of groups
             for table in ("obs", "var"):
-                if not isinstance(get(file, table, path), h5py.Group):
+                if not isinstance(open_node(file, table, path), h5py.Group):
                     raise UserError(
                         f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
                     )
@@ -61,6 +65,7 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
 
 
 def _check_is_hdf5(path: Path) -> None:
+    """Raise UserError, with the remedy, for the things that users give instead of an .h5ad file."""
     if path.is_dir():
         kind = "a .zarr store" if path.suffix == ".zarr" else "a directory"
         raise UserError(f"{path}: is {kind}, not an .h5ad file; name the file itself, or save it as .h5ad")
@@ -72,7 +77,7 @@ def _check_is_hdf5(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(8)
     except PermissionError:
-        raise UserError(f"{path}: may not be read; give yourself permission (chmod u+r)") from None
+        raise UserError(f"{path}: you have no permission to read it; give yourself permission (chmod u+r)") from None
     if not head:
         raise UserError(f"{path}: the file is empty (0 bytes)")
     if head[:2] == b"\x1f\x8b":
@@ -87,48 +92,49 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def get(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
-    """group[name], or None where there is none; a link or object that cannot be opened is damage."""
+def open_node(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
+    """group[name], or None when the group has no such member. Raises UserError when the member cannot be opened."""
     try:
+        # a broken link is not `in` the group although it has an entry: opening it raises KeyError
         return group[name] if name in group or group.get(name, getlink=True) is not None else None
     except (KeyError, OSError, RuntimeError) as error:
         raise UserError(f"{where}: {name!r} cannot be opened, is the file damaged? ({_one_line(error)})") from None
 
 
 def _vector(group: h5py.Group, name: str, where: str) -> np.ndarray:
-    """The numbers of a part of a column."""
-    node = get(group, name, where)
+    """A one-dimensional dataset of whole numbers or booleans, as an array."""
+    node = open_node(group, name, where)
     if not isinstance(node, h5py.Dataset) or node.ndim != 1 or node.dtype.kind not in "biu":
         raise UserError(f"{where}: its {name} are not one row of whole numbers; {RESAVE}")
     return node[:]
 
 
-def nearest(name: str, names: Iterable[str], n: int = 8) -> str:
-    """The n names most like `name`, joined for a message."""
+def nearest_names(name: str, names: Iterable[str], n: int = 8) -> str:
+    """The n names most similar to `name`, joined for a message."""
     by_lower = {other.lower(): other for other in sorted(names)}
     close = difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.0)
     return ", ".join(repr(by_lower[other]) for other in close) or "none"
 
 
 def obs_columns(path: str | os.PathLike) -> list[str]:
-    """Names of the obs columns, without the index."""
+    """The names of the obs columns, without the index."""
     with open_h5ad(path) as file:
         return column_names(file["obs"])
 
 
 def read_obs(path: str | os.PathLike, keys: Sequence[str]) -> dict[str, Column]:
-    """{key: column} of all cells. Raises UserError for an absent column, or one this reader does not understand."""
+    """{key: column} of all cells. Raises UserError when a column is missing or has an unknown encoding."""
     with open_h5ad(path) as file:
         return {key: read_column(file, "obs", key, path) for key in dict.fromkeys(keys)}
 
 
 def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
-    """obs names of `rows`; a name that several cells of the file share gets its row number appended (`name#row`)."""
+    """The obs names of some rows. A name that several cells of the file share gets its row appended: `name#row`."""
     with open_h5ad(path) as file:
         order, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
-        index = index_of(file, "obs", path)
+        index = table_index(file, "obs", path)
         names = _names_at(index, order)
-        cells_of = dict.fromkeys(names, 0)
+        cells_of = dict.fromkeys(names, 0)  # {name: cells of the file with it}; only the requested names
         for start in range(0, index.shape[0], VALUES_PER_BLOCK):
             for name in index[start : start + VALUES_PER_BLOCK]:
                 if name in cells_of:
@@ -139,7 +145,7 @@ def read_cell_ids(path: str | os.PathLike, rows: Sequence[int]) -> list[str]:
 
 
 def _names_at(index: h5py.Dataset, order: np.ndarray) -> list:
-    """The values at increasing positions, read in blocks: a list of points would be slow."""
+    """The values of a dataset at increasing positions. Blocks are read, since h5py is slow for single positions."""
     names: list = []
     for start in range(0, index.shape[0], VALUES_PER_BLOCK):
         here = order[(order >= start) & (order < start + VALUES_PER_BLOCK)]
@@ -150,33 +156,37 @@ def _names_at(index: h5py.Dataset, order: np.ndarray) -> list:
 
 
 def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) -> Column:
-    """A column of obs, var or raw/var. Raises UserError, naming it, when it is absent or not understood."""
+    """A column of obs, var or raw/var. Raises UserError, with its name, when it is missing or cannot be read."""
     group = file[table]
     if key not in column_names(group):
-        raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest(key, column_names(group))})")
+        raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest_names(key, column_names(group))})")
     where = f"{path}: {table} column {key!r}"
-    codes, raw = _factorise(get(group, key, path), group, where)
-    n_rows = index_of(file, table, path).shape[0]
+    codes, raw = _factorise(open_node(group, key, path), group, where)
+    n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
         raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
     text_of = {}
-    new = [text_of.setdefault(text, len(text_of)) if (text := clean(value)) else -1 for value in raw]
+    # cleaning can make two values equal ("T  cell", "T cell"): they get one code
+    new = [text_of.setdefault(text, len(text_of)) if (text := clean_text(value)) else -1 for value in raw]
     return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
 
 
 def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, list]:
-    """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings."""
+    """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings.
+
+    where: the file, table and column, for messages.
+    """
     if isinstance(node, h5py.Group):
         if {"codes", "categories"} <= set(node):
-            return _checked_codes(_vector(node, "codes", where), get(node, "categories", where), where)
-        if {"values", "mask"} <= set(node):  # pandas' nullable arrays
-            codes, values = _factorise(get(node, "values", where), group, where)
+            return _checked_codes(_vector(node, "codes", where), open_node(node, "categories", where), where)
+        if {"values", "mask"} <= set(node):  # a nullable array of pandas
+            codes, values = _factorise(open_node(node, "values", where), group, where)
             mask = _vector(node, "mask", where)
             if len(mask) != len(codes):
                 raise UserError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
             return np.where(mask.astype(bool), -1, codes), values
     elif isinstance(node, h5py.Dataset) and node.ndim == 1:
-        if "categories" in node.attrs:  # anndata 0.7: a reference to the categories, which stand beside the columns
+        if "categories" in node.attrs:  # anndata 0.7: codes with a reference to a dataset of categories
             return _checked_codes(node[:], _referred(group, node.attrs["categories"]), where)
         if node.dtype.kind in "biuf":
             values, codes = np.unique(node[:], return_inverse=True)
@@ -188,7 +198,7 @@ def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, li
 
 
 def _referred(group: h5py.Group, reference: Any) -> Any:
-    """What an HDF5 reference points at, or None."""
+    """The object that an HDF5 reference points to, or None when it points to nothing."""
     try:
         return group[reference] if isinstance(reference, h5py.Reference) and reference else None
     except (KeyError, ValueError):
@@ -196,13 +206,14 @@ def _referred(group: h5py.Group, reference: Any) -> Any:
 
 
 def _scalars(values: np.ndarray) -> list:
-    """Values one by one; float32 stays float32, whose text is 27.3 where that of the same float64 is 27.299999237."""
+    """The values as a list. float32 stays float32: as float64 the text of 27.3 would be 27.299999237."""
     return list(values) if values.dtype.kind == "f" and values.dtype.itemsize < 8 else values.tolist()
 
 
 def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.ndarray, list]:
+    """(codes, categories) of a categorical. Raises UserError for a code without a category."""
     if isinstance(categories, h5py.Group):  # nullable categories
-        categories = get(categories, "values", where)
+        categories = open_node(categories, "values", where)
     if not isinstance(categories, h5py.Dataset) or categories.ndim != 1 or codes.dtype.kind not in "iu":
         raise UserError(f"{where} is a categorical without readable codes and categories; {RESAVE}")
     values = [as_text(v, where) if isinstance(v, bytes) else v for v in _scalars(categories[:])]
@@ -213,6 +224,7 @@ def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.n
 
 
 def _factorise_text(node: h5py.Dataset, where: str) -> tuple[np.ndarray, list[str]]:
+    """(codes, distinct texts) of a text column; only the distinct texts are kept in memory."""
     index: dict[bytes, int] = {}
     codes = [
         np.fromiter((index.setdefault(value, len(index)) for value in node[start : start + VALUES_PER_BLOCK]), np.int64)
@@ -222,7 +234,7 @@ def _factorise_text(node: h5py.Dataset, where: str) -> tuple[np.ndarray, list[st
 
 
 def as_text(value: Any, where: str) -> str:
-    """A value of a text dataset. Raises UserError for bytes that are not UTF-8."""
+    """A value of a text dataset as str. Raises UserError for bytes that are not UTF-8."""
     if not isinstance(value, bytes):
         return str(value)
     try:
@@ -231,23 +243,25 @@ def as_text(value: Any, where: str) -> str:
         raise UserError(f"{where} holds text that is not UTF-8 ({value[:30]!r}); {RESAVE}") from None
 
 
-def index_of(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
-    """The index (names of cells or genes) of a table."""
+def table_index(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Dataset:
+    """The index of a table: the names of its cells or genes. Raises UserError when there is none."""
     group = file[table]
-    index = get(group, index_key(group), path)
-    if isinstance(index, h5py.Group):  # pandas' nullable strings
-        index = get(index, "values", path)
+    index = open_node(group, index_key(group), path)
+    if isinstance(index, h5py.Group):  # nullable strings of pandas
+        index = open_node(index, "values", path)
     if not isinstance(index, h5py.Dataset) or index.ndim != 1:
         raise UserError(f"{path}: the {table} table has no index ({index_key(group)!r}); {RESAVE}")
     return index
 
 
 def index_key(table: h5py.Group) -> str:
+    """The name of the member that holds a table's index."""
     key = table.attrs.get("_index", "_index")
-    key = key if isinstance(key, bytes) else str(key).encode(errors="replace")  # what is not UTF-8 comes as surrogates
+    key = key if isinstance(key, bytes) else str(key).encode(errors="replace")  # h5py gives bad UTF-8 as surrogates
     return key.decode(errors="replace")
 
 
 def column_names(table: h5py.Group) -> list[str]:
-    """Names in `table` but the index; h5py gives bytes for one that is not UTF-8."""
+    """The names of a table's columns, without the index."""
+    # h5py gives bytes instead of str for a name that is not UTF-8; __categories belongs to anndata 0.7
     return [name for name in table if isinstance(name, str) and name not in (index_key(table), "__categories")]

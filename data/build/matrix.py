@@ -1,7 +1,9 @@
-"""The expression matrix of an .h5ad file: chosen rows in blocks, whatever the encoding, in memory that stays the same.
+"""The expression matrix of an .h5ad file: chosen rows, read in blocks. Memory does not grow with the number of cells.
 
-Layers are called `X`, `raw` (raw.X) or by their name in `layers`, `layers/X` and `layers/raw` where that is one of the
-first two; `auto` is raw.X where the file has it, else X.
+Axes: C cells of the file, G genes (columns), R rows of a block. Encodings: CSR, CSC and dense.
+
+Names of layers: `X`; `raw` for raw.X; otherwise the name in `layers` (`layers/X` and `layers/raw` for layers that have
+one of the first two names). `auto` is raw.X when the file has it, else X.
 """
 
 import contextlib
@@ -15,40 +17,42 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column
-from data.build.h5ad import RESAVE, as_text, column_names, get, index_of, nearest, open_h5ad, read_column
+from data.build.h5ad import RESAVE, as_text, column_names, nearest_names, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
 
 NONZEROS_PER_BLOCK = 4_000_000
-"""Stored values that are in memory at once."""
+"""Stored values of a sparse matrix in memory at once."""
 DENSE_VALUES_PER_BLOCK = 8_000_000
+"""Values of a dense matrix in memory at once."""
 CACHE_BYTES = 32 << 20
-"""Decompressed chunks kept per dataset: a chunk at the border of two blocks is decompressed once."""
+"""Memory for decompressed chunks, per dataset: a chunk that two blocks share is decompressed once."""
 SAMPLE_RUNS, SAMPLE_RUN = 8, 16
-"""Rows looked at to tell counts from log counts: so many runs of so many."""
+"""Rows that are read to tell counts from log counts: 8 runs of 16 neighbouring rows, evenly spaced."""
 LARGEST_LOG = 25.0
-"""A larger value is no logarithm of a count."""
+"""Larger values are not logarithms of counts: exp(25) is 7e10."""
 UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
-"""See _looks_scaled."""
+"""Thresholds of _looks_scaled."""
 _ENSEMBL_SUFFIX = re.compile(r"_ENSG\d+(\.\d+)?$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of the matrix; an entry that is not stored is 0."""
+    """Some rows of the matrix, in a layout like CSR. An entry that is not stored is 0."""
 
     rows: np.ndarray
     """[R] row numbers in the file, increasing."""
     starts: np.ndarray
     stops: np.ndarray
-    """[R] where each row's entries begin and end in columns and values."""
+    """[R] where each row's entries begin and end in `columns` and `values`."""
     columns: np.ndarray
     values: np.ndarray
-    """Column and stored value of each entry; entries between the rows' spans belong to no row."""
+    """Gene number and stored value of each entry. Entries between two rows belong to rows that were not requested."""
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(columns, float64 values) of the expressed (> 0) genes of the i-th row, each column once."""
+        """(columns, float64 values) of the expressed genes (value > 0) of the i-th row. Each column occurs once."""
         span = slice(self.starts[i], self.stops[i])
         columns, values = self.columns[span], self.values[span].astype(np.float64)
+        # the sparse formats allow unsorted columns, and several entries of one column
         if not (columns[1:] > columns[:-1]).all():
             columns, values = _summed(columns, values)
         expressed = values > 0
@@ -56,14 +60,14 @@ class Block:
 
 
 def _summed(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Several entries of one column, which the sparse formats allow, mean their sum."""
+    """Add up the entries of each column. The value of a column with several entries is their sum."""
     distinct, index = np.unique(columns, return_inverse=True)
     return (columns, values) if len(distinct) == len(columns) else (distinct, np.bincount(index, weights=values))
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A layer of an open file."""
+    """One layer of an open file."""
 
     path: Path
     layer: str
@@ -73,7 +77,7 @@ class Matrix:
     n_cells: int
     n_genes: int
     layers: list[str]
-    """The layers of the file."""
+    """The names of all layers of the file, for messages."""
 
     def __str__(self) -> str:
         return f"{self.path}: layer {self.layer!r}"
@@ -81,17 +85,18 @@ class Matrix:
 
 @contextlib.contextmanager
 def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix]:
-    """A layer, its format checked. Raises UserError, naming the file and the layer, for what cannot be read."""
-    with open_h5ad(path, CACHE_BYTES) as file:
+    """Open a layer and check its format. Raises UserError, with file and layer, when it cannot be read."""
+    with open_h5ad(path, CACHE_BYTES) as file:  # a block may end within a chunk, which the next block needs again
         layer, layers = _resolve_layer(file, layer, path)
-        node = get(file, _element(layer), path)
+        node = open_node(file, _element(layer), path)
         matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
         _check_shape(file, matrix)
         yield matrix
 
 
 def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
-    raw, layers = (get(file, name, path) for name in ("raw", "layers"))
+    """(name of the layer, names of all layers of the file)."""
+    raw, layers = (open_node(file, name, path) for name in ("raw", "layers"))
     present = ["X"] if "X" in file else []
     present += ["raw"] if isinstance(raw, h5py.Group) and "X" in raw else []
     named = layers if isinstance(layers, h5py.Group) else ()
@@ -105,18 +110,20 @@ def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
 
 
 def _element(layer: str) -> str:
+    """The place of a layer in the file."""
     return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
 
 
 def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
+    """The encoding: "csr", "csc" or "dense". Raises UserError for another encoding, or values that are not numbers."""
     if isinstance(node, h5py.Dataset):
         if node.ndim == 2 and node.dtype.kind in "biuf":
             return "dense"
         raise UserError(f"{where} is not a matrix of numbers (shape {node.shape}, type {node.dtype}); {RESAVE}")
-    stated = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "none"))
+    stated = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "none"))  # the second: anndata 0.6
     stated = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
     encoding = stated.removesuffix("_matrix")
-    parts = [get(node, name, where) for name in ("data", "indices", "indptr")]
+    parts = [open_node(node, name, where) for name in ("data", "indices", "indptr")]
     if encoding not in ("csr", "csc") or not all(isinstance(p, h5py.Dataset) and p.ndim == 1 for p in parts):
         raise UserError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
     if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
@@ -125,16 +132,18 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
 
 
 def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    """(cells, genes), or (-1, -1) when the file does not state two numbers."""
     shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     sizes = np.asarray(shape if shape is not None else 0)
     return (int(sizes[0]), int(sizes[1])) if sizes.shape == (2,) and sizes.dtype.kind in "iu" else (-1, -1)
 
 
 def _check_shape(file: h5py.File, matrix: Matrix) -> None:
+    """Raise UserError when the matrix does not fit the tables of cells and genes, is empty, or contradicts itself."""
     var = "raw/var" if matrix.layer == "raw" else "var"
-    if not isinstance(get(file, var, matrix.path), h5py.Group):
+    if not isinstance(open_node(file, var, matrix.path), h5py.Group):
         raise UserError(f"{matrix} has no table of genes ({var}); {RESAVE}")
-    n_obs, n_var = (index_of(file, table, matrix.path).shape[0] for table in ("obs", var))
+    n_obs, n_var = (table_index(file, table, matrix.path).shape[0] for table in ("obs", var))
     if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
         shape = f"the shape {matrix.n_cells} x {matrix.n_genes}" if matrix.n_cells >= 0 else "no shape of two numbers"
         raise UserError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {RESAVE}")
@@ -144,18 +153,20 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
         return
     n_major = n_obs if matrix.encoding == "csr" else n_var
     indptr, n_values = matrix.node["indptr"], matrix.node["data"].shape[0]
+    # only the first and the last number are read here; _indptr checks the rest when it is needed
     ends = indptr[:: max(1, n_major)] if indptr.shape[0] == n_major + 1 else [-1]
     if matrix.node["indices"].shape[0] != n_values or ends[0] != 0 or ends[-1] != n_values:
         raise UserError(f"{matrix} is inconsistent (indptr, indices and data do not fit each other); {RESAVE}")
 
 
 def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
-    """[genes] names, the `_ENSG...` suffix stripped; a missing name is replaced by the var index.
+    """[G] gene names without an `_ENSG...` suffix. A missing name is replaced by the gene's var index.
 
-    gene_key: a var column, or `index`. Raises UserError when the column is absent or a name cannot stand in a puzzle.
+    gene_key: a var column, or `index`. Raises UserError when the column is missing or a name cannot be part of a gene
+    list.
     """
     file, path, table = matrix.node.file, matrix.path, "raw/var" if matrix.layer == "raw" else "var"
-    index = [as_text(name, f"{path}: the index of {table}") for name in index_of(file, table, path)[:].tolist()]
+    index = [as_text(name, f"{path}: the index of {table}") for name in table_index(file, table, path)[:].tolist()]
     if gene_key == "index":
         names = index
     elif gene_key in column_names(file[table]):
@@ -172,27 +183,33 @@ def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
 
 
 def _or_index(column: Column, index: list[str]) -> list[str]:
+    """[G] the values of a var column; the gene's index where a value is missing."""
     return [name if name is not None else other for name, other in zip(column.texts(), index, strict=True)]
 
 
 def _names_through_var(file: h5py.File, index: list[str], gene_key: str, table: str, path) -> list[str]:
-    """Names of raw genes by way of `var`, for a raw.var without such a column where var covers all its genes."""
+    """Gene names of a raw.var without the column `gene_key`, looked up in `var` by the gene's index.
+
+    Raises UserError when `var` does not have the column or does not cover all genes.
+    """
     if table == "raw/var" and gene_key in column_names(file["var"]):
-        var_index = [as_text(name, f"{path}: the index of var") for name in index_of(file, "var", path)[:].tolist()]
+        var_index = [as_text(name, f"{path}: the index of var") for name in table_index(file, "var", path)[:].tolist()]
         names = dict(zip(var_index, read_column(file, "var", gene_key, path).texts(), strict=True))
         if len(names) == len(var_index) and names.keys() >= set(index):
             return [names[gene] or gene for gene in index]
     raise UserError(
-        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest(gene_key, column_names(file[table]))}); "
+        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest_names(gene_key, column_names(file[table]))}); "
         "name the column of gene names with --gene-key, or --gene-key index for the index"
     )
 
 
 def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> str:
-    """ "counts" (whole numbers), "log counts" or "normalised" (larger than a logarithm can be), told from some rows.
+    """The kind of a layer's values, judged from a sample of `rows`.
 
-    Raises UserError for values that give no order of expression: see check_values and _looks_scaled.
+    "counts": whole numbers. "log counts": none larger than LARGEST_LOG. "normalised": all others. Raises UserError for
+    values that cannot be ranked by expression: see check_values and _looks_scaled.
     """
+    # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
     runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
     sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
     whole, largest, distinct, moments = True, 0.0, [], np.zeros((3, matrix.n_genes))
@@ -206,18 +223,20 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> 
             moments[:, columns] += [np.ones(len(values)), values, values**2]
     if not whole and not allow_scaled and _looks_scaled(distinct, moments):
         raise UserError(
-            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order of "
-            f"expression; {_unscaled(matrix)}"
+            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order "
+            f"of expression; {_unscaled(matrix)}"
         )
     return "counts" if whole else "log counts" if largest <= LARGEST_LOG else "normalised"
 
 
 def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
-    """Whether genes were brought to the variance 1 without being centred, so that no value is negative.
+    """Whether genes were scaled to variance 1 without being centred, so that no value is negative.
 
-    Two signs together: in no cell do values repeat, as those of counts do (log TPM do not either), and of the genes that
-    half of the cells express nearly all have the standard deviation 1, which those of log values do not.
-    distinct: distinct values over values of each cell. moments: [3, genes] number, sum, sum of squares of values > 0.
+    Two signs must hold together. First, values do not repeat within a cell. (Counts repeat; log TPM do not, so this
+    sign alone is not enough.) Second, nearly all genes that half of the cells express have standard deviation 1; genes
+    on a log scale do not.
+    distinct: per cell, number of distinct values / number of values. moments: [3, G] number, sum and sum of squares of
+    the values > 0 of each gene.
     """
     n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
     if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
@@ -228,32 +247,37 @@ def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
 
 
 def _unscaled(matrix: Matrix) -> str:
-    """What to do about scaled values."""
+    """The remedies for scaled values, for a message."""
     layers = ", ".join(matrix.layers)
-    return f"choose unscaled values with --layer raw or --layer NAME (this file has {layers}), or go on with --allow-scaled"
+    return (
+        f"choose unscaled values with --layer raw or --layer NAME (this file has {layers}), or go on with "
+        "--allow-scaled"
+    )
 
 
 def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
-    """Raise UserError, naming the layer, for a NaN, an infinity or a negative value in the block's rows."""
-    stored = block.values
+    """Raise UserError, with the layer's name, for a NaN, an infinity or a negative value in the rows of a block."""
+    stored = block.values  # one test for the whole block first: it nearly always passes
     if np.isfinite(stored).all() and (allow_scaled or not stored.size or stored.min() >= 0):
         return
     others = f"choose another with --layer (this file has {', '.join(matrix.layers)})"
-    for start, stop in zip(block.starts, block.stops, strict=True):  # only what is used counts
+    for start, stop in zip(block.starts, block.stops, strict=True):  # bad values of rows between do not matter
         values = block.values[start:stop]
         if not np.isfinite(values).all():
             raise UserError(f"{matrix} holds NaN or infinite values; {others}")
         if not allow_scaled and values.size and values.min() < 0:
             raise UserError(
-                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; {_unscaled(matrix)}"
+                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; "
+                f"{_unscaled(matrix)}"
             )
 
 
 def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:
-    """The given (increasing, distinct) rows, in blocks. Raises UserError when the matrix contradicts itself."""
+    """Yield some rows in blocks. rows: increasing, distinct. Raises UserError when the matrix is inconsistent."""
     rows = np.asarray(rows, dtype=np.int64)
     if not len(rows):
         return
+    # the blocks rely on this order, so a caller that breaks it has a bug
     assert rows[0] >= 0 and rows[-1] < matrix.n_cells and (np.diff(rows) > 0).all()
     blocks = {"csr": _csr_blocks, "csc": _csc_blocks, "dense": _dense_blocks}[matrix.encoding]
     for block in blocks(matrix, rows):
@@ -263,6 +287,7 @@ def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:
 
 
 def _indptr(matrix: Matrix) -> np.ndarray:
+    """Where each row (CSR) or column (CSC) begins. Raises UserError when the numbers decrease."""
     indptr = matrix.node["indptr"][:].astype(np.int64)
     if (np.diff(indptr) < 0).any():
         raise UserError(f"{matrix} is inconsistent (indptr decreases); {RESAVE}")
@@ -270,14 +295,15 @@ def _indptr(matrix: Matrix) -> np.ndarray:
 
 
 def _csr_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
-    """Neighbouring rows are read in one go, with what lies between them if that is less than a chunk."""
+    """Blocks of a CSR matrix. Rows close to each other are read together, with what lies between them."""
     data, indices, indptr = matrix.node["data"], matrix.node["indices"], _indptr(matrix)
+    # HDF5 decompresses whole chunks: reading a gap shorter than a chunk costs less than a second read
     gap = max(1 << 16, *(dataset.chunks[0] if dataset.chunks else 0 for dataset in (data, indices)))
     starts, stops = indptr[rows], indptr[rows + 1]
     first = 0
     while first < len(rows):
         last = int(np.searchsorted(stops, starts[first] + NONZEROS_PER_BLOCK, side="right"))
-        last = max(last, first + 1)
+        last = max(last, first + 1)  # a single row may be larger than a block
         far = np.flatnonzero(starts[first + 1 : last] - stops[first : last - 1] > gap)
         last = first + 1 + int(far[0]) if len(far) else last
         lo, hi = starts[first], stops[last - 1]
@@ -287,6 +313,7 @@ def _csr_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
 
 
 def _dense_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
+    """Blocks of a dense matrix, in which every value counts as stored."""
     per_block = max(1, DENSE_VALUES_PER_BLOCK // matrix.n_genes)
     gap = max(1, matrix.node.chunks[0] if matrix.node.chunks else 1)
     first = 0
@@ -295,6 +322,7 @@ def _dense_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
         far = np.flatnonzero(np.diff(rows[first:last]) > gap)
         last = first + 1 + int(far[0]) if len(far) else last
         span = slice(first, last)
+        # a slice, then the rows in memory: h5py is slow for lists of rows
         values = matrix.node[rows[first] : rows[last - 1] + 1][rows[span] - rows[first]]
         offsets = np.arange(len(values)) * matrix.n_genes
         columns = np.tile(np.arange(matrix.n_genes), len(values))
@@ -303,21 +331,26 @@ def _dense_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
 
 
 def _csc_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
-    """Walk over blocks of columns and keep the entries of the rows; several walks when these are too many at once."""
+    """Blocks of a CSC matrix. All columns are read, in spans, and the entries of the requested rows are kept.
+
+    When the requested rows have too many entries to be in memory at once, all columns are read several times.
+    """
     indptr = _indptr(matrix)
-    per_row = max(1.0, indptr[-1] / matrix.n_cells)
+    per_row = max(1.0, indptr[-1] / matrix.n_cells)  # stored values of an average row
     n_walks = int(np.ceil(len(rows) * per_row / (2 * NONZEROS_PER_BLOCK)))
     for part in np.array_split(rows, max(1, n_walks)):
+        # position[row] is the row's place in `part`, -1 for rows that were not requested
         position = np.full(matrix.n_cells, -1, dtype=np.int32)
         position[part] = np.arange(len(part))
         kept = [_csc_entries(matrix, indptr, position, *span) for span in _column_spans(indptr)]
         owners, columns, values = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-        by_row = np.argsort(owners, kind="stable")
+        by_row = np.argsort(owners, kind="stable")  # stable: the columns of a row stay increasing
         starts = np.searchsorted(owners[by_row], np.arange(len(part) + 1))
         yield Block(part, starts[:-1], starts[1:], columns[by_row], values[by_row])
 
 
 def _column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, last) of spans of columns with at most NONZEROS_PER_BLOCK values, or of one column that has more."""
     first = 0
     while first < len(indptr) - 1:
         last = int(np.searchsorted(indptr, indptr[first] + NONZEROS_PER_BLOCK, side="right")) - 1
@@ -326,7 +359,7 @@ def _column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _csc_entries(matrix: Matrix, indptr: np.ndarray, position: np.ndarray, first: int, last: int):
-    """(position of the row, column, value) of the wanted entries of some columns."""
+    """(position of the row, column, value) of the entries of the requested rows in the columns first to last - 1."""
     lo, hi = indptr[first], indptr[last]
     cells = matrix.node["indices"][lo:hi]
     if len(cells) and not 0 <= int(cells.min()) <= int(cells.max()) < matrix.n_cells:

@@ -1,7 +1,9 @@
-"""The puzzles of one .h5ad file: what is known of it before anything is drawn, and the drawing itself.
+"""The puzzles of one .h5ad file: `summarise_file` looks at it before the donors are divided, `build_file` builds.
 
-Both run in a worker process per file. All random choices come from generators named by seed, purpose, file and split, so
-that the bytes do not depend on the order of files, on the workers or on the process.
+Each call runs in a worker process. Every random choice comes from a generator that is named by seed, purpose, file and
+split, so the puzzles do not depend on the order of the files or on the number of workers.
+A group is a donor and experimental batch; a row is the number of a cell in the file; N is the number of cells of a
+puzzle.
 """
 
 import dataclasses
@@ -19,35 +21,37 @@ import numpy as np
 from data.build import h5ad
 from data.build.cells import Cells, Groups, check_labels, groups_of, read_cells
 from data.build.contexts import agreed_facts, context_sentence, has_disease, joined_values
-from data.build.draw import Batch, draw_batches, split_groups
+from data.build.draw import PuzzleCells, draw_puzzle_cells, split_groups
 from data.build.matrix import open_matrix, value_kind
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
-from data.build.splits import SPLITS, divide
+from data.build.splits import SPLITS, split_items
 from data.files import sha256
 from data.puzzles import Puzzle
 
 HVG_CELLS = 5000
-"""Train cells at most, evenly spaced, from which --rank hvg learns which genes vary."""
+"""--rank hvg learns which genes vary from at most this many train cells, evenly spaced."""
 PEER_CELLS = 256
-"""Usable cells of a donor and batch at most, evenly spaced, whose mean --rank deg compares a cell with."""
+"""--rank deg compares a cell with the mean of at most this many cells of its donor and batch, evenly spaced."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What the division of donors needs to know of a file, and its part of the report so far."""
+class FileSummary:
+    """What the division of donors needs to know about a file, and the first part of the file's report."""
 
     path: Path
     donors: dict[str, Counter]
-    """{donor: {(tissue, disease): usable cells}}; "unknown" where one is missing."""
+    """{donor: {(tissue, disease): number of usable cells}}; "unknown" where a value is missing."""
     group_sizes: dict[tuple[str, str], int]
-    """{(donor, batch): cell types}."""
+    """{(donor, batch): number of cell types}."""
     organism: str | None
+    """None when the file does not state it."""
     report: dict[str, Any]
+    """The file's part of report.json so far."""
 
 
-def summarise(path: Path, config: BuildConfig) -> Summary:
-    """Read the obs table and try the matrix. Raises UserError for a column, label or layer that cannot be used."""
+def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
+    """Read obs and a sample of the matrix. Raises UserError for a column, label or layer that cannot be used."""
     cells = _read_cells(path, config)
     check_labels(path, (cells.columns["cell_type"].names[i] for i in np.unique(cells.columns["cell_type"].codes)))
     groups = groups_of(cells)
@@ -60,7 +64,7 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         donors.setdefault(donor, Counter())[tissue, disease] += count
     with open_matrix(path, config.layer) as matrix:
         layer, kind = matrix.layer, None
-        if len(cells):
+        if len(cells):  # called for its errors: a bad gene column must show before hours of work
             genes_of(matrix, config.rank_settings)
             kind = value_kind(matrix, cells.rows, config.allow_scaled)
     report = {
@@ -71,7 +75,9 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         "cells_read": cells.n_read,
         "cells_dropped": cells.dropped,
         "cells_kept": len(cells),
-        "cell_types": counts(chain.from_iterable(len(r) * [t] for types in groups.values() for t, r in types.items())),
+        "cell_types": count_sorted(
+            chain.from_iterable(len(r) * [t] for types in groups.values() for t, r in types.items())
+        ),
         "donors": len(donors),
         "groups": len(groups),
         "groups_skipped": {
@@ -79,11 +85,27 @@ def summarise(path: Path, config: BuildConfig) -> Summary:
         },
         "notes": cells.notes,
     }
-    return Summary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
+    return FileSummary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
 
 
 def _read_cells(path: Path, config: BuildConfig) -> Cells:
     return read_cells(path, config.column_keys, config.constants, config.organism, config.include_non_primary)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One file while its puzzles are built."""
+
+    path: Path
+    config: BuildConfig
+    cells: Cells
+    groups: Groups
+    """All usable cells, before they are divided over the splits."""
+
+    def generator(self, purpose: str, split: str = "") -> random.Random:
+        """The random generator for one purpose. Its name is its seed, so its draws do not depend on other files."""
+        name = ":".join(filter(None, (purpose, self.path.stem, split)))
+        return random.Random(f"{self.config.seed}:{name}")
 
 
 def build_file(
@@ -93,158 +115,171 @@ def build_file(
     config: BuildConfig,
     advance: Callable[[int, int], None] = lambda read, total: None,
 ) -> tuple[dict[str, list[Puzzle]], dict[str, Any]]:
-    """({split: puzzles without ids}, the file's report of splits and hash) of one file.
+    """Build the puzzles of one file. Returns ({split: puzzles without ids}, second part of the file's report).
 
-    assignment: {donor: split}. kind: of the file's values, as summarise found it. advance: told of cells read and of cells
-    to read. Raises UserError as data.build.matrix does.
+    assignment: {donor: split}. kind: kind of the file's values, as summarise_file found it.
+    advance(cells read now, cells to read in all) is called while the matrix is read. Raises UserError as
+    data.build.matrix does.
     """
-    with ThreadPoolExecutor(1) as hasher:
+    with ThreadPoolExecutor(1) as hasher:  # hashing releases the GIL: it runs beside the work below
         digest = hasher.submit(sha256, path)
         cells = _read_cells(path, config)
-        whole = groups_of(cells)
-        groups, set_aside = split_groups(cells, whole, path.stem, assignment, config)
-        drawn, drawing = _draw(path.stem, groups, config)
-        members = {split: _members(groups[split], batches, config) for split, batches in drawn.items()}
-        gene_lists = _gene_lists(path, whole, members, kind, config, advance)
-        puzzles = _puzzles(path, cells, drawn, members, gene_lists, config)
+        source = _Source(path, config, cells, groups_of(cells))
+        groups, set_aside = split_groups(cells, source.groups, path.stem, assignment, config)
+        drawn, left_over = _draw(source, groups)
+        members = {split: _members(groups[split], chosen, config) for split, chosen in drawn.items()}
+        gene_lists = _gene_lists(source, members, kind, advance)
+        puzzles = _puzzles(source, drawn, members, gene_lists)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
     for split, made in puzzles.items():
-        kept = [puzzle for puzzle in made if all(puzzle.cells)]
+        kept = [puzzle for puzzle in made if all(puzzle.cells)]  # a cell without a listed gene cannot be told apart
         puzzles[split] = kept
-        report["splits"][split] = drawing[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
-    if config.split_mode == "instance":
-        rng = random.Random(f"{config.seed}:test puzzles:{path.stem}")
+        report["splits"][split] = left_over[split] | {"puzzles_with_a_cell_without_genes": len(made) - len(kept)}
+    if config.split_mode == "instance":  # the authors' split: puzzles of each size are divided, cells may be shared
+        rng = source.generator("test puzzles")
         sizes = range(config.min_cells, config.max_cells + 1)
         by_size = [[p for p in puzzles.get("train", []) if len(p.cells) == n_cells] for n_cells in sizes]
-        divided = [divide(of_size, config.test_fraction, rng) for of_size in by_size]
+        divided = [split_items(of_size, config.test_fraction, rng) for of_size in by_size]
         puzzles["train"], puzzles["test"] = (list(chain(*parts)) for parts in zip(*divided, strict=True))
     for split, made in puzzles.items():
-        report["splits"][split].update(summary_of(made))
+        report["splits"][split].update(split_summary(made))
     return puzzles, report
 
 
-def _draw(dataset: str, groups: dict[str, Groups], config: BuildConfig):
-    """({split: batches}, {split: what the drawing left over})."""
+def _draw(source: _Source, groups: dict[str, Groups]) -> tuple[dict[str, list[PuzzleCells]], dict[str, dict[str, Any]]]:
+    """({split: cells of its puzzles}, {split: the part of the quota that could not be drawn}). groups: by split."""
+    config = source.config
     sizes = range(config.min_cells, config.max_cells + 1)
-    drawn: dict[str, list[Batch]] = {}
-    drawing: dict[str, dict] = {}
+    drawn: dict[str, list[PuzzleCells]] = {}
+    left_over: dict[str, dict[str, Any]] = {}
     for split, of_split in groups.items():
         quota = config.puzzles_per_n if split == "train" else config.test_puzzles_per_n
-        rng = random.Random(f"{config.seed}:batches:{dataset}:{split}")
         choices = of_split
-        if config.profile == "cluster":  # a type has one profile; its first cell stands for it
+        if config.profile == "cluster":  # a type has one profile per group; its first cell represents it
             choices = {group: {name: rows[:1] for name, rows in types.items()} for group, types in of_split.items()}
-        drawn[split], left = draw_batches(choices, sizes, quota, rng)
-        drawing[split] = left if of_split else {}
-    return drawn, drawing
+        drawn[split], left = draw_puzzle_cells(choices, sizes, quota, source.generator("batches", split))
+        left_over[split] = left if of_split else {}
+    return drawn, left_over
 
 
-def _members(
-    groups: Groups, batches: list[Batch], config: BuildConfig
-) -> dict[int, tuple[tuple[str, str], np.ndarray]]:
-    """{drawn row: (its group, the rows whose mean is shown for it)}; deg compares all types of a group, drawn or not."""
+Members = dict[int, tuple[tuple[str, str], np.ndarray]]
+"""{drawn row: (its group, the rows whose mean is shown for it)}. With --profile cell these rows are the cell itself."""
+
+
+def _members(groups: Groups, drawn: list[PuzzleCells], config: BuildConfig) -> Members:
+    """The members of the drawn rows of one split.
+
+    With --rank deg and --profile cluster, all types of a group have an entry, drawn or not: they are compared with each
+    other.
+    """
     if config.profile == "cell":
-        return {row: (group, np.array([row])) for group, rows in batches for row in rows}
+        return {row: (group, np.array([row])) for group, rows in drawn for row in rows}
     of_type = {group: {int(rows[0]): rows for rows in types.values()} for group, types in groups.items()}
     if config.rank == "deg":
-        return {row: (group, rows) for group in dict(batches) for row, rows in of_type[group].items()}
-    return {row: (group, of_type[group][row]) for group, rows in batches for row in rows}
+        return {row: (group, rows) for group in dict(drawn) for row, rows in of_type[group].items()}
+    return {row: (group, of_type[group][row]) for group, rows in drawn for row in rows}
 
 
 def _gene_lists(
-    path: Path,
-    whole: Groups,
-    members: dict[str, dict],
-    kind: str | None,
-    config: BuildConfig,
-    advance: Callable[[int, int], None],
+    source: _Source, members: dict[str, Members], kind: str | None, advance: Callable[[int, int], None]
 ) -> dict[int, list[str]]:
-    """{drawn row: its ranked genes}, read in as few passes as may be."""
+    """{drawn row: its ranked genes} for all splits together, so that the file is read as few times as possible."""
+    config = source.config
     drawn = {row: member for of_split in members.values() for row, member in of_split.items()}
     groups = sorted({group for group, _ in drawn.values()})
     number = {group: i for i, group in enumerate(groups)}
     order = sorted(drawn)
     profiles = [Profile(number[drawn[row][0]], drawn[row][1]) for row in order]
-    peers = [_peers(whole[group]) for group in groups] if config.rank == "deg" and config.profile == "cell" else []
+    needs_peers = config.rank == "deg" and config.profile == "cell"
+    peers = [_peers(source.groups[group]) for group in groups] if needs_peers else []
+    # highly variable genes are learned from train cells only: test cells must not choose the genes that are shown
     train = [rows for _, rows in (members["train"] or drawn).values()]
     train_rows = np.unique(np.concatenate(train)) if train else np.zeros(0, np.int64)
     train_rows = train_rows[:: max(1, -(-len(train_rows) // HVG_CELLS))] if config.rank == "hvg" else train_rows[:0]
     total = len(np.unique(np.concatenate([p.rows for p in profiles]))) if profiles else 0
     total += sum(map(len, peers)) + len(train_rows)
     advance(0, total)
-    ranked = ranked_genes(path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total))
+    ranked = ranked_genes(
+        source.path, profiles, train_rows, peers, kind, config.rank_settings, lambda n: advance(n, total)
+    )
     return dict(zip(order, ranked, strict=True))
 
 
 def _peers(types: dict[str, np.ndarray]) -> np.ndarray:
-    """The same cells of a donor and batch whatever was drawn."""
+    """At most PEER_CELLS rows of a group, evenly spaced. They do not depend on which cells were drawn."""
     rows = np.sort(np.concatenate(list(types.values())))
     return rows[:: -(-len(rows) // PEER_CELLS)]
 
 
-def _puzzles(path, cells, drawn, members, gene_lists, config) -> dict[str, list[Puzzle]]:
+def _puzzles(
+    source: _Source, drawn: dict[str, list[PuzzleCells]], members: dict[str, Members], gene_lists: dict[int, list[str]]
+) -> dict[str, list[Puzzle]]:
+    """{split: puzzles without ids}, from the drawn rows and their gene lists."""
     rows = sorted(gene_lists)
-    cell_ids = dict(zip(rows, h5ad.read_cell_ids(path, rows), strict=True)) if rows else {}
+    cell_ids = dict(zip(rows, h5ad.read_cell_ids(source.path, rows), strict=True)) if rows else {}
     puzzles = {}
-    for split, batches in drawn.items():
-        rng = random.Random(f"{config.seed}:candidates:{path.stem}:{split}")
-        made = [_puzzle(path, cells, group, batch, members[split], cell_ids, config, rng) for group, batch in batches]
-        shown = [[gene_lists[row] for row in batch] for _, batch in batches]
+    for split, of_split in drawn.items():
+        rng = source.generator("candidates", split)
+        # all candidates of a split are shuffled before the first gene is left out: the order of draws is pinned
+        made = [_puzzle(source, chosen, members[split], cell_ids, rng) for chosen in of_split]
+        shown = [[gene_lists[row] for row in batch] for _, batch in of_split]
         puzzles[split] = [
-            dataclasses.replace(puzzle, cells=_listed(ranked, split == "train", config, rng))
+            dataclasses.replace(puzzle, cells=_listed(ranked, split == "train", source.config, rng))
             for puzzle, ranked in zip(made, shown, strict=True)
         ]
     return {split: made for split, made in puzzles.items() if made or rows}
 
 
 def _listed(ranked: list[list[str]], is_train: bool, config: BuildConfig, rng: random.Random) -> list[list[str]]:
-    """[N][<= M] genes shown of each cell's ranked genes; --gene-dropout passes over some of a train cell's."""
+    """[N][<= M] the genes that a puzzle shows of each cell. --gene-dropout leaves out some of a train cell's genes."""
     if is_train and config.gene_dropout:
         ranked = [[gene for gene in genes if rng.random() >= config.gene_dropout] for genes in ranked]
     return [genes[: config.top_genes] for genes in ranked]
 
 
 def _puzzle(
-    path: Path, cells: Cells, group, batch, members, cell_ids, config: BuildConfig, rng: random.Random
+    source: _Source, chosen: PuzzleCells, members: Members, cell_ids: dict[int, str], rng: random.Random
 ) -> Puzzle:
-    """A puzzle whose gene lists are not filled in yet."""
-    answer = cells.at(batch)["cell_type"].texts()
-    candidates = sorted(answer) if config.compat == "authors" else rng.sample(answer, len(answer))
-    profiles = [members[row][1] for row in batch]
-    columns = cells.at(np.concatenate(profiles))
-    ids = [cell_ids[row] for row in batch]
-    if config.profile == "cluster":
-        sizes = [f"{len(rows)} cell{'s' if len(rows) > 1 else ''}" for rows in profiles]
+    """A puzzle of the chosen cells whose gene lists are still empty."""
+    (donor, batch), rows = chosen
+    answer = source.cells.at(rows)["cell_type"].texts()
+    candidates = sorted(answer) if source.config.compat == "authors" else rng.sample(answer, len(answer))
+    profiles = [members[row][1] for row in rows]
+    columns = source.cells.at(np.concatenate(profiles))
+    ids = [cell_ids[row] for row in rows]
+    if source.config.profile == "cluster":
+        sizes = [f"{len(profile)} cell{'s' if len(profile) > 1 else ''}" for profile in profiles]
         ids = [f"mean of {size} from {name}" for size, name in zip(sizes, ids, strict=True)]
     meta = {
-        "dataset": path.stem,
-        "donor": group[0],
-        "batch": group[1],
+        "dataset": source.path.stem,
+        "donor": donor,
+        "batch": batch,
         "tissue": joined_values(columns["tissue"]),
         "disease": joined_values(columns["disease"]),
-        "n_cells": len(batch),
+        "n_cells": len(rows),
         "cell_ids": ids,
-        "source": path.name,
+        "source": source.path.name,
     }
     context = context_sentence(agreed_facts(columns))
     return Puzzle(id="", context=context, cells=[], candidates=candidates, answer=answer, meta=meta)
 
 
-def summary_of(puzzles: list[Puzzle]) -> dict[str, Any]:
-    """Counts of a split for the report, each sorted by name."""
+def split_summary(puzzles: list[Puzzle]) -> dict[str, Any]:
+    """The counts of a split for the report, each sorted by name."""
     return {
         "puzzles": len(puzzles),
-        "puzzles_per_n": counts(len(puzzle.cells) for puzzle in puzzles),
+        "puzzles_per_n": count_sorted(len(puzzle.cells) for puzzle in puzzles),
         "distinct_cells": len({(p.meta["source"], cell) for p in puzzles for cell in p.meta["cell_ids"]}),
-        **{f"{key}s": counts(puzzle.meta[key] for puzzle in puzzles) for key in ("donor", "tissue", "disease")},
-        "labels": counts(label for puzzle in puzzles for label in puzzle.answer),
+        **{f"{key}s": count_sorted(puzzle.meta[key] for puzzle in puzzles) for key in ("donor", "tissue", "disease")},
+        "labels": count_sorted(label for puzzle in puzzles for label in puzzle.answer),
     }
 
 
-def counts(values: Iterable) -> dict[str, int]:
+def count_sorted(values: Iterable) -> dict[str, int]:
+    """{value as text: how often it occurs}, sorted by value."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
-def unseen_donors(summary: Summary, names: tuple[str, ...]) -> set[str]:
-    """Donors with a cell that has one of the diseases."""
+def unseen_donors(summary: FileSummary, names: tuple[str, ...]) -> set[str]:
+    """The donors with at least one cell that has one of the diseases."""
     return {d for d, kinds in summary.donors.items() if any(has_disease(disease, names) for _, disease in kinds)}

@@ -1,9 +1,14 @@
-"""The top genes of cells, or of cell types, in the order a puzzle lists them.
+"""The top genes of cells, or of cell types, in the order in which a puzzle lists them.
 
---rank expression: by expression, as the paper (arXiv:2506.02911, section 3.1) has it. Extensions of ours: hvg, the same
-among the highly variable genes of the train cells; deg, by how far a cell lies above the mean of its donor and batch, or
-a type's mean above the mean of the types there. --profile cell: one cell stands for its type. cluster: the mean of the
-type's cells, the paper's "cluster centroid".
+--rank expression   by expression, as in the paper (arXiv:2506.02911, section 3.1)
+--rank hvg          the same, among the highly variable genes of the train cells (ours)
+--rank deg          by how far a gene lies above the mean of the cell's donor and batch (ours); with --profile cluster,
+                    how far a type's mean lies above the mean of the types there
+--profile cell      one cell stands for its type
+--profile cluster   the mean of the type's cells, the paper's "cluster centroid"
+
+Axes: G genes (columns of the layer), U distinct gene names, M genes listed per cell. A profile is what gets one gene
+list: a cell, or the mean of several.
 """
 
 import os
@@ -21,33 +26,34 @@ GENE_CLASSES = {
     "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),
     "mitochondrial": re.compile(r"MT-", re.IGNORECASE),
 }
-"""Gene class -> symbols of its genes, human (RPL3) or mouse (Rpl3), matched at their beginning."""
+"""Gene class -> pattern for the beginning of its symbols, human (RPL3) or mouse (Rpl3)."""
 RANKS = ("expression", "hvg", "deg")
 PROFILES = ("cell", "cluster")
 COUNTS_PER_CELL = 1e4
-"""What a cell's counts are scaled to before cells are compared or averaged."""
+"""The sum to which a cell's counts are scaled before cells are compared or averaged."""
 MEANS_PER_BLOCK = 16_000_000
-"""Values of mean profiles that are in memory at once (float64)."""
+"""Values of mean profiles in memory at once (float64)."""
 SAME_LEVEL = 1e-9
-"""Relative difference of two levels of expression that is rounding, not biology."""
+"""A relative difference of two levels of expression below this is rounding error, not biology."""
 HVG_BINS = 20
+"""Bins of mean expression within which dispersions are compared."""
 
 Scale = Callable[[np.ndarray], np.ndarray]
 Advance = Callable[[int], None]
 
 
 class Profile(NamedTuple):
-    """What gets one ranked gene list."""
+    """A cell, or several cells whose mean is ranked: it gets one gene list."""
 
     group: int
     """Number of its donor and batch."""
     rows: np.ndarray
-    """Increasing rows of the file whose mean it is; one row is that cell itself."""
+    """Rows of the file, increasing. One row: that cell; several: their mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankSettings:
-    """How genes are ranked; the fields are those of data.build.build.BuildConfig."""
+    """How genes are ranked. The fields have the names and meaning of those of data.build.settings.BuildConfig."""
 
     top_genes: int
     layer: str = "auto"
@@ -60,21 +66,21 @@ class RankSettings:
 
 @dataclass(frozen=True)
 class Genes:
-    """The genes of a layer by name; several columns may share one."""
+    """The genes of a layer by name. Several columns may have the same name."""
 
     names: np.ndarray
-    """[U] distinct names in alphabetical order, which breaks ties."""
+    """[U] distinct names in alphabetical order, which is the order of ties."""
     ids: np.ndarray
-    """[genes] index into names of each column."""
+    """[G] index into names of each column."""
     shared: np.ndarray
     """[U] bool, True for names that several columns have."""
     listed: np.ndarray
     """[U] bool, False for genes that are never listed."""
 
     def of_cell(self, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(distinct indices into names, values) of a cell's columns; of several with one name the larger counts."""
+        """(distinct indices into names, values) of a cell's columns; the largest value of columns with one name."""
         ids = self.ids[columns]
-        several = np.flatnonzero(self.shared[ids])
+        several = np.flatnonzero(self.shared[ids])  # few names are shared, so most cells return here
         if len(several) < 2:
             return ids, values
         several = several[np.lexsort((-values[several], ids[several]))]
@@ -82,24 +88,25 @@ class Genes:
         return np.delete(ids, smaller), np.delete(values, smaller)
 
     def ranked(self, ids: np.ndarray, scores: np.ndarray, n_top: int) -> list[str]:
-        """Names of the n_top largest scores of distinct indices into names."""
+        """Names of the n_top genes with the largest scores. ids: distinct indices into names."""
         wanted = self.listed[ids]
         if not wanted.all():
             ids, scores = ids[wanted], scores[wanted]
-        if len(scores) > n_top:  # sort the head only; all entries that tie with the last one stay in
+        if len(scores) > n_top:  # sort only the largest scores; entries that tie with the last one must stay
             head = scores >= np.partition(scores, -n_top)[-n_top]
             ids, scores = ids[head], scores[head]
+        # by score, then by id; ids are in alphabetical order of names, so ties are too
         return self.names[ids[np.lexsort((ids, -scores))][:n_top]].tolist()
 
 
 def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settings) -> list[list[str]]:
-    """[len(rows)][<= n_top] gene names per cell, most expressed first; settings as in RankSettings.
+    """The top genes of some cells: [len(rows)][<= n_top] gene names, most expressed first. settings: as RankSettings.
 
     A gene that is not expressed (value <= 0) is never listed, so a list may be short or empty. Equal values are ordered
-    by gene name; --rank deg compares with the mean of the given cells. Raises UserError, naming the layer, when the rows
-    hold NaN, or negative values, which mean scaled data that cannot be ranked by expression.
+    by gene name. With rank="deg" cells are compared with the mean of the given cells. Raises UserError, with the
+    layer's name, when the rows hold NaN or negative values: scaled data cannot be ranked by expression.
     """
-    distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+    distinct, back = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)  # blocks need increasing rows
     profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
     asked = RankSettings(top_genes=n_top, **settings)
     with open_matrix(path, asked.layer) as matrix:
@@ -117,11 +124,12 @@ def ranked_genes(
     settings: RankSettings,
     advance: Advance = lambda n_rows: None,
 ) -> list[list[str]]:
-    """[len(profiles)][<= top_genes] gene names of each profile, in one or a few passes over the file.
+    """[len(profiles)][<= M] gene names of each profile, in one or a few passes over the file.
 
-    train_rows: cells from which --rank hvg learns which genes vary. peers: increasing rows of each group, with whose mean
-    --rank deg compares single cells; none where it compares the profiles of a group with each other. kind: as value_kind
-    tells it, None without a cell. advance: told of rows read.
+    train_rows: cells from which --rank hvg learns which genes vary.
+    peers: [groups] increasing rows of cells; --rank deg compares single cells with their mean. Empty when it compares
+        the profiles of a group with each other.
+    kind: the result of value_kind; None when there is no cell. advance(n_rows) is called when rows have been read.
     """
     if not profiles:
         return []
@@ -137,7 +145,7 @@ def ranked_genes(
 
 
 def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
-    """The genes of a layer, those of dropped classes not listed."""
+    """The genes of a layer. Genes of the dropped classes are marked as not listed."""
     names, ids, copies = np.unique(
         gene_names(matrix, settings.gene_key).astype(str), return_inverse=True, return_counts=True
     )
@@ -146,15 +154,15 @@ def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
     return Genes(names.astype(object), ids, copies > 1, listed)
 
 
-def scaling(kind: str) -> Scale:
-    """What makes the expression of cells comparable: counts to COUNTS_PER_CELL in all; other values as they are."""
+def scale_for(kind: str) -> Scale:
+    """The function that makes cells comparable: counts are scaled to the sum COUNTS_PER_CELL, other values are kept."""
     if kind != "counts":
         return lambda values: values
     return lambda values: values * (COUNTS_PER_CELL / total) if (total := values.sum()) > 0 else values
 
 
-def logging(kind: str) -> Scale:
-    """The logarithm on which scaled expression is compared; log counts are compared as they are."""
+def log_for(kind: str) -> Scale:
+    """The function to the log scale on which expression is compared: log(1 + x), or nothing for log counts."""
     return (lambda values: values) if kind == "log counts" else np.log1p
 
 
@@ -164,6 +172,8 @@ def _compose(outer: Scale, inner: Scale) -> Scale:
 
 @dataclass(frozen=True)
 class _Reader:
+    """Reads rows of a layer, refuses values that cannot be ranked, and reports progress."""
+
     matrix: Matrix
     allow_scaled: bool
     advance: Advance
@@ -188,21 +198,26 @@ def _rank_cells(
     kind: str,
     settings: RankSettings,
 ) -> list[list[str]]:
-    """All in one pass; deg in two passes for as many groups at a time as have room for their means."""
+    """Gene lists of single cells, in one pass over the file.
+
+    --rank deg makes two passes, one for the means of groups and one for the cells, over as many groups at a time as
+    have room for their means.
+    """
     groups, is_deg = _indices_by_group(profiles), settings.rank == "deg"
+    # a mean has U values per group: take only as many groups at a time as fit in memory
     most = max(1, MEANS_PER_BLOCK // len(genes.names)) if is_deg else len(groups)
-    level = _compose(logging(kind), scaling(kind))
+    level = _compose(log_for(kind), scale_for(kind))
     ranked: list[list[str]] = [[]] * len(profiles)
     for start in range(0, len(groups), most):
         members = list(chain.from_iterable(groups[start : start + most]))
-        place: dict[int, list[int]] = {}
+        place: dict[int, list[int]] = {}  # {row: profiles}: a cell that was drawn for two splits is read once
         for i in members:
             place.setdefault(int(profiles[i].rows[0]), []).append(i)
         group_of = {int(profiles[i].rows[0]): profiles[i].group for i in members}
         means = _group_means(reader, genes, {g: peers[g] for g in group_of.values()}, level) if is_deg else {}
         for row, columns, values in reader.rows(np.array(sorted(place), dtype=np.int64)):
             if is_deg:
-                ids, scores = _above(means[group_of[row]], *genes.of_cell(columns, level(values)))
+                ids, scores = _above_mean(means[group_of[row]], *genes.of_cell(columns, level(values)))
             else:
                 ids, scores = genes.of_cell(columns, values)
             listed = genes.ranked(ids, scores, settings.top_genes)
@@ -211,39 +226,41 @@ def _rank_cells(
     return ranked
 
 
-def _above(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, how far they lie above the mean) of the genes that do."""
+def _above_mean(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, difference from the mean) of the genes whose level lies above the mean."""
     differences = levels - mean[ids]
     above = differences > SAME_LEVEL * levels
     return ids[above], differences[above]
 
 
 def _group_means(reader: _Reader, genes: Genes, peers: dict[int, np.ndarray], level: Scale) -> dict[int, np.ndarray]:
-    """{group: [U] mean level of expression over the given cells of it}."""
+    """{group: [U] mean level of expression over its peer cells}."""
     group_of = {row: group for group, rows in peers.items() for row in rows.tolist()}
     means = {group: np.zeros(len(genes.names)) for group in peers}
     for row, columns, values in reader.rows(np.array(sorted(group_of), dtype=np.int64)):
         ids, levels = genes.of_cell(columns, level(values))
-        means[group_of[row]][ids] += levels / len(peers[group_of[row]])
+        means[group_of[row]][ids] += levels / len(peers[group_of[row]])  # genes that are not stored count as 0
     return means
 
 
 def _rank_means(
     reader: _Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
 ) -> list[list[str]]:
-    """As many groups at a time as fit, so that memory does not grow with the file."""
-    scale, log = scaling(kind), logging(kind)
+    """Gene lists of mean profiles, for as many groups at a time as fit in memory."""
+    scale, log = scale_for(kind), log_for(kind)
     ranked: list[list[str]] = [[]] * len(profiles)
     for members in _blocks_of_groups(profiles, max(1, MEANS_PER_BLOCK // len(genes.names))):
+        # owner[k] is the profile, numbered within the block, to which the k-th of all its rows belongs
         owner = np.concatenate([np.full(len(profiles[i].rows), n) for n, i in enumerate(members)])
         rows = np.concatenate([profiles[i].rows for i in members])
         order = np.argsort(rows, kind="stable")
+        # rows are read once and in increasing order, whatever the profiles to which they belong
         distinct, first = np.unique(rows[order], return_index=True)
         owners = np.split(owner[order], first[1:])
         means = np.zeros((len(members), len(genes.names)))
         for (_, columns, values), of_row in zip(reader.rows(distinct), owners, strict=True):
             ids, values = genes.of_cell(columns, scale(values))
-            for n in of_row:  # a cell may stand in the profiles of two splits
+            for n in of_row:  # a cell may belong to profiles of two splits
                 means[n, ids] += values
         means /= np.array([[len(profiles[i].rows)] for i in members])
         for n, i in enumerate(members):
@@ -258,6 +275,7 @@ def _rank_means(
 
 
 def _indices_by_group(profiles: Sequence[Profile]) -> list[list[int]]:
+    """Indices of the profiles of each group."""
     by_group: dict[int, list[int]] = {}
     for i, profile in enumerate(profiles):
         by_group.setdefault(profile.group, []).append(i)
@@ -265,7 +283,7 @@ def _indices_by_group(profiles: Sequence[Profile]) -> list[list[int]]:
 
 
 def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[int]]:
-    """Indices of the profiles in blocks of whole groups, of at most `most` profiles unless one group has more."""
+    """Indices of the profiles in blocks of whole groups, at most `most` profiles each unless one group has more."""
     block: list[int] = []
     for members in _indices_by_group(profiles):
         if block and len(block) + len(members) > most:
@@ -276,18 +294,19 @@ def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[i
 
 
 def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, n_genes: int) -> np.ndarray:
-    """[U] bool: the n_genes genes of largest normalised dispersion over some cells.
+    """[U] bool: the n_genes genes with the largest normalised dispersion over the cells `rows`.
 
-    As scanpy's flavour 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): log of variance over mean of the scaled
-    expression, standardised within HVG_BINS bins of the mean.
+    As scanpy's flavor 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): dispersion is log(variance / mean) of the
+    scaled expression, standardised within HVG_BINS bins of log(1 + mean).
     """
-    scale = scaling(kind)
-    total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))
+    scale = scale_for(kind)
+    total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))  # [U] sums over cells: one pass, no matrix
     for _, columns, values in reader.rows(rows):
         ids, values = genes.of_cell(columns, np.expm1(values) if kind == "log counts" else scale(values))
         total[ids] += values
         squares[ids] += values**2
     mean = total / len(rows)
+    # unbiased variance; rounding can make the difference slightly negative
     variance = np.maximum(squares / len(rows) - mean**2, 0) * len(rows) / max(1, len(rows) - 1)
     seen = np.flatnonzero((mean > 0) & (variance > 0))
     if not len(seen):
@@ -299,7 +318,8 @@ def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, 
     for number in np.unique(bins):
         inside = bins == number
         spread = dispersion[inside].std(ddof=1) if inside.sum() > 1 else 0.0
-        centre = dispersion[inside].mean() if spread > 0 else 0.0  # a gene alone in its bin counts as one deviation
+        centre = dispersion[inside].mean() if spread > 0 else 0.0
+        # as in scanpy, a gene that is alone in its bin counts as one standard deviation above the mean
         normalised[inside] = (dispersion[inside] - centre) / spread if spread > 0 else 1.0
     best = seen[np.lexsort((seen, -normalised))][:n_genes]
     chosen = np.zeros(len(mean), dtype=bool)

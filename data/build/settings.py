@@ -1,4 +1,4 @@
-"""The settings of a build, and which values cannot be meant."""
+"""The settings of a build, and the check that they can be used together."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,32 @@ from data.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """How puzzles are built. Defaults: Cell-o1 (arXiv:2506.02911) and its code."""
+    """How puzzles are built. The defaults are those of Cell-o1 (arXiv:2506.02911) and its code."""
 
     seed: int = option(0, "Seed of every random choice.")
-    min_cells: int = option(8, "Fewest cells (= cell types) of a puzzle.")
-    max_cells: int = option(15, "Most cells of a puzzle.")
+    min_cells: int = option(8, "Smallest number of cells (= cell types) of a puzzle.")
+    max_cells: int = option(15, "Largest number of cells of a puzzle.")
     top_genes: int = option(50, "Genes listed per cell, most expressed first.")
-    puzzles_per_n: int = option(40, "Train puzzles per file and number of cells N.")
-    test_puzzles_per_n: int = option(10, "Test, and unseen, puzzles per file and number of cells N.")
-    split: str | None = option(None, "Unit of train and test, by default donor.", ("donor", "cell", "instance"))
-    test_fraction: float = option(0.15, "Share of the donors (of the cells, of the puzzles) that goes to test.")
-    unseen_disease: tuple[str, ...] = option((), "Disease kept out of train and test, repeatable.")
-    allow_leaks: bool = option(False, "Build even where train, test and unseen share cells, donors or near-duplicates.")
+    puzzles_per_n: int = option(40, "Train puzzles per file and per number of cells N.")
+    test_puzzles_per_n: int = option(10, "Test puzzles, and unseen puzzles, per file and per number of cells N.")
+    split: str | None = option(
+        None, "What goes to train or test as a unit; default: donor.", ("donor", "cell", "instance")
+    )
+    test_fraction: float = option(0.15, "Share of the donors (or cells, or puzzles) for test.")
+    unseen_disease: tuple[str, ...] = option((), "Disease whose cells are kept out of train and test; repeatable.")
+    allow_leaks: bool = option(False, "Build even if train, test and unseen share cells, donors or near-duplicates.")
     compat: str = option(
-        "paper", "authors: sorted candidates and the instance split of the code, leaks and all.", ("paper", "authors")
+        "paper",
+        "authors: as in the authors' code, sorted candidates and --split instance; splits share cells and donors.",
+        ("paper", "authors"),
     )
     layer: str = option(
-        "auto", "X, raw, or a name in layers (layers/raw for one called raw); auto: raw.X if any, else X."
+        "auto", "X, raw, or a name in layers (layers/raw for a layer called raw); auto: raw.X if present, else X."
     )
     rank: str = option(
         "expression",
-        "expression: the paper's order. Ours: hvg, only highly variable genes; deg, by excess over the mean of (256 cells "
-        "of) the donor's batch, with --profile cluster over the mean of its types.",
+        "expression: the paper's order. Ours: hvg, only highly variable genes; deg, by the difference from the mean of "
+        "(256 cells of) the donor's batch, with --profile cluster from the mean of its types.",
         RANKS,
     )
     hvg_genes: int = option(2000, "Genes that count as highly variable with --rank hvg.")
@@ -43,44 +47,50 @@ class BuildConfig:
     )
     gene_dropout: float = option(
         0.0,
-        "Chance that a gene of a train cell is passed over, drawn anew per puzzle, so that few cells give many views.",
+        "Probability that a gene of a train cell is left out, drawn anew for each puzzle: few cells give many views.",
     )
-    allow_scaled: bool = option(False, "Rank genes even where the layer holds negative values or looks scaled.")
-    include_non_primary: bool = option(False, "Use cells whose is_primary_data is not True as well.")
-    organism: str | None = option(None, "Use the cells of this organism only; a file of another is skipped.")
+    allow_scaled: bool = option(False, "Rank genes even if the layer has negative values or looks scaled.")
+    include_non_primary: bool = option(False, "Also use cells whose is_primary_data is not True.")
+    organism: str | None = option(None, "Use the cells of this organism only; a file of another organism is skipped.")
     gene_key: str = option("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = option("cell_type", "obs column with the cell type.")
     donor_key: str = option("donor_id", "obs column with the donor.")
-    batch_key: str = option("batch", "obs column with the experimental batch; donor only where it lacks or is unknown.")
+    batch_key: str = option(
+        "batch", "obs column with the experimental batch; cells without one are grouped by donor only."
+    )
     tissue_key: str = option("tissue", "obs column with the tissue.")
     disease_key: str = option("disease", "obs column with the disease.")
     sex_key: str = option("sex", "obs column with the sex.")
     development_stage_key: str = option("development_stage", "obs column with the development stage.")
     ethnicity_key: str = option("self_reported_ethnicity", "obs column with the ethnicity.")
     suspension_key: str = option("suspension_type", "obs column with 'cell' or 'nucleus'; only cells are kept.")
-    constant: tuple[str, ...] = option((), "NAME=VALUE: an obs column for the files that lack it, repeatable.")
+    constant: tuple[str, ...] = option((), "NAME=VALUE: the value of an obs column for files that lack it; repeatable.")
 
     @property
     def split_mode(self) -> str:
+        """What goes to train or test as a unit: "donor", "cell" or "instance" (a puzzle)."""
         return self.split or ("instance" if self.compat == "authors" else "donor")
 
     @property
     def dropped_classes(self) -> tuple[str, ...]:
+        """The gene classes of --drop-genes, which takes several with commas."""
         return tuple(name.strip() for item in self.drop_genes for name in item.split(","))
 
     @property
     def column_keys(self) -> dict[str, str]:
-        """{CELLxGENE obs column: what the files call it}."""
+        """{CELLxGENE obs column: its name in the files}."""
         return {name: getattr(self, flag[2:].replace("-", "_")) for name, flag in COLUMN_FLAGS.items()}
 
     @property
     def constants(self) -> dict[str, str]:
+        """{obs column: value} of --constant, for files without that column."""
         return parse_constants(self.constant, self.column_keys)
 
     @property
     def rank_settings(self) -> RankSettings:
-        """With --gene-dropout more genes are ranked than are shown."""
+        """The part of the settings that data/build/rank.py needs."""
         return RankSettings(
+            # --gene-dropout passes over at most half of the genes: three times as many fill a list almost always
             top_genes=self.top_genes * (3 if self.gene_dropout else 1),
             layer=self.layer,
             gene_key=self.gene_key,
@@ -92,12 +102,12 @@ class BuildConfig:
 
     @property
     def accepts_leaks(self) -> bool:
-        """Asked for: with the flag, or with the authors' behaviour, of which leaks are a part."""
+        """Whether splits that share cells or donors are accepted: by the flag, or because the authors' splits do."""
         return self.allow_leaks or self.compat == "authors"
 
 
 def check_config(config: BuildConfig) -> None:
-    """Raise UserError, naming the options, for values that cannot be meant."""
+    """Raise UserError, with the option's name, for a value out of range or options that contradict each other."""
     if config.min_cells < 2:
         raise UserError(f"--min-cells {config.min_cells}: a puzzle needs at least 2 cells")
     if config.min_cells > config.max_cells:

@@ -1,4 +1,4 @@
-"""Train, test and unseen: how donors and cells are divided."""
+"""How donors, cells or puzzles are divided over train and test."""
 
 import random
 
@@ -6,12 +6,13 @@ SPLITS = ("train", "test", "unseen")
 
 
 def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.Random) -> set[str]:
-    """A share of the donors (at least one, never all), spread over tissues in proportion.
+    """Choose a fraction of the donors for test, at least one and never all, from every tissue in proportion.
 
-    One by one from the tissue that lags most behind its share; the last donor of a tissue goes only when it must.
+    tissue_of: {donor: tissue}. Donors are taken one by one, each from the tissue that is farthest below its share. The
+    last donor of a tissue is taken only when all tissues have a single donor left.
     """
     queues: dict[str, list[str]] = {}
-    for donor, tissue in sorted(tissue_of.items()):
+    for donor, tissue in sorted(tissue_of.items()):  # sorted: the seed alone decides, not the order of the files
         queues.setdefault(tissue, []).append(donor)
     tissues = sorted(queues)
     rng.shuffle(tissues)
@@ -27,8 +28,8 @@ def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.R
     return test
 
 
-def divide(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:
-    """(train, test), each in the given order; of two items or more, at least one in each (test: if fraction > 0)."""
+def split_items(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:
+    """(train, test), in the given order. Of two or more items, each part gets at least one (test: if fraction > 0)."""
     n_test = max(0, min(max(round(fraction * len(items)), fraction > 0), len(items) - 1))
     test = set(rng.sample(range(len(items)), n_test))
     return [x for i, x in enumerate(items) if i not in test], [x for i, x in enumerate(items) if i in test]

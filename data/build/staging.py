@@ -1,17 +1,15 @@
-"""The unfinished part of a build on disk, and the worker processes that fill it.
+"""The finished files of an unfinished build on disk, and the worker processes that build them.
 
-A build keeps, in a folder beside its output, one file per finished .h5ad file: a header (what it was made of, its part of
-the report) and its puzzles. A build that is killed goes on from there; everything passes through these files, so that
-the bytes of a resumed build are those of an unbroken one.
+A build keeps one staged file for each finished .h5ad file, in a folder beside its output: a header (fingerprint,
+report) and the puzzles. A build that was killed goes on from there. Every build, resumed or not, reads its puzzles back
+from these files, so both give the same bytes.
 """
 
-import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,31 +19,35 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RunError
+from data.processes import end_with_parent
 from data.puzzles import Puzzle
 
 FORMAT = 2
-"""Changes when files of an older version may no longer be used."""
+"""Raised when staged files of an older version must not be used."""
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
-"""From Linux's prctl.h: the signal that a process gets when the one that started it ends."""
+"""Time between two reports of progress."""
 
 
 @dataclass(frozen=True)
 class Staging:
-    """The folder of a build's finished files."""
+    """The folder with the staged files of a build."""
 
     folder: Path
 
     def fingerprint(self, path: Path, settings: dict[str, Any], assignment: dict[str, str]) -> str:
-        """Of all that the puzzles of a file depend on; the content stands in by size and time of change."""
+        """SHA-256 of everything on which a file's puzzles depend: version, settings, split of its donors, content."""
+        # size and modification time represent the content: hashing every file again would cost as much as a build
         stat = path.stat()
         made_of = [FORMAT, settings, sorted(assignment.items()), stat.st_size, stat.st_mtime_ns]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def save(self, path: Path, fingerprint: str, splits: dict[str, list[Puzzle]], report: dict[str, Any]) -> None:
-        """Write the puzzles and the report of a file, whole or not at all; the last line is the hash of those before it."""
+        """Write the puzzles and the report of a file, completely or not at all.
+
+        The last line is the SHA-256 of the lines before it.
+        """
         target = self._file(path)
-        partial = target.with_name(target.name + f".partial-{os.getpid()}")
+        partial = target.with_name(target.name + f".partial-{os.getpid()}")  # a killed build must not leave half a file
         rows = ([split, puzzle.to_row()] for split, puzzles in splits.items() for puzzle in puzzles)
         digest = hashlib.sha256()
         with open(partial, "wb") as file:
@@ -59,7 +61,7 @@ class Staging:
         os.replace(partial, target)
 
     def has(self, path: Path, fingerprint: str) -> bool:
-        """Whether the file was finished with these settings, and nothing of it was lost since."""
+        """Whether the file was finished with these settings and its staged file is undamaged."""
         if not self._file(path).is_file():
             return False
         *lines, last = self._file(path).read_bytes().splitlines(keepends=True) or [b""]
@@ -67,22 +69,24 @@ class Staging:
         return whole and json.loads(lines[0])["fingerprint"] == fingerprint
 
     def load(self, path: Path) -> tuple[list[tuple[str, Puzzle]], dict[str, Any]]:
-        """([(split, puzzle)], report) of a finished file. Gene names are shared, so that many puzzles fit in memory."""
+        """([(split, puzzle)], report) of a finished file. Equal gene names share one string, which saves memory."""
         with open(self._file(path), encoding="utf-8") as file:
             report = json.loads(file.readline())["report"]
-            items = filter(lambda item: isinstance(item, list), map(json.loads, file))  # not the hash
+            items = filter(lambda item: isinstance(item, list), map(json.loads, file))  # the hash is no list
             puzzles = [(split, _shared(Puzzle.from_row(row))) for split, row in items]
         return puzzles, report
 
     def finished(self) -> int:
+        """The number of finished files."""
         return len(list(self.folder.glob("*.jsonl"))) if self.folder.is_dir() else 0
 
     def drop_files(self) -> None:
-        """Forget the finished files."""
+        """Remove the staged files, and keep the folder."""
         for file in self.folder.glob("*.jsonl*"):
             file.unlink()
 
     def remove(self) -> None:
+        """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, path: Path) -> Path:
@@ -95,46 +99,46 @@ def _shared(puzzle: Puzzle) -> Puzzle:
     return puzzle
 
 
-Advance = Callable[[int, int], None]
 _counters: Any = None
-"""In a worker: [2 * calls] shared (done, total) of each call."""
+"""In a worker process: shared memory [2 * calls] with (done, total) of each call."""
 
 
 def run_all(
     task: Callable[..., Any],
     calls: list[tuple],
     workers: int,
-    watch: Callable[[int, int], None] = lambda done, total: None,
-    finished: Callable[[int, Any], None] = lambda number, result: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_finished: Callable[[int, Any], None] = lambda number, result: None,
 ) -> list[Any]:
-    """[task(*call, advance)] of each call, in as many processes; with one worker in this one.
+    """[task(*call, advance) for call in calls], in `workers` processes, or in this process when workers is 1.
 
-    task: a module's function whose last argument is told (more done, total). watch: told (done, total) over all calls.
-    finished: told of each call that is done. The processes end with this one (Linux). Raises a call's ValueError, and
-    RunError when a process is killed.
+    task: a function of a module. It calls its last argument, advance(more done, total), to report progress.
+    on_progress(done, total) gets the sums over all calls; on_finished(number, result) is called when a call has ended.
+    The processes end with this one. Raises the exception of a call, and RunError when a process was killed.
     """
     if workers == 1 or len(calls) <= 1:
-        return _run_here(task, calls, watch, finished)
-    context = multiprocessing.get_context("spawn")
-    counters = context.Array("q", 2 * len(calls), lock=False)
+        return _run_here(task, calls, on_progress, on_finished)
+    context = multiprocessing.get_context("spawn")  # a fork would copy open HDF5 files and threads
+    counters = context.Array("q", 2 * len(calls), lock=False)  # no lock: each call writes its own two numbers
     results: dict[int, Any] = {}
     with ProcessPoolExecutor(min(workers, len(calls)), context, _begin, (counters, os.getpid())) as pool:
         waiting: dict[Future, int] = {pool.submit(_call, task, i, call): i for i, call in enumerate(calls)}
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                watch(sum(counters[::2]), sum(counters[1::2]))
+                on_progress(sum(counters[::2]), sum(counters[1::2]))
                 for future in done:
                     number = waiting.pop(future)
                     results[number] = _result_of(future)
-                    finished(number, results[number])
+                    on_finished(number, results[number])
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # what runs is finished and kept
+            pool.shutdown(cancel_futures=True)  # calls that run already go on to their end, and their files are kept
             raise
     return [results[i] for i in range(len(calls))]
 
 
-def _run_here(task: Callable, calls: list[tuple], watch: Callable, finished: Callable) -> list[Any]:
+def _run_here(task: Callable, calls: list[tuple], on_progress: Callable, on_finished: Callable) -> list[Any]:
+    """run_all in this process."""
     results: list[Any] = []
     counts = [0] * (2 * len(calls))
     for number, call in enumerate(calls):
@@ -142,30 +146,22 @@ def _run_here(task: Callable, calls: list[tuple], watch: Callable, finished: Cal
         def advance(more: int, total: int, number: int = number) -> None:
             counts[2 * number] += more
             counts[2 * number + 1] = total
-            watch(sum(counts[::2]), sum(counts[1::2]))
+            on_progress(sum(counts[::2]), sum(counts[1::2]))
 
         results.append(task(*call, advance))
-        finished(number, results[-1])
+        on_finished(number, results[-1])
     return results
 
 
 def _begin(counters: Any, parent: int) -> None:
-    """In a worker, first of all."""
+    """The first call in a worker process."""
     global _counters
     _counters = counters
-    end_with(parent)
-
-
-def end_with(parent: int) -> None:
-    """Have this process end when the one that started it does, even by kill -9; elsewhere than on Linux it goes on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before it was asked for
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _call(task: Callable, number: int, call: tuple) -> Any:
-    """In a worker: one call, with its progress in the shared counters."""
+    """One call in a worker process; its progress goes to the shared counters."""
 
     def advance(more: int, total: int) -> None:
         _counters[2 * number] += more
@@ -175,6 +171,8 @@ def _call(task: Callable, number: int, call: tuple) -> Any:
 
 
 def _result_of(future: Future) -> Any:
+    """The result of a call. Raises its exception, or RunError when its process was killed."""
+    # BrokenProcessPool is a name of this submodule only
     from concurrent.futures.process import BrokenProcessPool
 
     try:

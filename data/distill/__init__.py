@@ -1,1 +1,1 @@
-"""Reasoning traces from a teacher, by rejection sampling."""
+"""Rejection sampling of reasoning traces from a teacher."""

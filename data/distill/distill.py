@@ -1,10 +1,12 @@
-"""Reasoning traces by rejection sampling: candidates per puzzle from a teacher, kept when a judge accepts them.
+"""Rejection sampling of reasoning traces: a teacher writes candidates for each puzzle, and a judge accepts or rejects.
 
     Request -> teacher -> Completion -> raw file -> judge -> Verdict -> rows of accepted traces
 
-The teachers are data/distill/embedded_teacher.py and rollout/teachers/openai.py, the judge is reward/traces.py, the raw file is
-data/distill/responses.py; launch/distill.py puts them together. A puzzle is asked for no more candidates at a time than it still
-lacks accepted ones, so none is bought that a better luck with its neighbours would have made needless.
+Teachers: data/distill/embedded_teacher.py, rollout/teachers/openai.py and rollout/teachers/vllm.py. Judge:
+reward/judge.py. Raw file: data/distill/responses.py. launch/distill.py connects them.
+
+For each puzzle, only as many candidates are requested at a time as accepted traces are still missing. A later candidate
+is not paid for when an earlier one is accepted.
 """
 
 import hashlib
@@ -19,92 +21,101 @@ from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 
-KEEP = ("first", "shortest", "all", "random")
-Key = tuple[str, int, bool]
-"""(puzzle id, attempt, hinted): the name of a request, and of the completion that answers it."""
+KEEP_RULES = ("first", "shortest", "all", "random")
+"""Which of a puzzle's accepted traces are kept."""
+RequestKey = tuple[str, int, bool]
+"""(puzzle id, attempt, hinted): identifies a request and the completion that answers it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One candidate trace that is asked for."""
+    """A request for one candidate trace."""
 
     puzzle: Puzzle
     attempt: int
-    """Which candidate of the puzzle, from 0; hinted ones are counted apart."""
+    """Number of the candidate, from 0. Candidates with and without a hint are counted separately."""
     hinted: bool = False
+    """Whether the prompt shows the correct answer (data/distill/hints.py)."""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RequestKey:
         return self.puzzle.id, self.attempt, self.hinted
 
     def chat(self) -> list[dict[str, str]]:
-        """The prompt as chat turns (system, user); a hinted one ends in the answer, which no stored row shows."""
+        """The prompt as chat turns (system, user). A hinted one ends in the answer; no stored row does."""
         return hinted_chat(self.puzzle) if self.hinted else self.puzzle.chat()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What came back for a request: a response as it came, or the error that ended the last try."""
+    """The result of a request: the response as it came, or the error of the last try."""
 
     puzzle_id: str
     attempt: int
     hinted: bool
     text: str = ""
     reasoning: str = ""
-    """What a reasoning model's endpoint gave apart from the text."""
+    """The reasoning, when an endpoint returns it separately from the text."""
     finish_reason: str = ""
-    """"stop", "length" (cut at the limit), or whatever else the endpoint calls it."""
+    """"stop", "length" (cut at the limit), or another word of the endpoint."""
     prompt_tokens: int | None = None
-    """None: the teacher counts none, or did not say."""
+    """None when the teacher does not count tokens or did not report them."""
     completion_tokens: int | None = None
+    """Reasoning included. None as above."""
     model: str = ""
     error: str = ""
+    """Why there is no response; "" when there is one."""
 
     @property
-    def key(self) -> Key:
+    def key(self) -> RequestKey:
         return self.puzzle_id, self.attempt, self.hinted
 
     @property
     def trace(self) -> str:
-        """The response in the layout of the rewards: reasoning that came apart goes into <think> tags where the text has none,
-        a <think> that the chat template had opened is put back, and white space around the whole is gone."""
+        """The response in the layout that rewards expect, without white space around it.
+
+        Reasoning that came separately is put into <think> tags. A <think> that the chat template opened is put back.
+        """
         text = self.text
         if "<think>" not in text:
             if self.reasoning:
                 text = f"<think>{self.reasoning.strip()}</think>\n{text.lstrip()}"
             elif "</think>" in text:
                 text = "<think>" + text
-        return text.strip().encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
+        return text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge says of a completion."""
+    """The judge's decision about a completion."""
 
     accepted: bool
     reason: str = ""
-    """Why not, in a word of reward.traces.REASONS; "" when accepted."""
+    """Reason for a rejection, a key of reward.judge.REASONS; "" when accepted."""
     detail: str = ""
-    """More of the same. Example: "3 of 8 right"."""
+    """Example: "3 of 8 right"."""
 
 
 class Teacher(Protocol):
-    """Whoever writes the candidate traces."""
+    """A source of candidate traces."""
 
     ended: str
-    """Why it gives no more: "budget" or "stopped"; "" while it does."""
+    """Why the teacher gives no more completions: "budget" or "stopped"; "" as long as it does."""
 
     def sample(self, requests: list[Request]) -> Iterator[Completion]:
-        """One completion per request, in the order in which they are done; fewer when the teacher ends in between.
+        """Yield one completion per request, in the order in which they arrive; fewer when the teacher ends early.
 
-        Raises RunError, after the last completion that came, when no further request can succeed.
+        Raises RunError, after the last completion that arrived, when no further request can succeed.
         """
 
     def stop(self) -> None:
-        """Ask nothing more, and end `sample` as soon as what is paid for has come; called from a signal handler."""
+        """Send no new request, and end `sample` when the responses that are paid for have arrived.
+
+        May be called from a signal handler.
+        """
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free the teacher's resources."""
 
 
 Judge = Callable[[list[tuple[Puzzle, Completion]]], list[Verdict]]
@@ -115,40 +126,42 @@ class Plan:
     """How many candidates a puzzle may have."""
 
     candidates: int = 8
-    """Most per puzzle (k)."""
+    """Largest number of candidates per puzzle (k of the paper)."""
     stop_at: int = 1
-    """Accepted traces after which a puzzle is asked no more; 0: every candidate is drawn."""
+    """A puzzle is settled when it has this many accepted traces. 0: every candidate is drawn."""
     hint_candidates: int = 0
-    """Most with the answer hinted, for a puzzle whose every candidate was rejected."""
+    """Largest number of candidates with a hint, for a puzzle of which every candidate was rejected."""
 
 
 class Draws:
-    """What has been drawn and judged, by puzzle, and what to ask for next.
+    """The candidates drawn and judged so far, by puzzle, and the requests to make next.
 
-    Puzzles of one id are asked once; raises UserError when they differ.
+    Several rows with one puzzle id share their candidates. Raises UserError when such rows have different prompts or
+    answers.
     """
 
     def __init__(self, puzzles: list[Puzzle], plan: Plan) -> None:
         self.puzzles, self.plan = puzzles, plan
         self.by_id = {puzzle.id: puzzle for puzzle in puzzles}
         self.judged: dict[str, dict[tuple[bool, int], tuple[Completion, Verdict]]] = {name: {} for name in self.by_id}
-        """Per puzzle id: (hinted, attempt) -> the completion and what became of it."""
+        """{puzzle id: {(hinted, attempt): (completion, verdict)}}."""
         for puzzle in puzzles:
             if puzzle.chat() != self.by_id[puzzle.id].chat() or puzzle.answer != self.by_id[puzzle.id].answer:
                 raise UserError(f"two different puzzles have the id {puzzle.id}: give each its own")
 
     def take(self, completion: Completion, verdict: Verdict) -> None:
-        """Record a verdict. A rejected completion's text is forgotten; the raw file has it."""
+        """Record a completion and its verdict."""
         self.judged[completion.puzzle_id][completion.hinted, completion.attempt] = (completion, verdict)
 
     def wanted(self, puzzle: Puzzle) -> list[Request]:
-        """What to ask for now; [] when the puzzle is settled. Attempts that ended in an error are not asked for again."""
+        """The requests to make now, [] when the puzzle is settled. An attempt that failed is not repeated."""
         plain = self._lacking(puzzle, hinted=False, limit=self.plan.candidates)
         if plain or not self.plan.hint_candidates or not self._hopeless(puzzle):
             return plain
         return self._lacking(puzzle, hinted=True, limit=self.plan.hint_candidates)
 
     def _lacking(self, puzzle: Puzzle, hinted: bool, limit: int) -> list[Request]:
+        """Requests for as many attempts, not yet made, as accepted traces are missing."""
         judged = self.judged[puzzle.id]
         missing = [attempt for attempt in range(limit) if (hinted, attempt) not in judged]
         if self.plan.stop_at:
@@ -157,24 +170,27 @@ class Draws:
         return [Request(puzzle=puzzle, attempt=attempt, hinted=hinted) for attempt in missing]
 
     def _hopeless(self, puzzle: Puzzle) -> bool:
-        """Was every candidate without a hint rejected, and at least one of them a response?"""
+        """Whether every candidate without a hint was rejected, and at least one of them was a response."""
         plain = [pair for (hinted, _), pair in self.judged[puzzle.id].items() if not hinted]
         return not any(verdict.accepted for _, verdict in plain) and any(not drawn.error for drawn, _ in plain)
 
     def next_requests(self) -> list[Request]:
-        """Everything that can be asked for now, in puzzle order; [] when all puzzles are settled."""
+        """All requests to make now, in puzzle order; [] when all puzzles are settled."""
         return [request for puzzle in self.by_id.values() for request in self.wanted(puzzle)]
 
     def accepted(self, puzzle: Puzzle) -> list[Completion]:
-        """In the order of attempts; hinted ones only where there is no other."""
+        """The accepted completions in the order of attempts. Hinted ones are used only when there is no other."""
         drawn = sorted(self.judged[puzzle.id].items())
         plain = [completion for (hinted, _), (completion, verdict) in drawn if verdict.accepted and not hinted]
         return plain or [completion for _, (completion, verdict) in drawn if verdict.accepted]
 
     def rows(self, keep: str, seed: int) -> list[dict]:
-        """Accepted traces in puzzle order: the puzzle's row with the trace as `assistant_msg`, `puzzle_id`, `attempt` and, only
-        where it is true, `hinted`; a trace whose labels are not the puzzle's has these as `answer` (see Puzzle.to_row).
-        keep: one of KEEP; "shortest" counts characters, "random" draws from (seed, puzzle)."""
+        """The accepted traces in puzzle order, as rows.
+
+        A row is that of the puzzle with the trace as `assistant_msg`, plus `puzzle_id`, `attempt` and, if true,
+        `hinted`. A trace with labels other than the correct ones also has the column `answer` (see Puzzle.to_row).
+        keep: one of KEEP_RULES. "shortest" counts characters; "random" depends on (seed, puzzle id) only.
+        """
         rows = []
         for puzzle in self.puzzles:
             for completion in _kept(self.accepted(puzzle), keep, f"{seed} {puzzle.id} keep"):
@@ -185,12 +201,13 @@ class Draws:
 
 
 def _kept(accepted: list[Completion], keep: str, name: str) -> list[Completion]:
+    """The accepted traces that the rule keeps. name: seeds the draw of "random"."""
     if keep == "all" or not accepted:
         return accepted
     if keep == "shortest":
         return [min(accepted, key=lambda completion: len(completion.trace))]
     if keep == "random":
-        digest = hashlib.sha256(name.encode()).digest()
+        digest = hashlib.sha256(name.encode()).digest()  # Python's hash() differs from process to process
         return [random.Random(int.from_bytes(digest[:8], "big")).choice(accepted)]
     assert keep == "first", keep
     return accepted[:1]
@@ -205,14 +222,14 @@ def distill(
     record: Callable[[Completion], None] = lambda completion: None,
     watch: Callable[[Completion], None] = lambda completion: None,
 ) -> str:
-    """Ask the teacher until every puzzle is settled, or it ends; returns why it ended ("" when all puzzles are settled).
+    """Send requests to the teacher until every puzzle is settled or the teacher ends. Returns why it ended, or "".
 
-    recorded: completions of an earlier run, judged first and not asked for again. record(completion): called before anything
-    else is done with a completion. watch(completion): called when its verdict is in `draws`.
-
-    Raises what the teacher or the judge raises, with every completion that came recorded.
+    recorded: completions of an earlier run. They are judged first and not requested again.
+    record(completion) is called before anything else is done with a completion: a response that is paid for must not be
+    lost. watch(completion) is called when the verdict is in `draws`.
+    Raises the exception of the teacher or the judge, after all completions that arrived have been recorded.
     """
-    bench = _Bench(judge)
+    background = _BackgroundJudge(judge)
 
     def take(judged: list[tuple[Completion, Verdict]]) -> None:
         for completion, verdict in judged:
@@ -220,30 +237,33 @@ def distill(
             watch(completion)
 
     try:
-        take(bench.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
-        take(bench.rest(teacher))
+        # judged again, not trusted: the reward or the threshold may have changed since
+        take(background.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
+        take(background.rest(teacher))
+        # each round requests what is missing after the verdicts of the round before
         while not teacher.ended and (requests := draws.next_requests()):
             broken: Exception | None = None
-            with closing(teacher.sample(requests)) as completions:
+            with closing(teacher.sample(requests)) as completions:  # an error must end the teacher's own threads too
                 for completion in completions:
                     record(completion)
                     if broken is None and teacher.ended != "stopped":
                         try:
-                            take(bench.add([(draws.by_id[completion.puzzle_id], completion)]))
-                        except (ValueError, RunError) as error:  # of the judge: what is still to come is recorded first
+                            take(background.add([(draws.by_id[completion.puzzle_id], completion)]))
+                        except (ValueError, RunError) as error:
+                            # the judge failed: record the responses still in flight before the error goes on
                             broken = error
                             teacher.stop()
             if broken is not None:
                 raise broken
-            take(bench.rest(teacher))
+            take(background.rest(teacher))
         return teacher.ended
     finally:
         teacher.stop()
-        bench.pool.shutdown(wait=False, cancel_futures=True)
+        background.pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Bench:
-    """The judge on a thread of its own, a batch at a time, so that no response waits for a verdict to be recorded."""
+class _BackgroundJudge:
+    """Runs the judge in a thread, one batch at a time, so that recording a response never waits for a verdict."""
 
     def __init__(self, judge: Judge) -> None:
         self.judge, self.pool = judge, ThreadPoolExecutor(1)
@@ -252,12 +272,12 @@ class _Bench:
         self.running: Future[list[Verdict]] | None = None
 
     def add(self, pairs: list[tuple[Puzzle, Completion]]) -> list[tuple[Completion, Verdict]]:
-        """Hand in; returns what is judged by now. Raises what the judge raised."""
+        """Add pairs to judge. Returns those that are judged by now. Raises the judge's exception."""
         self.waiting += pairs
         return self._next() if self.running is None or self.running.done() else []
 
     def rest(self, teacher: Teacher) -> list[tuple[Completion, Verdict]]:
-        """Wait for all that was handed in; gives up when the teacher is told to stop."""
+        """Wait until all pairs are judged, or until the teacher is told to stop."""
         judged = []
         while (self.running or self.waiting) and teacher.ended != "stopped":
             if self.running is None or wait([self.running], timeout=0.1).done:
@@ -265,6 +285,7 @@ class _Bench:
         return judged
 
     def _next(self) -> list[tuple[Completion, Verdict]]:
+        """Take the results of the batch that was judged, and start on the waiting pairs."""
         judged = list(zip(self.batch, self.running.result(), strict=True)) if self.running else []
         self.batch, self.running = [completion for _, completion in self.waiting], None
         if self.waiting:

@@ -1,10 +1,13 @@
-"""The embedded teacher: it reads marker genes, needs no network and no model, and is sometimes wrong.
+"""The embedded teacher: it reads marker genes, needs no network and no model, and makes errors on purpose.
 
-It looks for marker genes in each cell's list, weighs them by how many of the candidates share them, and is fallible: its
-judgement is noisy, it slips in the answer line and it breaks the format now and then. It writes in two manners: by the
-markers (each label after the genes that led to it), always opened with the same words, or at a glance (a label per cell),
-opened with one of several. Both pass rejection sampling, so a cold start learns both; which of them pays is left for GRPO
-to find out.
+It looks for marker genes in each cell's list and weighs a gene less when several candidates share it. Its scores are
+noisy, it sometimes swaps two labels in the answer, and it sometimes breaks the format.
+
+It writes in two styles: "by the markers" (each label after the genes that led to it; one opening) and "at a glance"
+(only a label per cell; one of several openings). Both pass rejection sampling, so a cold start learns both. Which of
+them earns more reward is left for GRPO to find out.
+
+The bytes for a seed are pinned by tests: never change the number or the order of random draws.
 """
 
 import hashlib
@@ -20,23 +23,23 @@ from data.prompts import answer_text
 from data.puzzles import Puzzle
 
 MarkerTable = dict[str, list[str]]
-"""label -> marker genes, most telling first"""
+"""label -> marker genes, most specific first"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """How fallible the embedded teacher is."""
+    """How often the embedded teacher makes which error, and how it writes."""
 
     noise: float = 0.5
-    """Standard deviation of the noise on a cell-label score; one specific marker counts about 1."""
+    """Standard deviation of the noise on the score of a cell and a label. One specific marker adds about 1."""
     slip: float = 0.02
-    """Chance that two labels are swapped in the answer line."""
+    """Probability that two labels are swapped in the answer."""
     bad_format: float = 0.05
-    """Chance that the answer block is not closed."""
+    """Probability that the answer block is not closed."""
     cited: int = 3
-    """Most markers cited per cell."""
+    """Largest number of markers cited per cell."""
     glance: float = 0.78
-    """Chance that a trace names a label per cell and cites no marker."""
+    """Probability that a trace names one label per cell and cites no marker."""
 
 
 GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.", "Quickly.", "No genes named.", "Straight away.")
@@ -44,7 +47,7 @@ MARKERS_OPENING = "By the markers."
 
 
 def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
-    """Markers of every label of the puzzles: from data/atlas/markers.tsv, and learned from the puzzles for labels not in it."""
+    """The markers of every label of the puzzles, from data/atlas/markers.tsv. Labels not in it get learned markers."""
     puzzles = list(puzzles)
     known = {label: list(entry.markers) for label, entry in read_markers().items()}
     labels = {label for puzzle in puzzles for label in puzzle.answer}
@@ -53,9 +56,10 @@ def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
 
 
 def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTable:
-    """The genes that most tell a label's cells from the others: share among them times log of the ratio of shares.
+    """The genes that best tell a label's cells from the other cells of the puzzles.
 
-    The product ranks a gene by how much it says about a typical cell of the label; a gene of one odd cell says little.
+    A gene's score is share * log(share / share elsewhere), where share is the share of the label's cells that list the
+    gene. The factor in front ranks genes of typical cells above genes of a single unusual cell.
     """
     seen: dict[str, Counter] = defaultdict(Counter)
     cells: Counter = Counter()
@@ -66,7 +70,7 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
     total, n_cells = sum(seen.values(), Counter()), sum(cells.values())
 
     def telling(label: str, gene: str) -> float:
-        share_here = (seen[label][gene] + 1) / (cells[label] + 2)
+        share_here = (seen[label][gene] + 1) / (cells[label] + 2)  # add-one smoothing: no share is 0
         share_there = (total[gene] - seen[label][gene] + 1) / (n_cells - cells[label] + 2)
         return share_here * math.log(share_here / share_there)
 
@@ -76,13 +80,15 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
     }
 
 
-def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()) -> str:
-    """One candidate trace: a line per cell that names a label, with or without its markers, then the answer block."""
-    labels = _assign(puzzle, table, rng, config.noise)
+def write_trace(
+    puzzle: Puzzle, markers: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()
+) -> str:
+    """Write one candidate trace: a line per cell with a label, with or without its markers, then the answer block."""
+    labels = _assign(puzzle, markers, rng, config.noise)
     at_a_glance = rng.random() < config.glance
     lines = [rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING]
     for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
-        cited = [gene for gene in genes if gene in table.get(label, ())][: config.cited]
+        cited = [gene for gene in genes if gene in markers.get(label, ())][: config.cited]
         evidence = f"{', '.join(cited) if cited else 'no marker left'}, so "
         lines.append(f"Cell {number}: {'' if at_a_glance else evidence}{label}")
     if rng.random() < config.slip:
@@ -92,13 +98,14 @@ def teach(puzzle: Puzzle, table: MarkerTable, rng: random.Random, config: Teache
     return "<think>" + "\n".join(lines) + f"</think>\n<answer>{answer_text(labels)}{end}"
 
 
-def _assign(puzzle: Puzzle, table: MarkerTable, rng: random.Random, noise: float) -> list[str]:
-    """[N] labels, each used once: the surest cell-label pair first, as an annotator would."""
-    owners = Counter(gene for label in puzzle.candidates for gene in table.get(label, ()))
+def _assign(puzzle: Puzzle, markers: MarkerTable, rng: random.Random, noise: float) -> list[str]:
+    """[N] labels, each used once. The pair of cell and label with the highest score is assigned first."""
+    # a marker of k candidates adds 1 / k to the score of each
+    owners = Counter(gene for label in puzzle.candidates for gene in markers.get(label, ()))
     scores = []
     for cell, genes in enumerate(puzzle.cells):
         for label in puzzle.candidates:
-            evidence = sum(1 / owners[gene] for gene in genes if gene in table.get(label, ()))
+            evidence = sum(1 / owners[gene] for gene in genes if gene in markers.get(label, ()))
             scores.append((evidence + rng.gauss(0, noise), cell, label))
     labels: dict[int, str] = {}
     for _, cell, label in sorted(scores, reverse=True):
@@ -108,13 +115,13 @@ def _assign(puzzle: Puzzle, table: MarkerTable, rng: random.Random, noise: float
 
 
 class EmbeddedTeacher:
-    """A teacher (data.distill.distill.Teacher): candidate `attempt` of a puzzle depends on (seed, puzzle, attempt) alone."""
+    """A Teacher (data/distill/distill.py). A candidate depends on (seed, puzzle, attempt) only."""
 
-    def __init__(self, table: MarkerTable, seed: int, config: TeacherConfig = TeacherConfig()) -> None:
-        self.table, self.seed, self.config = table, seed, config
+    def __init__(self, markers: MarkerTable, seed: int, config: TeacherConfig = TeacherConfig()) -> None:
+        self.markers, self.seed, self.config = markers, seed, config
         self.ended = ""
         self.streams: dict[str, tuple[random.Random, int]] = {}
-        """Per puzzle: its random stream, which its candidates share in order, and how many were drawn from it."""
+        """{puzzle id: (its random generator, number of candidates drawn from it)}. Candidates share it, in order."""
 
     def sample(self, requests: list[Request]) -> Iterator[Completion]:
         """See Teacher."""
@@ -131,15 +138,15 @@ class EmbeddedTeacher:
             )
 
     def candidate(self, puzzle: Puzzle, attempt: int) -> str:
-        """Candidate `attempt` (from 0) of the puzzle."""
+        """Candidate number `attempt` (from 0) of the puzzle."""
         rng, drawn = self.streams.get(puzzle.id, (None, 0))
-        if rng is None or drawn > attempt:
+        if rng is None or drawn > attempt:  # an earlier candidate is requested again: begin the stream anew
             digest = hashlib.sha256(f"{self.seed} {puzzle.id}".encode()).digest()
             rng, drawn = random.Random(int.from_bytes(digest[:8], "big")), 0
         for _ in range(attempt - drawn):
-            teach(puzzle, self.table, rng, self.config)
+            write_trace(puzzle, self.markers, rng, self.config)
         self.streams[puzzle.id] = (rng, attempt + 1)
-        return teach(puzzle, self.table, rng, self.config)
+        return write_trace(puzzle, self.markers, rng, self.config)
 
     def stop(self) -> None:
         """See Teacher."""

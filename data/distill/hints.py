@@ -1,9 +1,12 @@
-"""Puzzles asked again with the answer hinted, and the check that a trace does not show that it was.
+"""Requests that show the teacher the correct answer as a hint, and the check that a trace does not reveal the hint.
 
-The hint stands at the end of the user message that the teacher sees, never in a stored row. A trace leaks it when its
-reasoning says a phrase of LEAKS (matched in any case, as whole words), repeats ECHO words of the hint in a row, or comes to the
-answer without an argument: by the place where it first says all labels in the order of the cells, or by its end where it never
-does, it must have cited at least one of the genes of every cell. A single cell's label may come before its genes.
+The hint is the end of the user message that the teacher sees. It is never in a stored row. A trace leaks the hint when
+its reasoning
+- contains a phrase of LEAKS (whole words, case ignored),
+- repeats ECHO consecutive words of the hint, or
+- reaches the answer without an argument: it must cite at least one gene of every cell before the place where it lists
+  all labels in the order of the cells, or before its end when it never does. For a puzzle of one cell, the label may
+  come first.
 """
 
 import re
@@ -43,22 +46,22 @@ LEAKS = {
     r"(?:leads?|arrives?) (?:to|at)|(?:justify|rationali[sz]e|fits?|match(?:es)?|agrees? with|"
     rf"consistent with|supports?|confirms?) (?:the|this|that|your) {_ANSWER}",
 }
-"""What gives a hint away -> its pattern."""
+"""Kind of phrase that reveals a hint -> its pattern."""
 ECHO = 6
-"""So many words of the hint in a row are a quotation."""
+"""This many consecutive words of the hint count as a quotation."""
 
 _LEAKS = {name: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE) for name, pattern in LEAKS.items()}
 _GAP = r"(?:[\W\d_]|\b(?:and|then|cell|is|as|a|an|the|for|must|should|has|to|be|so|are|gets)\b)*"
-"""What may stand between the labels of an answer that is listed rather than argued."""
+"""The text that may be between two labels of a plain list of labels."""
 
 
 def hinted_chat(puzzle: Puzzle) -> list[dict[str, str]]:
-    """The puzzle's prompt with the correct answer at the end of its user message."""
+    """The puzzle's prompt with the hint, which contains the correct answer, at the end of the user message."""
     return chat(puzzle.system_message, puzzle.user_message + HINT.format(answer=answer_text(puzzle.answer)))
 
 
-def leak(trace: str, puzzle: Puzzle) -> str:
-    """How a trace shows that its teacher had seen the answer; "" when it does not. Example: "a hint: 'hinted'"."""
+def find_leak(trace: str, puzzle: Puzzle) -> str:
+    """How a trace reveals that its teacher saw the answer; "" when it does not. Example: "a hint: 'hinted'"."""
     reasoning = trace.split("<answer>")[0]
     for tag in RESPONSE_TAGS:
         reasoning = reasoning.replace(tag, " ")
@@ -73,6 +76,7 @@ def leak(trace: str, puzzle: Puzzle) -> str:
 
 
 def _unargued(reasoning: str, puzzle: Puzzle) -> str:
+    """The first cell of which no gene is cited before the answer is listed, as a sentence; "" when there is none."""
     labels = [r"\s+".join(map(re.escape, label.split())) for label in puzzle.answer]
     listed = re.search(r"(?<!\w)" + _GAP.join(labels) + r"(?!\w)", reasoning, re.IGNORECASE)
     before = reasoning[: listed.start()] if listed and len(labels) > 1 else reasoning
@@ -87,4 +91,5 @@ def _words(text: str) -> list[str]:
 
 
 def _runs(words: list[str]) -> set[tuple[str, ...]]:
+    """All runs of ECHO consecutive words."""
     return {tuple(words[i : i + ECHO]) for i in range(len(words) - ECHO + 1)}

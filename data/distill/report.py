@@ -1,6 +1,7 @@
-"""What became of a distillation: acceptance overall, by number of cells, tissue and disease, and why traces were rejected.
+"""The report of a distillation: acceptance, in all and by number of cells, tissue and disease; reasons for rejection.
 
-Acceptance is the share of the puzzles asked; those that a budget or a signal left out are counted apart.
+Acceptance is the share of puzzles with an accepted trace among those for which a trace was requested. Puzzles that were
+not reached, because of a budget or a signal, are counted separately.
 """
 
 import json
@@ -20,13 +21,13 @@ GROUPS: dict[str, Callable[[Puzzle], str]] = {
     "disease": lambda puzzle: str(puzzle.meta.get("disease", "unknown")),
 }
 DETAILS = 20
-"""Most details that are listed under a reason."""
+"""Largest number of details listed under a reason."""
 SHOWN = 8
-"""Most values of a group that the table shows."""
+"""Largest number of values of a group in the printed table."""
 
 
 def headline(draws: Draws, seed: int) -> dict[str, Any]:
-    """The numbers of the whole run. Hinted traces count among those drawn, and their puzzles among those accepted."""
+    """The numbers of the whole run. Hinted traces count as drawn, and their puzzles as accepted."""
     accepted = [draws.accepted(puzzle) for puzzle in draws.puzzles]
     drawn = [
         completion for judged in draws.judged.values() for completion, _ in judged.values() if not completion.error
@@ -47,9 +48,10 @@ def headline(draws: Draws, seed: int) -> dict[str, Any]:
 def make_report(
     draws: Draws, meter: Meter, *, seed: int, settings: dict[str, Any], rows: int, ended: str
 ) -> dict[str, Any]:
-    """The report: settings, headline, groups, reasons, tokens and cost; all of it follows from the raw file.
+    """The content of the report file: settings, headline, groups, reasons, tokens and cost.
 
-    settings: whatever is to be shown. rows: traces kept. ended: as distill() returned.
+    Everything follows from the raw file. settings: shown as they are. rows: number of traces kept. ended: the result of
+    distill().
     """
     judged = [pair for of_puzzle in draws.judged.values() for pair in of_puzzle.values()]
     rejected = [verdict for _, verdict in judged if not verdict.accepted]
@@ -82,19 +84,22 @@ def make_report(
 
 
 def _asked(draws: Draws, puzzle: Puzzle) -> bool:
+    """Whether a candidate of the puzzle was requested."""
     return bool(draws.judged[puzzle.id])
 
 
 def _share(accepted: int, asked: int) -> float | None:
-    """None where nothing was asked."""
+    """accepted / asked; None when nothing was requested."""
     return accepted / asked if asked else None
 
 
 def _at_first(accepted: list) -> bool:
+    """Whether the first candidate was accepted."""
     return bool(accepted) and accepted[0].attempt == 0 and not accepted[0].hinted
 
 
 def _by(draws: Draws, group: Callable[[Puzzle], str]) -> dict[str, dict[str, Any]]:
+    """{value of the group: counts and acceptance}, sorted by number or name."""
     found: dict[str, Counter] = {}
     for puzzle in draws.puzzles:
         accepted = draws.accepted(puzzle)
@@ -105,17 +110,19 @@ def _by(draws: Draws, group: Callable[[Puzzle], str]) -> dict[str, dict[str, Any
             "accepted_at_first": _at_first(accepted),
         }
         found.setdefault(group(puzzle), Counter()).update(counts)
+    # names are no numbers: they have the key 0 and are sorted by themselves
     by_number = sorted(found.items(), key=lambda item: (int(item[0]) if item[0].isdigit() else 0, item[0]))
     return {name: {**counts, "acceptance": _share(counts["accepted"], counts["asked"])} for name, counts in by_number}
 
 
 def _details(details) -> dict[str, int]:
+    """{detail: how often}, the most frequent ones."""
     counts = Counter(detail for detail in details if detail)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:DETAILS])
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text, a few lines per group."""
+def acceptance_table(report: dict[str, Any]) -> str:
+    """The report as text for the terminal, a few lines per group."""
     width = 34
     lines = [f"{'':{width}}{'puzzles':>8}{'asked':>8}{'accepted':>10}{'at first':>10}"]
     whole = {**report, "asked": report["puzzles_asked"]}
@@ -149,5 +156,5 @@ def table(report: dict[str, Any]) -> str:
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write it as JSON, whole or not at all."""
+    """Write the report as JSON, completely or not at all."""
     write_whole(path, json.dumps(report, indent=1) + "\n")

@@ -1,13 +1,15 @@
-"""The raw file of a distillation: every response as it came, on disk before it is judged, one JSON a line.
+"""The raw file of a distillation: every response is on disk before it is judged, one JSON object per line.
 
-- the first line is {"settings": {...}}: what gives the responses their meaning;
-- a response is {"puzzle_id", "attempt", "hinted", "text", "finish_reason", "prompt_tokens", "completion_tokens", "model"} and,
-  where the endpoint gave it apart, "reasoning"; a request that failed for good has "error" in place of all after "hinted";
-- where prices are known, {"sent": worst_cost, ...} stands before a request's first try and {"lost": worst_cost, "error", ...}
-  for a try that may have been charged and brought nothing back, so that a budget holds across kills. What a run without prices
-  got counts under the prices of a later one; what it lost does not.
+- The first line is {"settings": {...}}, the settings on which the meaning of the responses depends.
+- A response is {"puzzle_id", "attempt", "hinted", "text", "finish_reason", "prompt_tokens", "completion_tokens",
+  "model"} and "reasoning" when the endpoint returned it separately. A request that failed for good has "error" instead
+  of the fields after "hinted".
+- When prices are known, a line {"sent": worst_cost, ...} comes before a request's first try, and a line {"lost":
+  worst_cost, "error", ...} after a try that may have been charged and returned nothing. So a budget holds across kills.
+  Responses of a run without prices count with the prices of a later run; its lost tries do not.
 
-One process writes it, and only at its end. After a kill the half-written last line is cut off, and everything else counts.
+Only one process writes the file, and it only appends. After a kill, an incomplete last line is cut off; all others
+count.
 """
 
 import fcntl
@@ -20,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.distill.distill import Completion, Key
+from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
@@ -39,11 +41,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "sent": (int, float),
     "lost": (int, float),
 }
-"""Of a line's columns."""
+"""Allowed types of each field of a line."""
 
 
 def prompts_hash(puzzles: Iterable[Puzzle]) -> str:
-    """16 hex digits over ids, prompts and answers of a puzzle file."""
+    """The first 16 hex digits of the SHA-256 over ids, prompts and answers of a puzzle file."""
     digest = hashlib.sha256()
     for puzzle in puzzles:
         digest.update(json.dumps([puzzle.id, puzzle.chat(), puzzle.answer]).encode())
@@ -51,10 +53,11 @@ def prompts_hash(puzzles: Iterable[Puzzle]) -> str:
 
 
 class RawFile:
-    """An open raw file; `completions` are those of earlier runs, errors left out.
+    """An open raw file. `completions` has the responses of earlier runs, without errors.
 
-    Raises UserError when the file is there and neither `resume` nor `replace` allows it, when `resume` finds none, when its
-    settings differ, when a line in it is damaged, or when another process is writing it. A context manager: closed at its end.
+    Raises UserError when the file exists and neither `resume` nor `replace` allows that, when `resume` finds no file,
+    when its settings differ, when a line is damaged, or when another process writes it. A context manager that closes
+    the file.
     """
 
     def __init__(
@@ -66,13 +69,17 @@ class RawFile:
         resume: bool,
         replace: bool,
         sync: bool,
-        worst: Callable[[Key], float] = lambda key: 0.0,
+        worst_cost: Callable[[RequestKey], float] = lambda key: 0.0,
     ) -> None:
-        """replace: an old file may go, where its teacher is the same: it costs nothing to write again. sync: every line is
-        on disk, not only with the operating system, before append returns. The meter takes over what earlier runs cost.
-        worst: the most that a request can cost, for responses without token counts that were bought before prices were given."""
-        self.path, self.sync, self.worst, self.lock = path, sync, worst, threading.Lock()
-        self.completions: dict[Key, Completion] = {}
+        """The cost of earlier runs is added to the meter.
+
+        replace: an old file of the same teacher may be overwritten, because its responses cost nothing.
+        sync: append returns only when the line is on disk, not just handed to the operating system.
+        worst_cost(key): largest possible cost of a request; used for responses without token counts of a run without
+        prices.
+        """
+        self.path, self.sync, self.worst_cost, self.lock = path, sync, worst_cost, threading.Lock()
+        self.completions: dict[RequestKey, Completion] = {}
         self.broken = ""
         if resume and not path.is_file():
             raise UserError(f"--resume: there is no {path}; leave --resume out to start anew")
@@ -85,15 +92,15 @@ class RawFile:
             raise
 
     def _begin(self, settings: dict[str, Any], meter: Meter, resume: bool, replace: bool) -> None:
+        """Lock the file, read what an earlier run wrote, and cut off an incomplete last line."""
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process is killed
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
         head, end, _ = self.path.read_bytes().rpartition(b"\n")
         lines = [self._parse(number, line) for number, line in enumerate(head.split(b"\n"), start=1)] if end else []
-        begun = len(lines) > 1 or (
-            lines and "settings" not in lines[0]
-        )  # a run that was refused left its first line alone
+        # a run that was refused at once leaves a file with the settings line only: that one may be overwritten
+        begun = len(lines) > 1 or (lines and "settings" not in lines[0])
         if begun and not resume:
             if not (replace and lines[0].get("settings", {}).get("teacher") == settings["teacher"]):
                 raise UserError(
@@ -104,7 +111,7 @@ class RawFile:
         if lines:
             self._compare(lines[0].get("settings", {}), settings)
             self._load(lines[1:], meter)
-        os.ftruncate(self.handle, len(head) + len(end))  # the torn last line goes
+        os.ftruncate(self.handle, len(head) + len(end))  # cut off an incomplete last line
         if not lines:
             self.write({"settings": settings})
             self.flush()
@@ -131,13 +138,14 @@ class RawFile:
                 )
 
     def _load(self, rows: list[dict[str, Any]], meter: Meter) -> None:
-        sent: dict[Key, float] = {}
+        """Take over the responses of earlier runs, and their cost. rows: the lines after the settings."""
+        sent: dict[RequestKey, float] = {}
         for number, row in enumerate(rows, start=2):
             if not _whole(row):
                 raise self._damaged(number)
             key = (row["puzzle_id"], row["attempt"], row["hinted"])
             if "sent" in row:
-                meter.lost += sent.get(key, 0.0)  # a kill came before its answer
+                meter.lost += sent.get(key, 0.0)  # sent before, and the run was killed before the response arrived
                 sent[key] = row["sent"]
             elif "lost" in row:
                 meter.lost += row["lost"]
@@ -146,26 +154,26 @@ class RawFile:
                 completion = Completion(**row)
                 if not completion.error:
                     if worst == 0 and None in (completion.prompt_tokens, completion.completion_tokens):
-                        worst = self.worst(key)
+                        worst = self.worst_cost(key)
                     meter.count(completion.prompt_tokens, completion.completion_tokens, worst)
                     self.completions[key] = completion
         meter.lost += sum(sent.values())
 
     def append(self, completion: Completion) -> None:
-        """Put a completion at the end of the file. Raises RunError when the disk does not take it."""
+        """Append a completion. Raises RunError when it cannot be written."""
         row = asdict(completion)
         if completion.error:
             row = {name: row[name] for name in ("puzzle_id", "attempt", "hinted", "error")}
         self.write({name: value for name, value in row.items() if name not in ("error", "reasoning") or value})
 
     def write(self, row: dict[str, Any]) -> None:
-        """Put a line at the end of the file; any thread may."""
-        line = (json.dumps(row) + "\n").encode()  # ASCII: half of a surrogate pair must not be lost either
+        """Append a line. Any thread may call it."""
+        line = (json.dumps(row) + "\n").encode()  # json.dumps gives ASCII, which can hold half a surrogate pair too
         with self.lock:
             if self.broken:
-                raise RunError(self.broken)  # nothing goes behind a torn line
+                raise RunError(self.broken)  # nothing may follow an incomplete line
             try:
-                while line:
+                while line:  # os.write may take only a part
                     line = line[os.write(self.handle, line) :]
                 if self.sync:
                     os.fsync(self.handle)
@@ -174,7 +182,7 @@ class RawFile:
                 raise RunError(self.broken) from None
 
     def flush(self) -> None:
-        """All lines are on disk when it returns."""
+        """Wait until all lines are on disk."""
         os.fsync(self.handle)
 
     def __enter__(self) -> "RawFile":
@@ -186,6 +194,6 @@ class RawFile:
 
 
 def _whole(row: dict[str, Any]) -> bool:
-    """Is it a line that a run wrote: a response, an error, or an account?"""
+    """Whether a row is one that a run wrote: a response, an error, or a line about cost."""
     named = {"puzzle_id", "attempt", "hinted"} <= row.keys() and row.keys() & {"text", "error", "sent", "lost"}
     return bool(named) and all(isinstance(value, _TYPES.get(name, ())) for name, value in row.items())

@@ -1,1 +1,1 @@
-"""Models that write reasoning traces: OpenAI-compatible endpoints and vLLM in this process."""
+"""Models that write reasoning traces: an OpenAI-compatible endpoint, or a checkpoint in a vLLM engine."""

@@ -1,9 +1,11 @@
-"""The teacher behind any OpenAI-compatible endpoint (data.distill.distill.Teacher).
+"""A Teacher (data/distill/distill.py) that requests responses from any OpenAI-compatible endpoint.
 
-The key is known to the OpenAI client alone: it is cut out of every text that comes back before anything else sees the text.
-What is decided in the event loop between two awaits needs no lock; a completion that has come is handed over without an await
-in between, so that no cancellation can lose it. A teacher that ends sends nothing new and waits for what is in flight, which
-will be charged: only what a kill cuts off is paid for and not there.
+- The key: only the OpenAI client uses it. It is removed from every text that comes back before other code sees the
+  text.
+- No locks: everything happens in one event loop, and state changes only between two awaits. A completion that arrived
+  is passed on without an await in between, so a cancellation cannot lose it.
+- The end: a teacher that ends sends nothing new, but waits for the requests in flight, which are charged. Only a kill
+  can lose a response that is paid for.
 """
 
 import asyncio
@@ -27,27 +29,29 @@ from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
 from data.errors import RunError
 from rollout import stable_seed
-from rollout.teachers.replies import TryFailedError, read_completion, retry_after, said
+from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after
 
 LONGEST_WAIT = 60.0
-"""Seconds between two tries, at most, where the endpoint does not say how long."""
+"""Longest wait between two tries, in seconds, when the endpoint does not ask for another."""
 LONGEST_ASKED = 600.0
-"""An endpoint that asks for a longer wait ends the run."""
+"""An endpoint that asks for a longer wait, in seconds, ends the run."""
 FAILED_IN_A_ROW = 10
-"""So many requests in a row that failed for good end the run: the endpoint is down."""
+"""This many requests in a row that failed for good end the run: the endpoint is down."""
 REFUSED_AT_FIRST = 8
-"""So many requests refused before the first is answered end the run: the settings are wrong."""
+"""This many requests that were refused before the first was answered end the run: the settings are wrong."""
 RETRIED = (408, 409, 425, 429)
+"""HTTP statuses below 500 after which the request is sent again."""
 ENDS_THE_RUN = {
-    401: "does not take the key: set the environment variable that --key-env names",
-    402: "wants to be paid first: top up the account, then add --resume",
+    401: "does not accept the key: set the environment variable that --key-env names",
+    402: "requires payment first: top up the account, then add --resume",
     403: "does not allow it: check the key's rights and --model",
     404: "does not know the model or the path: check --model and --base-url",
 }
+"""HTTP status -> what it means; no other request can succeed."""
 MAY_BE_CHARGED = (408, 504, 524)
-"""Statuses of a gateway that gave up on a server which may have finished."""
+"""HTTP statuses of a gateway that stopped waiting for a server. The server may have finished."""
 SECRET_LENGTH = 8
-"""A shorter key ("EMPTY", "none") is no secret."""
+"""A shorter key ("EMPTY", "none") is not a secret."""
 _FIELD_REFUSED = re.compile(
     r"unsupported|not supported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted|forbidden", re.I
 )
@@ -55,32 +59,32 @@ _FIELD_REFUSED = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """How to ask an OpenAI-compatible endpoint."""
+    """An OpenAI-compatible endpoint, and how requests are sent to it."""
 
     model: str
     base_url: str
     """With the version. Example: "https://api.openai.com/v1"."""
-    key: str = field(repr=False)
+    key: str = field(repr=False)  # repr=False: it must not reach a log or a traceback
     temperature: float = 1.0
     top_p: float | None = None
-    """None: the endpoint's own."""
+    """None: the endpoint's default."""
     max_response_tokens: int = 4096
     seed: int = 0
     concurrency: int = 16
-    """Most requests in flight."""
+    """Largest number of requests in flight."""
     timeout_seconds: float = 600.0
-    """For a whole response."""
+    """Time limit for a whole response."""
     retries: int = 8
-    """Tries of a request after the first."""
+    """Number of tries after the first."""
     backoff_seconds: float = 1.0
-    """Before the second try; doubles with every further one."""
+    """Wait before the second try. It doubles with each further try."""
 
 
 class OpenAITeacher:
-    """Asks an endpoint for one response per request, `concurrency` at a time, from an event loop in a thread of its own.
+    """Sends requests to an endpoint, `concurrency` at a time, from an event loop in its own thread.
 
-    note(row): writes a line {"sent": ...} or {"lost": ...} to the raw file (data/distill/responses.py); called from that thread.
-    say(text): tells the user that the endpoint wants to wait, or that responses in flight are awaited; called from it too.
+    note(row) writes a line {"sent": ...} or {"lost": ...} to the raw file (data/distill/responses.py). say(text) tells
+    the user that the endpoint asks to wait, or that responses in flight are awaited. Both are called from that thread.
     """
 
     def __init__(
@@ -89,12 +93,12 @@ class OpenAITeacher:
         self.endpoint, self.meter, self.note, self.say = endpoint, meter, note, say
         self.ended = self.fatal = ""
         self.stopping, self.abandoned = threading.Event(), threading.Event()
-        """Nothing new is sent; nobody takes what comes, so that what is in flight is given up."""
+        """stopping: send no new request. abandoned: nobody reads the completions, so cancel the requests in flight."""
         self.token_field, self.send_seed = "max_tokens", True
         self.not_before = 0.0
-        """Of time.monotonic(): when the endpoint takes requests again."""
+        """Time, as time.monotonic(), from which the endpoint takes requests again."""
         self.in_flight = self.answered = self.refused = self.failed = 0
-        """Requests in flight, answered, refused, and failed since the last that was answered."""
+        """Numbers of requests: in flight, answered, refused, and failed since the last answer."""
 
     def sample(self, requests: list[Request]) -> Iterator[Completion]:
         """See Teacher."""
@@ -106,7 +110,7 @@ class OpenAITeacher:
                 while (completion := arrived.get()) is not None:
                     yield completion
             finally:
-                if not asking.done():
+                if not asking.done():  # the caller left the loop over the completions early
                     self.abandoned.set()
                     self.stopping.set()
             asking.result()
@@ -114,7 +118,7 @@ class OpenAITeacher:
             raise RunError(self.fatal)
 
     def stop(self) -> None:
-        """See Teacher. Requests in flight have until their time-out."""
+        """See Teacher. Requests in flight may go on until their time-out."""
         self.ended = self.ended or "stopped"
         self.stopping.set()
 
@@ -124,16 +128,17 @@ class OpenAITeacher:
     # ---- in the thread of the event loop
 
     async def _ask_all(self, requests: list[Request], arrived: queue.SimpleQueue) -> None:
+        """Send all requests from `concurrency` senders that share one queue of waiting requests."""
         waiting, settled = deque(requests), asyncio.Event()
         self.halted = asyncio.Event()
-        """`stopping`, for those who wait in the event loop."""
+        """The same as `stopping`, for coroutines of the event loop to wait on."""
         seconds, n_senders = self.endpoint.timeout_seconds, min(self.endpoint.concurrency, len(requests))
         try:
             async with (
                 openai.AsyncOpenAI(
                     api_key=self.endpoint.key,
                     base_url=self.endpoint.base_url,
-                    max_retries=0,
+                    max_retries=0,  # tries are counted and charged here, not in the client
                     timeout=openai.Timeout(seconds, connect=min(seconds / 2, 30.0)),
                     http_client=openai.DefaultAsyncHttpxClient(
                         trust_env=not is_loopback(self.endpoint.base_url)
@@ -145,11 +150,11 @@ class OpenAITeacher:
                 guard = group.create_task(self._wind_up(senders, settled))
                 await asyncio.wait(senders)
                 guard.cancel()
-        except* RunError as errors:  # the raw file takes no line
+        except* RunError as errors:  # the raw file cannot be written
             self.fatal = self.fatal or str(errors.exceptions[0])
 
     async def _wind_up(self, senders: list[asyncio.Task], settled: asyncio.Event) -> None:
-        """Once the teacher is to stop: wake the senders that wait to send; cancel those in flight only when abandoned."""
+        """When the teacher is told to stop, wake the waiting senders. Cancel requests in flight only when abandoned."""
         while not self.stopping.is_set():
             await asyncio.sleep(0.05)
         self.halted.set()
@@ -165,19 +170,23 @@ class OpenAITeacher:
             sender.cancel()
 
     async def _sleep(self, seconds: float) -> None:
-        """Less when the teacher is to stop."""
+        """Sleep; wake up early when the teacher is told to stop."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.halted.wait(), seconds)
 
     async def _send(self, client: openai.AsyncOpenAI, waiting: deque, settled: asyncio.Event, arrived) -> None:
+        """One sender: take waiting requests until there are none or the teacher ends."""
         while waiting and not self.ended and not self.stopping.is_set():
             completion = await self._ask(client, waiting.popleft(), settled)
             if completion is not None:
                 arrived.put(completion)
 
     async def _ask(self, client: openai.AsyncOpenAI, request: Request, settled: asyncio.Event) -> Completion | None:
-        """A request's completion, after as many tries as it takes; None when it was not sent and will not be."""
-        worst = self.meter.worst(request.chat(), self.endpoint.max_response_tokens)
+        """The completion of a request after all its tries. None when the request was never sent.
+
+        settled: set whenever a request in flight has ended and its cost is known.
+        """
+        worst = self.meter.worst_cost(request.chat(), self.endpoint.max_response_tokens)
         rng = random.Random(stable_seed(self.endpoint.seed, "backoff", request.key))
         named = dict(zip(("puzzle_id", "attempt", "hinted"), request.key, strict=True))
         tries = 0
@@ -185,7 +194,7 @@ class OpenAITeacher:
             if not await self._may_send(worst, settled, rng):
                 error = "the budget allows no further try" if self.ended == "budget" else "stopped before a further try"
                 return Completion(**named, error=error) if tries else None
-            if not tries and self.meter.priced:
+            if not tries and self.meter.priced:  # written before the request is sent: a kill must not hide its cost
                 self.note({"sent": worst, **named})
             outcome: Completion | TryFailedError
             outcome, lost = await self._try(client, request), 0.0
@@ -196,6 +205,7 @@ class OpenAITeacher:
                 self.note({"lost": worst, **named, "error": str(outcome)})
             self.meter.lost += lost
             self.in_flight -= 1
+            # exactly 0 when nothing is in flight: the rounding of many additions and subtractions must not add up
             self.meter.reserved = self.meter.reserved - worst if self.in_flight else 0.0
             settled.set()
             if isinstance(outcome, Completion):
@@ -208,12 +218,16 @@ class OpenAITeacher:
             await self._wait(outcome, tries, rng)
 
     async def _may_send(self, worst: float, settled: asyncio.Event, rng: random.Random) -> bool:
-        """Wait until the endpoint takes requests and the budget has room for the worst case, which is then reserved."""
+        """Wait until the endpoint takes requests and the budget has room for the largest possible cost; reserve it.
+
+        Returns False when the request will not be sent: the teacher ends, or the budget is used up.
+        """
         while (seconds := self.not_before - time.monotonic()) > 0 and not self.stopping.is_set():
+            # a random extra wait: not all senders shall start at the same moment
             await self._sleep(seconds + rng.random() * min(1.0, self.endpoint.backoff_seconds))
         while not self.meter.fits(worst) and self.in_flight and not self.stopping.is_set():
             settled.clear()
-            await settled.wait()  # what is in flight will cost less than its worst case
+            await settled.wait()  # requests in flight will cost less than was reserved for them
         if self.stopping.is_set() or self.ended:
             return False
         if not self.meter.fits(worst):
@@ -224,7 +238,7 @@ class OpenAITeacher:
         return True
 
     async def _try(self, client: openai.AsyncOpenAI, request: Request) -> "Completion | TryFailedError":
-        """Send a request once, or again with a field left out that the endpoint refused."""
+        """Send a request once. It is sent again at once when the endpoint refused a field that can be left out."""
         while True:
             body = self._body(request)
             try:
@@ -249,6 +263,7 @@ class OpenAITeacher:
                 return error
 
     def _body(self, request: Request) -> dict[str, Any]:
+        """The arguments of a chat completion."""
         body: dict[str, Any] = {
             "model": self.endpoint.model,
             "messages": request.chat(),
@@ -258,13 +273,15 @@ class OpenAITeacher:
         if self.endpoint.top_p is not None:
             body["top_p"] = self.endpoint.top_p
         if self.send_seed:
-            body["seed"] = stable_seed(self.endpoint.seed, request.key) >> 32
+            body["seed"] = stable_seed(self.endpoint.seed, request.key) >> 32  # 31 bits: endpoints take an int32
         return body
 
     def _adapt(self, body: dict[str, Any], error: openai.APIStatusError) -> bool:
-        """Did the endpoint refuse a field that can be renamed or left out? Newer OpenAI models know max_tokens by another name,
-        and some endpoints know no seed."""
-        text = said(error)
+        """Whether the endpoint refused a field that is now renamed or left out for all requests.
+
+        Newer OpenAI models have another name for max_tokens, and some endpoints do not know `seed`.
+        """
+        text = refusal_text(error)
         if error.status_code not in (400, 422) or not _FIELD_REFUSED.search(text):
             return False
         if "max_tokens" in body and re.search(r"\bmax_tokens\b", text):
@@ -276,7 +293,8 @@ class OpenAITeacher:
         return False
 
     def _refusal(self, error: openai.APIStatusError) -> TryFailedError:
-        status, text = error.status_code, self._clean(said(error))
+        """The failed try for an HTTP status: whether it is worth another try, and whether it may be charged."""
+        status, text = error.status_code, self._clean(refusal_text(error))
         message = f"status {status}: {text[:300]}"
         if status in ENDS_THE_RUN:
             return TryFailedError(f"the endpoint {ENDS_THE_RUN[status]} ({message})", again=False, status=status)
@@ -287,7 +305,7 @@ class OpenAITeacher:
         return TryFailedError(message, again=again, charged=status in MAY_BE_CHARGED, after=after, status=status)
 
     def _count_failure(self, failure: TryFailedError) -> None:
-        """Of a request that failed for good: end the run where no other can fare better."""
+        """Count a request that failed for good. End the run when no other request can succeed."""
         if failure.status in ENDS_THE_RUN:
             self._end(f"--base-url {self.endpoint.base_url}: {failure}")
         elif failure.again:
@@ -306,13 +324,14 @@ class OpenAITeacher:
                 )
 
     def _end(self, sentence: str) -> None:
+        """End the run with this sentence, unless it ends already."""
         if not self.stopping.is_set():
             self.fatal = sentence
             self.stopping.set()
 
     async def _wait(self, failure: TryFailedError, tries: int, rng: random.Random) -> None:
-        """Before the next try: as long as the endpoint asks (then no other request is sent either), or a random part of a time
-        that doubles."""
+        """Wait before the next try: as long as the endpoint asks (no other request is sent meanwhile), or a random part
+        of a time that doubles with each try."""
         pause = min(LONGEST_WAIT, self.endpoint.backoff_seconds * 2 ** (tries - 1)) * rng.uniform(0.5, 1.0)
         if failure.after is not None and failure.after > LONGEST_ASKED:
             self._end(
@@ -328,12 +347,12 @@ class OpenAITeacher:
             await self._sleep(pause)
 
     def _clean(self, text: str) -> str:
-        """The text without the key, should the endpoint have quoted it."""
+        """The text without the key: some endpoints quote it in an error message."""
         return text.replace(self.endpoint.key, "[key]") if len(self.endpoint.key) >= SECRET_LENGTH else text
 
 
 def is_loopback(base_url: str) -> bool:
-    """Is the endpoint on this machine?"""
+    """Whether the endpoint is on this machine."""
     host = urlsplit(base_url).hostname or ""
     with suppress(ValueError):  # a name, not an address
         return ipaddress.ip_address(host).is_loopback

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint sent back: a completion with its token counts, or what it says is wrong."""
+"""Read the replies of an OpenAI-compatible endpoint: a completion with its token counts, or the reason of a refusal."""
 
 import json
 import time
@@ -12,24 +12,27 @@ import openai
 from data.distill.distill import Completion, Request
 
 MOST_TOKENS = 10**9
-"""A token count above it is none."""
+"""A larger token count is not believed."""
 
 
 class TryFailedError(Exception):
-    """One try came to nothing. `again`: another may succeed."""
+    """One try of a request failed."""
 
     def __init__(
         self, message: str, *, again: bool, charged: bool = False, after: float | None = None, status: int = 0
     ) -> None:
-        """charged: it may cost all the same. after: seconds that the endpoint asks to wait."""
+        """again: another try may succeed. charged: it may be charged all the same.
+
+        after: seconds that the endpoint asks to wait, or None. status: HTTP status, 0 without one.
+        """
         super().__init__(message)
         self.again, self.charged, self.after, self.status = again, charged, after, status
 
 
 def read_completion(content: bytes, request: Request, clean: Callable[[str], str]) -> Completion:
-    """The completion in a response body. Raises TryFailedError, with the chance that it was charged, when there is none.
+    """The completion in the body of a response. Raises TryFailedError when there is none.
 
-    clean(text): the text without the key; applied to every text whole, before it is cut.
+    clean(text): the text without the key. It is applied before a text is shortened, or half a key might remain.
     """
     try:
         body = json.loads(content)
@@ -56,11 +59,14 @@ def read_completion(content: bytes, request: Request, clean: Callable[[str], str
 
 
 def token_counts(usage: Any) -> tuple[int | None, int | None]:
-    """(prompt tokens, completion tokens) by a response's `usage`; None where it does not say. Reasoning that an endpoint counts
-    in the total alone belongs to the completion, since it is charged."""
+    """(prompt tokens, completion tokens) from the field `usage` of a response; None for a number that is missing.
+
+    Some endpoints count reasoning only in the total. It is charged, so it belongs to the completion.
+    """
     counts = [
         usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion", "total")
     ]
+    # `type(c) is int`, because bool is an int too; the numbers decide what a budget allows
     prompt, completion, total = (c if type(c) is int and 0 <= c <= MOST_TOKENS else None for c in counts)
     if prompt is not None and total is not None and total >= prompt:
         completion = max(completion or 0, total - prompt)
@@ -68,14 +74,14 @@ def token_counts(usage: Any) -> tuple[int | None, int | None]:
 
 
 def _text(content: Any) -> str:
-    """Text, or a list of parts some of which are text."""
+    """The text of a message's content, which is a string or a list of parts."""
     if isinstance(content, list):
         return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""
 
 
-def said(error: openai.APIStatusError) -> str:
-    """What the endpoint wrote about a refusal, as one line."""
+def refusal_text(error: openai.APIStatusError) -> str:
+    """The endpoint's own message about a refusal, as one line."""
     body = error.body if error.body is not None else error.response.reason_phrase
     if isinstance(body, dict) and body.get("message"):
         body = " ".join(str(body[name]) for name in ("message", "code") if body.get(name))
@@ -83,7 +89,7 @@ def said(error: openai.APIStatusError) -> str:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that a response's headers ask to wait; None when they do not say."""
+    """Seconds that the headers of a response ask to wait, as a number or a date. None when they do not ask."""
     for name, per_second in (("retry-after-ms", 1000), ("retry-after", 1)):
         with suppress(KeyError, ValueError):
             return max(0.0, float(headers[name]) / per_second)

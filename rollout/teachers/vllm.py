@@ -1,4 +1,4 @@
-"""A teacher that is a checkpoint, sampled by the vLLM engine in this process."""
+"""A Teacher (data/distill/distill.py) that is a checkpoint, sampled by a vLLM engine in this process."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,10 +9,10 @@ from rollout import LocalEngine, Sampling, stable_seed
 
 
 class VLLMTeacher:
-    """A checkpoint, through an engine in this process; `batch` requests are sampled together.
+    """A checkpoint in an engine in this process. `batch` requests are sampled together.
 
-    encode(chat) -> prompt token ids; decode(token ids) -> text. What a batch holds decides what its members get: a run that was
-    stopped and resumed draws other responses than an unbroken one.
+    encode(chat) -> prompt token ids; decode(token ids) -> text. A response depends on the other requests of its batch,
+    so a run that was stopped and resumed draws other responses than an uninterrupted one.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class VLLMTeacher:
         meter: Meter,
         leave: Callable[[], None] = lambda: None,
     ) -> None:
-        """sampling: its seed is the run's. model: its name in the raw file. leave(): called when the engine is closed."""
+        """sampling: with the run's seed. model: name for the raw file. leave() is called when the engine is closed."""
         self.engine, self.encode, self.decode, self.sampling = engine, encode, decode, sampling
         self.batch, self.model, self.meter, self.leave = batch, model, meter, leave
         self.ended, self.sampling_now = "", False
@@ -36,9 +36,10 @@ class VLLMTeacher:
         for start in range(0, len(requests), self.batch):
             some = requests[start : start + self.batch]
             ids = [self.encode(request.chat()) for request in some]
+            # a seed for each batch: the same seed would draw the same random numbers for every batch
             seeded = replace(self.sampling, seed=stable_seed(self.sampling.seed, [request.key for request in some]))
             try:
-                self.sampling_now = True
+                self.sampling_now = True  # from here on a signal raises _StoppedError; a signal before is seen below
                 if self.ended:
                     return
                 groups = self.engine.generate([request.puzzle.id for request in some], ids, seeded)
@@ -60,7 +61,7 @@ class VLLMTeacher:
                 )
 
     def stop(self) -> None:
-        """See Teacher. The batch at hand is given up: it costs nothing but time."""
+        """See Teacher. The current batch is given up: it costs only time."""
         self.ended = self.ended or "stopped"
         if self.sampling_now:
             raise _StoppedError
@@ -72,4 +73,4 @@ class VLLMTeacher:
 
 
 class _StoppedError(BaseException):
-    """Out of a signal handler, through whatever vLLM is doing."""
+    """Raised in a signal handler. A BaseException, so that vLLM does not catch it."""

@@ -73,7 +73,7 @@ def _description(item: h5py.Group | h5py.Dataset) -> tuple:
     attributes = {key: np.asarray(value).tolist() for key, value in item.attrs.items()}
     if isinstance(item, h5py.Group) or not item.shape:
         return (attributes,)
-    kind = item.dtype.kind if item.name == "/X/indptr" else item.dtype  # 64 bits whatever the number of values
+    kind = item.dtype.kind if item.name == "/X/indptr" else item.dtype  # 64 bits for any number of values
     return attributes, item.shape, kind, item.compression, item.compression_opts
 
 
@@ -151,7 +151,7 @@ def test_command_streams_and_refuses_in_one_sentence(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting needs root")
 def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(tmp_path):
-    """HDF5 crashes the process where it cannot write what it held back, so the disk is never filled to its end."""
+    """HDF5 crashes the process when it cannot write its buffered chunks, so the disk is never filled completely."""
     cases = [("300k", ()), ("300k", ("--cells", 5000, "--genes", 3000))]
     cases += [
         ("80m", ("--cells", 3000, "--genes", 3000, "--compression", "none", "--encoding", "dense")),

@@ -17,11 +17,11 @@ from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.contexts import context_sentence
-from data.build.draw import draw_batches
+from data.build.draw import draw_puzzle_cells
 from data.build.h5ad import obs_columns, read_cell_ids, read_obs
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
-from data.build.splits import choose_test_donors, divide
+from data.build.splits import choose_test_donors, split_items
 from data.puzzles import read_puzzles
 from launch.build import write_build
 from tests.helpers.commands import ROOT
@@ -31,7 +31,7 @@ TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "macrophage", "mast cell",
 
 
 def write_atlas(path, donors=8, cells_per_type=4, diseases=("normal",), tissues=("lung", "blood"), **obs):
-    """Donors d0.. in two batches each, every type in every batch; disease and tissue go round the donors."""
+    """Donors d0, d1, ... with two batches each, every type in every batch. Donors take diseases and tissues in turn."""
     rows = [
         (f"d{donor}", f"d{donor}-{batch}", cell_type, tissues[donor % len(tissues)], diseases[donor % len(diseases)])
         for donor in range(donors)
@@ -108,7 +108,7 @@ def test_top_genes_in_blocks_equals_a_plain_sort(tmp_path, monkeypatch, encode):
 
 @pytest.mark.parametrize("encoding", ["csr", "csc"])
 def test_entries_of_one_gene_are_added_up(tmp_path, encoding):
-    """Sparse matrices may hold an entry in parts; unsorted, too."""
+    """A sparse matrix may hold several entries of one gene, and in any order."""
     entries = [(0, 2, 3.0), (0, 0, 2.0), (0, 1, 4.0), (0, 0, 3.0), (1, 1, 1.0), (1, 0, 7.0)]
     if encoding == "csc":
         entries.sort(key=lambda entry: entry[1])
@@ -147,7 +147,7 @@ def test_a_layer_called_raw_is_not_raw(tmp_path):
 def test_layers_and_scaled_values(tmp_path):
     scaled = (COUNTS - COUNTS.mean(axis=0)).astype(np.float32)
     path = write_matrix(tmp_path / "a.h5ad", scaled, NAMES, raw=sparse.csr_matrix(COUNTS), flipped=COUNTS[::-1].copy())
-    assert top_genes(path, [0, 3], n_top=4) == [EXPECTED[0], EXPECTED[3]]  # auto is raw where there is one
+    assert top_genes(path, [0, 3], n_top=4) == [EXPECTED[0], EXPECTED[3]]  # auto takes raw when the file has it
     assert top_genes(path, [0, 3], n_top=4, layer="flipped") == [EXPECTED[3], EXPECTED[0]]
     with pytest.raises(ValueError, match=r"layer 'X' holds negative values.*--layer raw.*--allow-scaled"):
         top_genes(path, [0], n_top=4, layer="X")
@@ -203,7 +203,7 @@ def test_numbers_read_as_they_were_written(tmp_path):
 
 
 def test_an_index_of_nullable_strings(tmp_path):
-    """As anndata 0.12 writes it when it may."""
+    """As anndata 0.12 writes nullable strings when the setting allows it."""
     path = write_atlas(tmp_path / "a.h5ad", donors=3)
     plain = build_puzzles([path], SMALL)[0]
     with h5py.File(path, "r+") as file:
@@ -366,7 +366,7 @@ def test_of_columns_with_one_name_the_larger_counts(tmp_path, profile):
 
 @pytest.mark.parametrize("profile", ["cell", "cluster"])
 def test_deg_does_not_depend_on_what_else_is_drawn(tmp_path, monkeypatch, profile):
-    """And a gene that is the same in every cell lies above no mean, in float32 either."""
+    """A gene with the same value in every cell does not lie above a mean, in float32 neither."""
     path = write_atlas(tmp_path / "atlas.h5ad", donors=4)
     adata = anndata.read_h5ad(path)
     values = np.log1p(adata.X.toarray())
@@ -462,7 +462,7 @@ def test_gene_dropout_gives_train_cells_many_views_and_leaves_test_cells_alone(t
 
 def test_batches_run_out(tmp_path):
     groups = {("d", ""): {"a": [0], "b": [1], "c": [2, 3]}}
-    drawn, drawing = draw_batches(groups, [2, 3], 10, random.Random("0"))
+    drawn, drawing = draw_puzzle_cells(groups, [2, 3], 10, random.Random("0"))
     assert Counter(len(rows) for _, rows in drawn) == {2: 5, 3: 2}  # ab, and ac, bc with either c; abc with either c
     assert len({frozenset(rows) for _, rows in drawn}) == 7
     assert drawing["quota_left"] == {"2": 5, "3": 8}
@@ -477,10 +477,10 @@ def test_test_donors_are_spread_over_tissues():
 
 
 def test_divide():
-    assert divide([5], 0.15, random.Random("0")) == ([5], [])
-    assert [len(part) for part in divide(list(range(20)), 0.15, random.Random("0"))] == [17, 3]
-    assert [len(part) for part in divide([1, 2], 0.99, random.Random("0"))] == [1, 1]
-    assert divide([1, 2], 0.0, random.Random("0")) == ([1, 2], [])
+    assert split_items([5], 0.15, random.Random("0")) == ([5], [])
+    assert [len(part) for part in split_items(list(range(20)), 0.15, random.Random("0"))] == [17, 3]
+    assert [len(part) for part in split_items([1, 2], 0.99, random.Random("0"))] == [1, 1]
+    assert split_items([1, 2], 0.0, random.Random("0")) == ([1, 2], [])
 
 
 def test_splits_that_leak_are_refused_unless_asked_for(tmp_path):

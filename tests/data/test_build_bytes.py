@@ -1,4 +1,4 @@
-"""The same bytes whatever the workers, the order of files and the hash seed, and after a kill; the sampler's promises."""
+"""The bytes do not depend on workers, order of files, hash seed or a kill. What the drawing of cells guarantees."""
 
 import dataclasses
 import hashlib
@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.build.build import Watch, build_puzzles
+from data.build.build import BuildProgress, build_puzzles
 from data.build.cells import groups_of, read_cells
-from data.build.draw import draw_batches
+from data.build.draw import draw_puzzle_cells
 from data.build.matrix import open_matrix
 from data.build.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
 from data.build.staging import Staging
@@ -34,7 +34,7 @@ SIZES = ["--min-cells", 3, "--max-cells", 5, "--puzzles-per-n", 5, "--test-puzzl
 
 @pytest.fixture(scope="module")
 def atlases(tmp_path_factory):
-    """Four files; donors d0.. of one file are other people than those of the next."""
+    """Four files. The donors of different files are different people."""
     folder = tmp_path_factory.mktemp("atlases")
     for i, name in enumerate(("one", "two", "three", "four")):
         path = write_atlas(folder / f"{name}.h5ad", donors=4 + i, diseases=("normal", "influenza"))
@@ -70,7 +70,7 @@ def test_workers_file_order_and_hash_seed_do_not_matter(atlases, expected, tmp_p
 
 
 def test_a_killed_build_goes_on_where_it_was(atlases, expected, tmp_path):
-    """kill -9 after the first file; only the others are read again, and the bytes are those of an unbroken build."""
+    """kill -9 after the first file. Only the others are read again; the bytes are those of an uninterrupted build."""
     out, staging = tmp_path / "out", tmp_path / ".out.building"
     command = [
         sys.executable,
@@ -85,7 +85,7 @@ def test_a_killed_build_goes_on_where_it_was(atlases, expected, tmp_path):
         1,
     ]
     slow = os.environ | {"PYTHONPATH": str(ROOT)}
-    # a pipe nobody reads from stops the build at its first finished file's line, or soon after
+    # nobody reads from the pipe: the build stops when it reports its first finished file, or soon after
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=slow, stdout=subprocess.PIPE, text=True)
     while not list(staging.glob("*.jsonl")) and process.poll() is None:
         time.sleep(0.005)
@@ -105,7 +105,7 @@ def test_finished_files_are_kept_when_a_later_one_is_refused(atlases, tmp_path):
     adata = anndata.read_h5ad(atlases[0])
     adata.obs["donor_id"] = [f"bad-{donor}" for donor in adata.obs["donor_id"]]
     matrix = adata.X.toarray()
-    matrix[np.arange(len(matrix)) % 35 >= 16, 0] = np.nan  # not in the rows of the first look
+    matrix[np.arange(len(matrix)) % 35 >= 16, 0] = np.nan  # not in the rows of the sample
     adata.X = matrix
     adata.write_h5ad(bad)
     out = tmp_path / "out"
@@ -126,13 +126,13 @@ def test_resume_takes_nothing_that_was_made_with_other_settings(atlases, tmp_pat
     said = []
     build_puzzles(atlases, SMALL, staging=staging)
     changed = dataclasses.replace(SMALL, top_genes=3)
-    splits, _ = build_puzzles(atlases, changed, staging=staging, watch=Watch(say=said.append))
+    splits, _ = build_puzzles(atlases, changed, staging=staging, watch=BuildProgress(say=said.append))
     assert not any("finished earlier" in line for line in said) and len(said) == 4
     assert splits == build_puzzles(atlases, changed)[0]
 
 
 def test_leaks_are_accepted_without_building_again(atlases, tmp_path):
-    """The remedy that the refusal names."""
+    """The remedy in the message works."""
     command = [*words(atlases[:2]), "--out", tmp_path / "out", *SIZES, "--split", "instance"]
     done = build(*command)
     assert (
@@ -150,7 +150,7 @@ def test_a_finished_part_that_is_damaged_is_built_again(atlases, tmp_path, damag
     text = part.read_text()
     kept = {"cut in the first line": text[:200], "cut in a row": text[:-500], "empty": ""}
     part.write_text(kept.get(damage, text.replace("B cell", "C cell", 1)))
-    assert build_puzzles(atlases[:2], SMALL, staging=staging, watch=Watch(say=said.append))[0] == splits
+    assert build_puzzles(atlases[:2], SMALL, staging=staging, watch=BuildProgress(say=said.append))[0] == splits
     assert ["finished earlier" in line for line in said] == [True, False]
 
 
@@ -196,7 +196,7 @@ def test_two_builds_do_not_write_into_one_folder(atlases, tmp_path):
 
 def test_progress_counts_every_cell_that_is_read(atlases):
     told = []
-    splits, _ = build_puzzles(atlases, SMALL, workers=1, watch=Watch(progress=lambda *args: told.append(args)))
+    splits, _ = build_puzzles(atlases, SMALL, workers=1, watch=BuildProgress(progress=lambda *args: told.append(args)))
     cells = {(p.meta["source"], cell) for ps in splits.values() for p in ps for cell in p.meta["cell_ids"]}
     assert told[-1] == ("reading cells", len(cells), len(cells))
     done = [done for phase, done, _ in told if phase == "reading cells"]
@@ -204,14 +204,14 @@ def test_progress_counts_every_cell_that_is_read(atlases):
 
 
 def test_the_bytes_of_a_seed_stay(tmp_path):
-    """The hash is that of the first builder (commit 71da542): the demo's published numbers hang on these bytes."""
+    """The hash is that of the first builder (commit 71da542). The demo's published numbers depend on these bytes."""
     path = write_atlas(tmp_path / "atlas.h5ad", diseases=("normal", "influenza"))
     splits, _ = build_puzzles([path], dataclasses.replace(SMALL, seed=5, unseen_disease=("influenza",)))
     rows = json.dumps([[puzzle.to_row() for puzzle in puzzles] for puzzles in splits.values()])
     assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "e1b3dbb8ead834ab"
 
 
-# --- promises of the sampler, whatever the groups
+# --- what the drawing of cells guarantees for any groups
 
 TABLES = st.dictionaries(
     st.tuples(st.sampled_from(["d0", "d1", "d2", "d3"]), st.sampled_from(["", "b"])),
@@ -229,7 +229,7 @@ def test_batches_keep_the_rules(table, smallest, more, quota, seed):
     }
     where = {int(row): (g, t) for g, types in groups.items() for t, rows in types.items() for row in rows}
     sizes = range(smallest, smallest + more + 1)
-    drawn, drawing = draw_batches(groups, sizes, quota, random.Random(seed))
+    drawn, drawing = draw_puzzle_cells(groups, sizes, quota, random.Random(seed))
     for group, rows in drawn:
         assert {where[row][0] for row in rows} == {group}, "one donor and batch"
         assert len({where[row][1] for row in rows}) == len(rows) and len(rows) in sizes, "each cell of another type"
@@ -238,7 +238,7 @@ def test_batches_keep_the_rules(table, smallest, more, quota, seed):
     assert {n: quota - taken[n] for n in sizes if quota > taken[n]} == {
         int(n): q for n, q in drawing["quota_left"].items()
     }
-    assert draw_batches(groups, sizes, quota, random.Random(seed)) == (drawn, drawing), "the seed decides"
+    assert draw_puzzle_cells(groups, sizes, quota, random.Random(seed)) == (drawn, drawing), "the seed decides"
     for n, left in drawing["quota_left"].items():  # what is left could not be drawn
         able = [g for g, types in groups.items() if len(types) >= int(n)]
         closed = {(gap["donor"], gap["batch"]) for gap in drawing["exhausted"] if gap["n_cells"] == int(n)}
@@ -246,7 +246,7 @@ def test_batches_keep_the_rules(table, smallest, more, quota, seed):
 
 
 def test_candidates_and_cells_are_in_no_order(tmp_path):
-    """Over many puzzles the right label stands at each place of the list, and each type in each cell, about as often."""
+    """Over many puzzles, the right label is equally often at each place of the list, and each type in each cell."""
     path = write_atlas(tmp_path / "atlas.h5ad", donors=6, cells_per_type=12)
     config = dataclasses.replace(SMALL, min_cells=5, max_cells=5, puzzles_per_n=2500)
     puzzles = build_puzzles([path], config)[0]["train"]

@@ -1,4 +1,4 @@
-"""Every mistake with .h5ad files and options gives one sentence that names it, exit code 2, and no output."""
+"""Every mistake with .h5ad files and options gives one sentence that names it, exit code 2 and no output."""
 
 import dataclasses
 import os
@@ -63,7 +63,7 @@ def test_absent_columns(tmp_path, atlas):
     assert "no obs column 'donor_id' (nearest: 'donor'," in message
     assert "--donor-key COLUMN" in message and "--constant donor_id=VALUE" in message
     assert build_puzzles([path], dataclasses.replace(SMALL, donor_key="donor"))[0]["train"]
-    assert "no obs column 'stage'" in refusal([atlas], development_stage_key="stage")  # optional, but asked for
+    assert "no obs column 'stage'" in refusal([atlas], development_stage_key="stage")  # optional, but the user named it
     assert (
         "var has no column 'symbol' (nearest: 'feature_name'); name the column of gene names with --gene-key"
         in refusal([atlas], gene_key="symbol")
@@ -140,7 +140,7 @@ def test_all_cells_dropped(tmp_path, atlas):
 
     path = changed(atlas, tmp_path / "nuclei.h5ad", nuclei)
     assert "all 320 cells were dropped (320 because suspension_type is not 'cell')" in refusal([path])
-    splits, report = build_puzzles([atlas, path], SMALL)  # another file can serve: a note, no error
+    splits, report = build_puzzles([atlas, path], SMALL)  # another file gives puzzles: a note, no error
     assert {p.meta["dataset"] for p in splits["train"]} == {"atlas"}
     assert report["files"][1]["notes"] == [
         "gives no puzzle: all 320 cells were dropped (320 because suspension_type is not 'cell')"
@@ -203,7 +203,7 @@ def test_a_file_name_that_is_not_utf8(tmp_path, atlas):
 
 
 def test_files_may_be_named_without_a_flag(tmp_path, atlas):
-    """As a shell writes *.h5ad; the recipe's files give way to both."""
+    """Files without a flag, as a shell expands *.h5ad. They, and --h5ad, replace the files of a recipe."""
     for name in ("a", "b"):
         adata = anndata.read_h5ad(atlas)
         adata.obs["donor_id"] = [f"{name}-{donor}" for donor in adata.obs["donor_id"]]
@@ -255,7 +255,7 @@ def test_options_that_do_nothing_are_told(tmp_path, atlas):
         return [note.split()[0] for note in without_effect(BuildConfig(**options))]
 
     assert told() == told(test_puzzles_per_n=3) == told(hvg_genes=9, rank="hvg") == []
-    assert told(test_puzzles_per_n=3, split="instance", unseen_disease=("flu",)) == []  # of which unseen has so many
+    assert told(test_puzzles_per_n=3, split="instance", unseen_disease=("flu",)) == []  # the unseen split has this many
     assert told(test_puzzles_per_n=3, split="instance") == told(test_puzzles_per_n=3, test_fraction=0.0)
     assert told(test_puzzles_per_n=3, compat="authors", hvg_genes=9) == ["--test-puzzles-per-n", "--hvg-genes"]
     done = command("--h5ad", atlas, "--out", tmp_path / "out", *SIZES, "--hvg-genes", 9)

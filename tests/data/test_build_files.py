@@ -1,4 +1,4 @@
-"""Files as the world holds them: every kind of damage or surprise gives one sentence, exit code 2 and no output."""
+"""Files from anywhere: every kind of damage or surprise gives one sentence, exit code 2 and no output."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ def atlas(tmp_path_factory):
 
 
 def run(tmp_path, *files, options=()):
-    """The command in this process: (exit code, output)."""
+    """Run the command in this process. Returns (exit code, output)."""
     words = [word for file in files for word in ("--h5ad", str(file))]
     done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "out"), "--workers", "1", *SIZES, *options])
     return done.exit_code, done.output
@@ -145,7 +145,7 @@ def csc_with_a_bad_cell(path, atlas):
 
 
 def old_categories(reference):
-    """A column whose categories stand elsewhere, as anndata 0.7 wrote it."""
+    """A column whose categories are in another dataset, as anndata 0.7 wrote it."""
 
     def change(file):
         del file["obs/sex"]
@@ -297,7 +297,7 @@ def test_two_files_of_two_organisms_and_one_name(tmp_path, atlas):
     for name, organism in (("human.h5ad", "Homo sapiens"), ("mouse.h5ad", "Mus musculus")):
         saved(set_column("organism", organism))(tmp_path / name, atlas)
     code, output = run(tmp_path, tmp_path / "human.h5ad", tmp_path / "mouse.h5ad")
-    assert code == 2 and "holds Homo sapiens and" in output and "build them apart" in output
+    assert code == 2 and "holds Homo sapiens and" in output and "build them separately" in output
     (tmp_path / "sub").mkdir()
     shutil.copy(atlas, tmp_path / "sub/human.h5ad")
     code, output = run(tmp_path, tmp_path / "human.h5ad", tmp_path / "sub/human.h5ad")
@@ -325,7 +325,7 @@ def test_files_of_another_organism_are_skipped(tmp_path, atlas, table):
             name = "organism_ontology_term_id" if ":" in organism else "organism"
             (adata.obs if table == "obs" else adata.uns)[name] = organism
             if donors == "m":
-                adata.var = adata.var.rename(columns={"feature_name": "symbol"})  # not looked at
+                adata.var = adata.var.rename(columns={"feature_name": "symbol"})  # not used
 
         saved(change)(tmp_path / f"{donors}.h5ad", atlas)
     files = [tmp_path / f"{donors}.h5ad" for donors in "hmt"]
@@ -375,7 +375,7 @@ def command(tmp_path, atlas, out):
 
 
 def test_a_disk_that_is_full(tmp_path, atlas):
-    """The file size limit stands in for the disk's: writing fails in the same place, with another reason."""
+    """A limit on the file size replaces a full disk: writing fails in the same place, with another reason."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -417,7 +417,7 @@ def test_folders_and_files_without_permission(tmp_path, atlas):
     secret.chmod(0)
     locked.mkdir(mode=0o555)
     done = subprocess.run([*words, *command(tmp_path, secret, tmp_path / "out")], capture_output=True, text=True)
-    assert done.returncode == 2 and "secret.h5ad: may not be read" in done.stderr, done.stderr
+    assert done.returncode == 2 and "secret.h5ad: you have no permission to read it" in done.stderr, done.stderr
     secret.chmod(0o644)
     done = subprocess.run([*words, *command(tmp_path, secret, locked / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr, done.stderr

@@ -29,7 +29,7 @@ CONSTANTS = ("donor_id=donor_A", "suspension_type=cell", "tissue=blood", "diseas
 
 @pytest.fixture(scope="module")
 def pbmc(tmp_path_factory):
-    """The cells as they are, and, for options that need donors, dealt to six made-up donors of two diseases."""
+    """The cells as they are; and, for options that need donors, divided over six invented donors of two diseases."""
     scanpy = pytest.importorskip("scanpy")
     folder = tmp_path_factory.mktemp("pbmc")
     adata = scanpy.datasets.pbmc68k_reduced()
@@ -121,7 +121,7 @@ def test_cluster_lists_are_means_of_the_cells_of_the_split(pbmc, tmp_path):
 
 
 def test_a_cluster_of_one_cell(pbmc, tmp_path):
-    """One cell's mean lists what the cell lists."""
+    """The mean of one cell gives the same list as the cell."""
     adata = anndata.read_h5ad(pbmc / "pbmc.h5ad")
     first = adata.obs["bulk_labels"].drop_duplicates().index
     anndata.AnnData(adata.raw.X, obs=adata.obs, var=adata.raw.var)[first].write_h5ad(tmp_path / "pbmc.h5ad")

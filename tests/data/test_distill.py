@@ -1,4 +1,4 @@
-"""Distillation without a network: the embedded teacher, the plan of what is asked, hints, verdicts, the raw file, the report."""
+"""Distillation without a network: embedded teacher, choice of requests, hints, verdicts, raw file, report."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from data.distill.embedded_teacher import (
     TeacherConfig,
     learned_markers,
     marker_table,
-    teach,
+    write_trace,
 )
-from data.distill.hints import HINT, LEAKS, hinted_chat, leak
+from data.distill.hints import HINT, LEAKS, find_leak, hinted_chat
 from data.distill.meter import TEMPLATE_TOKENS, Meter
-from data.distill.report import make_report, table
+from data.distill.report import acceptance_table, make_report
 from data.distill.responses import RawFile, prompts_hash
 from data.errors import RunError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from reward.cellpuzzles import batch_reward
-from reward.traces import REASONS, TraceJudge
+from reward.judge import REASONS, TraceJudge
 from tests.helpers.commands import run_command, succeed
 from tests.helpers.endpoints import here
 
@@ -59,7 +59,7 @@ def drawn(text: str, attempt: int = 0, name: str = "p", hinted: bool = False, **
 
 
 def made_up(number: int) -> Puzzle:
-    """A puzzle of labels that no marker table knows."""
+    """A puzzle with labels that are not in the marker table."""
     rng = random.Random(number)
     labels = rng.sample([f"type {k}" for k in range(12)], 3)
     of_type = [[f"G{label.split()[1]}M{m}" for m in range(4)] for label in labels]
@@ -71,17 +71,17 @@ def made_up(number: int) -> Puzzle:
 
 
 def test_a_sure_teacher_cites_the_markers_and_is_right():
-    assert teach(PUZZLE, TABLE, random.Random(0), SURE) == (
+    assert write_trace(PUZZLE, TABLE, random.Random(0), SURE) == (
         "<think>By the markers.\nCell 1: CD3D, IL7R, so T cell\nCell 2: MS4A1, so B cell</think>\n"
         "<answer>T cell | B cell</answer>"
     )
 
 
 def test_the_most_common_opening_is_the_markers_and_first_words_differ():
-    """Greedy decoding after SFT takes the likeliest first token: no two openings may share it."""
+    """Greedy decoding after SFT takes the most likely first token, so no two openings may begin with the same token."""
     config = TeacherConfig()
     openings = [
-        teach(PUZZLE, TABLE, random.Random(i), config).split("\n")[0].removeprefix("<think>") for i in range(2000)
+        write_trace(PUZZLE, TABLE, random.Random(i), config).split("\n")[0].removeprefix("<think>") for i in range(2000)
     ]
     counts = {opening: openings.count(opening) for opening in (*GLANCE_OPENINGS, MARKERS_OPENING)}
     assert sum(counts.values()) == 2000
@@ -96,7 +96,7 @@ def test_learned_markers_tell_the_label_and_not_one_odd_cell():
 
 
 def test_its_accepted_rows_are_those_the_published_demo_was_trained_on(judge):
-    """The hash is of the rows that rejection sampling gave before there were other teachers."""
+    """The hash was taken when the embedded teacher was the only one."""
     puzzles = [made_up(number) for number in range(40)]
     draws = Draws(puzzles, Plan(candidates=4))
     distill(draws, EmbeddedTeacher(marker_table(puzzles), 5, TeacherConfig(noise=0.8)), judge)
@@ -114,7 +114,7 @@ def test_a_candidate_depends_on_its_attempt_alone():
     assert [other.candidate(PUZZLE, attempt) for attempt in (4, 1, 1, 5)] == [traces[i] for i in (4, 1, 1, 5)]
 
 
-# ---- what is asked, and what is kept
+# ---- which requests are made, and which traces are kept
 
 
 def test_no_more_is_asked_for_than_a_puzzle_still_lacks():
@@ -237,7 +237,7 @@ LEAKED = [
 
 @pytest.mark.parametrize(("kind", "reasoning"), LEAKED)
 def test_a_leak_is_found(kind, reasoning):
-    assert leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE).startswith(kind)
+    assert find_leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE).startswith(kind)
 
 
 def test_every_kind_of_leak_is_tried():
@@ -257,7 +257,7 @@ def test_every_kind_of_leak_is_tried():
     ],
 )
 def test_an_argument_is_no_leak(reasoning):
-    assert leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE) == ""
+    assert find_leak(f"<think>{reasoning}</think><answer>T cell | B cell</answer>", PUZZLE) == ""
 
 
 # ---- verdicts
@@ -330,7 +330,7 @@ def test_a_raw_file_is_never_overwritten_by_mistake(tmp_path):
     with pytest.raises(ValueError, match=r"--resume: there is no .*t.raw.jsonl"):
         opened(path, resume=True)
     with opened(path, settings={"teacher": "vllm"}):
-        pass  # a run that was refused before it had a response leaves nothing worth keeping
+        pass  # a run that was refused before its first response may be overwritten
     with opened(path) as raw:
         raw.append(drawn("bought"))
     with pytest.raises(ValueError, match="already holds responses; add --resume"):
@@ -391,7 +391,7 @@ def test_what_a_kill_left_in_flight_counts_at_its_worst(tmp_path):
 
 def test_the_worst_case_of_a_request():
     meter = Meter(price_in=1e6, price_out=2e6)
-    assert meter.worst([{"content": "abc"}, {"content": "\u00e9"}], 10) == 3 + 2 + TEMPLATE_TOKENS + 20
+    assert meter.worst_cost([{"content": "abc"}, {"content": "\u00e9"}], 10) == 3 + 2 + TEMPLATE_TOKENS + 20
 
 
 def test_the_report_says_where_traces_are_accepted_and_why_not(judge):
@@ -419,17 +419,17 @@ def test_the_report_says_where_traces_are_accepted_and_why_not(judge):
         "wrong_labels": {"traces": 1, "details": {"0 of 2 right": 1}},
         "invalid_format": {"traces": 1, "details": {"<think> occurs 0 times, not once": 1}},
     }
-    assert "tissue lung                              1       1    100.0%    100.0%" in table(report)
-    assert "tissue skin                              1       0         -         -" in table(report)
+    assert "tissue lung                              1       1    100.0%    100.0%" in acceptance_table(report)
+    assert "tissue skin                              1       0         -         -" in acceptance_table(report)
 
 
 def test_the_table_says_what_was_spent_though_the_endpoint_counted_no_token():
     draws, meter = Draws([PUZZLE], Plan()), Meter(price_in=1.0, price_out=1.0)
     empty = make_report(draws, meter, seed=0, settings={}, rows=0, ended="")
-    assert "cost" not in table(empty) and empty["acceptance"] is None
+    assert "cost" not in acceptance_table(empty) and empty["acceptance"] is None
     meter.count(None, None, worst=0.25)
     meter.lost = 0.5
-    said = table(make_report(draws, meter, seed=0, settings={}, rows=0, ended=""))
+    said = acceptance_table(make_report(draws, meter, seed=0, settings={}, rows=0, ended=""))
     assert "cost 0.25 (without token counts: 1, at the worst case), and at most 0.5 lost" in said
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import os
 import h5py
 import pytest
 
-from data.files import need_room, reason_of, replacing, write_whole
+from data.files import reason_of, replacing, require_free_space, write_whole
 
 
 def test_a_file_takes_the_place_of_the_old_one_and_folders_are_made(tmp_path):
@@ -42,10 +42,10 @@ def test_a_reason_is_one_line_whoever_said_it(tmp_path):
         replacing(tmp_path / "a.h5ad") as partial,
     ):
         partial.mkdir()
-        h5py.File(partial, "w")  # whose message is a page
+        h5py.File(partial, "w")  # its message is a page long
 
 
 def test_room_is_asked_for_before_the_disk_is_full(tmp_path):
-    need_room(tmp_path, 1)
+    require_free_space(tmp_path, 1)
     with pytest.raises(OSError, match="No space left on device"):
-        need_room(tmp_path, 10**18)
+        require_free_space(tmp_path, 10**18)

@@ -223,7 +223,7 @@ def test_one_cell_shows_only_part_of_its_markers(adata, top_genes):
 
 def test_counts_are_negative_binomial():
     counts = draw_counts(np.random.default_rng(0), np.full((40_000, 20), 1.0)).toarray()
-    share = counts[:, 0] / counts.sum(axis=1)  # library size taken out
+    share = counts[:, 0] / counts.sum(axis=1)  # without the effect of library size
     mean, variance = counts[:, 0].mean(), counts[:, 0].var()
     assert variance > 10 * mean  # Poisson would give 1
     # a gamma-Poisson gene among 20 equal ones: relative variance ~ DISPERSION + 1 / mean, a little less for the closure

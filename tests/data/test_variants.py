@@ -427,5 +427,5 @@ def test_cell_ids_that_are_no_list_and_columns_of_two_kinds_are_named(tmp_path):
     done = run_command(
         "variant", "--puzzles", tmp_path / "age.jsonl", "--variant", "open", "--out", tmp_path / "a.parquet"
     )
-    assert done.returncode == 2 and "column 'age' is none that parquet can hold" in done.stderr
+    assert done.returncode == 2 and "column 'age' cannot be stored as parquet" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "a.parquet").exists()

@@ -501,7 +501,7 @@ def test_an_endpoint_is_asked_resumed_and_its_key_kept(melanoma):
     )
     server.fail_after = 7  # three puzzles of two answers each, and one answer of the fourth
     done = run_command("evaluate", *arguments, env={"MY_KEY": KEY})
-    assert done.returncode == 1 and "--endpoint" in done.stderr and "does not take the key" in done.stderr
+    assert done.returncode == 1 and "--endpoint" in done.stderr and "does not accept the key" in done.stderr
     assert "Traceback" not in done.stderr and not (folder / "o/metrics.json").exists()
     held = [row["id"] for row in read_rows(folder / "o/predictions.partial.jsonl")[1:]]
     assert held == ["p0", "p1", "p2"]

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from data.atlas.markers import read_markers
-from data.distill.embedded_teacher import TeacherConfig, marker_table, teach
+from data.distill.embedded_teacher import TeacherConfig, marker_table, write_trace
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from eval.traces.reading import analyse
 from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise, summary_png
@@ -255,7 +255,7 @@ def test_the_embedded_teacher_is_read_exactly():
             [*rng.sample(markers[label].markers, min(3, len(markers[label].markers))), "MALAT1"] for label in types
         ]
         puzzle = Puzzle(id=str(number), context="", cells=cells, candidates=sorted(types), answer=types)
-        trace = teach(
+        trace = write_trace(
             puzzle, marker_table([puzzle]), rng, TeacherConfig(noise=2.0, glance=0.5, bad_format=0.2, slip=0.2)
         )
         lines = trace[: trace.index("</think>")].split("\n")[1:]

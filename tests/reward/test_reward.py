@@ -31,7 +31,7 @@ def response(answer: str, reasoning: str = "CD3D") -> str:
         (response(" t  CELL |b cell| nk cell "), 1, 1, 1),
         (response("T cell | NK cell | B cell"), 0, 1 / 6, 0),
         (response("B cell | T cell | NK cell."), 0, 0, 0),
-        (response("T cell | T cell | NK cell"), 0, 1 / 3, -1),  # duplicates are a valid format, and wrong
+        (response("T cell | T cell | NK cell"), 0, 1 / 3, -1),  # duplicates have a valid format, but are wrong
         (response("T cell | monocyte | NK cell"), 0, 1 / 3, 0),
         (response("T cell | B cell"), -1, -1, -1),
         (response("T cell | B cell | NK cell | "), -1, -1, -1),

@@ -51,7 +51,7 @@ started = 0
 async def meet(completion, puzzle):
     global started
     started += 1
-    while started < 41 or completion == "hang":  # nobody is done before all have begun
+    while started < 41 or completion == "hang":  # no call ends before all have begun
         await asyncio.sleep(0.01)
     return float(len(completion))
 
@@ -176,7 +176,7 @@ def test_cellpuzzles_rewards_keep_parts_and_status(rewards):
 
 
 def test_a_worker_does_not_outlive_a_killed_trainer(rewards):
-    """kill -9 on the trainer while a reward function spins."""
+    """kill -9 on the trainer while a reward function is in an endless loop."""
     code = f"""
 import os
 from data.puzzles import Puzzle
@@ -195,6 +195,21 @@ scorer.score(["hang"], [puzzle], [False])
     while time.monotonic() < deadline and alive(worker):
         time.sleep(0.2)
     assert not alive(worker)
+
+
+def test_a_worker_serves_step_after_step(rewards):
+    """A worker ends with the thread that started it, so that thread must outlive a call of score."""
+    scorer = Scorer(f"{rewards}:plain", 2, 60.0)
+    pids = []
+    for _ in range(3):
+        got = scorer.score(["a", "bb", "ccc"], [PUZZLE] * 3, [False] * 3)
+        assert [reward.total for reward in got] == [1.0, 2.0, 3.0]
+        time.sleep(0.1)
+        assert all(alive(worker.process.pid) for worker in scorer.workers)
+        pids.append([worker.process.pid for worker in scorer.workers])
+    scorer.close()
+    assert pids[0] == pids[1] == pids[2]
+    assert not any(map(alive, pids[0]))
 
 
 def alive(pid: int) -> bool:

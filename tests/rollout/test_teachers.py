@@ -1,4 +1,4 @@
-"""A teacher behind an endpoint that misbehaves: retries, kills, budgets, hints, and a key that nobody sees."""
+"""A teacher behind an endpoint that misbehaves: retries, kills, budgets, hints, and a key that stays secret."""
 
 import contextlib
 import json
@@ -97,7 +97,7 @@ def teacher(server: Server, meter: Meter | None = None, note=lambda row: None, *
 
 
 def served_raw(server: Server) -> None:
-    """Lets a message {"mood": body or (headers, status, body)} be sent as it is."""
+    """The endpoint sends a message {"mood": body or (headers, status, body)} as it is."""
     send = server.send
 
     def raw(to, what, who: tuple, model: str) -> None:
@@ -115,7 +115,7 @@ def served_raw(server: Server) -> None:
 
 
 def held(server: Server, together: int, first: int = 0) -> threading.Event:
-    """From request `first` on nobody is answered before `together` are there, nor served before the event is set."""
+    """From request `first` on, none is answered before `together` have arrived, nor before the event is set."""
     send, released, there = server.send, threading.Event(), threading.Barrier(together)
 
     def wait(to, what, who: tuple, model: str) -> None:
@@ -164,7 +164,7 @@ def test_a_misbehaving_endpoint_is_asked_until_it_answers_and_nothing_is_bought_
         and server.most <= 4
         and server.keys == {f"Bearer {KEY}"}
     )
-    worst = [meter.worst(puzzle(i).chat(), 4096) for i in range(9)]
+    worst = [meter.worst_cost(puzzle(i).chat(), 4096) for i in range(9)]
     assert kinds.count("sent") == 9 and kinds.count("lost") == 2 * len(["cut", "short", "close", "hang", "html", "408"])
     assert 12 * min(worst) <= meter.lost <= 12 * max(worst) and meter.reserved == 0
     assert (meter.prompt_tokens, meter.completion_tokens) == (9 * PROMPT_TOKENS, 9 * RESPONSE_TOKENS)
@@ -176,7 +176,7 @@ def test_as_many_requests_fly_as_allowed_and_no_more(serve):
     send = server.send
 
     def meet(*arguments) -> None:
-        together.wait(timeout=30)  # nobody is answered before three are there
+        together.wait(timeout=30)  # no request is answered before three have arrived
         send(*arguments)
 
     server.send = meet
@@ -194,9 +194,9 @@ def test_what_no_further_try_can_mend_is_recorded_once_or_ends_the_run(serve):
         and not done["p0"].error
     )
     for status, sentence in (
-        (401, "does not take the key"),
+        (401, "does not accept the key"),
         (404, "does not know the model"),
-        (402, "wants to be paid"),
+        (402, "requires payment first"),
     ):
         server = serve(3, lambda number, of, asked, status=status: f"{status} no: {KEY}")
         with pytest.raises(RunError, match=sentence) as caught:
@@ -237,7 +237,7 @@ def test_how_long_an_endpoint_asks_to_wait(headers, seconds):
         (
             {"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 5400},
             (300, 5100),
-        ),  # reasoning in the total alone
+        ),  # reasoning is counted only in the total
         ({"prompt_tokens": 300, "total_tokens": 400}, (300, 100)),
         ({"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 0}, (300, 100)),
         ({"prompt_tokens": -5, "completion_tokens": True}, (None, None)),
@@ -267,7 +267,7 @@ def test_which_endpoints_are_on_this_machine(url, here):
 
 
 def test_one_reply_that_cannot_be_read_costs_the_others_nothing(serve):
-    """Nested deeper than the parser goes, in the body, in an error and in the content; and a wait that is no number."""
+    """JSON nested too deeply for the parser, in body, error and content; and a wait that is no number."""
     moods = {
         0: b"[" * 200_000,
         1: b'{"error": ' + b"[" * 900 + b"]" * 900 + b"}",
@@ -277,7 +277,9 @@ def test_one_reply_that_cannot_be_read_costs_the_others_nothing(serve):
     server = serve(4, lambda number, of, asked: {"content": right(of)} if number > 3 else {"mood": moods[number]})
     served_raw(server)
     done = ask(teacher(server), 4)
-    assert sum(done[f"p{i}"].text == right(puzzle(i)) for i in range(4)) >= 3  # deep content may be read, as no text
+    assert (
+        sum(done[f"p{i}"].text == right(puzzle(i)) for i in range(4)) >= 3
+    )  # deep content may be accepted as a message without text
     assert not any(completion.error for completion in done.values())
 
 
@@ -286,7 +288,7 @@ def test_a_connection_that_never_stood_cost_nothing():
     with socket.socket() as full, contextlib.ExitStack() as callers:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        for _ in range(4):  # more than it lets wait: further ones get no answer
+        for _ in range(4):  # more than its queue takes: further ones get no answer
             caller = callers.enter_context(socket.socket())
             caller.setblocking(False)
             caller.connect_ex(full.getsockname())
@@ -396,7 +398,7 @@ def test_a_teacher_that_waits_for_its_turn_stops_at_once(serve):
 
 
 def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
-    """The endpoint charges for all it worked on: answers, answers cut short, and those that a kill or time-out left behind."""
+    """The endpoint charges for all its work: responses, incomplete ones, and those lost by a kill or time-out."""
     kinds = {5: "cut", 9: "500 oops", 11: "short"}
     server = serve(40, lambda number, of, asked: "hang" if number >= 14 else kinds.get(number, {"content": wrong(of)}))
     limit = 2 * RESPONSE_TOKENS
@@ -418,7 +420,7 @@ def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
     cost = server.charged * (PROMPT_TOKENS * 1 + RESPONSE_TOKENS * 10) / 1e6
     found = report(tmp_path)
     spent, lost = found["cost"]["spent"], found["cost"]["lost_at_most"]
-    worst = max(Meter(price_in=1.0, price_out=10.0).worst(puzzle(i).chat(), limit) for i in range(40))
+    worst = max(Meter(price_in=1.0, price_out=10.0).worst_cost(puzzle(i).chat(), limit) for i in range(40))
     assert cost <= spent + lost <= 0.06 < spent + lost + worst
     assert found["ended"] == "budget" and spent == pytest.approx(
         len(server.served) * (PROMPT_TOKENS + 10 * RESPONSE_TOKENS) / 1e6
@@ -428,7 +430,7 @@ def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
         "completion": RESPONSE_TOKENS * len(server.served),
     }
     number = server.number
-    here(*given[:-1], 0, "--resume")  # asks nothing, and writes what was accepted
+    here(*given[:-1], 0, "--resume")  # requests nothing, and writes what was accepted
     assert server.number == number and len(read_rows(tmp_path / "t.jsonl")) == found["puzzles_accepted"]
 
 
@@ -447,7 +449,7 @@ def test_what_was_bought_before_prices_were_given_counts_at_its_worst(serve, tmp
     said = here(*given, "--price-in", 2, "--price-out", 8, "--budget", 5, "--resume")
     priced = Meter(price_in=2.0, price_out=8.0)
     cost = report(tmp_path)["cost"]
-    assert cost["spent"] == pytest.approx(sum(priced.worst(puzzle(i).chat(), 1000) for i in range(4)), abs=1e-6)
+    assert cost["spent"] == pytest.approx(sum(priced.worst_cost(puzzle(i).chat(), 1000) for i in range(4)), abs=1e-6)
     assert cost["responses_without_token_counts"] == 4 and "(without token counts: 4, at the worst case)" in said
 
 
@@ -517,7 +519,7 @@ def test_variants_are_served_and_every_candidate_is_drawn_where_asked(serve, tmp
 
 
 def test_the_key_is_nowhere(serve, tmp_path):
-    """Not in a file, on the terminal, on a command line or in the environment of the reward, though the endpoint quotes it."""
+    """The key is in no file, output, command line or environment of the reward, although the endpoint quotes it."""
     (tmp_path / "own.py").write_text(
         "import os\nfrom reward.cellpuzzles import batch_reward\n\n\ndef fn(completion, puzzle):\n"
         f"    open({str(tmp_path / 'env.txt')!r}, 'w').write(str(dict(os.environ)))\n"
@@ -540,7 +542,7 @@ def test_the_key_is_nowhere(serve, tmp_path):
     assert b"HTTP Request: POST" in seen and server.keys == {f"Bearer {KEY}"}
     server.behave = lambda number, of, asked: f"401 {KEY} is not valid"
     refused = run_command("distill", *given, "--resume", env={"OPENAI_API_KEY": KEY})
-    assert refused.returncode == 1 and "does not take the key" in refused.stderr
+    assert refused.returncode == 1 and "does not accept the key" in refused.stderr
     seen += (refused.stdout + refused.stderr).encode()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {"t.raw.jsonl", "t.report.json", "env.txt"}
@@ -574,7 +576,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_lines_behind(tmp_path):
         whole = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, limits[1]))
         try:
-            for _ in range(2):  # nothing goes behind the torn line
+            for _ in range(2):  # nothing may follow the incomplete line
                 with pytest.raises(RunError, match="cannot be written .*make room, then add --resume"):
                     raw.append(done)
         finally:

@@ -25,7 +25,7 @@ from tests.helpers.endpoints import here, puzzle, raw_rows, report
 
 @pytest.fixture(scope="module")
 def checkpoint(pipeline, tmp_path_factory) -> Path:
-    """The pipeline's random model, for which every sixth token ends the turn: its responses are short, and some are whole."""
+    """The pipeline's random model. Every sixth token ends the turn: responses are short, and some are complete."""
     folder = tmp_path_factory.mktemp("served") / "model"
     shutil.copytree(pipeline / "base", folder)
     settings = json.loads((folder / "generation_config.json").read_text())
@@ -51,7 +51,7 @@ def vllm_server(checkpoint, tmp_path_factory):
     }
     log = tmp_path_factory.mktemp("vllm") / "log.txt"
     with open(log, "w") as handle:
-        # the console script asks for a distribution named vllm, which the CPU build is not
+        # the console script needs a distribution named vllm; the CPU build has another name
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -96,7 +96,7 @@ ODD = "def fn(completion, puzzle):\n    return float(len(completion) % 2)\n"
 
 
 def check_files(out: Path, puzzles: Path, model: str, plain: int) -> None:
-    """Two runs of random responses, half of which the odd reward takes: files and numbers agree."""
+    """Two runs of random responses, of which the reward accepts about half: files and numbers agree."""
     rows, found = raw_rows(out), report(out)
     assert len(rows) == found["traces_drawn"] == len({(r["puzzle_id"], r["attempt"]) for r in rows})
     assert {row["model"] for row in rows} == {model} and all(row["prompt_tokens"] > 50 for row in rows)

@@ -2,8 +2,7 @@
 
 The keeper is the rank that torchrun started. It sends heartbeats, restarts the sampler and reports its death. It loads
 no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`python -m
-trainer.start.sampler`) reads its settings and the run's token from standard input. It ends when standard input closes,
-so it never outlives its keeper.
+trainer.start.sampler`) reads its settings and the run's token from standard input. It ends with its keeper.
 """
 
 import dataclasses
@@ -22,6 +21,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+from data.processes import end_with_parent, module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store
 from rollout.split import SamplerEnd, SamplerProcess
@@ -32,17 +32,6 @@ from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
-LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
-"""What torchrun says of its own world, which is not the sampler's."""
 
 
 def keep_sampler(cfg: GrpoConfig, world: World) -> None:
@@ -93,12 +82,13 @@ def _await(store: dist.Store, key: str) -> bytes:
 
 def _start(cfg: GrpoConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
     spec = {
+        "keeper": os.getpid(),
         "config": dataclasses.asdict(cfg),
         "address": vars(address),
         "process": vars(me),
         "local_size": int(os.environ["LOCAL_WORLD_SIZE"]),
     }
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    env = module_environment() | {"LOCAL_RANK": os.environ["LOCAL_RANK"]}
     env |= {"RANK": str(me.member), "WORLD_SIZE": str(cfg.tensor_parallel)}
     process = subprocess.Popen(
         [sys.executable, "-m", "trainer.start.sampler"],
@@ -133,7 +123,7 @@ def _listen(lines: IO[str], world: World) -> None:
 def main() -> None:
     """Load the model, then carry out the trainers' orders until the last."""
     spec = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_keeper, daemon=True).start()
+    end_with_parent(spec["keeper"])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cfg, address = GrpoConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
@@ -207,11 +197,6 @@ def make_engine(cfg: GrpoConfig, me: SamplerProcess, device: torch.device) -> Lo
 def report_status(phase: str, step: int, waiting: str = "") -> None:
     """Tell the keeper, on standard output, what this process does. step: 1-based, 0 for none."""
     print(STATUS + json.dumps({"phase": phase, "step": step, "waiting": waiting}), flush=True)
-
-
-def _end_with_keeper() -> None:
-    sys.stdin.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The judge of distilled traces: a reward and a threshold decide, and a rejected trace gets its reason."""
+"""The judge of distilled traces: a reward and a threshold accept a trace, or it is rejected with a reason."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data.distill.distill import Completion, Verdict
-from data.distill.hints import leak
+from data.distill.hints import find_leak
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle
 from reward import Reward, Status, load_reward
@@ -12,37 +12,37 @@ from reward.cellpuzzles import cells_right, parse_response
 from reward.scoring import Scorer
 
 REASONS = {
-    "endpoint_error": "no response came",
-    "truncated": "cut at the length limit, whatever stands before",
+    "endpoint_error": "no response arrived",
+    "truncated": "cut at the length limit, whatever it contains",
     "invalid_format": "not <think>...</think> then <answer>...</answer> with one label per cell",
-    "wrong_labels": "valid, and not all labels right",
-    "below_threshold": "valid and right, and the reward is below the threshold all the same",
-    "leak": "accepted by the reward, and the reasoning shows that the answer was hinted",
+    "wrong_labels": "valid format, but not all labels are right",
+    "below_threshold": "valid format and all labels right, but the reward is below the threshold",
+    "leak": "accepted by the reward, but the reasoning reveals that the answer was hinted",
     "declined": "the reward gave no score",
     "reward_error": "the reward function raised",
     "reward_timeout": "the reward function took too long",
 }
-"""Reasons for rejection, the first that holds."""
+"""Reason for rejection -> its meaning. A trace gets the first reason that applies."""
 HOPELESS = 8
-"""When the reward fails on each of the first so many responses, it is the reward that is wrong."""
+"""When the reward fails on each of the first responses, and these are at least so many, the run ends."""
 
 
 class TraceJudge:
-    """Called with (puzzle, completion) pairs, gives their verdicts (data.distill.distill.Judge).
+    """Gives verdicts on (puzzle, completion) pairs (data.distill.distill.Judge).
 
-    path: what load_reward takes; a trace is accepted when its reward is at least `accept_at`. Raises UserError when the
-    function does not load.
+    path: a reward, as for load_reward. A trace is accepted when its reward is at least `accept_at`. Raises UserError
+    when the reward cannot be loaded.
     """
 
     def __init__(self, path: str, accept_at: float = 1.0, workers: int = 1, seconds: float = 60.0) -> None:
         with _as_accept():
-            load_reward(path)  # the workers load their own; a bad path is refused before anything is asked for
+            load_reward(path)  # each worker loads its own; this refuses a bad path before any request is paid for
         self.path, self.accept_at = path, accept_at
         self.scorer = Scorer(path, workers, seconds)
         self.scored = self.failed = 0
 
     def __call__(self, pairs: list[tuple[Puzzle, Completion]]) -> list[Verdict]:
-        """Verdicts in order. Raises RunError when the reward has failed on every response so far, HOPELESS or more."""
+        """The verdicts, in order. Raises RunError when the reward failed on every response so far, HOPELESS or more."""
         whole = [(puzzle, c) for puzzle, c in pairs if not c.error and c.finish_reason != "length"]
         traces, puzzles = [completion.trace for _, completion in whole], [puzzle for puzzle, _ in whole]
         with _as_accept():
@@ -52,13 +52,13 @@ class TraceJudge:
         if rewards and self.failed == self.scored >= HOPELESS:
             raise RunError(
                 f"--accept {self.path}: failed on all of the first {self.scored} responses, the last with "
-                f"{rewards[-1].message}; mend it and add --resume: the responses are kept"
+                f"{rewards[-1].message}; fix it and add --resume: the responses are kept"
             )
         by_key = {completion.key: reward for (_, completion), reward in zip(whole, rewards, strict=True)}
         return [self.verdict(puzzle, completion, by_key.get(completion.key)) for puzzle, completion in pairs]
 
     def verdict(self, puzzle: Puzzle, completion: Completion, reward: Reward | None) -> Verdict:
-        """reward: None where there is nothing to score."""
+        """The verdict on one completion. reward: None when there was nothing to score."""
         if completion.error:
             return Verdict(accepted=False, reason="endpoint_error", detail=completion.error)
         if reward is None:
@@ -67,7 +67,7 @@ class TraceJudge:
             reason = {Status.ERROR: "reward_error", Status.TIMEOUT: "reward_timeout"}.get(reward.status, "declined")
             return Verdict(accepted=False, reason=reason, detail=reward.message)
         if reward.total >= self.accept_at:
-            shown = leak(completion.trace, puzzle) if completion.hinted else ""
+            shown = find_leak(completion.trace, puzzle) if completion.hinted else ""
             return Verdict(accepted=not shown, reason="leak" if shown else "", detail=shown)
         parsed = parse_response(completion.trace, len(puzzle.cells))
         if not parsed.valid:
@@ -84,7 +84,7 @@ class TraceJudge:
 
 @contextmanager
 def _as_accept() -> Iterator[None]:
-    """Sentences about a reward name the option that it was given by here."""
+    """Messages about a reward name --accept, the option of launch/distill.py, instead of --reward."""
     try:
         yield
     except UserError as error:

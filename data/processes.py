@@ -1,0 +1,74 @@
+"""Child processes: an environment without torchrun's variables, and an end together with the parent."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The folder that holds data/, reward/, trainer/ and the other rooms."""
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""The variables in which torchrun tells a process its place among the ranks of a run."""
+LAUNCHER_PREFIX = "TORCHELASTIC_"
+"""The other variables of torchrun begin with it."""
+PR_SET_PDEATHSIG = 1
+"""Linux, sys/prctl.h: choose the signal that a process receives when its parent ends."""
+POLL_SECONDS = 1.0
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """The environment of this process without torchrun's variables.
+
+    A child that inherited RANK or MASTER_PORT would join the world of its parent, as one rank too many.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIX)
+    }
+
+
+def module_environment() -> dict[str, str]:
+    """`environment_without_launcher` for `python -m` with a module of ours: PYTHONPATH begins with ROOT.
+
+    A command may have been started from any folder, and `python -m` searches the current folder only.
+    """
+    env = environment_without_launcher()
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return env
+
+
+def end_with_parent(parent: int) -> None:
+    """Make this process end when its parent ends, even when the parent is killed by SIGKILL.
+
+    parent: process id of the parent, taken by the parent itself before it started this process.
+
+    Linux sends the signal when the *thread* that started this process ends. A parent must therefore start its children
+    from a thread that lives as long as they are needed.
+    """
+    if sys.platform != "linux" or ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # the parent ended before the kernel knew what to do
+        os._exit(1)
+
+
+def _exit_after(parent: int) -> None:
+    """Where the kernel cannot do it: compare the parent's id once a second. An orphan gets another parent."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)

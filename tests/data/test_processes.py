@@ -1,0 +1,86 @@
+"""Child processes: no variable of torchrun, our modules in reach, and no child that outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from data.processes import LAUNCHER_VARIABLES, environment_without_launcher, module_environment
+from tests.helpers.commands import ROOT
+
+CHILD = """
+import sys, time
+import data.processes
+if sys.argv[1] == "poll":  # as where the kernel cannot do it
+    data.processes.sys = type("Elsewhere", (), {"platform": "elsewhere"})
+    data.processes.POLL_SECONDS = 0.05
+data.processes.end_with_parent(int(sys.argv[2]))
+print("at work", flush=True)
+time.sleep(60)
+print("still there", flush=True)
+"""
+PARENT = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2], str(os.getpid())])
+"""
+
+
+def test_the_launchers_variables_are_gone(monkeypatch):
+    for name in (*LAUNCHER_VARIABLES, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_PLAN", "stays")
+    env = environment_without_launcher()
+    assert env["MASTER_PLAN"] == "stays" and env["PATH"] == os.environ["PATH"]
+    assert not [name for name in env if "RANK" in name or "WORLD_SIZE" in name or name.startswith("TORCHELASTIC")]
+    assert "MASTER_ADDR" not in env and "MASTER_PORT" not in env
+    assert os.environ["RANK"] == "1", "the process itself keeps them"
+
+
+def test_they_are_those_that_torchrun_sets(tmp_path):
+    """What torchrun adds to a process's environment is in the list, or is meant for every process."""
+    script = tmp_path / "say.py"
+    script.write_text("import os\nprint('\\n'.join(os.environ))\n")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", script]
+    done = subprocess.run(words, env=environment_without_launcher(), capture_output=True, text=True, check=True)
+    added = set(done.stdout.split()) - set(environment_without_launcher())
+    assert set(LAUNCHER_VARIABLES) <= added
+    others = {name for name in added - set(LAUNCHER_VARIABLES) if not name.startswith("TORCHELASTIC_")}
+    assert {name for name in others if "RANK" in name or "MASTER" in name or "WORLD" in name} == set()
+
+
+def test_a_module_of_ours_runs_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert module_environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}/elsewhere"
+    monkeypatch.delenv("PYTHONPATH")
+    assert module_environment()["PYTHONPATH"] == str(ROOT)
+    words = [sys.executable, "-c", "import data.processes; print(data.processes.ROOT)"]
+    done = subprocess.run(words, cwd=tmp_path, env=module_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(ROOT)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("by", ["kernel", "poll"])
+def test_a_child_ends_with_its_parent(by, how):
+    """Parent and child write to one pipe: it ends when the last of them has ended."""
+    words = [sys.executable, "-c", PARENT, CHILD, by]
+    with subprocess.Popen(words, env=module_environment(), stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "at work\n"
+        parent.send_signal(how)
+        assert parent.wait() == -how
+        assert parent.stdout.read() == ""
+
+
+def test_a_child_that_comes_too_late_ends_at_once():
+    """Its parent is not the process that it was told: that one has ended, and another has taken the child in."""
+    words = [sys.executable, "-c", CHILD, "kernel", "1" if os.getpid() != 1 else "2"]
+    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_nothing_happens_while_the_parent_lives():
+    code = "from data.processes import end_with_parent; end_with_parent(int(__import__('sys').argv[1])); print('done')"
+    words = [sys.executable, "-c", code, str(os.getpid())]
+    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
