@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.describe import table as markdown_table
+from data.describe import markdown_table
 
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"

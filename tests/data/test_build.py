@@ -22,8 +22,8 @@ from data.build.h5ad import obs_columns, read_cell_ids, read_obs
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.build.splits import choose_test_donors, divide
+from data.folder import write_build
 from data.puzzles import read_puzzles
-from launch.build import write_build
 from tests.helpers.commands import ROOT
 
 SMALL = BuildConfig(min_cells=3, max_cells=5, top_genes=4, puzzles_per_n=6, test_puzzles_per_n=3)
