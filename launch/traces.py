@@ -16,7 +16,7 @@ from data.files import write_whole
 from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.report.figures import percent
 from eval.traces.reading import Step, TraceAnalysis, analyse, known_labels
-from eval.traces.summary import TraceSummary, steps_png, summarise, summary_png
+from eval.traces.summary import TraceSummary, steps_png, summarise_traces, summary_png
 from launch.options import command, option
 
 INSTRUCTED = "simplest to determine"
@@ -57,7 +57,7 @@ def main(config: TracesConfig) -> None:
     of_type = read_type_accuracy(config.accuracy_from) if config.accuracy_from else None
     known = known_labels(puzzles)
     read = [(response, analyse(response.text, response.puzzle, known)) for response in responses]
-    summary = summarise([analysis for _, analysis in read], of_type)
+    summary = summarise_traces([analysis for _, analysis in read], of_type)
     out = Path(config.out)
     shown = choose([analysis for _, analysis in read], config.show)
     pictures = []

@@ -16,7 +16,7 @@ from eval.metrics import (
     read_result,
     read_summary,
     score_one,
-    summarise,
+    metrics_of,
     token_counts,
 )
 from eval.published import comparable, published_rows
@@ -114,7 +114,7 @@ def mismatches(
 ) -> list[str]:
     """Where a file of predictions does not fit the metrics.json beside it (without that, summary.json), or lacks puzzles."""
     source, stated = ("the metrics.json beside it", result) if result else ("summary.json", summary)
-    numbers = summarise([one.score for one in answers]).to_dict()
+    numbers = metrics_of([one.score for one in answers]).to_dict()
     compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
     if any(abs(numbers[name] - stated[name]) > 1e-9 for name in compared):
         return [
@@ -192,7 +192,7 @@ def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, An
             if any(name in numbers for name in METRICS):
                 whole[stage][split] = numbers
             elif one.answers and not whole[stage].get(split):
-                whole[stage][split] = summarise([answered.score for answered in one.answers]).to_dict()
+                whole[stage][split] = metrics_of([answered.score for answered in one.answers]).to_dict()
     return whole
 
 

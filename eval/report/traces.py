@@ -8,7 +8,7 @@ from eval.report.html import EMPTY, count, escape, figure, mark, missing, note, 
 from eval.report.run import Answered, Evaluations
 from eval.report.stages import Dots, along_svg, dots_svg
 from eval.traces.reading import Step, TraceAnalysis, analyse, known_labels
-from eval.traces.summary import STEPS_SHOWN, TraceSummary, summarise
+from eval.traces.summary import STEPS_SHOWN, TraceSummary, summarise_traces
 
 ANSWERS_READ = 200
 """Of a stage; reading one takes some hundredths of a second."""
@@ -39,7 +39,7 @@ def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
     said = missing(f"No answer {' or '.join(silent)} gives a cell a label in its reasoning.") if silent else ""
     if not found:
         return section("reasoning", TITLE, said)
-    summaries = {stage: summarise([analysis for _, analysis in pairs]) for stage, pairs in found.items()}
+    summaries = {stage: summarise_traces([analysis for _, analysis in pairs]) for stage, pairs in found.items()}
     n = max(len(pairs) for pairs in found.values())
     cut = any(len(one.answers) > ANSWERS_READ for one in of_stage.values())
     intro = note(

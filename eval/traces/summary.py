@@ -87,7 +87,9 @@ class TraceSummary:
         return asdict(self)
 
 
-def summarise(analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, float] | None = None) -> TraceSummary:
+def summarise_traces(
+    analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, float] | None = None
+) -> TraceSummary:
     """The numbers of a set of responses.
 
     per_type_accuracy: accuracy by true cell type to measure the order against, such as another model's; default: that of the

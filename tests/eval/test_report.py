@@ -15,8 +15,8 @@ import pytest
 
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
+from eval.evaluation import evaluation_of
 from eval.metrics import score, wilson_interval
-from eval.predict import evaluate
 from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
@@ -182,7 +182,7 @@ def write_metrics(run_dir: Path, stage: str) -> None:
     """The metrics.json that launch/evaluate.py writes beside the predictions."""
     puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
     rows = read_rows(run_dir / f"eval/{stage}/test/predictions.jsonl")
-    result = evaluate(rows, puzzles, name="m", run={}, file="test.parquet")
+    result = evaluation_of(rows, puzzles, name="m", run={}, file="test.parquet")
     (run_dir / f"eval/{stage}/test/metrics.json").write_text(json.dumps(result))
 
 
