@@ -149,7 +149,7 @@ def test_published_numbers_are_labelled_and_the_other_task_size_is_said(run_dir)
     row = row_of(results, '<span class="published">Cell-o1 <small>published</small>')
     assert cells_of(row) == ["32.9\xa0%", "\u2013", "68.5\xa0%", "98.3\xa0%", "98.2\xa0%", "1,146", "\u2013"]
     assert "Published, on other puzzles: Table 2, the paper&#x27;s test set" in results
-    assert "have 5 cells each, where guessing names 20 % of the cells right; the paper&#x27;s have 8 to 15" in results
+    assert "have 5 cells each, where guessing gets 20 % of the cells right; the paper&#x27;s have 8 to 15" in results
     assert "That is another task size" in results and "arXiv:2506.02911" in results
     everything = re.search("<details><summary>All 10 published rows.*?</details>", results, re.DOTALL)[0]
     assert everything.count('class="published"') == 10 and results.count('class="published"') == 14
@@ -163,7 +163,7 @@ def test_intervals_come_from_metrics_json(run_dir):
     results = read(write_report(run_dir).read_text(), "results")
     row = row_of(results, "after GRPO")
     assert low < 2 / 3 < high and f"66.7&nbsp;%<br> <small>{100 * low:.1f} to {100 * high:.1f}</small>" in row
-    assert "Small print beside a number is its 95 % interval" in results and "Wilson" in results  # SFT has none
+    assert "Small print below a number is its 95 % interval" in results and "Wilson" in results  # SFT has none
 
 
 def test_an_evaluation_made_after_the_run_is_on_the_page(run_dir):
@@ -266,7 +266,7 @@ def test_a_bare_summary_gives_an_honest_page(tmp_path):
     assert "<h1>After SFT the annotator names every cell of a batch right in 25&nbsp;% of the puzzles of unseen" in page
     assert page.count("not evaluated in this run") == 2
     assert "This run was not evaluated on held-out donors." in page
-    assert "No published numbers stand beside unseen diseases" in page and 'class="published"' not in page
+    assert "No published numbers are shown beside unseen diseases" in page and 'class="published"' not in page
     assert "so accuracy by size, tissue, disease and cell type cannot be shown." in page
     assert "so no reasoning can be read." in page and "so there is no puzzle to show." in page
     assert "This run folder has no grpo/metrics.jsonl" in page and "This run folder has no sft/metrics.jsonl" in page

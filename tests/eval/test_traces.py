@@ -13,7 +13,7 @@ from data.distill.embedded_teacher import TeacherConfig, marker_table, teach
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from eval.traces.reading import analyse
 from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise_traces, summary_png
-from launch.traces import choose
+from eval.traces.report import choose_to_draw
 from tests.helpers.commands import FIXTURES, run_command, succeed
 
 SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"
@@ -371,8 +371,8 @@ def test_what_is_drawn_are_changes_of_mind_then_the_worst_then_the_best():
         traced("Cell 1 is a B cell. Cell 1 is a plasma cell.", puzzle=puzzles[2]),
         traced("", [NK, PLASMA, B, MONO, CD8], puzzles[3]),
     ]
-    assert choose(analyses, 3) == [(2, "changes its mind"), (1, "among the worst"), (0, "among the best")]
-    assert choose(analyses, 0) == [] and len(choose(analyses, 9)) == 4
+    assert choose_to_draw(analyses, 3) == [(2, "changes its mind"), (1, "among the worst"), (0, "among the best")]
+    assert choose_to_draw(analyses, 0) == [] and len(choose_to_draw(analyses, 9)) == 4
 
 
 def test_command_on_published_reasoning_rows(tmp_path):
