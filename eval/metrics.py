@@ -1,4 +1,4 @@
-"""The metrics of a set of answers, votes over several answers to one puzzle, and the files of metrics in a run folder.
+"""The metrics of a set of answers, and votes over several answers to one puzzle.
 
 Definitions: Cell-o1, appendix B.1 (arXiv:2506.02911). A batch is one puzzle of N cells of one donor. An answer of an
 invalid format has 0 of N cells right, and its N cells stay in every denominator.
@@ -7,7 +7,6 @@ Shapes: P puzzles, k answers per puzzle, S valid answers among them, N cells of 
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections import Counter, defaultdict
@@ -22,8 +21,6 @@ from data.prompts import answer_text
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import normalise_label, parse_response
 
-STAGES = ("base", "sft", "grpo")
-SPLITS = ("test", "unseen")
 METRICS = (
     "cell_accuracy",
     "cell_accuracy_micro",
@@ -338,38 +335,3 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """The summary.json of a run folder: summary[stage][split] is a `Metrics` dict, summary["run"] holds the settings.
-
-    Raises UserError that names the file, and the command that writes it, when it is missing or no JSON object.
-    """
-    path = Path(run_dir) / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
-    return summary
-
-
-def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a metrics.json; empty when there is no such file. Raises UserError when it holds no JSON object."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
-    if not isinstance(result, dict):
-        raise UserError(f"{path}: holds no metrics; run launch/evaluate.py again")
-    return result
-
-
-def read_steps(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl that have a `step`, in file order; [] when there is no such file."""
-    return [row for row in read_rows(path) if "step" in row] if Path(path).is_file() else []

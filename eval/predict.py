@@ -23,7 +23,7 @@ from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
 from data.files import write_whole
 from data.puzzles import Puzzle, read_rows
-from eval.metrics import read_result
+from eval.run_files import read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
 PARTIAL = "predictions.partial.jsonl"

@@ -19,8 +19,9 @@ from data.puzzles import Puzzle, read_puzzles
 from data.variants import regroup
 from eval import baselines
 from eval.evaluation import puzzles_digest, variant_of_all
-from eval.metrics import match_rows, read_predictions, read_result
+from eval.metrics import match_rows, read_predictions
 from eval.predict import REFUSED, Answered, Ask, Partial, answer_all, ask_teacher, count_tokens
+from eval.run_files import read_result
 from eval.settings import EvaluateConfig
 
 Loaded = tuple[Ask, Callable[[], None]]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from eval.metrics import STAGES
 from eval.report.figures import STAGE_NAMES, split_name
 from eval.report.html import count, details, escape, figure, html_table, missing, note, section, share
 from eval.report.run import Evaluation, Evaluations
 from eval.report.stages import Dots, by_size_svg, distribution_svg, dots_svg
+from eval.run_files import STAGES
 from reward.cellpuzzles import normalise_label
 
 GROUPS_SHOWN = 12

@@ -22,8 +22,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data.errors import UserError
 from data.files import replacing
-from eval.metrics import SPLITS, STAGES, read_steps, wilson_interval
+from eval.metrics import wilson_interval
 from eval.report.run import read_run
+from eval.run_files import SPLITS, STAGES, read_steps
 
 STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
 _SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}

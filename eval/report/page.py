@@ -19,7 +19,6 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import write_whole
-from eval.metrics import SPLITS, STAGES, read_steps
 from eval.published import KEY_MODELS, NOTE, SOURCE
 from eval.report.breakdowns import where_sections
 from eval.report.figures import (
@@ -53,6 +52,7 @@ from eval.report.puzzles import puzzles_section
 from eval.report.reasoning import traces_section
 from eval.report.run import Evaluations, published_beside, read_run, variant_of_split
 from eval.report.variants import variant_table
+from eval.run_files import SPLITS, STAGES, read_steps
 
 PAPER_SIZES = (8, 15)
 """Fewest and most cells of a published puzzle."""

@@ -8,19 +8,10 @@ from typing import Any
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.breakdowns import breakdowns, size_of
-from eval.metrics import (
-    METRICS,
-    SPLITS,
-    STAGES,
-    PuzzleScore,
-    metrics_of,
-    read_result,
-    read_summary,
-    score_one,
-    token_counts,
-)
+from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_counts
 from eval.published import comparable, published_rows
 from eval.report.html import count
+from eval.run_files import SPLITS, STAGES, read_result, read_summary
 
 
 @dataclass(frozen=True)

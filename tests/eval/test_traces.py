@@ -12,8 +12,8 @@ from data.atlas.markers import read_markers
 from data.distill.embedded_teacher import TeacherConfig, marker_table, teach
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from eval.traces.reading import analyse
-from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise_traces, summary_png
 from eval.traces.report import choose_to_draw
+from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise_traces, summary_png
 from tests.helpers.commands import FIXTURES, run_command, succeed
 
 SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"
