@@ -1,7 +1,7 @@
-"""Leaks between sets of puzzles, ours or the published ones: shared cells, donors and batches, near-duplicate gene lists.
+"""Leaks between sets of puzzles, ours or published: shared cells, donors and batches, near-duplicate gene lists.
 
-Published rows state neither donor nor cell id. So a cell is also identified by its whole ranked gene list: 491 of the 1,095
-published test batches hold a cell whose list is in the published train rows too.
+Published rows state neither donor nor cell id. So a cell is also identified by its whole ranked gene list: 491 of the
+1,095 published test batches hold a cell whose list is in the published train rows too.
 """
 
 import dataclasses
@@ -306,7 +306,8 @@ def _warnings(split: SplitFacts) -> Iterator[str]:
     if split.duplicate_puzzles:
         share = _share(split.duplicate_puzzles, split.puzzles)
         shown = _examples(split.duplicate_examples)
-        yield f"duplicate puzzles: {share} of {split.name} with the batch of cells, or the prompt, of an earlier one{shown}"
+        batch = "the batch of cells, or the prompt, of an earlier one"
+        yield f"duplicate puzzles: {share} of {split.name} with {batch}{shown}"
     if split.puzzles_with_donor < split.puzzles:
         share = _share(split.puzzles - split.puzzles_with_donor, split.puzzles)
         yield f"donors not stated: {share} of {split.name}, so donors that they share with other sets are not seen"
@@ -349,8 +350,8 @@ def tell_sources_apart(
         of_name.setdefault(name, set()).add(digest)
     ambiguous = {name for name, digests in of_name.items() if len(digests) > 1}
     warnings = [
-        f"{len(of_name[name])} different files are called {name} (by the report.json beside the puzzles): their cells are "
-        "told apart, even where ids are alike"
+        f"{len(of_name[name])} different files are called {name} (by the report.json beside the puzzles): their cells "
+        "are told apart, even where ids are alike"
         for name in sorted(ambiguous)
     ]
 

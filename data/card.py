@@ -1,4 +1,4 @@
-"""The data card of a set of puzzles: sources, filters, splits, leak audit, known limits. One folder with tables and figure.
+"""The data card of a set of puzzles: sources, filters, splits, leak audit, known limits.
 
 The card is made of the puzzles and, where there is one, of the report.json of their build (data/folder.py).
 """
@@ -29,11 +29,11 @@ from data.near_duplicates import MIN_GENES
 
 NO_REPORT = f"{NOT_STATED.capitalize()}: there is no report.json of a build beside the puzzles."
 LIMITS = (
-    "A puzzle shows the order of the most expressed genes only: no counts, no genes below the cut, and the order of genes "
-    "with equal values means nothing.",
+    "A puzzle shows the order of the most expressed genes only: no counts, no genes below the cut, and the order of "
+    "genes with equal values means nothing.",
     "Labels are those of the source files and were not checked; they are as right, and as fine, as their annotation.",
-    "A puzzle holds one cell of each of its types, so rare types are as frequent as common ones and a label's frequency is "
-    "not that of the tissue.",
+    "A puzzle holds one cell of each of its types, so rare types are as frequent as common ones and a label's "
+    "frequency is not that of the tissue.",
     "The context names tissue and disease where they are known, so a label may be guessed from them without a gene.",
 )
 FEW_DONORS = 5
@@ -43,7 +43,9 @@ ALL_PRIMARY = "all cells count as primary data"
 
 
 def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, Any] | None) -> list[Path]:
-    """Write statistics.md, statistics.png and data_card.md into a folder, each whole or not at all. Returns their paths.
+    """Write statistics.md, statistics.png and data_card.md into a folder; returns their paths.
+
+    Each file is written whole or not at all.
 
     splits: {name: puzzles}; empty splits are counted in the tables and left out of the figure.
     report: report.json of the build; None for puzzles that we did not build, whose card says what is not stated.
@@ -63,7 +65,8 @@ def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, 
 def data_card(splits: Splits, report: dict[str, Any], summary: str) -> str:
     """The card as Markdown. The same puzzles and report give the same bytes.
 
-    summary: the table of `summary_table`. The audit is the report's where that covers these puzzles; else it is made anew.
+    summary: the table of `summary_table`. The audit is the report's where that covers these puzzles; else it is made
+    anew.
     """
     found = report.get("audit")
     if not _covers(found, splits):
@@ -79,8 +82,8 @@ def data_card(splits: Splits, report: dict[str, Any], summary: str) -> str:
         "Known limits": _bullets([*LIMITS, *_own_limits(splits, report, found)]),
         "How it was made": _origin(report),
         "Licence": (
-            "The cells, and what is written of them here, keep the licence of the files they come from; read it, and cite "
-            "those data sets, before you pass the puzzles on. Building puzzles adds no right and takes none away."
+            "The cells, and what is written of them here, keep the licence of the files they come from; read it, and "
+            "cite those data sets, before you pass the puzzles on. Building puzzles adds no right and takes none away."
         ),
     }
     parts = ["# Data card: cell type puzzles", _what(splits)]
@@ -90,7 +93,10 @@ def data_card(splits: Splits, report: dict[str, Any], summary: str) -> str:
 
 
 def _covers(found: dict[str, Any] | None, splits: Splits) -> bool:
-    """Is this an audit of these very splits? They are compared by name and number of puzzles; empty splits do not count."""
+    """Is this an audit of these very splits?
+
+    They are compared by name and number of puzzles; empty splits do not count.
+    """
     if not {"rules", "splits", "pairs", "leaks", "warnings"} <= (found or {}).keys():
         return False
     audited = {split["name"]: split["puzzles"] for split in found["splits"] if split["puzzles"]}
@@ -104,13 +110,16 @@ def _what(splits: Splits) -> str:
     longest = max(len(cell) for puzzle in puzzles for cell in puzzle.cells)
     diseases = DISEASES.counts(puzzles)["puzzles"].keys() - {NOT_STATED, "normal"}
     text = [
-        f"{_number(len(puzzles), 'puzzle')} in {_number(len(splits), 'split')} ({', '.join(splits)}) of the CellPuzzles task of "
-        f"Cell-o1 (arXiv:2506.02911); {n_cells:,} cells, counted once per puzzle; {_number(len(diseases), 'disease')} besides "
-        f"normal. A cell is shown as a list of at most {longest} genes, most expressed first, after a sentence about its donor."
+        f"{_number(len(puzzles), 'puzzle')} in {_number(len(splits), 'split')} ({', '.join(splits)}) of the "
+        f"CellPuzzles task of Cell-o1 (arXiv:2506.02911); {n_cells:,} cells, counted once per puzzle; "
+        f"{_number(len(diseases), 'disease')} besides normal. A cell is shown as a list of at most {longest} genes, "
+        "most expressed first, after a sentence about its donor."
     ]
     kinds = {
-        "batch": "A puzzle is a batch of {} of one donor, with the candidate cell types, each of which goes to exactly one cell.",
-        "cell": "A puzzle is one cell of a batch alone, with all candidate cell types of the batch, one of which is its own.",
+        "batch": "A puzzle is a batch of {} of one donor, with the candidate cell types, each of which goes to exactly "
+        "one cell.",
+        "cell": "A puzzle is one cell of a batch alone, with all candidate cell types of the batch, one of which is "
+        "its own.",
         "open": "An open-ended puzzle is a batch of {} of one donor, without candidates.",
     }
     for kind, sentence in kinds.items():
@@ -158,7 +167,10 @@ def _filters(report: dict[str, Any]) -> str:
 
 
 def _reasons(file: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """The rules by which cells of a file could be left out. The rule on primary data is left out where it did not apply."""
+    """The rules by which cells of a file could be left out.
+
+    The rule on primary data is left out where it did not apply.
+    """
     any_data = options.get("include_non_primary") or any(ALL_PRIMARY in note for note in file.get("notes") or ())
     return [
         reason for reason in file.get("cells_dropped") or {} if not (any_data and reason.startswith("is_primary_data"))
@@ -195,9 +207,10 @@ def _leaks(found: dict[str, Any], splits: Splits) -> str:
     """The audit's numbers per pair of splits, then its sentences."""
     rules = found.get("rules", {})
     text = (
-        f"Looked for: the same cell (by source and id, or by an identical list of {rules.get('min_genes', MIN_GENES)} or more "
-        f"genes), the same donor, the same batch, and near-duplicate lists (at least {100 * rules.get('same_genes', 0):.0f} % "
-        f"of the genes in common, rank correlation at least {rules.get('same_order', 0):g})."
+        f"Looked for: the same cell (by source and id, or by an identical list of {rules.get('min_genes', MIN_GENES)} "
+        "or more genes), the same donor, the same batch, and near-duplicate lists (at least "
+        f"{100 * rules.get('same_genes', 0):.0f} % of the genes in common, rank correlation at least "
+        f"{rules.get('same_order', 0):g})."
     )
     head = ["pair", "shared cells", "puzzles with one", "shared donors", "near-duplicate lists", "same batches"]
     rows = [
@@ -268,7 +281,7 @@ def _origin(report: dict[str, Any]) -> str:
 
 
 def without_folders(text: str) -> str:
-    """The text with absolute paths cut down to their last part: the card does not reveal whose machine it was made on."""
+    """The text with absolute paths cut down to their last part, so that the card does not reveal a user's folders."""
     return re.sub(r"(?<![\w.~/:-])/(?:[^\s/'\"]+/)+([^\s/'\"]+)", r"\1", text)
 
 

@@ -1,7 +1,7 @@
-"""Statistics of a set of puzzles, as in the Cell-o1 paper (arXiv:2506.02911): tables and figure, for ours or published rows.
+"""Tables and figure of a set of puzzles, ours or published, as in the Cell-o1 paper (arXiv:2506.02911).
 
-Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,095 test = 8,007) is certain to us. The numbers
-of the other tables (6 tissues, 7 cell types, 8 cells per puzzle) are inferred from their order in the paper.
+Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,095 test = 8,007) is certain to us. The
+numbers of the other tables (6 tissues, 7 cell types, 8 cells per puzzle) are inferred from their order in the paper.
 """
 
 import io
@@ -87,8 +87,8 @@ def statistics_markdown(splits: Splits, summary: str | None = None) -> str:
     summary: the result of `summary_table`, where the caller has it already.
     """
     intro = (
-        "Cells are counted as places in puzzles: a cell in three puzzles counts three times. A healthy donor's disease is "
-        "'normal', as in CELLxGENE."
+        "Cells are counted as places in puzzles: a cell in three puzzles counts three times. A healthy donor's disease "
+        "is 'normal', as in CELLxGENE."
     )
     parts = ["# Statistics of the puzzles", intro, "## Summary", summary or summary_table(splits)]
     for breakdown in BREAKDOWNS:
@@ -144,7 +144,7 @@ def summary_table(splits: Splits) -> str:
 
 
 def breakdown_table(breakdown: Breakdown, splits: Splits) -> str:
-    """A Markdown table with a row per value, the most frequent first (numbers in ascending order), and a last row of sums."""
+    """A Markdown table with a row per value, the most frequent first (numbers ascending), and a last row of sums."""
     counts = [breakdown.counts(puzzles) for puzzles in with_total(splits).values()]
     total = counts[-1][next(iter(counts[-1]))]
     if set(total) <= {NOT_STATED}:
@@ -186,7 +186,7 @@ TOP = 10
 
 
 def statistics_png(splits: Splits) -> bytes:
-    """The figure as a PNG file, after Figure 3 of the paper: N by split, and the most frequent tissues, diseases, cell types."""
+    """The figure as PNG, after Figure 3 of the paper: N by split; the most frequent tissues, diseases, cell types."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -60,10 +60,12 @@ REPORT = {
 
 
 def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
-    """{name: puzzles} of files of puzzles. The name is the file's stem, with folder or number where two stems are equal.
+    """{name: puzzles} of files of puzzles.
 
-    An empty file is an empty split: a build without unseen puzzles writes one. Raises UserError that names the file (and row)
-    that does not hold puzzles, or says that none of the files holds a puzzle.
+    The name is the file's stem, with its folder or a number where two stems are equal.
+
+    An empty file is an empty split: a build without unseen puzzles writes one. Raises UserError that names the file
+    (and row) that does not hold puzzles, or says that none of the files holds a puzzle.
     """
     places = [(Path(os.path.abspath(file)).parent.name, Path(file).stem) for file in files]
     splits: dict[str, list[Puzzle]] = {}
@@ -78,7 +80,10 @@ def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
 
 
 def report_beside(files: Iterable[str], say: Callable[[str], None] = print) -> dict[str, Any] | None:
-    """The report.json in the folder of the files. None when they are in several folders, or the folder has no build's report."""
+    """The report.json in the folder of the files.
+
+    None when they are in several folders, or the folder has no build's report.
+    """
     folders = {Path(os.path.abspath(file)).parent for file in files}
     found = folders.pop() / "report.json"
     if folders or not found.is_file():
@@ -91,7 +96,10 @@ def report_beside(files: Iterable[str], say: Callable[[str], None] = print) -> d
 
 
 def read_report(path: str | Path | None) -> dict[str, Any] | None:
-    """The report.json of a build; None for None. Raises UserError that names the file when it is absent or no such report."""
+    """The report.json of a build; None for None.
+
+    Raises UserError that names the file when it is absent or no such report.
+    """
     if path is None:
         return None
     if not Path(path).is_file():
@@ -108,8 +116,8 @@ def read_report(path: str | Path | None) -> dict[str, Any] | None:
 def fits_shape(value: Any, shape: Any) -> bool:
     """Does a value of a JSON file have this shape?
 
-    shape: a type, or a tuple of types; [shape] for a list of values of that shape; {str: shape} for an object whose values
-    have that shape; another dict gives the shape of each key, where a key that ends in ? may be absent or null.
+    shape: a type, or a tuple of types; [shape] for a list of values of that shape; {str: shape} for an object whose
+    values have that shape; another dict gives the shape of each key, where a key that ends in ? may be absent or null.
     """
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits_shape(item, shape[0]) for item in value)
@@ -130,8 +138,8 @@ def write_build(
 ) -> None:
     """Write a file per split, and report.json, into the folder `out`.
 
-    All files go into a sibling folder first, so that none is ever half-written. Files that an older build wrote in another
-    format are removed, because the new report does not describe them.
+    All files go into a sibling folder first, so that none is ever half-written. Files that an older build wrote in
+    another format are removed, because the new report does not describe them.
     """
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     example = next((puzzles[:1] for puzzles in splits.values() if puzzles), [])  # an empty split gets the same columns
@@ -157,8 +165,8 @@ def write_build(
 def staged(out: Path, resume: bool) -> Iterator[Staging]:
     """The folder beside `out` that keeps the finished files of a build, locked: one build at a time may write there.
 
-    It stays when a build ends early with some files finished. resume: use the finished files that are there; else they are
-    dropped. Raises UserError when another build holds the lock.
+    It stays when a build ends early with some files finished. resume: use the finished files that are there; else they
+    are dropped. Raises UserError when another build holds the lock.
     """
     staging = Staging(out.with_name(f".{out.name}.building"))
     existed = staging.folder.parent.exists()

@@ -1,8 +1,8 @@
 """Pairs of cells whose ranked gene lists are almost the same, found without comparing all pairs.
 
-Two lists are near-duplicates when they share at least SAME_GENES percent of their genes (Jaccard index) and rank the shared
-genes alike (Spearman correlation of at least SAME_ORDER percent). Both rules are decided in whole numbers, so the result
-does not depend on rounding.
+Two lists are near-duplicates when they share at least SAME_GENES percent of their genes (Jaccard index) and rank the
+shared genes alike (Spearman correlation of at least SAME_ORDER percent). Both rules are decided in whole numbers, so
+the result does not depend on rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,18 +16,18 @@ SAME_GENES = 90
 SAME_ORDER = 95
 """Smallest Spearman correlation of near-duplicates over the genes that they share, in percent."""
 _BITS = np.left_shift(np.uint64(1), np.arange(64, dtype=np.uint64))
-"""The sketch of a list flips one of 64 bits per gene. Two sketches differ in at most as many bits as their lists in genes."""
+"""A list's sketch flips one of 64 bits per gene, so two sketches differ in no more bits than their lists in genes."""
 
 
 def near_duplicates(
     genes: list[np.ndarray], firsts: Sequence[int], seconds: Sequence[int]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(second, its near-duplicates among the firsts, their Jaccard indices, their Spearman correlations), arrays of [k >= 1].
+    """(second, near-duplicates among the firsts, their Jaccard indices, their Spearman correlations), [k >= 1] each.
 
     genes: [list][rank] distinct genes per list, numbered from 0, rare genes first. firsts, seconds: indices of lists.
-    The search is exact. Two lists that share at least t genes also share one of the len - t + 1 rarest genes of either list
-    (prefix filtering), so only lists that meet in such a gene are compared, and only if their parity sketches allow it.
-    Lists of fewer than MIN_GENES genes are left out, and so is the pair of a list with itself.
+    The search is exact. Two lists that share at least t genes also share one of the len - t + 1 rarest genes of either
+    list (prefix filtering), so only lists that meet in such a gene are compared, and only if their parity sketches
+    allow it. Lists of fewer than MIN_GENES genes are left out, and so is the pair of a list with itself.
     """
     length = np.array([len(row) for row in genes], dtype=np.int64)
     firsts, seconds = (np.array([n for n in ns if length[n] >= MIN_GENES], dtype=np.int64) for ns in (firsts, seconds))
@@ -60,7 +60,10 @@ def near_duplicates(
 
 
 def _rows_by_gene(padded: np.ndarray, n_rarest: np.ndarray, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of the padded table gene by gene, start of each gene's rows). A row stands under its n_rarest rarest genes."""
+    """(rows of the padded table gene by gene, start of each gene's rows).
+
+    A row stands under its n_rarest rarest genes.
+    """
     rarest = np.sort(padded, axis=1)[:, : n_rarest.max()]
     rows, columns = np.nonzero(np.arange(rarest.shape[1]) < n_rarest[:, None])
     listed = rarest[rows, columns]

@@ -7,8 +7,8 @@ from typing import Any
 def option(default: Any, help: str, choices: tuple[str, ...] = (), *, section: str = "") -> Any:
     """A dataclass field with the help text of its flag.
 
-    default: dataclasses.MISSING for a required option. choices: the values that are allowed, if only some are. section: the
-    heading of --help under which the flag is listed; "" for the last one.
+    default: dataclasses.MISSING for a required option. choices: the values that are allowed, if only some are. section:
+    the heading of --help under which the flag is listed; "" for the last one.
     """
     metadata = {"help": help, "choices": choices, "section": section}
     if default is dataclasses.MISSING:

@@ -1,14 +1,14 @@
 """Baseline annotators that need no GPU, to compare a model with: chance, markers, nearest profile.
 
     random            a random assignment of the candidates; right in 1/N of the cells, and in 1/N! of the batches
-    markers           counts each candidate's markers among each cell's genes, then takes the assignment with the largest sum
-                      (Hungarian method, scipy's linear_sum_assignment)
-    nearest           gives every cell the candidate whose mean profile in the training cells is nearest, as cell-by-cell
-                      annotation does; labels may repeat
+    markers           counts each candidate's markers among each cell's genes, then takes the assignment with the
+                      largest sum (Hungarian method, scipy's linear_sum_assignment)
+    nearest           gives every cell the candidate whose mean profile in the training cells is nearest, as
+                      cell-by-cell annotation does; labels may repeat
     nearest-assigned  uses the same similarities, but each candidate once (Hungarian method)
 
-The answers have a model's format, with an empty reasoning, and are scored like a model's. Ties are broken at random, with a
-seed derived from the seed and the puzzle's id, so the order of cells or candidates does not matter.
+The answers have a model's format, with an empty reasoning, and are scored like a model's. Ties are broken at random,
+with a seed derived from the seed and the puzzle's id, so the order of cells or candidates does not matter.
 
 Example: answer("markers", puzzles, 0, train)[0][0] == {"id": "test-0", "prediction": "<think></think>\\n<answer>..."}
 """
@@ -39,8 +39,9 @@ def answer(
 ) -> tuple[list[dict], list[str]]:
     """(rows {id, prediction} in puzzle order, candidates that the baseline has no knowledge of).
 
-    name: one of BASELINES. train: puzzles to learn from: profiles, and the markers of labels that data/atlas/markers.tsv lacks.
-    Raises UserError for another name, for an open-ended puzzle, and for a baseline that needs training puzzles and has none.
+    name: one of BASELINES. train: puzzles to learn from: profiles, and the markers of labels that
+    data/atlas/markers.tsv lacks. Raises UserError for another name, for an open-ended puzzle, and for a baseline that
+    needs training puzzles and has none.
     """
     if name not in BASELINES:
         raise UserError(f"--baseline {name}: choose one of {', '.join(BASELINES)}")
@@ -67,7 +68,7 @@ def answer(
 
 
 def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | None) -> list[str]:
-    """Reasons to distrust a baseline's numbers: the training puzzles leak into these, or it does not know their genes."""
+    """Reasons to distrust a baseline's numbers: leaks from its training puzzles, or genes that it does not know."""
     if name == "random":
         return []
     leaks = audit({"--train": train, "--puzzles": puzzles}).leaks if train else ()
@@ -80,8 +81,9 @@ def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | Non
     strange = sum(known.isdisjoint(cell) for cell in cells)
     if 2 * strange > len(cells):
         notes.append(
-            f"{strange:,} of {len(cells):,} cells list no gene that baseline {name} knows, so their labels are chance; it knows "
-            f"{', '.join(sorted(known)[:3])} and others, and these may be of another species or written in another way"
+            f"{strange:,} of {len(cells):,} cells list no gene that baseline {name} knows, so their labels are chance; "
+            f"it knows {', '.join(sorted(known)[:3])} and others, and these may be of another species or written in "
+            "another way"
         )
     return notes
 
@@ -89,8 +91,8 @@ def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | Non
 def assign(puzzle: Puzzle, fit: np.ndarray, pick: Callable[[np.ndarray], Sequence[int]], seed: int) -> list[str]:
     """[cells] labels.
 
-    fit: [cells, candidates], larger is better. pick: gives the column of each row; it gets rows and columns shuffled, so that
-    ties are broken at random.
+    fit: [cells, candidates], larger is better. pick: gives the column of each row; it gets rows and columns shuffled,
+    so that ties are broken at random.
     """
     rng = random.Random(seed)
     cells, candidates = list(range(fit.shape[0])), list(range(fit.shape[1]))
@@ -103,7 +105,7 @@ def assign(puzzle: Puzzle, fit: np.ndarray, pick: Callable[[np.ndarray], Sequenc
 
 
 def one_to_one(fit: np.ndarray) -> list[int]:
-    """[cells] the column of each row in the assignment with the largest sum, each column at most once (cells <= candidates)."""
+    """[cells] the column of each row in the one-to-one assignment with the largest sum (cells <= candidates)."""
     return [int(column) for column in linear_sum_assignment(fit, maximize=True)[1]]
 
 
@@ -113,7 +115,7 @@ def each_by_itself(fit: np.ndarray) -> list[int]:
 
 
 def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
-    """{normalised label: marker genes}, from data/atlas/markers.tsv, and for labels not in it learned from training puzzles."""
+    """{normalised label: marker genes} from data/atlas/markers.tsv; for labels not in it, learned from `train`."""
     table = {label: list(entry.markers) for label, entry in read_markers().items()} | marker_table(train)
     return {normalise_label(label): genes for label, genes in table.items()}
 
@@ -132,8 +134,8 @@ def _nothing_known(puzzle: Puzzle) -> np.ndarray:
 class Profiles:
     """The mean expression profile of each cell type of the training puzzles, as far as ranked gene lists show it.
 
-    The gene at rank r (from 0) of M has the weight (M - r) / M: 1 for the first, 1 / M for the last, 0 for genes not listed. A
-    type's profile is the mean over its training cells; the similarity is the cosine.
+    The gene at rank r (from 0) of M has the weight (M - r) / M: 1 for the first, 1 / M for the last, 0 for genes not
+    listed. A type's profile is the mean over its training cells; the similarity is the cosine.
     """
 
     def __init__(self, train: Sequence[Puzzle]) -> None:
@@ -160,7 +162,7 @@ class Profiles:
         return csr_matrix((weights, (rows, columns)), (len(cells), len(self.genes)))
 
     def similarity(self, puzzle: Puzzle) -> np.ndarray:
-        """[cells, candidates] cosines; 0 for a candidate without training cells, and for a cell without a known gene."""
+        """[cells, candidates] cosines; 0 for a candidate without training cells, or a cell without a known gene."""
         cells = self.vectors(puzzle.cells)
         lengths = np.sqrt(np.asarray(cells.multiply(cells).sum(axis=1)).ravel())
         found = np.zeros((len(puzzle.cells), len(puzzle.candidates)))

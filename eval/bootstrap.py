@@ -26,7 +26,10 @@ CHUNK = 2_000_000
 
 @dataclass(frozen=True)
 class Sums:
-    """Each unit's contribution to the numerator and denominator of each metric. A metric is the ratio of the two sums."""
+    """Each unit's contribution to the numerator and denominator of each metric.
+
+    A metric is the ratio of the two sums.
+    """
 
     numerators: np.ndarray
     """[U, M] float64."""
@@ -47,8 +50,8 @@ class Sums:
 def sums_of(samples: Sequence[Sequence[PuzzleScore]], units: Sequence[Hashable]) -> Sums:
     """The contributions to the six metrics, in the order of METRICS.
 
-    samples: [P][k] scores; a puzzle contributes its mean over k. units: [P] the unit of each puzzle; puzzles of one unit are
-    added up.
+    samples: [P][k] scores; a puzzle contributes its mean over k. units: [P] the unit of each puzzle; puzzles of one
+    unit are added up.
     """
     rows = [[_parts(score) for score in of_puzzle] for of_puzzle in samples]
     numerators = np.array([np.mean([parts for parts, _ in row], axis=0) for row in rows])
@@ -83,7 +86,10 @@ def intervals(
 
 
 def percentile_intervals(draws: np.ndarray) -> list[list[float] | None]:
-    """[M] intervals [low, high] of [B, M] draws. Draws without a value (nan) are left out; None when no draw has one."""
+    """[M] intervals [low, high] of [B, M] draws.
+
+    Draws without a value (nan) are left out; None when no draw has one.
+    """
     edge = 100 * (1 - LEVEL) / 2
     found: list[list[float] | None] = []
     for column in draws.T:
@@ -98,11 +104,11 @@ def paired(
     puzzles: Sequence[Puzzle],
     *names: object,
 ) -> dict[str, dict]:
-    """{metric: {ours, theirs, difference, interval, p}} of two models' answers to the same puzzles; difference = ours - theirs.
+    """{metric: {ours, theirs, difference, interval, p}} of two models on the same puzzles; difference = ours - theirs.
 
-    Both models are scored on the same resamples of batches. p is two-sided: twice the share of resamples on the far side of 0,
-    with one resample added to both counts (Davison & Hinkley 1997, doi:10.1017/CBO9780511802843, section 4.2), so that it is
-    never 0; at most 1.
+    Both models are scored on the same resamples of batches. p is two-sided: twice the share of resamples on the far
+    side of 0, with one resample added to both counts (Davison & Hinkley 1997, doi:10.1017/CBO9780511802843, section
+    4.2), so that it is never 0; at most 1.
     """
     units = units_of(puzzles)
     one, other = sums_of(ours, units), sums_of(theirs, units)

@@ -1,11 +1,12 @@
 """Accuracy by group: by N, tissue, disease, donor and cell type; per batch; of single cells as batches; over k samples.
 
-Everything is a plain dict, ready for metrics.json. Paper: Cell-o1 (arXiv:2506.02911), Figure 4 and Tables 3 and 11. Tissue and
-disease of a published row, which has no metadata, are read from its context sentence (data/describe.py).
+Everything is a plain dict, ready for metrics.json. Paper: Cell-o1 (arXiv:2506.02911), Figure 4 and Tables 3 and 11.
+Tissue and disease of a published row, which has no metadata, are read from its context sentence (data/describe.py).
 
 Shapes: P puzzles, k answers per puzzle.
 
-Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 137, "cells": 1096, "cell_accuracy": ..., ...}
+Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 137, "cells": 1096, "cell_accuracy":
+..., ...}
 """
 
 from collections import Counter, defaultdict
@@ -34,7 +35,7 @@ Scores = Sequence[PuzzleScore]
 HEALTHY = "normal"
 """The disease of a healthy donor in CELLxGENE."""
 NO_LABEL = "no valid answer"
-"""The label of a cell without a valid answer when the other cells of its batch keep theirs. No cell type has this name."""
+"""The label of a cell without a valid answer, when other cells of its batch keep theirs. No cell type has this name."""
 
 
 def donor_of(puzzle: Puzzle) -> str:
@@ -56,13 +57,15 @@ DIMENSIONS: dict[str, Callable[[Puzzle], Any]] = {
 
 
 def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
-    """All breakdowns of one answer per puzzle, as metrics.json holds them. names: the bootstrap's seed is derived from them.
+    """All breakdowns of one answer per puzzle, as metrics.json holds them.
 
-    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], with N ascending and the other values by
-        descending number of puzzles; empty when no puzzle states the value.
+    names: the bootstrap's seed is derived from them.
+
+    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], with N ascending and the other values
+        by descending number of puzzles; empty when no puzzle states the value.
     disease_average: see `average_over`; "normal" is no disease; absent with fewer than two diseases.
-    batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given label: cells}} of valid
-        answers.
+    batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given label: cells}} of
+        valid answers.
     """
     found: dict[str, Any] = {}
     for dimension, value_of in DIMENSIONS.items():
@@ -97,7 +100,7 @@ def group(puzzles: Sequence[Puzzle], value_of: Callable[[Puzzle], Any]) -> dict[
 
 
 def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
-    """The metrics of a group of answers, its number of cells, and the 95 % bootstrap interval of each metric over batches."""
+    """The metrics of a group of answers, its number of cells, and 95 % bootstrap intervals over batches."""
     return {
         **metrics_of(scores).to_dict(),
         "cells": sum(score.n_cells for score in scores),
@@ -108,8 +111,8 @@ def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> 
 def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: object) -> dict[str, Any]:
     """{<metrics>, intervals, over, smallest}: the unweighted mean over sets of puzzles, like the 'Average' of Table 3.
 
-    sets: {name: (scores, puzzles)}. The bootstrap resamples the batches within each set, so every resample contains all sets.
-    `smallest` is the smallest number of batches of a set; with 1 the intervals are too narrow.
+    sets: {name: (scores, puzzles)}. The bootstrap resamples the batches within each set, so every resample contains all
+    sets. `smallest` is the smallest number of batches of a set; with 1 the intervals are too narrow.
     """
     sums = {name: sums_of([[score] for score in scores], units_of(puzzles)) for name, (scores, puzzles) in sets.items()}
     draws = np.mean([one.draws("average", name, *names) for name, one in sums.items()], axis=0)
@@ -125,8 +128,8 @@ def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: objec
 def distribution(scores: Scores) -> dict[str, Any]:
     """{bins, quartiles, mean}: the distribution of the cell accuracies of single batches (Figure 4B).
 
-    bins: [{from, to, batches}]. Batches with no cell right and batches with every cell right have bins of their own; the bins
-    between are (0, 0.1), [0.1, 0.2), ..., [0.9, 1). quartiles: 25, 50 and 75 %, with linear interpolation.
+    bins: [{from, to, batches}]. Batches with no cell right and batches with every cell right have bins of their own;
+    the bins between are (0, 0.1), [0.1, 0.2), ..., [0.9, 1). quartiles: 25, 50 and 75 %, with linear interpolation.
     """
     right = [sum(score.right) for score in scores]
     bins: Counter = Counter()
@@ -171,8 +174,9 @@ def cell_types(
 ) -> list[dict[str, Any]]:
     """[{cell_type, cells, right, accuracy, interval, answered, most_confused}], the most frequent type first.
 
-    accuracy: right / cells, where all cells of an invalid answer are wrong. interval: 95 %, Wilson's, because a batch holds one
-    cell of a type. answered: cells in answers of a valid format. most_confused: the `most` most frequent [wrong label, cells].
+    accuracy: right / cells, where all cells of an invalid answer are wrong. interval: 95 %, Wilson's, because a batch
+    holds one cell of a type. answered: cells in answers of a valid format. most_confused: the `most` most frequent
+    [wrong label, cells].
     """
     cells: Counter = Counter()
     right: Counter = Counter()
@@ -205,10 +209,10 @@ def decomposition(
 ) -> dict[str, Any]:
     """Table 11: answers to single cells combined into batches, in the two ways that the paper's text allows.
 
-    "spoiled": a cell without a valid answer makes its batch's answer invalid, with 0 of N right, as for a batch-level answer.
-    "wrong_alone": such a cell is wrong by itself only. Both hold the metrics and their intervals over batches (n_puzzles counts
-    batches); response_length is that of the answers to single cells. `cell_format_validity` is the share of cells with a valid
-    answer.
+    "spoiled": a cell without a valid answer makes its batch's answer invalid, with 0 of N right, as for a batch-level
+    answer. "wrong_alone": such a cell is wrong by itself only. Both hold the metrics and their intervals over batches
+    (n_puzzles counts batches); response_length is that of the answers to single cells. `cell_format_validity` is the
+    share of cells with a valid answer.
     """
     lengths = {"response_length": metrics_of(scores).response_length}
     length_interval = intervals([[score] for score in scores], puzzles, "cells", *names)["response_length"]
@@ -226,8 +230,8 @@ def k_sample(
     """{k, mean, pass_at_k, majority_vote, cell_vote} of k answers per puzzle.
 
     texts, samples: [P][k]. mean: each metric over all samples. pass_at_k: {k': {value, interval}} of batch accuracy for
-    k' = 1..k. majority_vote, cell_vote: the metrics of the voted answers; their response_length is the sum over the k answers,
-    because a vote costs all of them.
+    k' = 1..k. majority_vote, cell_vote: the metrics of the voted answers; their response_length is the sum over the k
+    answers, because a vote costs all of them.
     """
     k = len(samples[0])
     everything = [score for of_puzzle in samples for score in of_puzzle]

@@ -1,4 +1,4 @@
-"""From matched answers to the files of an evaluation: metrics.json, evaluation.md, predictions.jsonl; average.json of several.
+"""From matched answers to the files of an evaluation: metrics.json, evaluation.md, predictions.jsonl, average.json.
 
 Answers come from eval/sources.py. The keys of metrics.json are read by the report page (eval/report/run.py).
 """
@@ -34,9 +34,9 @@ def evaluation_of(
 ) -> dict[str, Any]:
     """The content of metrics.json: the metrics of the first answers, then intervals, breakdowns and everything else.
 
-    rows: one matched row per puzzle. name: of the model that answered. run: its settings. file: of the puzzles. encoder: for
-    the similarity of labels. other: (name, matched rows) of a model to compare with. notes: sentences that a reader must know;
-    those about the rows are added.
+    rows: one matched row per puzzle. name: of the model that answered. run: its settings. file: of the puzzles.
+    encoder: for the similarity of labels. other: (name, matched rows) of a model to compare with. notes: sentences that
+    a reader must know; those about the rows are added.
     """
     texts, samples, unit = scores_of(rows, puzzles)
     firsts = [of_puzzle[0] for of_puzzle in samples]
@@ -81,8 +81,8 @@ def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
         )
     if lacking:
         notes.append(
-            f"{lacking:,} of {len(rows):,} predictions state no number of tokens, so all lengths are in words; --tokenizer "
-            "FOLDER counts tokens"
+            f"{lacking:,} of {len(rows):,} predictions state no number of tokens, so all lengths are in words; "
+            "--tokenizer FOLDER counts tokens"
         )
     return ({"refused": refused} if refused else {}) | ({"notes": notes} if notes else {})
 
@@ -111,7 +111,7 @@ def comparison(
 def average_of(
     answered: dict[str, tuple[list[dict], list[Puzzle]]], results: dict[str, dict[str, Any]], seed: int
 ) -> dict[str, Any]:
-    """The content of average.json: the metrics of several files and their unweighted mean (as Table 3 over its diseases).
+    """The content of average.json: the metrics of several files and their unweighted mean (as in Table 3).
 
     answered: {file: (matched rows, puzzles)}. results: {file: the content of its metrics.json}.
     """

@@ -161,8 +161,8 @@ def read_predictions(path: str | os.PathLike) -> list[dict]:
 def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "") -> list[dict]:
     """[P] the prediction row of each puzzle, matched by id, or by order when no row has an id.
 
-    where: begins an error message. Raises UserError when a puzzle has no prediction, when an id has several predictions and
-    not as many puzzles, or when a row is no prediction.
+    where: begins an error message. Raises UserError when a puzzle has no prediction, when an id has several predictions
+    and not as many puzzles, or when a row is no prediction.
     """
     checked = [_checked(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
     if not any("id" in row for row in checked):
@@ -193,7 +193,10 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
 
 
 def _checked(row: dict, where: str) -> dict:
-    """The row; one without `prediction` gets its first sample as prediction. Raises UserError when it is no prediction."""
+    """The row; one without `prediction` gets its first sample as prediction.
+
+    Raises UserError when it is no prediction.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object with the text column 'prediction'")
     samples = row.get("samples")
@@ -211,8 +214,8 @@ def scores_of(
 ) -> tuple[list[list[str]], list[list[PuzzleScore]], str]:
     """([P][k] texts, [P][k] scores, unit of length) of matched rows; k is 1 when the rows have no samples.
 
-    The unit is "tokens" when every row has token counts; otherwise, or if in_words, it is "words" (white-space separated).
-    Raises UserError when the rows differ in their number of samples.
+    The unit is "tokens" when every row has token counts; otherwise, or if in_words, it is "words" (white-space
+    separated). Raises UserError when the rows differ in their number of samples.
     """
     texts = [row.get("samples") or [row["prediction"]] for row in rows]
     counts = sorted({len(of_puzzle) for of_puzzle in texts})
@@ -232,7 +235,7 @@ def scores_of(
 
 
 def token_counts(row: dict) -> list[float] | None:
-    """[k] the numbers of tokens of a row's answers; None unless all are numbers of at least 0 (a text or NaN is not)."""
+    """[k] the numbers of tokens of a row's answers; None unless all are numbers >= 0 (no text, no NaN)."""
     k = len(row.get("samples") or [None])
     stated = row.get("samples_tokens") if k > 1 else [row.get("response_tokens")]
     known = isinstance(stated, list) and len(stated) == k
@@ -261,7 +264,7 @@ def metrics_of(scores: Sequence[PuzzleScore]) -> Metrics:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Probability that at least one of k answers is right, drawn without replacement from n answers of which `right` are right.
+    """Probability that k answers contain a right one, drawn without replacement from n of which `right` are right.
 
     The unbiased estimator 1 - C(n - right, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374, Eq. 1), for k <= n.
     """
@@ -270,11 +273,11 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
-    """The assignment of all cells that most valid answers give, as one answer; the first one among equally frequent ones.
+    """The assignment of all cells that most valid answers give, as one answer; among equals the first one.
 
-    Only assignments that use each candidate at most once vote. When there is none (as in open-ended puzzles, which have no
-    candidates), all answers of a valid format vote. Labels are compared as in the reward. Returns "" (an invalid answer) when
-    no sample has a valid format.
+    Only assignments that use each candidate at most once vote. When there is none (as in open-ended puzzles, which have
+    no candidates), all answers of a valid format vote. Labels are compared as in the reward. Returns "" (an invalid
+    answer) when no sample has a valid format.
     """
     valid = _valid_labels(samples, puzzle)
     valid = [labels for labels in valid if _one_to_one(labels, puzzle)] or valid
@@ -288,8 +291,9 @@ def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
 def cell_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
     """The one-to-one assignment of candidates to cells with the largest sum of votes per cell, as one answer.
 
-    votes[i, j] is the number of valid answers that give candidate j to cell i; scipy's linear_sum_assignment finds the largest
-    sum. Without candidates (open-ended) each cell takes its most frequent label. Returns "" when no sample has a valid format.
+    votes[i, j] is the number of valid answers that give candidate j to cell i; scipy's linear_sum_assignment finds the
+    largest sum. Without candidates (open-ended) each cell takes its most frequent label. Returns "" when no sample has
+    a valid format.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment

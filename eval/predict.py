@@ -1,11 +1,11 @@
 """Let a model answer puzzles: in chunks, with every answer saved as soon as it comes, so that a run can be resumed.
 
-A model is a function `ask(puzzles, first)` that yields lists of pairs (puzzle, [k] Answer); each list is saved when it comes.
-`first` is the position of the chunk in the file. A local model derives its seed from it, so that a run that was killed and
-resumed gives the same answers as an unbroken run.
+A model is a function `ask(puzzles, first)` that yields lists of pairs (puzzle, [k] Answer); each list is saved when it
+comes. `first` is the position of the chunk in the file. A local model derives its seed from it, so that a run that was
+killed and resumed gives the same answers as an unbroken run.
 
-A row of predictions.jsonl is {id, prediction, response_tokens, finish_reason}. With k > 1 answers per puzzle it also has
-samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample.
+A row of predictions.jsonl is {id, prediction, response_tokens, finish_reason}. With k > 1 answers per puzzle it also
+has samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample.
 """
 
 import contextlib
@@ -53,7 +53,10 @@ LINES = 20
 
 
 def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[int]], sampling: Sampling) -> Ask:
-    """A model in an engine in this process. encode: gives a puzzle's prompt as tokens. sampling.temperature 0 is greedy."""
+    """A model in an engine in this process. encode: gives a puzzle's prompt as tokens.
+
+    sampling.temperature 0 is greedy.
+    """
 
     def answer(rollout: Rollout) -> Answer:
         text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
@@ -68,7 +71,10 @@ def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[i
 
 
 def refused_for_good(error: str) -> bool:
-    """Did the endpoint refuse this prompt, so that it would refuse it again? error: of a Completion (data/distill/distill.py)."""
+    """Did the endpoint refuse this prompt, so that it would refuse it again?
+
+    error: of a Completion (data/distill/distill.py).
+    """
     status = _REFUSAL.match(error)
     return status is not None and int(status[1]) not in _NOT_FOR_GOOD
 
@@ -76,9 +82,9 @@ def refused_for_good(error: str) -> bool:
 def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> Ask:
     """A model behind an endpoint (rollout/teachers/openai.py). A puzzle is yielded as soon as its k answers are there.
 
-    Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt that the
-    endpoint refuses for good gets an empty answer. `ask` raises RunError, after all answers that came, when another request
-    failed.
+    Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt
+    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after all answers that came, when
+    another request failed.
     """
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
@@ -132,8 +138,9 @@ def answer_all(
 ) -> list[dict]:
     """Rows of all puzzles, in their order. Every answer is saved in `partial` as soon as it comes.
 
-    Puzzles that `partial` already holds are not asked again. whole_chunks: ask a whole chunk again when one of its puzzles has
-    no answer; for a sampler whose answers depend on the other prompts of the chunk. name: shown by the progress bar.
+    Puzzles that `partial` already holds are not asked again. whole_chunks: ask a whole chunk again when one of its
+    puzzles has no answer; for a sampler whose answers depend on the other prompts of the chunk. name: shown by the
+    progress bar.
     """
     todo = distinct_puzzles(puzzles)
     held = said = sum(puzzle.id in partial.rows for puzzle in todo)
@@ -154,13 +161,13 @@ def answer_all(
 
 
 class Partial:
-    """The unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per answered puzzle."""
+    """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool) -> None:
         """settings: everything the answers depend on. resume: read the rows that a run with the same settings left.
 
-        The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other settings,
-        or when a line before the last one is damaged.
+        The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
+        settings, or when a line before the last one is damaged.
         """
         self.path = Path(folder) / PARTIAL
         self.rows: dict[str, dict] = {}
@@ -171,7 +178,10 @@ class Partial:
         self.started = False
 
     def add(self, rows: list[dict]) -> None:
-        """Append rows and wait until they are on disk. The first call writes the file anew, with the rows that were read too."""
+        """Append rows and wait until they are on disk.
+
+        The first call writes the file anew, with the rows that were read too.
+        """
         for row in rows:
             self.rows[row["id"]] = row
         if not self.started:
@@ -216,8 +226,8 @@ class Partial:
         for name in sorted(self.settings.keys() | settings.keys()):
             if self.settings.get(name) != settings.get(name):
                 raise UserError(
-                    f"--resume: {path} was made with {name} {settings.get(name)}, and this run has {self.settings.get(name)}: "
-                    "give the same, or leave --resume out to start again"
+                    f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
+                    f"{self.settings.get(name)}: give the same, or leave --resume out to start again"
                 )
 
 

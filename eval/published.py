@@ -1,7 +1,7 @@
 """The paper's published numbers beside ours: eval/published.tsv, and evaluation.md.
 
-Published numbers always carry this label. They are of the paper's models on the paper's puzzles (Cell-o1, arXiv:2506.02911), so
-they can be compared with ours only as far as the puzzles can.
+Published numbers always carry this label. They are of the paper's models on the paper's puzzles (Cell-o1,
+arXiv:2506.02911), so they can be compared with ours only as far as the puzzles can.
 
 Example: published_rows(table="Table 3", setting="melanoma")[-1].cell_accuracy == 0.8591
 """
@@ -16,17 +16,18 @@ from data.describe import markdown_table
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
 NOTE = (
-    "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles do. "
-    "Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not known."
+    "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles "
+    "do. Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not "
+    "known."
 )
 KEY_MODELS = ("Qwen2.5-7B-Instruct", "IT Qwen2.5-7B", "o1", "Cell-o1")
 """Models whose published rows the report's tables show: base, base tuned on answers alone, teacher, and result."""
 MEASURES = {
     "batch": "",
-    "cell": " Table 11: the cell-level rows are of single answers put together into batches (the batch-level rows of answers to "
-    "whole batches): they stand beside ours put together, not beside the metrics of single cells.",
-    "open": " Table 12 takes a label as right when its MedCPT similarity to the gold label is above 0.8: it stands beside our "
-    "similarities (--medcpt), not beside exact matches.",
+    "cell": " Table 11: the cell-level rows are of single answers put together into batches (the batch-level rows of "
+    "answers to whole batches): they stand beside ours put together, not beside the metrics of single cells.",
+    "open": " Table 12 takes a label as right when its MedCPT similarity to the gold label is above 0.8: it stands "
+    "beside our similarities (--medcpt), not beside exact matches.",
 }
 """{variant of the puzzles: what the published accuracies measure, where it differs from ours}"""
 DISEASES = {
@@ -86,9 +87,9 @@ def disease_of_table_3(name: str) -> str | None:
 def comparable(variant: str, diseases: list[str], with_similarity: bool = False) -> dict[str, Any]:
     """{label, source, note, rows}: the paper's numbers to show beside an evaluation.
 
-    variant: of the puzzles. "batch" gives Table 2, and the rows of Table 3 for those of its diseases that are among `diseases`,
-    with its average if all four are; "cell" gives Table 11, "open" Table 12. with_similarity: MedCPT similarity was computed.
-    The note says what the accuracies of the rows measure.
+    variant: of the puzzles. "batch" gives Table 2, and the rows of Table 3 for those of its diseases that are among
+    `diseases`, with its average if all four are; "cell" gives Table 11, "open" Table 12. with_similarity: MedCPT
+    similarity was computed. The note says what the accuracies of the rows measure.
     """
     rows = published_rows({"batch": "Table 2", "cell": "Table 11", "open": "Table 12"}[variant])
     if variant == "open":
@@ -135,7 +136,7 @@ LONGEST = 30
 
 
 def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
-    """The text of evaluation.md: the content of metrics.json for a biologist to read, with published numbers beside ours.
+    """The text of evaluation.md: metrics.json for a biologist to read, with published numbers beside ours.
 
     title: of the page. result: the content of metrics.json. The same result gives the same text.
     """
@@ -206,11 +207,11 @@ def _metrics_table(result: dict[str, Any]) -> str:
 def _glossary(result: dict[str, Any]) -> str:
     unit = result["response_length_unit"]
     return (
-        "In brackets: the 95 % interval, by bootstrap over batches; an interval of a single value means that all batches are "
-        "alike, which says little when there are few. 'Mean over batches' is the paper's definition of cell accuracy (B.1); "
-        "'pooled' counts all cells together. An answer of an invalid format has no cell right. Uniqueness: different labels / "
-        f"cells. Response length is in {'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens "
-        "of Qwen2.5.\n\n"
+        "In brackets: the 95 % interval, by bootstrap over batches; an interval of a single value means that all "
+        "batches are alike, which says little when there are few. 'Mean over batches' is the paper's definition of "
+        "cell accuracy (B.1); 'pooled' counts all cells together. An answer of an invalid format has no cell right. "
+        "Uniqueness: different labels / cells. Response length is in "
+        f"{'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens of Qwen2.5.\n\n"
         f"(published): {result['published']['source']}. {result['published']['note']}"
     )
 
@@ -236,9 +237,9 @@ def _k_sample(found: dict[str, Any]) -> str:
     passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
     return (
         f"## {k} answers per batch\n\n{markdown_table(['', *COLUMNS.values()], rows)}\n\n"
-        "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format vote. The "
-        "response length of a vote is that of all its answers together. pass@k: the probability that at least one of k "
-        f"answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
+        "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
+        "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
+        f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
     )
 
 
@@ -251,8 +252,8 @@ def _compare(found: dict[str, Any]) -> str:
             [title, show(one["ours"]), show(one["theirs"]), f"{difference} ({low} to {high})", f"{one['p']:.2g}"]
         )
     return (
-        f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences of shares "
-        f"are in percentage points; response length is in {found['response_length_unit']}.\n\n"
+        f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences "
+        f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
         + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
     )
 
@@ -263,9 +264,9 @@ def _decomposition(result: dict[str, Any]) -> str:
     rows = [[label, *_shares(found[way], COLUMNS)] for way, label in ways.items()]
     rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 11"]
     return (
-        "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two ways its Table 11 uses. Of "
-        f"single answers, {_percent(found['cell_format_validity'])} have a valid format. Response length is that of single "
-        "answers; in the published batch-level rows it is that of answers to whole batches.\n\n"
+        "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two ways its Table 11 "
+        f"uses. Of single answers, {_percent(found['cell_format_validity'])} have a valid format. Response length is "
+        "that of single answers; in the published batch-level rows it is that of answers to whole batches.\n\n"
         + markdown_table(["", *COLUMNS.values()], rows)
     )
 

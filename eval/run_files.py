@@ -16,7 +16,7 @@ HEADLINE = ("batch_accuracy", "cell_accuracy", "format_validity", "uniqueness", 
 
 
 def write_summary(out: Path, run: dict[str, Any]) -> None:
-    """Write OUT/summary.json: {stage: {split: metrics}} from OUT/eval/STAGE/SPLIT/metrics.json, and `run` under "run"."""
+    """Write OUT/summary.json: {stage: {split: metrics}} from OUT/eval/STAGE/SPLIT/metrics.json; "run": `run`."""
     summary: dict[str, dict] = {}
     for stage in STAGES:
         files = sorted((out / "eval" / stage).glob("*/metrics.json"))
@@ -58,7 +58,10 @@ def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a metrics.json; empty when there is no such file. Raises UserError when it holds no JSON object."""
+    """The content of a metrics.json; empty when there is no such file.
+
+    Raises UserError when it holds no JSON object.
+    """
     if not Path(path).is_file():
         return {}
     try:

@@ -54,8 +54,8 @@ class EvaluateConfig:
     concurrency: int = option(8, "Requests to the endpoint at a time.", section=ENDPOINT)
     refused: str = option(
         "stop",
-        "When the endpoint refuses a prompt for good (a content filter, for example): end without a result, or count the "
-        "answer as invalid.",
+        "When the endpoint refuses a prompt for good (a content filter, for example): end without a result, or count "
+        "the answer as invalid.",
         ("stop", "invalid"),
         section=ENDPOINT,
     )
@@ -113,9 +113,12 @@ class EvaluateConfig:
 
 
 def settings_of(config: EvaluateConfig, whole_file: list[Puzzle], model_files: str | None) -> dict[str, Any]:
-    """Everything that the answers depend on; it goes into metrics.json and decides whether a run can be resumed. No key is in it.
+    """Everything that the answers depend on. It holds no key.
 
-    whole_file: all puzzles of the file, so that --limit may grow under --resume. model_files: a fingerprint of a local model.
+    It goes into metrics.json, and decides whether a run can be resumed.
+
+    whole_file: all puzzles of the file, so that --limit may grow under --resume. model_files: a fingerprint of a local
+    model.
     """
     sampling = ("samples", "temperature", "top_p", "max_response_tokens", "seed")
     local = config.model is not None and config.endpoint is None

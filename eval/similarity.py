@@ -1,11 +1,11 @@
-"""Open-ended answers scored by the similarity of their labels to the gold labels in an encoder's space (Table 12 of Cell-o1).
+"""Open-ended answers scored by the similarity of labels to gold labels in an encoder's space (Cell-o1, Table 12).
 
-The paper embeds labels with the MedCPT query encoder (Jin et al. 2023, doi:10.1093/bioinformatics/btad651: the [CLS] state of
-a BERT) and accepts a label when its cosine similarity to the gold label is above 0.8. Any encoder folder that transformers can
-load works: `--medcpt FOLDER`.
+The paper embeds labels with the MedCPT query encoder (Jin et al. 2023, doi:10.1093/bioinformatics/btad651: the [CLS]
+state of a BERT) and accepts a label when its cosine similarity to the gold label is above 0.8. Any encoder folder that
+transformers can load works: `--medcpt FOLDER`.
 
-The similarity in Table 12 is a mean over answers of a valid format. If invalid answers counted as 0, it could not exceed the
-share of valid answers; but instruction-tuned Llama has similarity .7400 at format validity .2822.
+The similarity in Table 12 is a mean over answers of a valid format. If invalid answers counted as 0, it could not
+exceed the share of valid answers; but instruction-tuned Llama has similarity .7400 at format validity .2822.
 
 Example: similarity(scores, puzzles, LabelEncoder("MedCPT-Query-Encoder"))["mean_similarity"] == 0.74
 """
@@ -31,12 +31,15 @@ MAX_TOKENS = 64
 class LabelEncoder:
     """Unit vectors of labels: the normalised [CLS] state of a BERT-like encoder. Each distinct label is embedded once.
 
-    Labels are normalised as for comparison: trimmed, white space collapsed, case folded (MedCPT's vocabulary is uncased). So a
-    right label always has similarity 1.
+    Labels are normalised as for comparison: trimmed, white space collapsed, case folded (MedCPT's vocabulary is
+    uncased). So a right label always has similarity 1.
     """
 
     def __init__(self, folder: str | os.PathLike, batch: int = 64) -> None:
-        """folder: a checkpoint with its tokenizer. Raises UserError that names the folder when transformers cannot load it."""
+        """folder: a checkpoint with its tokenizer.
+
+        Raises UserError that names the folder when transformers cannot load it.
+        """
         from transformers import AutoModel, AutoTokenizer
 
         if not (Path(folder) / "config.json").is_file():
@@ -81,9 +84,9 @@ def similarity(
 ) -> dict[str, Any]:
     """{threshold, cell_accuracy, cell_accuracy_micro, batch_accuracy, mean_similarity, intervals}.
 
-    A cell is right when the similarity of its label to its own gold label is above the threshold; an invalid answer has no
-    right cell. Accuracies are over all batches; mean_similarity is over the cells of valid answers (None when there are none).
-    Intervals: 95 % bootstrap over batches, with a seed derived from `names`.
+    A cell is right when the similarity of its label to its own gold label is above the threshold; an invalid answer has
+    no right cell. Accuracies are over all batches; mean_similarity is over the cells of valid answers (None when there
+    are none). Intervals: 95 % bootstrap over batches, with a seed derived from `names`.
     """
     encoder.embed(label for puzzle in puzzles for label in puzzle.answer)
     encoder.embed(label for score in scores for label in score.labels)

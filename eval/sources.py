@@ -1,7 +1,7 @@
 """Where the answers of an evaluation come from: saved predictions, a baseline, an endpoint, or a checkpoint in vLLM.
 
-Each source gives matched rows, one per puzzle. A checkpoint is loaded by a function that launch/evaluate.py passes in, because
-this room does not import the trainer.
+Each source gives matched rows, one per puzzle. A checkpoint is loaded by a function that launch/evaluate.py passes in,
+because this room does not import the trainer.
 """
 
 import functools
@@ -51,7 +51,9 @@ def read_sets(config: EvaluateConfig) -> list[PuzzleSet]:
 
 
 def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]:
-    """The first `limit` puzzles; of single cells the whole batches among them, since a batch that lacks a cell has no score.
+    """The first `limit` puzzles; of single cells the whole batches among them.
+
+    A batch that lacks a cell has no score.
 
     Raises UserError for puzzles of several variants, and for single cells that make up no whole batch.
     """
@@ -103,8 +105,8 @@ def open_source(
 ) -> Source:
     """The source that the options name. No model is loaded, and no puzzle asked, before the first rows are requested.
 
-    train: puzzles that a baseline learns from. tokenizer: counts the tokens of saved predictions, or None. load: loads the
-    checkpoint of --model. Raises UserError when an endpoint needs a key and has none.
+    train: puzzles that a baseline learns from. tokenizer: counts the tokens of saved predictions, or None. load: loads
+    the checkpoint of --model. Raises UserError when an endpoint needs a key and has none.
     """
     if config.predictions:
         return Source(lambda puzzle_set, _: saved_rows(config, puzzle_set, tokenizer))
@@ -142,8 +144,8 @@ def baseline_rows(config: EvaluateConfig, puzzle_set: PuzzleSet, train: list[Puz
         remedy = "other training puzzles may hold them"
         remedy = remedy if train else "it learns them from training puzzles: --train FILE"
         print(
-            f"{puzzle_set.name}: baseline {name} knows nothing of {len(unknown)} cell types, the first is {unknown[0]}; "
-            f"{remedy}",
+            f"{puzzle_set.name}: baseline {name} knows nothing of {len(unknown)} cell types, the first is "
+            f"{unknown[0]}; {remedy}",
             file=sys.stderr,
         )
     return rows
@@ -158,7 +160,8 @@ class RemoteModel:
         key = os.environ.get(config.key_env, "")
         if not key and not is_loopback(str(config.endpoint)):
             raise UserError(
-                f"the environment variable {config.key_env} holds no key for --endpoint: set it, or name another with --key-env"
+                f"the environment variable {config.key_env} holds no key for --endpoint: set it, or name another with "
+                "--key-env"
             )
         endpoint = Endpoint(
             model=str(config.model),
@@ -212,7 +215,10 @@ class LocalModel:
 
 
 def predictions_file(config: EvaluateConfig, flag: str, name: str) -> Path:
-    """The file of predictions for a set of puzzles. flag: "predictions" or "compare". Raises UserError if there is none."""
+    """The file of predictions for a set of puzzles. flag: "predictions" or "compare".
+
+    Raises UserError if there is none.
+    """
     given = Path(getattr(config, flag))
     if given.is_file():
         if len(config.puzzles) > 1:
@@ -236,7 +242,7 @@ def rows_to_compare(config: EvaluateConfig, puzzle_set: PuzzleSet) -> tuple[str,
     if beyond or theirs not in (None, puzzles_digest(puzzle_set.puzzles)):
         raise UserError(
             f"--compare {path}: answers other puzzles than --puzzles {puzzle_set.file}"
-            f"{' --limit ' + str(config.limit) if config.limit else ''}; a paired comparison needs the same ones: evaluate both "
-            "models on the same file with the same --limit"
+            f"{' --limit ' + str(config.limit) if config.limit else ''}; a paired comparison needs the same ones: "
+            "evaluate both models on the same file with the same --limit"
         )
     return result.get("name") or str(config.compare), match_rows(rows, puzzle_set.puzzles, f"--compare {path}: ")

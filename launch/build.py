@@ -58,7 +58,10 @@ def files_of(config: BuildCommandConfig, context: click.Context) -> tuple[str, .
 
 
 def out_of(folder: str) -> Path:
-    """The folder to write, resolved to its own name, because files are staged beside it. Raises UserError without a name."""
+    """The folder to write, resolved to its own name, because files are staged beside it.
+
+    Raises UserError without a name.
+    """
     out = Path(os.path.realpath(folder))
     if not folder or not out.name:
         raise UserError(f"--out {folder!r}: is no folder that can be written; name one")

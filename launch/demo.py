@@ -74,7 +74,10 @@ def main(config: DemoConfig) -> None:
 
 
 def prepare(config: DemoConfig) -> dict[str, float]:
-    """Run everything before GRPO: atlas, puzzles, traces, base checkpoint, SFT. Returns the seconds of each stage that ran."""
+    """Run everything before GRPO: atlas, puzzles, traces, base checkpoint, SFT.
+
+    Returns the seconds of each stage that ran.
+    """
     out, seed = Path(config.out), {"seed": config.seed}
     out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -86,7 +89,7 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     seconds |= run_stage("build", out / "puzzles/report.json", "build", *build, h5ad=h5ad, out=out / "puzzles", **seed)
     train, traces = out / "puzzles/train.parquet", out / "traces.jsonl"
     seconds |= run_stage("distill", traces, "distill", puzzles=train, out=traces, limit=config.traces_from, **seed)
-    # genes and diseases of held-out donors alone get tokens of their own too, not a dozen letters that the model never saw
+    # genes and diseases that only held-out donors have get tokens too, instead of letters that the model never saw
     words = ["--puzzles", traces, *(word for file in held_out_files(out) for word in ("--words-of", file))]
     policy = {"puzzles": train, "out": out / "base", "hidden": config.hidden, "layers": config.layers, **seed}
     seconds |= run_stage("create policy", out / "base/config.json", "create_policy", *words, **policy)
@@ -98,7 +101,10 @@ def prepare(config: DemoConfig) -> dict[str, float]:
 
 
 def evaluate(config: DemoConfig, stage: str, model: Path) -> dict[str, float]:
-    """Evaluate a model on the held-out splits, into OUT/eval/STAGE/SPLIT. Returns the seconds of the stage, if it ran."""
+    """Evaluate a model on the held-out splits, into OUT/eval/STAGE/SPLIT.
+
+    Returns the seconds of the stage, if it ran.
+    """
     out = Path(config.out)
     folder, files = out / "eval" / stage, held_out_files(out)
     words = [word for file in files for word in ("--puzzles", file)]

@@ -7,10 +7,10 @@
         --base-url http://127.0.0.1:8000/v1           # vllm serve
     python launch/distill.py --puzzles train.parquet --out traces.jsonl --teacher vllm --model checkpoints/qwen
 
-Beside traces.jsonl it writes traces.raw.jsonl, which holds every response before it is judged (data/distill/responses.py), and
-traces.report.json. The same command with --resume continues after a kill; a response on disk is never requested again. A run
-that ends by itself, by SIGTERM or by Ctrl-C first waits for the responses in flight. Only what is in flight at a `kill -9`, or
-at a second signal, may be paid for twice.
+Beside traces.jsonl it writes traces.raw.jsonl, which holds every response before it is judged
+(data/distill/responses.py), and traces.report.json. The same command with --resume continues after a kill; a response
+on disk is never requested again. A run that ends by itself, by SIGTERM or by Ctrl-C first waits for the responses in
+flight. Only what is in flight at a `kill -9`, or at a second signal, may be paid for twice.
 """
 
 import functools
@@ -37,11 +37,14 @@ from reward.traces import TraceJudge
 
 @command(DistillConfig)
 def main(config: DistillConfig) -> None:
-    """Draw up to --candidates traces per puzzle until --stop-at are accepted: format valid and every label right, or --accept."""
+    """Draw up to --candidates traces per puzzle until --stop-at are accepted.
+
+    A trace is accepted when its format is valid and every label is right; --accept sets another rule.
+    """
     if config.keep != "first" and config.stop_at == 1 and not config.resume:
         click.echo(
-            f"note: --keep {config.keep} has nothing to choose from, since --stop-at 1 ends a puzzle with its first accepted "
-            "trace; --stop-at 0 draws all --candidates",
+            f"note: --keep {config.keep} has nothing to choose from, since --stop-at 1 ends a puzzle with its first "
+            "accepted trace; --stop-at 0 draws all --candidates",
             err=True,
         )
     key = take_key(config)
@@ -52,7 +55,8 @@ def main(config: DistillConfig) -> None:
 def take_key(config: DistillConfig) -> str:
     """The endpoint's key, removed from the environment so that no process started later inherits it.
 
-    Raises UserError, never with the key in it, when the key is malformed, or missing for an endpoint on another machine.
+    Raises UserError, never with the key in it, when the key is malformed, or missing for an endpoint on another
+    machine.
     """
     if config.teacher != "openai":
         return ""

@@ -1,10 +1,12 @@
 """The paper's metrics of a model, of saved predictions or of a baseline on puzzle files, with intervals and breakdowns.
 
-python launch/evaluate.py --puzzles test.parquet --model runs/demo/sft/model --out eval/sft
-python launch/evaluate.py --puzzles test.parquet --model runs/demo/grpo/checkpoints/step-000060 --out eval/grpo --compare eval/sft
-python launch/evaluate.py --puzzles test.parquet --model gpt-4o --endpoint https://api.openai.com/v1 --samples 8 --out eval/gpt-4o
-python launch/evaluate.py --puzzles test.parquet --predictions answers.jsonl --out eval/mine
-python launch/evaluate.py --puzzles test.parquet --baseline nearest --train train.parquet --out eval/nearest
+    python launch/evaluate.py --puzzles test.parquet --model runs/demo/sft/model --out eval/sft
+    python launch/evaluate.py --puzzles test.parquet --out eval/grpo --compare eval/sft \\
+        --model runs/demo/grpo/checkpoints/step-000060
+    python launch/evaluate.py --puzzles test.parquet --out eval/gpt-4o --samples 8 \\
+        --model gpt-4o --endpoint https://api.openai.com/v1
+    python launch/evaluate.py --puzzles test.parquet --predictions answers.jsonl --out eval/mine
+    python launch/evaluate.py --puzzles test.parquet --baseline nearest --train train.parquet --out eval/nearest
 """
 
 import functools
@@ -26,7 +28,7 @@ from rollout import Sampling
 
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    """Score a model (vLLM or an endpoint), saved predictions or a baseline; print the metrics and write them to --out."""
+    """Score a model (vLLM or an endpoint), saved predictions or a baseline; print and write the metrics."""
     sets = read_sets(config)
     train = read_puzzles(config.train) if config.train else None
     encoder = LabelEncoder(config.medcpt) if config.medcpt else None

@@ -26,7 +26,10 @@ DEMO = Path("runs/demo")
     GrpoConfig, default_recipe=lambda given: None if given.get("model") else Path(__file__).parent / "recipes/demo.yaml"
 )
 def main(config: GrpoConfig) -> None:
-    """Train with GRPO. Without --model the embedded default is trained (recipe demo.yaml), and built if it is missing."""
+    """Train with GRPO.
+
+    Without --model the embedded default is trained (recipe demo.yaml), and built if it is missing.
+    """
     load_reward(config.reward)  # the workers load it again; here a bad path is refused before anything is built
     if config.dry_run:
         dry_run(config)

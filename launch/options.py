@@ -1,8 +1,8 @@
 """One flat frozen dataclass -> click options + recipe file.
 
 Every command's settings are one dataclass whose fields are made with `option(default, "help")`. A value comes from the
-dataclass, from `--recipe FILE.yaml`, or from a flag; a recipe overrides the dataclass, and a flag overrides both. A recipe key
-that is no field is refused with the nearest name.
+dataclass, from `--recipe FILE.yaml`, or from a flag; a recipe overrides the dataclass, and a flag overrides both. A
+recipe key that is no field is refused with the nearest name.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def command(
 
 
 def _in_order_of_help(config_class: type) -> list[dataclasses.Field]:
-    """The fields, with those of the class itself before inherited ones: what a command is about comes first in its --help."""
+    """The fields of the class itself, then inherited ones: what a command is about comes first in --help."""
     fields = dataclasses.fields(config_class)
     own = [field for field in fields if field.name in config_class.__annotations__]
     return [*own, *(field for field in fields if field not in own)]
@@ -108,7 +108,9 @@ class _InputError(click.ClickException):
 
 
 def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:
-    """The config from defaults < preset < recipe < given flags. Raises click.UsageError for a bad recipe or a missing value.
+    """The config from defaults < preset < recipe < given flags.
+
+    Raises click.UsageError for a bad recipe or a missing value.
 
     A preset is the set of values that `config_class.presets(name)` gives for the value of the setting `preset`.
     """

@@ -29,7 +29,7 @@ class ReplayConfig:
 
 @command(ReplayConfig)
 def main(config: ReplayConfig) -> None:
-    """Compute a recorded step again, and say whether loss and gradient equal the record bit for bit (else exit code 1)."""
+    """Compute a recorded step again. Exit code 1 unless loss and gradient equal the record bit for bit."""
     if config.ledger and not config.ledger.endswith(".csv"):
         raise UserError(f"--ledger {config.ledger}: name a file that ends in .csv")
 

@@ -1,8 +1,11 @@
 """Blind review by experts: write the page of anonymous pairs of answers, and merge the reviewers' files.
 
-python launch/review.py --puzzles test.parquet --predictions sft/predictions.jsonl --predictions grpo/predictions.jsonl \
-    --name SFT --name GRPO --out review.html        also writes review.key.json, which says who is who: keep it to yourself
-python launch/review.py --collect ana.json --collect ben.json --key review.key.json --out summary   summary.json, summary.md
+    python launch/review.py --puzzles test.parquet --predictions sft/predictions.jsonl \\
+        --predictions grpo/predictions.jsonl --name SFT --name GRPO --out review.html
+    python launch/review.py --collect ana.json --collect ben.json --key review.key.json --out summary
+
+The first call also writes review.key.json, which says who is who: keep it to yourself. The second call writes
+summary.json and summary.md.
 """
 
 import json
@@ -37,7 +40,7 @@ class ReviewConfig:
 
 @command(ReviewConfig)
 def main(config: ReviewConfig) -> None:
-    """Write a page on which experts compare two models' answers blind, or merge the files they sent back (--collect)."""
+    """Write a page on which experts compare two models' answers blind, or merge their files (--collect)."""
     making = config.puzzles is not None or config.predictions
     if bool(making) == bool(config.collect):
         raise UserError("give either --puzzles and two --predictions, or --collect and --key")
@@ -83,7 +86,8 @@ def print_summary(review: Review, out: Path, key_file: Path) -> None:
     if review.naming:
         listed = ", ".join(map(str, review.naming[:10])) + (", ..." if len(review.naming) > 10 else "")
         print(
-            f"a model's name occurs in answers of {len(review.naming)} cases ({listed}): read them before you send the page"
+            f"a model's name occurs in answers of {len(review.naming)} cases ({listed}): read them before you send the "
+            "page"
         )
 
 

@@ -82,7 +82,10 @@ def main(config: SelfDistillConfig) -> None:
 
 
 def record_settings(config: SelfDistillConfig, out: Path) -> None:
-    """Write the settings to OUT/config.json. Raises UserError when an earlier call had another setting (--rounds may grow)."""
+    """Write the settings to OUT/config.json.
+
+    Raises UserError when an earlier call had another setting (--rounds may grow).
+    """
     settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds")}
     recorded = out / "config.json"
     if recorded.is_file():
@@ -90,8 +93,8 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
         changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{flag(changed[0])} {settings[changed[0]]}: was {before.get(changed[0])} when {out} was begun; give that, or "
-                "name another --out"
+                f"{flag(changed[0])} {settings[changed[0]]}: was {before.get(changed[0])} when {out} was begun; give "
+                "that, or name another --out"
             )
     write_json(recorded, settings)
 

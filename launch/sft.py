@@ -1,7 +1,8 @@
 """Cold start: fine-tune a checkpoint on accepted traces.
 
-python launch/sft.py --traces traces.jsonl --model base --out runs/sft
-torchrun --nproc-per-node 8 launch/sft.py --recipe sft_paper --traces traces.jsonl --model Qwen2.5-7B-Instruct --out runs/sft
+    python launch/sft.py --traces traces.jsonl --model base --out runs/sft
+    torchrun --nproc-per-node 8 launch/sft.py --recipe sft_paper --traces traces.jsonl \\
+        --model Qwen2.5-7B-Instruct --out runs/sft
 """
 
 from data.puzzles import Puzzle

@@ -25,8 +25,8 @@ class SimulateConfig:
     noise: float = option(1.0, "Difficulty: 0.5 is easy to annotate, 2 is hard.")
     cells: int | None = option(
         None,
-        "Total number of cells, instead of --cells-per-type. Give about one donor per 5,000 cells, as real donors have a few "
-        "thousand cells (1,000,000 cells: --donors 200). Memory stays below 500 MB for any number.",
+        "Total number of cells, instead of --cells-per-type. Give about one donor per 5,000 cells, as real donors have "
+        "a few thousand cells (1,000,000 cells: --donors 200). Memory stays below 500 MB for any number.",
     )
     genes: int | None = option(
         None, "Total number of genes, e.g. 20000: the others are filler genes with invented names; default: no fillers."
@@ -44,7 +44,8 @@ def main(config: SimulateConfig) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
     if config.cells is not None and config.cells_per_type != CELLS_PER_TYPE:
         raise UserError(
-            f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; give one"
+            f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; "
+            "give one"
         )
     settings = {"cells_per_type": config.cells_per_type, "noise": config.noise, "n_types": config.types}
     layout = {"cells": config.cells, "genes": config.genes}

@@ -1,8 +1,9 @@
-"""What reasoning traces do: order of the steps, changes of mind, contradictions, labels outside the list; with pictures.
+"""What reasoning traces do: order of steps, changes of mind, contradictions, labels outside the list; pictures.
 
-python launch/traces.py --puzzles test.parquet --predictions eval/grpo/predictions.jsonl --out traces/grpo
-python launch/traces.py --puzzles runs/demo/puzzles/train.parquet --predictions runs/demo/grpo/rollouts.jsonl --out traces/rl
-python launch/traces.py --puzzles reasoning.parquet --out traces/o1        (published reasoning rows)
+    python launch/traces.py --puzzles test.parquet --predictions eval/grpo/predictions.jsonl --out traces/grpo
+    python launch/traces.py --puzzles runs/demo/puzzles/train.parquet --out traces/rl \\
+        --predictions runs/demo/grpo/rollouts.jsonl
+    python launch/traces.py --puzzles reasoning.parquet --out traces/o1        # published reasoning rows
 """
 
 import json
@@ -51,7 +52,8 @@ def main(config: TracesConfig) -> None:
     source = {"puzzles": config.puzzles, "predictions": config.predictions, "accuracy_from": config.accuracy_from}
     drawn = write_traces(out, read, summary, show=config.show, file=file, source=source)
     print(
-        f"{len(read)} responses, {summary.mean_steps:.1f} steps each, {percent(summary.self_reflection)} change their mind"
+        f"{len(read)} responses, {summary.mean_steps:.1f} steps each, {percent(summary.self_reflection)} change their "
+        "mind"
     )
     print(f"wrote {out / 'traces.md'}, traces.json, traces.png and {len(drawn)} step diagrams")
 

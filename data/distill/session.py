@@ -39,10 +39,10 @@ class ClosableJudge(Protocol):
 
 
 def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: MakeTeacher) -> None:
-    """Draw traces until every puzzle is settled or the teacher ends; write traces, report and raw file; print the report.
+    """Draw traces until every puzzle is settled or the teacher ends; write all files and print the report.
 
-    Raises UserError for files that would be overwritten, puzzles that the teacher cannot answer, a raw file of other settings,
-    and when no trace was accepted.
+    Raises UserError for files that would be overwritten, puzzles that the teacher cannot answer, a raw file of other
+    settings, and when no trace was accepted.
     """
     start = time.monotonic()
     config.refuse_overwriting()
@@ -101,7 +101,10 @@ def worst_cost(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Ca
 
 
 def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str, seconds: float) -> None:
-    """Write the report and the accepted traces, and print both in short. Raises UserError when no trace was accepted."""
+    """Write the report and the accepted traces, and print both in short.
+
+    Raises UserError when no trace was accepted.
+    """
     rows = draws.rows(config.keep, config.seed)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
     report = make_report(draws, meter, seed=config.seed, rows=len(rows), ended=ended, settings=settings)

@@ -1,4 +1,4 @@
-"""The report page's sections on accuracy: by N (Figure 4A), per puzzle (Figure 4B), by tissue and disease, by cell type."""
+"""The report page's sections on accuracy: by N (Figure 4A), per puzzle (4B), by tissue, disease and cell type."""
 
 from typing import Any
 
@@ -53,8 +53,8 @@ def _sizes(found: OfStage, guessing: bool) -> str:
     if not groups:
         return missing("Accuracy by number of cells: no evaluation holds it.")
     caption = (
-        "After Figure 4A of the paper. Each point stands for all puzzles with N cells. A line that falls to the right means that "
-        f"larger puzzles are harder. {INTERVAL}."
+        "After Figure 4A of the paper. Each point stands for all puzzles with N cells. A line that falls to the right "
+        f"means that larger puzzles are harder. {INTERVAL}."
         + (" The dotted line is what guessing would reach, 1 cell in N." if guessing else "")
     )
     return figure(by_size_svg(groups, guessing), "Accuracy by number of cells", caption, _numbers("N", groups))
@@ -67,9 +67,9 @@ def _distribution(found: OfStage) -> str:
     drawn = {stage: one for stage, one in every.items() if one["mean"] > 0} or every
     empty = [STAGE_NAMES[stage] for stage in every if stage not in drawn]
     caption = (
-        "After Figure 4B of the paper. Each bar is the share of puzzles with this share of their cells right. Puzzles with no "
-        "cell right, and puzzles with all cells right, have bars of their own at the two ends. A tall bar at the far right is "
-        "good. The broken line is the mean."
+        "After Figure 4B of the paper. Each bar is the share of puzzles with this share of their cells right. Puzzles "
+        "with no cell right, and puzzles with all cells right, have bars of their own at the two ends. A tall bar at "
+        "the far right is good. The broken line is the mean."
         + (f" Not drawn: {' and '.join(empty)} no puzzle has a right cell." if empty else "")
     )
     columns = ["cells right", *(STAGE_NAMES[stage] for stage in drawn)]
@@ -99,8 +99,8 @@ def _dimension(found: OfStage, dimension: str) -> str:
         dots.append(Dots(_label(value, by_value[list(groups)[-1]][value]["n_puzzles"]), values))
     more = f" Shown are the {GROUPS_SHOWN} of {len(last)} with the most puzzles." if len(last) > GROUPS_SHOWN else ""
     caption = (
-        f"Share of cells with the right label; further to the right is better. In brackets: the number of puzzles. {INTERVAL}: "
-        f"where lines overlap widely, the difference may be chance.{more}"
+        "Share of cells with the right label; further to the right is better. In brackets: the number of puzzles. "
+        f"{INTERVAL}: where lines overlap widely, the difference may be chance.{more}"
     )
     return figure(dots_svg(title, dots), title, caption, _numbers(dimension, groups))
 
@@ -158,8 +158,8 @@ def _types(found: OfStage) -> str:
         else "All types"
     )
     caption = (
-        f"Share of the cells of a type with the right label; in brackets the number of cells. {everything}, the best ones on "
-        f"top. The thin line is the 95 % interval {STAGE_NAMES[last]} (Wilson)."
+        f"Share of the cells of a type with the right label; in brackets the number of cells. {everything}, the best "
+        f"ones on top. The thin line is the 95 % interval {STAGE_NAMES[last]} (Wilson)."
     )
     columns = [
         "true type",
@@ -198,8 +198,8 @@ def _confusions(found: OfStage) -> str:
     columns = ["true type", "taken for", *(STAGE_NAMES[stage] for stage in stages if stage not in (last, "base"))]
     columns += [STAGE_NAMES[last], "share"]
     says = (
-        "Each row is one kind of mistake, the most frequent first: the number of cells of the true type that got the label "
-        f"beside it. 'Share' is the share of the cells of that type in readable answers {STAGE_NAMES[last]}."
+        "Each row is one kind of mistake, the most frequent first: the number of cells of the true type that got the "
+        f"label beside it. 'Share' is the share of the cells of that type in readable answers {STAGE_NAMES[last]}."
     )
     body = html_table(columns, rows, "words counts") + note(says)
     return f'<article class="narrow"><h3>What is mixed up most</h3>{body}</article>'

@@ -1,7 +1,7 @@
-"""The figures of a run: inline SVG for the report page, one PNG for the README. Drawn without pyplot, which has global state.
+"""The figures of a run: inline SVG for the report page, one PNG for the README. No pyplot: it has global state.
 
-Shares are drawn in percent. The colours are Okabe and Ito's, which colour-blind readers can tell apart. Axes and text of an SVG
-take the colours of the page, so that they stay legible in dark mode.
+Shares are drawn in percent. The colours are Okabe and Ito's, which colour-blind readers can tell apart. Axes and text
+of an SVG take the colours of the page, so that they stay legible in dark mode.
 """
 
 import io
@@ -83,15 +83,15 @@ GRPO_CURVES = (
         "Distance from the SFT model (KL)",
         {"kl": "KL"},
         "nats per token",
-        "How far the annotator has moved from the model that GRPO started from; 0 means no change. A slow rise is normal; a "
-        "very fast rise means that the answers have drifted.",
+        "How far the annotator has moved from the model that GRPO started from; 0 means no change. A slow rise is "
+        "normal; a very fast rise means that the answers have drifted.",
     ),
     Curve(
         "Loss",
         {"loss": "loss"},
         "GRPO loss",
-        "The quantity that the optimizer lowers. By construction it stays near 0, and it does not show how good the answers "
-        "are: look at the reward instead.",
+        "The quantity that the optimizer lowers. By construction it stays near 0, and it does not show how good the "
+        "answers are: look at the reward instead.",
     ),
     Curve(
         "Puzzles that teach",
@@ -104,8 +104,8 @@ GRPO_CURVES = (
         "Sampler against trainer",
         {"sampling/logp_difference/mean": "mean", "sampling/logp_difference/max": "maximum"},
         "|log-prob. difference|",
-        "How much the sampler, which writes the answers, and the trainer disagree on a token's log-probability. It should "
-        "stay small and flat; a rise means that the two have different weights.",
+        "How much the sampler, which writes the answers, and the trainer disagree on a token's log-probability. It "
+        "should stay small and flat; a rise means that the two have different weights.",
     ),
 )
 SFT_CURVES = (
@@ -113,8 +113,8 @@ SFT_CURVES = (
         "Supervised fine-tuning (SFT) loss",
         {"loss": "training", "eval_loss": "validation"},
         "nats per token",
-        "How surprised the model is by the example answers that it learns from; it should fall and then flatten. A validation "
-        "loss that rises while the training loss falls means that the model is memorising.",
+        "How surprised the model is by the example answers that it learns from; it should fall and then flatten. A "
+        "validation loss that rises while the training loss falls means that the model is memorising.",
     ),
 )
 
@@ -129,7 +129,7 @@ def series(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
 
 
 def smoothing_window(n_steps: int) -> int:
-    """Number of steps that the smoothed line averages over: a tenth of the run, odd, 3 to 51; 1 (none) below 20 steps."""
+    """Steps that the smoothed line averages over: a tenth of the run, odd, 3 to 51; 1 (none) below 20 steps."""
     return 1 if n_steps < 20 else min(51, max(3, n_steps // 10 | 1))
 
 
@@ -175,7 +175,10 @@ def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, nam
 
 
 def split_name(summary: dict[str, Any], split: str) -> str:
-    """The name of a split for a reader. summary["run"]["split"] is the build's --split; donors when it is not stated."""
+    """The name of a split for a reader.
+
+    summary["run"]["split"] is the build's --split; donors when it is not stated.
+    """
     return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
 
 

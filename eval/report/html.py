@@ -10,7 +10,10 @@ EMPTY = "&ndash;"
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole page. The template holds the style. The body is inserted last, so text of a model is never a place holder."""
+    """The whole page. The template holds the style.
+
+    The body is inserted last, so text of a model is never a place holder.
+    """
     template = TEMPLATE.read_text(encoding="utf-8")
     return template.replace("{{title}}", escape(title)).replace("{{body}}", "\n".join(parts))
 
@@ -29,8 +32,8 @@ def contents(links: dict[str, str]) -> str:
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str] | str], kind: str = "", caption: str = "") -> str:
     """A table, which becomes a list of cards on a narrow screen.
 
-    columns: text. rows: cells as HTML, of which the first is the head of its row; a text instead of cells is a heading for the
-    rows that follow. kind: CSS classes.
+    columns: text. rows: cells as HTML, of which the first is the head of its row; a text instead of cells is a heading
+    for the rows that follow. kind: CSS classes.
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = "".join(_row(columns, row) for row in rows)
@@ -54,7 +57,10 @@ def _cell(column: str, text: str) -> str:
 
 
 def figure(svg: str | None, title: str, caption: str, more: str = "") -> str:
-    """A drawing with a caption that says how to read it. svg: None where there is nothing to draw. more: HTML below it."""
+    """A drawing with a caption that says how to read it. svg: None where there is nothing to draw.
+
+    more: HTML below it.
+    """
     if svg is None:
         return missing(f"{title}: nothing recorded to draw.")
     says = f"<figcaption>{escape(caption)}</figcaption>"

@@ -5,10 +5,12 @@ Run folder (the page says what is missing):
     sft/metrics.jsonl, grpo/metrics.jsonl one row per optimizer step
     puzzles/{test,unseen}.parquet         the puzzles that were evaluated
     eval/{stage}/{split}/predictions.jsonl  id, prediction, response_tokens, finish_reason
-    eval/{stage}/{split}/metrics.json     the metrics with intervals and breakdowns, which override those of summary.json
-                                          (also eval/{stage}/metrics.json, when only one split was evaluated)
+    eval/{stage}/{split}/metrics.json     the metrics with intervals and breakdowns, which override those of
+                                          summary.json (also eval/{stage}/metrics.json, when only one split was
+                                          evaluated)
 
-Results, curves and settings are made here, the other sections in eval/report/breakdowns.py, reasoning.py and puzzles.py.
+Results, curves and settings are made here, the other sections in eval/report/breakdowns.py, reasoning.py and
+puzzles.py.
 """
 
 import json
@@ -68,10 +70,10 @@ COLUMNS = {
 GLOSSARY = {
     "Puzzle, batch": "N cells of one donor, each of a different type, and the list of those N types. The annotator "
     "sees the most expressed genes of every cell and has to match cells and types.",
-    "Whole puzzles right (batch accuracy)": "Share of puzzles in which every cell has the right label. One swapped pair makes "
-    "the puzzle wrong.",
-    "Cells right (cell accuracy)": "Share of cells with the right label: the mean over puzzles of the share within each puzzle. "
-    "'Pooled' counts all cells of all puzzles together, so large puzzles weigh more.",
+    "Whole puzzles right (batch accuracy)": "Share of puzzles in which every cell has the right label. One swapped "
+    "pair makes the puzzle wrong.",
+    "Cells right (cell accuracy)": "Share of cells with the right label: the mean over puzzles of the share within "
+    "each puzzle. 'Pooled' counts all cells of all puzzles together, so large puzzles weigh more.",
     "Valid format": "Share of answers that can be read: reasoning, then exactly one label per cell. An answer that "
     "cannot be read has 0 cells right.",
     "Uniqueness": "Number of different labels given / number of cells, averaged over puzzles. Every cell has a type of "
@@ -80,8 +82,8 @@ GLOSSARY = {
     "an English word), or in words where no token counts were recorded.",
     "95 % interval": "The range in which the true value is likely to be, given the number of puzzles. Where the "
     "ranges of two numbers overlap widely, their difference may be chance.",
-    "Held-out donors, held-out cells": "Puzzles set aside for testing. The puzzles of held-out donors share no donor with "
-    "training; those of held-out cells share no cell with training, but they share donors.",
+    "Held-out donors, held-out cells": "Puzzles set aside for testing. The puzzles of held-out donors share no donor "
+    "with training; those of held-out cells share no cell with training, but they share donors.",
     "Unseen diseases": "Puzzles of donors whose disease does not occur in training.",
     "Published": "Copied from the tables of the Cell-o1 paper, not measured here.",
     "SFT": "Supervised fine-tuning: the model learns to imitate worked examples.",
@@ -105,8 +107,8 @@ LINKS = {
 def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
     """Write report.html into a run folder and return its path. The same folder gives the same bytes.
 
-    show: number of best and of worst puzzles. Raises UserError when the folder holds nothing to show, or when its predictions
-    and puzzles do not match.
+    show: number of best and of worst puzzles. Raises UserError when the folder holds nothing to show, or when its
+    predictions and puzzles do not match.
     """
     run_dir = Path(run_dir)
     summary, evaluations = read_run(run_dir)
@@ -190,8 +192,8 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         of_paper, published = published_beside(split, of_stage)
         if not published:
             lacking += missing(
-                f"No published numbers are shown beside {name}: this folder has neither their puzzles nor a metrics.json "
-                "that says which of the paper's tables fits them."
+                f"No published numbers are shown beside {name}: this folder has neither their puzzles nor a "
+                "metrics.json that says which of the paper's tables fits them."
             )
             continue
         compared.append(split)
@@ -206,9 +208,10 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
     bars = figure(
         batch_accuracy_svg(summary),
         "Whole puzzles right, by stage",
-        "The height is the share of puzzles with every cell right: higher is better. The thin line is the 95 % interval "
-        f"for this number of puzzles ({'as in the table' if with_intervals else 'Wilson, where the table has none'}); "
-        "where intervals overlap widely, the difference may be chance.",
+        "The height is the share of puzzles with every cell right: higher is better. The thin line is the 95 % "
+        "interval for this number of puzzles "
+        f"({'as in the table' if with_intervals else 'Wilson, where the table has none'}); where intervals overlap "
+        "widely, the difference may be chance.",
     )
     return section("results", "Results", f'{shown}{lacking}<div class="grid">{bars}<div>{notes}</div></div>{more}')
 
@@ -217,8 +220,8 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     intervals = any("intervals" in scores for stage in STAGES for scores in summary[stage].values())
     return (
         (
-            "Small print below a number is its 95 % interval (bootstrap over puzzles; an interval of a single value means that "
-            "all puzzles came out alike). "
+            "Small print below a number is its 95 % interval (bootstrap over puzzles; an interval of a single value "
+            "means that all puzzles came out alike). "
             if intervals
             else ""
         )
@@ -263,8 +266,8 @@ def _sizes(summary: dict[str, Any], evaluations: Evaluations) -> str:
             ours = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
             same = low <= min(sizes) and max(sizes) <= high
             sentence = (
-                f"have {ours} cells each, where guessing gets {guess} of the cells right; the paper's have {low} to {high} "
-                f"(guessing: {percent(1 / high)} to {percent(1 / low)}). "
+                f"have {ours} cells each, where guessing gets {guess} of the cells right; the paper's have {low} to "
+                f"{high} (guessing: {percent(1 / high)} to {percent(1 / low)}). "
                 + ("The task has the same size, but " if same else "That is another task size, and ")
                 + "the puzzles are others: a difference to the published numbers does not show which model is better."
             )

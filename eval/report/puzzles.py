@@ -51,11 +51,11 @@ def examples_of(answers: dict[str, list[Answered]]) -> list[Example]:
 
 
 def choose_examples(examples: list[Example], show: int) -> dict[str, list[Example]]:
-    """{"best", "worst": at most `show` examples each, "first": the first one of the file that is neither}; no puzzle twice.
+    """{"best", "worst": at most `show` examples each, "first": the first in the file that is neither}.
 
-    Best: the largest share of right cells after the last stage, then the largest gain over SFT, then the most cells. Worst: the
-    smallest share of right cells among answers that can be read (the others come last), then the largest loss. Ties stay in file
-    order.
+    Best: the largest share of right cells after the last stage, then the largest gain over SFT, then the most cells.
+    Worst: the smallest share of right cells among answers that can be read (the others come last), then the largest
+    loss. Ties stay in file order.
     """
 
     def right(one: Example) -> float:
@@ -90,15 +90,16 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
     unreadable = sum(not one.last.score.valid for one in examples)
     last = STAGE_NAMES[list(examples[0].answers)[-1]]
     says = (
-        f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with the most and with the fewest "
-        f"cells right {last} (among equal ones, those that changed most since SFT), and the first in the file that is neither. "
+        f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with the most and with the "
+        f"fewest cells right {last} (among equal ones, those that changed most since SFT), and the first in the file "
+        "that is neither. "
         + (
             f"{count(unreadable, 'answer')} {last} cannot be read; such a puzzle is shown only when there is no other. "
             if unreadable
             else ""
         )
-        + "Genes are in the order of the prompt, the most expressed first; genes in bold are known markers of the cell's true "
-        "type (data/atlas/markers.tsv). A tick means right, a cross wrong."
+        + "Genes are in the order of the prompt, the most expressed first; genes in bold are known markers of the "
+        "cell's true type (data/atlas/markers.tsv). A tick means right, a cross wrong."
     )
     markers = {normalise_label(label): set(entry.markers) for label, entry in read_markers().items()}
     parts = []
@@ -143,7 +144,8 @@ def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
         for stage, answered in one.answers.items()
     ]
     texts.append(details("The prompt, word for word", _pre(f"{puzzle.system_message}\n\n{puzzle.user_message}")))
-    return f"<article>{head}{prompt}{''.join(map(missing, notes))}{html_table(columns, rows, 'cells')}{''.join(texts)}</article>"
+    parts = [head, prompt, *map(missing, notes), html_table(columns, rows, "cells"), *texts]
+    return f"<article>{''.join(parts)}</article>"
 
 
 def _given(answered: Answered, cell: int) -> str:

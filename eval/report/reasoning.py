@@ -1,4 +1,7 @@
-"""The report page's section on reasoning, after Figure 6 of the paper. The reasoning is analysed by eval/traces/reading.py."""
+"""The report page's section on reasoning, after Figure 6 of the paper.
+
+The reasoning is analysed by eval/traces/reading.py.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +29,7 @@ Read = dict[str, list[tuple[Answered, TraceAnalysis]]]
 
 
 def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
-    """The section, for the first split with answers: habits, order, all numbers, and three answers drawn step by step."""
+    """The section, for the first split with answers: habits, order, all numbers, three answers drawn step by step."""
     split, of_stage = next(
         ((split, of) for split, of in evaluations.items() if any(one.answers for one in of.values())), ("", {})
     )
@@ -43,8 +46,8 @@ def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
     n = max(len(pairs) for pairs in found.values())
     cut = any(len(one.answers) > ANSWERS_READ for one in of_stage.values())
     intro = note(
-        f"{'The first ' if cut else ''}{count(n, 'answer')} of each stage, on {split_name(summary, split)}. A step is a place "
-        "where the reasoning gives a cell a label, or another label than before. Steps are found by rules "
+        f"{'The first ' if cut else ''}{count(n, 'answer')} of each stage, on {split_name(summary, split)}. A step is "
+        "a place where the reasoning gives a cell a label, or another label than before. Steps are found by rules "
         "(eval/traces/reading.py), not by a human reader: look at examples before you quote a share."
     )
     figures = f'<div class="grid">{_habits(summaries)}{_along(summaries)}</div>'
@@ -63,9 +66,9 @@ def _habits(summaries: dict[str, TraceSummary]) -> str:
         values = {stage: getattr(one, field) for stage, one in summaries.items()}
         rows.append(Dots(label, {stage: (value, None) for stage, value in values.items() if value is not None}))
     caption = (
-        "After Figure 6 of the paper. Share of answers in which each of these happens. Changing one's mind (self-reflection) is "
-        "good when it corrects errors: see the table. Contradictions, types outside the list and one label at two cells are "
-        "faults, so their points should lie on the left."
+        "After Figure 6 of the paper. Share of answers in which each of these happens. Changing one's mind "
+        "(self-reflection) is good when it corrects errors: see the table. Contradictions, types outside the list and "
+        "one label at two cells are faults, so their points should lie on the left."
     )
     return figure(dots_svg("Habits of the reasoning", rows), "Habits of the reasoning", caption)
 
@@ -73,9 +76,9 @@ def _habits(summaries: dict[str, TraceSummary]) -> str:
 def _along(summaries: dict[str, TraceSummary]) -> str:
     rows = {stage: one.by_position for stage, one in summaries.items() if one.by_position}
     caption = (
-        "Share of labels that are right when the reasoning first gives them, from the first cell that it assigns to the last. A "
-        "falling line means that easy cells come first (curriculum order), or that errors add up; a flat line means no order by "
-        "ease."
+        "Share of labels that are right when the reasoning first gives them, from the first cell that it assigns to "
+        "the last. A falling line means that easy cells come first (curriculum order), or that errors add up; a flat "
+        "line means no order by ease."
     )
     return figure(along_svg(rows), "Accuracy along the reasoning", caption)
 
@@ -116,8 +119,8 @@ MEASURES = (
     (
         "Easy cells first",
         _order,
-        "Rank correlation of how early a cell is assigned with how often its type is right: +1 easy first, -1 hard first, 0 "
-        "neither; below it the 95 % interval.",
+        "Rank correlation of how early a cell is assigned with how often its type is right: +1 easy first, -1 hard "
+        "first, 0 neither; below it the 95 % interval.",
     ),
     (
         "Right in the first third, in the last third",
@@ -148,7 +151,8 @@ MEASURES = (
     (
         "Answers that name a type outside the list",
         lambda s: f"{share(s.outside)}{_named(s)}",
-        "Mentioned, or given as a label; no cell of the puzzle is of such a type. A lower bound: rare names are not recognised.",
+        "Mentioned, or given as a label; no cell of the puzzle is of such a type. A lower bound: rare names are not "
+        "recognised.",
     ),
 )
 
@@ -160,10 +164,10 @@ def _named(summary: TraceSummary) -> str:
 
 
 def choose_diagrams(pairs: list[tuple[Answered, TraceAnalysis]]) -> dict[str, tuple[Answered, TraceAnalysis]]:
-    """{why: answer to draw}, at most three answers to different puzzles: one that changes its mind, a bad one, a good one.
+    """{why: answer to draw}, of different puzzles: one that changes its mind, a bad one and a good one.
 
-    Answers whose changes lead to the right label come first, then those with the most changes. Bad and good answers have at
-    least one step and can be read.
+    Answers whose changes lead to the right label come first, then those with the most changes. Bad and good answers
+    have at least one step and can be read.
     """
 
     def share_right(pair: tuple[Answered, TraceAnalysis]) -> float:
@@ -191,10 +195,11 @@ def choose_diagrams(pairs: list[tuple[Answered, TraceAnalysis]]) -> dict[str, tu
 def _diagrams(found: Read) -> str:
     last = list(found)[-1]
     says = note(
-        f"Answers {STAGE_NAMES[last]}, to be read from top to bottom. Every line is a step of the reasoning, marked in the "
-        "column of the cell that it assigns. A tick is a right label, a cross a wrong one; a vertical line from one mark to "
-        "another is a change of mind. Marks that run evenly from left to right follow the numbers of the cells; an order by "
-        "ease jumps. The last line is the answer itself. A narrow screen shows the steps without the columns."
+        f"Answers {STAGE_NAMES[last]}, to be read from top to bottom. Every line is a step of the reasoning, marked in "
+        "the column of the cell that it assigns. A tick is a right label, a cross a wrong one; a vertical line from "
+        "one mark to another is a change of mind. Marks that run evenly from left to right follow the numbers of the "
+        "cells; an order by ease jumps. The last line is the answer itself. A narrow screen shows the steps without "
+        "the columns."
     )
     parts = [_diagram(why, *pair) for why, pair in choose_diagrams(found[last]).items()]
     return f"<h3>Step by step</h3>{says}{''.join(parts)}"
@@ -217,7 +222,8 @@ def _diagram(why: str, answered: Answered, analysis: TraceAnalysis) -> str:
     else:
         lanes = '<td class="lane"></td>' * len(analysis.truth)
     rows.append(f'<tr class="end"><th scope="row">end</th>{lanes}<td class="says">{_end(answered, analysis)}</td></tr>')
-    head = f'<thead><tr><th scope="col">step</th>{heads}<th scope="col" class="says">what the reasoning says</th></tr></thead>'
+    says = '<th scope="col" class="says">what the reasoning says</th>'
+    head = f'<thead><tr><th scope="col">step</th>{heads}{says}</tr></thead>'
     return (
         f'<article><h4>{escape(title)}</h4><table class="lanes">{head}<tbody>{"".join(rows)}</tbody></table></article>'
     )

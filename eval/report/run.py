@@ -109,7 +109,7 @@ def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, sum
 def mismatches(
     file: str, answers: list[Answered], result: dict[str, Any], summary: dict[str, Any], n_puzzles: int
 ) -> list[str]:
-    """A sentence when a file of predictions does not fit the metrics.json beside it, or summary.json, or lacks puzzles."""
+    """A sentence when predictions do not fit the metrics.json beside them, or summary.json, or lack puzzles."""
     source, stated = ("the metrics.json beside it", result) if result else ("summary.json", summary)
     numbers = metrics_of([one.score for one in answers]).to_dict()
     compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
@@ -133,7 +133,10 @@ def _first_answers(answers: list[Answered], puzzles: list[Puzzle]) -> list[Answe
 
 
 def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[Answered]:
-    """The scored answers of a file, in its order; [] when there is no file. Rows match by id, or by order when no row has one."""
+    """The scored answers of a file, in its order; [] when there is no file.
+
+    Rows match by id, or by order when no row has one.
+    """
     rows = read_rows(path) if path.is_file() else []
     if not any("id" in row for row in rows):
         if len(rows) > len(puzzles):
@@ -163,7 +166,7 @@ def _text(row: dict[str, Any]) -> str | None:
 
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], Evaluations]:
-    """(summary, evaluations) of a run folder. The summary is summary.json, if there is one, completed as by `completed`.
+    """(summary, evaluations) of a run folder. The summary is summary.json, if there is one, after `completed`.
 
     Raises UserError when a file cannot be read.
     """
@@ -178,7 +181,9 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], Evaluations]:
 
 
 def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
-    """The summary with the numbers of the metrics.json files in place of its own. Answers without any numbers are scored.
+    """The summary with the numbers of the metrics.json files in place of its own.
+
+    Answers without any numbers are scored.
 
     All numbers of a split come from one evaluation: an interval that metrics.json lacks is not taken from the summary.
     """

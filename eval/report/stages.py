@@ -1,6 +1,7 @@
 """The figures of the report page that compare stages: by number of cells, by group, along the reasoning.
 
-Inline SVG in the page's colours (eval/report/figures.py). Stages differ in the shape of their points as well as in colour.
+Inline SVG in the page's colours (eval/report/figures.py). Stages differ in the shape of their points as well as in
+colour.
 """
 
 import textwrap
@@ -65,7 +66,10 @@ def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
 
 
 def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
-    """Histograms of the share of cells right, a panel per stage. found: {stage: result of eval.breakdowns.distribution}."""
+    """Histograms of the share of cells right, a panel per stage.
+
+    found: {stage: result of eval.breakdowns.distribution}.
+    """
     with page_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(found)), layout="constrained")
         panels = figure.subplots(len(found), 1, sharex=True, sharey=True, squeeze=False)[:, 0]

@@ -1,7 +1,7 @@
 """The report page's tables of single cells combined into batches (Table 11) and of answers by similarity (Table 12).
 
-The published rows of these tables are shown here, beside the same measures of ours, and not beside the metrics of the puzzles
-themselves, which measure something else.
+The published rows of these tables are shown here, beside the same measures of ours, and not beside the metrics of the
+puzzles themselves, which measure something else.
 """
 
 from typing import Any
@@ -24,7 +24,10 @@ DIGITS = {"response_length": 0, "mean_similarity": 3}
 
 
 def variant_table(variant: str, name: str, of_stage: dict[str, Evaluation]) -> str:
-    """The table of a split whose puzzles are single cells ("cell") or open-ended ("open"). name: the name of the split."""
+    """The table of a split whose puzzles are single cells ("cell") or open-ended ("open").
+
+    name: the name of the split.
+    """
     published = comparable(variant, [])["rows"]
     if variant == "cell":
         title, columns = f"Single cells put together into batches: {name} (Table 11)", BATCH_COLUMNS

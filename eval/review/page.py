@@ -1,7 +1,7 @@
 """Blind review: the page on which experts compare pairs of answers, and its key.
 
-The page (review.html) shows anonymous answers, left and right at random. Only the key says which model gave which answer. A
-reviewer's exported file carries the id of its page, which is also in the key. Command: launch/review.py.
+The page (review.html) shows anonymous answers, left and right at random. Only the key says which model gave which
+answer. A reviewer's exported file carries the id of its page, which is also in the key. Command: launch/review.py.
 """
 
 import hashlib
@@ -92,8 +92,8 @@ def make_review(
 ) -> Review:
     """Page and key of at most `cases` puzzles. Raises UserError when no puzzle has two different answers.
 
-    answers: {model: {puzzle id: text}} of two models. Order and sides depend on the seed and on the answers, so a reviewer, who
-    has only the page, cannot compute them.
+    answers: {model: {puzzle id: text}} of two models. Order and sides depend on the seed and on the answers, so a
+    reviewer, who has only the page, cannot compute them.
     """
     first, second = answers
     both = [puzzle for puzzle in puzzles if puzzle.id in answers[first] and puzzle.id in answers[second]]
@@ -147,7 +147,10 @@ def make_review(
 
 
 def stratified(puzzles: list[Puzzle], wanted: int, rng: random.Random) -> list[Puzzle]:
-    """At most `wanted` puzzles in random order. Each number of cells keeps its share of the puzzles, to within one puzzle."""
+    """At most `wanted` puzzles in random order.
+
+    Each number of cells keeps its share of the puzzles, to within one puzzle.
+    """
     sizes: dict[int, list[Puzzle]] = defaultdict(list)
     for puzzle in puzzles:
         sizes[len(puzzle.cells)].append(puzzle)
@@ -162,7 +165,7 @@ def stratified(puzzles: list[Puzzle], wanted: int, rng: random.Random) -> list[P
 
 
 def _case(puzzle: Puzzle, texts: list[str], show_truth: bool) -> dict[str, Any]:
-    """A puzzle with its left and right answer as the page holds them: without id, model or length; the truth only if shown."""
+    """A puzzle with its left and right answer for the page: no id, model or length, and the truth only if shown."""
     case: dict[str, Any] = {"context": puzzle.context, "candidates": puzzle.candidates, "cells": puzzle.cells}
     case |= {"answers": [], **({"truth": puzzle.answer} if show_truth else {})}
     for text in texts:

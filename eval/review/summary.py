@@ -19,7 +19,10 @@ VERDICTS = ("left", "tie", "right")
 
 
 def read_review(path: str | Path, key: dict[str, Any]) -> dict[str, Any]:
-    """A reviewer's exported file, checked against the key. Raises UserError that names the file and what is wrong with it."""
+    """A reviewer's exported file, checked against the key.
+
+    Raises UserError that names the file and what is wrong with it.
+    """
     review = read_object(path)
     if review.get("kind") != KIND:
         raise UserError(f"{path}: not a review; give the file that the page's Export button made")
@@ -59,13 +62,17 @@ def _entry_problem(entry: Any, case: dict[str, Any], key: dict[str, Any]) -> str
 
 
 def merge_reviews(reviews: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
-    """The summary of the reviews of one page. Raises UserError for two reviews by one reviewer, or when no case is judged."""
+    """The summary of the reviews of one page.
+
+    Raises UserError for two reviews by one reviewer, or when no case is judged.
+    """
     seen: dict[str, str] = {}
     for review in reviews:
         name = review["reviewer"].casefold()
         if name in seen:
             raise UserError(
-                f"{review['file']}: a second review by {review['reviewer']}, after {seen[name]}; give one file per reviewer"
+                f"{review['file']}: a second review by {review['reviewer']}, after {seen[name]}; give one file per "
+                "reviewer"
             )
         seen[name] = review["file"]
     first, second = key["models"]
@@ -124,8 +131,8 @@ def _result(counts: np.ndarray, key: dict[str, Any]) -> dict[str, Any]:
 def _errors(reviews: list[dict[str, Any]], key: dict[str, Any], model: str) -> dict[str, Any]:
     """{types, wrong_places, marked_though_right}: the errors that reviewers marked on a model's answers, by type.
 
-    wrong_places counts the wrong cells that the reviewers saw. All cells of an unreadable answer are wrong; it counts as one
-    place.
+    wrong_places counts the wrong cells that the reviewers saw. All cells of an unreadable answer are wrong; it counts
+    as one place.
     """
     types, wrong, on_right = Counter(dict.fromkeys(key["error_types"], 0)), 0, 0
     for review in reviews:
@@ -167,8 +174,8 @@ def cohen_kappa(first: list[int], second: list[int], linear: bool = False) -> fl
     """Agreement of two raters beyond chance: 1 - observed / expected disagreement. Ratings: 0 loss, 1 tie, 2 win.
 
     Cohen 1960 (doi:10.1177/001316446002000104). linear: disagreement is weighted by distance, Cohen 1968
-    (doi:10.1037/h0026256). None where no disagreement is expected by chance: no ratings, or both raters always gave the same
-    one rating.
+    (doi:10.1037/h0026256). None where no disagreement is expected by chance: no ratings, or both raters always gave the
+    same one rating.
     """
     if not first:
         return None
@@ -248,8 +255,8 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
     parts = [
         f"# Blind review: {models[0]} against {models[1]}",
         f"{summary['judgements']} judgements of {summary['cases_judged']} of {summary['cases']} cases. The reviewers "
-        f"{'saw' if summary['show_truth'] else 'did not see'} the true cell types. In brackets: 95 % bootstrap interval, over "
-        f"cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
+        f"{'saw' if summary['show_truth'] else 'did not see'} the true cell types. In brackets: 95 % bootstrap "
+        f"interval, over cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
         _markdown_rows(("model", *columns, "win rate"), results),
         "## Errors marked",
         f"Counted over cells and reviewers; an answer that cannot be read counts as one cell. {WORDING}",

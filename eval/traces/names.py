@@ -1,4 +1,4 @@
-"""Find what a line of a reasoning trace names: cell types, known or not, and cells; and lists and tables that pair the two.
+"""Find what a line of a reasoning trace names: cell types and cells, and the lists and tables that pair the two.
 
 Used by eval/traces/reading.py; its docstring says what counts as a name.
 """
@@ -17,35 +17,37 @@ from reward.cellpuzzles import normalise_label
 COMMON = tuple(
     " ".join(
         """
-adipocyte, preadipocyte, chondrocyte, osteoblast, osteoclast, osteocyte, tenocyte, synoviocyte, myofibroblast, mesenchymal stem
-cell, myoblast, myocyte, myotube, skeletal muscle satellite cell, skeletal muscle fiber, cardiac muscle cell, telocyte,
-interstitial cell of Cajal, juxtaglomerular cell, hepatic stellate cell, pericardial cell, fibrocyte, odontoblast, ameloblast,
-cementoblast, nucleus pulposus cell, notochordal cell, neutrophil, eosinophil, basophil, megakaryocyte, erythrocyte,
-reticulocyte, proerythroblast, normoblast, promyelocyte, myelocyte, myeloblast, lymphoblast, innate lymphoid cell, Kupffer
-cell, Langerhans cell, Hofbauer cell, histiocyte, thymocyte, follicular dendritic cell, centroblast, centrocyte,
-myeloid-derived suppressor cell, common lymphoid progenitor, common myeloid progenitor, megakaryocyte-erythroid progenitor
-cell, hemocytoblast, angioblast, hemangioblast, liver sinusoidal endothelial cell, endocardial cell, littoral cell, foveolar
-cell, gastric chief cell, parietal cell, enterochromaffin cell, enterochromaffin-like cell, colonocyte, BEST4-positive
-enterocyte, tuft cell, brush cell, hepatocyte, cholangiocyte, hepatoblast, oval cell, acinar cell, ductal cell, centroacinar
-cell, epsilon cell, stellate cell, ciliated cell, basal cell, hillock cell, ionocyte, pneumocyte, deuterosomal
-cell, serous cell, mucous neck cell, mucous cell, pulmonary neuroendocrine cell, neuroendocrine cell, clara cell,
-bronchioalveolar stem cell, keratinocyte, melanocyte, Merkel cell, sebocyte, corneocyte, trichocyte, eccrine sweat gland cell,
-hair follicle cell, dermal papilla cell, outer root sheath cell, urothelial cell, umbrella cell, macula densa cell,
-intercalated cell, principal cell, proximal tubule cell, luminal epithelial cell, myoepithelial cell, lactocyte, mammary basal
-cell, prostate basal cell, prostate luminal cell, thyrocyte, thyroid follicular cell, parafollicular cell, parathyroid chief
-cell, oxyphil cell, chromaffin cell, adrenocortical cell, zona glomerulosa cell, corticotroph, gonadotroph, lactotroph,
-somatotroph, thyrotroph, melanotroph, pituicyte, pinealocyte, tanycyte, Sertoli cell, Leydig cell, peritubular myoid cell,
-spermatocyte, spermatid, spermatogonium, spermatogonial stem cell, germ cell, primordial germ cell, oocyte, oogonium, granulosa
-cell, theca cell, luteal cell, cumulus cell, decidual cell, trophoblast, cytotrophoblast, syncytiotrophoblast, extravillous
-trophoblast, amniocyte, astrocyte, oligodendrocyte, oligodendrocyte precursor cell, microglial cell, ependymal cell, choroid
-plexus cell, radial glial cell, neural stem cell, neural progenitor cell, neural crest cell, neuroblast, glioblast, neuron,
-interneuron, motor neuron, sensory neuron, glutamatergic neuron, GABAergic neuron, dopaminergic neuron, serotonergic neuron,
-cholinergic neuron, pyramidal neuron, Purkinje cell, cerebellar granule cell, granule cell, medium spiny neuron, Golgi cell,
-basket cell, chandelier cell, Cajal-Retzius cell, satellite glial cell, enteric glial cell, olfactory ensheathing cell,
-olfactory sensory neuron, sustentacular cell, Mueller cell, rod photoreceptor cell, cone photoreceptor cell, photoreceptor
-cell, retinal bipolar cell, bipolar cell, amacrine cell, horizontal cell, retinal ganglion cell, retinal pigment epithelial
-cell, lens fiber cell, corneal epithelial cell, conjunctival epithelial cell, trabecular meshwork cell, hair cell, inner hair
-cell, outer hair cell, Deiters cell, taste receptor cell, embryonic stem cell, blastomere, fibroadipogenic progenitor cell
+adipocyte, preadipocyte, chondrocyte, osteoblast, osteoclast, osteocyte, tenocyte, synoviocyte, myofibroblast,
+mesenchymal stem cell, myoblast, myocyte, myotube, skeletal muscle satellite cell, skeletal muscle fiber, cardiac
+muscle cell, telocyte, interstitial cell of Cajal, juxtaglomerular cell, hepatic stellate cell, pericardial cell,
+fibrocyte, odontoblast, ameloblast, cementoblast, nucleus pulposus cell, notochordal cell, neutrophil, eosinophil,
+basophil, megakaryocyte, erythrocyte, reticulocyte, proerythroblast, normoblast, promyelocyte, myelocyte, myeloblast,
+lymphoblast, innate lymphoid cell, Kupffer cell, Langerhans cell, Hofbauer cell, histiocyte, thymocyte, follicular
+dendritic cell, centroblast, centrocyte, myeloid-derived suppressor cell, common lymphoid progenitor, common myeloid
+progenitor, megakaryocyte-erythroid progenitor cell, hemocytoblast, angioblast, hemangioblast, liver sinusoidal
+endothelial cell, endocardial cell, littoral cell, foveolar cell, gastric chief cell, parietal cell, enterochromaffin
+cell, enterochromaffin-like cell, colonocyte, BEST4-positive enterocyte, tuft cell, brush cell, hepatocyte,
+cholangiocyte, hepatoblast, oval cell, acinar cell, ductal cell, centroacinar cell, epsilon cell, stellate cell,
+ciliated cell, basal cell, hillock cell, ionocyte, pneumocyte, deuterosomal cell, serous cell, mucous neck cell,
+mucous cell, pulmonary neuroendocrine cell, neuroendocrine cell, clara cell, bronchioalveolar stem cell, keratinocyte,
+melanocyte, Merkel cell, sebocyte, corneocyte, trichocyte, eccrine sweat gland cell, hair follicle cell, dermal
+papilla cell, outer root sheath cell, urothelial cell, umbrella cell, macula densa cell, intercalated cell, principal
+cell, proximal tubule cell, luminal epithelial cell, myoepithelial cell, lactocyte, mammary basal cell, prostate basal
+cell, prostate luminal cell, thyrocyte, thyroid follicular cell, parafollicular cell, parathyroid chief cell, oxyphil
+cell, chromaffin cell, adrenocortical cell, zona glomerulosa cell, corticotroph, gonadotroph, lactotroph, somatotroph,
+thyrotroph, melanotroph, pituicyte, pinealocyte, tanycyte, Sertoli cell, Leydig cell, peritubular myoid cell,
+spermatocyte, spermatid, spermatogonium, spermatogonial stem cell, germ cell, primordial germ cell, oocyte, oogonium,
+granulosa cell, theca cell, luteal cell, cumulus cell, decidual cell, trophoblast, cytotrophoblast,
+syncytiotrophoblast, extravillous trophoblast, amniocyte, astrocyte, oligodendrocyte, oligodendrocyte precursor cell,
+microglial cell, ependymal cell, choroid plexus cell, radial glial cell, neural stem cell, neural progenitor cell,
+neural crest cell, neuroblast, glioblast, neuron, interneuron, motor neuron, sensory neuron, glutamatergic neuron,
+GABAergic neuron, dopaminergic neuron, serotonergic neuron, cholinergic neuron, pyramidal neuron, Purkinje cell,
+cerebellar granule cell, granule cell, medium spiny neuron, Golgi cell, basket cell, chandelier cell, Cajal-Retzius
+cell, satellite glial cell, enteric glial cell, olfactory ensheathing cell, olfactory sensory neuron, sustentacular
+cell, Mueller cell, rod photoreceptor cell, cone photoreceptor cell, photoreceptor cell, retinal bipolar cell, bipolar
+cell, amacrine cell, horizontal cell, retinal ganglion cell, retinal pigment epithelial cell, lens fiber cell, corneal
+epithelial cell, conjunctival epithelial cell, trabecular meshwork cell, hair cell, inner hair cell, outer hair cell,
+Deiters cell, taste receptor cell, embryonic stem cell, blastomere, fibroadipogenic progenitor cell
 """.split()
     ).split(", ")
 )
@@ -53,33 +55,37 @@ cell, outer hair cell, Deiters cell, taste receptor cell, embryonic stem cell, b
 _SYNONYMS = [
     [tuple(side.split()) for side in pair.split("=")]
     for pair in """
-natural killer cell = nk cell; dendritic cell = dc; regulatory t cell = treg; t cell = t lymphocyte; b cell = b lymphocyte;
-endothelial cell of lymphatic vessel = lymphatic endothelial cell; alveolar type 1 cell = at1; alveolar type 2 cell = at2;
-endothelial cell = endothelium; type b pancreatic cell = beta cell; pancreatic a cell = alpha cell;
-pancreatic d cell = delta cell; microglial cell = microglia; cardiac muscle cell = cardiomyocyte; malignant cell = tumor cell;
-malignant cell = cancer cell; erythrocyte = red blood cell;
-oligodendrocyte precursor cell = oligodendrocyte progenitor cell; mueller cell = muller cell; microglial cell = microglia cell;
-oligodendrocyte precursor cell = opc; hematopoietic stem cell = hsc; plasmacytoid dendritic cell = pdc
+natural killer cell = nk cell; dendritic cell = dc; regulatory t cell = treg; t cell = t lymphocyte; b cell = b
+lymphocyte; endothelial cell of lymphatic vessel = lymphatic endothelial cell; alveolar type 1 cell = at1; alveolar
+type 2 cell = at2; endothelial cell = endothelium; type b pancreatic cell = beta cell; pancreatic a cell = alpha cell;
+pancreatic d cell = delta cell; microglial cell = microglia; cardiac muscle cell = cardiomyocyte; malignant cell =
+tumor cell; malignant cell = cancer cell; erythrocyte = red blood cell; oligodendrocyte precursor cell =
+oligodendrocyte progenitor cell; mueller cell = muller cell; microglial cell = microglia cell; oligodendrocyte
+precursor cell = opc; hematopoietic stem cell = hsc; plasmacytoid dendritic cell = pdc
 """.split(";")
 ]
 """[[words of a label, words of a synonym of it], ...]"""
 _BROAD = frozenset(
-    "cell immune myeloid lymphoid blood white red hematopoietic haematopoietic stromal mesenchymal epithelial endothelial "
-    "structural connective tissue vascular vessel muscle glial neural neuronal lymphocyte leukocyte phagocyte granulocyte "
-    "phagocytic cytotoxic effector progenitor precursor stem secretory barrier lineage innate adaptive professional antigen "
-    "presenting antibody secreting specialized specialised differentiated undifferentiated immature mature inflammatory "
-    "mononuclear parenchymal airway".split()
+    """
+cell immune myeloid lymphoid blood white red hematopoietic haematopoietic stromal mesenchymal epithelial endothelial
+structural connective tissue vascular vessel muscle glial neural neuronal lymphocyte leukocyte phagocyte granulocyte
+phagocytic cytotoxic effector progenitor precursor stem secretory barrier lineage innate adaptive professional antigen
+presenting antibody secreting specialized specialised differentiated undifferentiated immature mature inflammatory
+mononuclear parenchymal airway
+""".split()
 )
-"""Words of classes of cell types ("an epithelial cell"). A class is coarser than a label, so it is no change of mind."""
+"""Words of classes of cell types ("an epithelial cell"). A class is coarser than a label, so it changes no label."""
 _NO_TYPE = frozenset(
-    "a activated active an and any are as at be best better by certain challenging clear clearly close common complex couple "
-    "cycling dead different difficult distinct dividing doubtful dying each easy entire expressed expressing few final first "
-    "for from gene given good great group hard healthy high human i in interesting its key kind last likely list low marker mix "
-    "mixed more most multi multiple my negative neighboring new next no normal not of on one only or other our particular "
-    "plausible poor poorly positive potential primary proliferating proliferative puzzling quality quick rare real remaining "
-    "respective resting rich same second sense set similar simple single small so some specific stage strange stressed strong "
-    "subset such sure target that their these third this those to top tough tricky true type typical unassigned uncertain "
-    "unclear unique unknown unlabeled unusual very weak weird which whole with wrong your".split()
+    """
+a activated active an and any are as at be best better by certain challenging clear clearly close common complex
+couple cycling dead different difficult distinct dividing doubtful dying each easy entire expressed expressing few
+final first for from gene given good great group hard healthy high human i in interesting its key kind last likely
+list low marker mix mixed more most multi multiple my negative neighboring new next no normal not of on one only or
+other our particular plausible poor poorly positive potential primary proliferating proliferative puzzling quality
+quick rare real remaining respective resting rich same second sense set similar simple single small so some specific
+stage strange stressed strong subset such sure target that their these third this those to top tough tricky true type
+typical unassigned uncertain unclear unique unknown unlabeled unusual very weak weird which whole with wrong your
+""".split()
 )
 """Words that do not belong to a name of a cell type: "a single cell", "a CD3-positive cell"."""
 _pattern = partial(re.compile, flags=re.I)
@@ -100,16 +106,16 @@ _KIND = (
     r"[a-z]*neurons?))"
 )
 _UNKNOWN = _pattern(
-    r"(?:(?:\b(?:is|are|as|be|becomes?)|\b(?:it|that|this)'s)[ \t]+(?:(?:now|then|actually|really|indeed|most|likely|clearly|"
-    r"definitely|probably|therefore|thus)[ \t]+){0,2}an?[ \t]+"
+    r"(?:(?:\b(?:is|are|as|be|becomes?)|\b(?:it|that|this)'s)[ \t]+(?:(?:now|then|actually|really|indeed|most|likely|"
+    r"clearly|definitely|probably|therefore|thus)[ \t]+){0,2}an?[ \t]+"
     + _KIND
     + r"(?=\s*(?:[.,;:!?()|\]]|$|\b(?:with|based|because|"
-    r"since|given|due|as|and|by|in|from|rather|instead|not|here|for|too|but|so)\b|-[ \t])))|(?:(?:[:=>]|\bso)[ \t]+(?:an?[ \t]+)?"
-    + _KIND
-    + r"(?=\s*(?:[.,;!()|\]]|$)))"
+    r"since|given|due|as|and|by|in|from|rather|instead|not|here|for|too|but|so)\b|-[ \t])))|(?:(?:[:=>]|"
+    r"\bso)[ \t]+(?:an?[ \t]+)?" + _KIND + r"(?=\s*(?:[.,;!()|\]]|$)))"
 )
 _CELL = _pattern(
-    r"\bcells[\s#]+(\d{1,3}(?:\s*(?:(?:,\s*)?and|[,&-]|to)\s*#?\d{1,3})*)\b|\bcell(?:\s+(?:no\.|number))?[\s#_-]*(\d{1,3})\b"
+    r"\bcells[\s#]+(\d{1,3}(?:\s*(?:(?:,\s*)?and|[,&-]|to)\s*#?\d{1,3})*)\b|\bcell(?:\s+(?:no\.|"
+    r"number))?[\s#_-]*(\d{1,3})\b"
 )
 _NUMBERED = re.compile(r"\s*(?:-\s*)?\(?(\d{1,3})\s*(?:[:=]|-*>)\s*(?=\S)")
 _BARE = re.compile(r"[\s|]*(?:-\s*)?\(?(\d{1,3})[.):]?\s*[-:=>|]*\s*")
@@ -174,7 +180,7 @@ def known_labels(puzzles: Iterable[Puzzle], more: Iterable[str] = ()) -> tuple[s
 
 @lru_cache(maxsize=4096)
 def _words(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, word) of each word, normalised: lower case, singular, without "the", "+" and Greek letters spelled out."""
+    """(start, end, word) of each word: lower case, singular, no "the", with "+" and Greek letters spelled out."""
     found: list[tuple[int, int, str]] = []
     for match in _WORD.finditer(text):
         word, end = match[0].lower(), match.end()
@@ -225,7 +231,7 @@ def _common() -> dict[tuple[str, ...], str]:
 
 
 def _as_candidate(form: tuple[str, ...], candidates: dict[str, frozenset[str]]) -> tuple[str | None, bool] | None:
-    """(candidate, True) for the one candidate that has all words of a name; (None, True) for several; None for no candidate."""
+    """(candidate, True) for the one candidate that has all words of a name; (None, True) for several; else None."""
     having = [label for label, words in candidates.items() if words.issuperset(form)]
     return (having[0] if len(having) == 1 else None, True) if having else None
 
@@ -295,7 +301,7 @@ def find_cells(text: str, n_cells: int, names: list[Name]) -> list[Cells]:
 
 
 def find_pairs(lines: list[str], named: list[list[Name]], n_cells: int, candidates: list[str]) -> Pairs:
-    """{line: [(cell, label), ...]} of tables, of numbered lists 1 to N of bare labels, and of N labels joined by "|"."""
+    """{line: [(cell, label), ...]} of tables, numbered lists 1 to N of bare labels, and N labels joined by "|"."""
     found = _tables(lines, named, n_cells, candidates)
     run: list[tuple[int, Name]] = []
     for number, line in enumerate(lines):

@@ -1,29 +1,30 @@
 """Read a reasoning trace: which label it gives to which cell, in what order, and where it changes its mind.
 
-Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6: self-reflection (a cell gets another label later) and curriculum order
-(easy cells first). The paper does not publish how it recognised a step. These rules are ours:
+Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6: self-reflection (a cell gets another label later) and curriculum
+order (easy cells first). The paper does not publish how it recognised a step. These rules are ours:
 
-Names. Labels are compared word by word, the longest first. Case, plural, hyphens, commas, quotes and Markdown do not matter. The
-    "T cell" in "CD8-positive, alpha-beta T cell" is no T cell. A short form ("CD8 T cell", "NK", "macrophage") means the one
-    candidate that it fits; if it fits several, it is no name. Any other type is outside the candidate list: a known one
-    (data/atlas/markers.tsv, the puzzles' labels, common types in eval/traces/names.py), or an unknown one, recognised where a
-    name follows "is a", "->" or "so" and ends in "cell", "-cyte", "neuron" or the like. A class of types ("an epithelial
-    cell") is no label: it counts as outside the list only when the cell gets no label. Unknown names in other phrases are
-    missed, so the number of types outside the list is a lower bound.
-Cells. Recognised are "Cell 3", "cell #3", "Cells 2, 5 and 7-9", a line "3: ..." or "3 -> ...", a numbered list of N bare labels
-    (unless it repeats the candidates in their order), a table with a column of cells, and N labels joined by "|". A sentence
-    without a cell is about the cell of its line, list item or section: in running prose the cell named last; in a list item
-    the item's own cell, until the item turns to another cell within a few words ("For Cell 2 ..."). "seen in Cell 2" and
-    "unlike Cell 2" are only references.
-Claims. A label belongs to the cell before it in the sentence, or to the cell that it points at ("mast cell (Cell 1)", "mast cell
-    for Cell 1"). After a word of decision (is, so, suggests, fits, ->, ...) it is a strong claim; of several strong claims
-    about one cell the last one in the clause counts. A single label without such a word ("genes of type 2 cells", "T-cell
-    markers") is a weak claim. It counts only for a cell that has no label yet, and only if the first strong claim about the
-    cell, if there is one, names the same label. No claim is a label that is tentative (could be, maybe, either, if, a
-    question), joined with another by "or", "vs" or "and", negated (not, lacks, rather than, unlikely, ruled out), part of a
-    rule ("B cells express"), or outside the list without "is a ...", "-> ..." or the like.
-Steps. A claim is a step when it gives a cell its first label, or a label that differs from the one it has. Otherwise it is a
-    restatement.
+Names. Labels are compared word by word, the longest first. Case, plural, hyphens, commas, quotes and Markdown do not
+    matter. The "T cell" in "CD8-positive, alpha-beta T cell" is no T cell. A short form ("CD8 T cell", "NK",
+    "macrophage") means the one candidate that it fits; if it fits several, it is no name. Any other type is outside the
+    candidate list: a known one (data/atlas/markers.tsv, the puzzles' labels, common types in eval/traces/names.py), or
+    an unknown one, recognised where a name follows "is a", "->" or "so" and ends in "cell", "-cyte", "neuron" or the
+    like. A class of types ("an epithelial cell") is no label: it counts as outside the list only when the cell gets no
+    label. Unknown names in other phrases are missed, so the number of types outside the list is a lower bound.
+Cells. Recognised are "Cell 3", "cell #3", "Cells 2, 5 and 7-9", a line "3: ..." or "3 -> ...", a numbered list of N
+    bare labels (unless it repeats the candidates in their order), a table with a column of cells, and N labels joined
+    by "|". A sentence without a cell is about the cell of its line, list item or section: in running prose the cell
+    named last; in a list item the item's own cell, until the item turns to another cell within a few words ("For Cell 2
+    ..."). "seen in Cell 2" and "unlike Cell 2" are only references.
+Claims. A label belongs to the cell before it in the sentence, or to the cell that it points at ("mast cell (Cell 1)",
+    "mast cell for Cell 1"). After a word of decision (is, so, suggests, fits, ->, ...) it is a strong claim; of several
+    strong claims about one cell the last one in the clause counts. A single label without such a word ("genes of type 2
+    cells", "T-cell markers") is a weak claim. It counts only for a cell that has no label yet, and only if the first
+    strong claim about the cell, if there is one, names the same label. No claim is a label that is tentative (could be,
+    maybe, either, if, a question), joined with another by "or", "vs" or "and", negated (not, lacks, rather than,
+    unlikely, ruled out), part of a rule ("B cells express"), or outside the list without "is a ...", "-> ..." or the
+    like.
+Steps. A claim is a step when it gives a cell its first label, or a label that differs from the one it has. Otherwise it
+    is a restatement.
 """
 
 import itertools
@@ -65,9 +66,10 @@ _IDLE = _pattern(r"\W*(?:(?:but|and|so|now|what) )?(?:if|suppose|assuming|let's 
 _PREMISE = _pattern(r"\W*(?:(?:and|but) )?(?:because|since|although|while|as|given|with|even though|we need|we must)\b")
 _SUBJECT = _pattern(r"\W*(?:\w+, )?the\s+")
 _REFERENCE = _pattern(
-    r"(?:\b(?:seen in|in contrast (?:to|with)|than|unlike|(?:compared|relative) (?:to|with)|(?<!starting )from|(?<!look )"
-    r"(?<!looks )(?<!seems )like|similar to|as in|(?<=\w )as for|between|among|versus|vs\.?|(?:signature|pattern|found|absent|"
-    r"missing|lower|weaker) in|except(?: for)?|besides|apart from|other than)|\(see)\s+(?:(?:that|those) of\s+|the\s+)?$"
+    r"(?:\b(?:seen in|in contrast (?:to|with)|than|unlike|(?:compared|relative) (?:to|with)|(?<!starting )from|"
+    r"(?<!look )(?<!looks )(?<!seems )like|similar to|as in|(?<=\w )as for|between|among|versus|vs\.?|(?:signature|"
+    r"pattern|found|absent|missing|lower|weaker) in|except(?: for)?|besides|apart from|other than)|\(see)\s+(?:(?:that|"
+    r"those) of\s+|the\s+)?$"
 )
 _ASIDE = _pattern(r"\b(?:which|because|since)\s+(?:in\s+)?$")
 _POINTS_AT = _pattern(
@@ -76,16 +78,16 @@ _POINTS_AT = _pattern(
 )
 _ALIKE = _pattern(r"\W*(?:[=:>]|(?:(?:both|all)\s+)?(?:are|were|must be|as|correspond to|match)\b)")
 _SO_CELL = _pattern(
-    r"\W{0,3}(?:so|hence|thus|therefore|(?:which )?(?:is|must be|should be|would be)(?: then| now| therefore| thus)?|matches|"
-    r"fits)\s+(?:the\s+)?|[^.;]{0,40}[,(]\s*(?:i\.e\.|namely)[\s,]+|[^.;]{0,200}>\s*"
+    r"\W{0,3}(?:so|hence|thus|therefore|(?:which )?(?:is|must be|should be|would be)(?: then| now| therefore| thus)?|"
+    r"matches|fits)\s+(?:the\s+)?|[^.;]{0,40}[,(]\s*(?:i\.e\.|namely)[\s,]+|[^.;]{0,200}>\s*"
 )
 _CHAIN = _pattern(
     r"[\s,/()'-]*(?:and/or|and|or|vs\.?|versus|nor)?[\s,('-]*(?:(?:an?|the|one|neither|either)\s+)?[\s'(]*"
 )
 _EITHER = _pattern(r"/|\b(?:or|nor|vs\.?|versus)\b")
 _BREAK = _pattern(
-    r"[,;:()=>|]|\s-+\s|\band(?=\s+(?:is|are|it|this|so|thus|therefore|hence|fits|matches)\b)|\b(?:but|so|hence|thus|therefore|"
-    r"however|instead(?! of)|making|which|while|whereas|because|since)\b"
+    r"[,;:()=>|]|\s-+\s|\band(?=\s+(?:is|are|it|this|so|thus|therefore|hence|fits|matches)\b)|\b(?:but|so|hence|thus|"
+    r"therefore|however|instead(?! of)|making|which|while|whereas|because|since)\b"
 )
 _TENTATIVE = _pattern(
     r"\b(?:could|might|may|maybe|perhaps|possibl[ey]|potential(?:ly)?|either|candidates? for|whether|if|"
@@ -94,42 +96,45 @@ _TENTATIVE = _pattern(
     r"(?:also|often|sometimes|commonly) (?:seen|found|expressed|produced) (?:in|by))\b"
 )
 _NOT = (
-    r"\b(?:not(?! only)|no(?! doubt)|nor|neither|never|without|lack(?:s|ing)?|than|instead of|unlike|unlikely|cannot|\w+n't|"
-    r"rul(?:es?|ed|ing) out|exclud\w+|absence of|against|other than|opposed to|distinct from|differ\w* from|less|except)\b"
+    r"\b(?:not(?! only)|no(?! doubt)|nor|neither|never|without|lack(?:s|ing)?|than|instead of|unlike|unlikely|cannot|"
+    r"\w+n't|rul(?:es?|ed|ing) out|exclud\w+|absence of|against|other than|opposed to|distinct from|differ\w* from|"
+    r"less|except)\b"
 )
 _NEGATED = _pattern(_NOT + r"(?:\W+\w+){0,6}\W*$")
 _DECIDES = _pattern(
     r"(?:"
     + _NOT
     + r"(?:\W+\w+){3,}|(?:\b(?:absence|lack|loss) of|\bwithout|\blacking|\b(?:ruling out|excluding))(?:\W+\w+)+|"
-    r"\bno\s+(?-i:[A-Z][A-Z0-9-]+))\W+(?:makes?|means?|indicates?|suggests?|confirms?|leaves?|points?|tips?|implies|supports?)\b"
+    r"\bno\s+(?-i:[A-Z][A-Z0-9-]+))\W+(?:makes?|means?|indicates?|suggests?|confirms?|leaves?|points?|tips?|implies|"
+    r"supports?)\b"
 )
 _DOUBTED_AFTER = _pattern(
-    r"\s+(?:identity |profile |label )?(?:(?:is|are|seems?|looks?|remains?|appears?|can be|could be|was|were|does|do)\s*)?"
-    r"(?:then |also |very |thus )?(?:unlikely|less likely|not\b|n't|ruled out|excluded|cannot|can't|possible|plausible|"
-    r"an? (?:candidate|option))"
+    r"\s+(?:identity |profile |label )?(?:(?:is|are|seems?|looks?|remains?|appears?|can be|could be|was|were|does|"
+    r"do)\s*)?(?:then |also |very |thus )?(?:unlikely|less likely|not\b|n't|ruled out|excluded|cannot|can't|possible|"
+    r"plausible|an? (?:candidate|option))"
 )
 _TO = r"(?<!due)(?<!similar)(?<!compared)(?<!close)\W+(?:in)?to\W+(?:(?:the|an?|be|being)\W+){0,2}$"
 _STRONG = _pattern(
     r"(?:\b(?:is|are|as|be|been|being|was|actually|identif\w+|assign\w*|match\w*|indicat\w+|suggest\w*|consistent with|"
-    r"confirm\w*|fit\w*|mak(?:es|ing)|points?|correspond\w*|so|hence|thus|therefore|annotat\w+|label\w*|call\w*|classif\w+|"
-    r"designat\w*|must|maps?|becomes?|aligns?|represents?|reflects?|leav\w+|likely|definitely|supports?|implies|looks like|"
-    r"(?:it|that|this)'s|mean(?:s|ing)|favou?rs?|conclud\w+|go(?:ing)? with|settl\w+ (?:on|for)|make (?:it|this|that|cell \d+)|"
-    r"tips|i\.e|namely|specifically)\b|[:=>|])\W*(?:[\w/-]+\W+){0,4}$|"
-    r"\b(?:re)?(?:chang|revis|switch|assign|updat|correct|amend|flip|swap|mov)(?:e|es|ed|ing)?\s+(?:it|this|that|my|the|its|cell|"
-    r"from|back|label)\b(?:\W+\w+){0,12}?"
+    r"confirm\w*|fit\w*|mak(?:es|ing)|points?|correspond\w*|so|hence|thus|therefore|annotat\w+|label\w*|call\w*|"
+    r"classif\w+|designat\w*|must|maps?|becomes?|aligns?|represents?|reflects?|leav\w+|likely|definitely|supports?|"
+    r"implies|looks like|(?:it|that|this)'s|mean(?:s|ing)|favou?rs?|conclud\w+|go(?:ing)? with|settl\w+ (?:on|for)|"
+    r"make (?:it|this|that|cell \d+)|tips|i\.e|namely|specifically)\b|[:=>|])\W*(?:[\w/-]+\W+){0,4}$|"
+    r"\b(?:re)?(?:chang|revis|switch|assign|updat|correct|amend|flip|swap|mov)(?:e|es|ed|ing)?\s+(?:it|this|that|my|"
+    r"the|its|cell|from|back|label)\b(?:\W+\w+){0,12}?"
     + _TO
     + r"|\b(?:change|revise|switch|reassign|update|correct|amend)(?:s|d|ed)?"
     + _TO
     + r"|\breplac\w+(?:\W+\w+){1,12}?\W+(?:by|with)\W+(?:(?:the|an?)\W+)?$"
 )
 _FIRM = _pattern(
-    r"(?:\b(?:is|are|as|be|to|so|hence|thus|therefore|(?:it|that|this)'s)\b|[:=>|])\W*(?:(?:an?|the|likely|clearly|most|best|now|"
-    r"then|actually|really|indeed|definitely|probably|therefore|thus)\W+){0,3}$"
+    r"(?:\b(?:is|are|as|be|to|so|hence|thus|therefore|(?:it|that|this)'s)\b|[:=>|])\W*(?:(?:an?|the|likely|clearly|"
+    r"most|best|now|then|actually|really|indeed|definitely|probably|therefore|thus)\W+){0,3}$"
 )
 _ATTRIBUTE = _pattern(
-    r"[\s-]*(?:[a-z]+ )?(?:markers?|genes?|activation|receptors?|surface|restricted|maturation|development|transcripts?|function|"
-    r"specific|associated|related|like|expression|defining|typical|tryptases?|scavenger|cues|clues|immunoglobulins?)\b"
+    r"[\s-]*(?:[a-z]+ )?(?:markers?|genes?|activation|receptors?|surface|restricted|maturation|development|"
+    r"transcripts?|function|specific|associated|related|like|expression|defining|typical|tryptases?|scavenger|cues|"
+    r"clues|immunoglobulins?)\b"
 )
 _RULE = _pattern(r"\s+(?:\w+ly |often |also |still )?(?:express(?:es)?|shows?|have|has|lacks?|can|are|would|display)\b")
 
@@ -357,8 +362,10 @@ def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Ce
 
 
 def _owner(line: str, start: int, chain: list[Name], subjects: list[Cells], topic: tuple) -> tuple[tuple, Any]:
-    """(cells that a label belongs to, how: the position of their mention, "points" if the label points at them, or None if
-    they are the topic)."""
+    """(cells that a label belongs to, which mention of them).
+
+    The mention is its position, "points" if the label points at the cells, or None if they are the topic.
+    """
     before = [cell for cell in subjects if cell.end <= chain[0].start]
     after = [cell for cell in subjects if cell.start >= chain[-1].end]
     if after:

@@ -56,8 +56,8 @@ def write_traces(
 def choose_to_draw(analyses: list[TraceAnalysis], show: int) -> list[tuple[int, str]]:
     """[(index, why)] of the responses to draw: in turn one with a change of mind, a bad one and a good one.
 
-    As long as there are other puzzles, each puzzle is drawn once. Responses whose changes lead to the right label come first,
-    then those with the most changes.
+    As long as there are other puzzles, each puzzle is drawn once. Responses whose changes lead to the right label come
+    first, then those with the most changes.
     """
 
     def share_right(place: int) -> float:
@@ -100,9 +100,9 @@ def traces_markdown(file: str, summary: TraceSummary, drawn: Sequence[Drawn], in
     """The text of traces.md. instructed: number of prompts that asked for the simplest cell first."""
     parts = [
         "# What the reasoning does\n",
-        f"{count(summary.n_responses, 'response')} of {file}, {summary.n_cells:,} cells; {summary.mean_steps:.1f} steps each on "
-        "average. A step gives a label to a cell that had none, or had another label. Steps are found by rules "
-        "(eval/traces/reading.py), not by a human reader: look at the pictures before you quote a share. "
+        f"{count(summary.n_responses, 'response')} of {file}, {summary.n_cells:,} cells; {summary.mean_steps:.1f} "
+        "steps each on average. A step gives a label to a cell that had none, or had another label. Steps are found by "
+        "rules (eval/traces/reading.py), not by a human reader: look at the pictures before you quote a share. "
         "After Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6.\n",
         "![Summary](traces.png)\n",
     ]
@@ -167,10 +167,10 @@ def _order(summary: TraceSummary) -> Section:
         (
             "Easy cells first",
             rho or "nothing to measure",
-            "Rank correlation (Spearman's rho) within a response of how early a cell is assigned and how often its true type "
-            "is right: +1 easy first, -1 hard first, 0 no relation. Mean over puzzles whose cell types differ in ease."
-            f"{tau} When ease is measured on these same responses, it contains their own errors: with few responses, give "
-            "--accuracy-from another set.",
+            "Rank correlation (Spearman's rho) within a response of how early a cell is assigned and how often its "
+            "true type is right: +1 easy first, -1 hard first, 0 no relation. Mean over puzzles whose cell types "
+            f"differ in ease.{tau} When ease is measured on these same responses, it contains their own errors: with "
+            "few responses, give --accuracy-from another set.",
         ),
         (
             "Puzzles with easy cells first",
@@ -225,8 +225,9 @@ def _labels(summary: TraceSummary) -> Section:
         (
             "Responses that name a type outside the list",
             share_text(summary.outside),
-            f"In {share_text(summary.outside_assigned)} such a type is given to a cell; elsewhere it is only mentioned, as in a "
-            "comparison. A lower bound: recognised are the types of data/atlas/markers.tsv, of the puzzles and of a list of "
+            f"In {share_text(summary.outside_assigned)} such a type is given to a cell; elsewhere it is only "
+            "mentioned, as in a comparison. A lower bound: recognised are the types of data/atlas/markers.tsv, of the "
+            "puzzles and of a list of "
             'common types (eval/traces/names.py), and phrases like "is a ... cell"; other names are missed.'
             + (f" Named most: {most}." if most else ""),
         ),

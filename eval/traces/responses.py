@@ -21,9 +21,9 @@ def read_responses(
 ) -> list[Response]:
     """The responses of a file, in its order.
 
-    Rows are matched by puzzle_id or id, or by order when they have no id and are as many as the puzzles. puzzles_file: named in
-    errors. steps: of rollouts, only those of these steps. Raises UserError that names file and row of a response that cannot be
-    matched, or says that there is no response.
+    Rows are matched by puzzle_id or id, or by order when they have no id and are as many as the puzzles. puzzles_file:
+    named in errors. steps: of rollouts, only those of these steps. Raises UserError that names file and row of a
+    response that cannot be matched, or says that there is no response.
     """
     by_id = {puzzle.id: puzzle for puzzle in puzzles}
     found: list[Response] = []

@@ -1,8 +1,8 @@
 """Numbers of a set of analysed traces, and pictures: the step diagram of one response, the summary of a set.
 
-Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6. Curriculum order is measured as the rank correlation, within a response,
-between how early a cell is assigned and how often its true type is right over the whole set: 1 is easy first, -1 is hard first,
-and an order that does not depend on ease, such as 1, 2, 3, ..., gives 0.
+Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6. Curriculum order is measured as the rank correlation, within a
+response, between how early a cell is assigned and how often its true type is right over the whole set: 1 is easy first,
+-1 is hard first, and an order that does not depend on ease, such as 1, 2, 3, ..., gives 0.
 """
 
 import io
@@ -37,7 +37,7 @@ STEPS_SHOWN = 30
 """Steps that a diagram draws at most."""
 _STYLE = {"font.size": 9, "text.parse_math": False}  # "$" in a label or a file name is no mathematics
 _LEFT, _RIGHT, _ROW, _COLUMN, _LINE, _LETTER = 2.9, 3.1, 0.5, 0.66, 0.15, 0.066
-"""Sizes in a step diagram, in inches: its two side columns, a row, a step, a further line of text in a row, a letter."""
+"""Inches of a step diagram: its two side columns, a row, a step, a further line of text in a row, a letter."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class TraceSummary:
     outside_labels: dict[str, int]
     """{label: number of responses that name it} of the most frequent such types."""
     curriculum: dict[str, float] | None
-    """spearman, kendall: means over puzzles; low, high: 95 % interval of spearman; positive: share of puzzles with spearman
-    above 0; puzzles: their number. None when no puzzle can be measured."""
+    """spearman, kendall: means over puzzles; low, high: 95 % interval of spearman; positive: share of puzzles with
+    spearman above 0; puzzles: their number. None when no puzzle can be measured."""
     first_third: float | None
     """Accuracy of the first assignments of cells, among those in the first third of a response."""
     last_third: float | None
     """The same in the last third."""
     by_position: list[dict[str, float | None]]
-    """{start, end, steps, accuracy, type_accuracy} of each part of a response, early to late. type_accuracy is the mean accuracy,
-    over the whole set, of the true types of the cells that are assigned in this part."""
+    """{start, end, steps, accuracy, type_accuracy} of each part of a response, early to late. type_accuracy is the mean
+    accuracy, over the whole set, of the true types of the cells that are assigned in this part."""
     type_accuracy: dict[str, float]
     """{true cell type: share of its cells that are right in valid answers}, or what the caller passed."""
 
@@ -96,8 +96,8 @@ def summarise_traces(
 ) -> TraceSummary:
     """The numbers of a set of responses.
 
-    per_type_accuracy: accuracy by true cell type to measure the order against, such as another model's; default: that of the
-    answers of these responses. Raises UserError when there is no response.
+    per_type_accuracy: accuracy by true cell type to measure the order against, such as another model's; default: that
+    of the answers of these responses. Raises UserError when there is no response.
     """
     if not analyses:
         raise UserError("there is no trace to summarise: the list of analysed responses is empty")
@@ -148,8 +148,8 @@ def type_accuracy(analyses: Iterable[TraceAnalysis]) -> dict[str, float]:
 def curriculum_of(analysis: TraceAnalysis, of_type: dict[str, float]) -> tuple[float, float] | None:
     """(Spearman's rho, Kendall's tau-b) between how early a cell is assigned and how easy its type is, in one response.
 
-    of_type: {cell type: accuracy}. None when the response assigns fewer than three cells with known ease, or when all their
-    types are equally easy.
+    of_type: {cell type: accuracy}. None when the response assigns fewer than three cells with known ease, or when all
+    their types are equally easy.
     """
     ease = [of_type[label] for label in (analysis.truth[step.cell - 1] for step in analysis.first) if label in of_type]
     if len(ease) < 3 or len(set(ease)) == 1:
@@ -163,7 +163,10 @@ def curriculum_of(analysis: TraceAnalysis, of_type: dict[str, float]) -> tuple[f
 
 
 def _curriculum(analyses: Sequence[TraceAnalysis], of_type: dict[str, float]) -> dict[str, float] | None:
-    """Means over puzzles. A puzzle counts with the mean of its responses, because these are not independent of each other."""
+    """Means over puzzles.
+
+    A puzzle counts with the mean of its responses, because these are not independent of each other.
+    """
     by_puzzle: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for a in analyses:
         found = curriculum_of(a, of_type)
@@ -190,7 +193,10 @@ def _places(analysis: TraceAnalysis) -> list[tuple[float, Step]]:
 
 
 def _by_position(placed: list[tuple[float, Step, float | None]]) -> list[dict[str, float | None]]:
-    """A row for each part of the responses in which a step is. placed: (relative position, step, accuracy of its type)."""
+    """A row for each part of the responses in which a step is.
+
+    placed: (relative position, step, accuracy of its type).
+    """
     rows = []
     for part in range(N_BINS):
         here = [row for row in placed if int(row[0] * N_BINS) == part]
@@ -223,7 +229,7 @@ def steps_png(analysis: TraceAnalysis, title: str = "") -> bytes:
 
 
 def _steps_figure(whole: TraceAnalysis, title: str) -> Figure:
-    """Rows are cells with their true labels, columns are the first STEPS_SHOWN steps; the final answer is on the right."""
+    """Rows are cells with true labels, columns the first STEPS_SHOWN steps; the final answer is on the right."""
     analysis = replace(whole, steps=whole.steps[:STEPS_SHOWN])
     x = _columns(analysis.steps)
     texts = [_caption(analysis, i, x) for i in range(len(analysis.steps))]
@@ -276,7 +282,7 @@ def _columns(steps: Sequence[Step]) -> list[float]:
 
 
 def _caption(analysis: TraceAnalysis, i: int, x: list[float]) -> tuple[str, str]:
-    """(label of step i, wrapped to the room before the cell's next step; the side of the text that is at the marker)."""
+    """(label of step i, wrapped to the room before the cell's next step; the side of it that is at the marker)."""
     step = analysis.steps[i]
     text = step.label + " (not in the list)" * (not step.listed)
     others = [k for k, other in enumerate(analysis.steps) if other.cell == step.cell and k != i]
@@ -291,7 +297,7 @@ def _wrap(text: str, inches: float) -> str:
 
 
 def _draw_step(axes: Axes, x: float, y: float, step: Step, text: str, side: str) -> None:
-    """Draw a step: a green disc if right, a red cross if wrong, its label above, and a ring if another cell has the label."""
+    """Draw a step: a green disc or a red cross, its label above, and a ring if another cell has the label."""
     if step.taken:
         axes.plot([x], [y], "o", markersize=14, markerfacecolor="none", markeredgecolor=ORANGE, markeredgewidth=1.4)
     colour, shape = (GREEN, "o") if step.right else (RED, "X")

@@ -61,8 +61,8 @@ def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
     by_clip = totals_by(rows, "clip")
     by_group = sorted(totals_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
     return [
-        f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 step's "
-        f"own sum is {exact - loss:.2g} off)",
+        f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 "
+        f"step's own sum is {exact - loss:.2g} off)",
         "  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())),
         "  groups with the largest shares: " + ", ".join(f"{name} {share:+.6g}" for name, share in by_group[:3]),
     ]

@@ -30,9 +30,9 @@ def export_model(
 ) -> None:
     """Write the model to a new folder, whole or not at all.
 
-    dtype: of the merged weights on disk; the merge itself is computed in float32. adapter_only: write the adapter in PEFT's
-    format instead. metrics: for the card, the content of metrics.json files with a "name" each. Raises UserError when the
-    adapter does not fit its base, and OSError when the folder cannot be written.
+    dtype: of the merged weights on disk; the merge itself is computed in float32. adapter_only: write the adapter in
+    PEFT's format instead. metrics: for the card, the content of metrics.json files with a "name" each. Raises UserError
+    when the adapter does not fit its base, and OSError when the folder cannot be written.
     """
     run = run_of(opened.folder)
     what = "an adapter (PEFT)" if adapter_only else f"merged in float32, saved in {dtype}"
@@ -56,7 +56,7 @@ def export_model(
 
 
 def run_of(folder: Path) -> dict[str, Any]:
-    """config.json of the run that a checkpoint belongs to (settings, versions, git commit); empty where there is none."""
+    """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
     for place in (folder.parent, folder.parent.parent):
         if (place / "config.json").is_file():
             found = json.loads((place / "config.json").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ UNSERVED = tuple(
     alora_invocation_tokens target_parameters trainable_token_indices
     """.split()
 )
-"""PEFT settings that change what an adapter computes, and that the sampler does not get: it knows r, alpha and the modules."""
+"""PEFT settings that change what an adapter computes. The sampler does not get them: it gets r, alpha, modules."""
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that leave the base as it is; the other values change the base's weights too."""
 
@@ -67,8 +67,9 @@ class OpenedModel:
 def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool = True) -> OpenedModel:
     """Read a model folder. The tokenizer is loaded when it is first used; the base's weights are not read.
 
-    base: the checkpoint under an adapter; default: the one that the adapter names. served: refuse an adapter that vLLM cannot
-    serve. Raises UserError that names the file when an adapter is incomplete, damaged, or would be served wrongly.
+    base: the checkpoint under an adapter; default: the one that the adapter names. served: refuse an adapter that vLLM
+    cannot serve. Raises UserError that names the file when an adapter is incomplete, damaged, or would be served
+    wrongly.
     """
     folder = Path(folder)
     settings = served_settings(folder) if served else None
@@ -128,8 +129,8 @@ def start_engine(
 ) -> "VLLMEngine":
     """A vLLM engine in this process that holds the model. Joins the world: after engine.close(), call leave_world().
 
-    longest: most tokens of prompt and response together. memory_fraction: share of a GPU's memory that the engine may use.
-    max_num_seqs: sequences sampled at a time.
+    longest: most tokens of prompt and response together. memory_fraction: share of a GPU's memory that the engine may
+    use. max_num_seqs: sequences sampled at a time.
     """
     from rollout.sync import Parcel
     from rollout.vllm_engine import VLLMEngine
