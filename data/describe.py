@@ -1,7 +1,7 @@
-"""What a set of puzzles holds: the statistics tables and the figure of the Cell-o1 paper, for ours and the published rows.
+"""Tables and figure of a set of puzzles, ours or published, as in the Cell-o1 paper (arXiv:2506.02911).
 
-Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,095 test = 8,007) is certain to us. The other
-table numbers (6 tissues, 7 cell types, 8 cells per puzzle) follow the order in which the paper's statistics were asked for.
+Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,095 test = 8,007) is certain to us. The
+numbers of the other tables (6 tissues, 7 cell types, 8 cells per puzzle) are inferred from their order in the paper.
 """
 
 import io
@@ -24,36 +24,40 @@ _HEALTHY = "The patient is healthy with no diagnosed disease"
 
 
 def tissue_of(puzzle: Puzzle) -> str:
-    """The tissue column, or where a row has none (published ones) what its context says; 'not stated' without either."""
+    """The tissue of a puzzle: its column, or, for a published row, what its context says; else 'not stated'."""
     found = _TISSUE.search(puzzle.context)
     return _stated(puzzle.meta.get("tissue")) or (found[1] if found else NOT_STATED)
 
 
 def disease_of(puzzle: Puzzle) -> str:
-    """The disease column, or what the context says; 'normal' for a healthy donor, as in CELLxGENE."""
+    """The disease of a puzzle: its column, or what its context says; 'normal' for a healthy donor, as in CELLxGENE."""
     found = _DIAGNOSIS.search(puzzle.context)
     said = found[1] if found else "normal" if _HEALTHY in puzzle.context else NOT_STATED
     return _stated(puzzle.meta.get("disease")) or said
 
 
 def _stated(value: object) -> str | None:
+    """A metadata value as text; None where it is missing or unknown."""
     return None if value in (None, "", "unknown") else str(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Breakdown:
-    """A way to divide puzzles, or their cells, by a value."""
+    """A way to group puzzles, or their cells, by a value."""
 
     title: str
     value: str
-    """Head of the first column."""
+    """What the groups are called, in the head of the first column."""
     of_puzzle: Callable[[Puzzle], str | int] | None = None
-    """None: the value belongs to a cell."""
+    """The value of a puzzle; None where the value belongs to a cell."""
     of_cells: Callable[[Puzzle], Sequence[str | int]]
-    """Value of every cell of a puzzle."""
+    """The value of every cell of a puzzle."""
 
     def counts(self, puzzles: Sequence[Puzzle]) -> dict[str, Counter]:
-        """{"puzzles" (if the value is a puzzle's), "cells": {value: number}}; a cell counts once per puzzle it is in."""
+        """{"puzzles": {value: number}, "cells": {value: number}}; without "puzzles" where the value belongs to a cell.
+
+        A cell counts once per puzzle that it is in.
+        """
         found = {} if self.of_puzzle is None else {"puzzles": Counter(map(self.of_puzzle, puzzles))}
         return found | {"cells": Counter(chain.from_iterable(map(self.of_cells, puzzles)))}
 
@@ -63,7 +67,7 @@ def _by_puzzle(title: str, value: str, of_puzzle: Callable[[Puzzle], str | int])
 
 
 def _column(*names: str) -> Callable[[Puzzle], str]:
-    """The first of these metadata columns that a puzzle has."""
+    """A function that gives the first of these metadata columns that a puzzle has."""
     return lambda puzzle: next((text for name in names if (text := _stated(puzzle.meta.get(name)))), NOT_STATED)
 
 
@@ -78,13 +82,13 @@ BREAKDOWNS = (DISEASES, TISSUES, CELL_TYPES, SIZES, DATASETS, GENES, DONORS)
 
 
 def statistics_markdown(splits: Splits, summary: str | None = None) -> str:
-    """The tables as Markdown: a column per split and a total; the same puzzles give the same bytes.
+    """All tables as Markdown, with a column per split and one for the total. The same puzzles give the same bytes.
 
-    summary: summary_table of the splits, where it was made before.
+    summary: the result of `summary_table`, where the caller has it already.
     """
     intro = (
-        "Cells are counted as places in puzzles: a cell in three puzzles counts three times. A healthy donor's disease is "
-        "'normal', as in CELLxGENE."
+        "Cells are counted as places in puzzles: a cell in three puzzles counts three times. A healthy donor's disease "
+        "is 'normal', as in CELLxGENE."
     )
     parts = ["# Statistics of the puzzles", intro, "## Summary", summary or summary_table(splits)]
     for breakdown in BREAKDOWNS:
@@ -93,17 +97,17 @@ def statistics_markdown(splits: Splits, summary: str | None = None) -> str:
 
 
 def with_total(splits: Splits) -> Splits:
-    """The splits, and where they are several, after them all their puzzles as 'total'."""
+    """The splits, followed by 'total' with all their puzzles where there are several splits."""
     return dict(splits) if len(splits) == 1 else {**splits, "total": list(chain.from_iterable(splits.values()))}
 
 
 def facts_of(splits: Splits) -> dict[str, SplitFacts]:
-    """{split or 'total': its numbers}"""
+    """{split or 'total': its counts}"""
     return {name: audit({name: puzzles}).splits[0] for name, puzzles in with_total(splits).items()}
 
 
 def summary_table(splits: Splits) -> str:
-    """Puzzles, cells, donors, ... of every split and of all together, as Markdown."""
+    """A Markdown table with the numbers of puzzles, cells, donors, ... of every split and in total."""
     facts, columns = facts_of(splits), with_total(splits)
     rows: dict[str, list[str]] = {
         "puzzles": [f"{one.puzzles:,}" for one in facts.values()],
@@ -136,11 +140,11 @@ def summary_table(splits: Splits) -> str:
         rows[f"{name}: least / median / most"] = [_spread(values_of(puzzles)) for puzzles in columns.values()]
     of_empty = {i for i, puzzles in enumerate(columns.values()) if not puzzles}
     shown = [[name, *("-" if i in of_empty else cell for i, cell in enumerate(row))] for name, row in rows.items()]
-    return table(["", *columns], shown)
+    return markdown_table(["", *columns], shown)
 
 
 def breakdown_table(breakdown: Breakdown, splits: Splits) -> str:
-    """Markdown, most frequent value first (numbers: least first), a last row with the sums."""
+    """A Markdown table with a row per value, the most frequent first (numbers ascending), and a last row of sums."""
     counts = [breakdown.counts(puzzles) for puzzles in with_total(splits).values()]
     total = counts[-1][next(iter(counts[-1]))]
     if set(total) <= {NOT_STATED}:
@@ -150,17 +154,17 @@ def breakdown_table(breakdown: Breakdown, splits: Splits) -> str:
     head = [breakdown.value, *(f"{name} {unit}" for name in with_total(splits) for unit in counts[-1])]
     rows = [[str(value), *(f"{of_unit[value]:,}" for one in counts for of_unit in one.values())] for value in values]
     rows.append(["**all**", *(f"**{of_unit.total():,}**" for one in counts for of_unit in one.values())])
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, the first columns to the left and the others to the right."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, with the first `left` columns aligned left and the others right."""
     lines = [head, [":---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines)
 
 
 def escape(text: str) -> str:
-    """Text that a Markdown table shows as it is; '**bold**' stays bold."""
+    """The text with Markdown's special characters escaped; '**bold**' stays bold."""
     text = " ".join(text.split())
     return re.sub(r"([\\|<`]|(?<!\*)\*(?!\*))", r"\\\1", text)
 
@@ -174,15 +178,15 @@ def _spread(values: Sequence[int]) -> str:
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8F98")
-"""Okabe and Ito's, told apart by colour-blind readers; one per split, in order."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart; one per split, in order."""
 SIZE, DPI = (13.0, 10.5), 150
-"""Inches; the picture is 1950 x 1575 pixels."""
+"""Inches, and dots per inch: the picture is 1950 x 1575 pixels."""
 TOP = 10
-"""Bars of a panel."""
+"""Most bars of a panel."""
 
 
 def statistics_png(splits: Splits) -> bytes:
-    """Figure 3 of the paper: N by split, and the most frequent tissues, diseases and cell types."""
+    """The figure as PNG, after Figure 3 of the paper: N by split; the most frequent tissues, diseases, cell types."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -203,14 +207,14 @@ def statistics_png(splits: Splits) -> bytes:
         handles, names = sizes.get_legend_handles_labels()
         legend = figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), frameon=False)
         for text in legend.get_texts():
-            text.set_parse_math(False)
+            text.set_parse_math(False)  # a "$" in a file name is no mathematics
         picture = io.BytesIO()
-        figure.savefig(picture, format="png", metadata={"Software": None})
+        figure.savefig(picture, format="png", metadata={"Software": None})  # without a version: the same bytes anywhere
     return picture.getvalue()
 
 
 def _draw_sizes(axes, splits: Splits) -> None:
-    """Share of each split's puzzles by number of cells, side by side."""
+    """Bars, side by side, of the share of each split's puzzles by number of cells."""
     sizes = sorted({len(p.cells) for puzzles in splits.values() for p in puzzles})
     width = 0.8 / len(splits)
     for i, (name, puzzles) in enumerate(splits.items()):
@@ -226,7 +230,7 @@ def _draw_sizes(axes, splits: Splits) -> None:
 
 
 def _draw_top(axes, splits: Splits, breakdown: Breakdown, title: str, unit: str) -> None:
-    """Horizontal bars of the TOP values, a piece per split, with the sum at the end."""
+    """Horizontal bars of the TOP most frequent values, stacked by split, with the sum at the end."""
     from matplotlib.ticker import MaxNLocator
 
     counts = [breakdown.counts(puzzles)[unit] for puzzles in splits.values()]
@@ -260,7 +264,10 @@ def _lighten(axes, axis: str) -> None:
 
 
 def wrapped(label: str, width: int = 32, lines: int = 3) -> str:
-    """A label on as few lines as fit the width, at most three (wider ones where it is long), of like lengths; never cut."""
+    """The label broken into as few lines as fit the width, of similar lengths, and never cut.
+
+    width: characters; a label that would need more than `lines` lines gets wider lines.
+    """
 
     def split(width: int) -> list[str]:
         return textwrap.wrap(label, width, break_long_words=False, break_on_hyphens=False)

@@ -1,14 +1,15 @@
-"""The paper's two variants of a batch-level puzzle (Cell-o1, arXiv:2506.02911), and the way back from one of them.
+"""The paper's two variants of a batch-level puzzle (Cell-o1, arXiv:2506.02911), and single cells back to batches.
 
 - cell-level (appendix C, Table 11): every cell of a batch alone, with the batch's context and all N candidates.
-- open-ended (appendix D, Table 12): the whole batch without its candidates. Our rewards and metrics ask for the gold label
-  itself; Table 12 also takes a label that MedCPT embeds close to it (similarity above 0.8).
+- open-ended (appendix D, Table 12): the whole batch without its candidates. Our rewards and metrics require the gold
+  label itself; Table 12 also accepts a label whose MedCPT embedding is close to that of the gold label (similarity
+  above 0.8).
 
 Example: a puzzle "test-7" of 3 cells gives "test-7/cell-1", "test-7/cell-2", "test-7/cell-3", or "test-7/open".
 
-A variant keeps the batch's metadata columns (`n_cells` too: the size of the batch) and adds `batch_id`, and a cell
-`cell_index`, from 0. It drops what belongs to the batch's own prompt and answer: a system message other than the usual one,
-and a reasoning trace.
+A variant keeps the batch's metadata columns (also `n_cells`, the size of the batch) and adds `batch_id`; a single cell
+also gets `cell_index`, from 0. A variant drops what belongs to the batch's own prompt and answer: a system message
+other than the usual one, and a reasoning trace.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ _OF_THE_BATCH_ROW = ("system_msg", "assistant_msg")
 
 
 def cell_level(puzzle: Puzzle) -> list[Puzzle]:
-    """[N] puzzles of one cell, in cell order; `cell_ids`, where the batch has them, is reduced to the one of the cell.
+    """[N] puzzles of one cell each, in cell order. Where the batch has `cell_ids`, each puzzle gets the id of its cell.
 
-    Raises UserError, naming the puzzle, when it is not a batch-level one or has a single cell.
+    Raises UserError that names the puzzle when it is not a batch-level puzzle, or has a single cell.
     """
     meta = _batch_meta(puzzle)
     if len(puzzle.cells) == 1:
@@ -45,15 +46,15 @@ def cell_level(puzzle: Puzzle) -> list[Puzzle]:
 
 
 def open_ended(puzzle: Puzzle) -> Puzzle:
-    """The batch without its candidates. Raises UserError, naming the puzzle, when it is not a batch-level one."""
+    """The batch without its candidates. Raises UserError that names the puzzle when it is not a batch-level puzzle."""
     return dataclasses.replace(puzzle, id=f"{puzzle.id}/open", candidates=[], meta=_batch_meta(puzzle))
 
 
 def convert(puzzles: Iterable[Puzzle], variant: str) -> list[Puzzle]:
-    """Batch-level puzzles as the variant "cell" or "open", in order.
+    """Batch-level puzzles converted to the variant "cell" or "open", in order.
 
-    Raises UserError for another variant, for a puzzle that is not a batch-level one, and for an id that occurs twice: the
-    answers to the variants of the two could not be told apart.
+    Raises UserError for another variant, for a puzzle that is not a batch-level puzzle, and for an id that occurs
+    twice, because answers to the variants of the two puzzles could not be told apart.
     """
     if variant not in VARIANTS:
         raise UserError(f"variant {variant!r}: choose one of {', '.join(VARIANTS)}")
@@ -67,21 +68,22 @@ def convert(puzzles: Iterable[Puzzle], variant: str) -> list[Puzzle]:
 
 
 def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = "") -> tuple[list[str], list[Puzzle]]:
-    """Answers to cell-level puzzles as one answer per batch, and the batches: what eval.metrics.score takes.
+    """(one answer per batch, the batches) from answers to single cells: the arguments of eval.metrics.score.
 
-    predictions[i] is the whole response to puzzles[i]; the cells may come in any order, a batch stands where its first cell
-    stood. An answer is "<think></think><answer>a | b</answer>", labels in cell order; a response whose format is invalid, as
-    reward.cellpuzzles.parse_response(response, 1) judges it, gives `invalid_label` at its place.
+    predictions[i] is the whole response to puzzles[i]. The cells may come in any order; a batch takes the position of
+    its first cell. An answer is "<think></think><answer>a | b</answer>" with the labels in cell order. A response whose
+    format is invalid (by the rules of reward.cellpuzzles.parse_response(response, 1)) contributes `invalid_label`.
 
-    With the default, no label, one invalid cell makes the format of its batch's answer invalid, and 0 of its N cells right:
-    the rule that an answer to the batch-level puzzle stands under (B.1), and the one that gives the share of batches with a
-    valid format. For cell accuracy and uniqueness in which an invalid cell is wrong by itself only, give it a label that no
-    cell has, such as "no valid answer"; every format is then valid, and batch accuracy is the same. Which of the two
-    Table 11 uses is not said; its instruction-tuned Qwen has uniqueness .5978 above format validity .5955, which the first
-    cannot give. Its response lengths are those of single cells: take them from scoring the cells themselves.
+    With the default "", one invalid cell makes its batch's answer invalid, with 0 of N cells right. This is the rule
+    for an answer to a batch-level puzzle (B.1), and it gives the share of batches with a valid format. To count an
+    invalid cell as wrong by itself only, pass a label that no cell has, such as "no valid answer": then every format is
+    valid, cell accuracy and uniqueness change, and batch accuracy stays the same. The paper does not say which of the
+    two rules its Table 11 uses; its instruction-tuned Qwen has uniqueness .5978 above format validity .5955, which the
+    first rule cannot give. The response lengths of Table 11 are those of single cells: score the cells themselves for
+    them.
 
-    A batch is the one that `cell_level` was given, but for the system message and reasoning trace that it drops. Raises
-    ValueError that names the puzzle, or the batch where one of its cells is missing, comes twice or belongs to another.
+    A batch equals the puzzle that `cell_level` got, without its system message and reasoning trace. Raises UserError
+    that names the puzzle, or the batch one of whose cells is missing, comes twice or belongs to another batch.
     """
     if len(predictions) != len(puzzles):
         raise UserError(f"{len(predictions)} predictions for {len(puzzles)} puzzles: give one prediction per puzzle")
@@ -90,8 +92,8 @@ def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = 
         of_batch = "batch_id" in puzzle.meta and isinstance(puzzle.meta.get("cell_index"), int)
         if puzzle.variant != "cell" or not of_batch:
             raise UserError(
-                f"puzzle {puzzle.id} is not a cell of a batch (one cell, with the columns batch_id and cell_index): make "
-                "cell-level puzzles with launch/variant.py"
+                f"puzzle {puzzle.id} is not a cell of a batch (one cell, with the columns batch_id and cell_index): "
+                "make cell-level puzzles with launch/variant.py"
             )
         batches.setdefault(puzzle.meta["batch_id"], []).append((puzzle, prediction))
     answers, whole = [], []
@@ -104,12 +106,12 @@ def regroup(predictions: list[str], puzzles: list[Puzzle], invalid_label: str = 
 
 
 def _batch_meta(puzzle: Puzzle) -> dict[str, Any]:
-    """Metadata of a batch's variants. Raises UserError when the puzzle is not a batch-level one."""
+    """The metadata that the variants of a batch get. Raises UserError when the puzzle is not a batch-level puzzle."""
     counts = len(puzzle.cells), len(puzzle.candidates), len(puzzle.answer)
     if puzzle.variant != "batch" or len(set(counts)) > 1:
         raise UserError(
-            f"puzzle {puzzle.id} is not a batch-level puzzle ({counts[0]} cells, {counts[1]} candidates, {counts[2]} answers): "
-            "convert the batch-level file it was made from"
+            f"puzzle {puzzle.id} is not a batch-level puzzle ({counts[0]} cells, {counts[1]} candidates, {counts[2]} "
+            "answers): convert the batch-level file it was made from"
         )
     for column in ("batch_id", "cell_index"):
         if column in puzzle.meta:
@@ -118,15 +120,15 @@ def _batch_meta(puzzle: Puzzle) -> dict[str, Any]:
 
 
 def _batch(name: str, cells: list[Puzzle]) -> Puzzle:
-    """The batch-level puzzle of its cell-level ones, which come sorted by `cell_index`. Raises UserError naming the batch."""
+    """The batch-level puzzle of its cells, which are sorted by `cell_index`. Raises UserError that names the batch."""
     first = cells[0]
     count = Counter(cell.meta["cell_index"] for cell in cells)
     expected = range(len(first.candidates))
     missing = [f"cell-{index + 1}" for index in expected if index not in count]
     if missing:
         raise UserError(
-            f"batch {name}: {len(missing)} of its {len(expected)} cells have no prediction ({', '.join(missing)}): answer "
-            "every cell of a batch"
+            f"batch {name}: {len(missing)} of its {len(expected)} cells have no prediction ({', '.join(missing)}): "
+            "answer every cell of a batch"
         )
     again = [f"cell-{index + 1}" for index, times in count.items() if times > 1 or index not in expected]
     if again or any((cell.context, cell.candidates) != (first.context, first.candidates) for cell in cells):
@@ -148,7 +150,7 @@ def _batch(name: str, cells: list[Puzzle]) -> Puzzle:
 
 
 def _label(prediction: str) -> str:
-    """The label that a response to one cell gives; "" where its format is invalid."""
+    """The label that a response gives to its one cell; "" where the format is invalid."""
     match = RESPONSE_LAYOUT.fullmatch(prediction)
     if match is None or any(prediction.count(tag) != 1 for tag in RESPONSE_TAGS) or "|" in match["answer"]:
         return ""

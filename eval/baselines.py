@@ -1,14 +1,14 @@
-"""Annotators that need no GPU, so that a model's numbers mean something: chance, markers, nearest profile.
+"""Baseline annotators that need no GPU, to compare a model with: chance, markers, nearest profile.
 
     random            a random assignment of the candidates; right in 1/N of the cells, and in 1/N! of the batches
-    markers           each candidate's markers counted in each cell's genes, then the assignment with the most (Hungarian
-                      method, scipy's linear_sum_assignment)
-    nearest           every cell by itself gets the candidate whose mean profile in the training cells is nearest, as
+    markers           counts each candidate's markers among each cell's genes, then takes the assignment with the
+                      largest sum (Hungarian method, scipy's linear_sum_assignment)
+    nearest           gives every cell the candidate whose mean profile in the training cells is nearest, as
                       cell-by-cell annotation does; labels may repeat
-    nearest-assigned  the same similarities, then one candidate per cell (Hungarian method)
+    nearest-assigned  uses the same similarities, but each candidate once (Hungarian method)
 
-Their answers have a model's format, with an empty reasoning, and are scored on the same path. Ties fall by chance, from the seed
-and the puzzle's id, never by the order of cells or candidates.
+The answers have a model's format, with an empty reasoning, and are scored like a model's. Ties are broken at random,
+with a seed derived from the seed and the puzzle's id, so the order of cells or candidates does not matter.
 
 Example: answer("markers", puzzles, 0, train)[0][0] == {"id": "test-0", "prediction": "<think></think>\\n<answer>..."}
 """
@@ -37,10 +37,11 @@ NEEDS_TRAINING = ("nearest", "nearest-assigned")
 def answer(
     name: str, puzzles: Sequence[Puzzle], seed: int, train: Sequence[Puzzle] | None = None
 ) -> tuple[list[dict], list[str]]:
-    """(prediction rows {id, prediction} in puzzle order, candidates that the baseline knows nothing of) of a baseline.
+    """(rows {id, prediction} in puzzle order, candidates that the baseline has no knowledge of).
 
-    train: puzzles to learn profiles from, and markers of labels that data/atlas/markers.tsv lacks. Raises UserError for another
-    name, for an open-ended puzzle, and for a baseline that needs training puzzles and has none.
+    name: one of BASELINES. train: puzzles to learn from: profiles, and the markers of labels that
+    data/atlas/markers.tsv lacks. Raises UserError for another name, for an open-ended puzzle, and for a baseline that
+    needs training puzzles and has none.
     """
     if name not in BASELINES:
         raise UserError(f"--baseline {name}: choose one of {', '.join(BASELINES)}")
@@ -59,19 +60,19 @@ def answer(
     elif name in NEEDS_TRAINING:
         profiles = Profiles(train)
         fit, known = profiles.similarity, profiles.types.keys()
-    choose = each_by_itself if name == "nearest" else one_to_one
+    pick = each_by_itself if name == "nearest" else one_to_one
     rows = [
-        {"id": p.id, "prediction": answer_of(assign(p, fit(p), choose, stable_seed(seed, name, p.id)))} for p in puzzles
+        {"id": p.id, "prediction": answer_of(assign(p, fit(p), pick, stable_seed(seed, name, p.id)))} for p in puzzles
     ]
     return rows, sorted(label for label in labels if normalise_label(label) not in known)
 
 
 def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | None) -> list[str]:
-    """Why a baseline's numbers may mean less than they seem: it learned from the puzzles, or does not know their genes."""
+    """Reasons to distrust a baseline's numbers: leaks from its training puzzles, or genes that it does not know."""
     if name == "random":
         return []
     leaks = audit({"--train": train, "--puzzles": puzzles}).leaks if train else ()
-    said = [f"the training puzzles leak into these, so expect too good numbers: {'; '.join(leaks)}"] if leaks else []
+    notes = [f"the training puzzles leak into these, so expect too good numbers: {'; '.join(leaks)}"] if leaks else []
     markers = known_markers(train or ()).values() if name == "markers" else ()
     known = {gene for genes in markers for gene in genes}
     if name in NEEDS_TRAINING:
@@ -79,27 +80,32 @@ def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | Non
     cells = [cell for puzzle in puzzles for cell in puzzle.cells]
     strange = sum(known.isdisjoint(cell) for cell in cells)
     if 2 * strange > len(cells):
-        said.append(
-            f"{strange:,} of {len(cells):,} cells list no gene that baseline {name} knows, so their labels are chance; it knows "
-            f"{', '.join(sorted(known)[:3])} and others, and these may be of another species or written in another way"
+        notes.append(
+            f"{strange:,} of {len(cells):,} cells list no gene that baseline {name} knows, so their labels are chance; "
+            f"it knows {', '.join(sorted(known)[:3])} and others, and these may be of another species or written in "
+            "another way"
         )
-    return said
+    return notes
 
 
-def assign(puzzle: Puzzle, fit: np.ndarray, choose: Callable[[np.ndarray], Sequence[int]], seed: int) -> list[str]:
-    """[cells] labels. fit: [cells, candidates]; both sides are shuffled before `choose` sees them, so ties fall by chance."""
+def assign(puzzle: Puzzle, fit: np.ndarray, pick: Callable[[np.ndarray], Sequence[int]], seed: int) -> list[str]:
+    """[cells] labels.
+
+    fit: [cells, candidates], larger is better. pick: gives the column of each row; it gets rows and columns shuffled,
+    so that ties are broken at random.
+    """
     rng = random.Random(seed)
     cells, candidates = list(range(fit.shape[0])), list(range(fit.shape[1]))
     rng.shuffle(cells)
     rng.shuffle(candidates)
     labels = [""] * len(cells)
-    for cell, column in zip(cells, choose(fit[np.ix_(cells, candidates)]), strict=True):
+    for cell, column in zip(cells, pick(fit[np.ix_(cells, candidates)]), strict=True):
         labels[cell] = puzzle.candidates[candidates[column]]
     return labels
 
 
 def one_to_one(fit: np.ndarray) -> list[int]:
-    """[cells] the column of each row in the assignment with the largest sum, no column twice (cells <= candidates)."""
+    """[cells] the column of each row in the one-to-one assignment with the largest sum (cells <= candidates)."""
     return [int(column) for column in linear_sum_assignment(fit, maximize=True)[1]]
 
 
@@ -109,7 +115,7 @@ def each_by_itself(fit: np.ndarray) -> list[int]:
 
 
 def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
-    """{label as compared: marker genes} of data/atlas/markers.tsv, and learned from the training puzzles for labels not in it."""
+    """{normalised label: marker genes} from data/atlas/markers.tsv; for labels not in it, learned from `train`."""
     table = {label: list(entry.markers) for label, entry in read_markers().items()} | marker_table(train)
     return {normalise_label(label): genes for label, genes in table.items()}
 
@@ -126,14 +132,14 @@ def _nothing_known(puzzle: Puzzle) -> np.ndarray:
 
 
 class Profiles:
-    """The mean expression profile of each cell type of the training puzzles, as far as ranked gene lists tell it.
+    """The mean expression profile of each cell type of the training puzzles, as far as ranked gene lists show it.
 
-    A cell's gene r (from 0) of M weighs (M - r) / M: the first 1, the last 1 / M, genes not listed 0. A type's profile is the
-    mean over its training cells; similarity is the cosine.
+    The gene at rank r (from 0) of M has the weight (M - r) / M: 1 for the first, 1 / M for the last, 0 for genes not
+    listed. A type's profile is the mean over its training cells; the similarity is the cosine.
     """
 
     def __init__(self, train: Sequence[Puzzle]) -> None:
-        """train: at least one puzzle; a cell that is in several puzzles counts in each."""
+        """train: at least one puzzle. A cell that is in several puzzles counts once per puzzle."""
         pairs = [pair for puzzle in train for pair in zip(puzzle.cells, puzzle.answer, strict=True)]
         self.genes = {gene: i for i, gene in enumerate(dict.fromkeys(g for cell, _ in pairs for g in cell))}
         self.types = {label: i for i, label in enumerate(dict.fromkeys(normalise_label(label) for _, label in pairs))}
@@ -145,7 +151,7 @@ class Profiles:
         """[types, genes] unit vectors."""
 
     def vectors(self, cells: Sequence[Sequence[str]]) -> csr_matrix:
-        """[cells, genes] rank weights; genes that no training cell lists are left out."""
+        """[cells, genes] sparse rank weights. Genes that no training cell lists are left out."""
         rows, columns, weights = [], [], []
         for row, cell in enumerate(cells):
             for rank, gene in enumerate(cell):
@@ -156,7 +162,7 @@ class Profiles:
         return csr_matrix((weights, (rows, columns)), (len(cells), len(self.genes)))
 
     def similarity(self, puzzle: Puzzle) -> np.ndarray:
-        """[cells, candidates] cosine; 0 for a candidate that no training cell has, and for a cell without a known gene."""
+        """[cells, candidates] cosines; 0 for a candidate without training cells, or a cell without a known gene."""
         cells = self.vectors(puzzle.cells)
         lengths = np.sqrt(np.asarray(cells.multiply(cells).sum(axis=1)).ravel())
         found = np.zeros((len(puzzle.cells), len(puzzle.candidates)))

@@ -1,8 +1,10 @@
-"""How sure a metric is: percentile bootstrap intervals over batches, and the paired bootstrap between two models.
+"""Uncertainty of metrics: percentile bootstrap intervals over batches, and the paired bootstrap between two models.
 
-A batch is drawn whole, so that its cells, its k samples and, of a cell-level file, its N puzzles stay together: they share a
-donor and are not independent. Efron & Tibshirani 1993, An Introduction to the Bootstrap (doi:10.1201/9780429246593), ch. 13.
-Every metric is a ratio of two sums over batches, and a resample is how often each batch is drawn.
+A batch is drawn as a whole: its cells, its k samples and, in a cell-level file, its N puzzles share a donor and are not
+independent. Efron & Tibshirani 1993, An Introduction to the Bootstrap (doi:10.1201/9780429246593), ch. 13.
+Every metric is a ratio of two sums over batches. A resample is a count of how often each batch is drawn.
+
+Shapes: P puzzles, k answers per puzzle, U units that are drawn (batches), M metrics, B resamples.
 
 Example: intervals([[score] for score in scores], puzzles)["batch_accuracy"] == [0.31, 0.42]
 """
@@ -19,12 +21,15 @@ from rollout import stable_seed
 RESAMPLES = 2000
 LEVEL = 0.95
 CHUNK = 2_000_000
-"""Draws held in memory at a time (resamples x batches)."""
+"""Counts held in memory at a time (resamples x batches)."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What each batch adds to the numerator and the denominator of each metric; a metric is the ratio of the two sums."""
+    """Each unit's contribution to the numerator and denominator of each metric.
+
+    A metric is the ratio of the two sums.
+    """
 
     numerators: np.ndarray
     """[U, M] float64."""
@@ -32,20 +37,21 @@ class Sums:
     """[U, M] float64, not negative."""
 
     def values(self) -> np.ndarray:
-        """[M] the metrics; nan where the denominators sum to 0."""
+        """[M] metrics; nan where the denominators sum to 0."""
         return _ratio(self.numerators.sum(axis=0), self.denominators.sum(axis=0))
 
     def draws(self, *names: object, resamples: int = RESAMPLES) -> np.ndarray:
-        """[B, M] the metrics of `resamples` resamples of the U batches; the seed comes from `names`."""
+        """[B, M] metrics of `resamples` resamples of the U units. The seed is derived from `names`."""
         both = np.concatenate([self.numerators, self.denominators], axis=1)
         sums = np.concatenate([counts @ both for counts in _counts(len(both), resamples, names)])
         return _ratio(*np.split(sums, 2, axis=1))
 
 
 def sums_of(samples: Sequence[Sequence[PuzzleScore]], units: Sequence[Hashable]) -> Sums:
-    """The six metrics, in the order of METRICS, of puzzles answered one or more times.
+    """The contributions to the six metrics, in the order of METRICS.
 
-    samples: [P][k] scores, the mean over k counts. units: [P] what is drawn whole; puzzles of one unit are added up.
+    samples: [P][k] scores; a puzzle contributes its mean over k. units: [P] the unit of each puzzle; puzzles of one
+    unit are added up.
     """
     rows = [[_parts(score) for score in of_puzzle] for of_puzzle in samples]
     numerators = np.array([np.mean([parts for parts, _ in row], axis=0) for row in rows])
@@ -54,7 +60,7 @@ def sums_of(samples: Sequence[Sequence[PuzzleScore]], units: Sequence[Hashable])
 
 
 def added_up(numerators: np.ndarray, denominators: np.ndarray, units: Sequence[Hashable]) -> Sums:
-    """Rows [P, M] of the same unit added up, units in the order of first sight."""
+    """Rows [P, M] of the same unit added up; units in the order in which they first occur."""
     place = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
     of_row = np.array([place[unit] for unit in units])
     sums = [np.zeros((len(place), numerators.shape[1])) for _ in range(2)]
@@ -64,20 +70,26 @@ def added_up(numerators: np.ndarray, denominators: np.ndarray, units: Sequence[H
 
 
 def units_of(puzzles: Sequence[Puzzle]) -> list[Hashable]:
-    """[P] what the bootstrap draws whole: each puzzle, or of a cell-level one the batch that the cell is of."""
+    """[P] the unit that the bootstrap draws: the puzzle itself, or for a cell-level puzzle the batch of the cell."""
     return [(p.meta.get("batch_id", i) if p.variant == "cell" else i) for i, p in enumerate(puzzles)]
 
 
 def intervals(
     samples: Sequence[Sequence[PuzzleScore]], puzzles: Sequence[Puzzle], *names: object
 ) -> dict[str, list[float]]:
-    """{metric: [low, high]} 95 % percentile intervals of the mean over samples and puzzles. samples: [P][k]."""
+    """{metric: [low, high]}, 95 % percentile intervals of the mean over samples and puzzles.
+
+    samples: [P][k]. names: the seed is derived from them.
+    """
     draws = sums_of(samples, units_of(puzzles)).draws(*names)
     return dict(zip(METRICS, percentile_intervals(draws), strict=True))
 
 
 def percentile_intervals(draws: np.ndarray) -> list[list[float] | None]:
-    """[M] [low, high] of [B, M] draws, draws without a value (nan) left out; None where there is no other."""
+    """[M] intervals [low, high] of [B, M] draws.
+
+    Draws without a value (nan) are left out; None when no draw has one.
+    """
     edge = 100 * (1 - LEVEL) / 2
     found: list[list[float] | None] = []
     for column in draws.T:
@@ -92,10 +104,11 @@ def paired(
     puzzles: Sequence[Puzzle],
     *names: object,
 ) -> dict[str, dict]:
-    """{metric: {ours, theirs, difference, interval, p}} of two models' answers to the same puzzles, difference = ours - theirs.
+    """{metric: {ours, theirs, difference, interval, p}} of two models on the same puzzles; difference = ours - theirs.
 
-    Both are scored on the same resamples of batches. p is two-sided: twice the share of resamples on the far side of 0, counted
-    with one more (Davison & Hinkley 1997, doi:10.1017/CBO9780511802843, section 4.2), so never 0 and at most 1.
+    Both models are scored on the same resamples of batches. p is two-sided: twice the share of resamples on the far
+    side of 0, with one resample added to both counts (Davison & Hinkley 1997, doi:10.1017/CBO9780511802843, section
+    4.2), so that it is never 0; at most 1.
     """
     units = units_of(puzzles)
     one, other = sums_of(ours, units), sums_of(theirs, units)
@@ -116,7 +129,7 @@ def paired(
 
 
 def _counts(n_units: int, resamples: int, names: tuple) -> Iterator[np.ndarray]:
-    """[b, U] how often each unit is in each resample, all resamples in pieces that fit in memory."""
+    """[b, U] how often each resample draws each unit; all resamples, in pieces that fit in memory."""
     rng = np.random.default_rng(stable_seed("bootstrap", *names))
     per_piece = max(1, CHUNK // n_units)
     for start in range(0, resamples, per_piece):
@@ -126,7 +139,7 @@ def _counts(n_units: int, resamples: int, names: tuple) -> Iterator[np.ndarray]:
 
 
 def _parts(score: PuzzleScore) -> tuple[list[float], float]:
-    """([6] numerators of one answer, in the order of METRICS; its number of cells)."""
+    """([6] numerators of one answer in the order of METRICS, its number of cells)."""
     numerators = [
         score.cell_accuracy,
         float(sum(score.right)),

@@ -1,9 +1,12 @@
-"""Where a model is right and where it is not: by N, tissue, disease, donor, cell type; per batch; per cell; over k samples.
+"""Accuracy by group: by N, tissue, disease, donor and cell type; per batch; of single cells as batches; over k samples.
 
-Everything is a plain dict, ready for metrics.json. Paper: Cell-o1 (arXiv:2506.02911), Figure 4 and Tables 3 and 11. Tissue and
-disease of a published row, which has no metadata, are read from its context sentence (data/describe.py).
+Everything is a plain dict, ready for metrics.json. Paper: Cell-o1 (arXiv:2506.02911), Figure 4 and Tables 3 and 11.
+Tissue and disease of a published row, which has no metadata, are read from its context sentence (data/describe.py).
 
-Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 137, "cells": 1096, "cell_accuracy": ..., ...}
+Shapes: P puzzles, k answers per puzzle.
+
+Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 137, "cells": 1096, "cell_accuracy":
+..., ...}
 """
 
 from collections import Counter, defaultdict
@@ -21,18 +24,18 @@ from eval.metrics import (
     PuzzleScore,
     cell_vote,
     majority_vote,
+    metrics_of,
     pass_at_k,
     score_all,
-    summarise,
     wilson_interval,
 )
 from reward.cellpuzzles import normalise_label
 
 Scores = Sequence[PuzzleScore]
 HEALTHY = "normal"
-"""What CELLxGENE writes as the disease of a healthy donor."""
+"""The disease of a healthy donor in CELLxGENE."""
 NO_LABEL = "no valid answer"
-"""Stands for a cell without a valid answer where the other cells of its batch keep theirs; no cell type is called so."""
+"""The label of a cell without a valid answer, when other cells of its batch keep theirs. No cell type has this name."""
 
 
 def donor_of(puzzle: Puzzle) -> str:
@@ -41,7 +44,7 @@ def donor_of(puzzle: Puzzle) -> str:
 
 
 def size_of(puzzle: Puzzle) -> int:
-    """N, the number of cells of the batch; of a cell-level puzzle, that of the batch the cell is of."""
+    """N, the number of cells of the batch; for a cell-level puzzle, of the batch that the cell comes from."""
     return len(puzzle.candidates) if puzzle.variant == "cell" else len(puzzle.cells)
 
 
@@ -54,12 +57,15 @@ DIMENSIONS: dict[str, Callable[[Puzzle], Any]] = {
 
 
 def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
-    """All breakdowns of one answer per puzzle, as metrics.json holds them. names: go into the bootstrap's seed.
+    """All breakdowns of one answer per puzzle, as metrics.json holds them.
 
-    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], N upwards, the others with most puzzles first;
-        empty where no puzzle states the value.
-    disease_average: see `average_over`; healthy donors are no disease; absent with fewer than two diseases.
-    batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given: cells}} of valid answers.
+    names: the bootstrap's seed is derived from them.
+
+    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], with N ascending and the other values
+        by descending number of puzzles; empty when no puzzle states the value.
+    disease_average: see `average_over`; "normal" is no disease; absent with fewer than two diseases.
+    batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given label: cells}} of
+        valid answers.
     """
     found: dict[str, Any] = {}
     for dimension, value_of in DIMENSIONS.items():
@@ -85,7 +91,7 @@ def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dic
 
 
 def group(puzzles: Sequence[Puzzle], value_of: Callable[[Puzzle], Any]) -> dict[Any, list[int]]:
-    """{value: places of its puzzles}; numbers upwards, names with most puzzles first."""
+    """{value: indices of its puzzles}; numbers in ascending order, names by descending number of puzzles."""
     places: dict[Any, list[int]] = defaultdict(list)
     for i, puzzle in enumerate(puzzles):
         places[value_of(puzzle)].append(i)
@@ -94,19 +100,19 @@ def group(puzzles: Sequence[Puzzle], value_of: Callable[[Puzzle], Any]) -> dict[
 
 
 def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dict[str, Any]:
-    """The metrics of some answers, their number of cells, and the 95 % bootstrap interval of each metric over batches."""
+    """The metrics of a group of answers, its number of cells, and 95 % bootstrap intervals over batches."""
     return {
-        **summarise(scores).to_dict(),
+        **metrics_of(scores).to_dict(),
         "cells": sum(score.n_cells for score in scores),
         "intervals": intervals([[score] for score in scores], puzzles, *names),
     }
 
 
 def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: object) -> dict[str, Any]:
-    """{metric, intervals, over} unweighted mean of each metric over sets of puzzles, as the 'Average' of Table 3 over diseases.
+    """{<metrics>, intervals, over, smallest}: the unweighted mean over sets of puzzles, like the 'Average' of Table 3.
 
-    The batches of each set are drawn among themselves, so that every resample holds all sets; `smallest` is the least number of
-    batches of a set, and with 1 the intervals are too narrow.
+    sets: {name: (scores, puzzles)}. The bootstrap resamples the batches within each set, so every resample contains all
+    sets. `smallest` is the smallest number of batches of a set; with 1 the intervals are too narrow.
     """
     sums = {name: sums_of([[score] for score in scores], units_of(puzzles)) for name, (scores, puzzles) in sets.items()}
     draws = np.mean([one.draws("average", name, *names) for name, one in sums.items()], axis=0)
@@ -120,10 +126,10 @@ def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: objec
 
 
 def distribution(scores: Scores) -> dict[str, Any]:
-    """How the cell accuracies of single batches are spread (Figure 4B): bins, quartiles, mean.
+    """{bins, quartiles, mean}: the distribution of the cell accuracies of single batches (Figure 4B).
 
-    bins: [{from, to, batches}], batches with no cell right and with every cell right apart, and between them tenths
-    (0, 0.1), [0.1, 0.2), ..., [0.9, 1). quartiles: 25, 50 and 75 %, linear between neighbours.
+    bins: [{from, to, batches}]. Batches with no cell right and batches with every cell right have bins of their own;
+    the bins between are (0, 0.1), [0.1, 0.2), ..., [0.9, 1). quartiles: 25, 50 and 75 %, with linear interpolation.
     """
     right = [sum(score.right) for score in scores]
     bins: Counter = Counter()
@@ -139,14 +145,14 @@ def distribution(scores: Scores) -> dict[str, Any]:
 
 
 def confusion_counts(scores: Scores, puzzles: Sequence[Puzzle]) -> dict[str, dict[str, int]]:
-    """{true type: {label given: cells}} over the answers whose format is valid, true types by name, labels by count.
+    """{true type: {given label: cells}} over answers of a valid format; true types by name, labels by descending count.
 
-    Labels are grouped as they are compared, and written as the answer key or the candidates first write them.
+    Labels that compare as equal are counted together, and spelled as in the first answer key or candidate list.
     """
     spelling = spellings(puzzles)
     counts: dict[str, Counter] = defaultdict(Counter)
     for score, puzzle in zip(scores, puzzles, strict=True):
-        for truth, given in zip(puzzle.answer, score.labels, strict=False):  # no label where the format is invalid
+        for truth, given in zip(puzzle.answer, score.labels, strict=False):  # an invalid format has no labels
             key = normalise_label(given)
             counts[spelling[normalise_label(truth)]][spelling.setdefault(key, given)] += 1
     return {
@@ -155,7 +161,7 @@ def confusion_counts(scores: Scores, puzzles: Sequence[Puzzle]) -> dict[str, dic
 
 
 def spellings(puzzles: Sequence[Puzzle]) -> dict[str, str]:
-    """{label as labels are compared: how the puzzles first write it}"""
+    """{normalised label: its first spelling in the puzzles}"""
     found: dict[str, str] = {}
     for puzzle in puzzles:
         for label in (*puzzle.answer, *puzzle.candidates):
@@ -166,10 +172,11 @@ def spellings(puzzles: Sequence[Puzzle]) -> dict[str, str]:
 def cell_types(
     scores: Scores, puzzles: Sequence[Puzzle], confusion: dict[str, dict[str, int]], most: int = 3
 ) -> list[dict[str, Any]]:
-    """[{cell_type, cells, right, accuracy, interval, answered, most_confused}], most frequent type first.
+    """[{cell_type, cells, right, accuracy, interval, answered, most_confused}], the most frequent type first.
 
-    accuracy: right / cells, an invalid answer's cells wrong. interval: 95 %, Wilson's (a batch holds one cell of a type).
-    answered: cells in answers of a valid format. most_confused: [[wrong label, cells]], at most `most`, out of those.
+    accuracy: right / cells, where all cells of an invalid answer are wrong. interval: 95 %, Wilson's, because a batch
+    holds one cell of a type. answered: cells in answers of a valid format. most_confused: the `most` most frequent
+    [wrong label, cells].
     """
     cells: Counter = Counter()
     right: Counter = Counter()
@@ -200,15 +207,16 @@ def cell_types(
 def decomposition(
     predictions: Sequence[str], puzzles: Sequence[Puzzle], scores: Scores, *names: object
 ) -> dict[str, Any]:
-    """Table 11: the answers to cell-level puzzles put together into batches, in the two ways that its text leaves open.
+    """Table 11: answers to single cells combined into batches, in the two ways that the paper's text allows.
 
-    "spoiled": a cell without a valid answer makes its batch's answer invalid, 0 of N right, as for a batch-level answer.
-    "wrong_alone": such a cell is wrong by itself only. Each with the metrics, intervals over batches and n_puzzles batches;
-    response_length is that of a cell's own answer, and `cell_format_validity` the share of cells with a valid answer.
+    "spoiled": a cell without a valid answer makes its batch's answer invalid, with 0 of N right, as for a batch-level
+    answer. "wrong_alone": such a cell is wrong by itself only. Both hold the metrics and their intervals over batches
+    (n_puzzles counts batches); response_length is that of the answers to single cells. `cell_format_validity` is the
+    share of cells with a valid answer.
     """
-    lengths = {"response_length": summarise(scores).response_length}
+    lengths = {"response_length": metrics_of(scores).response_length}
     length_interval = intervals([[score] for score in scores], puzzles, "cells", *names)["response_length"]
-    found: dict[str, Any] = {"cell_format_validity": summarise(scores).format_validity}
+    found: dict[str, Any] = {"cell_format_validity": metrics_of(scores).format_validity}
     for way, label in (("spoiled", ""), ("wrong_alone", NO_LABEL)):
         answers, batches = regroup(list(predictions), list(puzzles), label)
         found[way] = group_metrics(score_all(answers, batches), batches, way, *names) | lengths
@@ -219,27 +227,27 @@ def decomposition(
 def k_sample(
     texts: Sequence[Sequence[str]], samples: Sequence[Scores], puzzles: Sequence[Puzzle], *names: object
 ) -> dict[str, Any]:
-    """What k answers per puzzle say: mean, pass@k', majority vote over whole assignments, vote per cell.
+    """{k, mean, pass_at_k, majority_vote, cell_vote} of k answers per puzzle.
 
     texts, samples: [P][k]. mean: each metric over all samples. pass_at_k: {k': {value, interval}} of batch accuracy for
-    k' = 1..k. majority_vote, cell_vote: the metrics of the voted answers; their response_length is that of the k answers
-    together, which is what the vote costs.
+    k' = 1..k. majority_vote, cell_vote: the metrics of the voted answers; their response_length is the sum over the k
+    answers, because a vote costs all of them.
     """
     k = len(samples[0])
     everything = [score for of_puzzle in samples for score in of_puzzle]
     found: dict[str, Any] = {
         "k": k,
         "mean": {
-            **summarise(everything).to_dict(),
+            **metrics_of(everything).to_dict(),
             "n_puzzles": len(puzzles),
             "intervals": intervals(samples, puzzles, "mean", *names),
         },
     }
     right = [sum(score.batch_right for score in of_puzzle) for of_puzzle in samples]
-    table = np.array([[pass_at_k(k, n, draws) for draws in range(1, k + 1)] for n in right])
-    limits = percentile_intervals(Sums(table, np.ones_like(table)).draws("pass@k", *names))
+    passes = np.array([[pass_at_k(k, n, draws) for draws in range(1, k + 1)] for n in right])  # [P, k]
+    limits = percentile_intervals(Sums(passes, np.ones_like(passes)).draws("pass@k", *names))
     found["pass_at_k"] = {
-        str(i + 1): {"value": float(table[:, i].mean()), "interval": limit} for i, limit in enumerate(limits)
+        str(i + 1): {"value": float(passes[:, i].mean()), "interval": limit} for i, limit in enumerate(limits)
     }
     lengths = [sum(score.response_length for score in of_puzzle) for of_puzzle in samples]
     for name, vote in (("majority_vote", majority_vote), ("cell_vote", cell_vote)):
@@ -248,8 +256,8 @@ def k_sample(
     return found
 
 
-def how_sure(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
-    """What the intervals of an evaluation are, in words for metrics.json."""
+def interval_method(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
+    """How the intervals of an evaluation were computed, for metrics.json."""
     return {
         "method": "percentile bootstrap over batches",
         "level": LEVEL,

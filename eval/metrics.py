@@ -1,11 +1,12 @@
-"""The metrics of a set of answers, votes over several answers to one puzzle, and the numbers a run folder holds.
+"""The metrics of a set of answers, and votes over several answers to one puzzle.
 
-Definitions: Cell-o1, appendix B.1 (arXiv:2506.02911). A batch is one puzzle of N cells of one donor. An answer whose
-format is invalid gets 0 of N cells right, and its N cells stay in every denominator.
+Definitions: Cell-o1, appendix B.1 (arXiv:2506.02911). A batch is one puzzle of N cells of one donor. An answer of an
+invalid format has 0 of N cells right, and its N cells stay in every denominator.
+
+Shapes: P puzzles, k answers per puzzle, S valid answers among them, N cells of a puzzle.
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections import Counter, defaultdict
@@ -20,8 +21,6 @@ from data.prompts import answer_text
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import normalise_label, parse_response
 
-STAGES = ("base", "sft", "grpo")
-SPLITS = ("test", "unseen")
 METRICS = (
     "cell_accuracy",
     "cell_accuracy_micro",
@@ -30,12 +29,12 @@ METRICS = (
     "uniqueness",
     "response_length",
 )
-"""The fields of `Metrics` that are means, in its order."""
+"""The fields of `Metrics` that are means, in the order of that class."""
 
 
 @dataclass(frozen=True)
 class PuzzleScore:
-    """One answer, scored."""
+    """The score of one answer."""
 
     id: str
     """The puzzle's id."""
@@ -46,11 +45,11 @@ class PuzzleScore:
     problem: str
     """What is wrong with the format; empty when it is valid."""
     labels: list[str]
-    """[N] the label given to each cell; empty when the format is invalid."""
+    """[N] the label that the answer gives each cell; empty when the format is invalid."""
     right: list[bool]
     """[N] is the label of cell i right? All False when the format is invalid."""
     n_distinct: int
-    """Number of different labels, compared as the reward compares them; 0 when the format is invalid."""
+    """Number of different labels, compared as in the reward; 0 when the format is invalid."""
     response_length: float
     """Tokens, or white-space separated words when no token count was given."""
 
@@ -70,7 +69,7 @@ class PuzzleScore:
         return self.n_distinct / self.n_cells
 
     def to_dict(self) -> dict[str, Any]:
-        """The row to write to a JSON-lines file."""
+        """The score as a JSON object."""
         shares = {
             "cell_accuracy": self.cell_accuracy,
             "batch_accuracy": float(self.batch_right),
@@ -81,12 +80,12 @@ class PuzzleScore:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over a set of puzzles. All are shares in [0, 1] except the last two."""
+    """Means over a set of puzzles. All are shares in [0, 1], except the last two."""
 
     cell_accuracy: float
     """Mean over batches of the share of cells that are right (macro; the definition of B.1)."""
     cell_accuracy_micro: float
-    """Cells right / cells, pooled over all batches (how the published Table 3 was computed)."""
+    """Right cells / cells, pooled over all batches (the published Table 3 was computed like this)."""
     batch_accuracy: float
     """Share of batches in which every cell is right."""
     format_validity: float
@@ -128,13 +127,13 @@ def score(predictions: list[str], puzzles: list[Puzzle], token_lengths: list[int
 
     Raises UserError when there is nothing to score or the lists differ in length.
     """
-    return summarise(score_all(predictions, puzzles, token_lengths))
+    return metrics_of(score_all(predictions, puzzles, token_lengths))
 
 
 def score_all(
     predictions: Sequence[str], puzzles: Sequence[Puzzle], token_lengths: Sequence[int] | None = None
 ) -> list[PuzzleScore]:
-    """[P] the scored rows behind `score`, which see for what it raises."""
+    """[P] the score of each response. Raises UserError as `score` does."""
     if not puzzles:
         raise UserError("there is no puzzle to score: the list of puzzles is empty")
     if len(predictions) != len(puzzles):
@@ -148,7 +147,7 @@ def score_all(
 
 
 def read_predictions(path: str | os.PathLike) -> list[dict]:
-    """Rows of a file of predictions. Raises UserError naming the file; of a .csv or the like it says which formats are read."""
+    """The rows of a file of predictions. Raises UserError that names the file, and the formats that can be read."""
     try:
         return read_rows(path)
     except ValueError as error:
@@ -160,10 +159,10 @@ def read_predictions(path: str | os.PathLike) -> list[dict]:
 
 
 def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "") -> list[dict]:
-    """[P] the prediction row of each puzzle: by id where a row has one, else by order. A row with samples needs no prediction.
+    """[P] the prediction row of each puzzle, matched by id, or by order when no row has an id.
 
-    where: what to call the rows in an error. Raises UserError when a puzzle has no prediction, an id has more predictions than
-    puzzles, or a row is not a prediction.
+    where: begins an error message. Raises UserError when a puzzle has no prediction, when an id has several predictions
+    and not as many puzzles, or when a row is no prediction.
     """
     checked = [_checked(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
     if not any("id" in row for row in checked):
@@ -194,7 +193,10 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
 
 
 def _checked(row: dict, where: str) -> dict:
-    """The row, with `prediction` taken from its samples where it has none. Raises UserError when it is not a prediction."""
+    """The row; one without `prediction` gets its first sample as prediction.
+
+    Raises UserError when it is no prediction.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object with the text column 'prediction'")
     samples = row.get("samples")
@@ -210,10 +212,10 @@ def _checked(row: dict, where: str) -> dict:
 def scores_of(
     rows: Sequence[dict], puzzles: Sequence[Puzzle], in_words: bool = False
 ) -> tuple[list[list[str]], list[list[PuzzleScore]], str]:
-    """([P][k] texts, [P][k] scores, unit of length) of matched rows; k is 1 where rows have no samples.
+    """([P][k] texts, [P][k] scores, unit of length) of matched rows; k is 1 when the rows have no samples.
 
-    Unit "tokens" where every row has its token counts, else, or if in_words, "words" (white-space separated). Raises UserError
-    when the rows differ in their number of samples.
+    The unit is "tokens" when every row has token counts; otherwise, or if in_words, it is "words" (white-space
+    separated). Raises UserError when the rows differ in their number of samples.
     """
     texts = [row.get("samples") or [row["prediction"]] for row in rows]
     counts = sorted({len(of_puzzle) for of_puzzle in texts})
@@ -233,7 +235,7 @@ def scores_of(
 
 
 def token_counts(row: dict) -> list[float] | None:
-    """[k] the tokens of a row's answers; None unless each is a number of 0 or more (a text, NaN or nothing is none)."""
+    """[k] the numbers of tokens of a row's answers; None unless all are numbers >= 0 (no text, no NaN)."""
     k = len(row.get("samples") or [None])
     stated = row.get("samples_tokens") if k > 1 else [row.get("response_tokens")]
     known = isinstance(stated, list) and len(stated) == k
@@ -242,14 +244,14 @@ def token_counts(row: dict) -> list[float] | None:
 
 
 def lacking_tokens(rows: Sequence[dict]) -> int:
-    """How many rows lack token counts though others have them, or have some that are no numbers; 0 where none was meant."""
+    """The number of rows without usable token counts, when some row states one; 0 when no row states any."""
     lacking = [row for row in rows if token_counts(row) is None]
     stated = any(row.get(name) is not None for row in lacking for name in ("response_tokens", "samples_tokens"))
     return len(lacking) if stated or len(lacking) < len(rows) else 0
 
 
-def summarise(scores: Sequence[PuzzleScore]) -> Metrics:
-    """The metrics of rows already scored; `scores` must hold at least one."""
+def metrics_of(scores: Sequence[PuzzleScore]) -> Metrics:
+    """The means of scores. `scores` must hold at least one."""
     return Metrics(
         cell_accuracy=fmean(row.cell_accuracy for row in scores),
         cell_accuracy_micro=sum(sum(row.right) for row in scores) / sum(row.n_cells for row in scores),
@@ -262,7 +264,7 @@ def summarise(scores: Sequence[PuzzleScore]) -> Metrics:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that one of k answers, drawn without replacement from n of which `right` are right, is right.
+    """Probability that k answers contain a right one, drawn without replacement from n of which `right` are right.
 
     The unbiased estimator 1 - C(n - right, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374, Eq. 1), for k <= n.
     """
@@ -271,27 +273,27 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
-    """The complete assignment that most valid answers give, as one answer; the first seen among equals.
+    """The assignment of all cells that most valid answers give, as one answer; among equals the first one.
 
-    Only assignments that take each candidate at most once vote; where there is none (and in open-ended puzzles, which have no
-    candidates), all of a valid format do. Assignments compare as labels do. "" (an invalid answer) when no sample has a valid
-    format.
+    Only assignments that use each candidate at most once vote. When there is none (as in open-ended puzzles, which have
+    no candidates), all answers of a valid format vote. Labels are compared as in the reward. Returns "" (an invalid
+    answer) when no sample has a valid format.
     """
     valid = _valid_labels(samples, puzzle)
     valid = [labels for labels in valid if _one_to_one(labels, puzzle)] or valid
     if not valid:
         return ""
     keys = [tuple(normalise_label(label) for label in labels) for labels in valid]
-    (winner, _), *_ = Counter(keys).most_common(1)  # the first of equals: a Counter keeps the order of first sight
+    (winner, _), *_ = Counter(keys).most_common(1)  # a Counter keeps the order of insertion: the first of equals
     return answer_of(valid[keys.index(winner)])
 
 
 def cell_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
-    """The one-to-one assignment of candidates to cells with the most votes of single cells, as one answer.
+    """The one-to-one assignment of candidates to cells with the largest sum of votes per cell, as one answer.
 
-    votes[i, j] is the number of valid answers that give cell i candidate j; the assignment has the largest sum of votes
-    (scipy's linear_sum_assignment). Without candidates (open-ended) each cell takes its own most frequent label. "" when no
-    sample has a valid format.
+    votes[i, j] is the number of valid answers that give candidate j to cell i; scipy's linear_sum_assignment finds the
+    largest sum. Without candidates (open-ended) each cell takes its most frequent label. Returns "" when no sample has
+    a valid format.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment
@@ -309,7 +311,7 @@ def cell_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
 
 
 def answer_of(labels: Sequence[str], reasoning: str = "") -> str:
-    """A response of a valid format that gives these labels, one per cell."""
+    """A response of a valid format with these labels, one per cell."""
     return f"<think>{reasoning}</think>\n<answer>{answer_text(list(labels))}</answer>"
 
 
@@ -320,55 +322,20 @@ def _valid_labels(samples: Sequence[str], puzzle: Puzzle) -> list[list[str]]:
 
 
 def _one_to_one(labels: Sequence[str], puzzle: Puzzle) -> bool:
-    """Is every label a candidate that no other cell has?"""
+    """Is every label a candidate, and is no candidate used more often than it is listed?"""
     given, candidates = (Counter(map(normalise_label, names)) for names in (labels, puzzle.candidates))
     return given <= candidates
 
 
 def _most_frequent(labels: Sequence[str]) -> str:
-    """The label, compared as labels are, that occurs most; the first seen among equals, as it was first written."""
+    """The most frequent label, compared as in the reward and spelled as first written; the first one among equals."""
     keys = [normalise_label(label) for label in labels]
     (winner, _), *_ = Counter(keys).most_common(1)
     return labels[keys.index(winner)]
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share seen in n independent trials (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    """95 % interval of a share observed in n independent trials (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """summary.json of a run folder: summary[stage][split] is a `Metrics` dict, summary["run"] the settings.
-
-    Raises UserError naming the file and the command that writes it when it is missing or not a JSON object.
-    """
-    path = Path(run_dir) / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
-    return summary
-
-
-def read_result(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a metrics.json; empty when there is none. Raises UserError naming a file that holds no object."""
-    if not Path(path).is_file():
-        return {}
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
-    if not isinstance(result, dict):
-        raise UserError(f"{path}: holds no metrics; run launch/evaluate.py again")
-    return result
-
-
-def read_steps(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl that have a `step`, in file order; none when the file is not there."""
-    return [row for row in read_rows(path) if "step" in row] if Path(path).is_file() else []

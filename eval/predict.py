@@ -1,15 +1,14 @@
-"""Answers to puzzles: asked for in chunks and saved as they come, matched with their puzzles, scored, written.
+"""Let a model answer puzzles: in chunks, with every answer saved as soon as it comes, so that a run can be resumed.
 
-An answering model is a function `ask(puzzles, first)` that gives pairs (puzzle, [k] Answer) in lists, each saved when it comes.
-`first` is the place of the chunk in the file, from which a local model takes its seed, so that a run that was killed and resumed
-gives what an unbroken one would have.
+A model is a function `ask(puzzles, first)` that yields lists of pairs (puzzle, [k] Answer); each list is saved when it
+comes. `first` is the position of the chunk in the file. A local model derives its seed from it, so that a run that was
+killed and resumed gives the same answers as an unbroken run.
 
-A row of predictions.jsonl: {id, prediction, response_tokens, finish_reason}; with k > 1 answers per puzzle also samples,
-samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first of them.
+A row of predictions.jsonl is {id, prediction, response_tokens, finish_reason}. With k > 1 answers per puzzle it also
+has samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -23,19 +22,16 @@ from tqdm import tqdm
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
 from data.files import write_whole
-from data.puzzles import Puzzle, read_rows, write_rows
-from eval.bootstrap import intervals, paired
-from eval.breakdowns import average_over, breakdowns, decomposition, how_sure, k_sample
-from eval.metrics import METRICS, lacking_tokens, read_result, scores_of, summarise
-from eval.published import average_markdown, comparable, evaluation_markdown
-from eval.similarity import LabelEncoder, similarity
+from data.puzzles import Puzzle, read_rows
+from eval.run_files import read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
 PARTIAL = "predictions.partial.jsonl"
 REFUSED = "refused"
-"""The finish_reason of the empty answer that stands for a prompt which the endpoint refused for good."""
+"""The finish_reason of an empty answer to a prompt that the endpoint refused for good."""
 _REFUSAL = re.compile(r"status (4\d\d): ")
-_MAY_PASS = (401, 403, 408, 409, 425, 429)
+_NOT_FOR_GOOD = (401, 403, 408, 409, 425, 429)
+"""Status codes about the key, the time or the load, not about the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +41,22 @@ class Answer:
     text: str
     """The whole response, reasoning included."""
     tokens: int | None
-    """Its length in the model's own tokens; None where that is not known."""
+    """Its length in the model's own tokens; None when unknown."""
     finish_reason: str
-    """"stop", "length" when it was cut, or REFUSED."""
+    """"stop", "length" (cut at the limit), or REFUSED."""
 
 
 Answered = list[tuple[Puzzle, list[Answer]]]
 Ask = Callable[[list[Puzzle], int], Iterable[Answered]]
 LINES = 20
-"""Of progress, where there is no terminal for a bar."""
+"""Lines of progress that a run prints where there is no terminal for a bar."""
 
 
 def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[int]], sampling: Sampling) -> Ask:
-    """Answers from an engine in this process. encode: a puzzle's prompt in tokens. Greedy when sampling.temperature is 0."""
+    """A model in an engine in this process. encode: gives a puzzle's prompt as tokens.
+
+    sampling.temperature 0 is greedy.
+    """
 
     def answer(rollout: Rollout) -> Answer:
         text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
@@ -72,16 +71,20 @@ def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[i
 
 
 def refused_for_good(error: str) -> bool:
-    """Did the endpoint refuse this prompt, so that asking again is no use? error: of a Completion (rollout/teachers/openai.py)."""
+    """Did the endpoint refuse this prompt, so that it would refuse it again?
+
+    error: of a Completion (data/distill/distill.py).
+    """
     status = _REFUSAL.match(error)
-    return status is not None and int(status[1]) not in _MAY_PASS
+    return status is not None and int(status[1]) not in _NOT_FOR_GOOD
 
 
 def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> Ask:
-    """k answers per puzzle from a model behind an endpoint (rollout/teachers/openai.py), a puzzle as soon as its k are there.
+    """A model behind an endpoint (rollout/teachers/openai.py). A puzzle is yielded as soon as its k answers are there.
 
-    Reasoning that the endpoint gives apart is put into <think> tags. refused_are_invalid: a prompt that is refused for good gets
-    an empty answer. Raises RunError, after all answers that came, when another request failed for good.
+    Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt
+    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after all answers that came, when
+    another request failed.
     """
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
@@ -109,7 +112,7 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
 
 
 def row_of(puzzle: Puzzle, answers: Sequence[Answer]) -> dict[str, Any]:
-    """The row of predictions.jsonl; token counts are left out where one is not known."""
+    """The row of predictions.jsonl. Token counts are left out when one of them is unknown."""
     counted = all(answer.tokens is not None for answer in answers)
     row = {"id": puzzle.id, "prediction": answers[0].text}
     row |= {"response_tokens": answers[0].tokens} if counted else {}
@@ -121,8 +124,8 @@ def row_of(puzzle: Puzzle, answers: Sequence[Answer]) -> dict[str, Any]:
     return row
 
 
-def distinct(puzzles: Sequence[Puzzle]) -> list[Puzzle]:
-    """The puzzles, each id once. Raises UserError for an id that names two different puzzles."""
+def distinct_puzzles(puzzles: Sequence[Puzzle]) -> list[Puzzle]:
+    """The puzzles with each id once. Raises UserError when two different puzzles have the same id."""
     found: dict[str, Puzzle] = {}
     for puzzle in puzzles:
         if found.setdefault(puzzle.id, puzzle).user_message != puzzle.user_message:
@@ -133,12 +136,13 @@ def distinct(puzzles: Sequence[Puzzle]) -> list[Puzzle]:
 def answer_all(
     puzzles: Sequence[Puzzle], ask: Ask, partial: "Partial", *, chunk: int, whole_chunks: bool, name: str
 ) -> list[dict]:
-    """Rows of all puzzles, in their order; each answer is saved in `partial` as soon as it comes.
+    """Rows of all puzzles, in their order. Every answer is saved in `partial` as soon as it comes.
 
-    Puzzles that `partial` already holds are not asked again. whole_chunks: a chunk that lacks one is asked whole, for a sampler
-    whose answers depend on what it answers together. name: what the progress bar says.
+    Puzzles that `partial` already holds are not asked again. whole_chunks: ask a whole chunk again when one of its
+    puzzles has no answer; for a sampler whose answers depend on the other prompts of the chunk. name: shown by the
+    progress bar.
     """
-    todo = distinct(puzzles)
+    todo = distinct_puzzles(puzzles)
     held = said = sum(puzzle.id in partial.rows for puzzle in todo)
     with tqdm(total=len(todo), initial=held, desc=name, unit="puzzle", disable=None) as bar:
         for first in range(0, len(todo), chunk):
@@ -157,23 +161,27 @@ def answer_all(
 
 
 class Partial:
-    """OUT/predictions.partial.jsonl: a line with the settings, then the rows of the puzzles answered so far."""
+    """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
 
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool) -> None:
-        """settings: what the answers depend on. resume: take over what a run with the same settings left, or finished.
+        """settings: everything the answers depend on. resume: read the rows that a run with the same settings left.
 
-        Raises UserError when what is there was made with other settings, or is damaged before its last line.
+        The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
+        settings, or when a line before the last one is damaged.
         """
         self.path = Path(folder) / PARTIAL
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
         if resume:
-            self.rows = {row["id"]: row for row in self._left()}
+            self.rows = {row["id"]: row for row in self._rows_left()}
         self.started = False
 
     def add(self, rows: list[dict]) -> None:
-        """Append rows and wait until they are on disk. The first time, the file is written anew with all rows held."""
+        """Append rows and wait until they are on disk.
+
+        The first call writes the file anew, with the rows that were read too.
+        """
         for row in rows:
             self.rows[row["id"]] = row
         if not self.started:
@@ -187,21 +195,21 @@ class Partial:
             os.fsync(handle.fileno())
 
     def remove(self) -> None:
-        """The results are written: what is partial is not needed any more."""
+        """Remove the file, once the results are written."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 
-    def _left(self) -> list[dict]:
-        """Rows that an earlier run left, or none."""
+    def _rows_left(self) -> list[dict]:
+        """The rows that an earlier run left; [] when there are none."""
         if not self.path.is_file():
             finished = self.path.with_name("metrics.json")
             predictions = self.path.with_name("predictions.jsonl")
             if not (finished.is_file() and predictions.is_file()):
                 return []
-            self._same(read_result(finished).get("run") or {}, finished)
+            self._refuse_other_settings(read_result(finished).get("run") or {}, finished)
             return read_rows(predictions)
         lines = self.path.read_text(encoding="utf-8").split("\n")
-        whole = lines[:-1]  # what follows the last line break was cut off by the end of that run
+        whole = lines[:-1]  # what follows the last line break was cut off when that run ended
         try:
             parsed = [json.loads(line) for line in whole]
         except json.JSONDecodeError as error:
@@ -210,21 +218,21 @@ class Partial:
             ) from None
         if not parsed:
             return []
-        self._same(parsed[0].get("settings", {}), self.path)
+        self._refuse_other_settings(parsed[0].get("settings", {}), self.path)
         return parsed[1:]
 
-    def _same(self, settings: dict[str, Any], path: Path) -> None:
-        """Raises UserError naming the first setting that differs."""
+    def _refuse_other_settings(self, settings: dict[str, Any], path: Path) -> None:
+        """Raises UserError that names the first setting that differs from those of this run."""
         for name in sorted(self.settings.keys() | settings.keys()):
             if self.settings.get(name) != settings.get(name):
                 raise UserError(
-                    f"--resume: {path} was made with {name} {settings.get(name)}, and this run has {self.settings.get(name)}: "
-                    "give the same, or leave --resume out to start again"
+                    f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
+                    f"{self.settings.get(name)}: give the same, or leave --resume out to start again"
                 )
 
 
 def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
-    """The rows with their token counts, in this tokenizer's tokens (no special ones), in place of those they had."""
+    """The rows with new token counts: tokens of this tokenizer, without special tokens."""
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -235,128 +243,3 @@ def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
         | ({"samples_tokens": [count(text) for text in row["samples"]]} if row.get("samples") else {})
         for row in rows
     ]
-
-
-def evaluate(
-    rows: Sequence[dict],
-    puzzles: Sequence[Puzzle],
-    *,
-    name: str,
-    run: dict[str, Any],
-    file: str = "",
-    seed: int = 0,
-    encoder: LabelEncoder | None = None,
-    other: tuple[str, Sequence[dict]] | None = None,
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The content of metrics.json: the metrics of the first answers, then everything else there is to say about the rows.
-
-    rows: matched, one per puzzle. name: of what answered. run: its settings. file: of the puzzles. encoder: for the similarity of
-    labels. other: (name, matched rows) of a model to compare with. notes: what a reader must know besides; those on the rows are
-    added.
-    """
-    texts, samples, unit = scores_of(rows, puzzles)
-    firsts = [of_puzzle[0] for of_puzzle in samples]
-    variant = variant_of_all(puzzles, file)
-    found = breakdowns(firsts, puzzles, seed)
-    result = summarise(firsts).to_dict() | {
-        "name": name,
-        "response_length_unit": unit,
-        "intervals": intervals([[score] for score in firsts], puzzles, seed),
-        "interval": how_sure(puzzles),
-        "puzzles": {"file": Path(file).name, "variant": variant, "digest": digest(puzzles)},
-        "run": run,
-        **notes_on(rows, notes),
-        "breakdowns": found,
-    }
-    if len(samples[0]) > 1:
-        result["k_sample"] = k_sample(texts, samples, puzzles, seed)
-    if variant == "cell":
-        result["decomposition"] = decomposition([of[0] for of in texts], puzzles, firsts, seed)
-    if encoder is not None:
-        result["similarity"] = similarity(firsts, puzzles, encoder, seed)
-    if other is not None:
-        result["compare"] = compare(rows, *other, puzzles, seed)
-    diseases = [str(group["value"]) for group in found["disease"]]
-    result["published"] = comparable(variant, diseases, encoder is not None)
-    return result
-
-
-def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
-    """{refused, notes}: how many answers are missing because the endpoint refused the prompt, and sentences; each where there are
-    any."""
-    refused = sum(
-        reason == REFUSED for row in rows for reason in row.get("samples_finish_reasons") or [row.get("finish_reason")]
-    )
-    lacking, notes = lacking_tokens(rows), list(notes)
-    if refused:
-        asked = sum(len(row.get("samples") or [None]) for row in rows)
-        notes.append(
-            f"of {asked:,} requests the endpoint refused {refused:,} for good: counted as invalid, of no length"
-        )
-    if lacking:
-        notes.append(
-            f"{lacking:,} of {len(rows):,} predictions state no number of tokens, so all lengths are in words; --tokenizer "
-            "FOLDER counts tokens"
-        )
-    return ({"refused": refused} if refused else {}) | ({"notes": notes} if notes else {})
-
-
-def variant_of_all(puzzles: Sequence[Puzzle], file: str) -> str:
-    """The variant of the puzzles of a file. Raises UserError when they are of several."""
-    variants = sorted({puzzle.variant for puzzle in puzzles})
-    if len(variants) > 1:
-        raise UserError(f"--puzzles {file}: holds {' and '.join(variants)} puzzles; evaluate each kind by itself")
-    return variants[0]
-
-
-def compare(
-    rows: Sequence[dict], other: str, their_rows: Sequence[dict], puzzles: Sequence[Puzzle], seed: int
-) -> dict[str, Any]:
-    """{other, response_length_unit, metrics} of two models' matched rows, see `paired`; in words unless both have tokens."""
-    units = {scores_of(of_model, puzzles)[2] for of_model in (rows, their_rows)}
-    ours, theirs = (scores_of(of_model, puzzles, in_words=len(units) > 1)[1] for of_model in (rows, their_rows))
-    unit = units.pop() if len(units) == 1 else "words"
-    return {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)}
-
-
-def average_of(
-    answered: dict[str, tuple[list[dict], list[Puzzle]]], results: dict[str, dict[str, Any]], seed: int
-) -> dict[str, Any]:
-    """The content of average.json: several files of puzzles, and the unweighted mean over them (as Table 3 over its diseases).
-
-    answered: {file: (matched rows, puzzles)}. results: {file: the content of its metrics.json}.
-    """
-    sets = {
-        file: ([of_puzzle[0] for of_puzzle in scores_of(rows, puzzles)[1]], puzzles)
-        for file, (rows, puzzles) in answered.items()
-    }
-    kept = (*METRICS, "n_puzzles", "intervals")
-    variants = sorted({result["puzzles"]["variant"] for result in results.values()})  # batch before the others
-    units = {result["response_length_unit"] for result in results.values()}
-    return {
-        "name": next(iter(results.values()))["name"],
-        "response_length_unit": units.pop() if len(units) == 1 else "tokens or words",
-        "files": {file: {key: result[key] for key in kept} for file, result in results.items()},
-        "average": average_over(sets, seed),
-        "published": comparable(variants[0], list(results)),
-    }
-
-
-def digest(puzzles: Sequence[Puzzle]) -> str:
-    """16 hex digits that name the puzzles, their order, and their answers."""
-    rows = [[puzzle.id, puzzle.user_message, puzzle.answer] for puzzle in puzzles]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def write_evaluation(out: Path, rows: list[dict], result: dict[str, Any], title: str) -> None:
-    """Write OUT/predictions.jsonl, evaluation.md and, last, metrics.json, each whole or not at all."""
-    write_rows(out / "predictions.jsonl", rows)
-    write_whole(out / "evaluation.md", evaluation_markdown(title, result))
-    write_whole(out / "metrics.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-def write_average(out: Path, result: dict[str, Any]) -> None:
-    """Write OUT/evaluation.md and average.json of several files, each whole or not at all. result: of `average_of`."""
-    write_whole(out / "evaluation.md", average_markdown(result))
-    write_whole(out / "average.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -1,7 +1,7 @@
 """The paper's published numbers beside ours: eval/published.tsv, and evaluation.md.
 
-Published numbers are always labelled so: they are of the paper's models on the paper's puzzles (Cell-o1, arXiv:2506.02911), and
-compare with ours as far as the puzzles do.
+Published numbers always carry this label. They are of the paper's models on the paper's puzzles (Cell-o1,
+arXiv:2506.02911), so they can be compared with ours only as far as the puzzles can.
 
 Example: published_rows(table="Table 3", setting="melanoma")[-1].cell_accuracy == 0.8591
 """
@@ -11,42 +11,43 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.describe import table as markdown_table
+from data.describe import markdown_table
 
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
 NOTE = (
-    "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles do. "
-    "Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not known."
+    "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles "
+    "do. Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not "
+    "known."
 )
 KEY_MODELS = ("Qwen2.5-7B-Instruct", "IT Qwen2.5-7B", "o1", "Cell-o1")
-"""Of the published rows those that stand in the report's tables: the base, the answers alone, the teacher, and the result."""
+"""Models whose published rows the report's tables show: base, base tuned on answers alone, teacher, and result."""
 MEASURES = {
     "batch": "",
-    "cell": " Table 11: the cell-level rows are of single answers put together into batches (the batch-level rows of answers to "
-    "whole batches): they stand beside ours put together, not beside the metrics of single cells.",
-    "open": " Table 12 takes a label as right when its MedCPT similarity to the gold label is above 0.8: it stands beside our "
-    "similarities (--medcpt), not beside exact matches.",
+    "cell": " Table 11: the cell-level rows are of single answers put together into batches (the batch-level rows of "
+    "answers to whole batches): they stand beside ours put together, not beside the metrics of single cells.",
+    "open": " Table 12 takes a label as right when its MedCPT similarity to the gold label is above 0.8: it stands "
+    "beside our similarities (--medcpt), not beside exact matches.",
 }
-"""{variant of the puzzles: what the published accuracies measure, where that is not what ours do}"""
+"""{variant of the puzzles: what the published accuracies measure, where it differs from ours}"""
 DISEASES = {
     "breast cancer": ("breast cancer", "breast carcinoma"),
     "melanoma": ("melanoma", "malignant melanoma"),
     "systemic lupus erythematosus": ("systemic lupus erythematosus", "sle"),
     "colorectal cancer": ("colorectal cancer", "colorectal carcinoma"),
 }
-"""Of Table 3: {disease: the names, of a disease or a file, that mean the same}."""
+"""The diseases of Table 3: {disease: names of a disease or a file that mean the same}"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A row of the paper's tables; None: not published. Shares in [0, 1]."""
+    """A row of the paper's tables. Shares are in [0, 1]; None means not published."""
 
     table: str
     setting: str
     model: str
     response_length: float | None
-    """Qwen2.5 tokens, for every model."""
+    """In tokens of Qwen2.5, for every model."""
     cell_accuracy: float | None
     batch_accuracy: float | None
     format_validity: float | None
@@ -55,7 +56,7 @@ class Published:
     """Mean MedCPT similarity of given and gold labels."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The row with what was published, and its label."""
+        """The row as a JSON object, with its label and without what was not published."""
         return {"label": "published"} | {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -70,25 +71,25 @@ def _all_rows() -> tuple[Published, ...]:
 
 
 def published_rows(table: str | None = None, setting: str | None = None) -> list[Published]:
-    """Rows of eval/published.tsv in file order, of one table or setting where given."""
+    """Rows of eval/published.tsv in file order; only those of a table or a setting where given."""
     return [row for row in _all_rows() if table in (None, row.table) and setting in (None, row.setting)]
 
 
 def disease_of_table_3(name: str) -> str | None:
-    """Which disease of Table 3 a disease or a file is called after; None for another, such as a kind of it.
+    """The disease of Table 3 that the name of a disease or a file means; None for another disease, also for a subtype.
 
-    "breast carcinoma" and "breast_cancer" are its breast cancer; "uveal melanoma" is not its melanoma.
+    "breast carcinoma" and "breast_cancer" mean its breast cancer; "uveal melanoma" does not mean its melanoma.
     """
     text = " ".join(name.lower().replace("_", " ").replace("-", " ").split())
     return next((disease for disease, names in DISEASES.items() if text in names), None)
 
 
 def comparable(variant: str, diseases: list[str], with_similarity: bool = False) -> dict[str, Any]:
-    """What of the paper goes beside an evaluation: {label, source, note, rows}.
+    """{label, source, note, rows}: the paper's numbers to show beside an evaluation.
 
-    variant: of the puzzles: "batch" (Table 2, and Table 3 for those of its diseases that are among `diseases`, with its average
-    when all four are), "cell" (Table 11) or "open" (Table 12). with_similarity: MedCPT similarity was computed. The note says
-    what the accuracies of the rows measure.
+    variant: of the puzzles. "batch" gives Table 2, and the rows of Table 3 for those of its diseases that are among
+    `diseases`, with its average if all four are; "cell" gives Table 11, "open" Table 12. with_similarity: MedCPT
+    similarity was computed. The note says what the accuracies of the rows measure.
     """
     rows = published_rows({"batch": "Table 2", "cell": "Table 11", "open": "Table 12"}[variant])
     if variant == "open":
@@ -122,8 +123,8 @@ SIMILARITY_COLUMNS = {
     "format_validity": "valid format",
     "response_length": "response length",
 }
-OF_GROUPS = ("batch_accuracy", "cell_accuracy", "cell_accuracy_micro", "format_validity")
-"""What of them a breakdown shows."""
+GROUP_COLUMNS = ("batch_accuracy", "cell_accuracy", "cell_accuracy_micro", "format_validity")
+"""The columns that a breakdown shows."""
 BREAKDOWN_TITLES = {
     "n_cells": ("By number of cells (Figure 4A)", "N"),
     "tissue": ("By tissue", "tissue"),
@@ -131,13 +132,13 @@ BREAKDOWN_TITLES = {
     "donor": ("By donor", "donor"),
 }
 LONGEST = 30
-"""Rows of a breakdown shown on the page; metrics.json has all."""
+"""Most rows of a breakdown in evaluation.md; metrics.json has all."""
 
 
 def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
-    """evaluation.md: what metrics.json holds, for a biologist to read, ours beside the published numbers. Always the same text.
+    """The text of evaluation.md: metrics.json for a biologist to read, with published numbers beside ours.
 
-    title: of the page. result: the content of metrics.json.
+    title: of the page. result: the content of metrics.json. The same result gives the same text.
     """
     parts = [f"# {title}", _headline(result), *(f"Mind: {sentence}." for sentence in result.get("notes", ()))]
     parts += [f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
@@ -160,9 +161,9 @@ def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
 
 
 def average_table(title: str, average: dict[str, Any], result: dict[str, Any]) -> str:
-    """A section with the unweighted mean over diseases or files, beside Table 3's where `result` has it.
+    """A section with the unweighted mean over diseases or files, beside the average of Table 3 where `result` has it.
 
-    average: of eval.breakdowns.average_over. result: {"name", "published"}.
+    average: the result of eval.breakdowns.average_over. result: its keys "name" and "published" are used.
     """
     rows = [[result["name"], *_shares(average, COLUMNS)]]
     rows += [_published_row(row) for row in result["published"]["rows"] if row.get("setting") == "average"]
@@ -170,7 +171,7 @@ def average_table(title: str, average: dict[str, Any], result: dict[str, Any]) -
 
 
 def average_markdown(result: dict[str, Any]) -> str:
-    """evaluation.md of several files. result: the content of average.json."""
+    """The text of evaluation.md for several files. result: the content of average.json."""
     of_table_3 = [row for row in result["published"]["rows"] if row["table"] == "Table 3"]
     rows = []
     for file, metrics in result["files"].items():
@@ -197,7 +198,7 @@ def _headline(result: dict[str, Any]) -> str:
 
 
 def _metrics_table(result: dict[str, Any]) -> str:
-    """Ours with intervals, then the paper's models where they were measured in this way."""
+    """Our metrics with intervals, then the paper's models that were measured in the same way."""
     rows = [[result["name"], *_shares(result, COLUMNS)]]
     rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 2"]
     return markdown_table(["", *COLUMNS.values()], rows)
@@ -206,16 +207,17 @@ def _metrics_table(result: dict[str, Any]) -> str:
 def _glossary(result: dict[str, Any]) -> str:
     unit = result["response_length_unit"]
     return (
-        "In brackets: the 95 % interval, by bootstrap over batches; an interval of one point says that all batches are alike, "
-        "and with few batches little else. 'Mean over batches' is the paper's definition of cell accuracy (B.1), 'pooled' counts "
-        "all cells together. An answer of an invalid format has no cell right. Uniqueness: different labels / cells. Response "
-        f"length is in {'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens of Qwen2.5.\n\n"
+        "In brackets: the 95 % interval, by bootstrap over batches; an interval of a single value means that all "
+        "batches are alike, which says little when there are few. 'Mean over batches' is the paper's definition of "
+        "cell accuracy (B.1); 'pooled' counts all cells together. An answer of an invalid format has no cell right. "
+        "Uniqueness: different labels / cells. Response length is in "
+        f"{'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens of Qwen2.5.\n\n"
         f"(published): {result['published']['source']}. {result['published']['note']}"
     )
 
 
 def _published_row(row: dict[str, Any], columns: dict[str, str] = COLUMNS) -> list[str]:
-    """Name and the cells of the columns."""
+    """The name of a published row, then its cells in the order of the columns."""
     setting = "" if row["setting"] in ("test", "open-ended", "average") else f", {row['setting']}"
     cells = {name: _percent(row[name]) for name in COLUMNS if name in row}
     cells["cell_accuracy"], cells["cell_accuracy_micro"] = "", cells.pop("cell_accuracy", "")
@@ -235,9 +237,9 @@ def _k_sample(found: dict[str, Any]) -> str:
     passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
     return (
         f"## {k} answers per batch\n\n{markdown_table(['', *COLUMNS.values()], rows)}\n\n"
-        "Whole assignments vote where they take each candidate at most once; where none does, all of a valid format do. The "
-        "response length of a vote is that of all the answers it was taken from. pass@k: the chance that at least one of k "
-        f"answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
+        "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
+        "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
+        f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
     )
 
 
@@ -250,8 +252,8 @@ def _compare(found: dict[str, Any]) -> str:
             [title, show(one["ours"]), show(one["theirs"]), f"{difference} ({low} to {high})", f"{one['p']:.2g}"]
         )
     return (
-        f"## Against {found['other']}\n\nThe same batches, drawn together (paired bootstrap). Differences of shares are in "
-        f"percentage points; response length is in {found['response_length_unit']}.\n\n"
+        f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences "
+        f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
         + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
     )
 
@@ -262,14 +264,15 @@ def _decomposition(result: dict[str, Any]) -> str:
     rows = [[label, *_shares(found[way], COLUMNS)] for way, label in ways.items()]
     rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 11"]
     return (
-        "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two its Table 11 uses. Of single "
-        f"answers, {_percent(found['cell_format_validity'])} have a valid format; response length is of single answers, in the "
-        "published batch-level rows of answers to whole batches.\n\n" + markdown_table(["", *COLUMNS.values()], rows)
+        "## Cells put together into batches (Table 11)\n\nThe paper does not say which of the two ways its Table 11 "
+        f"uses. Of single answers, {_percent(found['cell_format_validity'])} have a valid format. Response length is "
+        "that of single answers; in the published batch-level rows it is that of answers to whole batches.\n\n"
+        + markdown_table(["", *COLUMNS.values()], rows)
     )
 
 
 def _similarity(result: dict[str, Any]) -> str:
-    """Ours with intervals, and the rows of Table 12, whose accuracies are those by similarity."""
+    """Our accuracies by similarity with intervals, and the rows of Table 12, whose accuracies are by similarity too."""
     found = result["similarity"]
     ours = {**result, **found, "intervals": {**result["intervals"], **found["intervals"]}}
     rows = [[result["name"], *_shares(ours, SIMILARITY_COLUMNS)]]
@@ -283,22 +286,22 @@ def _similarity(result: dict[str, Any]) -> str:
 
 
 def _by_value(name: str, groups: list[dict[str, Any]], result: dict[str, Any]) -> str:
-    """One breakdown; under a disease of Table 3 the published rows."""
+    """The section of a breakdown; below a disease of Table 3, its published rows."""
     title, head = BREAKDOWN_TITLES[name]
     with_chance, rows = name == "n_cells" and result["puzzles"]["variant"] != "open", []
     for one in groups[:LONGEST]:
         by_chance = [_percent(1 / one["value"])] if with_chance else []
-        rows.append([str(one["value"]), f"{one['n_puzzles']:,}", *_shares(one, OF_GROUPS), *by_chance])
+        rows.append([str(one["value"]), f"{one['n_puzzles']:,}", *_shares(one, GROUP_COLUMNS), *by_chance])
         of_paper = disease_of_table_3(str(one["value"])) if name == "disease" else None
         for row in result["published"]["rows"]:
             if of_paper and row["table"] == "Table 3" and row["setting"] == of_paper:
                 label, *cells = _published_row(row)
-                rows.append([label, "", *cells[: len(OF_GROUPS)]])
+                rows.append([label, "", *cells[: len(GROUP_COLUMNS)]])
     more = f"\n\nThe {LONGEST} largest of {len(groups):,}." if len(groups) > LONGEST else ""
     columns = [
         head,
         "puzzles",
-        *(COLUMNS[metric] for metric in OF_GROUPS),
+        *(COLUMNS[metric] for metric in GROUP_COLUMNS),
         *(["cells right by chance"] if with_chance else []),
     ]
     return f"## {title}\n\n{markdown_table(columns, rows)}{more}"
@@ -330,12 +333,13 @@ def _cell_types(rows: list[dict[str, Any]]) -> str:
 
 
 def _shares(metrics: dict[str, Any], names: Any) -> list[str]:
-    """Values with their intervals, as cells of a table; of a single batch, which says nothing of others, without."""
+    """Values with their intervals, as cells of a table; without intervals for a single batch, which has none."""
     several = metrics.get("n_puzzles", metrics.get("smallest", 2)) > 1
     return [_cell(metrics[name], metrics["intervals"][name] if several else None, _shown(name)) for name in names]
 
 
 def _shown(name: str) -> Any:
+    """The function that shows values of a measure."""
     digits = {"response_length": 1, "mean_similarity": 3}.get(name)
     return _percent if digits is None else lambda x: _number(x, digits)
 

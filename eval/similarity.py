@@ -1,11 +1,11 @@
-"""Open-ended answers by how close their labels are to the gold labels in an encoder's space (Table 12 of Cell-o1).
+"""Open-ended answers scored by the similarity of labels to gold labels in an encoder's space (Cell-o1, Table 12).
 
-The paper embeds labels with the MedCPT query encoder (Jin et al. 2023, doi:10.1093/bioinformatics/btad651; a BERT, its [CLS]
-state) and takes a label as right when its cosine similarity to the gold label is above 0.8. Any encoder folder that
-transformers can load will do: `--medcpt FOLDER`.
+The paper embeds labels with the MedCPT query encoder (Jin et al. 2023, doi:10.1093/bioinformatics/btad651: the [CLS]
+state of a BERT) and accepts a label when its cosine similarity to the gold label is above 0.8. Any encoder folder that
+transformers can load works: `--medcpt FOLDER`.
 
-Table 12's similarity is a mean over answers of a valid format: with invalid ones as 0 it could not be above the share of valid
-ones, and there instruction-tuned Llama has similarity .7400 at format validity .2822.
+The similarity in Table 12 is a mean over answers of a valid format. If invalid answers counted as 0, it could not
+exceed the share of valid answers; but instruction-tuned Llama has similarity .7400 at format validity .2822.
 
 Example: similarity(scores, puzzles, LabelEncoder("MedCPT-Query-Encoder"))["mean_similarity"] == 0.74
 """
@@ -25,18 +25,21 @@ from reward.cellpuzzles import normalise_label
 
 THRESHOLD = 0.8
 MAX_TOKENS = 64
-"""Longest label, as MedCPT's authors cut queries."""
+"""Longest label; MedCPT's authors cut queries at this length."""
 
 
 class LabelEncoder:
-    """A label's unit vector: the [CLS] state of a BERT-like encoder, each distinct label embedded once.
+    """Unit vectors of labels: the normalised [CLS] state of a BERT-like encoder. Each distinct label is embedded once.
 
-    Labels are embedded as they are compared: trimmed, white space collapsed, case folded (MedCPT's vocabulary is uncased), so a
-    right label always has similarity 1.
+    Labels are normalised as for comparison: trimmed, white space collapsed, case folded (MedCPT's vocabulary is
+    uncased). So a right label always has similarity 1.
     """
 
     def __init__(self, folder: str | os.PathLike, batch: int = 64) -> None:
-        """folder: a checkpoint with its tokenizer. Raises UserError naming the folder when it is none."""
+        """folder: a checkpoint with its tokenizer.
+
+        Raises UserError that names the folder when transformers cannot load it.
+        """
         from transformers import AutoModel, AutoTokenizer
 
         if not (Path(folder) / "config.json").is_file():
@@ -51,10 +54,10 @@ class LabelEncoder:
             raise UserError(f"--medcpt {folder}: transformers cannot load an encoder from it ({reason})") from None
         self.batch = batch
         self.vectors: dict[str, np.ndarray] = {}
-        """{label as compared: [H] unit vector}"""
+        """{normalised label: [H] unit vector}"""
 
     def embed(self, labels: Iterable[str]) -> None:
-        """Fill `vectors` with the labels that it lacks."""
+        """Add the vectors of labels that `vectors` lacks."""
         import torch
 
         missing = sorted({normalise_label(label) for label in labels} - self.vectors.keys())
@@ -67,7 +70,7 @@ class LabelEncoder:
             self.vectors.update(zip(texts, units_BH, strict=True))
 
     def similarity(self, label: str, gold: str) -> float:
-        """Cosine similarity of two labels that were embedded; exactly 1 for equal ones."""
+        """Cosine similarity of two labels that were embedded before; exactly 1 for equal labels."""
         one, other = normalise_label(label), normalise_label(gold)
         return 1.0 if one == other else float(self.vectors[one] @ self.vectors[other])
 
@@ -79,11 +82,11 @@ def similarity(
     *names: object,
     threshold: float = THRESHOLD,
 ) -> dict[str, Any]:
-    """{threshold, cell_accuracy, cell_accuracy_micro, batch_accuracy, mean_similarity, intervals} of answers, by position.
+    """{threshold, cell_accuracy, cell_accuracy_micro, batch_accuracy, mean_similarity, intervals}.
 
-    A cell is right when its label's similarity to the gold label is above the threshold; none is in an invalid answer. Accuracies
-    are over all batches, mean_similarity over the cells of valid answers (None when there are none). Intervals: 95 % bootstrap
-    over batches.
+    A cell is right when the similarity of its label to its own gold label is above the threshold; an invalid answer has
+    no right cell. Accuracies are over all batches; mean_similarity is over the cells of valid answers (None when there
+    are none). Intervals: 95 % bootstrap over batches, with a seed derived from `names`.
     """
     encoder.embed(label for puzzle in puzzles for label in puzzle.answer)
     encoder.embed(label for score in scores for label in score.labels)

@@ -16,9 +16,9 @@ from trainer.model.embedded import Shape, create_policy
 
 @dataclass(frozen=True, kw_only=True)
 class CreatePolicyConfig:
-    puzzles: tuple[str, ...] = option((), "Puzzle or trace files the tokenizer is trained on; repeatable.")
+    puzzles: tuple[str, ...] = option((), "Puzzle or trace files that the tokenizer is trained on; repeatable.")
     words_of: tuple[str, ...] = option(
-        (), "Puzzle files whose genes and words of context become tokens too; their answers are not read; repeatable."
+        (), "Puzzle files whose genes and context words become tokens too; their answers are not read; repeatable."
     )
     out: str = option(dataclasses.MISSING, "Checkpoint folder to write.")
     hidden: int = option(128, "Hidden size.")
@@ -26,7 +26,7 @@ class CreatePolicyConfig:
     heads: int = option(4, "Attention heads.")
     kv_heads: int = option(4, "Key/value heads.")
     intermediate: int = option(384, "MLP size.")
-    seed: int = option(0, "Weight initialisation.")
+    seed: int = option(0, "Seed of the weights.")
 
 
 @command(CreatePolicyConfig)

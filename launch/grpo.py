@@ -1,6 +1,6 @@
 """GRPO: train a LoRA adapter on cell-type puzzles with vLLM sampling.
 
-python launch/grpo.py                                   # the embedded default; builds what it lacks
+python launch/grpo.py                                   # the embedded default; builds what is missing
 torchrun --nproc-per-node 2 launch/grpo.py
 torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from data.errors import UserError
 from data.puzzles import read_puzzles
 from launch.options import command
 from reward import load_reward
@@ -25,24 +26,27 @@ DEMO = Path("runs/demo")
     GrpoConfig, default_recipe=lambda given: None if given.get("model") else Path(__file__).parent / "recipes/demo.yaml"
 )
 def main(config: GrpoConfig) -> None:
-    """Train with GRPO. Without --model the embedded default is trained (recipe demo.yaml), and built where missing."""
-    load_reward(config.reward)  # the workers load their own; a bad path is refused before anything is built
+    """Train with GRPO.
+
+    Without --model the embedded default is trained (recipe demo.yaml), and built if it is missing.
+    """
+    load_reward(config.reward)  # the workers load it again; here a bad path is refused before anything is built
     if config.dry_run:
         dry_run(config)
         return
     if config.model and not config.puzzles:
-        raise click.UsageError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
+        raise UserError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
         build_embedded(config)
         puzzles = config.puzzles or str(DEMO / "puzzles/train.parquet")
         config = dataclasses.replace(config, model=str(DEMO / "sft/model"), puzzles=puzzles)
-    if config.placement == "colocate":  # a rank that only samples may come when the folder is there already
+    if config.placement == "colocate":  # under split, a rank that only samples may start when the folder exists already
         check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
     launch = launch_of(config)
     refuse_problems(check_launch(config, launch))
     if os.environ.get("RANK", "0") == "0":
-        for row in estimate_memory(config, launch):  # an estimate: said, not refused
+        for row in estimate_memory(config, launch):  # an estimate: a note, not a refusal
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
 
@@ -54,7 +58,7 @@ def main(config: GrpoConfig) -> None:
 
 
 def dry_run(config: GrpoConfig) -> None:
-    """Print what a run would need, without loading a model; exit code 2 when it cannot work."""
+    """Print what a run would need, without loading a model. Exit code 2 when it cannot work."""
     if os.environ.get("RANK", "0") != "0":
         return
     config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))

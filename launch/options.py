@@ -1,8 +1,8 @@
 """One flat frozen dataclass -> click options + recipe file.
 
-Every command's settings are one dataclass whose fields are made with `option(default, "help")`. Values come from the
-dataclass, then from `--recipe FILE.yaml`, then from flags; a flag always wins. A recipe key that no field has is
-refused with the nearest name.
+Every command's settings are one dataclass whose fields are made with `option(default, "help")`. A value comes from the
+dataclass, from `--recipe FILE.yaml`, or from a flag; a recipe overrides the dataclass, and a flag overrides both. A
+recipe key that is no field is refused with the nearest name.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from data.options import argument, option
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "launch/recipes"
 RECIPE_HELP = "YAML file of values, or the name of one in launch/recipes; flags win over it."
+OTHER = "Other options"
+"""Heading of the options without a section, in a command whose other options have one."""
 __all__ = ["argument", "command", "option", "read_recipe", "resolve"]
 
 
@@ -33,7 +35,7 @@ def command(
 ) -> Callable[[Callable[[Any], None]], click.Command]:
     """Make a click command of `fn(config)`: one flag per field, `--recipe`, and one-sentence errors with exit code 2.
 
-    default_recipe: from the flags given, the recipe to use when none is named.
+    default_recipe: gives the recipe to use when none is named, from the flags that were given.
     """
 
     def decorate(fn: Callable[[Any], None]) -> click.Command:
@@ -47,20 +49,41 @@ def command(
             }
             fn(resolve(config_class, recipe or default_recipe(given), given))
 
-        inherited = [
-            field for field in dataclasses.fields(config_class) if field.name not in config_class.__annotations__
-        ]
-        own = [field for field in dataclasses.fields(config_class) if field.name in config_class.__annotations__]
-        for field in reversed([*own, *inherited]):  # what a command is about comes first in its --help
+        fields = _in_order_of_help(config_class)
+        for field in reversed(fields):  # click puts the option that is added last first
             run = _click_option(config_class, field)(run)
         run = click.option("--recipe", type=click.Path(), help=RECIPE_HELP)(run)
-        return Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
+        made = Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
+        made.section_of = {field.name: field.metadata["section"] for field in fields}
+        return made
 
     return decorate
 
 
+def _in_order_of_help(config_class: type) -> list[dataclasses.Field]:
+    """The fields of the class itself, then inherited ones: what a command is about comes first in --help."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    own = [fields[name] for name in config_class.__annotations__ if name in fields]
+    return [*own, *(field for field in fields.values() if field not in own)]
+
+
 class Command(click.Command):
-    """A command for which a UserError is the user's mistake: one sentence on stderr, exit code 2, no traceback."""
+    """A command that reports a UserError as the user's mistake: one sentence on stderr, exit code 2, no traceback."""
+
+    section_of: dict[str, str] = {}
+    """{name of a parameter: heading of --help under which it is listed}; "" or absent: under the last heading."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the options of --help under the headings of their sections, in the order in which the sections begin."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = None if isinstance(parameter, click.Argument) else parameter.get_help_record(ctx)
+            if record is not None:  # None: a hidden option
+                sections.setdefault(self.section_of.get(parameter.name, ""), []).append(record)
+        others = sections.pop("", [])
+        for title, records in [*sections.items(), (OTHER if sections else "Options", others)]:
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,9 +91,10 @@ class Command(click.Command):
         except RunError as error:
             click.ClickException(str(error)).show()
             sys.stdout.flush()
-            os._exit(1)  # other processes are gone or stuck: groups and engines cannot be taken down in order any more
+            # other processes are gone or stuck, so groups and engines cannot be taken down in order any more
+            os._exit(1)
         except FloatingPointError as error:
-            # the run's, not the user's: exit code 1, and its sentence names sample and bundle
+            # not the user's mistake: exit code 1; the message names sample and bundle
             raise click.ClickException(str(error)) from error
         except UserError as error:
             raise _InputError(str(error)) from error
@@ -83,9 +107,11 @@ class _InputError(click.ClickException):
 
 
 def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:
-    """The config of defaults < preset < recipe < given flags. Raises click.UsageError for a bad recipe or a missing value.
+    """The config from defaults < preset < recipe < given flags.
 
-    A preset is the values that `config_class.presets(name)` gives for the setting `preset`.
+    Raises click.UsageError for a bad recipe or a missing value.
+
+    A preset is the set of values that `config_class.presets(name)` gives for the value of the setting `preset`.
     """
     values = {**(read_recipe(config_class, recipe) if recipe else {}), **given}
     if "preset" in values:
@@ -99,9 +125,9 @@ def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]
 
 
 def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
-    """Values of a recipe, checked against the dataclass: unknown keys and wrong types are refused by name.
+    """The values of a recipe, checked against the dataclass: unknown keys and wrong types are refused by name.
 
-    path: a file, or the name of one of launch/recipes/ (demo).
+    path: a file, or the name of one of launch/recipes/, such as demo.
     """
     shipped = RECIPES / f"{path}.yaml"
     path = shipped if shipped.is_file() and not Path(path).exists() else path
@@ -127,12 +153,12 @@ def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """The flag of a field: "lora_rank" -> "--lora-rank"."""
     return "--" + name.replace("_", "-")
 
 
 def _base_type(hint: Any) -> tuple[type, bool]:
-    """(scalar type, is it a list) behind `int`, `str | None`, `tuple[str, ...]`."""
+    """(scalar type, is it a list) of a type hint such as `int`, `str | None` or `tuple[str, ...]`."""
     if typing.get_origin(hint) is types.UnionType:
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -141,7 +167,7 @@ def _base_type(hint: Any) -> tuple[type, bool]:
 
 
 def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
-    """A YAML value as the field's type; 1e-4 may arrive as text, since YAML 1.1 wants 1.0e-4."""
+    """A YAML value as the type of its field. where: begins an error message."""
     scalar, many = _base_type(hint)
     if value is None:
         if type(None) in typing.get_args(hint):
@@ -154,6 +180,7 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
             return value
         raise click.UsageError(f"{where}: {value!r} is not {'true or false' if scalar is bool else scalar.__name__}")
     try:
+        # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), so numbers may come as text
         if scalar is int and float(value) != int(float(value)):
             raise ValueError
         converted = int(float(value)) if scalar is int else scalar(value)
@@ -167,6 +194,7 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
 
 
 def _click_option(config_class: type, field: dataclasses.Field) -> Callable:
+    """The decorator that adds the flag, or the positional argument, of a field."""
     scalar, many = _base_type(typing.get_type_hints(config_class)[field.name])
     if field.metadata.get("argument"):
         return click.argument(field.name, type=scalar)

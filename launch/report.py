@@ -1,7 +1,6 @@
 """Write the report page of a run: `python launch/report.py --run runs/demo`."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 import click
 
@@ -12,19 +11,19 @@ from launch.options import command, option
 
 
 @dataclass(frozen=True)
-class Config:
+class ReportConfig:
     run: str = option(
-        dataclasses.MISSING,
-        "Run folder, for example runs/demo. What is there of eval/{base,sft,grpo}/{test,unseen} (written by launch/evaluate.py), "
-        "puzzles/{test,unseen}.parquet, sft/, grpo/ and summary.json is shown.",
+        MISSING,
+        "Run folder, for example runs/demo. The page shows what the folder holds of eval/{base,sft,grpo}/{test,unseen} "
+        "(written by launch/evaluate.py), puzzles/{test,unseen}.parquet, sft/, grpo/ and summary.json.",
     )
-    show: int = option(3, "How many of the best and of the worst puzzles the page shows.")
+    show: int = option(3, "Number of best and of worst puzzles that the page shows.")
     png: str | None = option(None, "Also draw the learning curve into this .png file.")
 
 
-@command(Config)
-def main(config: Config) -> None:
-    """Write RUN/report.html, a page that opens in any browser without a network."""
+@command(ReportConfig)
+def main(config: ReportConfig) -> None:
+    """Write RUN/report.html, a page that opens in any browser, also offline."""
     if config.show < 0:
         raise UserError(f"--show {config.show}: give 0 or more")
     click.echo(f"wrote {write_report(config.run, config.show)}")

@@ -1,4 +1,4 @@
-"""Score saved rollouts with another reward, offline, and see how rewards and advantages change.
+"""Score saved rollouts with another reward, without sampling, and see how rewards and advantages change.
 
 python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward reward.cellpuzzles:mixed_reward
 python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward my_rewards.py:fn --out rescored.jsonl
@@ -13,7 +13,7 @@ from data.puzzles import read_puzzles, read_rows, write_rows
 from launch.options import argument, command, option
 from reward import load_reward
 
-NEEDED = ("step", "puzzle_id", "response", "completion", "reward", "advantage", "finish_reason")
+COLUMNS = ("step", "puzzle_id", "response", "completion", "reward", "advantage", "finish_reason")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class RescoreConfig:
     rollouts: str = argument("rollouts.jsonl of a GRPO run.")
     reward: str = option(MISSING, "As for launch/grpo.py: module:function, file.py:function, trl:... or verl:...")
     puzzles: str | None = option(None, "Puzzle file of the run; default: the one its config.json names.")
-    step: tuple[int, ...] = option((), "Only the rollouts of this step, repeatable.")
+    step: tuple[int, ...] = option((), "Only the rollouts of this step; repeatable.")
     out: str | None = option(None, "Write one line per response, .jsonl.")
-    reward_workers: int = option(1, "Processes that score; 0 scores in this one (to debug a reward).")
+    reward_workers: int = option(1, "Processes that score; 0 scores in this process (to debug a reward).")
     reward_seconds: float = option(60.0, "Time limit per response, in a worker process.")
 
 
@@ -34,7 +34,7 @@ def main(config: RescoreConfig) -> None:
     if config.out and not config.out.endswith(".jsonl"):
         raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
     rows = read_rows(config.rollouts)
-    lacking = [name for name in NEEDED if not rows or name not in rows[0]]
+    lacking = [name for name in COLUMNS if not rows or name not in rows[0]]
     if lacking:
         raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
     settings = run_settings(Path(config.rollouts).parent)
@@ -61,7 +61,7 @@ def main(config: RescoreConfig) -> None:
 
 
 def run_settings(folder: Path) -> dict:
-    """The settings of the run a rollouts file belongs to; {} where there is no config.json."""
+    """The settings of the run that a rollouts file belongs to; {} when there is no config.json."""
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
 

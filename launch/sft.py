@@ -1,7 +1,8 @@
 """Cold start: fine-tune a checkpoint on accepted traces.
 
-python launch/sft.py --traces traces.jsonl --model base --out runs/sft
-torchrun --nproc-per-node 8 launch/sft.py --recipe sft_paper --traces traces.jsonl --model Qwen2.5-7B-Instruct --out runs/sft
+    python launch/sft.py --traces traces.jsonl --model base --out runs/sft
+    torchrun --nproc-per-node 8 launch/sft.py --recipe sft_paper --traces traces.jsonl \\
+        --model Qwen2.5-7B-Instruct --out runs/sft
 """
 
 from data.puzzles import Puzzle
@@ -12,7 +13,7 @@ from trainer.config import SftConfig
 METRICS = ("cell_accuracy", "batch_accuracy", "format_validity", "uniqueness")
 
 
-def judge(answers: list[str], puzzles: list[Puzzle]) -> dict[str, float]:
+def paper_metrics(answers: list[str], puzzles: list[Puzzle]) -> dict[str, float]:
     """The paper's metrics of answers to held-out puzzles."""
     metrics = score(answers, puzzles)
     return {name: getattr(metrics, name) for name in METRICS}
@@ -21,9 +22,9 @@ def judge(answers: list[str], puzzles: list[Puzzle]) -> dict[str, float]:
 @command(SftConfig)
 def main(config: SftConfig) -> None:
     """Supervised fine-tuning on accepted traces, LoRA or full, completion-only loss; writes OUT/model."""
-    from trainer.sft.loop import train  # the model's libraries take seconds to load: not for --help or a bad setting
+    from trainer.sft.loop import train  # transformers takes seconds to load: not for --help or a bad setting
 
-    print(f"wrote {train(config, judge)}/model")
+    print(f"wrote {train(config, paper_metrics)}/model")
 
 
 if __name__ == "__main__":

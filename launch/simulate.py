@@ -16,33 +16,36 @@ CELLS_PER_TYPE = 8.0
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str = option(MISSING, "File to write; ends in .h5ad, an old one is replaced.")
+class SimulateConfig:
+    out: str = option(MISSING, "File to write; ends in .h5ad. An existing file is replaced.")
     donors: int = option(48, "Number of donors, spread over 6 tissues.")
-    seed: int = option(0, "Seed of every random draw; the same seed writes the same file.")
+    seed: int = option(0, "Seed of every random choice; the same seed writes the same file.")
     cells_per_type: float = option(CELLS_PER_TYPE, "Mean number of cells of each type in one batch of one donor.")
-    types: int | None = option(None, "Number of cell types; default all of data/atlas/markers.tsv.")
+    types: int | None = option(None, "Number of cell types; default: all of data/atlas/markers.tsv.")
     noise: float = option(1.0, "Difficulty: 0.5 is easy to annotate, 2 is hard.")
     cells: int | None = option(
         None,
-        "Cells in all, in place of --cells-per-type; give --donors cells / 5000, as real donors have a few thousand cells "
-        "(1,000,000 cells: --donors 200). Memory stays below 500 MB whatever the number.",
+        "Total number of cells, instead of --cells-per-type. Give about one donor per 5,000 cells, as real donors have "
+        "a few thousand cells (1,000,000 cells: --donors 200). Memory stays below 500 MB for any number.",
     )
     genes: int | None = option(
-        None, "Genes in all, e.g. 20000: the rest are filler genes of invented names; default none of these."
+        None, "Total number of genes, e.g. 20000: the others are filler genes with invented names; default: no fillers."
     )
-    encoding: str = option("csr", "Matrix: rows, columns, or dense (up to 20 GB before compression).", tuple(ENCODINGS))
+    encoding: str = option(
+        "csr", "Matrix by rows, by columns, or dense (up to 20 GB before compression).", tuple(ENCODINGS)
+    )
     compression: str = option(
-        "gzip", "gzip as CELLxGENE's files, lzf (larger, written faster) or none.", tuple(COMPRESSIONS)
+        "gzip", "gzip as in CELLxGENE's files, lzf (larger, written faster) or none.", tuple(COMPRESSIONS)
     )
 
 
-@command(Config)
-def main(config: Config) -> None:
+@command(SimulateConfig)
+def main(config: SimulateConfig) -> None:
     """Write a simulated single-cell atlas as a CELLxGENE-schema .h5ad."""
     if config.cells is not None and config.cells_per_type != CELLS_PER_TYPE:
         raise UserError(
-            f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; give one"
+            f"--cells-per-type {config.cells_per_type} and --cells {config.cells} both set how many cells there are; "
+            "give one"
         )
     settings = {"cells_per_type": config.cells_per_type, "noise": config.noise, "n_types": config.types}
     layout = {"cells": config.cells, "genes": config.genes}

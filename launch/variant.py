@@ -19,7 +19,7 @@ NAMES = {"cell": "cell-level", "open": "open-ended"}
 class VariantConfig:
     puzzles: str = option(MISSING, "Batch-level puzzles, .parquet or .jsonl, ours or the published ones.")
     variant: str = option(MISSING, "cell: each cell alone, with all candidates; open: no candidates.", VARIANTS)
-    out: str = option(MISSING, "File to write, .parquet or .jsonl; an old one is replaced.")
+    out: str = option(MISSING, "File to write, .parquet or .jsonl. An existing file is replaced.")
 
 
 @command(VariantConfig)

@@ -4,11 +4,24 @@ import dataclasses
 import importlib.util
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from data.errors import UserError
 from data.options import option
 from trainer.objective import AGGREGATIONS, CORRECTIONS
+
+# --help lists the settings under these headings
+run = partial(option, section="Run")
+data = partial(option, section="Data")
+sampling = partial(option, section="Sampling")
+rewarding = partial(option, section="Reward")
+objective = partial(option, section="Objective")
+optimizing = partial(option, section="Optimizer")
+weights = partial(option, section="Adapter and base model")
+speed = partial(option, section="Speed and memory")
+ranks = partial(option, section="Several ranks")
+fit = partial(option, section="Dry run: does it fit")
 
 # --preset: what each program's objective is, as values of the settings below; recipe keys and flags win over a preset.
 #   paper  Cell-o1 Eq. (1) and appendix B.3
@@ -39,27 +52,27 @@ def preset_values(name: str) -> dict[str, Any]:
 class TrainingConfig:
     """What the cold start and GRPO share: the adapter, the optimizer, precision and memory, checkpoints."""
 
-    resume: bool = option(False, "Go on from the newest checkpoint in OUT.")
-    lora_rank: int = option(256, "LoRA rank on all linear layers; 0 trains (and GRPO ships) every weight.")
-    lora_alpha: float = option(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
-    grad_clip: float = option(1.0, "Largest gradient norm.")
-    optimizer: str = option("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
-    micro_tokens: int = option(16384, "Packed tokens per forward pass.")
-    dtype: str = option("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
-    autocast: bool = option(
+    resume: bool = run(False, "Go on from the newest checkpoint in OUT.")
+    lora_rank: int = weights(256, "LoRA rank on all linear layers; 0 trains (and GRPO ships) every weight.")
+    lora_alpha: float = weights(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
+    warmup_steps: int = optimizing(0, "Steps of linear warm-up.")
+    grad_clip: float = optimizing(1.0, "Largest gradient norm.")
+    optimizer: str = optimizing("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
+    micro_tokens: int = speed(16384, "Packed tokens per forward pass.")
+    dtype: str = weights("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    autocast: bool = weights(
         False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
     )
-    attn: str = option(
+    attn: str = speed(
         "sdpa", "Attention kernels: PyTorch's own, or those of the flash-attn package (GPU).", ("sdpa", "flash")
     )
-    quantize: str = option(
+    quantize: str = weights(
         "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
     )
-    checkpointing: bool = option(False, "Compute activations again in backward instead of keeping them.")
-    memory_fraction: float = option(0.4, "Share of GPU memory given to vLLM.")
-    keep_checkpoints: int = option(2, "Newest checkpoints kept.")
-    hang_seconds: float = option(1800.0, "A rank without progress for so long is named, and the run ends.")
+    checkpointing: bool = speed(False, "Compute activations again in backward instead of keeping them.")
+    memory_fraction: float = sampling(0.4, "Share of GPU memory given to vLLM.")
+    keep_checkpoints: int = run(2, "Newest checkpoints kept.")
+    hang_seconds: float = run(1800.0, "A rank without progress for so long is named, and the run ends.")
 
     @property
     def compute_dtype(self) -> str:
@@ -96,35 +109,35 @@ class TrainingConfig:
 class SftConfig(TrainingConfig):
     """Supervised cold start on accepted traces."""
 
-    traces: str = option(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
-    model: str = option(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
-    out: str = option(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
-    target: str = option(
+    traces: str = run(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
+    model: str = run(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
+    out: str = run(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
+    target: str = data(
         "trace",
         "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",
         ("trace", "answer"),
     )
-    dora: bool = option(
+    dora: bool = weights(
         False, "Weight-decomposed LoRA (DoRA), as the authors' script has it; vLLM cannot serve it unmerged."
     )
-    epochs: int = option(10, "Passes over the traces.")
-    batch_size: int = option(128, "Traces per optimizer step.")
-    lr: float = option(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
-    weight_decay: float = option(0.0, "AdamW weight decay.")
-    max_tokens: int = option(8192, "Longest prompt + response; a longer trace is never cut.")
-    overlong: str = option("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
-    micro_tokens: int = option(8192, "Packed tokens per forward pass.")
-    holdout: float = option(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
-    eval_engine: str = option(
+    epochs: int = run(10, "Passes over the traces.")
+    batch_size: int = optimizing(128, "Traces per optimizer step.")
+    lr: float = optimizing(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
+    weight_decay: float = optimizing(0.0, "AdamW weight decay.")
+    max_tokens: int = data(8192, "Longest prompt + response; a longer trace is never cut.")
+    overlong: str = data("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
+    micro_tokens: int = speed(8192, "Packed tokens per forward pass.")
+    holdout: float = data(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
+    eval_engine: str = data(
         "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
     )
-    eval_puzzles: int = option(100, "Held-out puzzles answered at most.")
-    eval_response_tokens: int = option(3000, "Longest answer to them.")
-    patience: int = option(
+    eval_puzzles: int = data(100, "Held-out puzzles answered at most.")
+    eval_response_tokens: int = data(3000, "Longest answer to them.")
+    patience: int = data(
         0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
     )
-    save_every: int = option(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
-    seed: int = option(0, "Order of the traces and LoRA initialisation.")
+    save_every: int = run(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
+    seed: int = run(0, "Order of the traces and LoRA initialisation.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,83 +159,81 @@ class GrpoConfig(TrainingConfig):
 
     presets: ClassVar = staticmethod(preset_values)
 
-    preset: str = option(
+    preset: str = run(
         "paper", "Sets the whole objective at once; other flags and recipe keys win.", ("paper", "verl", "trl")
     )
 
-    model: str | None = option(
+    model: str | None = run(
         None, "Checkpoint folder to start from, and the reference policy; default: the embedded one."
     )
-    puzzles: str | None = option(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
-    out: str = option("runs/grpo", "Run folder.")
-    steps: int = option(100, "Steps in all: batches that are sampled, scored and trained on.")
-    seed: int = option(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
-    engine: str = option("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
-    placement: str = option(
+    puzzles: str | None = run(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
+    out: str = run("runs/grpo", "Run folder.")
+    steps: int = run(100, "Steps in all: batches that are sampled, scored and trained on.")
+    seed: int = run(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
+    engine: str = sampling("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
+    placement: str = ranks(
         "colocate", "Every rank trains and samples, or the last --sampler-ranks only sample.", ("colocate", "split")
     )
-    sampler_ranks: int = option(1, "Ranks that sample under --placement split.")
-    tensor_parallel: int = option(1, "Neighbouring ranks that form one vLLM sampler.")
-    max_staleness: int = option(
+    sampler_ranks: int = ranks(1, "Ranks that sample under --placement split.")
+    tensor_parallel: int = ranks(1, "Neighbouring ranks that form one vLLM sampler.")
+    max_staleness: int = ranks(
         0, "Steps that sampling may run ahead of training (split); above 0 it needs --correction tis or another."
     )
-    restart_samplers: int = option(0, "Times a sampler that died is started again (split); 0 stops the run.")
-    sync_host: str | None = option(
+    restart_samplers: int = ranks(0, "Times a sampler that died is started again (split); 0 stops the run.")
+    sync_host: str | None = ranks(
         None, "Interface (eth0) or address of rank 0 where samplers meet the trainers; default: MASTER_ADDR's."
     )
-    sync_port: int = option(0, "Port for that; 0 takes a free one.")
-    shard: str = option("none", "Every rank holds the model, or its share of every layer (FSDP2).", ("none", "fsdp"))
-    dry_run: bool = option(
-        False, "Check settings, world and memory, print the table, and stop before a model is loaded."
-    )
-    nodes: int = option(0, "For --dry-run: nodes of the machine to check for; 0: the launch's own.")
-    ranks_per_node: int = option(0, "For --dry-run: GPUs (ranks) of a node; 0: the launch's own.")
-    rank_gib: float = option(0.0, "For --dry-run: memory of a rank in GiB; 0: what is free here.")
-    reward: str = option(
+    sync_port: int = ranks(0, "Port for that; 0 takes a free one.")
+    shard: str = ranks("none", "Every rank holds the model, or its share of every layer (FSDP2).", ("none", "fsdp"))
+    dry_run: bool = fit(False, "Check settings, world and memory, print the table, and stop before a model is loaded.")
+    nodes: int = fit(0, "For --dry-run: nodes of the machine to check for; 0: the launch's own.")
+    ranks_per_node: int = fit(0, "For --dry-run: GPUs (ranks) of a node; 0: the launch's own.")
+    rank_gib: float = fit(0.0, "For --dry-run: memory of a rank in GiB; 0: what is free here.")
+    reward: str = rewarding(
         "reward.cellpuzzles:batch_reward",
         "module:function or file.py:function of (completion, puzzle); trl:... and verl:... take functions in those styles.",
     )
-    reward_workers: int = option(1, "Processes that score, per rank; 0 scores in the trainer (to debug a reward).")
-    reward_seconds: float = option(60.0, "Time limit per response (needs a worker process).")
-    on_reward_error: str = option(
+    reward_workers: int = rewarding(1, "Processes that score, per rank; 0 scores in the trainer (to debug a reward).")
+    reward_seconds: float = rewarding(60.0, "Time limit per response (needs a worker process).")
+    on_reward_error: str = rewarding(
         "stop",
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",
         ("stop", "drop"),
     )
-    prompts_per_step: int = option(64, "Prompts per batch, over all ranks (P).")
-    group_size: int = option(5, "Responses per prompt (G).")
-    updates_per_batch: int = option(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
-    temperature: float = option(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
-    top_p: float = option(1.0, "Nucleus sampling mass.")
-    max_prompt_tokens: int = option(3072, "Longer prompts are left out and counted.")
-    max_response_tokens: int = option(3000, "Responses are cut here (and score as truncated).")
-    lr: float = option(1e-6, "Learning rate, constant after warm-up.")
-    weight_decay: float = option(0.01, "AdamW weight decay.")
-    advantage: str = option("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
-    advantage_eps: float = option(1e-6, "Added to the group's standard deviation.")
-    clip_low: float = option(0.2, "Ratios are clipped at 1 - clip_low.")
-    clip_high: float = option(0.2, "Ratios are clipped at 1 + clip_high.")
-    dual_clip: float | None = option(None, "Bound c of dual clip for negative advantages; default off.")
-    ratio_level: str = option(
+    prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
+    group_size: int = sampling(5, "Responses per prompt (G).")
+    updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
+    temperature: float = sampling(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
+    top_p: float = sampling(1.0, "Nucleus sampling mass.")
+    max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
+    max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")
+    lr: float = optimizing(1e-6, "Learning rate, constant after warm-up.")
+    weight_decay: float = optimizing(0.01, "AdamW weight decay.")
+    advantage: str = objective("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
+    advantage_eps: float = objective(1e-6, "Added to the group's standard deviation.")
+    clip_low: float = objective(0.2, "Ratios are clipped at 1 - clip_low.")
+    clip_high: float = objective(0.2, "Ratios are clipped at 1 + clip_high.")
+    dual_clip: float | None = objective(None, "Bound c of dual clip for negative advantages; default off.")
+    ratio_level: str = objective(
         "token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence")
     )
-    beta: float = option(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
-    kl_kind: str = option("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
-    aggregation: str = option("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
-    correction: str = option(
+    beta: float = objective(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
+    kl_kind: str = objective("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
+    aggregation: str = objective("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
+    correction: str = objective(
         "none", "Sampler-mismatch weight: truncated or masked, per token or sequence.", CORRECTIONS
     )
-    correction_cap: float = option(2.0, "Cap of the sampler-mismatch weight.")
-    correction_floor: float = option(0.0, "Smallest weight that mis and seq-mis keep.")
-    packing: str = option(
+    correction_cap: float = objective(2.0, "Cap of the sampler-mismatch weight.")
+    correction_floor: float = objective(0.0, "Smallest weight that mis and seq-mis keep.")
+    packing: str = speed(
         "shared", "Responses share their prompt in the forward pass, or each has a copy.", ("shared", "plain")
     )
-    entropy: bool = option(False, "Also report the policy's exact entropy per token (a pass over the logits more).")
-    save_every: int = option(20, "Steps between checkpoints; the last step always saves.")
-    save_steps: str = option(
+    entropy: bool = objective(False, "Also report the policy's exact entropy per token (a pass over the logits more).")
+    save_every: int = run(20, "Steps between checkpoints; the last step always saves.")
+    save_steps: str = run(
         "never", "Steps kept as replayable bundles in OUT/steps: never, every:10, or 3,17 (launch/replay.py)."
     )
-    tensorboard: bool = option(False, "Also write TensorBoard files to OUT/tensorboard.")
+    tensorboard: bool = run(False, "Also write TensorBoard files to OUT/tensorboard.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

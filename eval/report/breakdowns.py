@@ -1,26 +1,27 @@
-"""Where a run is right and where it is not, for the report page: by N (Figure 4A), per puzzle (4B), by group, by cell type."""
+"""The report page's sections on accuracy: by N (Figure 4A), per puzzle (4B), by tissue, disease and cell type."""
 
 from typing import Any
 
-from eval.metrics import STAGES
 from eval.report.figures import STAGE_NAMES, split_name
-from eval.report.html import count, details, escape, figure, missing, note, section, share, table
+from eval.report.html import count, details, escape, figure, html_table, missing, note, section, share
 from eval.report.run import Evaluation, Evaluations
 from eval.report.stages import Dots, by_size_svg, distribution_svg, dots_svg
+from eval.run_files import STAGES
 from reward.cellpuzzles import normalise_label
 
 GROUPS_SHOWN = 12
 TYPES_SHOWN = 25
 CONFUSIONS_SHOWN = 12
-FINDS = {"test": "where", "unseen": "where-unseen"}
-INTERVAL = "The thin line is the 95 % interval that this number of puzzles allows (bootstrap over puzzles)"
+SECTION_OF = {"test": "where", "unseen": "where-unseen"}
+"""{split: end of the link to its section}"""
+INTERVAL = "The thin line is the 95 % interval for this number of puzzles (bootstrap over puzzles)"
 
 OfStage = dict[str, dict[str, Any]]
 """{stage: its breakdowns}"""
 
 
 def where_sections(evaluations: Evaluations, summary: dict[str, Any]) -> list[str]:
-    """A section per split that has breakdowns; one that says why there is none."""
+    """A section for each split that has breakdowns; if no split has any, a section that says why."""
     found = {
         split: {stage: one.found for stage, one in of_stage.items() if one.found}
         for split, of_stage in evaluations.items()
@@ -44,7 +45,7 @@ def _where(split: str, found: OfStage, of_stage: dict[str, Evaluation], summary:
         *(_dimension(found, dimension) for dimension in ("tissue", "disease")),
     ]
     body = f'{lacking}<div class="grid">{"".join(figures)}{_types(found)}{_confusions(found)}</div>'
-    return section(FINDS[split], f"Where it is right: {name}", body)
+    return section(SECTION_OF[split], f"Where it is right: {name}", body)
 
 
 def _sizes(found: OfStage, guessing: bool) -> str:
@@ -52,8 +53,8 @@ def _sizes(found: OfStage, guessing: bool) -> str:
     if not groups:
         return missing("Accuracy by number of cells: no evaluation holds it.")
     caption = (
-        "After Figure 4A of the paper. Each point is all puzzles with N cells; a line that falls to the right says that larger "
-        f"puzzles are harder. {INTERVAL}."
+        "After Figure 4A of the paper. Each point stands for all puzzles with N cells. A line that falls to the right "
+        f"means that larger puzzles are harder. {INTERVAL}."
         + (" The dotted line is what guessing would reach, 1 cell in N." if guessing else "")
     )
     return figure(by_size_svg(groups, guessing), "Accuracy by number of cells", caption, _numbers("N", groups))
@@ -63,22 +64,23 @@ def _distribution(found: OfStage) -> str:
     every = {stage: one["batch_distribution"] for stage, one in found.items() if one.get("batch_distribution")}
     if not every:
         return missing("Cells right in single puzzles: no evaluation holds it.")
-    kept = {stage: one for stage, one in every.items() if one["mean"] > 0} or every
-    empty = [STAGE_NAMES[stage] for stage in every if stage not in kept]
+    drawn = {stage: one for stage, one in every.items() if one["mean"] > 0} or every
+    empty = [STAGE_NAMES[stage] for stage in every if stage not in drawn]
     caption = (
-        "After Figure 4B of the paper. Each bar is the share of puzzles with so many of their cells right; those with none and "
-        "those with all right stand apart, at the ends. Good is a tall bar at the far right. The broken line is the mean."
+        "After Figure 4B of the paper. Each bar is the share of puzzles with this share of their cells right. Puzzles "
+        "with no cell right, and puzzles with all cells right, have bars of their own at the two ends. A tall bar at "
+        "the far right is good. The broken line is the mean."
         + (f" Not drawn: {' and '.join(empty)} no puzzle has a right cell." if empty else "")
     )
-    columns = ["cells right", *(STAGE_NAMES[stage] for stage in kept)]
-    bins = [one["bins"] for one in kept.values()]
+    columns = ["cells right", *(STAGE_NAMES[stage] for stage in drawn)]
+    bins = [one["bins"] for one in drawn.values()]
     rows = []
     for parts in zip(*bins, strict=True):
         low, high = parts[0]["from"], parts[0]["to"]
         name = f"{100 * low:.0f} to below {100 * high:.0f} %" if low < high else "none" if high == 0 else "all"
         rows.append(["above 0, below 10 %" if (low, high) == (0.0, 0.1) else name, *(str(p["batches"]) for p in parts)])
-    numbers = details("Number of puzzles", table(columns, rows))
-    return figure(distribution_svg(kept), "Cells right in single puzzles", caption, numbers)
+    numbers = details("Number of puzzles", html_table(columns, rows))
+    return figure(distribution_svg(drawn), "Cells right in single puzzles", caption, numbers)
 
 
 def _dimension(found: OfStage, dimension: str) -> str:
@@ -95,21 +97,21 @@ def _dimension(found: OfStage, dimension: str) -> str:
     for value in shown:
         values = {stage: _accuracy(rows[value]) for stage, rows in by_value.items() if value in rows}
         dots.append(Dots(_label(value, by_value[list(groups)[-1]][value]["n_puzzles"]), values))
-    more = f" The {GROUPS_SHOWN} with most puzzles of {len(last)}." if len(last) > GROUPS_SHOWN else ""
+    more = f" Shown are the {GROUPS_SHOWN} of {len(last)} with the most puzzles." if len(last) > GROUPS_SHOWN else ""
     caption = (
-        f"Share of cells named right, further right is better; in brackets the number of puzzles. {INTERVAL}: where lines "
-        f"overlap widely the difference may be chance.{more}"
+        "Share of cells with the right label; further to the right is better. In brackets: the number of puzzles. "
+        f"{INTERVAL}: where lines overlap widely, the difference may be chance.{more}"
     )
     return figure(dots_svg(title, dots), title, caption, _numbers(dimension, groups))
 
 
 def _label(name: object, n: int) -> str:
-    """A name with a number that stays on its line."""
+    """A name with a number in brackets; no line break between the two."""
     return f"{name}\u00a0({n:,})"
 
 
 def _accuracy(row: dict[str, Any]) -> tuple[float, list[float] | None]:
-    """(cell accuracy, its interval, which a single puzzle has not)."""
+    """(cell accuracy, its interval); a single puzzle has no interval."""
     interval = row.get("intervals", {}).get("cell_accuracy")
     return row["cell_accuracy"], interval if row["n_puzzles"] > 1 else None
 
@@ -129,11 +131,11 @@ def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
                 interval = row.get("intervals", {}).get(metric) if row is not None and several else None
                 cells.append(share(row[metric] if row is not None else None, interval))
         rows.append(cells)
-    return details("The same in numbers", table(columns, rows))
+    return details("The same in numbers", html_table(columns, rows))
 
 
 def _types(found: OfStage) -> str:
-    """Accuracy by cell type: drawn for the most frequent, all of them in a table."""
+    """Accuracy by cell type: a figure of the most frequent types, and a table of all."""
     types = {
         stage: {row["cell_type"]: row for row in one["cell_type"]}
         for stage, one in found.items()
@@ -156,8 +158,8 @@ def _types(found: OfStage) -> str:
         else "All types"
     )
     caption = (
-        f"Share of the cells of a type named right; in brackets the number of cells. {everything}, those named best on top. The "
-        f"thin line is the 95 % interval {STAGE_NAMES[last]} (Wilson)."
+        f"Share of the cells of a type with the right label; in brackets the number of cells. {everything}, the best "
+        f"ones on top. The thin line is the 95 % interval {STAGE_NAMES[last]} (Wilson)."
     )
     columns = [
         "true type",
@@ -170,12 +172,12 @@ def _types(found: OfStage) -> str:
         taken = "; ".join(f"{escape(given)} ({n})" for given, n in row["most_confused"]) or "&ndash;"
         shares = [share(types[stage].get(label, {}).get("accuracy")) for stage in types]
         rows.append([escape(label), f"{row['cells']:,}", *shares, taken])
-    numbers = details(f"All {count(len(rows), 'type')} in numbers", table(columns, rows, "words"))
+    numbers = details(f"All {count(len(rows), 'type')} in numbers", html_table(columns, rows, "words"))
     return figure(dots_svg("By cell type", dots), "By cell type", caption, numbers)
 
 
 def _confusions(found: OfStage) -> str:
-    """The pairs of types that the last stage mixes up most, and what they were before."""
+    """The pairs of types that the last stage confuses most, and how often earlier stages confused them."""
     counts = {stage: one["confusion"] for stage, one in found.items() if one.get("confusion")}
     if not counts:
         return missing("Confusions: no evaluation has an answer that can be read.")
@@ -187,7 +189,7 @@ def _confusions(found: OfStage) -> str:
         if normalise_label(truth) != normalise_label(given)
     ]
     if not pairs:
-        return note(f"Confusions: no cell is named wrong in a readable answer {STAGE_NAMES[last]}.")
+        return note(f"Confusions: no cell has a wrong label in a readable answer {STAGE_NAMES[last]}.")
     rows = []
     for n, truth, given in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))[:CONFUSIONS_SHOWN]:
         of_type = sum(counts[last][truth].values())
@@ -196,7 +198,8 @@ def _confusions(found: OfStage) -> str:
     columns = ["true type", "taken for", *(STAGE_NAMES[stage] for stage in stages if stage not in (last, "base"))]
     columns += [STAGE_NAMES[last], "share"]
     says = (
-        "Each row is one kind of mistake, the most frequent first: the number of cells of the type on the left that were given "
-        f"the label beside it. 'Share' is out of the cells of that type in readable answers {STAGE_NAMES[last]}."
+        "Each row is one kind of mistake, the most frequent first: the number of cells of the true type that got the "
+        f"label beside it. 'Share' is the share of the cells of that type in readable answers {STAGE_NAMES[last]}."
     )
-    return f'<article class="narrow"><h3>What is mixed up most</h3>{table(columns, rows, "words counts")}{note(says)}</article>'
+    body = html_table(columns, rows, "words counts") + note(says)
+    return f'<article class="narrow"><h3>What is mixed up most</h3>{body}</article>'

@@ -1,7 +1,7 @@
-"""The figures of a run, drawn without pyplot: inline SVG for the report page, one PNG for the README.
+"""The figures of a run: inline SVG for the report page, one PNG for the README. No pyplot: it has global state.
 
-Every figure that shows a share draws it in percent. Colours are Okabe and Ito's, told apart by colour-blind readers;
-axes and text of the SVG take the colours of the page, so that they stay legible in dark mode.
+Shares are drawn in percent. The colours are Okabe and Ito's, which colour-blind readers can tell apart. Axes and text
+of an SVG take the colours of the page, so that they stay legible in dark mode.
 """
 
 import io
@@ -22,13 +22,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data.errors import UserError
 from data.files import replacing
-from eval.metrics import SPLITS, STAGES, read_steps, wilson_interval
+from eval.metrics import wilson_interval
 from eval.report.run import read_run
+from eval.run_files import SPLITS, STAGES, read_steps
 
 STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRPO"}
 _SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}
 TEST_NAMES = {"donor": "held-out donors", "cell": "held-out cells", "instance": "held-out puzzles"}
-"""By the builder's --split: what the test puzzles do not share with training."""
+"""{the build's --split: what the test puzzles are called, by what they do not share with training}"""
 
 BLUE, ORANGE, GREEN, GREY = "#1f83c9", "#e08600", "#00936b", "#8a8f98"
 STAGE_COLOURS = {"base": GREY, "sft": ORANGE, "grpo": BLUE}
@@ -38,15 +39,15 @@ INK, GRID = "#010203", "#040506"
 
 @dataclass(frozen=True)
 class Curve:
-    """What one figure of the report draws from a metrics.jsonl, and how to read it."""
+    """A figure of the report that is drawn from a metrics.jsonl, and how to read it."""
 
     title: str
     lines: dict[str, str]
-    """Metric key -> name in the legend."""
+    """{key in metrics.jsonl: name in the legend}"""
     unit: str
     """Label of the vertical axis; "percent" for a share in [0, 1]."""
     caption: str
-    """One or two sentences for a biologist."""
+    """One or two sentences that tell a biologist how to read it."""
 
 
 GRPO_CURVES = (
@@ -75,36 +76,36 @@ GRPO_CURVES = (
         "Response length",
         {"completions/mean_length": "mean length"},
         "tokens",
-        "Mean length of the sampled answers, reasoning included. A steady climb means longer reasoning; a sudden jump "
-        "or collapse is a warning.",
+        "Mean length of the sampled answers, reasoning included. A steady rise means longer reasoning; a sudden jump "
+        "or fall is a warning.",
     ),
     Curve(
         "Distance from the SFT model (KL)",
         {"kl": "KL"},
         "nats per token",
-        "How far the annotator has moved from the model GRPO started from; 0 is no change. A slow rise is normal, an "
-        "explosive one means the answers have drifted.",
+        "How far the annotator has moved from the model that GRPO started from; 0 means no change. A slow rise is "
+        "normal; a very fast rise means that the answers have drifted.",
     ),
     Curve(
         "Loss",
         {"loss": "loss"},
         "GRPO loss",
-        "The quantity the optimizer lowers. It hovers near 0 by construction and does not say how good the answers "
-        "are: read the reward instead.",
+        "The quantity that the optimizer lowers. By construction it stays near 0, and it does not show how good the "
+        "answers are: look at the reward instead.",
     ),
     Curve(
         "Puzzles that teach",
         {"groups/mixed": "mixed answers", "groups/all_right": "all right", "groups/all_wrong": "all wrong"},
         "percent",
         "Share of training puzzles by the outcome of their sampled answers. Only puzzles with mixed outcomes teach "
-        "GRPO anything; when 'mixed' nears 0 the puzzles have become too easy or are still too hard.",
+        "GRPO anything; when 'mixed' is near 0, the puzzles have become too easy or are still too hard.",
     ),
     Curve(
         "Sampler against trainer",
         {"sampling/logp_difference/mean": "mean", "sampling/logp_difference/max": "maximum"},
         "|log-prob. difference|",
-        "How much the engine that writes the answers and the trainer disagree on a token's log-probability. It should "
-        "stay small and flat; growth means the two run different weights.",
+        "How much the sampler, which writes the answers, and the trainer disagree on a token's log-probability. It "
+        "should stay small and flat; a rise means that the two have different weights.",
     ),
 )
 SFT_CURVES = (
@@ -112,8 +113,8 @@ SFT_CURVES = (
         "Supervised fine-tuning (SFT) loss",
         {"loss": "training", "eval_loss": "validation"},
         "nats per token",
-        "How surprised the model is by the example answers it learns from; it should fall and flatten. A validation "
-        "loss that turns up while the training loss falls means the model is memorising.",
+        "How surprised the model is by the example answers that it learns from; it should fall and then flatten. A "
+        "validation loss that rises while the training loss falls means that the model is memorising.",
     ),
 )
 
@@ -128,24 +129,24 @@ def series(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
 
 
 def smoothing_window(n_steps: int) -> int:
-    """Steps the smoothed line averages over: a tenth of the run, odd, 3 to 51; 1 (no smoothing) below 20 steps."""
+    """Steps that the smoothed line averages over: a tenth of the run, odd, 3 to 51; 1 (none) below 20 steps."""
     return 1 if n_steps < 20 else min(51, max(3, n_steps // 10 | 1))
 
 
 def dot_spacing(n_steps: int) -> int:
-    """Every how many steps a dot is drawn: at most 400 dots a curve keep the page of a long run small."""
+    """Steps between two dots: at most 400 dots per curve keep the page of a long run small."""
     return max(1, math.ceil(n_steps / 400))
 
 
 def smooth(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centred running mean of a curve [K], only where the window is full: nothing is guessed at the two ends."""
+    """Centred running mean of a curve [K], only where the window is full: no value is guessed at the two ends."""
     window = smoothing_window(len(value))
     half = window // 2
     return step[half : len(step) - half], np.convolve(value, np.full(window, 1 / window), "valid")
 
 
 def curve_svg(curve: Curve, steps: list[dict[str, Any]]) -> str | None:
-    """The figure of one curve: raw dots, smoothed line. None when the rows hold none of its keys."""
+    """The figure of a curve: raw dots and a smoothed line. None when the rows hold none of its keys."""
     found = {name: series(steps, key) for key, name in curve.lines.items()}
     found = {name: points for name, points in found.items() if len(points[0])}
     if not found:
@@ -166,7 +167,7 @@ def curve_svg(curve: Curve, steps: list[dict[str, Any]]) -> str | None:
 
 
 def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, name: str) -> None:
-    """Raw dots under their smoothed line."""
+    """Draw raw dots and their smoothed line."""
     every = dot_spacing(len(step))
     axes.plot(step[::every], value[::every], "o", color=colour, alpha=0.35, markersize=3, markeredgewidth=0)
     axes.plot(*smooth(step, value), color=colour, linewidth=2, label=name)
@@ -174,12 +175,15 @@ def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, nam
 
 
 def split_name(summary: dict[str, Any], split: str) -> str:
-    """What a split is called; summary["run"]["split"] is the builder's, donors where nothing is said."""
+    """The name of a split for a reader.
+
+    summary["run"]["split"] is the build's --split; donors when it is not stated.
+    """
     return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
 
 
 def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
-    """Bars of batch accuracy, one per stage and split, with 95 % intervals. None when no stage was evaluated."""
+    """Bars of batch accuracy, one per split and stage, with 95 % intervals. None when no stage was evaluated."""
     bars = [
         (split, stage, summary[stage][split])
         for split in SPLITS
@@ -222,7 +226,7 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
 
 
 def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
-    """95 % interval of batch accuracy: the one of the metrics, else Wilson's; None where the number of puzzles is not known."""
+    """95 % interval of batch accuracy: from the metrics, else Wilson's; None when the number of puzzles is unknown."""
     known = (scores.get("intervals") or {}).get("batch_accuracy")
     if known:
         return tuple(known)
@@ -230,14 +234,14 @@ def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def percent(share: float) -> str:
-    """0.618 -> "62 %"; the ends are kept for exact 0 and 1."""
+    """0.618 -> "62 %". "0 %" and "100 %" stand for exactly 0 and 1; others near them become "<1 %" and ">99 %"."""
     if 0 < share < 0.005:
         return "<1 %"
     return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
 def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
-    """The picture of a run for a README, 1200 pixels wide: what GRPO learns, and what it costs.
+    """Draw a run for a README, 1200 pixels wide: what GRPO learns, and at what cost. Returns the path.
 
     Raises UserError when the run folder has no GRPO step.
     """
@@ -263,7 +267,7 @@ def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> P
 
 
 def _draw_learning(axes: Axes, steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Training reward and batch accuracy, with the held-out results before and after as horizontal marks."""
+    """Training reward and batch accuracy, with the held-out results before and after GRPO as horizontal lines."""
     lines = (
         ("reward", "mean reward of sampled answers (-1 to 1)", GREY),
         ("rewards/batch_accuracy", "share of sampled answers with every cell right (0 to 1)", BLUE),
@@ -275,7 +279,7 @@ def _draw_learning(axes: Axes, steps: list[dict[str, Any]], summary: dict[str, A
     marks = [(stage, summary.get(stage, {}).get("test", {}).get("batch_accuracy")) for stage in ("sft", "grpo")]
     marks = sorted([mark for mark in marks if mark[1] is not None], key=lambda mark: mark[1])
     for stage, share in marks:
-        above = stage == marks[-1][0]  # the lower mark's text hangs below its line, so that close marks stay readable
+        above = stage == marks[-1][0]  # the lower line's text is below it, so that close lines stay readable
         axes.axhline(share, color=ORANGE if stage == "sft" else GREEN, linestyle=(0, (5, 3)), linewidth=1.4)
         axes.annotate(
             f"{split_name(summary, 'test')}, {STAGE_NAMES[stage]}: {percent(share)}",
@@ -317,7 +321,7 @@ def percent_axis(axes: Axes, top: float = 1.03) -> None:
 
 
 def page_style() -> matplotlib.rc_context:
-    """Text as text, colours of the page, and identifiers that do not change from one drawing to the next."""
+    """Matplotlib settings: text as text, the page's colours, and identifiers that are the same in every drawing."""
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
@@ -341,17 +345,17 @@ def page_style() -> matplotlib.rc_context:
 
 
 def svg_element(figure: Figure, label: str) -> str:
-    """The figure as an <svg> element to put inside an HTML page: no prologue, no fixed size, no address."""
+    """The figure as an <svg> element inside an HTML page: without prologue, fixed size, or address."""
     buffer = io.StringIO()
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r' (xmlns(:xlink)?|width|height|version)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
-    svg = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
-    )  # would style the whole page
-    svg = re.sub(r"font-family: [^;]*sans-serif; ", "", svg)  # the page's font, narrower than the one measured with
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1 ...: one page holds many figures
+    # its style sheet would style the whole page
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    # the page's font is narrower than the one that matplotlib measured with, so the text fits
+    svg = re.sub(r"font-family: [^;]*sans-serif; ", "", svg)
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)  # figure_1, axes_1, ...: a page holds many figures
     svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -1,4 +1,4 @@
-"""The pieces of HTML that the report page is put together from. Every text that comes from a file goes through `escape`."""
+"""The pieces of HTML that the report page is made of. Every text that comes from a file goes through `escape`."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -6,30 +6,34 @@ from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EMPTY = "&ndash;"
-"""Stands in a table for a value that is not there."""
+"""A missing value in a table."""
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole file. The template holds the style; the body goes in last, so that no text of a model is a place holder."""
+    """The whole page. The template holds the style.
+
+    The body is inserted last, so text of a model is never a place holder.
+    """
     template = TEMPLATE.read_text(encoding="utf-8")
     return template.replace("{{title}}", escape(title)).replace("{{body}}", "\n".join(parts))
 
 
 def section(name: str, title: str, body: str) -> str:
-    """name: what a link to it ends in."""
+    """A section. name: the end of a link to it."""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
 
 
 def contents(links: dict[str, str]) -> str:
-    """Links to the sections: {name: what the link says}."""
+    """Links to the sections. links: {name of the section: text of the link}."""
     items = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text in links.items())
     return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str] | str], kind: str = "", caption: str = "") -> str:
-    """A table that becomes a list of cards on a narrow screen.
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str] | str], kind: str = "", caption: str = "") -> str:
+    """A table, which becomes a list of cards on a narrow screen.
 
-    columns: text. rows: cells as HTML, the first heads its row; a text instead of cells heads the rows that follow.
+    columns: text. rows: cells as HTML, of which the first is the head of its row; a text instead of cells is a heading
+    for the rows that follow. kind: CSS classes.
     """
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     lines = "".join(_row(columns, row) for row in rows)
@@ -47,13 +51,16 @@ def _row(columns: Sequence[str], row: Sequence[str] | str) -> str:
 
 
 def _cell(column: str, text: str) -> str:
-    """A cell names its column, for the cards; one without a value is left out of them."""
+    """A cell. It names its column, for the cards; cards leave out cells without a value."""
     empty = ' class="empty"' if text == EMPTY else ""
     return f'<td{empty} data-name="{escape(column)}">{text}</td>'
 
 
 def figure(svg: str | None, title: str, caption: str, more: str = "") -> str:
-    """A drawing with the sentence that says how to read it; `more` is HTML under it."""
+    """A drawing with a caption that says how to read it. svg: None where there is nothing to draw.
+
+    more: HTML below it.
+    """
     if svg is None:
         return missing(f"{title}: nothing recorded to draw.")
     says = f"<figcaption>{escape(caption)}</figcaption>"
@@ -61,27 +68,28 @@ def figure(svg: str | None, title: str, caption: str, more: str = "") -> str:
 
 
 def details(title: str, body: str, opened: bool = False) -> str:
-    """What can be opened and closed, with the mouse or from the keyboard."""
+    """A part that can be opened and closed, with the mouse or from the keyboard."""
     return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
 
 
 def missing(sentence: str) -> str:
-    """What the page cannot show, and why."""
+    """A sentence that says what the page cannot show, and why."""
     return f'<p class="missing">{escape(sentence)}</p>'
 
 
 def note(sentence: str) -> str:
+    """A sentence that helps to read what is beside it."""
     return f'<p class="note">{escape(sentence)}</p>'
 
 
 def mark(right: bool) -> str:
-    """A sign for right or wrong, told apart by its shape and by its name."""
+    """A sign for right or wrong, which differ in shape and name, not only in colour."""
     name, label, sign = ("tick", "right", "&#10003;") if right else ("cross", "wrong", "&#10007;")
     return f'<b class="{name}" role="img" aria-label="{label}">{sign}</b>'
 
 
 def share(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """A share in percent, under it its 95 % interval."""
+    """A share in percent, with its 95 % interval below it."""
     if value is None:
         return EMPTY
     under = f"<br> <small>{100 * interval[0]:.1f} to {100 * interval[1]:.1f}</small>" if interval else ""
@@ -89,6 +97,7 @@ def share(value: float | None, interval: Sequence[float] | None = None) -> str:
 
 
 def number(value: float | None, interval: Sequence[float] | None = None, digits: int = 0) -> str:
+    """A number, with its 95 % interval below it."""
     if value is None:
         return EMPTY
     under = f"<br> <small>{interval[0]:,.{digits}f} to {interval[1]:,.{digits}f}</small>" if interval else ""

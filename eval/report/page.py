@@ -1,14 +1,16 @@
 """The report page of a run: one HTML file that opens without a network, for a biologist to read.
 
-Run folder (what is missing is said on the page):
+Run folder (the page says what is missing):
     summary.json                          summary[stage][split] = metrics; summary["run"] = config, seconds, versions
     sft/metrics.jsonl, grpo/metrics.jsonl one row per optimizer step
-    puzzles/{test,unseen}.parquet         the puzzles evaluated
+    puzzles/{test,unseen}.parquet         the puzzles that were evaluated
     eval/{stage}/{split}/predictions.jsonl  id, prediction, response_tokens, finish_reason
-    eval/{stage}/{split}/metrics.json     the metrics with their intervals and breakdowns, which win over the summary's
-                                          (also eval/{stage}/metrics.json, of one split alone)
+    eval/{stage}/{split}/metrics.json     the metrics with intervals and breakdowns, which override those of
+                                          summary.json (also eval/{stage}/metrics.json, when only one split was
+                                          evaluated)
 
-Sections: here the results, curves and settings; eval/report/breakdowns.py, report_traces.py, report_puzzles.py the others.
+Results, curves and settings are made here, the other sections in eval/report/breakdowns.py, reasoning.py and
+puzzles.py.
 """
 
 import json
@@ -19,7 +21,6 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import write_whole
-from eval.metrics import SPLITS, STAGES, read_steps
 from eval.published import KEY_MODELS, NOTE, SOURCE
 from eval.report.breakdowns import where_sections
 from eval.report.figures import (
@@ -41,18 +42,19 @@ from eval.report.html import (
     details,
     escape,
     figure,
+    html_table,
     missing,
     note,
     number,
     page,
     section,
     share,
-    table,
 )
 from eval.report.puzzles import puzzles_section
+from eval.report.reasoning import traces_section
 from eval.report.run import Evaluations, published_beside, read_run, variant_of_split
-from eval.report.traces import traces_section
 from eval.report.variants import variant_table
+from eval.run_files import SPLITS, STAGES, read_steps
 
 PAPER_SIZES = (8, 15)
 """Fewest and most cells of a published puzzle."""
@@ -68,26 +70,26 @@ COLUMNS = {
 GLOSSARY = {
     "Puzzle, batch": "N cells of one donor, each of a different type, and the list of those N types. The annotator "
     "sees the most expressed genes of every cell and has to match cells and types.",
-    "Whole puzzles right (batch accuracy)": "Share of puzzles in which every cell is named right. One swapped pair makes the "
-    "puzzle wrong.",
-    "Cells right (cell accuracy)": "Share of cells named right: the mean over puzzles of the share within each puzzle. 'Pooled' "
-    "counts all cells of all puzzles together, so large puzzles weigh more.",
+    "Whole puzzles right (batch accuracy)": "Share of puzzles in which every cell has the right label. One swapped "
+    "pair makes the puzzle wrong.",
+    "Cells right (cell accuracy)": "Share of cells with the right label: the mean over puzzles of the share within "
+    "each puzzle. 'Pooled' counts all cells of all puzzles together, so large puzzles weigh more.",
     "Valid format": "Share of answers that can be read: reasoning, then exactly one label per cell. An answer that "
-    "cannot be read counts as 0 cells right.",
+    "cannot be read has 0 cells right.",
     "Uniqueness": "Number of different labels given / number of cells, averaged over puzzles. Every cell has a type of "
     "its own, so a careful annotator reaches 100 %.",
     "Response length": "Mean length of the answers, reasoning included, in tokens (a token is about three quarters of "
     "an English word), or in words where no token counts were recorded.",
-    "95 % interval": "The range in which the true value may well lie, given that only so many puzzles were drawn. Where the "
+    "95 % interval": "The range in which the true value is likely to be, given the number of puzzles. Where the "
     "ranges of two numbers overlap widely, their difference may be chance.",
-    "Held-out donors, held-out cells": "Puzzles set aside for testing. Held-out donors share no donor with training; held-out "
-    "cells share no cell with it, but their donors do.",
-    "Unseen diseases": "Puzzles of donors whose disease does not occur in training at all.",
+    "Held-out donors, held-out cells": "Puzzles set aside for testing. The puzzles of held-out donors share no donor "
+    "with training; those of held-out cells share no cell with training, but they share donors.",
+    "Unseen diseases": "Puzzles of donors whose disease does not occur in training.",
     "Published": "Copied from the tables of the Cell-o1 paper, not measured here.",
-    "SFT": "Supervised fine-tuning: the model imitates worked examples.",
-    "GRPO": "Group relative policy optimisation: the model answers each puzzle several times and is moved towards "
+    "SFT": "Supervised fine-tuning: the model learns to imitate worked examples.",
+    "GRPO": "Group relative policy optimisation: the model answers each puzzle several times, and is moved towards "
     "those of its own answers that scored above their mean.",
-    "KL": "Kullback-Leibler divergence: how far the model has moved from the one GRPO started from.",
+    "KL": "Kullback-Leibler divergence: how far the model has moved from the model that GRPO started from.",
 }
 LINKS = {
     "results": "Results",
@@ -103,15 +105,15 @@ LINKS = {
 
 
 def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
-    """Write report.html into a run folder and return its path; the same folder gives the same bytes.
+    """Write report.html into a run folder and return its path. The same folder gives the same bytes.
 
-    show: how many of the best and of the worst puzzles. Raises UserError when the folder holds nothing to show, or when
-    predictions and puzzles of it do not match.
+    show: number of best and of worst puzzles. Raises UserError when the folder holds nothing to show, or when its
+    predictions and puzzles do not match.
     """
     run_dir = Path(run_dir)
     summary, evaluations = read_run(run_dir)
-    shown = (run_dir / "summary.json", run_dir / "sft/metrics.jsonl", run_dir / "grpo/metrics.jsonl")
-    if not evaluations and not any(path.is_file() for path in shown):
+    files = (run_dir / "summary.json", run_dir / "sft/metrics.jsonl", run_dir / "grpo/metrics.jsonl")
+    if not evaluations and not any(path.is_file() for path in files):
         raise UserError(
             f"{run_dir}: nothing to show, neither eval/STAGE/SPLIT/metrics.json (stages {', '.join(STAGES)}, splits "
             f"{', '.join(SPLITS)}) nor sft/metrics.jsonl, grpo/metrics.jsonl or summary.json: name a run folder"
@@ -134,7 +136,7 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
 
 
 def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) -> str:
-    """The result in one sentence: batch accuracy of the last stage evaluated, against the stages before it."""
+    """The result in one sentence: batch accuracy of the last stage that was evaluated, against the stages before it."""
     for split in SPLITS:
         found = [(stage, summary.get(stage, {}).get(split, {}).get("batch_accuracy")) for stage in STAGES]
         found = [(stage, value) for stage, value in found if value is not None]
@@ -190,25 +192,26 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         of_paper, published = published_beside(split, of_stage)
         if not published:
             lacking += missing(
-                f"No published numbers stand beside {name}: this folder has neither their puzzles nor a metrics.json "
-                "to say which of the paper's tables goes with them."
+                f"No published numbers are shown beside {name}: this folder has neither their puzzles nor a "
+                "metrics.json that says which of the paper's tables fits them."
             )
             continue
         compared.append(split)
         rows.append(f"Published, on other puzzles: {of_paper}")
         rows += [_published_row(row, published) for row in published if row["model"] in KEY_MODELS]
-        everything = table(["published", *COLUMNS.values()], [_published_row(row, published) for row in published])
+        everything = html_table(["published", *COLUMNS.values()], [_published_row(row, published) for row in published])
         more += details(f"All {len(published)} published rows: {of_paper}", everything)
-    shown = table(["", *COLUMNS.values()], rows, "results") if rows else ""
+    shown = html_table(["", *COLUMNS.values()], rows, "results") if rows else ""
     notes = _sizes(summary, {split: evaluations[split] for split in compared})
     notes += note(_how_to_read(summary, published='class="published"' in "".join(map(str, rows)))) if rows else ""
     with_intervals = all("intervals" in summary[stage][split] for stage in STAGES for split in summary[stage])
     bars = figure(
         batch_accuracy_svg(summary),
         "Whole puzzles right, by stage",
-        "Height is the share of puzzles with every cell right: higher is better. The thin line is the 95 % interval "
-        f"that this number of puzzles allows ({'as in the table' if with_intervals else 'Wilson, where the table has none'}); "
-        "where intervals overlap widely the difference may be chance.",
+        "The height is the share of puzzles with every cell right: higher is better. The thin line is the 95 % "
+        "interval for this number of puzzles "
+        f"({'as in the table' if with_intervals else 'Wilson, where the table has none'}); where intervals overlap "
+        "widely, the difference may be chance.",
     )
     return section("results", "Results", f'{shown}{lacking}<div class="grid">{bars}<div>{notes}</div></div>{more}')
 
@@ -217,8 +220,8 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     intervals = any("intervals" in scores for stage in STAGES for scores in summary[stage].values())
     return (
         (
-            "Small print beside a number is its 95 % interval (bootstrap over puzzles; an interval of one point says that all "
-            "puzzles came out alike). "
+            "Small print below a number is its 95 % interval (bootstrap over puzzles; an interval of a single value "
+            "means that all puzzles came out alike). "
             if intervals
             else ""
         )
@@ -236,7 +239,10 @@ def _result_row(stage: str, scores: dict[str, Any] | None) -> list[str]:
 
 
 def _published_row(row: dict[str, Any], among: list[dict[str, Any]]) -> list[str]:
-    """Published cell accuracy stands as pooled, see eval/published.py. among: rows whose settings are to be told apart."""
+    """A published row. Published cell accuracy is shown as pooled, see eval/published.py.
+
+    among: all rows of the table; they show their settings when these differ.
+    """
     setting = f", {row['setting']}" if len({one["setting"] for one in among}) > 1 else ""
     name = f'<span class="published">{escape(row["model"] + setting)} <small>published</small></span>'
     shares = [
@@ -249,24 +255,24 @@ def _published_row(row: dict[str, Any], among: list[dict[str, Any]]) -> list[str
 
 
 def _sizes(summary: dict[str, Any], evaluations: Evaluations) -> str:
-    """How far the sizes of our puzzles and the paper's agree, and what guessing would reach."""
-    said: dict[str, list[str]] = {}
+    """How the sizes of our puzzles compare with the paper's, and what guessing would reach."""
+    splits_of: dict[str, list[str]] = {}  # {sentence: splits for which it holds}
     low, high = PAPER_SIZES
     for split, of_stage in evaluations.items():
         sizes = next((one.sizes for one in reversed(of_stage.values()) if one.sizes), [])
-        told = "are others than the paper's: a difference to its numbers does not tell which model is better."
+        sentence = "are others than the paper's: a difference to its numbers does not show which model is better."
         if sizes and all(one.variant == "batch" for one in of_stage.values()):
             guess = percent(sum(1 / n for n in sizes) / len(sizes))
             ours = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
             same = low <= min(sizes) and max(sizes) <= high
-            told = (
-                f"have {ours} cells each, where guessing names {guess} of the cells right; the paper's have {low} to {high} "
-                f"(guessing: {percent(1 / high)} to {percent(1 / low)}). "
+            sentence = (
+                f"have {ours} cells each, where guessing gets {guess} of the cells right; the paper's have {low} to "
+                f"{high} (guessing: {percent(1 / high)} to {percent(1 / low)}). "
                 + ("The task has the same size, but " if same else "That is another task size, and ")
-                + "the puzzles are others: a difference to the published numbers does not tell which model is better."
+                + "the puzzles are others: a difference to the published numbers does not show which model is better."
             )
-        said.setdefault(told, []).append(split_name(summary, split))
-    return "".join(note(f"The puzzles of {' and of '.join(names)} {told}") for told, names in said.items())
+        splits_of.setdefault(sentence, []).append(split_name(summary, split))
+    return "".join(note(f"The puzzles of {' and of '.join(names)} {sentence}") for sentence, names in splits_of.items())
 
 
 def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: str) -> str:
@@ -275,7 +281,7 @@ def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: s
     if not steps:
         return section(stage, title, missing(f"This run folder has no {file_name}, so there is no curve to show."))
     every, window = dot_spacing(len(steps)), smoothing_window(len(steps))
-    dots = "Dots are single steps" if every == 1 else f"Dots are single steps (one in {every} is drawn)"
+    dots = "Dots are single steps" if every == 1 else f"Dots are single steps (every {every}th is drawn)"
     line = f"the line is the running mean over {window} steps" if window > 1 else "the line joins them"
     intro = note(f"{count(len(steps), 'optimizer step')}. {dots}, {line}.")
     drawn = [(curve, curve_svg(curve, steps)) for curve in curves]
@@ -300,4 +306,6 @@ def _settings_section(run: dict[str, Any]) -> str:
 
 def _settings_table(values: dict[str, Any]) -> str:
     texts = {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    return table(("setting", "value"), [[escape(key), escape(text)] for key, text in texts.items()], "words settings")
+    return html_table(
+        ("setting", "value"), [[escape(key), escape(text)] for key, text in texts.items()], "words settings"
+    )

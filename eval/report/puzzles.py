@@ -1,4 +1,4 @@
-"""Puzzles of a run to read, for the report page: the best, the worst and an unchosen one, truth and answers cell by cell."""
+"""The report page's puzzles to read: the best, the worst and an unchosen one, with truth and answers cell by cell."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from data.atlas.markers import read_markers
 from data.puzzles import Puzzle
 from eval.report.figures import STAGE_NAMES, split_name
-from eval.report.html import count, details, escape, mark, missing, note, section, table
+from eval.report.html import count, details, escape, html_table, mark, missing, note, section
 from eval.report.run import Answered, Evaluations
 from reward.cellpuzzles import normalise_label
 
@@ -17,7 +17,7 @@ TITLES = {"best": "The best", "worst": "The worst", "first": "An unchosen one"}
 
 @dataclass(frozen=True)
 class Example:
-    """A puzzle with the answers of the stages to it."""
+    """A puzzle with the stages' answers to it."""
 
     puzzle: Puzzle
     answers: dict[str, Answered]
@@ -30,13 +30,16 @@ class Example:
 
     @property
     def change(self) -> float:
-        """How much larger the share of right cells is after the last stage than after SFT; 0 where either cannot be read."""
+        """Share of right cells after the last stage minus that after SFT; 0 when either answer cannot be read."""
         before, after = self.answers.get("sft", self.last).score, self.last.score
         return after.cell_accuracy - before.cell_accuracy if before.valid and after.valid else 0.0
 
 
 def examples_of(answers: dict[str, list[Answered]]) -> list[Example]:
-    """The puzzles that the last stage answered, in its order, with what SFT and GRPO said; without both, the base model."""
+    """The puzzles that the last stage answered, in its order, with the answers of SFT and GRPO.
+
+    answers: {stage: its answers}. Without answers of SFT and GRPO, those of the base model are used.
+    """
     stages = [stage for stage in ("sft", "grpo") if answers.get(stage)] or [s for s in ("base",) if answers.get(s)]
     if not stages:
         return []
@@ -48,10 +51,11 @@ def examples_of(answers: dict[str, list[Answered]]) -> list[Example]:
 
 
 def choose_examples(examples: list[Example], show: int) -> dict[str, list[Example]]:
-    """At most `show` best and `show` worst, and the first of the file that is neither; no puzzle twice.
+    """{"best", "worst": at most `show` examples each, "first": the first in the file that is neither}.
 
-    Best: most cells right after the last stage, then the largest gain over SFT, then most cells. Worst: fewest right of the
-    answers that can be read (the others come last), then the largest loss. Equal ones in file order.
+    Best: the largest share of right cells after the last stage, then the largest gain over SFT, then the most cells.
+    Worst: the smallest share of right cells among answers that can be read (the others come last), then the largest
+    loss. Ties stay in file order.
     """
 
     def right(one: Example) -> float:
@@ -72,7 +76,7 @@ def choose_examples(examples: list[Example], show: int) -> dict[str, list[Exampl
 
 
 def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int) -> str:
-    """Puzzles of the first split that has answers."""
+    """The section, with puzzles of the first split that has answers."""
     title = "Puzzles to read"
     of_split = {
         split: examples_of({stage: one.answers for stage, one in of_stage.items()})
@@ -86,15 +90,16 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
     unreadable = sum(not one.last.score.valid for one in examples)
     last = STAGE_NAMES[list(examples[0].answers)[-1]]
     says = (
-        f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with most and with fewest cells right "
-        f"{last}, where equal those that changed most since SFT, and the first in the file that is neither. "
+        f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with the most and with the "
+        f"fewest cells right {last} (among equal ones, those that changed most since SFT), and the first in the file "
+        "that is neither. "
         + (
-            f"{count(unreadable, 'answer')} {last} cannot be read; such a puzzle is shown only where others are lacking. "
+            f"{count(unreadable, 'answer')} {last} cannot be read; such a puzzle is shown only when there is no other. "
             if unreadable
             else ""
         )
-        + "Genes are in the order of the prompt, most expressed first; those in bold are known markers of the cell's true type "
-        "(data/atlas/markers.tsv). A tick says right, a cross wrong."
+        + "Genes are in the order of the prompt, the most expressed first; genes in bold are known markers of the "
+        "cell's true type (data/atlas/markers.tsv). A tick means right, a cross wrong."
     )
     markers = {normalise_label(label): set(entry.markers) for label, entry in read_markers().items()}
     parts = []
@@ -107,7 +112,7 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
 
 
 def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
-    """opened: show what the last stage wrote without a click."""
+    """A puzzle with its answers. opened: show what the last stage wrote without a click."""
     puzzle = one.puzzle
     scores = {stage: answered.score for stage, answered in one.answers.items()}
     tally = ", ".join(f"{sum(s.right)} of {s.n_cells} {STAGE_NAMES[stage]}" for stage, s in scores.items())
@@ -139,11 +144,12 @@ def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
         for stage, answered in one.answers.items()
     ]
     texts.append(details("The prompt, word for word", _pre(f"{puzzle.system_message}\n\n{puzzle.user_message}")))
-    return f"<article>{head}{prompt}{''.join(map(missing, notes))}{table(columns, rows, 'cells')}{''.join(texts)}</article>"
+    parts = [head, prompt, *map(missing, notes), html_table(columns, rows, "cells"), *texts]
+    return f"<article>{''.join(parts)}</article>"
 
 
 def _given(answered: Answered, cell: int) -> str:
-    """Mark and label of a cell; a dash where the answer cannot be read."""
+    """Mark and label that an answer gives to a cell."""
     score = answered.score
     label = escape(score.labels[cell]) if score.valid else '<span class="missing">no readable answer</span>'
     wrong = "" if score.right[cell] else ' class="wrong"'
@@ -151,7 +157,7 @@ def _given(answered: Answered, cell: int) -> str:
 
 
 def _genes(genes: Sequence[str], markers: set[str], cell: int) -> str:
-    """The first genes, and the others to open."""
+    """The first genes of a cell, and the others to open."""
     shown = [f"<b>{escape(gene)}</b>" if gene in markers else escape(gene) for gene in genes]
     rest = shown[GENES_SHOWN:]
     more = f"{len(rest)} more {'gene' if len(rest) == 1 else 'genes'} of cell {cell}"

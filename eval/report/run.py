@@ -1,4 +1,4 @@
-"""What a run folder holds for the report page: the answers of every stage, scored, and what was said about them."""
+"""Read a run folder for the report page: the answers of every stage with their scores, and the metrics beside them."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -8,24 +8,15 @@ from typing import Any
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.breakdowns import breakdowns, size_of
-from eval.metrics import (
-    METRICS,
-    SPLITS,
-    STAGES,
-    PuzzleScore,
-    read_result,
-    read_summary,
-    score_one,
-    summarise,
-    token_counts,
-)
+from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_counts
 from eval.published import comparable, published_rows
 from eval.report.html import count
+from eval.run_files import SPLITS, STAGES, read_result, read_summary
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One puzzle with a stage's answer to it."""
+    """A puzzle with a stage's answer to it."""
 
     puzzle: Puzzle
     prediction: str
@@ -35,38 +26,41 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a stage did on a split; each part may be missing from the folder."""
+    """The evaluation of a stage on a split; each part may be missing from the folder."""
 
     answers: list[Answered]
     """In the order of predictions.jsonl; empty without predictions or puzzles."""
     result: dict[str, Any]
     """The content of metrics.json; empty without it."""
     found: dict[str, Any]
-    """The breakdowns of metrics.json, or what the answers say where it has none; empty without either."""
+    """The breakdowns of metrics.json; where it has none, computed from the answers; empty without either."""
     notes: list[str] = field(default_factory=list)
-    """What a reader must know of the numbers, one sentence each."""
+    """What a reader must know about the numbers, one sentence each."""
 
     @property
     def variant(self) -> str | None:
-        """Of the puzzles, "batch", "cell" or "open"; None where nothing says so."""
+        """The variant of the puzzles: "batch", "cell" or "open"; None when unknown."""
         if self.answers:
             return self.answers[0].puzzle.variant
         return self.result.get("puzzles", {}).get("variant")
 
     @property
     def sizes(self) -> list[int]:
-        """[P] the number of cells of each puzzle, as far as known."""
+        """[P] number of cells of each of the P puzzles, as far as known."""
         if self.answers:
             return [size_of(answered.puzzle) for answered in self.answers]
         return [group["value"] for group in self.found.get("n_cells", []) for _ in range(group["n_puzzles"])]
 
 
 Evaluations = dict[str, dict[str, Evaluation]]
-"""{split: {stage: what it did}}, only of what is there."""
+"""{split: {stage: evaluation}}, of those that exist."""
 
 
 def read_evaluations(run_dir: Path, summary: dict[str, Any] | None = None) -> Evaluations:
-    """Everything under eval/. summary: of summary.json. Raises UserError when a file cannot be read or answers other puzzles."""
+    """Everything under eval/. summary: the content of summary.json.
+
+    Raises UserError when a file cannot be read, or answers other puzzles.
+    """
     found: Evaluations = {}
     for split in SPLITS:
         puzzles_file = run_dir / "puzzles" / f"{split}.parquet"
@@ -83,7 +77,10 @@ def read_evaluations(run_dir: Path, summary: dict[str, Any] | None = None) -> Ev
 
 
 def evaluation_folder(run_dir: Path, stage: str, split: str) -> Path:
-    """eval/STAGE/SPLIT; or eval/STAGE, where an evaluation of one file was written to it ("test", unless its name says so)."""
+    """eval/STAGE/SPLIT; or eval/STAGE, where the evaluation of a single file was written there.
+
+    The single file counts as "test", unless it is called "unseen".
+    """
     folder = run_dir / "eval" / stage / split
     alone = read_result(folder.parent / "metrics.json")
     if not alone or folder.is_dir():
@@ -93,9 +90,9 @@ def evaluation_folder(run_dir: Path, stage: str, split: str) -> Path:
 
 
 def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, summary: dict[str, Any]) -> Evaluation:
-    """What an evaluation left in its folder, matched with the puzzles. summary: the numbers of summary.json."""
+    """The evaluation in a folder, matched with the puzzles. summary: the numbers of summary.json."""
     every = read_answers(folder / "predictions.jsonl", puzzles, puzzles_file) if puzzles else []
-    answers, result = _once(every, puzzles), read_result(folder / "metrics.json")
+    answers, result = _first_answers(every, puzzles), read_result(folder / "metrics.json")
     found, notes = result.get("breakdowns") or {}, list(result.get("notes") or [])
     if not found and answers:
         found = breakdowns([one.score for one in answers], [one.puzzle for one in answers], 0)
@@ -112,9 +109,9 @@ def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, sum
 def mismatches(
     file: str, answers: list[Answered], result: dict[str, Any], summary: dict[str, Any], n_puzzles: int
 ) -> list[str]:
-    """Where a file of predictions does not fit the metrics.json beside it (without that, summary.json), or lacks puzzles."""
+    """A sentence when predictions do not fit the metrics.json beside them, or summary.json, or lack puzzles."""
     source, stated = ("the metrics.json beside it", result) if result else ("summary.json", summary)
-    numbers = summarise([one.score for one in answers]).to_dict()
+    numbers = metrics_of([one.score for one in answers]).to_dict()
     compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
     if any(abs(numbers[name] - stated[name]) > 1e-9 for name in compared):
         return [
@@ -125,18 +122,21 @@ def mismatches(
     return []
 
 
-def _once(answers: list[Answered], puzzles: list[Puzzle]) -> list[Answered]:
-    """The answers without those beyond the times that a puzzle occurs."""
+def _first_answers(answers: list[Answered], puzzles: list[Puzzle]) -> list[Answered]:
+    """The answers, at most as many per puzzle as the puzzle occurs."""
     left = Counter(puzzle.id for puzzle in puzzles)
-    kept = []
-    for one in answers:
-        left[one.puzzle.id] -= 1
-        kept += [one] if left[one.puzzle.id] >= 0 else []
-    return kept
+    firsts = []
+    for answered in answers:
+        left[answered.puzzle.id] -= 1
+        firsts += [answered] if left[answered.puzzle.id] >= 0 else []
+    return firsts
 
 
 def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[Answered]:
-    """Scored answers in the order of the file, by id or, where no row has one, by place; none when there is no file."""
+    """The scored answers of a file, in its order; [] when there is no file.
+
+    Rows match by id, or by order when no row has one.
+    """
     rows = read_rows(path) if path.is_file() else []
     if not any("id" in row for row in rows):
         if len(rows) > len(puzzles):
@@ -166,7 +166,7 @@ def _text(row: dict[str, Any]) -> str | None:
 
 
 def read_run(run_dir: Path) -> tuple[dict[str, Any], Evaluations]:
-    """(summary, evaluations) of a run folder. The summary is that of summary.json, where there is one, completed.
+    """(summary, evaluations) of a run folder. The summary is summary.json, if there is one, after `completed`.
 
     Raises UserError when a file cannot be read.
     """
@@ -181,9 +181,11 @@ def read_run(run_dir: Path) -> tuple[dict[str, Any], Evaluations]:
 
 
 def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
-    """The summary with the numbers of the metrics.json files in place of its own, and of answers of which nothing else says any.
+    """The summary with the numbers of the metrics.json files in place of its own.
 
-    A split's numbers are of one evaluation: an interval that metrics.json lacks is not taken from the summary.
+    Answers without any numbers are scored.
+
+    All numbers of a split come from one evaluation: an interval that metrics.json lacks is not taken from the summary.
     """
     whole = {**summary, **{stage: dict(summary.get(stage) or {}) for stage in STAGES}}
     for split, of_stage in evaluations.items():
@@ -192,18 +194,20 @@ def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, An
             if any(name in numbers for name in METRICS):
                 whole[stage][split] = numbers
             elif one.answers and not whole[stage].get(split):
-                whole[stage][split] = summarise([answered.score for answered in one.answers]).to_dict()
+                whole[stage][split] = metrics_of([answered.score for answered in one.answers]).to_dict()
     return whole
 
 
 def variant_of_split(of_stage: dict[str, Evaluation]) -> str | None:
-    """Of a split's puzzles, as the last stage that says so has it."""
+    """The variant of a split's puzzles, according to the last stage that knows it."""
     return next((one.variant for one in reversed(of_stage.values()) if one.variant), None)
 
 
 def published_beside(split: str, of_stage: dict[str, Evaluation]) -> tuple[str, list[dict[str, Any]]]:
-    """(which of the paper's puzzles, published rows to show beside a split); no row where its puzzles are not known, or are of
-    another kind than those of Tables 2 and 3."""
+    """(name of the paper's puzzles, published rows to show beside a split).
+
+    No rows when the puzzles of the split are unknown, or of another variant than those of Tables 2 and 3.
+    """
     if variant_of_split(of_stage) != "batch":
         return "", []
     if split == "test":

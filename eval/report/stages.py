@@ -1,6 +1,7 @@
-"""The drawings of the report page that compare stages: by number of cells, by group, along the reasoning.
+"""The figures of the report page that compare stages: by number of cells, by group, along the reasoning.
 
-Inline SVG in the page's colours (eval/report/figures.py). Stages differ by the shape of their points as well as by colour.
+Inline SVG in the page's colours (eval/report/figures.py). Stages differ in the shape of their points as well as in
+colour.
 """
 
 import textwrap
@@ -18,9 +19,9 @@ from eval.report.figures import INK, STAGE_COLOURS, STAGE_NAMES, page_style, per
 
 SHAPES = {"base": "s", "sft": "^", "grpo": "o"}
 WIDTH = 4.8
-"""Inches of a figure: narrow, so that its text stays legible on a phone."""
+"""Width of a figure in inches: narrow, so that its text stays legible on a phone."""
 _LETTERS = 26
-"""Of a label before it is broken."""
+"""Letters of a label before a line break."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Dots:
 
 
 def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
-    """Cells and batches right against N. groups: {stage: rows of a breakdown by N}; guessing: draw 1 / N."""
+    """Cell and batch accuracy against N. groups: {stage: rows of a breakdown by N}. guessing: draw 1 / N."""
     sizes = sorted({row["value"] for rows in groups.values() for row in rows})
-    beside = min(0.12, 0.03 * (sizes[-1] - sizes[0] + 1.2))  # stages side by side, so that no point hides another
+    beside = min(0.12, 0.03 * (sizes[-1] - sizes[0] + 1.2))  # stages are shifted, so that no point hides another
     with page_style():
         figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -65,7 +66,10 @@ def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
 
 
 def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
-    """Share of puzzles by their share of cells right, a panel per stage. found: {stage: of eval.breakdowns.distribution}."""
+    """Histograms of the share of cells right, a panel per stage.
+
+    found: {stage: result of eval.breakdowns.distribution}.
+    """
     with page_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(found)), layout="constrained")
         panels = figure.subplots(len(found), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -88,7 +92,7 @@ def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
 
 
 def dots_svg(title: str, rows: list[Dots]) -> str:
-    """A row per group, a point per stage, with 95 % intervals where they are known."""
+    """A dot plot with a row per group and a point per stage, and 95 % intervals where they are known."""
     stages = [stage for stage in STAGE_NAMES if any(stage in row.values for row in rows)]
     labels = [_broken(row.label) for row in rows]
     with page_style():
@@ -114,7 +118,7 @@ def dots_svg(title: str, rows: list[Dots]) -> str:
 
 
 def along_svg(by_position: dict[str, list[dict[str, Any]]]) -> str:
-    """Accuracy of assignments by their place in the reasoning. by_position: {stage: TraceSummary.by_position}."""
+    """Accuracy of assignments by their position in the reasoning. by_position: {stage: TraceSummary.by_position}."""
     with page_style():
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()
@@ -148,5 +152,6 @@ def _stage_legend(figure: Figure, stages: list[str], more: Sequence[Line2D] = ()
 
 
 def _broken(label: str) -> str:
+    """The label on at most three lines."""
     lines = textwrap.wrap(label, _LETTERS) or [""]
     return "\n".join(lines if len(lines) < 4 else [*lines[:2], lines[2][: _LETTERS - 3] + "..."])

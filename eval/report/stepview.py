@@ -1,4 +1,7 @@
-"""The page of one optimizer step: every token coloured by advantage, ratio, KL or share of the loss. One file, no network."""
+"""The page of one optimizer step, with every token coloured by advantage, ratio, KL or share of the loss.
+
+Works offline.
+"""
 
 import json
 from html import escape
@@ -28,10 +31,10 @@ COLUMNS = (
 def step_page(
     step: int, settings: dict[str, Any], responses: list[dict], rows: list[dict[str, Any]], prompts: dict[str, str]
 ) -> str:
-    """HTML of a step.
+    """The page of a step as HTML.
 
-    settings: of the objective. responses: per response puzzle_id, response, reward, status. rows: the loss ledger, one row
-    per token. prompts: {puzzle_id: text}.
+    settings: of the objective. responses: {puzzle_id, response, reward, status} of each. rows: the loss ledger, with
+    one row per token. prompts: {puzzle_id: text}.
     """
     tokens: list[list[dict]] = [[] for _ in responses]
     for row in rows:
@@ -73,7 +76,7 @@ def _short(value: Any) -> Any:
 
 
 def _scales(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Per colouring, the value at full colour: the 99th percentile of its size, so that one outlier hides nothing."""
+    """{colouring: value at full colour}: the 99th percentile of absolute values, so that no outlier hides the rest."""
     trained = [row for row in rows if row["mask"]]
 
     def scale(values: list[float]) -> float:

@@ -1,13 +1,14 @@
-"""Single cells put together into batches (Table 11) and answers by similarity (Table 12), for the report page.
+"""The report page's tables of single cells combined into batches (Table 11) and of answers by similarity (Table 12).
 
-The published rows of these tables stand here, beside what they measure, and not beside the metrics of the puzzles themselves.
+The published rows of these tables are shown here, beside the same measures of ours, and not beside the metrics of the
+puzzles themselves, which measure something else.
 """
 
 from typing import Any
 
 from eval.published import KEY_MODELS, MEASURES, SIMILARITY_COLUMNS, SOURCE, comparable
 from eval.report.figures import STAGE_NAMES
-from eval.report.html import EMPTY, details, escape, missing, note, number, share, table
+from eval.report.html import EMPTY, details, escape, html_table, missing, note, number, share
 from eval.report.run import Evaluation
 
 BATCH_COLUMNS = {
@@ -23,7 +24,10 @@ DIGITS = {"response_length": 0, "mean_similarity": 3}
 
 
 def variant_table(variant: str, name: str, of_stage: dict[str, Evaluation]) -> str:
-    """The table of a split whose puzzles are single cells ("cell") or open-ended ("open"). name: of the split."""
+    """The table of a split whose puzzles are single cells ("cell") or open-ended ("open").
+
+    name: the name of the split.
+    """
     published = comparable(variant, [])["rows"]
     if variant == "cell":
         title, columns = f"Single cells put together into batches: {name} (Table 11)", BATCH_COLUMNS
@@ -52,8 +56,10 @@ def variant_table(variant: str, name: str, of_stage: dict[str, Evaluation]) -> s
         *([escape(row), *_cells(values, columns)] for row, values in ours.items()),
     ]
     rows += ["Published, on other puzzles", *(row for (model, _), row in theirs.items() if model in KEY_MODELS)]
-    shown = table(["", *columns.values()], rows, "results") if ours else missing(remedy)
-    everything = details(f"All {len(theirs)} published rows", table(["published", *columns.values()], theirs.values()))
+    shown = html_table(["", *columns.values()], rows, "results") if ours else missing(remedy)
+    everything = details(
+        f"All {len(theirs)} published rows", html_table(["published", *columns.values()], theirs.values())
+    )
     says = note(f"Published rows: {SOURCE}.{MEASURES[variant]}")
     return f"<h3>{escape(title)}</h3>{shown}{everything}{says}"
 
@@ -74,7 +80,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _published(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
-    """Cell accuracy stands as pooled, see eval/published.py."""
+    """The cells of a published row. Published cell accuracy is shown as pooled, see eval/published.py."""
     values = {**row, "cell_accuracy_micro": row.get("cell_accuracy"), "mean_similarity": row.get("medcpt")}
     return [
         EMPTY if key == "cell_accuracy" else cell for key, cell in zip(columns, _cells(values, columns), strict=True)

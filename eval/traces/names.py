@@ -1,6 +1,6 @@
-"""What a line of a reasoning trace names: cell types, known and unknown, and cells; lists and tables that pair the two.
+"""Find what a line of a reasoning trace names: cell types and cells, and the lists and tables that pair the two.
 
-Read by eval/traces/reading.py, whose first lines say what counts as a name.
+Used by eval/traces/reading.py; its docstring says what counts as a name.
 """
 
 import itertools
@@ -17,89 +17,80 @@ from reward.cellpuzzles import normalise_label
 COMMON = tuple(
     " ".join(
         """
-adipocyte, preadipocyte, chondrocyte, osteoblast, osteoclast, osteocyte, tenocyte, synoviocyte, myofibroblast, mesenchymal stem
-cell, myoblast, myocyte, myotube, skeletal muscle satellite cell, skeletal muscle fiber, cardiac muscle cell, telocyte,
-interstitial cell of Cajal, juxtaglomerular cell, hepatic stellate cell, pericardial cell, fibrocyte, odontoblast, ameloblast,
-cementoblast, nucleus pulposus cell, notochordal cell, neutrophil, eosinophil, basophil, megakaryocyte, erythrocyte,
-reticulocyte, proerythroblast, normoblast, promyelocyte, myelocyte, myeloblast, lymphoblast, innate lymphoid cell, Kupffer
-cell, Langerhans cell, Hofbauer cell, histiocyte, thymocyte, follicular dendritic cell, centroblast, centrocyte,
-myeloid-derived suppressor cell, common lymphoid progenitor, common myeloid progenitor, megakaryocyte-erythroid progenitor
-cell, hemocytoblast, angioblast, hemangioblast, liver sinusoidal endothelial cell, endocardial cell, littoral cell, foveolar
-cell, gastric chief cell, parietal cell, enterochromaffin cell, enterochromaffin-like cell, colonocyte, BEST4-positive
-enterocyte, tuft cell, brush cell, hepatocyte, cholangiocyte, hepatoblast, oval cell, acinar cell, ductal cell, centroacinar
-cell, epsilon cell, stellate cell, ciliated cell, basal cell, hillock cell, ionocyte, pneumocyte, deuterosomal
-cell, serous cell, mucous neck cell, mucous cell, pulmonary neuroendocrine cell, neuroendocrine cell, clara cell,
-bronchioalveolar stem cell, keratinocyte, melanocyte, Merkel cell, sebocyte, corneocyte, trichocyte, eccrine sweat gland cell,
-hair follicle cell, dermal papilla cell, outer root sheath cell, urothelial cell, umbrella cell, macula densa cell,
-intercalated cell, principal cell, proximal tubule cell, luminal epithelial cell, myoepithelial cell, lactocyte, mammary basal
-cell, prostate basal cell, prostate luminal cell, thyrocyte, thyroid follicular cell, parafollicular cell, parathyroid chief
-cell, oxyphil cell, chromaffin cell, adrenocortical cell, zona glomerulosa cell, corticotroph, gonadotroph, lactotroph,
-somatotroph, thyrotroph, melanotroph, pituicyte, pinealocyte, tanycyte, Sertoli cell, Leydig cell, peritubular myoid cell,
-spermatocyte, spermatid, spermatogonium, spermatogonial stem cell, germ cell, primordial germ cell, oocyte, oogonium, granulosa
-cell, theca cell, luteal cell, cumulus cell, decidual cell, trophoblast, cytotrophoblast, syncytiotrophoblast, extravillous
-trophoblast, amniocyte, astrocyte, oligodendrocyte, oligodendrocyte precursor cell, microglial cell, ependymal cell, choroid
-plexus cell, radial glial cell, neural stem cell, neural progenitor cell, neural crest cell, neuroblast, glioblast, neuron,
-interneuron, motor neuron, sensory neuron, glutamatergic neuron, GABAergic neuron, dopaminergic neuron, serotonergic neuron,
-cholinergic neuron, pyramidal neuron, Purkinje cell, cerebellar granule cell, granule cell, medium spiny neuron, Golgi cell,
-basket cell, chandelier cell, Cajal-Retzius cell, satellite glial cell, enteric glial cell, olfactory ensheathing cell,
-olfactory sensory neuron, sustentacular cell, Mueller cell, rod photoreceptor cell, cone photoreceptor cell, photoreceptor
-cell, retinal bipolar cell, bipolar cell, amacrine cell, horizontal cell, retinal ganglion cell, retinal pigment epithelial
-cell, lens fiber cell, corneal epithelial cell, conjunctival epithelial cell, trabecular meshwork cell, hair cell, inner hair
-cell, outer hair cell, Deiters cell, taste receptor cell, embryonic stem cell, blastomere, fibroadipogenic progenitor cell
+adipocyte, preadipocyte, chondrocyte, osteoblast, osteoclast, osteocyte, tenocyte, synoviocyte, myofibroblast,
+mesenchymal stem cell, myoblast, myocyte, myotube, skeletal muscle satellite cell, skeletal muscle fiber, cardiac
+muscle cell, telocyte, interstitial cell of Cajal, juxtaglomerular cell, hepatic stellate cell, pericardial cell,
+fibrocyte, odontoblast, ameloblast, cementoblast, nucleus pulposus cell, notochordal cell, neutrophil, eosinophil,
+basophil, megakaryocyte, erythrocyte, reticulocyte, proerythroblast, normoblast, promyelocyte, myelocyte, myeloblast,
+lymphoblast, innate lymphoid cell, Kupffer cell, Langerhans cell, Hofbauer cell, histiocyte, thymocyte, follicular
+dendritic cell, centroblast, centrocyte, myeloid-derived suppressor cell, common lymphoid progenitor, common myeloid
+progenitor, megakaryocyte-erythroid progenitor cell, hemocytoblast, angioblast, hemangioblast, liver sinusoidal
+endothelial cell, endocardial cell, littoral cell, foveolar cell, gastric chief cell, parietal cell, enterochromaffin
+cell, enterochromaffin-like cell, colonocyte, BEST4-positive enterocyte, tuft cell, brush cell, hepatocyte,
+cholangiocyte, hepatoblast, oval cell, acinar cell, ductal cell, centroacinar cell, epsilon cell, stellate cell,
+ciliated cell, basal cell, hillock cell, ionocyte, pneumocyte, deuterosomal cell, serous cell, mucous neck cell,
+mucous cell, pulmonary neuroendocrine cell, neuroendocrine cell, clara cell, bronchioalveolar stem cell, keratinocyte,
+melanocyte, Merkel cell, sebocyte, corneocyte, trichocyte, eccrine sweat gland cell, hair follicle cell, dermal
+papilla cell, outer root sheath cell, urothelial cell, umbrella cell, macula densa cell, intercalated cell, principal
+cell, proximal tubule cell, luminal epithelial cell, myoepithelial cell, lactocyte, mammary basal cell, prostate basal
+cell, prostate luminal cell, thyrocyte, thyroid follicular cell, parafollicular cell, parathyroid chief cell, oxyphil
+cell, chromaffin cell, adrenocortical cell, zona glomerulosa cell, corticotroph, gonadotroph, lactotroph, somatotroph,
+thyrotroph, melanotroph, pituicyte, pinealocyte, tanycyte, Sertoli cell, Leydig cell, peritubular myoid cell,
+spermatocyte, spermatid, spermatogonium, spermatogonial stem cell, germ cell, primordial germ cell, oocyte, oogonium,
+granulosa cell, theca cell, luteal cell, cumulus cell, decidual cell, trophoblast, cytotrophoblast,
+syncytiotrophoblast, extravillous trophoblast, amniocyte, astrocyte, oligodendrocyte, oligodendrocyte precursor cell,
+microglial cell, ependymal cell, choroid plexus cell, radial glial cell, neural stem cell, neural progenitor cell,
+neural crest cell, neuroblast, glioblast, neuron, interneuron, motor neuron, sensory neuron, glutamatergic neuron,
+GABAergic neuron, dopaminergic neuron, serotonergic neuron, cholinergic neuron, pyramidal neuron, Purkinje cell,
+cerebellar granule cell, granule cell, medium spiny neuron, Golgi cell, basket cell, chandelier cell, Cajal-Retzius
+cell, satellite glial cell, enteric glial cell, olfactory ensheathing cell, olfactory sensory neuron, sustentacular
+cell, Mueller cell, rod photoreceptor cell, cone photoreceptor cell, photoreceptor cell, retinal bipolar cell, bipolar
+cell, amacrine cell, horizontal cell, retinal ganglion cell, retinal pigment epithelial cell, lens fiber cell, corneal
+epithelial cell, conjunctival epithelial cell, trabecular meshwork cell, hair cell, inner hair cell, outer hair cell,
+Deiters cell, taste receptor cell, embryonic stem cell, blastomere, fibroadipogenic progenitor cell
 """.split()
     ).split(", ")
 )
-"""Common cell types, most by their Cell Ontology names, besides those of data/atlas/markers.tsv: known outside a candidate list."""
+"""Common cell types, most by their Cell Ontology names, that are recognised besides those of data/atlas/markers.tsv."""
 _SYNONYMS = [
-    [tuple(side.split()) for side in pair.split(" = ")]
-    for pair in (
-        "natural killer cell = nk cell",
-        "dendritic cell = dc",
-        "regulatory t cell = treg",
-        "t cell = t lymphocyte",
-        "b cell = b lymphocyte",
-        "endothelial cell of lymphatic vessel = lymphatic endothelial cell",
-        "alveolar type 1 cell = at1",
-        "alveolar type 2 cell = at2",
-        "endothelial cell = endothelium",
-        "type b pancreatic cell = beta cell",
-        "pancreatic a cell = alpha cell",
-        "pancreatic d cell = delta cell",
-        "microglial cell = microglia",
-        "cardiac muscle cell = cardiomyocyte",
-        "malignant cell = tumor cell",
-        "malignant cell = cancer cell",
-        "erythrocyte = red blood cell",
-        "oligodendrocyte precursor cell = oligodendrocyte progenitor cell",
-        "mueller cell = muller cell",
-        "microglial cell = microglia cell",
-        "oligodendrocyte precursor cell = opc",
-        "hematopoietic stem cell = hsc",
-        "plasmacytoid dendritic cell = pdc",
-    )
+    [tuple(side.split()) for side in pair.split("=")]
+    for pair in """
+natural killer cell = nk cell; dendritic cell = dc; regulatory t cell = treg; t cell = t lymphocyte; b cell = b
+lymphocyte; endothelial cell of lymphatic vessel = lymphatic endothelial cell; alveolar type 1 cell = at1; alveolar
+type 2 cell = at2; endothelial cell = endothelium; type b pancreatic cell = beta cell; pancreatic a cell = alpha cell;
+pancreatic d cell = delta cell; microglial cell = microglia; cardiac muscle cell = cardiomyocyte; malignant cell =
+tumor cell; malignant cell = cancer cell; erythrocyte = red blood cell; oligodendrocyte precursor cell =
+oligodendrocyte progenitor cell; mueller cell = muller cell; microglial cell = microglia cell; oligodendrocyte
+precursor cell = opc; hematopoietic stem cell = hsc; plasmacytoid dendritic cell = pdc
+""".split(";")
 ]
+"""[[words of a label, words of a synonym of it], ...]"""
 _BROAD = frozenset(
-    "cell immune myeloid lymphoid blood white red hematopoietic haematopoietic stromal mesenchymal epithelial endothelial "
-    "structural connective tissue vascular vessel muscle glial neural neuronal lymphocyte leukocyte phagocyte granulocyte "
-    "phagocytic cytotoxic effector progenitor precursor stem secretory barrier lineage innate adaptive professional antigen "
-    "presenting antibody secreting specialized specialised differentiated undifferentiated immature mature inflammatory "
-    "mononuclear parenchymal airway".split()
+    """
+cell immune myeloid lymphoid blood white red hematopoietic haematopoietic stromal mesenchymal epithelial endothelial
+structural connective tissue vascular vessel muscle glial neural neuronal lymphocyte leukocyte phagocyte granulocyte
+phagocytic cytotoxic effector progenitor precursor stem secretory barrier lineage innate adaptive professional antigen
+presenting antibody secreting specialized specialised differentiated undifferentiated immature mature inflammatory
+mononuclear parenchymal airway
+""".split()
 )
-"""Words of classes of cell types ("an epithelial cell"): coarser than a label, and so no change of mind before or after one."""
+"""Words of classes of cell types ("an epithelial cell"). A class is coarser than a label, so it changes no label."""
 _NO_TYPE = frozenset(
-    "a activated active an and any are as at be best better by certain challenging clear clearly close common complex couple "
-    "cycling dead different difficult distinct dividing doubtful dying each easy entire expressed expressing few final first "
-    "for from gene given good great group hard healthy high human i in interesting its key kind last likely list low marker mix "
-    "mixed more most multi multiple my negative neighboring new next no normal not of on one only or other our particular "
-    "plausible poor poorly positive potential primary proliferating proliferative puzzling quality quick rare real remaining "
-    "respective resting rich same second sense set similar simple single small so some specific stage strange stressed strong "
-    "subset such sure target that their these third this those to top tough tricky true type typical unassigned uncertain "
-    "unclear unique unknown unlabeled unusual very weak weird which whole with wrong your".split()
+    """
+a activated active an and any are as at be best better by certain challenging clear clearly close common complex
+couple cycling dead different difficult distinct dividing doubtful dying each easy entire expressed expressing few
+final first for from gene given good great group hard healthy high human i in interesting its key kind last likely
+list low marker mix mixed more most multi multiple my negative neighboring new next no normal not of on one only or
+other our particular plausible poor poorly positive potential primary proliferating proliferative puzzling quality
+quick rare real remaining respective resting rich same second sense set similar simple single small so some specific
+stage strange stressed strong subset such sure target that their these third this those to top tough tricky true type
+typical unassigned uncertain unclear unique unknown unlabeled unusual very weak weird which whole with wrong your
+""".split()
 )
-"""Words that make no name of a cell type: "a single cell", "a CD3-positive cell"."""
+"""Words that do not belong to a name of a cell type: "a single cell", "a CD3-positive cell"."""
 _pattern = partial(re.compile, flags=re.I)
 FOLD = str.maketrans(
-    {  # one character for one: a place in the folded text is the same place in the response
+    {  # one character for one, so that positions in the folded text are positions in the response
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"),
         **dict.fromkeys('"*`\u201c\u201d\u00a0\u202f', " "),
         **dict.fromkeys("\u2192\u27f6\u21d2\u279c\u2794", ">"),
@@ -115,16 +106,16 @@ _KIND = (
     r"[a-z]*neurons?))"
 )
 _UNKNOWN = _pattern(
-    r"(?:(?:\b(?:is|are|as|be|becomes?)|\b(?:it|that|this)'s)[ \t]+(?:(?:now|then|actually|really|indeed|most|likely|clearly|"
-    r"definitely|probably|therefore|thus)[ \t]+){0,2}an?[ \t]+"
+    r"(?:(?:\b(?:is|are|as|be|becomes?)|\b(?:it|that|this)'s)[ \t]+(?:(?:now|then|actually|really|indeed|most|likely|"
+    r"clearly|definitely|probably|therefore|thus)[ \t]+){0,2}an?[ \t]+"
     + _KIND
     + r"(?=\s*(?:[.,;:!?()|\]]|$|\b(?:with|based|because|"
-    r"since|given|due|as|and|by|in|from|rather|instead|not|here|for|too|but|so)\b|-[ \t])))|(?:(?:[:=>]|\bso)[ \t]+(?:an?[ \t]+)?"
-    + _KIND
-    + r"(?=\s*(?:[.,;!()|\]]|$)))"
+    r"since|given|due|as|and|by|in|from|rather|instead|not|here|for|too|but|so)\b|-[ \t])))|(?:(?:[:=>]|"
+    r"\bso)[ \t]+(?:an?[ \t]+)?" + _KIND + r"(?=\s*(?:[.,;!()|\]]|$)))"
 )
 _CELL = _pattern(
-    r"\bcells[\s#]+(\d{1,3}(?:\s*(?:(?:,\s*)?and|[,&-]|to)\s*#?\d{1,3})*)\b|\bcell(?:\s+(?:no\.|number))?[\s#_-]*(\d{1,3})\b"
+    r"\bcells[\s#]+(\d{1,3}(?:\s*(?:(?:,\s*)?and|[,&-]|to)\s*#?\d{1,3})*)\b|\bcell(?:\s+(?:no\.|"
+    r"number))?[\s#_-]*(\d{1,3})\b"
 )
 _NUMBERED = re.compile(r"\s*(?:-\s*)?\(?(\d{1,3})\s*(?:[:=]|-*>)\s*(?=\S)")
 _BARE = re.compile(r"[\s|]*(?:-\s*)?\(?(\d{1,3})[.):]?\s*[-:=>|]*\s*")
@@ -139,16 +130,16 @@ _LABEL_COLUMN = [
 
 
 class Name(NamedTuple):
-    """A cell type where a line names it."""
+    """A cell type named in a line."""
 
     start: int
     end: int
     label: str | None
-    """None: a short form of several candidates, or something like one."""
+    """None for a short form that fits several candidates, or something similar to a candidate."""
     listed: bool
-    """Is it a candidate (an open-ended puzzle has no list: always)?"""
+    """Is it a candidate? Always True for an open-ended puzzle, which has no list."""
     coarse: bool = False
-    """Is it a class of cell types only?"""
+    """Is it only a class of cell types?"""
 
 
 Pairs = dict[int, list[tuple[int, Name]]]
@@ -156,25 +147,25 @@ Pairs = dict[int, list[tuple[int, Name]]]
 
 
 class Cells(NamedTuple):
-    """Cells where a line names them; "Cell 2 and Cell 5" are one mention of two."""
+    """Cells named in a line; "Cell 2 and Cell 5" is one mention of two cells."""
 
     start: int
     end: int
     numbers: tuple[int, ...]
-    """Empty for a cell that the puzzle has not."""
+    """Empty when the puzzle has no such cell."""
 
 
 class Vocabulary(NamedTuple):
-    """What the labels of a puzzle, and others, are called."""
+    """The names of the labels of a puzzle, and of other known labels."""
 
     table: dict[tuple[str, ...], tuple[str | None, bool]]
-    """{words: (label, is it listed)}; the label of a short form that several candidates share is None."""
+    """{words: (label, is it listed)}; the label is None for a short form that several candidates share."""
     longest: dict[str, int]
-    """{first word: how many words the longest that begins with it has}"""
+    """{first word: number of words of the longest name that begins with it}"""
     candidates: dict[str, frozenset[str]]
     """{candidate: its words}; empty for an open-ended puzzle."""
     spelled: dict[str, str]
-    """{normalised label: as the puzzle, or else we, write it}"""
+    """{normalised label: its spelling in the puzzle, or else ours}"""
 
 
 @lru_cache(maxsize=1)
@@ -183,13 +174,13 @@ def _markers() -> tuple[str, ...]:
 
 
 def known_labels(puzzles: Iterable[Puzzle], more: Iterable[str] = ()) -> tuple[str, ...]:
-    """Every label we know a cell type by, besides COMMON: of data/atlas/markers.tsv, of the puzzles, and `more`, each once."""
+    """All known labels besides COMMON, each once: of data/atlas/markers.tsv, `more`, and of the puzzles."""
     return tuple(dict.fromkeys([*_markers(), *more, *(x for p in puzzles for x in (*p.candidates, *p.answer))]))
 
 
 @lru_cache(maxsize=4096)
 def _words(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, word) as labels are compared: lower case, singular, no "the", "+" and Greek letters spelled out."""
+    """(start, end, word) of each word: lower case, singular, no "the", with "+" and Greek letters spelled out."""
     found: list[tuple[int, int, str]] = []
     for match in _WORD.finditer(text):
         word, end = match[0].lower(), match.end()
@@ -212,7 +203,7 @@ def _spelled(label: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=64)
 def vocabulary(candidates: tuple[str, ...], known: tuple[str, ...]) -> Vocabulary:
-    """What the candidates (none: an open-ended puzzle), the known labels and the common ones are called."""
+    """The names of the candidates (none for an open-ended puzzle), of the known labels and of the common ones."""
     listed, opened = candidates or known, not candidates
     words = {x: _spelled(x) for x in (*known, *listed)}
     of_candidate = {x: frozenset(words[x]) for x in candidates}
@@ -233,20 +224,20 @@ def vocabulary(candidates: tuple[str, ...], known: tuple[str, ...]) -> Vocabular
 
 @lru_cache(maxsize=1)
 def _common() -> dict[tuple[str, ...], str]:
-    """{words: label} of what is known to every puzzle, by its own name and its synonyms."""
+    """{words: label} of the labels that are known for every puzzle, by their names and synonyms."""
     found = {_spelled(label): label for label in COMMON}
     labels = {_spelled(label): label for label in _markers()} | found
     return found | {new: labels[old] for old, new in _SYNONYMS if old in labels}
 
 
 def _as_candidate(form: tuple[str, ...], candidates: dict[str, frozenset[str]]) -> tuple[str | None, bool] | None:
-    """The one candidate that has all the words of a name, None and True where several have; None where none has."""
+    """(candidate, True) for the one candidate that has all words of a name; (None, True) for several; else None."""
     having = [label for label, words in candidates.items() if words.issuperset(form)]
     return (having[0] if len(having) == 1 else None, True) if having else None
 
 
 def _short_forms(words: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """What a label is called in passing: without "of ...", first words, "positive", "alpha-beta" or its last "cell"."""
+    """Short forms of a label: without "of ...", its first words, "positive", "alpha-beta", or the last "cell"."""
     heads = {words, words[: words.index("of")] if "of" in words else words}
     heads |= {tuple(word for word in head if word != "positive") for head in heads}
     heads |= {tuple(word for word in head if word not in ("alpha", "beta")) for head in heads if "t" in head}
@@ -261,7 +252,7 @@ def _short_forms(words: tuple[str, ...]) -> set[tuple[str, ...]]:
 
 
 def find_names(text: str, known: Vocabulary) -> list[Name]:
-    """Known labels named in a text, longest first from the left, none inside another."""
+    """The known labels named in a text, from left to right; at each place the longest name, none inside another."""
     words, found, place = _words(text), [], 0
     while place < len(words):
         length = 1
@@ -271,12 +262,12 @@ def find_names(text: str, known: Vocabulary) -> list[Name]:
             if entry and all(_JOIN.fullmatch(text, a[1], b[0]) for a, b in itertools.pairwise(some)):
                 found.append(Name(some[0][0], some[-1][1], *entry))
                 break
-        place += length  # 1 where no name begins here
+        place += length  # the loop ends with 1 where no name begins
     return found
 
 
 def with_unknown(text: str, names: list[Name], known: Vocabulary) -> list[Name]:
-    """The names of a line, and what else it calls a cell: "is a ... cell", "-> ...cyte"."""
+    """The names of a line, with unknown names added: what follows "is a ... cell", "-> ...cyte" and the like."""
     found = []
     for match in _UNKNOWN.finditer(text):
         start, end = match.span(1 if match[1] else 2)
@@ -294,7 +285,7 @@ def with_unknown(text: str, names: list[Name], known: Vocabulary) -> list[Name]:
 
 
 def find_cells(text: str, n_cells: int, names: list[Name]) -> list[Cells]:
-    """Cells named in a line."""
+    """The cells named in a line. names: the labels of the line, whose numbers are no cells ("type 2 cell")."""
     found: list[Cells] = []
     for match in filter(None, [_NUMBERED.match(text), *_CELL.finditer(text)]):
         if any(name.start < match.end() and match.start() < name.end for name in names):
@@ -310,7 +301,7 @@ def find_cells(text: str, n_cells: int, names: list[Name]) -> list[Cells]:
 
 
 def find_pairs(lines: list[str], named: list[list[Name]], n_cells: int, candidates: list[str]) -> Pairs:
-    """{line: [(cell, label), ...]} of tables, of numbered lists 1 to N with a bare label a line, of N labels joined by "|"."""
+    """{line: [(cell, label), ...]} of tables, numbered lists 1 to N of bare labels, and N labels joined by "|"."""
     found = _tables(lines, named, n_cells, candidates)
     run: list[tuple[int, Name]] = []
     for number, line in enumerate(lines):
@@ -330,7 +321,7 @@ def find_pairs(lines: list[str], named: list[list[Name]], n_cells: int, candidat
 
 
 def _tables(lines: list[str], named: list[list[Name]], n_cells: int, candidates: list[str]) -> Pairs:
-    """{line: [(cell, label)]} of Markdown tables with a column of cells and one of labels, by their headings."""
+    """{line: [(cell, label)]} of Markdown tables whose headings show a column of cells and a column of labels."""
     found: Pairs = {}
     for number, line in enumerate(lines[1:]):
         if number in found or not _RULE_ROW.fullmatch(line):
@@ -355,7 +346,7 @@ def _tables(lines: list[str], named: list[list[Name]], n_cells: int, candidates:
 
 
 def _fields(row: str) -> list[tuple[int, int]]:
-    """(start, end) of the fields of a table row."""
+    """(start, end) of each field of a table row."""
     edges = [match.start() for match in re.finditer(r"\|", row)]
     edges = ([] if row.lstrip().startswith("|") else [-1]) + edges + ([] if row.rstrip().endswith("|") else [len(row)])
     return [(a + 1, b) for a, b in itertools.pairwise(edges)]

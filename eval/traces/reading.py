@@ -1,25 +1,30 @@
-"""What a reasoning trace does: which label it gives to which cell, in what order, and where it changes its mind.
+"""Read a reasoning trace: which label it gives to which cell, in what order, and where it changes its mind.
 
-Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6: self-reflection (a cell gets another label later on) and curriculum order
-(easy cells first). How the paper recognised a step is not published; these rules are ours:
+Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6: self-reflection (a cell gets another label later) and curriculum
+order (easy cells first). The paper does not publish how it recognised a step. These rules are ours:
 
-Names. Labels are compared word by word, longest first: case, plural, hyphens, commas, quotes, markdown do not count, and the
-    "T cell" in "CD8-positive, alpha-beta T cell" is no T cell. A short form ("CD8 T cell", "NK", "macrophage") is the one
-    candidate it fits, or no name where it fits several. A type that is neither is outside the candidate list: a known one
-    (data/atlas/markers.tsv, the puzzles' labels, common types in eval/traces/names.py), or what follows "is a", "->", "so" and ends
-    in "cell", "-cyte", "neuron" or the like. A class of types ("an epithelial cell") is no label: it counts as outside only
-    where the cell gets none. An unknown name written otherwise is missed, so what is found outside is a lower bound.
-Cells. "Cell 3", "cell #3", "Cells 2, 5 and 7-9", a line "3: ..." or "3 -> ...", a numbered list of N bare labels (unless it
-    is the candidates in their order), a table with a column of cells, N labels joined by "|". A sentence without a cell goes
-    on about the cell that its line, list item or section spoke of: in running prose the one named last, in an item its own
-    until it turns to another within a few words ("For Cell 2 ..."). "seen in Cell 2" and "unlike Cell 2" only refer.
-Claims. A label belongs to the cell before it in the sentence, or to the one it points at ("mast cell (Cell 1)", "mast cell for
-    Cell 1"). After a word of decision (is, so, suggests, fits, ->, ...) it is a strong claim; of several about one cell the
-    last in the clause counts. A sole label without one ("genes of type 2 cells", "T-cell markers") is a weak claim: it
-    stands only for a cell without a label of which the first strong claim, if any, says the same. Not claimed is what is
-    tentative (could be, maybe, either, if, a question), joined by "or", "vs", "and", negated (not, lacks, rather than,
-    unlikely, ruled out), a rule ("B cells express"), or outside the list without "is a ...", "-> ..." or the like.
-Steps. A claim is a step when it gives a cell its first label, or another than it has; else it is a restatement.
+Names. Labels are compared word by word, the longest first. Case, plural, hyphens, commas, quotes and Markdown do not
+    matter. The "T cell" in "CD8-positive, alpha-beta T cell" is no T cell. A short form ("CD8 T cell", "NK",
+    "macrophage") means the one candidate that it fits; if it fits several, it is no name. Any other type is outside the
+    candidate list: a known one (data/atlas/markers.tsv, the puzzles' labels, common types in eval/traces/names.py), or
+    an unknown one, recognised where a name follows "is a", "->" or "so" and ends in "cell", "-cyte", "neuron" or the
+    like. A class of types ("an epithelial cell") is no label: it counts as outside the list only when the cell gets no
+    label. Unknown names in other phrases are missed, so the number of types outside the list is a lower bound.
+Cells. Recognised are "Cell 3", "cell #3", "Cells 2, 5 and 7-9", a line "3: ..." or "3 -> ...", a numbered list of N
+    bare labels (unless it repeats the candidates in their order), a table with a column of cells, and N labels joined
+    by "|". A sentence without a cell is about the cell of its line, list item or section: in running prose the cell
+    named last; in a list item the item's own cell, until the item turns to another cell within a few words ("For Cell 2
+    ..."). "seen in Cell 2" and "unlike Cell 2" are only references.
+Claims. A label belongs to the cell before it in the sentence, or to the cell that it points at ("mast cell (Cell 1)",
+    "mast cell for Cell 1"). After a word of decision (is, so, suggests, fits, ->, ...) it is a strong claim; of several
+    strong claims about one cell the last one in the clause counts. A single label without such a word ("genes of type 2
+    cells", "T-cell markers") is a weak claim. It counts only for a cell that has no label yet, and only if the first
+    strong claim about the cell, if there is one, names the same label. No claim is a label that is tentative (could be,
+    maybe, either, if, a question), joined with another by "or", "vs" or "and", negated (not, lacks, rather than,
+    unlikely, ruled out), part of a rule ("B cells express"), or outside the list without "is a ...", "-> ..." or the
+    like.
+Steps. A claim is a step when it gives a cell its first label, or a label that differs from the one it has. Otherwise it
+    is a restatement.
 """
 
 import itertools
@@ -45,11 +50,11 @@ from eval.traces.names import (
 )
 from reward.cellpuzzles import normalise_label, parse_response
 
-_Claim = tuple[int, int, "Name", bool]  # where the label begins, cell, label, is it strong
+_Claim = tuple[int, int, "Name", bool]  # position of the label, cell, label, is it strong
 _pattern = partial(re.compile, flags=re.I)
 _LEAD = re.compile(r"[\s>#-]*(?:\(?\d{1,3}[.)]\s+)?")
 _HEAD_END = re.compile(r"\W{0,3}(?:[:(>=|-]|$)")
-_TURN_WORDS = 4  # "Let us turn to" and other words before the cell to which a list item turns
+_TURN_WORDS = 4  # most words before the cell to which a list item turns, such as "Let us turn to"
 _CLOSING = _pattern(
     r"\W*(?:final|putting|summar|in summary|overall|combining|therefore, the|thus, the|hence, (?:the|in)|step \d)"
 )
@@ -61,9 +66,10 @@ _IDLE = _pattern(r"\W*(?:(?:but|and|so|now|what) )?(?:if|suppose|assuming|let's 
 _PREMISE = _pattern(r"\W*(?:(?:and|but) )?(?:because|since|although|while|as|given|with|even though|we need|we must)\b")
 _SUBJECT = _pattern(r"\W*(?:\w+, )?the\s+")
 _REFERENCE = _pattern(
-    r"(?:\b(?:seen in|in contrast (?:to|with)|than|unlike|(?:compared|relative) (?:to|with)|(?<!starting )from|(?<!look )"
-    r"(?<!looks )(?<!seems )like|similar to|as in|(?<=\w )as for|between|among|versus|vs\.?|(?:signature|pattern|found|absent|"
-    r"missing|lower|weaker) in|except(?: for)?|besides|apart from|other than)|\(see)\s+(?:(?:that|those) of\s+|the\s+)?$"
+    r"(?:\b(?:seen in|in contrast (?:to|with)|than|unlike|(?:compared|relative) (?:to|with)|(?<!starting )from|"
+    r"(?<!look )(?<!looks )(?<!seems )like|similar to|as in|(?<=\w )as for|between|among|versus|vs\.?|(?:signature|"
+    r"pattern|found|absent|missing|lower|weaker) in|except(?: for)?|besides|apart from|other than)|\(see)\s+(?:(?:that|"
+    r"those) of\s+|the\s+)?$"
 )
 _ASIDE = _pattern(r"\b(?:which|because|since)\s+(?:in\s+)?$")
 _POINTS_AT = _pattern(
@@ -72,16 +78,16 @@ _POINTS_AT = _pattern(
 )
 _ALIKE = _pattern(r"\W*(?:[=:>]|(?:(?:both|all)\s+)?(?:are|were|must be|as|correspond to|match)\b)")
 _SO_CELL = _pattern(
-    r"\W{0,3}(?:so|hence|thus|therefore|(?:which )?(?:is|must be|should be|would be)(?: then| now| therefore| thus)?|matches|"
-    r"fits)\s+(?:the\s+)?|[^.;]{0,40}[,(]\s*(?:i\.e\.|namely)[\s,]+|[^.;]{0,200}>\s*"
+    r"\W{0,3}(?:so|hence|thus|therefore|(?:which )?(?:is|must be|should be|would be)(?: then| now| therefore| thus)?|"
+    r"matches|fits)\s+(?:the\s+)?|[^.;]{0,40}[,(]\s*(?:i\.e\.|namely)[\s,]+|[^.;]{0,200}>\s*"
 )
 _CHAIN = _pattern(
     r"[\s,/()'-]*(?:and/or|and|or|vs\.?|versus|nor)?[\s,('-]*(?:(?:an?|the|one|neither|either)\s+)?[\s'(]*"
 )
 _EITHER = _pattern(r"/|\b(?:or|nor|vs\.?|versus)\b")
 _BREAK = _pattern(
-    r"[,;:()=>|]|\s-+\s|\band(?=\s+(?:is|are|it|this|so|thus|therefore|hence|fits|matches)\b)|\b(?:but|so|hence|thus|therefore|"
-    r"however|instead(?! of)|making|which|while|whereas|because|since)\b"
+    r"[,;:()=>|]|\s-+\s|\band(?=\s+(?:is|are|it|this|so|thus|therefore|hence|fits|matches)\b)|\b(?:but|so|hence|thus|"
+    r"therefore|however|instead(?! of)|making|which|while|whereas|because|since)\b"
 )
 _TENTATIVE = _pattern(
     r"\b(?:could|might|may|maybe|perhaps|possibl[ey]|potential(?:ly)?|either|candidates? for|whether|if|"
@@ -90,69 +96,72 @@ _TENTATIVE = _pattern(
     r"(?:also|often|sometimes|commonly) (?:seen|found|expressed|produced) (?:in|by))\b"
 )
 _NOT = (
-    r"\b(?:not(?! only)|no(?! doubt)|nor|neither|never|without|lack(?:s|ing)?|than|instead of|unlike|unlikely|cannot|\w+n't|"
-    r"rul(?:es?|ed|ing) out|exclud\w+|absence of|against|other than|opposed to|distinct from|differ\w* from|less|except)\b"
+    r"\b(?:not(?! only)|no(?! doubt)|nor|neither|never|without|lack(?:s|ing)?|than|instead of|unlike|unlikely|cannot|"
+    r"\w+n't|rul(?:es?|ed|ing) out|exclud\w+|absence of|against|other than|opposed to|distinct from|differ\w* from|"
+    r"less|except)\b"
 )
 _NEGATED = _pattern(_NOT + r"(?:\W+\w+){0,6}\W*$")
 _DECIDES = _pattern(
     r"(?:"
     + _NOT
     + r"(?:\W+\w+){3,}|(?:\b(?:absence|lack|loss) of|\bwithout|\blacking|\b(?:ruling out|excluding))(?:\W+\w+)+|"
-    r"\bno\s+(?-i:[A-Z][A-Z0-9-]+))\W+(?:makes?|means?|indicates?|suggests?|confirms?|leaves?|points?|tips?|implies|supports?)\b"
+    r"\bno\s+(?-i:[A-Z][A-Z0-9-]+))\W+(?:makes?|means?|indicates?|suggests?|confirms?|leaves?|points?|tips?|implies|"
+    r"supports?)\b"
 )
 _DOUBTED_AFTER = _pattern(
-    r"\s+(?:identity |profile |label )?(?:(?:is|are|seems?|looks?|remains?|appears?|can be|could be|was|were|does|do)\s*)?"
-    r"(?:then |also |very |thus )?(?:unlikely|less likely|not\b|n't|ruled out|excluded|cannot|can't|possible|plausible|"
-    r"an? (?:candidate|option))"
+    r"\s+(?:identity |profile |label )?(?:(?:is|are|seems?|looks?|remains?|appears?|can be|could be|was|were|does|"
+    r"do)\s*)?(?:then |also |very |thus )?(?:unlikely|less likely|not\b|n't|ruled out|excluded|cannot|can't|possible|"
+    r"plausible|an? (?:candidate|option))"
 )
 _TO = r"(?<!due)(?<!similar)(?<!compared)(?<!close)\W+(?:in)?to\W+(?:(?:the|an?|be|being)\W+){0,2}$"
 _STRONG = _pattern(
     r"(?:\b(?:is|are|as|be|been|being|was|actually|identif\w+|assign\w*|match\w*|indicat\w+|suggest\w*|consistent with|"
-    r"confirm\w*|fit\w*|mak(?:es|ing)|points?|correspond\w*|so|hence|thus|therefore|annotat\w+|label\w*|call\w*|classif\w+|"
-    r"designat\w*|must|maps?|becomes?|aligns?|represents?|reflects?|leav\w+|likely|definitely|supports?|implies|looks like|"
-    r"(?:it|that|this)'s|mean(?:s|ing)|favou?rs?|conclud\w+|go(?:ing)? with|settl\w+ (?:on|for)|make (?:it|this|that|cell \d+)|"
-    r"tips|i\.e|namely|specifically)\b|[:=>|])\W*(?:[\w/-]+\W+){0,4}$|"
-    r"\b(?:re)?(?:chang|revis|switch|assign|updat|correct|amend|flip|swap|mov)(?:e|es|ed|ing)?\s+(?:it|this|that|my|the|its|cell|"
-    r"from|back|label)\b(?:\W+\w+){0,12}?"
+    r"confirm\w*|fit\w*|mak(?:es|ing)|points?|correspond\w*|so|hence|thus|therefore|annotat\w+|label\w*|call\w*|"
+    r"classif\w+|designat\w*|must|maps?|becomes?|aligns?|represents?|reflects?|leav\w+|likely|definitely|supports?|"
+    r"implies|looks like|(?:it|that|this)'s|mean(?:s|ing)|favou?rs?|conclud\w+|go(?:ing)? with|settl\w+ (?:on|for)|"
+    r"make (?:it|this|that|cell \d+)|tips|i\.e|namely|specifically)\b|[:=>|])\W*(?:[\w/-]+\W+){0,4}$|"
+    r"\b(?:re)?(?:chang|revis|switch|assign|updat|correct|amend|flip|swap|mov)(?:e|es|ed|ing)?\s+(?:it|this|that|my|"
+    r"the|its|cell|from|back|label)\b(?:\W+\w+){0,12}?"
     + _TO
     + r"|\b(?:change|revise|switch|reassign|update|correct|amend)(?:s|d|ed)?"
     + _TO
     + r"|\breplac\w+(?:\W+\w+){1,12}?\W+(?:by|with)\W+(?:(?:the|an?)\W+)?$"
 )
 _FIRM = _pattern(
-    r"(?:\b(?:is|are|as|be|to|so|hence|thus|therefore|(?:it|that|this)'s)\b|[:=>|])\W*(?:(?:an?|the|likely|clearly|most|best|now|"
-    r"then|actually|really|indeed|definitely|probably|therefore|thus)\W+){0,3}$"
+    r"(?:\b(?:is|are|as|be|to|so|hence|thus|therefore|(?:it|that|this)'s)\b|[:=>|])\W*(?:(?:an?|the|likely|clearly|"
+    r"most|best|now|then|actually|really|indeed|definitely|probably|therefore|thus)\W+){0,3}$"
 )
 _ATTRIBUTE = _pattern(
-    r"[\s-]*(?:[a-z]+ )?(?:markers?|genes?|activation|receptors?|surface|restricted|maturation|development|transcripts?|function|"
-    r"specific|associated|related|like|expression|defining|typical|tryptases?|scavenger|cues|clues|immunoglobulins?)\b"
+    r"[\s-]*(?:[a-z]+ )?(?:markers?|genes?|activation|receptors?|surface|restricted|maturation|development|"
+    r"transcripts?|function|specific|associated|related|like|expression|defining|typical|tryptases?|scavenger|cues|"
+    r"clues|immunoglobulins?)\b"
 )
 _RULE = _pattern(r"\s+(?:\w+ly |often |also |still )?(?:express(?:es)?|shows?|have|has|lacks?|can|are|would|display)\b")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One assignment of a label to a cell that had none, or had another."""
+    """The assignment of a label to a cell that had no label, or another one."""
 
     position: int
     """Where the label begins in the response, in characters."""
     cell: int
-    """Cell number, from 1, as the prompt counts."""
+    """Cell number, from 1, as in the prompt."""
     label: str
-    """As the puzzle writes it; where it is none of the candidates, a known label, or in lower case what the text says."""
+    """Spelled as in the puzzle. If it is no candidate: a known label, or the words of the text in lower case."""
     right: bool
     """Is it the cell's true label?"""
     reassigned: bool
-    """Had the cell another label before?"""
+    """Did the cell have another label before?"""
     taken: bool
-    """Has another cell this label at this point?"""
+    """Does another cell have this label at this point?"""
     listed: bool
-    """Is it a candidate (an open-ended puzzle has no list: always)?"""
+    """Is it a candidate? Always True for an open-ended puzzle, which has no list."""
 
 
 @dataclass(frozen=True)
 class TraceAnalysis:
-    """One response, read. Cell numbers count from 1."""
+    """The analysis of one response. Cell numbers count from 1."""
 
     id: str
     truth: tuple[str, ...]
@@ -160,11 +169,11 @@ class TraceAnalysis:
     steps: tuple[Step, ...]
     """In reading order."""
     restated: int
-    """Claims that only repeat what the cell has."""
+    """Number of claims that repeat the label that the cell has."""
     answer: tuple[str, ...]
-    """[N] labels of the final answer, spelled as the puzzle does; empty when the format is invalid."""
+    """[N] labels of the final answer, spelled as in the puzzle; empty when the format is invalid."""
     outside: tuple[str, ...]
-    """Labels outside the candidate list that the reasoning or the answer names, each once; none for an open-ended puzzle."""
+    """Labels outside the candidate list in reasoning or answer, each once; empty for an open-ended puzzle."""
 
     @property
     def last(self) -> dict[int, str]:
@@ -178,19 +187,19 @@ class TraceAnalysis:
 
     @property
     def reflections(self) -> list[tuple[Step, Step]]:
-        """(the assignment before, the reassignment) of each change of mind, in reading order."""
+        """(the assignment before, the new assignment) of each change of mind, in reading order."""
         earlier = [[s for s in self.steps[:i] if s.cell == step.cell] for i, step in enumerate(self.steps)]
         return [(before[-1], step) for before, step in zip(earlier, self.steps, strict=True) if before]
 
     @property
     def contradictions(self) -> list[int]:
-        """Cells whose label in a valid answer is not the last one of the reasoning."""
+        """Cells whose label in a valid answer differs from the last label in the reasoning."""
         pairs = [(cell, label, self.answer[cell - 1]) for cell, label in sorted(self.last.items()) if self.answer]
         return [cell for cell, label, given in pairs if normalise_label(label) != normalise_label(given)]
 
     @property
     def unassigned(self) -> list[int]:
-        """Cells that the reasoning gives no label."""
+        """Cells to which the reasoning gives no label."""
         return [cell for cell in range(1, len(self.truth) + 1) if cell not in self.last]
 
     @property
@@ -204,17 +213,20 @@ class TraceAnalysis:
         return sum(normalise_label(a) == normalise_label(b) for a, b in zip(self.answer, self.truth, strict=False))
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object: the fields, and what follows from them."""
+        """A JSON object of the fields, and of numbers that follow from them."""
         names = ("contradictions", "unassigned", "duplicated", "cells_right")
         return asdict(self) | {"reflections": len(self.reflections)} | {n: getattr(self, n) for n in names}
 
 
 def analyse(response: str, puzzle: Puzzle, known: Iterable[str] = ()) -> TraceAnalysis:
-    """Read one response; never raises. known: labels it may name besides those of data/atlas/markers.tsv and of the puzzle."""
+    """The analysis of one response. Never raises.
+
+    known: labels that the response may name, besides those of data/atlas/markers.tsv and of the puzzle.
+    """
     start = response.find("<think>") + len("<think>") if "<think>" in response else 0
     ends = [place for place in (response.find("</think>", start), response.find("<answer>", start)) if place >= 0]
     text = response[start : min(ends, default=len(response))].translate(FOLD)
-    text = re.sub(r"[^\S\n]{40,}", lambda gap: "\n" * len(gap[0]), text)  # as good as a new line, and kept short
+    text = re.sub(r"[^\S\n]{40,}", lambda gap: "\n" * len(gap[0]), text)  # a wide gap separates like a new line
     every = known_labels([puzzle], known)
     words = vocabulary(tuple(puzzle.candidates), every)
     lines = text.split("\n")
@@ -241,7 +253,7 @@ def analyse(response: str, puzzle: Puzzle, known: Iterable[str] = ()) -> TraceAn
 
 
 def _claims(lines: list[str], named: list[list[Name]], n_cells: int, words: Vocabulary) -> Iterator[_Claim]:
-    """Claims in reading order, line by line. named: the known labels of each line."""
+    """The claims of a trace in reading order. named: the known labels of each line."""
     pairs = find_pairs(lines, named, n_cells, list(words.candidates))
     about = _About()
     indent, at = 0, -1
@@ -268,21 +280,21 @@ def _claims(lines: list[str], named: list[list[Name]], n_cells: int, words: Voca
 
 @dataclass
 class _About:
-    """What the lines of a trace are about, as one reads on."""
+    """Which cell the text is about at the current line; it changes while the lines are read."""
 
     topic: tuple[int, ...] = ()
-    """The cell that a sentence without one is about."""
+    """The cell that a sentence is about when it names no cell."""
     heading: tuple[int, ...] = ()
-    """The cell of the heading above, to which a new paragraph returns."""
+    """The cell of the heading above; a new paragraph returns to it."""
     section: bool = False
-    """Is it a heading that holds until the next ("### Cell 3"), not one line alone ("Cell 3:")?"""
+    """Does the heading hold until the next heading ("### Cell 3"), and not only for one line ("Cell 3:")?"""
     item: bool = False
-    """Is it a list item or a section, which keeps to its cell, not running prose?"""
+    """Is the text a list item or a section, which stays with its cell, and not running prose?"""
     hanging: bool = False
-    """Do the lines below belong to this one, whatever their indent?"""
+    """Do the lines below belong to this line, whatever their indent?"""
 
     def begin(self, line: str, lead: str, cells: list[Cells], opens: bool) -> None:
-        """A line that begins something new."""
+        """Take in a line that begins something new. lead: its list mark or number. opens: does it begin with a cell?"""
         section = "#" in lead
         if section or (opens and not re.search(r"\w", line[cells[0].end :])):
             self.section, self.heading = section, cells[0].numbers if len(cells) == 1 == len(cells[0].numbers) else ()
@@ -293,20 +305,20 @@ class _About:
         self.hanging = opens and "-" not in lead
 
     def read(self, line: str, start: int, subjects: list[Cells]) -> None:
-        """Go on to the cell that a sentence, from this place of its line on, is about."""
-        chosen = subjects[:1]
-        if chosen and self.item:
-            near = len(re.findall(r"[\w/-]+", line[start : chosen[0].start])) <= _TURN_WORDS
-            chosen = chosen if near or not self.topic else []
-        elif chosen:
+        """Take in a sentence: move on to the cell that it is about. start: where it begins in its line."""
+        turned_to = subjects[:1]
+        if turned_to and self.item:
+            near = len(re.findall(r"[\w/-]+", line[start : turned_to[0].start])) <= _TURN_WORDS
+            turned_to = turned_to if near or not self.topic else []
+        elif turned_to:
             main = [x for x in subjects[1:] if not _ASIDE.search(line[max(start, x.start - 12) : x.start])]
-            chosen = [x for x in chosen + main if len(x.numbers) < 2][-1:] or chosen
-        for mention in chosen:
+            turned_to = [x for x in turned_to + main if len(x.numbers) < 2][-1:] or turned_to
+        for mention in turned_to:
             self.topic = mention.numbers if len(mention.numbers) == 1 else ()
 
 
 def _line_claims(line: str, names: list[Name], cells: list[Cells], about: _About, n_cells: int) -> list[_Claim]:
-    """Claims of a line; `about` goes on with it."""
+    """The claims of a line. `about` is updated."""
     claims: list[_Claim] = []
     for start, end in itertools.pairwise([0, *(match.end() for match in _SENTENCE_END.finditer(line)), len(line)]):
         here = [cell for cell in cells if start <= cell.start < end]
@@ -319,7 +331,7 @@ def _line_claims(line: str, names: list[Name], cells: list[Cells], about: _About
 
 
 def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Cells], topic: tuple) -> list[_Claim]:
-    """Claims of the sentence line[start:]."""
+    """The claims of the sentence line[start:]. topic: the cell that it is about when it names no cell."""
     chains: list[list[Name]] = []
     for name in names:
         end = chains[-1][-1].end if chains else -1
@@ -336,8 +348,8 @@ def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Ce
         elif len({name.label for name in labels}) == 1 and not (_EITHER.search(gaps) or _doubted(line, start, chain)):
             lead, after = line[max(start, chain[0].start - 70) : chain[0].start], chain[-1].end
             strong = mention == "points" or bool(_STRONG.search(lead) and not _ATTRIBUTE.match(line, after))
-            kept = labels[0].listed or mention == "points" or _FIRM.search(lead)
-            if kept and (strong or mention is not None or not _RULE.match(line, after)):
+            claimable = labels[0].listed or mention == "points" or _FIRM.search(lead)
+            if claimable and (strong or mention is not None or not _RULE.match(line, after)):
                 found[cells, mention].append((strong, labels[0]))
     claims = []
     for (cells, _), options in found.items():
@@ -350,7 +362,10 @@ def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Ce
 
 
 def _owner(line: str, start: int, chain: list[Name], subjects: list[Cells], topic: tuple) -> tuple[tuple, Any]:
-    """(cells that a label belongs to, by which mention of them: its place, "points" or, the topic's, None)."""
+    """(cells that a label belongs to, which mention of them).
+
+    The mention is its position, "points" if the label points at the cells, or None if they are the topic.
+    """
     before = [cell for cell in subjects if cell.end <= chain[0].start]
     after = [cell for cell in subjects if cell.start >= chain[-1].end]
     if after:
@@ -366,7 +381,7 @@ def _owner(line: str, start: int, chain: list[Name], subjects: list[Cells], topi
 
 
 def _doubted(line: str, start: int, chain: list[Name]) -> bool:
-    """Is the label tentative or negated where it stands?"""
+    """Is the label tentative or negated in its clause?"""
     head = line[max(start, chain[0].start - 300) : chain[0].start]
     clause = head[max((match.end() for match in _BREAK.finditer(head)), default=0) :]
     negated = _NEGATED.search(clause) and not _DECIDES.search(clause)

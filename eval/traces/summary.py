@@ -1,8 +1,8 @@
-"""Many traces in numbers, and traces in pictures: the step diagram of one response, the summary of a set.
+"""Numbers of a set of analysed traces, and pictures: the step diagram of one response, the summary of a set.
 
-Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6. Curriculum order is measured here as the rank correlation, within a
-response, between how early a cell is assigned and how often its true type is right over the whole set: 1 is easy first, -1
-hard first, and 0 is what an order gives that knows nothing of ease, such as 1, 2, 3, ...
+Cell-o1, arXiv:2506.02911, section 6.2 and Figure 6. Curriculum order is measured as the rank correlation, within a
+response, between how early a cell is assigned and how often its true type is right over the whole set: 1 is easy first,
+-1 is hard first, and an order that does not depend on ease, such as 1, 2, 3, ..., gives 0.
 """
 
 import io
@@ -30,9 +30,11 @@ from reward.cellpuzzles import normalise_label
 
 RED = "#d55e00"
 N_BINS = 5
-"""Parts into which the accuracy curve cuts a response."""
+"""Parts into which the accuracy curve divides a response."""
 OUTSIDE_SHOWN = 20
+"""Labels outside the list that a summary names at most."""
 STEPS_SHOWN = 30
+"""Steps that a diagram draws at most."""
 _STYLE = {"font.size": 9, "text.parse_math": False}  # "$" in a label or a file name is no mathematics
 _LEFT, _RIGHT, _ROW, _COLUMN, _LINE, _LETTER = 2.9, 3.1, 0.5, 0.66, 0.15, 0.066
 """Inches of a step diagram: its two side columns, a row, a step, a further line of text in a row, a letter."""
@@ -40,58 +42,62 @@ _LEFT, _RIGHT, _ROW, _COLUMN, _LINE, _LETTER = 2.9, 3.1, 0.5, 0.66, 0.15, 0.066
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """A set of responses. Shares are in [0, 1]; None where nothing was there to count."""
+    """The numbers of a set of responses. Shares are in [0, 1]; None where there was nothing to count."""
 
     n_responses: int
     n_cells: int
-    """Of all responses together."""
+    """Cells of all responses together."""
     mean_steps: float
     in_cell_order: float
-    """Share of responses whose first assignments are those of cells 1, 2, ..., N, in this order."""
+    """Share of responses that first assign the cells in the order 1, 2, ..., N."""
     self_reflection: float
-    """Share of responses that give a cell another label than before."""
+    """Share of responses that give some cell another label than before."""
     reflections: int
-    """Changes of mind in all; the next three are shares of them."""
+    """Total number of changes of mind; the next three fields are shares of them."""
     towards_right: float | None
     away_from_right: float | None
     wrong_to_wrong: float | None
     contradiction: float | None
-    """Share of valid responses whose answer gives a cell another label than the reasoning did last."""
+    """Share of valid responses whose answer gives some cell another label than the reasoning did last."""
     contradicted_cells: float | None
-    """Share of the cells that have both; the next two are shares of these contradictions."""
+    """The same as a share of the cells with both labels; the next two fields are shares of these cells."""
     reasoning_was_right: float | None
     answer_was_right: float | None
     unassigned: float
     """Share of cells to which the reasoning gives no label."""
     duplicated: float
-    """Share of responses whose reasoning ends with one label at two cells."""
+    """Share of responses whose reasoning ends with the same label for two cells."""
     outside: float
     """Share of responses that name a cell type outside the candidate list, in the reasoning or the answer."""
     outside_assigned: float
     """Share of responses that give such a type to a cell."""
     outside_labels: dict[str, int]
-    """The most frequent of them: responses that name it."""
+    """{label: number of responses that name it} of the most frequent such types."""
     curriculum: dict[str, float] | None
-    """spearman, kendall: means over puzzles; low, high: 95 % interval of spearman; positive: share above 0; puzzles."""
+    """spearman, kendall: means over puzzles; low, high: 95 % interval of spearman; positive: share of puzzles with
+    spearman above 0; puzzles: their number. None when no puzzle can be measured."""
     first_third: float | None
-    """Accuracy of the first assignments in the first third of a response's steps ..."""
+    """Accuracy of the first assignments of cells, among those in the first third of a response."""
     last_third: float | None
-    """... and in the last."""
+    """The same in the last third."""
     by_position: list[dict[str, float | None]]
-    """Parts of a response, early to late: start, end, steps, accuracy, type_accuracy (what the types given there reach)."""
+    """{start, end, steps, accuracy, type_accuracy} of each part of a response, early to late. type_accuracy is the mean
+    accuracy, over the whole set, of the true types of the cells that are assigned in this part."""
     type_accuracy: dict[str, float]
-    """True cell type: share of its cells that are right in the valid answers; or what was given."""
+    """{true cell type: share of its cells that are right in valid answers}, or what the caller passed."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object, in the order above."""
         return asdict(self)
 
 
-def summarise(analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, float] | None = None) -> TraceSummary:
+def summarise_traces(
+    analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, float] | None = None
+) -> TraceSummary:
     """The numbers of a set of responses.
 
-    per_type_accuracy: accuracy by true cell type to measure the order against, such as another model's; default: that of the
-    answers of these responses. Raises UserError when there is no response.
+    per_type_accuracy: accuracy by true cell type to measure the order against, such as another model's; default: that
+    of the answers of these responses. Raises UserError when there is no response.
     """
     if not analyses:
         raise UserError("there is no trace to summarise: the list of analysed responses is empty")
@@ -131,7 +137,7 @@ def summarise(analyses: Sequence[TraceAnalysis], per_type_accuracy: dict[str, fl
 
 
 def type_accuracy(analyses: Iterable[TraceAnalysis]) -> dict[str, float]:
-    """{true cell type: share of its cells that are right in the valid answers}; empty without one."""
+    """{true cell type: share of its cells that are right in valid answers}; empty without a valid answer."""
     right: dict[str, list[bool]] = defaultdict(list)
     for a in analyses:
         for given, label in zip(a.answer, a.truth, strict=False):
@@ -140,9 +146,10 @@ def type_accuracy(analyses: Iterable[TraceAnalysis]) -> dict[str, float]:
 
 
 def curriculum_of(analysis: TraceAnalysis, of_type: dict[str, float]) -> tuple[float, float] | None:
-    """(Spearman's rho, Kendall's tau-b) of earliness and ease in one response.
+    """(Spearman's rho, Kendall's tau-b) between how early a cell is assigned and how easy its type is, in one response.
 
-    None for a response that assigns fewer than three cells, or cells whose types are all equally easy.
+    of_type: {cell type: accuracy}. None when the response assigns fewer than three cells with known ease, or when all
+    their types are equally easy.
     """
     ease = [of_type[label] for label in (analysis.truth[step.cell - 1] for step in analysis.first) if label in of_type]
     if len(ease) < 3 or len(set(ease)) == 1:
@@ -156,7 +163,10 @@ def curriculum_of(analysis: TraceAnalysis, of_type: dict[str, float]) -> tuple[f
 
 
 def _curriculum(analyses: Sequence[TraceAnalysis], of_type: dict[str, float]) -> dict[str, float] | None:
-    """Means over puzzles of the means over a puzzle's responses, which are not independent of each other."""
+    """Means over puzzles.
+
+    A puzzle counts with the mean of its responses, because these are not independent of each other.
+    """
     by_puzzle: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for a in analyses:
         found = curriculum_of(a, of_type)
@@ -178,12 +188,15 @@ def _curriculum(analyses: Sequence[TraceAnalysis], of_type: dict[str, float]) ->
 
 
 def _places(analysis: TraceAnalysis) -> list[tuple[float, Step]]:
-    """(relative place in (0, 1), step) of the first assignments of the cells."""
+    """(relative position in (0, 1), step) of the first assignment of each cell."""
     return [((i + 0.5) / len(analysis.first), step) for i, step in enumerate(analysis.first)]
 
 
 def _by_position(placed: list[tuple[float, Step, float | None]]) -> list[dict[str, float | None]]:
-    """A row per part of the responses that holds a step."""
+    """A row for each part of the responses in which a step is.
+
+    placed: (relative position, step, accuracy of its type).
+    """
     rows = []
     for part in range(N_BINS):
         here = [row for row in placed if int(row[0] * N_BINS) == part]
@@ -216,7 +229,7 @@ def steps_png(analysis: TraceAnalysis, title: str = "") -> bytes:
 
 
 def _steps_figure(whole: TraceAnalysis, title: str) -> Figure:
-    """Rows: cells with their true labels. Columns: steps, the first STEPS_SHOWN. At the right the final answer."""
+    """Rows are cells with true labels, columns the first STEPS_SHOWN steps; the final answer is on the right."""
     analysis = replace(whole, steps=whole.steps[:STEPS_SHOWN])
     x = _columns(analysis.steps)
     texts = [_caption(analysis, i, x) for i in range(len(analysis.steps))]
@@ -251,13 +264,16 @@ def _steps_figure(whole: TraceAnalysis, title: str) -> Figure:
 
 
 def _beside(axes: Axes, edge: int, y: float, text: str, points: float, **style: Any) -> None:
-    """Text at the left (0) or right (1) edge of a step diagram, so many points from it."""
+    """Write text beside the left (edge 0) or right (edge 1) side of a step diagram, `points` points away from it."""
     style = {"va": "center", "linespacing": 1.08} | style
     axes.annotate(_wrap(text, 2.6), (edge, y), (points, 0), ("axes fraction", "data"), "offset points", **style)
 
 
 def _columns(steps: Sequence[Step]) -> list[float]:
-    """[steps + 1] inches from the left to each step and to the right end: more before a further step of the same cell."""
+    """[steps + 1] distances in inches from the left side to each step and to the right side.
+
+    There is more room between two steps of the same cell, whose labels are in the same row.
+    """
     x = [0.45]
     for i, step in enumerate(steps):
         again = i + 1 < len(steps) and steps[i + 1].cell == step.cell
@@ -266,7 +282,7 @@ def _columns(steps: Sequence[Step]) -> list[float]:
 
 
 def _caption(analysis: TraceAnalysis, i: int, x: list[float]) -> tuple[str, str]:
-    """(text of step i, wrapped to the room before the cell's next step; the side of the marker where it begins or ends)."""
+    """(label of step i, wrapped to the room before the cell's next step; the side of it that is at the marker)."""
     step = analysis.steps[i]
     text = step.label + " (not in the list)" * (not step.listed)
     others = [k for k, other in enumerate(analysis.steps) if other.cell == step.cell and k != i]
@@ -281,7 +297,7 @@ def _wrap(text: str, inches: float) -> str:
 
 
 def _draw_step(axes: Axes, x: float, y: float, step: Step, text: str, side: str) -> None:
-    """A marker, green disc when right and red cross when wrong, with its label above, a ring round what another cell has."""
+    """Draw a step: a green disc or a red cross, its label above, and a ring if another cell has the label."""
     if step.taken:
         axes.plot([x], [y], "o", markersize=14, markerfacecolor="none", markeredgecolor=ORANGE, markeredgewidth=1.4)
     colour, shape = (GREEN, "o") if step.right else (RED, "X")
@@ -291,7 +307,7 @@ def _draw_step(axes: Axes, x: float, y: float, step: Step, text: str, side: str)
 
 
 def _draw_changes(axes: Axes, analysis: TraceAnalysis, x: list[float], y: dict[int, float]) -> None:
-    """An arrow from each assignment to the one that takes its place."""
+    """Draw an arrow from each assignment to the one that replaces it."""
     place = {id(step): x[i] for i, step in enumerate(analysis.steps)}
     style = {"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.6, "shrinkA": 6, "shrinkB": 7}
     for before, after in analysis.reflections:
@@ -299,7 +315,7 @@ def _draw_changes(axes: Axes, analysis: TraceAnalysis, x: list[float], y: dict[i
 
 
 def _draw_answer(axes: Axes, analysis: TraceAnalysis, y: dict[int, float]) -> None:
-    """The column of the final answer."""
+    """Write the column of the final answer."""
     _beside(axes, 1, 0, "final answer", 12, va="bottom", weight="bold")
     if not analysis.answer:
         _beside(axes, 1, fmean(y.values()), "no valid answer", 12, color=RED)
@@ -321,7 +337,7 @@ def _legend() -> list[Line2D]:
 
 
 def summary_png(summary: TraceSummary, title: str = "") -> bytes:
-    """Two panels as a PNG file: accuracy along the reasoning, and what share of responses does what."""
+    """Two panels as a PNG file: accuracy along the reasoning, and the share of responses with each habit."""
     with matplotlib.rc_context(_STYLE | {"axes.spines.top": False, "axes.spines.right": False}):
         return _png(_summary_figure(summary, title), 150)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.audit import audit, near_duplicates
+from data.audit import audit
+from data.near_duplicates import near_duplicates
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from tests.helpers.commands import FIXTURES, run_command
 

@@ -22,8 +22,8 @@ from data.build.h5ad import obs_columns, read_cell_ids, read_obs
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.build.splits import choose_test_donors, split_items
+from data.folder import write_build
 from data.puzzles import read_puzzles
-from launch.build import write_build
 from tests.helpers.commands import ROOT
 
 SMALL = BuildConfig(min_cells=3, max_cells=5, top_genes=4, puzzles_per_n=6, test_puzzles_per_n=3)
@@ -31,7 +31,7 @@ TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "macrophage", "mast cell",
 
 
 def write_atlas(path, donors=8, cells_per_type=4, diseases=("normal",), tissues=("lung", "blood"), **obs):
-    """Donors d0, d1, ... with two batches each, every type in every batch. Donors take diseases and tissues in turn."""
+    """Donors d0.. in two batches each, every type in every batch; disease and tissue go round the donors."""
     rows = [
         (f"d{donor}", f"d{donor}-{batch}", cell_type, tissues[donor % len(tissues)], diseases[donor % len(diseases)])
         for donor in range(donors)
@@ -108,7 +108,7 @@ def test_top_genes_in_blocks_equals_a_plain_sort(tmp_path, monkeypatch, encode):
 
 @pytest.mark.parametrize("encoding", ["csr", "csc"])
 def test_entries_of_one_gene_are_added_up(tmp_path, encoding):
-    """A sparse matrix may hold several entries of one gene, and in any order."""
+    """Sparse matrices may hold an entry in parts; unsorted, too."""
     entries = [(0, 2, 3.0), (0, 0, 2.0), (0, 1, 4.0), (0, 0, 3.0), (1, 1, 1.0), (1, 0, 7.0)]
     if encoding == "csc":
         entries.sort(key=lambda entry: entry[1])
@@ -147,7 +147,7 @@ def test_a_layer_called_raw_is_not_raw(tmp_path):
 def test_layers_and_scaled_values(tmp_path):
     scaled = (COUNTS - COUNTS.mean(axis=0)).astype(np.float32)
     path = write_matrix(tmp_path / "a.h5ad", scaled, NAMES, raw=sparse.csr_matrix(COUNTS), flipped=COUNTS[::-1].copy())
-    assert top_genes(path, [0, 3], n_top=4) == [EXPECTED[0], EXPECTED[3]]  # auto takes raw when the file has it
+    assert top_genes(path, [0, 3], n_top=4) == [EXPECTED[0], EXPECTED[3]]  # auto is raw where there is one
     assert top_genes(path, [0, 3], n_top=4, layer="flipped") == [EXPECTED[3], EXPECTED[0]]
     with pytest.raises(ValueError, match=r"layer 'X' holds negative values.*--layer raw.*--allow-scaled"):
         top_genes(path, [0], n_top=4, layer="X")
@@ -203,7 +203,7 @@ def test_numbers_read_as_they_were_written(tmp_path):
 
 
 def test_an_index_of_nullable_strings(tmp_path):
-    """As anndata 0.12 writes nullable strings when the setting allows it."""
+    """As anndata 0.12 writes it when it may."""
     path = write_atlas(tmp_path / "a.h5ad", donors=3)
     plain = build_puzzles([path], SMALL)[0]
     with h5py.File(path, "r+") as file:
@@ -366,7 +366,7 @@ def test_of_columns_with_one_name_the_larger_counts(tmp_path, profile):
 
 @pytest.mark.parametrize("profile", ["cell", "cluster"])
 def test_deg_does_not_depend_on_what_else_is_drawn(tmp_path, monkeypatch, profile):
-    """A gene with the same value in every cell does not lie above a mean, in float32 neither."""
+    """And a gene that is the same in every cell lies above no mean, in float32 either."""
     path = write_atlas(tmp_path / "atlas.h5ad", donors=4)
     adata = anndata.read_h5ad(path)
     values = np.log1p(adata.X.toarray())

@@ -24,8 +24,8 @@ from data.build.draw import draw_puzzle_cells
 from data.build.matrix import open_matrix
 from data.build.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
 from data.build.staging import Staging
+from data.folder import write_build
 from data.puzzles import read_puzzles
-from launch.build import write_build
 from tests.data.test_build import SMALL, TYPES, build, write_atlas
 from tests.helpers.commands import ROOT
 

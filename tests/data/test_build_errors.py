@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from data.build.build import build_puzzles
 from data.build.settings import BuildConfig
-from launch.build import main, plain_progress, without_effect
+from launch.build import main, without_effect
+from launch.progress import plain_progress
 from tests.data.test_build import SMALL, write_atlas
 from tests.helpers.commands import ROOT
 

@@ -5,10 +5,11 @@ import struct
 
 import pytest
 
+from data.card import data_card, without_folders, write_description
 from data.describe import disease_of, escape, statistics_markdown, tissue_of, wrapped
+from data.folder import read_report, report_beside
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from data.variants import cell_level, open_ended
-from launch.describe import data_card, read_report, report_beside, without_folders, write_description
 from tests.helpers.commands import FIXTURES, run_command, succeed
 
 SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"

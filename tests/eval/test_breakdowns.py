@@ -17,7 +17,7 @@ from eval.breakdowns import (
     confusion_counts,
     decomposition,
     distribution,
-    how_sure,
+    interval_method,
     k_sample,
 )
 from eval.metrics import METRICS, answer_of, score_all, wilson_interval
@@ -153,7 +153,7 @@ def test_cells_put_together_both_ways():
     assert (alone["format_validity"], alone["uniqueness"], alone["batch_accuracy"]) == (1.0, 1.0, 0.5)
     assert spoiled["batch_accuracy"] == 0.5
     assert [row["value"] for row in breakdowns(scores, cells)["n_cells"]] == [2, 3]  # N of the batch, not 1
-    assert how_sure(cells)["batches"] == 2 and how_sure(cells)["resamples"] == RESAMPLES
+    assert interval_method(cells)["batches"] == 2 and interval_method(cells)["resamples"] == RESAMPLES
 
 
 def test_k_samples_by_hand():

@@ -12,14 +12,16 @@ from click.testing import CliRunner, Result
 
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
 from data.variants import convert
+from eval.evaluation import puzzles_digest
 from eval.metrics import METRICS, answer_of, score
-from eval.predict import Answer, Partial, answer_all, ask_engine, digest, refused_for_good, row_of
-from launch.answering import adapter_settings
-from launch.evaluate import EvaluateConfig, main, settings
+from eval.predict import Answer, Partial, answer_all, ask_engine, refused_for_good, row_of
+from eval.settings import EvaluateConfig, settings_of
+from launch.evaluate import fingerprint_of, main
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
 from trainer.model.loading import load_tokenizer
+from trainer.model.opening import served_settings
 
 NAMES = ["T cell", "B cell", "NK cell", "monocyte"]
 KEY = "sk-a-key-that-must-not-be-written-down"
@@ -428,7 +430,7 @@ def test_an_id_of_two_different_puzzles_is_refused(tmp_path):
     twins = [one, Puzzle(id=one.id, context="c", cells=other.cells, candidates=other.candidates, answer=other.answer)]
     with pytest.raises(ValueError, match="puzzle p0 occurs twice with different cells"):
         answer_all(twins, asker(Counter()), Partial(tmp_path, {}, resume=False), chunk=4, whole_chunks=False, name="t")
-    assert digest([one, other]) != digest([other, one])
+    assert puzzles_digest([one, other]) != puzzles_digest([other, one])
 
 
 # ---- an endpoint
@@ -579,17 +581,17 @@ def test_a_model_that_was_replaced_is_not_resumed(melanoma):
     (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "base")}))
     asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--resume")
     for model, changed in (("base", "base"), ("adapter", "adapter"), ("adapter", "base")):
-        config = EvaluateConfig(puzzles=(), model=str(folder / model), out=str(folder / "o"), temperature=0.0)
-        held = settings(config, puzzles)
+        config = EvaluateConfig(puzzles=("p",), model=str(folder / model), out=str(folder / "o"), temperature=0.0)
+        held = settings_of(config, puzzles, fingerprint_of(config))
         Partial(folder / "o", held, resume=False).add([{"id": "p0", "prediction": "x"}])
-        assert settings(config, puzzles) == held
+        assert settings_of(config, puzzles, fingerprint_of(config)) == held
         (folder / changed / "model.safetensors").write_bytes(
             (folder / changed / "model.safetensors").read_bytes() + b"2"
         )
         done = evaluate(*asked, "--model", folder / model)
         assert done.exit_code == 2 and "was made with model_files" in done.stderr, done.output
     (folder / "base/model.safetensors").unlink()
-    assert settings(config, puzzles)["model_files"] != held["model_files"]
+    assert fingerprint_of(config) != held["model_files"]
 
 
 @pytest.mark.parametrize(
@@ -619,7 +621,7 @@ def test_an_adapter_that_would_be_served_wrongly_is_refused(melanoma, unserved):
     }
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(plain))
-    assert adapter_settings(folder) == plain
+    assert served_settings(folder) == plain
     file.write_text(json.dumps(plain | unserved))
     done = evaluate("--puzzles", folder / "melanoma.jsonl", "--model", folder, "--out", folder / "o")
     assert done.exit_code == 2 and f"adapter_config.json: has {next(iter(unserved))} " in done.stderr

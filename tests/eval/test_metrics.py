@@ -14,8 +14,6 @@ from eval.metrics import (
     majority_vote,
     match_rows,
     pass_at_k,
-    read_steps,
-    read_summary,
     score,
     score_all,
     score_one,
@@ -23,6 +21,7 @@ from eval.metrics import (
     wilson_interval,
 )
 from eval.published import comparable, disease_of_table_3, published_rows
+from eval.run_files import read_steps, read_summary
 from reward.cellpuzzles import batch_reward
 from rollout import stable_seed
 

@@ -15,8 +15,8 @@ import pytest
 
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
+from eval.evaluation import evaluation_of
 from eval.metrics import score, wilson_interval
-from eval.predict import evaluate
 from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
@@ -149,7 +149,7 @@ def test_published_numbers_are_labelled_and_the_other_task_size_is_said(run_dir)
     row = row_of(results, '<span class="published">Cell-o1 <small>published</small>')
     assert cells_of(row) == ["32.9\xa0%", "\u2013", "68.5\xa0%", "98.3\xa0%", "98.2\xa0%", "1,146", "\u2013"]
     assert "Published, on other puzzles: Table 2, the paper&#x27;s test set" in results
-    assert "have 5 cells each, where guessing names 20 % of the cells right; the paper&#x27;s have 8 to 15" in results
+    assert "have 5 cells each, where guessing gets 20 % of the cells right; the paper&#x27;s have 8 to 15" in results
     assert "That is another task size" in results and "arXiv:2506.02911" in results
     everything = re.search("<details><summary>All 10 published rows.*?</details>", results, re.DOTALL)[0]
     assert everything.count('class="published"') == 10 and results.count('class="published"') == 14
@@ -163,7 +163,7 @@ def test_intervals_come_from_metrics_json(run_dir):
     results = read(write_report(run_dir).read_text(), "results")
     row = row_of(results, "after GRPO")
     assert low < 2 / 3 < high and f"66.7&nbsp;%<br> <small>{100 * low:.1f} to {100 * high:.1f}</small>" in row
-    assert "Small print beside a number is its 95 % interval" in results and "Wilson" in results  # SFT has none
+    assert "Small print below a number is its 95 % interval" in results and "Wilson" in results  # SFT has none
 
 
 def test_an_evaluation_made_after_the_run_is_on_the_page(run_dir):
@@ -182,7 +182,7 @@ def write_metrics(run_dir: Path, stage: str) -> None:
     """The metrics.json that launch/evaluate.py writes beside the predictions."""
     puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
     rows = read_rows(run_dir / f"eval/{stage}/test/predictions.jsonl")
-    result = evaluate(rows, puzzles, name="m", run={}, file="test.parquet")
+    result = evaluation_of(rows, puzzles, name="m", run={}, file="test.parquet")
     (run_dir / f"eval/{stage}/test/metrics.json").write_text(json.dumps(result))
 
 
@@ -266,7 +266,7 @@ def test_a_bare_summary_gives_an_honest_page(tmp_path):
     assert "<h1>After SFT the annotator names every cell of a batch right in 25&nbsp;% of the puzzles of unseen" in page
     assert page.count("not evaluated in this run") == 2
     assert "This run was not evaluated on held-out donors." in page
-    assert "No published numbers stand beside unseen diseases" in page and 'class="published"' not in page
+    assert "No published numbers are shown beside unseen diseases" in page and 'class="published"' not in page
     assert "so accuracy by size, tissue, disease and cell type cannot be shown." in page
     assert "so no reasoning can be read." in page and "so there is no puzzle to show." in page
     assert "This run folder has no grpo/metrics.jsonl" in page and "This run folder has no sft/metrics.jsonl" in page

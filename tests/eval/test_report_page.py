@@ -120,7 +120,7 @@ def test_the_reasoning_is_read_and_drawn(run_dir):
     reasoning = read(write_report(run_dir).read_text(), "reasoning")
     assert "No answer before training or after SFT gives a cell a label in its reasoning." in reasoning
     assert cells_of(row_of(reasoning, "Answers that change their mind"))[0] == "33.3\xa0%"
-    assert cells_of(row_of(reasoning, "Changes that mend an error"))[0] == "100.0\xa0%"
+    assert cells_of(row_of(reasoning, "Changes that correct an error"))[0] == "100.0\xa0%"
     assert cells_of(row_of(reasoning, "Answers that contradict their reasoning"))[0] == "33.3\xa0%"
     titles = re.findall("<h4>(.*?)</h4>", reasoning)
     assert titles == [

@@ -9,19 +9,8 @@ import numpy as np
 import pytest
 
 from data.puzzles import Puzzle, write_rows
-from eval.review import (
-    ERROR_TYPES,
-    SIDES,
-    WHOLE,
-    WORDING,
-    cohen_kappa,
-    key_id,
-    make_review,
-    merge,
-    read_key,
-    stratified,
-)
-from launch.review import summary_markdown
+from eval.review.page import ERROR_TYPES, SIDES, WHOLE, WORDING, key_id, make_review, read_key, stratified
+from eval.review.summary import cohen_kappa, merge_reviews, summary_markdown
 from tests.helpers.browser import (
     NAMES,
     Browser,
@@ -182,7 +171,7 @@ def test_merging_by_hand(files):
     }
     ana = review(key, "Ana", {a: "first", b: "first", c: "tie", d: "second"}, marks, "left is | odd\nhere")
     ben = review(key, "Ben", {a: "first", b: "tie", d: "second"})
-    summary = merge([ana, ben], key)
+    summary = merge_reviews([ana, ben], key)
     quokka, wombat = (summary["results"][name] for name in NAMES)
     assert [quokka[k]["count"] for k in ("wins", "ties", "losses")] == [3, 2, 2]
     assert [wombat[k]["count"] for k in ("wins", "ties", "losses")] == [2, 2, 3]
@@ -207,7 +196,7 @@ def test_merging_by_hand(files):
 def test_the_wording_of_the_error_types_is_owned_up_to(files):
     page, key = made(files)
     assert page_data(page)["wording"] == WORDING and 'id="wording"' in page.read_text()
-    summary = merge([review(key, "Ana", {1: "first"})], key)
+    summary = merge_reviews([review(key, "Ana", {1: "first"})], key)
     assert "names and meanings are worded by us" in WORDING and WORDING in summary_markdown(summary, key["error_types"])
 
 
@@ -215,8 +204,8 @@ def test_the_interval_is_over_cases_not_judgements(files):
     """Many reviewers who agree say no more about the cases than one does."""
     key = made(files)[1]
     said = {1: "first", 2: "first", 3: "second", 4: "first", 5: "tie"}
-    one = merge([review(key, "r0", said)], key)["results"][NAMES[0]]
-    many = merge([review(key, f"r{i}", said) for i in range(9)], key)["results"][NAMES[0]]
+    one = merge_reviews([review(key, "r0", said)], key)["results"][NAMES[0]]
+    many = merge_reviews([review(key, f"r{i}", said) for i in range(9)], key)["results"][NAMES[0]]
     assert one["win_rate"] == many["win_rate"] and many["wins"]["count"] == 9 * one["wins"]["count"] == 27
     # five cases worth 1 1 0 1 .5: the mean of five draws is 0.2 or less in 0.7 % of resamples, so the low end is above it
     assert 0.2 < one["win_rate"]["interval"][0] < 0.5 and one["win_rate"]["interval"][1] == 1.0
@@ -394,7 +383,7 @@ def test_the_keys(files):
             browser.press(press)
             assert browser.js("document.querySelector('[data-verdict][aria-pressed=true]')?.dataset.verdict") == verdict
         browser.press("m")
-        assert browser.text("#status").startswith("First go to a cell")
+        assert browser.text("#status").startswith("First choose a cell")
         place = "(() => { const d = document.activeElement.closest('.errors')?.dataset; return d ? d.side + d.place : null; })()"
         browser.press("e")
         first = browser.js(place)

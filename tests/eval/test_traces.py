@@ -12,8 +12,8 @@ from data.atlas.markers import read_markers
 from data.distill.embedded_teacher import TeacherConfig, marker_table, write_trace
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from eval.traces.reading import analyse
-from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise, summary_png
-from launch.traces import choose
+from eval.traces.report import choose_to_draw
+from eval.traces.summary import _steps_figure, curriculum_of, steps_png, summarise_traces, summary_png
 from tests.helpers.commands import FIXTURES, run_command, succeed
 
 SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"
@@ -157,7 +157,7 @@ def test_what_is_no_type_and_what_is_a_class_of_types_is_no_step():
 def test_an_answer_spelled_otherwise_does_not_contradict_the_reasoning():
     found = traced("Cell 4 is a Bergmann glial cell.", [PLASMA, NK, B, "Bergmann Glial  Cell", CD8])
     assert found.last == {4: "bergmann glial cell"} and found.contradictions == []
-    assert found.outside == ("bergmann glial cell",) and summarise([found]).contradicted_cells == 0
+    assert found.outside == ("bergmann glial cell",) and summarise_traces([found]).contradicted_cells == 0
 
 
 def test_a_comparison_keeps_the_label_that_it_prefers():
@@ -309,7 +309,7 @@ def test_the_numbers_of_a_set_by_hand():
         analyse(f"<think>{in_order} Cell 5: mast cell", PUZZLE),  # cut off
         traced("", [NK, PLASMA, B, MONO, CD8]),
     ]
-    found = summarise(analyses)
+    found = summarise_traces(analyses)
     assert found.n_responses == 4 and found.n_cells == 20 and found.mean_steps == (5 + 6 + 6 + 0) / 4
     assert found.self_reflection == 2 / 4 and found.reflections == 4
     assert (found.towards_right, found.away_from_right, found.wrong_to_wrong) == (1 / 4, 2 / 4, 1 / 4)
@@ -326,10 +326,10 @@ def test_the_numbers_of_a_set_by_hand():
     # ease 2/3 2/3 1 2/3 2/3 has rho 0 with the order; 2/3 1 2/3 as well
     assert found.curriculum["spearman"] == pytest.approx(0, abs=1e-12) and found.curriculum["puzzles"] == 1
     easy = {PLASMA: 1.0, NK: 0.8, B: 0.6, MONO: 0.4, CD8: 0.2}
-    assert summarise(analyses[:1], easy).curriculum["spearman"] == pytest.approx(1)
+    assert summarise_traces(analyses[:1], easy).curriculum["spearman"] == pytest.approx(1)
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["n_cells"] == 20
     with pytest.raises(ValueError, match="no trace to summarise"):
-        summarise([])
+        summarise_traces([])
 
 
 def test_no_text_of_a_step_diagram_overlaps_another_or_is_cut():
@@ -357,7 +357,7 @@ def test_no_text_of_a_step_diagram_overlaps_another_or_is_cut():
 
 def test_pictures_are_png_files_whose_bytes_do_not_change():
     found = traced("Cell 1 is a B cell. Cell 1 is a plasma cell.")
-    for picture in (lambda: steps_png(found), lambda: summary_png(summarise([found]))):
+    for picture in (lambda: steps_png(found), lambda: summary_png(summarise_traces([found]))):
         assert picture().startswith(b"\x89PNG") and picture() == picture()
     texts = [text.get_text() for text in _steps_figure(found, "").findobj(Text)]
     assert sum("plasma cell" in text for text in texts) >= 3  # true type, step, answer
@@ -371,8 +371,8 @@ def test_what_is_drawn_are_changes_of_mind_then_the_worst_then_the_best():
         traced("Cell 1 is a B cell. Cell 1 is a plasma cell.", puzzle=puzzles[2]),
         traced("", [NK, PLASMA, B, MONO, CD8], puzzles[3]),
     ]
-    assert choose(analyses, 3) == [(2, "changes its mind"), (1, "among the worst"), (0, "among the best")]
-    assert choose(analyses, 0) == [] and len(choose(analyses, 9)) == 4
+    assert choose_to_draw(analyses, 3) == [(2, "changes its mind"), (1, "among the worst"), (0, "among the best")]
+    assert choose_to_draw(analyses, 0) == [] and len(choose_to_draw(analyses, 9)) == 4
 
 
 def test_command_on_published_reasoning_rows(tmp_path):

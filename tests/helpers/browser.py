@@ -18,7 +18,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from data.puzzles import Puzzle, write_puzzles, write_rows
-from eval.review import KIND
+from eval.review.page import KIND
 from launch.review import main
 
 LABELS = ["CD8-positive, alpha-beta memory T cell, CD45RO-positive", "B cell", "NK cell", "monocyte", "fibroblast"]

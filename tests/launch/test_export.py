@@ -102,7 +102,7 @@ def trained(pipeline, tmp_path_factory):
 
 
 def test_export_and_vllm_answer_as_the_trainer(pipeline, trained, tmp_path):
-    """Greedy answers to the same puzzles: the trainer's own model with its adapter, and vLLM on the exported checkpoint."""
+    """Greedy answers to the same puzzles: the trainer's model with its adapter, and vLLM on the exported one."""
     checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
     succeed("export", "--model", checkpoint, "--out", tmp_path / "merged", "--dtype", "float32")
     puzzles = read_puzzles(pipeline / "puzzles/test.parquet")

@@ -1,4 +1,4 @@
-"""A model as its own teacher, with the real commands: answers through vLLM, training, the next round, and a second call."""
+"""A model as its own teacher, with the real commands: answers through vLLM, training, a second round and call."""
 
 import json
 

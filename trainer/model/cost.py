@@ -33,7 +33,7 @@ def _causal(n: int) -> float:
     return n * (n + 1) / 2
 
 
-def cost_of(causal_lm: torch.nn.Module, lora_rank: int) -> Cost:
+def cost_of(causal_lm: Any, lora_rank: int) -> Cost:
     """The cost of a model with a LoRA adapter on every linear layer (lora_rank 0: none)."""
     shape = causal_lm.config
     linear = [m for layer in causal_lm.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]

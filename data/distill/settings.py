@@ -1,0 +1,196 @@
+"""The settings of a distillation (launch/distill.py), and which of them exclude one another."""
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.distill.distill import KEEP_RULES
+from data.distill.responses import prompts_hash
+from data.errors import UserError
+from data.options import option
+from data.puzzles import Puzzle
+
+TEACHERS = ("embedded", "openai", "vllm")
+OF_TEACHER = {
+    "teacher_noise": ("embedded",),
+    "model": ("openai", "vllm"),
+    "base": ("vllm",),
+    "dtype": ("vllm",),
+    "memory_fraction": ("vllm",),
+    "base_url": ("openai",),
+    "key_env": ("openai",),
+    "temperature": ("openai", "vllm"),
+    "top_p": ("openai", "vllm"),
+    "max_response_tokens": ("openai", "vllm"),
+    "concurrency": ("openai", "vllm"),
+    "timeout_seconds": ("openai",),
+    "retries": ("openai",),
+    "backoff_seconds": ("openai",),
+    "budget": ("openai",),
+    "price_in": ("openai",),
+    "price_out": ("openai",),
+    "hint": ("openai", "vllm"),
+}
+"""{setting: the teachers that have it}; all teachers have the settings that are not listed."""
+MEANING = ("model", "base", "dtype", "temperature", "top_p", "max_response_tokens", "teacher_noise")
+"""Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
+LEAST = {
+    "candidates": 1,
+    "stop_at": 0,
+    "hint_candidates": 1,
+    "max_response_tokens": 1,
+    "concurrency": 1,
+    "retries": 0,
+    "temperature": 0,
+    "backoff_seconds": 0,
+    "limit": 1,
+    "budget": 0,
+    "price_in": 0,
+    "price_out": 0,
+    "reward_workers": 1,
+}
+"""{setting: its smallest value}"""
+FILES, TEACHER, ENDPOINT = "Puzzles and traces", "The teacher", "An endpoint (--teacher openai)"
+CANDIDATES, SAMPLING, MONEY, JUDGE = "Candidates", "Sampling", "Money (--teacher openai)", "What is accepted"
+"""Headings of --help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Which puzzles, which teacher, how many candidates, and what is accepted."""
+
+    puzzles: str = option(dataclasses.MISSING, "Training puzzles, .parquet or .jsonl.", section=FILES)
+    out: str = option(
+        dataclasses.MISSING, "JSONL to write: accepted traces, one row per puzzle (see --keep).", section=FILES
+    )
+    teacher: str = option(
+        "embedded", "embedded: no model; openai: an endpoint; vllm: a checkpoint.", TEACHERS, section=TEACHER
+    )
+    model: str | None = option(
+        None, "Name of the endpoint's model; vllm: checkpoint folder, or adapter folder.", section=TEACHER
+    )
+    base: str | None = option(
+        None, "vllm: checkpoint under an adapter; default: the one that the adapter names.", section=TEACHER
+    )
+    dtype: str = option("float32", "vllm: weights and compute.", ("float32", "bfloat16"), section=TEACHER)
+    memory_fraction: float = option(0.85, "vllm: share of a GPU's memory that the engine may use.", section=TEACHER)
+    base_url: str = option("https://api.openai.com/v1", "URL of the endpoint, up to /v1.", section=ENDPOINT)
+    key_env: str = option("OPENAI_API_KEY", "Environment variable that holds the key.", section=ENDPOINT)
+    candidates: int = option(8, "Traces drawn per puzzle before giving up (k of the paper).", section=CANDIDATES)
+    stop_at: int = option(
+        1,
+        "Accepted traces after which no more are requested for a puzzle; 0 draws all --candidates.",
+        section=CANDIDATES,
+    )
+    keep: str = option(
+        "first",
+        "Which of a puzzle's accepted traces are kept (see --stop-at); shortest counts characters.",
+        KEEP_RULES,
+        section=CANDIDATES,
+    )
+    hint: bool = option(
+        False,
+        "Ask again, with the answer hinted, for puzzles whose every candidate was rejected.",
+        section=CANDIDATES,
+    )
+    hint_candidates: int = option(4, "Traces drawn with the answer hinted.", section=CANDIDATES)
+    temperature: float = option(1.0, "Sampling temperature.", section=SAMPLING)
+    top_p: float | None = option(
+        None, "Nucleus of the sampling; default: the endpoint's own; vllm: 1.", section=SAMPLING
+    )
+    max_response_tokens: int = option(4096, "Longest response, reasoning included.", section=SAMPLING)
+    concurrency: int | None = option(
+        None, "openai: most requests in flight [16]; vllm: prompts sampled together [256].", section=SAMPLING
+    )
+    timeout_seconds: float = option(600.0, "Time limit for a whole response.", section=ENDPOINT)
+    retries: int = option(8, "Further tries on 408/409/429/5xx, time-outs and broken responses.", section=ENDPOINT)
+    backoff_seconds: float = option(
+        1.0, "Wait before the second try; it doubles with each try, up to a minute.", section=ENDPOINT
+    )
+    price_in: float | None = option(None, "Currency units per million prompt tokens.", section=MONEY)
+    price_out: float | None = option(None, "Currency units per million response tokens.", section=MONEY)
+    budget: float | None = option(
+        None,
+        "Most to spend, in currency units, over all resumed runs; 0 requests nothing and judges what is there.",
+        section=MONEY,
+    )
+    accept: str = option(
+        "reward.cellpuzzles:batch_reward",
+        "Reward that judges a trace, as --reward of launch/grpo.py.",
+        section=JUDGE,
+    )
+    accept_at: float = option(
+        1.0,
+        "Lowest reward that is accepted; a kept trace with wrong labels has the true ones as column answer.",
+        section=JUDGE,
+    )
+    reward_workers: int = option(1, "Processes that score.", section=JUDGE)
+    reward_seconds: float = option(60.0, "Time limit per trace.", section=JUDGE)
+    resume: bool = option(False, "Use the responses that are on disk, and request the others.", section=FILES)
+    limit: int | None = option(None, "Use only the first LIMIT puzzles.", section=FILES)
+    teacher_noise: float = option(
+        0.5, "embedded: noise of its judgement; one specific marker counts about 1.", section=TEACHER
+    )
+    seed: int = option(0, "Seed of every random choice.", section=SAMPLING)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for settings out of range, or that do not go together."""
+        for field in dataclasses.fields(self):
+            teachers = OF_TEACHER.get(field.name, TEACHERS)
+            if self.teacher not in teachers and getattr(self, field.name) != field.default:
+                raise UserError(f"{_flag(field.name)} needs --teacher {' or '.join(teachers)}, not {self.teacher}")
+        if self.teacher != "embedded" and not self.model:
+            raise UserError(f"--teacher {self.teacher} needs --model")
+        if self.teacher == "openai":
+            self._refuse_secrets()
+        if Path(self.out).suffix not in (".jsonl", ".parquet"):
+            raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
+        if self.budget is not None and (self.price_in is None or not self.price_out):
+            raise UserError("--budget needs --price-in and --price-out, per million tokens")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{_flag(name)} {value:g}: must be at least {least}")
+        for name in ("timeout_seconds", "reward_seconds"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0")
+
+    def _refuse_secrets(self) -> None:
+        """Raises UserError, without quoting the value, when the URL or the name of the variable may hold a secret."""
+        if re.search(r"://[^/]*@|[?#]", self.base_url) or not re.match(r"https?://[^/]", self.base_url):
+            raise UserError(
+                "--base-url: write it as https://HOST/v1, without user, password or query; the key goes into --key-env"
+            )
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_env):
+            raise UserError("--key-env: give the NAME of an environment variable, in capitals; never the key itself")
+
+    @property
+    def raw_file(self) -> Path:
+        """The file of all responses: traces.jsonl -> traces.raw.jsonl."""
+        return Path(self.out).with_suffix(".raw.jsonl")
+
+    @property
+    def report_file(self) -> Path:
+        """The file of the report: traces.jsonl -> traces.report.json."""
+        return Path(self.out).with_suffix(".report.json")
+
+    def refuse_overwriting(self) -> None:
+        """Raises UserError when a file to write is the file of puzzles, or --out is there without its responses."""
+        for written in (Path(self.out), self.raw_file, self.report_file):
+            if written.exists() and os.path.exists(self.puzzles) and os.path.samefile(written, self.puzzles):
+                raise UserError(
+                    f"--out {self.out}: would write {written} over --puzzles {self.puzzles}; name another file"
+                )
+        if self.teacher != "embedded" and not self.resume and Path(self.out).exists() and not self.raw_file.exists():
+            raise UserError(f"--out {self.out}: is there without its responses ({self.raw_file}); name another file")
+
+    def meaning(self, puzzles: list[Puzzle]) -> dict[str, Any]:
+        """What decides the content of a response: the first line of the raw file. puzzles: of the whole file."""
+        used = {name: getattr(self, name) for name in MEANING if self.teacher in OF_TEACHER[name]}
+        return {"teacher": self.teacher, **used, "seed": self.seed, "prompts": prompts_hash(puzzles)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,213 @@
+"""A folder of puzzles on disk: a file per split and report.json. A build writes it whole; other commands read it back.
+
+puzzles/train.parquet  test.parquet  unseen.parquet  report.json
+.puzzles.building/     finished files of a build that is running, or was stopped (data/build/staging.py)
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.build.staging import Staging
+from data.errors import UserError
+from data.files import flush, reason_of
+from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
+
+FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
+"""{value of --format: endings of the files of puzzles}"""
+COUNTS = {str: int}
+REPORT = {
+    "options?": dict,
+    "versions?": dict,
+    "command?": (str, list),
+    "notes?": [str],
+    "splits?": {str: {"puzzles?": int}},
+    "files": [
+        {
+            "cells_dropped?": COUNTS,
+            "cells_set_aside?": COUNTS,
+            "groups_skipped?": COUNTS,
+            "notes?": [str],
+            "splits?": {str: {"quota_left?": COUNTS, "puzzles_with_a_cell_without_genes?": int}},
+        }
+    ],
+    "audit?": {
+        "rules": {str: (int, float)},
+        "splits": [{"name": str, "puzzles": int, "donors": int, "cells": int, "distinct_cells": int}],
+        "pairs": [
+            {
+                "first": str,
+                "second": str,
+                "shared_cells": int,
+                "puzzles_with_shared_cell": int,
+                "share_with_shared_cell": (int, float),
+                "shared_donors?": list,
+                "near_duplicate_lists": int,
+                "same_batches": int,
+            }
+        ],
+        "leaks": [str],
+        "warnings": [str],
+    },
+}
+"""The parts of a build's report.json that the data card (data/card.py) reads, in the notation of `fits_shape`."""
+
+
+def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
+    """{name: puzzles} of files of puzzles.
+
+    The name is the file's stem, with its folder or a number where two stems are equal.
+
+    An empty file is an empty split: a build without unseen puzzles writes one. Raises UserError that names the file
+    (and row) that does not hold puzzles, or says that none of the files holds a puzzle.
+    """
+    places = [(Path(os.path.abspath(file)).parent.name, Path(file).stem) for file in files]
+    splits: dict[str, list[Puzzle]] = {}
+    for i, (file, (folder, stem)) in enumerate(zip(files, places, strict=True)):
+        ambiguous = any(other == stem and beside != folder for beside, other in places)
+        number = 1 + places[:i].count((folder, stem))
+        name = (f"{folder}/{stem}" if ambiguous else stem) + (f" ({number})" if number > 1 else "")
+        splits[name] = read_puzzles(file) if read_rows(file) else []
+    if not any(splits.values()):
+        raise UserError(f"{files[0]}: holds no puzzle; build some with launch/build.py")
+    return splits
+
+
+def report_beside(files: Iterable[str], say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """The report.json in the folder of the files.
+
+    None when they are in several folders, or the folder has no build's report.
+    """
+    folders = {Path(os.path.abspath(file)).parent for file in files}
+    found = folders.pop() / "report.json"
+    if folders or not found.is_file():
+        return None
+    try:
+        return read_report(found)
+    except UserError:
+        say(f"note: {found} is not the report of a build, and is left out")
+        return None
+
+
+def read_report(path: str | Path | None) -> dict[str, Any] | None:
+    """The report.json of a build; None for None.
+
+    Raises UserError that names the file when it is absent or no such report.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise UserError(f"--report {path}: no such file")
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        report = None
+    if not fits_shape(report, REPORT):
+        raise UserError(f"--report {path}: not the report.json of a build; leave the option out to do without")
+    return report
+
+
+def fits_shape(value: Any, shape: Any) -> bool:
+    """Does a value of a JSON file have this shape?
+
+    shape: a type, or a tuple of types; [shape] for a list of values of that shape; {str: shape} for an object whose
+    values have that shape; another dict gives the shape of each key, where a key that ends in ? may be absent or null.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits_shape(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    if not isinstance(value, dict):
+        return False
+    if str in shape:
+        return all(fits_shape(item, shape[str]) for item in value.values())
+    return all(
+        (key[-1] == "?" and value.get(key.rstrip("?")) is None) or fits_shape(value.get(key.rstrip("?")), of_key)
+        for key, of_key in shape.items()
+    )
+
+
+def write_build(
+    out: Path, splits: dict[str, list[Puzzle]], report: dict[str, Any], formats: tuple[str, ...] = ("parquet",)
+) -> None:
+    """Write a file per split, and report.json, into the folder `out`.
+
+    All files go into a sibling folder first, so that none is ever half-written. Files that an older build wrote in
+    another format are removed, because the new report does not describe them.
+    """
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    example = next((puzzles[:1] for puzzles in splits.values() if puzzles), [])  # an empty split gets the same columns
+    try:
+        partial.mkdir(parents=True)
+        for split, puzzles in splits.items():
+            for ending in formats:
+                rows = [puzzle.to_row() for puzzle in puzzles]
+                save_rows(partial / f"{split}.{ending}", rows, like=[puzzle.to_row() for puzzle in example])
+        (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        out.mkdir(exist_ok=True)
+        for file in sorted(partial.iterdir()):
+            flush(file)
+            os.replace(file, out / file.name)
+        for ending in FORMATS["both"]:
+            for split in splits if ending not in formats else ():
+                (out / f"{split}.{ending}").unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(out: Path, resume: bool) -> Iterator[Staging]:
+    """The folder beside `out` that keeps the finished files of a build, locked: one build at a time may write there.
+
+    It stays when a build ends early with some files finished. resume: use the finished files that are there; else they
+    are dropped. Raises UserError when another build holds the lock.
+    """
+    staging = Staging(out.with_name(f".{out.name}.building"))
+    existed = staging.folder.parent.exists()
+    staging.folder.mkdir(parents=True, exist_ok=True)
+    with open(staging.folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {out}: another build is writing there; wait for it, or name another folder"
+            ) from None
+        if not resume and (left := staging.finished()):
+            print(f"note: {left} finished files of a build that was stopped are dropped (--resume would use them)")
+            staging.drop_files()
+        try:
+            yield staging
+        finally:
+            if not staging.finished():
+                staging.remove()
+                if not existed:
+                    with contextlib.suppress(OSError):  # not empty: it is somebody's
+                        staging.folder.parent.rmdir()
+            elif sys.exc_info()[0] is not None:
+                print(f"note: {staging.finished()} finished files are kept; --resume uses them", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def naming_the_file(out: Path, files: Sequence[str] = ()) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names `out`, or the one of `files` that cannot be read."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file, not a folder")
+        yield
+    except BrokenPipeError:
+        raise  # the reader of our output is gone: click ends the process without a message
+    except OSError as error:
+        reason = reason_of(error)
+        if error.filename is not None and str(error.filename) in {str(Path(file)) for file in files}:
+            raise UserError(
+                f"{error.filename}: cannot be read ({reason}); give permission, or name another file"
+            ) from None
+        raise UserError(
+            f"--out {out}: cannot be written ({reason}); make room or give permission, or name another folder"
+        ) from None

@@ -1,0 +1,78 @@
+"""The files of metrics in a run folder: summary.json, metrics.json of an evaluation, metrics.jsonl of a training."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import write_whole
+from data.puzzles import read_rows
+
+STAGES = ("base", "sft", "grpo")
+SPLITS = ("test", "unseen")
+HEADLINE = ("batch_accuracy", "cell_accuracy", "format_validity", "uniqueness", "response_length")
+"""The metrics that a table on the terminal shows."""
+
+
+def write_summary(out: Path, run: dict[str, Any]) -> None:
+    """Write OUT/summary.json: {stage: {split: metrics}} from OUT/eval/STAGE/SPLIT/metrics.json; "run": `run`."""
+    summary: dict[str, dict] = {}
+    for stage in STAGES:
+        files = sorted((out / "eval" / stage).glob("*/metrics.json"))
+        summary[stage] = {file.parent.name: without_breakdowns(read_result(file)) for file in files}
+    summary["run"] = run
+    write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a metrics.json, and their intervals."""
+    return {key: value for key, value in result.items() if isinstance(value, int | float) or key == "intervals"}
+
+
+def summary_text(run_dir: str | os.PathLike) -> str:
+    """The headline metrics of a summary.json as a table."""
+    summary = read_summary(run_dir)
+    lines = [f"{'stage':6}{'split':8}" + "".join(f"{name:>17}" for name in HEADLINE)]
+    for stage in STAGES:
+        for split, metrics in summary[stage].items():
+            lines.append(f"{stage:6}{split:8}" + "".join(f"{metrics[name]:17.3f}" for name in HEADLINE))
+    return "\n".join(lines)
+
+
+def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """The summary.json of a run folder: summary[stage][split] is a `Metrics` dict, summary["run"] holds the settings.
+
+    Raises UserError that names the file, and the command that writes it, when it is missing or no JSON object.
+    """
+    path = Path(run_dir) / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
+    return summary
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a metrics.json; empty when there is no such file.
+
+    Raises UserError when it holds no JSON object.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: holds no metrics; run launch/evaluate.py again")
+    return result
+
+
+def read_steps(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that have a `step`, in file order; [] when there is no such file."""
+    return [row for row in read_rows(path) if "step" in row] if Path(path).is_file() else []

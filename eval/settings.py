@@ -1,0 +1,134 @@
+"""The settings of an evaluation (launch/evaluate.py), and which of them exclude one another."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from data.errors import UserError
+from data.options import option
+from data.puzzles import Puzzle
+from eval.baselines import BASELINES
+from eval.evaluation import puzzles_digest
+
+FILES, MODEL, ENDPOINT = "Puzzles and results", "A model in vLLM", "A model behind an endpoint"
+OTHERS, SAMPLING, MORE = "Saved predictions, or a baseline", "Sampling", "More measures"
+"""Headings of --help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is evaluated, who answers, and what is measured."""
+
+    puzzles: tuple[str, ...] = option(
+        MISSING,
+        "Puzzles, .parquet or .jsonl; repeat for several files (then OUT/<name> each, and their unweighted average).",
+        section=FILES,
+    )
+    out: str = option(MISSING, "Folder for metrics.json, evaluation.md and predictions.jsonl.", section=FILES)
+    limit: int | None = option(
+        None,
+        "Use only the first LIMIT puzzles of each file; of single cells the whole batches among them.",
+        section=FILES,
+    )
+    resume: bool = option(False, "Continue a run with the same settings that was stopped.", section=FILES)
+    model: str | None = option(
+        None,
+        "Checkpoint folder, or an adapter folder (a GRPO checkpoint); with --endpoint the name of a model.",
+        section=MODEL,
+    )
+    base: str | None = option(
+        None, "Checkpoint under an adapter; default: the one that the adapter names.", section=MODEL
+    )
+    dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"), section=MODEL)
+    memory_fraction: float = option(0.85, "Share of a GPU's memory that vLLM may use.", section=MODEL)
+    chunk: int = option(256, "Puzzles that vLLM answers between two saves.", section=MODEL)
+    endpoint: str | None = option(
+        None, "Base URL of an OpenAI-compatible server that serves --model.", section=ENDPOINT
+    )
+    key_env: str = option(
+        "OPENAI_API_KEY",
+        "Environment variable with the endpoint's key, which is never written down.",
+        section=ENDPOINT,
+    )
+    concurrency: int = option(8, "Requests to the endpoint at a time.", section=ENDPOINT)
+    refused: str = option(
+        "stop",
+        "When the endpoint refuses a prompt for good (a content filter, for example): end without a result, or count "
+        "the answer as invalid.",
+        ("stop", "invalid"),
+        section=ENDPOINT,
+    )
+    predictions: str | None = option(
+        None,
+        "Saved predictions: a .jsonl, .json or .parquet with id and prediction, or the --out folder of an evaluation.",
+        section=OTHERS,
+    )
+    tokenizer: str | None = option(
+        None, "Folder of the tokenizer that counts the tokens of saved predictions.", section=OTHERS
+    )
+    baseline: str | None = option(None, "A baseline instead of a model.", BASELINES, section=OTHERS)
+    train: str | None = option(None, "Training puzzles that a baseline learns from.", section=OTHERS)
+    samples: int = option(1, "Answers per puzzle; above 1 also pass@k and votes.", section=SAMPLING)
+    temperature: float | None = option(
+        None, "Default: 0 (greedy) for one answer, 1 for several answers.", section=SAMPLING
+    )
+    top_p: float = option(1.0, "Nucleus that is sampled from.", section=SAMPLING)
+    max_response_tokens: int = option(3000, "Longest response.", section=SAMPLING)
+    seed: int = option(0, "Seed of samples, intervals and baselines.", section=SAMPLING)
+    compare: str | None = option(
+        None, "Predictions of another model for the same puzzles: a .jsonl or an --out folder.", section=MORE
+    )
+    medcpt: str | None = option(
+        None, "Encoder folder (MedCPT-Query-Encoder) for the similarity of labels (Table 12).", section=MORE
+    )
+
+    @property
+    def used_temperature(self) -> float:
+        """The temperature, or its default for this number of samples."""
+        return float(self.samples > 1) if self.temperature is None else self.temperature
+
+    def __post_init__(self) -> None:
+        """Raises UserError for options that do not go together."""
+        given = [name for name in ("model", "predictions", "baseline") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise UserError("give either --model, --predictions or --baseline")
+        needs = {"endpoint": "model", "base": "model", "train": "baseline", "tokenizer": "predictions"}
+        for name, needed in needs.items():
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise UserError(f"--{name} goes with --{needed}; give that too, or leave it out")
+        if self.endpoint and self.base:
+            raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
+        if self.endpoint and ("@" in urlsplit(self.endpoint).netloc or urlsplit(self.endpoint).query):
+            raise UserError("--endpoint holds a key or a password, which would be written down: use --key-env instead")
+        if self.model is None and (self.samples > 1 or self.resume):
+            raise UserError("--samples and --resume are for a --model; leave them out")
+        for name in ("samples", "concurrency", "chunk", "max_response_tokens", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError("--samples above 1 with --temperature 0 gives the same answer again: raise --temperature")
+        if len({Path(path).stem for path in self.puzzles}) < len(self.puzzles):
+            raise UserError("two --puzzles files have the same name, and results go to OUT/<name>: evaluate them apart")
+
+
+def settings_of(config: EvaluateConfig, whole_file: list[Puzzle], model_files: str | None) -> dict[str, Any]:
+    """Everything that the answers depend on. It holds no key.
+
+    It goes into metrics.json, and decides whether a run can be resumed.
+
+    whole_file: all puzzles of the file, so that --limit may grow under --resume. model_files: a fingerprint of a local
+    model.
+    """
+    sampling = ("samples", "temperature", "top_p", "max_response_tokens", "seed")
+    local = config.model is not None and config.endpoint is None
+    names_of = {
+        "model": ("model", "base", "dtype", "chunk", *sampling) if local else ("model", "endpoint", *sampling),
+        "baseline": ("baseline", "train", "seed"),
+        "predictions": ("predictions", "tokenizer"),
+    }
+    (names,) = (names for kind, names in names_of.items() if getattr(config, kind) is not None)
+    settings = {name: getattr(config, name) for name in names}
+    if "temperature" in settings:
+        settings["temperature"] = config.used_temperature
+    return settings | ({"model_files": model_files} if local else {}) | {"puzzles_digest": puzzles_digest(whole_file)}

@@ -1,0 +1,66 @@
+"""Progress of a build: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import click
+from tqdm import tqdm
+
+from data.build.build import BuildProgress
+
+PLAIN_SECONDS = 30.0
+"""Least time between two lines of progress where there is no terminal."""
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[BuildProgress]:
+    """What a build reports to; its bars are closed at the end of the block."""
+    bars: dict[str, tqdm] = {}
+
+    def say(text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase not in bars:
+            unit = unit_of(phase)
+            bars[phase] = tqdm(desc=phase, unit=unit, unit_scale=unit == "cell", total=total, leave=False)
+        bars[phase].total = max(total, done)
+        bars[phase].update(done - bars[phase].n)
+
+    try:
+        yield BuildProgress(say=say, progress=progress if sys.stderr.isatty() else plain_progress())
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def unit_of(phase: str) -> str:
+    """What a phase of a build counts."""
+    return "file" if phase == "looking at files" else "cell"
+
+
+def plain_progress(
+    say: Callable[[str], None] = lambda text: click.echo(text, err=True), clock: Callable[[], float] = time.monotonic
+) -> Callable[[str, int, int], None]:
+    """A function progress(phase, done, total) that says how far a phase is, its rate and the time left.
+
+    It says so at most every PLAIN_SECONDS.
+    """
+    began: dict[str, float] = {}
+    last = 0.0
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if phase not in began:
+            began[phase] = last = now
+        if now - last < PLAIN_SECONDS or not done:
+            return
+        last, rate = now, done / (now - began[phase])
+        left = tqdm.format_interval(max(0, total - done) / rate)
+        say(f"{phase}: {done:,} of {total:,} {unit_of(phase)}s, {rate:,.1f} per second, {left} left")
+
+    return progress

@@ -1,0 +1,43 @@
+"""Stages of the commands that run other commands (demo, selfdistill): each is a process of its own, and runs once."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from data.processes import environment_without_launcher
+
+LAUNCH = Path(__file__).resolve().parent
+
+
+def run_stage(
+    stage: str, result: Path | None, verb: str, *words: object, ranks: int = 1, **flags: object
+) -> dict[str, float]:
+    """Run launch/VERB.py as a process, or as `ranks` processes under torchrun, unless its result exists.
+
+    result: a file that the stage writes last. words are passed as they are, flags as --name value (None is left out).
+    Returns {stage: seconds} when the stage ran, else {}. A stage that fails ends this process with its exit code.
+    """
+    if result is not None and result.is_file():
+        print(f"[{stage}] found {result}", flush=True)
+        return {}
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None]
+    arguments = [str(word) for word in (*words, *(word for pair in given for word in pair))]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    print(f"\n[{stage}] $ {shlex.join([*launcher, f'launch/{verb}.py', *arguments])}", flush=True)
+    start = time.perf_counter()
+    env = environment_without_launcher()  # a stage that inherited RANK would join the world of this process
+    env |= {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}  # torchrun's own default, without its banner
+    launcher = [sys.executable, *(["-m", "torch.distributed.run", *launcher[1:]] if ranks > 1 else [])]
+    done = subprocess.run([*launcher, str(LAUNCH / f"{verb}.py"), *arguments], env=env, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    seconds = time.perf_counter() - start
+    print(f"[{stage}] {seconds:.0f} s", flush=True)
+    return {stage: round(seconds, 1)}
+
+
+def begun(folder: Path) -> list[str]:
+    """["--resume"] for a stage whose run folder an earlier call began, else []."""
+    return ["--resume"] if (folder / "config.json").is_file() else []

@@ -1,0 +1,87 @@
+"""A replayed step beside the recorded one, as text, and the ledger as a table: what launch/replay.py shows."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data.files import replacing
+from trainer.inspect.ledger import contributions_by, total_contribution
+from trainer.inspect.replay import Replayed
+from trainer.record.bundle import Bundle
+
+
+def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str], bool]:
+    """(lines of recorded beside replayed numbers, does the replay agree with the record).
+
+    A step that stopped at a non-finite value agrees when the replay finds the same token, or a non-finite gradient.
+    """
+    lines = [
+        f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
+        f"{bundle.denominators.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
+    ]
+    if bundle.problem:
+        lines.append(f"recorded    stopped: {bundle.problem}")
+    if replayed.bad is not None:
+        rank, micro, token = replayed.bad
+        response = bundle.ranks[rank].responses[micro.rows[token.row]]
+        found = f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
+        lines.append(f"replayed    {found}: {token}")
+        return lines, bundle.problem is not None and bundle.problem.startswith(f"{found} of ")
+    if bundle.problem:
+        lines.append(f"replayed    loss {replayed.loss:.9g}, gradient norm {replayed.grad_norm:.9g}")
+        return lines, not math.isfinite(replayed.grad_norm)
+    now = {"loss": replayed.loss, "grad_norm": replayed.grad_norm, "gradient_hash": replayed.gradient_hash}
+    lines += [_beside(name, bundle.recorded[name], value) for name, value in now.items()]
+    for name, difference in (("reference", replayed.reference_difference), ("old", replayed.old_difference)):
+        if difference is not None:
+            lines.append(f"{name} log-probs computed again: largest difference {difference:.3g}")
+    if not replayed.equals(bundle):
+        lines.append(
+            f"recorded with torch {bundle.versions.get('torch')} on {len(bundle.ranks)} rank(s), now torch "
+            f"{torch.__version__}: other versions, GPUs or more than two ranks round differently"
+        )
+    return lines, replayed.equals(bundle)
+
+
+def _beside(name: str, before: float | str, now: float | str) -> str:
+    """A line with a recorded and a replayed value, and whether they are equal."""
+    same = "equal" if before == now else f"DIFFERS{'' if isinstance(now, str) else f' by {now - before:.3g}'}"
+    shown = (f"{before:.9g}", f"{now:.9g}") if isinstance(now, float) else (before, now)
+    return f"{name:14} recorded {shown[0]:>18}   replayed {shown[1]:>18}   {same}"
+
+
+def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
+    """The sums of the ledger in words. rows: of trainer.inspect.ledger. loss: of the float32 step."""
+    exact = total_contribution(rows)
+    by_clip = contributions_by(rows, "clip")
+    by_group = sorted(contributions_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
+    return [
+        f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 "
+        f"step's own sum is {exact - loss:.2g} off)",
+        "  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())),
+        "  groups with the largest shares: " + ", ".join(f"{name} {share:+.6g}" for name, share in by_group[:3]),
+    ]
+
+
+def write_ledger(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the ledger as .csv, whole or not at all."""
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def prompts_of(bundle: Bundle, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """{puzzle id: its prompt as text} of a step."""
+    prompts = {}
+    for inputs in bundle.ranks:
+        for micro in inputs.micro_batches:
+            places = iter(micro.rows)
+            for prompt, responses in micro.groups:
+                for _ in responses:
+                    prompts[inputs.responses[next(places)]["puzzle_id"]] = tokenizer.decode(prompt)
+    return prompts

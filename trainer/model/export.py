@@ -1,0 +1,162 @@
+"""Export a trained model: merged into one Hugging Face checkpoint, or the adapter alone, with a model card."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from trainer.model.merge import write_checkpoint
+from trainer.model.opening import ADAPTER_CONFIG, OpenedModel
+from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt")
+TOKENIZER = ("token", "chat_", "vocab", "merges", "special")
+"""Beginnings of the names of a tokenizer's files."""
+METRICS = {
+    "cell_accuracy": "cell accuracy (mean over batches)",
+    "batch_accuracy": "batch accuracy",
+    "format_validity": "format validity",
+    "uniqueness": "uniqueness",
+    "response_length": "response length (tokens)",
+}
+"""{key of metrics.json: what the card calls it}"""
+
+
+def export_model(
+    opened: OpenedModel, out: Path, *, dtype: str, adapter_only: bool, metrics: list[dict[str, Any]]
+) -> None:
+    """Write the model to a new folder, whole or not at all.
+
+    dtype: of the merged weights on disk; the merge itself is computed in float32. adapter_only: write the adapter in
+    PEFT's format instead. metrics: for the card, the content of metrics.json files with a "name" each. Raises UserError
+    when the adapter does not fit its base, and OSError when the folder cannot be written.
+    """
+    run = run_of(opened.folder)
+    what = "an adapter (PEFT)" if adapter_only else f"merged in float32, saved in {dtype}"
+    library = "peft" if adapter_only else "transformers"
+    card = model_card(out.name, what, library, opened, run, metrics)
+    if adapter_only:
+        write_adapter(out, opened, card)
+        return
+    # the base as it was held in training: its dtype there, and through 4 bits where it was quantised
+    settings = run.get("settings", {}) if opened.adapter is not None else {}
+    write_checkpoint(
+        opened.base,
+        out,
+        getattr(torch, dtype),
+        adapter=opened.adapter,
+        config=opened.settings,
+        held=getattr(torch, settings["dtype"]) if "dtype" in settings else None,
+        quantize=settings.get("quantize", "none"),
+        extra={"README.md": card},
+    )
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
+    for place in (folder.parent, folder.parent.parent):
+        if (place / "config.json").is_file():
+            found = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            if "settings" in found:  # else it is the config.json of a model
+                return found
+    return {}
+
+
+def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:
+    """Write the adapter as PEFT reads it, with tokenizer, chat template and card."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        # in PEFT's files DoRA's magnitudes have no ".weight" at the end
+        tensors = {
+            name.replace(f"{MAGNITUDE}.weight", MAGNITUDE): tensor.contiguous()
+            for name, tensor in opened.adapter.items()
+        }
+        (partial / ADAPTER).write_bytes(save(tensors, {"format": "pt"}))
+        settings = {"bias": "none", "inference_mode": True, **opened.settings}
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        for path in sorted(opened.base.iterdir()):
+            if path.is_file() and path.name.startswith(TOKENIZER) and path.suffix not in WEIGHT_FILES:
+                shutil.copy(path, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_card(
+    name: str, what: str, library: str, opened: OpenedModel, run: dict[str, Any], metrics: list[dict[str, Any]]
+) -> str:
+    """The card as Markdown: what the model is, how good it is, how it was trained and on what data.
+
+    what: the format of the weights, in words. library: that loads them. Absolute paths are cut down to their last part.
+    """
+    settings = run.get("settings", {})
+    front = ["---", f"library_name: {library}", "tags:"]
+    front += [
+        "- biology",
+        "- single-cell",
+        "- cell-type-annotation",
+        "- grpo",
+        f"base_model: {opened.base.name}",
+        "---",
+    ]
+    text = [
+        *front,
+        "",
+        f"# {name}",
+        "",
+        f"A cell type reasoner for CellPuzzles (Cell-o1, arXiv:2506.02911): {what}; base: `{opened.base.name}`.",
+        "",
+        "It reads a batch of cells of one donor as ranked gene lists with a list of candidate labels, reasons between",
+        "`<think>` and `</think>`, and answers between `<answer>` and `</answer>`, one label per cell joined by ` | `.",
+        "Prompt: the system and user message of `data/prompts.py`, through the tokenizer's chat template.",
+        "",
+    ]
+    text += ["## How good", "", *metrics_lines(metrics), ""]
+    text += ["## Recipe", "", *recipe_lines(settings, opened.settings), ""]
+    text += ["## Data", "", *data_lines(settings, run.get("data", {})), ""]
+    versions = ", ".join(f"{k} {v}" for k, v in (run or provenance()).get("versions", {}).items())
+    commit = run.get("git_commit", "unknown")
+    text += ["## Made with", "", f"Code: commit {commit}. Versions: {versions}.", ""]
+    text += ["Not a medical device. Labels are as good as the annotation of the cells that it was trained on.", ""]
+    return "\n".join(text)
+
+
+def metrics_lines(metrics: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table with a column per evaluation."""
+    if not metrics:
+        return ["Not evaluated yet: `python launch/evaluate.py --model ... --puzzles ...`."]
+    rows = ["| metric | " + " | ".join(str(m["name"]) for m in metrics) + " |", "|---|" + "---|" * len(metrics)]
+    for key, label in METRICS.items():
+        values = [f"{m[key]:.4g}" if isinstance(m.get(key), int | float) else "-" for m in metrics]
+        rows.append(f"| {label} | " + " | ".join(values) + " |")
+    return rows
+
+
+def recipe_lines(settings: dict[str, Any], adapter: dict[str, Any] | None) -> list[str]:
+    """Lines of a table with the settings of the run, and the adapter's."""
+    if not settings:
+        return ["Not known: the checkpoint is not in a run's folder."]
+    shown = {key: value for key, value in settings.items() if value not in (None, (), [], "") and key != "out"}
+    shown |= {
+        f"adapter {key}": value for key, value in (adapter or {}).items() if key in ("r", "lora_alpha", "use_dora")
+    }
+    rows = [f"| {key} | {without_folders(value)} |" for key, value in shown.items()]
+    return ["| setting | value |", "|---|---|", *rows]
+
+
+def without_folders(value: Any) -> str:
+    """A setting as text; an absolute path is cut down to its last part."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+
+
+def data_lines(settings: dict[str, Any], hashes: dict[str, str]) -> list[str]:
+    """Lines of a table with name and SHA-256 of every file that the run trained on, hashed when the run began."""
+    named = {key: Path(settings[key]).name for key in DATA if settings.get(key)}
+    rows = [f"| {key} | {name} | {hashes.get(key, 'not recorded')} |" for key, name in named.items()]
+    return ["| what | file | SHA-256 |", "|---|---|---|", *rows] if rows else ["Not known."]

@@ -1,0 +1,151 @@
+"""A model folder opened: a checkpoint, or an adapter in PEFT's format with the checkpoint that it was trained on.
+
+The commands that take a trained model (evaluate, distill --teacher vllm, export) all open it here.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from data.errors import UserError
+from trainer.record.runfolder import read_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rollout.vllm_engine import VLLMEngine
+
+ADAPTER_CONFIG = "adapter_config.json"
+UNSERVED = tuple(
+    """
+    use_rslora rank_pattern alpha_pattern modules_to_save layer_replication lora_bias use_qalora use_bdlora
+    alora_invocation_tokens target_parameters trainable_token_indices
+    """.split()
+)
+"""PEFT settings that change what an adapter computes. The sampler does not get them: it gets r, alpha, modules."""
+PLAIN_STARTS = ("none", "true", "false", "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is; the other values change the base's weights too."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint, with the adapter over it where there is one."""
+
+    folder: Path
+    """The folder that was opened."""
+    base: Path
+    """Folder of the checkpoint: `folder` itself, or the one under the adapter."""
+    adapter: dict[str, Tensor] | None
+    """{PEFT's name: tensor}; None for a checkpoint without adapter."""
+    settings: dict[str, Any] | None
+    """The adapter's adapter_config.json; None without adapter."""
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """The settings that the sampler needs: r, lora_alpha, target_modules."""
+        return self.settings and {name: self.settings[name] for name in ("r", "lora_alpha", "target_modules")}
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the base."""
+        from trainer.model.loading import load_tokenizer  # transformers takes seconds to load
+
+        return load_tokenizer(str(self.base))
+
+    def encode(self, chat: list[dict[str, str]]) -> list[int]:
+        """[P] tokens of a prompt given as chat turns."""
+        from trainer.policy import encode_prompt
+
+        return encode_prompt(self.tokenizer, chat)
+
+
+def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool = True) -> OpenedModel:
+    """Read a model folder. The tokenizer is loaded when it is first used; the base's weights are not read.
+
+    base: the checkpoint under an adapter; default: the one that the adapter names. served: refuse an adapter that vLLM
+    cannot serve. Raises UserError that names the file when an adapter is incomplete, damaged, or would be served
+    wrongly.
+    """
+    folder = Path(folder)
+    settings = served_settings(folder) if served else None
+    if not is_adapter(folder):
+        return OpenedModel(folder, folder, None, None)
+    adapter, settings = read_adapter(folder, for_vllm=served)
+    return OpenedModel(folder, Path(base or settings.get("base_model_name_or_path") or folder), adapter, settings)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Does the folder hold an adapter in PEFT's format?"""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def served_settings(folder: Path) -> dict[str, Any] | None:
+    """The adapter_config.json of an adapter folder; None for another folder.
+
+    Raises UserError for a damaged file, and for an adapter that vLLM would scale wrongly or serve only in part.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); copy the adapter again") from None
+    unserved = [name for name in UNSERVED if settings.get(name)]
+    unserved += ["bias"] if settings.get("bias", "none") != "none" else []
+    unserved += [n for n in ("init_lora_weights",) if str(settings.get(n)).lower() not in PLAIN_STARTS]
+    if unserved:
+        raise UserError(
+            f"{path}: has {unserved[0]} {json.dumps(settings[unserved[0]])}, with which an adapter cannot be served: "
+            "merge it into its base (PEFT's merge_and_unload) and name the merged checkpoint"
+        )
+    return settings
+
+
+def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
+    """A short text that changes when a file of the model, or of the base under an adapter, is replaced.
+
+    Files count by name, size and time of change. Raises UserError as `served_settings` does.
+    """
+    folder = Path(folder)
+    settings = served_settings(folder)
+    bases = [Path(base or settings["base_model_name_or_path"])] if settings else []
+    found = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for place in (folder, *bases)
+        for path in sorted(place.glob("*"))
+        if path.is_file()
+    ]
+    return f"{len(found)} files, {hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]}"
+
+
+def start_engine(
+    opened: OpenedModel, *, longest: int, dtype: str, memory_fraction: float, max_num_seqs: int = 256
+) -> "VLLMEngine":
+    """A vLLM engine in this process that holds the model. Joins the world: after engine.close(), call leave_world().
+
+    longest: most tokens of prompt and response together. memory_fraction: share of a GPU's memory that the engine may
+    use. max_num_seqs: sequences sampled at a time.
+    """
+    from rollout.sync import Parcel
+    from rollout.vllm_engine import VLLMEngine
+    from trainer.ranks.world import join_world
+
+    join_world()  # vLLM's external launcher needs a world, also for one process
+    engine = VLLMEngine(
+        str(opened.base),
+        lora=opened.lora,
+        max_model_len=longest,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        memory_fraction=memory_fraction,
+    )
+    if opened.adapter:
+        parcel = Parcel.of(opened.adapter)
+        engine.load_adapter(parcel, parcel.manifest(), version=1)
+    return engine
