@@ -13,7 +13,7 @@ from trainer.objective import AGGREGATIONS, CORRECTIONS
 
 # --help lists the settings under these headings
 run = partial(option, section="Run")
-data = partial(option, section="Data")
+examples = partial(option, section="Traces")
 sampling = partial(option, section="Sampling")
 rewarding = partial(option, section="Reward")
 objective = partial(option, section="Objective")
@@ -112,7 +112,7 @@ class SftConfig(TrainingConfig):
     traces: str = run(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
     model: str = run(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
     out: str = run(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
-    target: str = data(
+    target: str = examples(
         "trace",
         "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",
         ("trace", "answer"),
@@ -124,16 +124,18 @@ class SftConfig(TrainingConfig):
     batch_size: int = optimizing(128, "Traces per optimizer step.")
     lr: float = optimizing(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
     weight_decay: float = optimizing(0.0, "AdamW weight decay.")
-    max_tokens: int = data(8192, "Longest prompt + response; a longer trace is never cut.")
-    overlong: str = data("skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse"))
+    max_tokens: int = examples(8192, "Longest prompt + response; a longer trace is never cut.")
+    overlong: str = examples(
+        "skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse")
+    )
     micro_tokens: int = speed(8192, "Packed tokens per forward pass.")
-    holdout: float = data(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
-    eval_engine: str = data(
+    holdout: float = examples(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
+    eval_engine: str = examples(
         "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
     )
-    eval_puzzles: int = data(100, "Held-out puzzles answered at most.")
-    eval_response_tokens: int = data(3000, "Longest answer to them.")
-    patience: int = data(
+    eval_puzzles: int = examples(100, "Held-out puzzles answered at most.")
+    eval_response_tokens: int = examples(3000, "Longest answer to them.")
+    patience: int = examples(
         0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
     )
     save_every: int = run(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
