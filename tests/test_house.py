@@ -71,6 +71,8 @@ def test_no_circle_of_files():
 
 
 def test_a_room_has_at_most_12_files_and_every_room_a_readme():
+    for room in MAY_IMPORT:
+        assert (ROOT / room / "README.md").is_file()
     for folder in {path.parent for path in SOURCES}:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         limit = 30 if folder.name == "launch" else 12  # launch/ has a file per command
@@ -104,6 +106,21 @@ def test_recipes_parse():
         keys = yaml.safe_load(recipe.read_text())
         config = DemoConfig if "h5ad" in keys else SftConfig if recipe.stem.startswith("sft") else GrpoConfig
         assert read_recipe(config, recipe)
+
+
+def test_launch_is_thin():
+    assert sum(lines(path) for path in (ROOT / "launch").glob("*.py")) < 2000
+
+
+def test_the_formatter_is_hardly_ever_off():
+    texts = [path.read_text() for path in (*SOURCES, *(ROOT / "tests").rglob("*.py")) if path != Path(__file__)]
+    assert sum(len(re.findall(r"# fmt: (?:skip|off)", text)) for text in texts) <= 60
+
+
+def test_the_root_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_readmes_name_what_exists():
