@@ -218,7 +218,7 @@ def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
 
     A response that could not be scored takes no part: it is neither trained on nor counted in its group's mean.
     """
-    trained = torch.tensor([reward.scored for reward in rewards])
+    trained = torch.tensor([reward.scored for reward in rewards])  # [N]
     totals = torch.tensor([reward.total for reward in rewards])
     group = torch.arange(len(rewards)) // cfg.group_size
     advantages = torch.zeros_like(totals)
@@ -240,7 +240,7 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
     batches = [deal(now, part, number) for number, part in enumerate(parts, start=1)]
     totals = TokenSums()
     for batch in batches:
-        now.optimizer.zero_grad(set_to_none=True)
+        now.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
         sums, found = TokenSums(), None
         for micro in world.paced(batch.micro_batches):
             terms = loss_terms(policy, micro, batch.denominators, cfg)  # every term of Eq. (1), for every token
@@ -250,7 +250,7 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
             found = found or bad_term_of(micro, terms)
         norm = sum_gradients(parameters, world)
         refuse_what_is_not_finite(now, batch, found, norm)
-        sums.grad_norm = float(norm)
+        sums.grad_norm = float(norm)  # before clipping
         if cfg.keeps_step(now.step + 1):
             keep_bundle(now, batch, sums)
         clip_gradients(parameters, norm, cfg.grad_clip)

@@ -30,6 +30,7 @@ def fused_logprobs(
     ([M,H]) and backward only scales each row by the gradient that arrives. The logits are computed again in backward only
     where the head itself is trained.
     """
+    # a large vocabulary gets smaller chunks: it is the logits, not the tokens, that cost memory
     chunk = max(1, min(chunk, CHUNK_LOGITS // len(lm_head_weight)))
     logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy)
     return (logprobs, entropies) if entropy else logprobs
@@ -64,7 +65,7 @@ class _FusedLogprobs(torch.autograd.Function):
         grad_hidden = None if slopes is None else (slopes * scaled).to(hidden.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # added up in float32, rounded once at the end
             for rows, logits in _chunks(hidden, weight, ctx.temperature, ctx.chunk):
                 slope = _slope(_softmax(logits)[0], targets[rows, None])
                 grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])

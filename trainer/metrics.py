@@ -80,6 +80,7 @@ class TokenSums:
 
     def over_ranks(self, world: World) -> "TokenSums":
         """Sums and maximum over all ranks. Collective."""
+        # SUMMED fixes the order: the values of all ranks are added by place, not by name
         totals = world.total(*(self.sums[name] for name in SUMMED))
         return TokenSums(
             sums=dict(zip(SUMMED, totals, strict=True)),
@@ -117,7 +118,7 @@ def rollout_rows(
 
 def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, adapter_hash: str) -> dict:
     """The line of metrics.jsonl. rows: of rollouts.jsonl, all ranks. sums: over all ranks."""
-    totals, tokens = sums.sums, max(sums.sums["tokens"], 1)
+    totals, tokens = sums.sums, max(sums.sums["tokens"], 1)  # 1: a step in which no response was scored
     lengths = [len(row["response_ids"]) for row in rows]
     status = Counter(row["status"] for row in rows)
     return {

@@ -26,11 +26,12 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level
     level "token": exp(new - old). level "sequence" (GSPO, arXiv:2507.18071): every token of a row has the value of the
     row's exp(mean log-ratio), while the gradient reaches each token's own log-prob (as in verl), and the log is capped at 10.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))  # exp(0) = 1 where masked out
     if level == "token":
         return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     if level == "sequence":
         mean = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # [N,1]
+        # own - own.detach() is 0 in value, but carries the gradient of each token's own log-prob
         own = torch.where(mask, logprobs, torch.zeros_like(logprobs))
         return torch.where(mask, (own - own.detach() + mean).clamp(max=10.0).exp(), torch.ones_like(own))
     raise ValueError(f"ratio level {level!r} is not one of token, sequence")
@@ -46,6 +47,8 @@ def clipped_surrogate(
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     unclipped = -ratio * advantages
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    # the larger loss is the pessimistic one: clipping only ever takes the gradient away from a ratio that went too far in
+    # the direction its advantage asks for; in the other direction the unclipped loss, and its gradient, stay
     loss = torch.maximum(unclipped, clipped)
     if dual_clip is None:
         return loss
@@ -61,6 +64,7 @@ def clip_fired(
     1 + clip_high; "dual": of a worse one, above dual_clip.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    # strict comparisons: at a tie, maximum and clamp still pass a gradient
     codes = torch.zeros_like(ratio, dtype=torch.int8)
     codes = codes.masked_fill((ratio < 1 - clip_low) & (advantages < 0), CLIPS.index("low"))
     codes = codes.masked_fill((ratio > 1 + clip_high) & (advantages > 0), CLIPS.index("high"))
@@ -101,6 +105,7 @@ def rollout_correction(
         raise ValueError(f"correction {kind!r} is not one of {', '.join(CORRECTIONS)}")
     if kind == "none":
         return torch.ones_like(old_logprobs)
+    # detached: the weight says how much to trust a token, it is not something to optimise
     log_weight = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs)).detach()
     if kind.startswith("seq-"):
         log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
@@ -129,9 +134,9 @@ def aggregation_weights(
     if mode not in AGGREGATIONS:
         raise ValueError(f"aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
     weights = mask.to(dtype)
-    if mode == "token-mean":
+    if mode == "token-mean":  # every token counts the same, so long responses count more
         return weights / max(n_tokens, 1)
-    if mode == "seq-mean-token-mean":
+    if mode == "seq-mean-token-mean":  # every response counts the same, so a token of a long one counts less
         return weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)
     if mode == "seq-mean-token-sum":
         return weights / max(n_rows, 1)
@@ -231,6 +236,7 @@ def grpo_terms(
     -0.3298
     """
     zero = torch.zeros_like(logprobs)
+    # before any arithmetic: a NaN under the mask would reach the gradient through a product with 0
     logprobs = torch.where(mask, logprobs, zero)
     old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, zero)
     ref = logprobs.detach() if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)

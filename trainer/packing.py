@@ -35,6 +35,7 @@ def make_layout(sizes: list[tuple[int, list[int]]], device: torch.device | str) 
         if len(lengths) > 1:
             responses.append((at + prompt, sum(lengths)))
             prompts.append((at, prompt))
+        # a single response can stand in one causal segment with its prompt: one kernel call less, the same numbers
         for length in [prompt, *lengths] if len(lengths) > 1 else [prompt + lengths[0]]:
             own.append((at, length))
             at += length
@@ -88,11 +89,12 @@ def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedB
         ids += prompt
         positions += range(len(prompt))
         for response in responses:
+            # a token is predicted by the one before it: the first of every response by the prompt's last token
             predict_at += [last_prompt_token, *range(len(ids), len(ids) + len(response) - 1)]
             targets += response
             rows += [len(lengths)] * len(response)
             cols += range(len(response))
-            positions += range(len(prompt), len(prompt) + len(response))
+            positions += range(len(prompt), len(prompt) + len(response))  # each response continues from the prompt
             ids += response
             lengths.append(len(response))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -121,6 +123,7 @@ def balance(costs: list[float], ranks: int) -> list[list[int]]:
     """
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     loads = [0.0] * ranks
+    # ties are broken by number, so that every rank computes the same deal without talking to the others
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = loads.index(min(loads))
         loads[rank] += costs[item]
@@ -152,7 +155,7 @@ def split_by_tokens(sizes: Sizes, budget: int) -> list[list[tuple[int, list[int]
 def _cut(lengths: list[int], room: int) -> list[list[int]]:
     """A group's responses in runs of at most `room` tokens."""
     runs: list[list[int]] = []
-    used = room
+    used = room  # full: the first response opens a run, even one that is longer than the room
     for index, length in enumerate(lengths):
         if not runs or used + length > room:
             runs.append([])
@@ -260,6 +263,7 @@ def micro_batches(
     model whose layers are sharded needs that: a layer's weights can only be gathered by all ranks together.
     """
     groups = [group.rollouts for group in scored]
+    # rows are numbered over all groups of this rank, whatever order packing puts them in
     advantages, trained = (torch.cat(x) for x in zip(*((g.advantages, g.trained) for g in scored), strict=True))
     row_of = list(_numbered(groups))
     if not share_prompts:
@@ -272,7 +276,7 @@ def micro_batches(
         sampled = [value for g, indices in plan for i in indices for value in groups[g][i].sampler_logprobs]
         result.append(make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device))
     if in_step_with is not None:
-        most = int(in_step_with.largest(len(result)))
+        most = int(in_step_with.largest(len(result)))  # a sync point: every rank must come here
         result += [filler(device)] * (most - len(result))
     return result
 
@@ -280,6 +284,7 @@ def micro_batches(
 def filler(device: torch.device) -> MicroBatch:
     """A micro-batch that trains on nothing: one token of which no position counts, so its loss and its gradient are 0."""
     nothing = torch.zeros(1, dtype=torch.bool)
+    # token 0 exists in every vocabulary
     return make_micro_batch([([0], [[0]])], [], torch.zeros(1), nothing, [0.0], device)
 
 

@@ -66,6 +66,7 @@ class Policy:
     ) -> None:
         self.tokenizer = load_tokenizer(model_dir)
         self.device, self.sharded, self.lora = device, sharded, None
+        # a float32 adapter on a bfloat16 base: autocast makes the products, the small updates stay in float32
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
         self.attention = attention_name(attn, device)
@@ -230,6 +231,7 @@ def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) 
     """
     steps_per_epoch = len(prompts) // per_step
     epoch, place = divmod(step, steps_per_epoch)
+    # a fresh order per epoch, drawn from (seed, epoch) alone: a resumed run finds the same one
     order = list(range(len(prompts)))
     random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
     return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
