@@ -49,7 +49,7 @@ def export_model(
         getattr(torch, dtype),
         adapter=opened.adapter,
         config=opened.settings,
-        held=getattr(torch, settings["dtype"]) if "dtype" in settings else None,
+        base_dtype=getattr(torch, settings["dtype"]) if "dtype" in settings else None,
         quantize=settings.get("quantize", "none"),
         extra={"README.md": card},
     )
