@@ -15,7 +15,7 @@ $(VENV)/.ready: setup.cfg launch/setup.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh launch/setup.sh
 
 demo: setup
-	@echo "[make] demo: about 8 minutes on 2 cores; results in runs/demo"
+	@echo "[make] demo: about 10 minutes on 2 cores; results in runs/demo"
 	@$(RUN) launch/demo.py
 
 pbmc: setup

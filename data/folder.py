@@ -96,7 +96,7 @@ def report_beside(files: Iterable[str], say: Callable[[str], None] = print) -> d
 
 
 def read_report(path: str | Path | None) -> dict[str, Any] | None:
-    """The report.json of a build; None for None.
+    """The report.json of a build. None if path is None.
 
     Raises UserError that names the file when it is absent or no such report.
     """

@@ -16,7 +16,8 @@ SAME_GENES = 90
 SAME_ORDER = 95
 """Smallest Spearman correlation of near-duplicates over the genes that they share, in percent."""
 _BITS = np.left_shift(np.uint64(1), np.arange(64, dtype=np.uint64))
-"""A list's sketch flips one of 64 bits per gene, so two sketches differ in no more bits than their lists in genes."""
+"""One bit per gene, modulo 64. A list's sketch is the exclusive or of its genes' bits: two lists that differ in k genes have
+sketches that differ in at most k bits, so many different bits rule a pair out without comparing its genes."""
 
 
 def near_duplicates(

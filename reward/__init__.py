@@ -54,8 +54,8 @@ def _load_module(path: str, module_name: str):
         sys.path.append(str(Path.cwd()))
     try:
         return importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"--reward {path}: cannot import {module_name} ({error})") from error
+    except Exception as error:  # whatever the user's own code raises while it is imported
+        raise UserError(f"--reward {path}: cannot import {module_name} ({_what_happened(error)})") from error
 
 
 def _load_file(path: str, file_name: str):
@@ -68,6 +68,11 @@ def _load_file(path: str, file_name: str):
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"--reward {path}: cannot import {file_name} ({error})") from error
+    except Exception as error:  # whatever the user's own code raises while it is imported
+        raise UserError(f"--reward {path}: cannot import {file_name} ({_what_happened(error)})") from error
     return module
+
+
+def _what_happened(error: Exception) -> str:
+    """In one line: an ImportError or SyntaxError speaks for itself, a KeyError('x') does not."""
+    return str(error) if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {error}"

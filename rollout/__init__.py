@@ -46,7 +46,7 @@ class Rollout:
     finish_reason: str
     """"stop" (end of turn) or "length" (cut at max_tokens)."""
     adapter_version: int
-    """Number of optimizer steps the sampler's adapter has had; 0 = none loaded yet."""
+    """Number of optimizer steps the sampler's adapter has had; 0: the adapter the run began with."""
     adapter_hash: str
     """Hash (16 hex digits) of the adapter that sampled this response; "" = adapter off."""
 

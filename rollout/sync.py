@@ -151,9 +151,10 @@ class Canary:
         """Returns the mean |difference| between sampler and trainer in nats.
 
         on, off: [T-1] the sampler's log-probs with and without the adapter. Raises SyncError in two cases: `on` differs
-        from the policy by more than the tolerance (or three times the difference without an adapter, if that is
-        larger); or `on` equals `off` in every number although the policy has an adapter. Returns nan if the policy's
-        log-probs are not finite: that is no failure of the hand-over, and the next update names the token.
+        from the policy by more than the tolerance (or three times the difference without an adapter, if that is larger,
+        but never more than ten times the tolerance); or `on` equals `off` in every number although the policy has an
+        adapter. Returns nan if the policy's log-probs are not finite: that is no failure of the hand-over, and the next
+        update names the token.
         """
         if not all(math.isfinite(value) for value in self.policy):
             return math.nan

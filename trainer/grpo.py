@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 launch/grpo.py --recipe demo
     python -m pdb launch/grpo.py --recipe demo             # one process, stops anywhere
 
-Read `train_rank` first: its loop is the algorithm. Then `update`: one optimizer step. There is no critic, no buffer of old
-batches, no callback.
+Read `train_rank` first: its loop is the algorithm. Then `update`: one optimizer step. There is no critic, no
+replay of old batches, no callback.
 
 Axes: P prompts of a step, G responses per prompt, N = P * G rows (one per response), T tokens of the longest response.
 Every rank samples whole groups, so advantages need no communication between ranks; gradients are summed over the ranks.
@@ -124,8 +124,9 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
         if log is not None:
-            rows = [row for group in sampled for row in group.rows]
-            log.write(step_metrics(step + 1, rows, sums, cfg, identity), rows, clock, engine.seconds, figures)
+            all_rows = [row for group in sampled for row in group.rows]
+            metrics = step_metrics(step + 1, all_rows, sums, cfg, identity)
+            log.write(metrics, all_rows, clock, engine.seconds, figures)
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
             save_training(now, step + 1, ahead.unused(world.gather))
@@ -237,7 +238,7 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
     share = len(sampled) // cfg.updates_per_batch
     parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]
     # all reference and old log-probs, before the first optimizer step changes the policy
-    batches = [deal(now, part, number) for number, part in enumerate(parts, start=1)]
+    batches = [prepare_batch(now, part, number) for number, part in enumerate(parts, start=1)]
     totals = TokenSums()
     for batch in batches:
         now.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
@@ -261,8 +262,8 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
     return totals.over_ranks(world), packing_figures(plans, parts, policy.cost, cfg.micro_tokens, world)
 
 
-def deal(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
-    """This rank's part of an optimizer step, with the log-probs that no gradient flows through. number: from 1. Collective.
+def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
+    """This rank's micro-batches of an optimizer step, with their reference and old log-probs. number: from 1. Collective.
 
     Groups are dealt to ranks by what they cost to train on, whoever sampled them.
     """
@@ -275,7 +276,9 @@ def deal(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
     )
     micros = [
         replace(
-            micro, ref_logprobs=reference_logprobs(policy, micro, cfg), old_logprobs=old_logprobs(policy, micro, cfg)
+            micro,
+            ref_logprobs=reference_logprobs(policy, micro, cfg),
+            old_logprobs=logprobs_before_update(policy, micro, cfg),
         )
         for micro in world.paced(micros)
     ]
@@ -296,7 +299,12 @@ def loss_terms(policy: Policy, micro: MicroBatch, denominators: Denominators, cf
 def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cfg: GrpoConfig) -> LossTerms:
     """The objective that the settings ask for, applied to the policy's log-probs [N,T]."""
     weight = aggregation_weights(
-        micro.mask, cfg.aggregation, *denominators, norm=cfg.max_response_tokens, dtype=logprobs.dtype
+        micro.mask,
+        cfg.aggregation,
+        n_rows=denominators.n_rows,
+        n_tokens=denominators.n_tokens,
+        norm=cfg.max_response_tokens,
+        dtype=logprobs.dtype,
     )
     return grpo_terms(
         logprobs=logprobs,
@@ -324,7 +332,7 @@ def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Te
 
 
 @torch.no_grad()
-def old_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
+def logprobs_before_update(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
     """[N,T] log-probs of the policy as it is now, before the batch's first optimizer step.
 
     None when a batch gets one step only: then old = stop_gradient(new), the ratio is exactly 1, and no extra pass is made.

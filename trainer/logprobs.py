@@ -74,7 +74,10 @@ class _FusedLogprobs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
-    """Yields (rows, their logits [m,V]) in float32 (or float64). All chunks share one buffer: use a chunk before the next."""
+    """Yields (rows, their logits [m,V]) in float32 (or float64).
+
+    All chunks share one buffer: the logits of a chunk are gone when the next one is made.
+    """
     accurate = torch.promote_types(hidden.dtype, torch.float32)
     buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=accurate)
     for start in range(0, len(hidden), chunk):

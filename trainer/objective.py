@@ -3,9 +3,10 @@
 Axes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. Values under a False
 mask may be anything, NaN included: torch.where replaces them before they can be multiplied (0 * NaN is NaN).
 
-Cell-o1 (arXiv:2506.02911) Eq. (1), per response, averaged over the group, to be maximised:
+Cell-o1 (arXiv:2506.02911) Eq. (1), per response, averaged over the responses, to be maximised:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
-Not in the paper: ratios per token (its Eq. 1 is per sequence, its code per token), dual clip, the sampler corrections.
+Not in that equation: one ratio per token (it has one per response; the authors' code has one per token), the mean over a
+response's tokens that follows from it, dual clip, and the corrections for the sampler.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str = "token") -> Tensor:
-    """policy / behaviour probability. All [N,T] -> [N,T]; 1 where masked out; the log-ratio is clamped to +-20.
+    """New / old probability of each token. All [N,T] -> [N,T]; 1 where masked out; the log-ratio is clamped to +-20.
+
+    old: the policy before the batch's first update. That is the trainer's own number, not the sampler's.
 
     level "token": exp(new - old). level "sequence" (GSPO, arXiv:2507.18071): every token of a row has the value of the
     row's exp(mean log-ratio), while the gradient reaches each token's own log-prob (as in verl), and the log is capped at 10.

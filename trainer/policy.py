@@ -187,9 +187,10 @@ def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def predicting_padded(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[M,H] as predicting_packed, for a model whose attention ours cannot stand in for: one row per response, in its own.
+    """[M,H] as predicting_packed, for a model whose attention our shared-prefix attention cannot replace.
 
-    Padding on the right is exact for every causal model, whatever its layers do: what follows a token does not change it.
+    Every response gets a row of its own with a copy of its prompt, in the model's own attention. Padding on the right is
+    exact for every causal model: what follows a token does not change it.
     """
     ids, predict_at = one_row_per_response(batch)
     return causal_lm.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[predict_at]

@@ -103,7 +103,9 @@ class _Source:
     """All usable cells, before they are divided over the splits."""
 
     def generator(self, purpose: str, split: str = "") -> random.Random:
-        """The random generator for one purpose. Its name is its seed, so its draws do not depend on other files."""
+        """The random generator for one purpose, seeded by the build's seed, the purpose and the file's name.
+
+        Its draws therefore do not depend on which other files are built."""
         name = ":".join(filter(None, (purpose, self.path.stem, split)))
         return random.Random(f"{self.config.seed}:{name}")
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from reward import Reward, load_reward
 from reward.cellpuzzles import batch_reward, mixed_reward, parse_response, strict_reward
@@ -96,3 +98,20 @@ def test_load_reward_by_module_and_by_file(tmp_path):
 def test_load_reward_says_what_is_wrong(path, says):
     with pytest.raises(ValueError, match=says):
         load_reward(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import nonexistent_package_x\n", "No module named 'nonexistent_package_x'"),
+        ("def fn(:\n", "invalid syntax"),
+        ("table = {}['labels']\n", "KeyError: 'labels'"),
+        ("value = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
+    ],
+)
+def test_a_reward_file_that_fails_while_it_is_imported_is_one_sentence(tmp_path, source, says):
+    file = tmp_path / "mine.py"
+    file.write_text(source + "\ndef fn(completion, puzzle):\n    return 1.0\n")
+    with pytest.raises(UserError, match=re.escape(f"--reward {file}:fn: cannot import {file} (")) as caught:
+        load_reward(f"{file}:fn")
+    assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import torch
 
 from data.errors import UserError
 from rollout.sync import adapter_hash
-from trainer.grpo import loss_terms, old_logprobs, reference_logprobs
+from trainer.grpo import logprobs_before_update, loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
@@ -105,7 +105,7 @@ def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
 
     which: "ref_logprobs" or "old_logprobs".
     """
-    compute = reference_logprobs if which == "ref_logprobs" else old_logprobs
+    compute = reference_logprobs if which == "ref_logprobs" else logprobs_before_update
     largest = None
     for inputs in bundle.ranks:
         if which == "old_logprobs" and inputs.update > 1:
