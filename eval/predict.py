@@ -83,7 +83,7 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
     """A model behind an endpoint (rollout/teachers/openai.py). A puzzle is yielded as soon as its k answers are there.
 
     Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt
-    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after all answers that came, when
+    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after the last answer, when
     another request failed.
     """
 
@@ -180,7 +180,7 @@ class Partial:
     def add(self, rows: list[dict]) -> None:
         """Append rows and wait until they are on disk.
 
-        The first call writes the file anew, with the rows that were read too.
+        The first call rewrites the file, with the rows that were read from it.
         """
         for row in rows:
             self.rows[row["id"]] = row

@@ -116,7 +116,9 @@ def open_source(
 
     def rows(puzzle_set: PuzzleSet, partial: Partial) -> list[dict]:
         if partial.path.is_file() and not config.resume:
-            print(f"{partial.path}: an unfinished run, now replaced; --resume goes on with one", file=sys.stderr)
+            print(
+                f"{partial.path}: an unfinished run, which is replaced now; --resume would continue it", file=sys.stderr
+            )
         model.resume(partial)
         puzzles = puzzle_set.puzzles
         chunk = len(puzzles) if config.endpoint else config.chunk  # an endpoint's answers are saved one by one anyway
@@ -128,7 +130,7 @@ def open_source(
 
 
 def saved_rows(config: EvaluateConfig, puzzle_set: PuzzleSet, tokenizer: Any) -> list[dict]:
-    """Rows of saved predictions, in puzzle order. With a tokenizer their tokens are counted anew."""
+    """Rows of saved predictions, in puzzle order. With a tokenizer their tokens are counted again."""
     path = predictions_file(config, "predictions", puzzle_set.name)
     rows = match_rows(read_predictions(path), puzzle_set.puzzles, f"{path}: ")
     if tokenizer is not None:

@@ -115,7 +115,8 @@ def mismatches(
     compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
     if any(abs(numbers[name] - stated[name]) > 1e-9 for name in compared):
         return [
-            f"{file} is not what {source} was made from, whose numbers stand in the table: run launch/evaluate.py again"
+            f"{file} is not the file that {source} was made from, whose numbers the table shows: run "
+            "launch/evaluate.py again"
         ]
     if not compared and len(answers) < n_puzzles:
         return [f"{file} answers {len(answers):,} of {count(n_puzzles, 'puzzle')}: the others are left out"]
