@@ -150,6 +150,7 @@ def _types(found: OfStage) -> str:
     last = list(types)[-1]
     frequent = list(types[last].values())[:TYPES_SHOWN]
     ranked = sorted(frequent, key=lambda row: -row["accuracy"])
+    # two points per type stay legible; the table below the figure has the base model too
     drawn = [stage for stage in types if stage != "base"] or list(types)
     dots = []
     for row in ranked:

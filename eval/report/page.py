@@ -128,6 +128,7 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
         _glossary_section(),
         _settings_section(summary.get("run") or {}),
     ]
+    # link only to the sections that this run has
     links = {name: text for name, text in LINKS.items() if any(f'<section id="{name}"' in part for part in sections)}
     path = run_dir / "report.html"
     whole = page(headline(summary, evaluations), [_head(summary, evaluations), contents(links), *sections])

@@ -95,6 +95,7 @@ def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, sum
     answers, result = _first_answers(every, puzzles), read_result(folder / "metrics.json")
     found, notes = result.get("breakdowns") or {}, list(result.get("notes") or [])
     if not found and answers:
+        # seed 0, as in launch/evaluate.py by default: the same answers give the same intervals
         found = breakdowns([answered.score for answered in answers], [answered.puzzle for answered in answers], 0)
     if answers:
         file = f"{folder.parent.name}/{folder.name}/predictions.jsonl"
@@ -139,6 +140,7 @@ def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[
     Rows match by id, or by order when no row has one.
     """
     rows = read_rows(path) if path.is_file() else []
+    # older files have no ids: their rows are in puzzle order
     if not any("id" in row for row in rows):
         if len(rows) > len(puzzles):
             raise UserError(
