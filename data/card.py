@@ -65,8 +65,8 @@ def write_description(out: str | os.PathLike, splits: Splits, report: dict[str, 
 def data_card(splits: Splits, report: dict[str, Any], summary: str) -> str:
     """The card as Markdown. The same puzzles and report give the same bytes.
 
-    summary: the table of `summary_table`. The audit is the report's where that covers these puzzles; else it is made
-    anew.
+    summary: the table of `summary_table`. The audit is the report's where that covers these puzzles; otherwise a
+    new audit is made.
     """
     found = report.get("audit")
     if not _covers(found, splits):
@@ -142,14 +142,14 @@ def _sources(report: dict[str, Any]) -> str:
 
 
 def _filters(report: dict[str, Any]) -> str:
-    """The settings that decide which cells, genes and batches may stand in a puzzle, as sentences."""
+    """The settings that decide which cells, genes and batches may be in a puzzle, as sentences."""
     options = report.get("options") or {}
     if not options:
         return NO_REPORT
     say = {
         "top_genes": "At most {} genes are listed per cell.",
         "rank": "Genes are ranked by: {}.",
-        "profile": "What stands for a type in a batch: {} (cell: one of its cells; cluster: the mean of them).",
+        "profile": "What represents a type in a batch: {} (cell: one of its cells; cluster: the mean of them).",
         "drop_genes": "Gene classes never listed: {}.",
         "gene_dropout": "Chance that a gene of a train cell is passed over: {}.",
         "split": "Train and test differ by: {}.",

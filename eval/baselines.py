@@ -96,6 +96,7 @@ def assign(puzzle: Puzzle, fit: np.ndarray, pick: Callable[[np.ndarray], Sequenc
     """
     rng = random.Random(seed)
     cells, candidates = list(range(fit.shape[0])), list(range(fit.shape[1]))
+    # scipy breaks ties by position, so the positions must be random
     rng.shuffle(cells)
     rng.shuffle(candidates)
     labels = [""] * len(cells)
@@ -145,6 +146,7 @@ class Profiles:
         self.types = {label: i for i, label in enumerate(dict.fromkeys(normalise_label(label) for _, label in pairs))}
         of_cell = np.array([self.types[normalise_label(label)] for _, label in pairs])
         cells = self.vectors([cell for cell, _ in pairs])
+        # [types, cells] membership, so that one sparse product sums the cells of every type
         member = csr_matrix((np.ones(len(pairs)), (of_cell, np.arange(len(pairs)))), (len(self.types), len(pairs)))
         means = (member @ cells).toarray() / np.bincount(of_cell)[:, None]
         self.profiles = means / np.linalg.norm(means, axis=1, keepdims=True)
@@ -169,5 +171,6 @@ class Profiles:
         for column, label in enumerate(puzzle.candidates):
             place = self.types.get(normalise_label(label))
             if place is not None:
+                # profiles are unit vectors: only the cell's own length is left to divide by
                 found[:, column] = cells @ self.profiles[place] / np.where(lengths > 0, lengths, 1.0)
         return found

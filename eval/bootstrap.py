@@ -42,6 +42,7 @@ class Sums:
 
     def draws(self, *names: object, resamples: int = RESAMPLES) -> np.ndarray:
         """[B, M] metrics of `resamples` resamples of the U units. The seed is derived from `names`."""
+        # numerator and denominator of a resample must count the same units: one product for both
         both = np.concatenate([self.numerators, self.denominators], axis=1)
         sums = np.concatenate([counts @ both for counts in _counts(len(both), resamples, names)])
         return _ratio(*np.split(sums, 2, axis=1))
@@ -55,6 +56,7 @@ def sums_of(samples: Sequence[Sequence[PuzzleScore]], units: Sequence[Hashable])
     """
     rows = [[_parts(score) for score in of_puzzle] for of_puzzle in samples]
     numerators = np.array([np.mean([parts for parts, _ in row], axis=0) for row in rows])
+    # only the second metric, cell_accuracy_micro, divides by cells; the others divide by batches
     denominators = np.array([[1.0, row[0][1], 1.0, 1.0, 1.0, 1.0] for row in rows])
     return added_up(numerators, denominators, units)
 
@@ -112,6 +114,7 @@ def paired(
     """
     units = units_of(puzzles)
     one, other = sums_of(ours, units), sums_of(theirs, units)
+    # one draw for both models: a pair is compared on the same resample
     both = Sums(
         np.concatenate([one.numerators, other.numerators], axis=1),
         np.concatenate([one.denominators, other.denominators], axis=1),
@@ -134,6 +137,7 @@ def _counts(n_units: int, resamples: int, names: tuple) -> Iterator[np.ndarray]:
     per_piece = max(1, CHUNK // n_units)
     for start in range(0, resamples, per_piece):
         b = min(per_piece, resamples - start)
+        # shift resample i by i * n_units, so that a single bincount counts all resamples
         drawn = rng.integers(n_units, size=(b, n_units)) + n_units * np.arange(b)[:, None]
         yield np.bincount(drawn.ravel(), minlength=b * n_units).reshape(b, n_units).astype(float)
 

@@ -74,6 +74,7 @@ def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dic
             {"value": value, **group_metrics([scores[i] for i in places], [puzzles[i] for i in places], *names)}
             for value, places in members.items()
         ]
+        # a breakdown into one unknown group says nothing
         if set(members) == {NOT_STATED}:
             found[dimension] = []
     diseases = {v: places for v, places in group(puzzles, disease_of).items() if v not in (NOT_STATED, HEALTHY)}
@@ -134,6 +135,7 @@ def distribution(scores: Scores) -> dict[str, Any]:
     right = [sum(score.right) for score in scores]
     bins: Counter = Counter()
     for n, score in zip(right, scores, strict=True):
+        # whole numbers: 1 of 10 cells right must fall into [0.1, 0.2), whatever the rounding of 1 / 10
         bins["none" if n == 0 else "all" if n == score.n_cells else 10 * n // score.n_cells] += 1
     shares = [score.cell_accuracy for score in scores]
     edges = [("none", 0.0, 0.0), *((i, i / 10, (i + 1) / 10) for i in range(10)), ("all", 1.0, 1.0)]
@@ -214,6 +216,7 @@ def decomposition(
     (n_puzzles counts batches); response_length is that of the answers to single cells. `cell_format_validity` is the
     share of cells with a valid answer.
     """
+    # regroup makes up the text of a batch's answer, so its length means nothing
     lengths = {"response_length": metrics_of(scores).response_length}
     length_interval = intervals([[score] for score in scores], puzzles, "cells", *names)["response_length"]
     found: dict[str, Any] = {"cell_format_validity": metrics_of(scores).format_validity}
@@ -249,6 +252,7 @@ def k_sample(
     found["pass_at_k"] = {
         str(i + 1): {"value": float(passes[:, i].mean()), "interval": limit} for i, limit in enumerate(limits)
     }
+    # a vote needs all k answers, so it costs all of them
     lengths = [sum(score.response_length for score in of_puzzle) for of_puzzle in samples]
     for name, vote in (("majority_vote", majority_vote), ("cell_vote", cell_vote)):
         answers = [vote(of_puzzle, puzzle) for of_puzzle, puzzle in zip(texts, puzzles, strict=True)]

@@ -139,6 +139,7 @@ def puzzles_digest(puzzles: Sequence[Puzzle]) -> str:
 
 def write_evaluation(out: Path, rows: list[dict], result: dict[str, Any], title: str) -> None:
     """Write OUT/predictions.jsonl, evaluation.md and, last, metrics.json, each whole or not at all."""
+    # metrics.json comes last: where it is, the evaluation is complete
     write_rows(out / "predictions.jsonl", rows)
     write_whole(out / "evaluation.md", evaluation_markdown(title, result))
     write_whole(out / "metrics.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -108,6 +108,7 @@ def score_one(prediction: str, puzzle: Puzzle, token_length: int | None = None) 
     """
     n_cells = len(puzzle.cells)
     parsed = parse_response(prediction, n_cells)
+    # None equals no label, so an invalid format has no cell right
     given = [normalise_label(label) for label in parsed.labels] if parsed.valid else [None] * n_cells
     truth = [normalise_label(label) for label in puzzle.answer]
     return PuzzleScore(
@@ -181,6 +182,7 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
             f"{where}{len(missing)} of {len(puzzles)} puzzles have no prediction, the first is {missing[0]}"
         )
     for name, count in wanted.items():
+        # a puzzle that occurs twice has one prediction for both, or one for each
         if len(by_id[name]) not in (1, count):
             raise UserError(f"{where}puzzle {name} has {len(by_id[name])} predictions: keep the one to score")
     seen: Counter = Counter()
@@ -224,6 +226,7 @@ def scores_of(
             f"the predictions have {counts[0]} to {counts[-1]} samples per puzzle: give each the same number"
         )
     tokens = [token_counts(row) for row in rows]
+    # a mixture of tokens and words would be a meaningless mean
     in_tokens = not in_words and None not in tokens
     flat = score_all(
         [text for of_puzzle in texts for text in of_puzzle],
@@ -280,6 +283,7 @@ def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
     answer) when no sample has a valid format.
     """
     valid = _valid_labels(samples, puzzle)
+    # every type occurs once in a batch: an assignment that repeats a label is certainly wrong
     valid = [labels for labels in valid if _one_to_one(labels, puzzle)] or valid
     if not valid:
         return ""

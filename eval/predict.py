@@ -63,6 +63,7 @@ def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[i
         return Answer(text=text, tokens=len(rollout.response_ids), finish_reason=rollout.finish_reason)
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
+        # each chunk has its own seed: a resumed run samples what the unbroken run would have
         of_chunk = replace(sampling, seed=stable_seed("evaluate", sampling.seed, first))
         groups = engine.generate([puzzle.id for puzzle in puzzles], [encode(puzzle) for puzzle in puzzles], of_chunk)
         yield [(puzzle, [answer(r) for r in group]) for puzzle, group in zip(puzzles, groups, strict=True)]
@@ -83,7 +84,7 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
     """A model behind an endpoint (rollout/teachers/openai.py). A puzzle is yielded as soon as its k answers are there.
 
     Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt
-    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after all answers that came, when
+    that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after the last answer, when
     another request failed.
     """
 
@@ -97,7 +98,7 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
                 answer = Answer(text="", tokens=0, finish_reason=REFUSED)
             if done.error and not (refused_are_invalid and refused_for_good(done.error)):
                 error = done.error
-                continue
+                continue  # the other answers are on their way, and may have cost money
             came[done.puzzle_id][done.attempt] = answer
             if len(came[done.puzzle_id]) == k:
                 yield [(by_id[done.puzzle_id], [came[done.puzzle_id][i] for i in range(k)])]
@@ -148,6 +149,7 @@ def answer_all(
         for first in range(0, len(todo), chunk):
             together = todo[first : first + chunk]
             missing = [puzzle for puzzle in together if puzzle.id not in partial.rows]
+            # what vLLM samples for a prompt depends on the other prompts of the chunk
             asked = together if whole_chunks and missing else missing
             for answered in ask(asked, first) if asked else ():
                 new = sum(puzzle.id not in partial.rows for puzzle, _ in answered)
@@ -180,8 +182,9 @@ class Partial:
     def add(self, rows: list[dict]) -> None:
         """Append rows and wait until they are on disk.
 
-        The first call writes the file anew, with the rows that were read too.
+        The first call rewrites the file, with the rows that were read from it.
         """
+        # a row that is answered again replaces the old one
         for row in rows:
             self.rows[row["id"]] = row
         if not self.started:
@@ -192,6 +195,7 @@ class Partial:
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(row) + "\n" for row in rows))
             handle.flush()
+            # an answer must survive a crash of the machine: it may have cost money
             os.fsync(handle.fileno())
 
     def remove(self) -> None:

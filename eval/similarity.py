@@ -92,6 +92,7 @@ def similarity(
     encoder.embed(label for score in scores for label in score.labels)
     numerators, denominators = [], []
     for score, puzzle in zip(scores, puzzles, strict=True):
+        # an invalid answer has no labels; then zip gives nothing, which is not an error
         near = [encoder.similarity(*pair) for pair in zip(score.labels, puzzle.answer, strict=score.valid)]
         right, n = sum(value > threshold for value in near), score.n_cells
         numerators.append([right / n, right, float(right == n), sum(near)])

@@ -60,8 +60,9 @@ def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]
     first = puzzles[:limit]
     if variant_of_all(puzzles, file) != "cell":
         return first
+    # checked even without a limit: a file with a cell missing, or twice, is refused before anything is asked
     try:
-        regroup([""] * len(puzzles), puzzles)  # only to find cells that are missing or come twice
+        regroup([""] * len(puzzles), puzzles)
     except UserError as error:
         raise UserError(f"--puzzles {file}: {error}") from None
     n_cells = Counter(puzzle.meta["batch_id"] for puzzle in first)
@@ -116,7 +117,9 @@ def open_source(
 
     def rows(puzzle_set: PuzzleSet, partial: Partial) -> list[dict]:
         if partial.path.is_file() and not config.resume:
-            print(f"{partial.path}: an unfinished run, now replaced; --resume goes on with one", file=sys.stderr)
+            print(
+                f"{partial.path}: an unfinished run, which is replaced now; --resume would continue it", file=sys.stderr
+            )
         model.resume(partial)
         puzzles = puzzle_set.puzzles
         chunk = len(puzzles) if config.endpoint else config.chunk  # an endpoint's answers are saved one by one anyway
@@ -128,7 +131,7 @@ def open_source(
 
 
 def saved_rows(config: EvaluateConfig, puzzle_set: PuzzleSet, tokenizer: Any) -> list[dict]:
-    """Rows of saved predictions, in puzzle order. With a tokenizer their tokens are counted anew."""
+    """Rows of saved predictions, in puzzle order. With a tokenizer their tokens are counted again."""
     path = predictions_file(config, "predictions", puzzle_set.name)
     rows = match_rows(read_predictions(path), puzzle_set.puzzles, f"{path}: ")
     if tokenizer is not None:
@@ -238,6 +241,7 @@ def rows_to_compare(config: EvaluateConfig, puzzle_set: PuzzleSet) -> tuple[str,
     path = predictions_file(config, "compare", puzzle_set.name)
     rows, result = read_predictions(path), read_result(path.with_name("metrics.json"))
     theirs = (result.get("puzzles") or {}).get("digest")
+    # predictions of more puzzles, or of other cells under the same ids, cannot be paired
     beyond = {row["id"] for row in rows if "id" in row} - {puzzle.id for puzzle in puzzle_set.puzzles}
     if beyond or theirs not in (None, puzzles_digest(puzzle_set.puzzles)):
         raise UserError(

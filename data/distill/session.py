@@ -129,7 +129,7 @@ def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str,
 class Interruptible:
     """A context in which the first SIGTERM or SIGINT stops the teacher, which then waits for the requests in flight.
 
-    A second signal of either kind ends the process at once. In both cases every response that came is on disk.
+    A second signal of either kind ends the process at once. In both cases every response that was received is on disk.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -23,7 +23,7 @@ OfStage = dict[str, dict[str, Any]]
 def where_sections(evaluations: Evaluations, summary: dict[str, Any]) -> list[str]:
     """A section for each split that has breakdowns; if no split has any, a section that says why."""
     found = {
-        split: {stage: one.found for stage, one in of_stage.items() if one.found}
+        split: {stage: evaluation.found for stage, evaluation in of_stage.items() if evaluation.found}
         for split, of_stage in evaluations.items()
     }
     parts = [_where(split, of_stage, evaluations[split], summary) for split, of_stage in found.items() if of_stage]
@@ -38,7 +38,7 @@ def _where(split: str, found: OfStage, of_stage: dict[str, Evaluation], summary:
     name = split_name(summary, split)
     absent = [STAGE_NAMES[stage] for stage in STAGES if stage not in found]
     lacking = missing(f"Not shown, because eval/ holds nothing of it: {', '.join(absent)}.") if absent else ""
-    guessing = all(one.variant != "open" for one in of_stage.values())
+    guessing = all(evaluation.variant != "open" for evaluation in of_stage.values())
     figures = [
         _sizes(found, guessing),
         _distribution(found),
@@ -49,7 +49,7 @@ def _where(split: str, found: OfStage, of_stage: dict[str, Evaluation], summary:
 
 
 def _sizes(found: OfStage, guessing: bool) -> str:
-    groups = {stage: one["n_cells"] for stage, one in found.items() if one.get("n_cells")}
+    groups = {stage: breakdown["n_cells"] for stage, breakdown in found.items() if breakdown.get("n_cells")}
     if not groups:
         return missing("Accuracy by number of cells: no evaluation holds it.")
     caption = (
@@ -61,10 +61,14 @@ def _sizes(found: OfStage, guessing: bool) -> str:
 
 
 def _distribution(found: OfStage) -> str:
-    every = {stage: one["batch_distribution"] for stage, one in found.items() if one.get("batch_distribution")}
+    every = {
+        stage: breakdown["batch_distribution"]
+        for stage, breakdown in found.items()
+        if breakdown.get("batch_distribution")
+    }
     if not every:
         return missing("Cells right in single puzzles: no evaluation holds it.")
-    drawn = {stage: one for stage, one in every.items() if one["mean"] > 0} or every
+    drawn = {stage: spread for stage, spread in every.items() if spread["mean"] > 0} or every
     empty = [STAGE_NAMES[stage] for stage in every if stage not in drawn]
     caption = (
         "After Figure 4B of the paper. Each bar is the share of puzzles with this share of their cells right. Puzzles "
@@ -73,7 +77,7 @@ def _distribution(found: OfStage) -> str:
         + (f" Not drawn: {' and '.join(empty)} no puzzle has a right cell." if empty else "")
     )
     columns = ["cells right", *(STAGE_NAMES[stage] for stage in drawn)]
-    bins = [one["bins"] for one in drawn.values()]
+    bins = [spread["bins"] for spread in drawn.values()]
     rows = []
     for parts in zip(*bins, strict=True):
         low, high = parts[0]["from"], parts[0]["to"]
@@ -84,7 +88,7 @@ def _distribution(found: OfStage) -> str:
 
 
 def _dimension(found: OfStage, dimension: str) -> str:
-    groups = {stage: one[dimension] for stage, one in found.items() if one.get(dimension)}
+    groups = {stage: breakdown[dimension] for stage, breakdown in found.items() if breakdown.get(dimension)}
     title = f"By {dimension}"
     if not groups:
         return missing(f"{title}: the puzzles do not state it.")
@@ -125,7 +129,7 @@ def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
     for group in last[: 3 * GROUPS_SHOWN]:
         cells = [escape(str(group["value"])), f"{group['n_puzzles']:,}"]
         for rows_of in groups.values():
-            row = next((one for one in rows_of if one["value"] == group["value"]), None)
+            row = next((group_row for group_row in rows_of if group_row["value"] == group["value"]), None)
             for metric in ("cell_accuracy", "batch_accuracy"):
                 several = row is not None and row["n_puzzles"] > 1
                 interval = row.get("intervals", {}).get(metric) if row is not None and several else None
@@ -137,20 +141,21 @@ def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
 def _types(found: OfStage) -> str:
     """Accuracy by cell type: a figure of the most frequent types, and a table of all."""
     types = {
-        stage: {row["cell_type"]: row for row in one["cell_type"]}
-        for stage, one in found.items()
-        if one.get("cell_type")
+        stage: {row["cell_type"]: row for row in breakdown["cell_type"]}
+        for stage, breakdown in found.items()
+        if breakdown.get("cell_type")
     }
     if not types:
         return missing("By cell type: no evaluation holds it.")
     last = list(types)[-1]
     frequent = list(types[last].values())[:TYPES_SHOWN]
     ranked = sorted(frequent, key=lambda row: -row["accuracy"])
+    # two points per type stay legible; the table below the figure has the base model too
     drawn = [stage for stage in types if stage != "base"] or list(types)
     dots = []
     for row in ranked:
         own = {stage: types[stage][row["cell_type"]] for stage in drawn if row["cell_type"] in types[stage]}
-        values = {s: (one["accuracy"], one["interval"] if s == last else None) for s, one in own.items()}
+        values = {s: (of_type["accuracy"], of_type["interval"] if s == last else None) for s, of_type in own.items()}
         dots.append(Dots(_label(row["cell_type"], row["cells"]), values))
     everything = (
         f"The {TYPES_SHOWN} most frequent of {len(types[last])} types"
@@ -178,7 +183,7 @@ def _types(found: OfStage) -> str:
 
 def _confusions(found: OfStage) -> str:
     """The pairs of types that the last stage confuses most, and how often earlier stages confused them."""
-    counts = {stage: one["confusion"] for stage, one in found.items() if one.get("confusion")}
+    counts = {stage: breakdown["confusion"] for stage, breakdown in found.items() if breakdown.get("confusion")}
     if not counts:
         return missing("Confusions: no evaluation has an answer that can be read.")
     stages, last = list(counts), list(counts)[-1]

@@ -168,6 +168,7 @@ def curve_svg(curve: Curve, steps: list[dict[str, Any]]) -> str | None:
 
 def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, name: str) -> None:
     """Draw raw dots and their smoothed line."""
+    # the line uses all steps; only the dots are thinned out
     every = dot_spacing(len(step))
     axes.plot(step[::every], value[::every], "o", color=colour, alpha=0.35, markersize=3, markeredgewidth=0)
     axes.plot(*smooth(step, value), color=colour, linewidth=2, label=name)
@@ -194,6 +195,7 @@ def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
     if not bars:
         return None
     splits = list(dict.fromkeys(split for split, _, _ in bars))
+    # a gap between the splits
     x = [i + 0.8 * splits.index(split) for i, (split, _, _) in enumerate(bars)]
     with page_style():
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
@@ -348,6 +350,7 @@ def svg_element(figure: Figure, label: str) -> str:
     """The figure as an <svg> element inside an HTML page: without prologue, fixed size, or address."""
     buffer = io.StringIO()
     no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    # without a date: the same run gives the same page, byte for byte
     figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()

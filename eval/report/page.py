@@ -128,6 +128,7 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
         _glossary_section(),
         _settings_section(summary.get("run") or {}),
     ]
+    # link only to the sections that this run has
     links = {name: text for name, text in LINKS.items() if any(f'<section id="{name}"' in part for part in sections)}
     path = run_dir / "report.html"
     whole = page(headline(summary, evaluations), [_head(summary, evaluations), contents(links), *sections])
@@ -182,7 +183,9 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         rows += [_result_row(stage, summary[stage].get(split)) for stage in STAGES]
         of_stage = evaluations.get(split, {})
         lacking += "".join(
-            missing(f"{name}, {STAGE_NAMES[s]}: {said}.") for s, one in of_stage.items() for said in one.notes
+            missing(f"{name}, {STAGE_NAMES[s]}: {said}.")
+            for s, evaluation in of_stage.items()
+            for said in evaluation.notes
         )
         variant = variant_of_split(of_stage)
         if variant in ("cell", "open"):
@@ -243,7 +246,7 @@ def _published_row(row: dict[str, Any], among: list[dict[str, Any]]) -> list[str
 
     among: all rows of the table; they show their settings when these differ.
     """
-    setting = f", {row['setting']}" if len({one["setting"] for one in among}) > 1 else ""
+    setting = f", {row['setting']}" if len({other["setting"] for other in among}) > 1 else ""
     name = f'<span class="published">{escape(row["model"] + setting)} <small>published</small></span>'
     shares = [
         share(row.get("batch_accuracy")),
@@ -259,9 +262,9 @@ def _sizes(summary: dict[str, Any], evaluations: Evaluations) -> str:
     splits_of: dict[str, list[str]] = {}  # {sentence: splits for which it holds}
     low, high = PAPER_SIZES
     for split, of_stage in evaluations.items():
-        sizes = next((one.sizes for one in reversed(of_stage.values()) if one.sizes), [])
+        sizes = next((evaluation.sizes for evaluation in reversed(of_stage.values()) if evaluation.sizes), [])
         sentence = "are others than the paper's: a difference to its numbers does not show which model is better."
-        if sizes and all(one.variant == "batch" for one in of_stage.values()):
+        if sizes and all(evaluation.variant == "batch" for evaluation in of_stage.values()):
             guess = percent(sum(1 / n for n in sizes) / len(sizes))
             ours = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
             same = low <= min(sizes) and max(sizes) <= high

@@ -43,10 +43,10 @@ def examples_of(answers: dict[str, list[Answered]]) -> list[Example]:
     stages = [stage for stage in ("sft", "grpo") if answers.get(stage)] or [s for s in ("base",) if answers.get(s)]
     if not stages:
         return []
-    by_id = {stage: {one.puzzle.id: one for one in answers[stage]} for stage in stages}
+    by_id = {stage: {answered.puzzle.id: answered for answered in answers[stage]} for stage in stages}
     return [
-        Example(one.puzzle, {s: by_id[s][one.puzzle.id] for s in stages if one.puzzle.id in by_id[s]})
-        for one in answers[stages[-1]]
+        Example(answered.puzzle, {s: by_id[s][answered.puzzle.id] for s in stages if answered.puzzle.id in by_id[s]})
+        for answered in answers[stages[-1]]
     ]
 
 
@@ -58,20 +58,22 @@ def choose_examples(examples: list[Example], show: int) -> dict[str, list[Exampl
     loss. Ties stay in file order.
     """
 
-    def right(one: Example) -> float:
-        return one.last.score.cell_accuracy
+    def right(example: Example) -> float:
+        return example.last.score.cell_accuracy
 
-    ranked = sorted(
-        (one for one in examples if right(one) > 0), key=lambda one: (-right(one), -one.change, -len(one.puzzle.cells))
-    )
+    def best_first(example: Example) -> tuple:
+        return -right(example), -example.change, -len(example.puzzle.cells)
+
+    def worst_first(example: Example) -> tuple:
+        return not example.last.score.valid, right(example), example.change, -len(example.puzzle.cells)
+
+    ranked = sorted((example for example in examples if right(example) > 0), key=best_first)
     best = ranked[: min(show, (len(examples) + 1) // 2)]
-    taken = {one.puzzle.id for one in best}
-    wrong = [one for one in examples if right(one) < 1 and one.puzzle.id not in taken]
-    worst = sorted(wrong, key=lambda one: (not one.last.score.valid, right(one), one.change, -len(one.puzzle.cells)))[
-        :show
-    ]
-    taken |= {one.puzzle.id for one in worst}
-    first = [one for one in examples if one.puzzle.id not in taken][:1]
+    taken = {example.puzzle.id for example in best}
+    wrong = [example for example in examples if right(example) < 1 and example.puzzle.id not in taken]
+    worst = sorted(wrong, key=worst_first)[:show]
+    taken |= {example.puzzle.id for example in worst}
+    first = [example for example in examples if example.puzzle.id not in taken][:1]
     return {"best": best, "worst": worst, "first": first}
 
 
@@ -79,7 +81,7 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
     """The section, with puzzles of the first split that has answers."""
     title = "Puzzles to read"
     of_split = {
-        split: examples_of({stage: one.answers for stage, one in of_stage.items()})
+        split: examples_of({stage: evaluation.answers for stage, evaluation in of_stage.items()})
         for split, of_stage in evaluations.items()
     }
     split, examples = next(((split, some) for split, some in of_split.items() if some), ("", []))
@@ -87,7 +89,7 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
         files = "predictions (eval/*/test/predictions.jsonl) with their puzzles (puzzles/test.parquet)"
         return section("puzzles", title, missing(f"This run folder has no {files}, so there is no puzzle to show."))
     chosen = choose_examples(examples, show)
-    unreadable = sum(not one.last.score.valid for one in examples)
+    unreadable = sum(not example.last.score.valid for example in examples)
     last = STAGE_NAMES[list(examples[0].answers)[-1]]
     says = (
         f"From the {count(len(examples), 'puzzle')} of {split_name(summary, split)}: those with the most and with the "
@@ -104,17 +106,19 @@ def puzzles_section(evaluations: Evaluations, summary: dict[str, Any], show: int
     markers = {normalise_label(label): set(entry.markers) for label, entry in read_markers().items()}
     parts = []
     for kind, some in chosen.items():
-        shown = "".join(_article(one, markers, opened=place == 0 and kind != "first") for place, one in enumerate(some))
+        shown = "".join(
+            _article(example, markers, opened=place == 0 and kind != "first") for place, example in enumerate(some)
+        )
         parts.append(
             f"<h3>{TITLES[kind]}</h3>{shown}" if some else missing(f"{TITLES[kind]}: there is no such puzzle.")
         )
     return section("puzzles", title, note(says) + "".join(parts))
 
 
-def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
+def _article(example: Example, markers: dict[str, set[str]], opened: bool) -> str:
     """A puzzle with its answers. opened: show what the last stage wrote without a click."""
-    puzzle = one.puzzle
-    scores = {stage: answered.score for stage, answered in one.answers.items()}
+    puzzle = example.puzzle
+    scores = {stage: answered.score for stage, answered in example.answers.items()}
     tally = ", ".join(f"{sum(s.right)} of {s.n_cells} {STAGE_NAMES[stage]}" for stage, s in scores.items())
     head = f"<h4>Puzzle {escape(puzzle.id)}: cells right {escape(tally)}</h4>"
     candidates = "; ".join(escape(label) for label in puzzle.candidates) or "none were given"
@@ -126,22 +130,22 @@ def _article(one: Example, markers: dict[str, set[str]], opened: bool) -> str:
     ]
     notes += [
         f"The answer {STAGE_NAMES[stage]} hit the length limit."
-        for stage, answered in one.answers.items()
+        for stage, answered in example.answers.items()
         if answered.finish_reason == "length"
     ]
-    columns = ["cell", "genes", "true type", *(STAGE_NAMES[stage] for stage in one.answers)]
+    columns = ["cell", "genes", "true type", *(STAGE_NAMES[stage] for stage in example.answers)]
     rows = []
     for i, (genes, truth) in enumerate(zip(puzzle.cells, puzzle.answer, strict=True)):
-        given = [_given(answered, i) for answered in one.answers.values()]
+        given = [_given(answered, i) for answered in example.answers.values()]
         own = markers.get(normalise_label(truth), set())
         rows.append([str(i + 1), _genes(genes, own, i + 1), escape(truth), *given])
     texts = [
         details(
             f"What the model wrote {STAGE_NAMES[stage]}: its reasoning and answer",
             _pre(answered.prediction),
-            opened and answered is one.last,
+            opened and answered is example.last,
         )
-        for stage, answered in one.answers.items()
+        for stage, answered in example.answers.items()
     ]
     texts.append(details("The prompt, word for word", _pre(f"{puzzle.system_message}\n\n{puzzle.user_message}")))
     parts = [head, prompt, *map(missing, notes), html_table(columns, rows, "cells"), *texts]

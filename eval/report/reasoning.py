@@ -31,12 +31,17 @@ Read = dict[str, list[tuple[Answered, TraceAnalysis]]]
 def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
     """The section, for the first split with answers: habits, order, all numbers, three answers drawn step by step."""
     split, of_stage = next(
-        ((split, of) for split, of in evaluations.items() if any(one.answers for one in of.values())), ("", {})
+        ((split, of) for split, of in evaluations.items() if any(evaluation.answers for evaluation in of.values())),
+        ("", {}),
     )
     if not split:
         files = "predictions (eval/*/test/predictions.jsonl) with their puzzles (puzzles/test.parquet)"
         return section("reasoning", TITLE, missing(f"This run folder has no {files}, so no reasoning can be read."))
-    analysed = {stage: analysed_answers(one.answers[:ANSWERS_READ]) for stage, one in of_stage.items() if one.answers}
+    analysed = {
+        stage: analysed_answers(evaluation.answers[:ANSWERS_READ])
+        for stage, evaluation in of_stage.items()
+        if evaluation.answers
+    }
     found: Read = {stage: pairs for stage, pairs in analysed.items() if any(a.steps for _, a in pairs)}
     silent = [STAGE_NAMES[stage] for stage in analysed if stage not in found]
     lacking = missing(f"No answer {' or '.join(silent)} gives a cell a label in its reasoning.") if silent else ""
@@ -44,7 +49,7 @@ def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
         return section("reasoning", TITLE, lacking)
     summaries = {stage: summarise_traces([analysis for _, analysis in pairs]) for stage, pairs in found.items()}
     n = max(len(pairs) for pairs in found.values())
-    cut = any(len(one.answers) > ANSWERS_READ for one in of_stage.values())
+    cut = any(len(evaluation.answers) > ANSWERS_READ for evaluation in of_stage.values())
     intro = note(
         f"{'The first ' if cut else ''}{count(n, 'answer')} of each stage, on {split_name(summary, split)}. A step is "
         "a place where the reasoning gives a cell a label, or another label than before. Steps are found by rules "
@@ -56,14 +61,14 @@ def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
 
 def analysed_answers(answers: Sequence[Answered]) -> list[tuple[Answered, TraceAnalysis]]:
     """Each answer with the analysis of its reasoning."""
-    known = known_labels([one.puzzle for one in answers])
-    return [(one, analyse(one.prediction, one.puzzle, known)) for one in answers]
+    known = known_labels([answered.puzzle for answered in answers])
+    return [(answered, analyse(answered.prediction, answered.puzzle, known)) for answered in answers]
 
 
 def _habits(summaries: dict[str, TraceSummary]) -> str:
     rows = []
     for label, field in HABITS.items():
-        values = {stage: getattr(one, field) for stage, one in summaries.items()}
+        values = {stage: getattr(summary, field) for stage, summary in summaries.items()}
         rows.append(Dots(label, {stage: (value, None) for stage, value in values.items() if value is not None}))
     caption = (
         "After Figure 6 of the paper. Share of answers in which each of these happens. Changing one's mind "
@@ -74,7 +79,7 @@ def _habits(summaries: dict[str, TraceSummary]) -> str:
 
 
 def _along(summaries: dict[str, TraceSummary]) -> str:
-    rows = {stage: one.by_position for stage, one in summaries.items() if one.by_position}
+    rows = {stage: summary.by_position for stage, summary in summaries.items() if summary.by_position}
     caption = (
         "Share of labels that are right when the reasoning first gives them, from the first cell that it assigns to "
         "the last. A falling line means that easy cells come first (curriculum order), or that errors add up; a flat "
@@ -88,7 +93,7 @@ def _measures(summaries: dict[str, TraceSummary]) -> str:
     columns = ["", *(STAGE_NAMES[stage] for stage in summaries), "how to read it"]
     rows = []
     for name, cell_of, reading in MEASURES:
-        rows.append([name, *(cell_of(one) for one in summaries.values()), reading])
+        rows.append([name, *(cell_of(summary) for summary in summaries.values()), reading])
     return html_table(columns, rows, "words readings", "The same and more in numbers")
 
 

@@ -70,9 +70,9 @@ def read_evaluations(run_dir: Path, summary: dict[str, Any] | None = None) -> Ev
                 evaluation_folder(run_dir, stage, split),
                 ((summary or {}).get(stage) or {}).get(split) or {},
             )
-            one = read_evaluation(folder, puzzles, puzzles_file, stated)
-            if one.answers or one.result:
-                found.setdefault(split, {})[stage] = one
+            evaluation = read_evaluation(folder, puzzles, puzzles_file, stated)
+            if evaluation.answers or evaluation.result:
+                found.setdefault(split, {})[stage] = evaluation
     return found
 
 
@@ -95,7 +95,8 @@ def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, sum
     answers, result = _first_answers(every, puzzles), read_result(folder / "metrics.json")
     found, notes = result.get("breakdowns") or {}, list(result.get("notes") or [])
     if not found and answers:
-        found = breakdowns([one.score for one in answers], [one.puzzle for one in answers], 0)
+        # seed 0, as in launch/evaluate.py by default: the same answers give the same intervals
+        found = breakdowns([answered.score for answered in answers], [answered.puzzle for answered in answers], 0)
     if answers:
         file = f"{folder.parent.name}/{folder.name}/predictions.jsonl"
         if len(every) > len(answers):
@@ -111,11 +112,12 @@ def mismatches(
 ) -> list[str]:
     """A sentence when predictions do not fit the metrics.json beside them, or summary.json, or lack puzzles."""
     source, stated = ("the metrics.json beside it", result) if result else ("summary.json", summary)
-    numbers = metrics_of([one.score for one in answers]).to_dict()
+    numbers = metrics_of([answered.score for answered in answers]).to_dict()
     compared = [name for name in ("n_puzzles", "batch_accuracy", "cell_accuracy") if name in stated]
     if any(abs(numbers[name] - stated[name]) > 1e-9 for name in compared):
         return [
-            f"{file} is not what {source} was made from, whose numbers stand in the table: run launch/evaluate.py again"
+            f"{file} is not the file that {source} was made from, whose numbers the table shows: run "
+            "launch/evaluate.py again"
         ]
     if not compared and len(answers) < n_puzzles:
         return [f"{file} answers {len(answers):,} of {count(n_puzzles, 'puzzle')}: the others are left out"]
@@ -138,6 +140,7 @@ def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[
     Rows match by id, or by order when no row has one.
     """
     rows = read_rows(path) if path.is_file() else []
+    # older files have no ids: their rows are in puzzle order
     if not any("id" in row for row in rows):
         if len(rows) > len(puzzles):
             raise UserError(
@@ -189,18 +192,18 @@ def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, An
     """
     whole = {**summary, **{stage: dict(summary.get(stage) or {}) for stage in STAGES}}
     for split, of_stage in evaluations.items():
-        for stage, one in of_stage.items():
-            numbers = {k: v for k, v in one.result.items() if isinstance(v, int | float) or k == "intervals"}
+        for stage, evaluation in of_stage.items():
+            numbers = {k: v for k, v in evaluation.result.items() if isinstance(v, int | float) or k == "intervals"}
             if any(name in numbers for name in METRICS):
                 whole[stage][split] = numbers
-            elif one.answers and not whole[stage].get(split):
-                whole[stage][split] = metrics_of([answered.score for answered in one.answers]).to_dict()
+            elif evaluation.answers and not whole[stage].get(split):
+                whole[stage][split] = metrics_of([answered.score for answered in evaluation.answers]).to_dict()
     return whole
 
 
 def variant_of_split(of_stage: dict[str, Evaluation]) -> str | None:
     """The variant of a split's puzzles, according to the last stage that knows it."""
-    return next((one.variant for one in reversed(of_stage.values()) if one.variant), None)
+    return next((evaluation.variant for evaluation in reversed(of_stage.values()) if evaluation.variant), None)
 
 
 def published_beside(split: str, of_stage: dict[str, Evaluation]) -> tuple[str, list[dict[str, Any]]]:
@@ -212,7 +215,7 @@ def published_beside(split: str, of_stage: dict[str, Evaluation]) -> tuple[str, 
         return "", []
     if split == "test":
         return "Table 2, the paper's test set", [row.to_dict() for row in published_rows("Table 2")]
-    known = next(one for one in reversed(of_stage.values()) if one.variant)
+    known = next(evaluation for evaluation in reversed(of_stage.values()) if evaluation.variant)
     diseases = [str(group["value"]) for group in known.found.get("disease", [])]
     rows = [row for row in comparable("batch", diseases)["rows"] if row["table"] == "Table 3"]
     if rows:

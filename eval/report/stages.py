@@ -73,13 +73,15 @@ def distribution_svg(found: dict[str, dict[str, Any]]) -> str:
     with page_style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(found)), layout="constrained")
         panels = figure.subplots(len(found), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, (stage, one) in zip(panels, found.items(), strict=True):
-            total = sum(part["batches"] for part in one["bins"])
-            heights = [part["batches"] / total for part in one["bins"]]
+        for axes, (stage, spread) in zip(panels, found.items(), strict=True):
+            total = sum(part["batches"] for part in spread["bins"])
+            heights = [part["batches"] / total for part in spread["bins"]]
             middles = [-0.07, *((i + 0.5) / 10 for i in range(10)), 1.07]
             axes.bar(middles, heights, width=[0.05, *[0.094] * 10, 0.05], color=STAGE_COLOURS[stage])
-            axes.plot([one["mean"]] * 2, [0, 1], "--", color=INK, linewidth=1.2, transform=axes.get_xaxis_transform())
-            said = f"{STAGE_NAMES[stage]}: mean {percent(one['mean'])}, median {percent(one['quartiles'][1])}"
+            axes.plot(
+                [spread["mean"]] * 2, [0, 1], "--", color=INK, linewidth=1.2, transform=axes.get_xaxis_transform()
+            )
+            said = f"{STAGE_NAMES[stage]}: mean {percent(spread['mean'])}, median {percent(spread['quartiles'][1])}"
             axes.set_title(said, loc="left", fontsize=10)
             axes.yaxis.set_major_locator(MaxNLocator(3))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))

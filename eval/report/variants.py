@@ -33,8 +33,8 @@ def variant_table(variant: str, name: str, of_stage: dict[str, Evaluation]) -> s
         title, columns = f"Single cells put together into batches: {name} (Table 11)", BATCH_COLUMNS
         ours = {
             f"{STAGE_NAMES[stage]}, {WAYS[way]}": found
-            for stage, one in of_stage.items()
-            for way, found in (one.result.get("decomposition") or {}).items()
+            for stage, evaluation in of_stage.items()
+            for way, found in (evaluation.result.get("decomposition") or {}).items()
             if way in WAYS
         }
         remedy = "No metrics.json says how the single cells do as batches; launch/evaluate.py puts them together."
@@ -42,12 +42,12 @@ def variant_table(variant: str, name: str, of_stage: dict[str, Evaluation]) -> s
         title, columns = f"By similarity of labels: {name} (Table 12)", SIMILARITY_COLUMNS
         ours = {
             STAGE_NAMES[stage]: {
-                **one.result,
+                **evaluation.result,
                 **found,
-                "intervals": {**one.result.get("intervals", {}), **found.get("intervals", {})},
+                "intervals": {**evaluation.result.get("intervals", {}), **found.get("intervals", {})},
             }
-            for stage, one in of_stage.items()
-            if (found := one.result.get("similarity"))
+            for stage, evaluation in of_stage.items()
+            if (found := evaluation.result.get("similarity"))
         }
         remedy = "No metrics.json holds similarities of labels; launch/evaluate.py --medcpt FOLDER computes them."
     theirs = {(row["model"], row["setting"]): [_name(row), *_published(row, columns)] for row in published}

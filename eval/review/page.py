@@ -101,6 +101,7 @@ def make_review(
     if not differing:
         raise UserError(f"of {len(both)} puzzles answered in both --predictions files none has two different answers")
     digest = _digest([[[p.id, *(answers[model][p.id] for model in answers)] for p in both], show_truth])
+    # the digest of all answers is in no page, so a reviewer cannot repeat the draw
     rng = random.Random(f"{seed}:blind review:{digest}")
     shown, keyed = [], []
     for number, puzzle in enumerate(stratified(differing, cases, rng), start=1):
@@ -139,6 +140,7 @@ def make_review(
         "wording": WORDING,
         "cases": shown,
     }
+    # "<" is escaped, so that no text of an answer can end the script element
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     names = re.compile("|".join(rf"(?<!\w){re.escape(model)}(?!\w)" for model in answers), re.IGNORECASE)
     naming = [c["case"] for c in keyed if any(names.search(answers[model][c["puzzle"]]) for model in answers)]
@@ -157,6 +159,7 @@ def stratified(puzzles: list[Puzzle], wanted: int, rng: random.Random) -> list[P
     wanted = min(wanted, len(puzzles))
     shares = {n: wanted * len(group) / len(puzzles) for n, group in sorted(sizes.items())}
     take = {n: int(share) for n, share in shares.items()}
+    # largest remainder: the sizes that lost most by rounding down get one more
     for n in sorted(shares, key=lambda n: (take[n] - shares[n], n))[: wanted - sum(take.values())]:
         take[n] += 1
     drawn = [puzzle for n in shares for puzzle in rng.sample(sizes[n], take[n])]

@@ -117,6 +117,7 @@ def _result(counts: np.ndarray, key: dict[str, Any]) -> dict[str, Any]:
     """
     n = len(counts)
     rng = np.random.default_rng(int(key["page"], 16))  # the same intervals each time
+    # cases are drawn, with all their judgements: reviewers of one case are not independent
     resampled = rng.multinomial(n, [1 / n] * n, size=RESAMPLES) @ counts
     result: dict[str, Any] = {}
     for name, value in (("wins", (0, 0, 1)), ("ties", (0, 1, 0)), ("losses", (1, 0, 0)), ("win_rate", (0, 0.5, 1))):
@@ -184,6 +185,7 @@ def cohen_kappa(first: list[int], second: list[int], linear: bool = False) -> fl
     distance = np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
     weight = distance if linear else distance > 0
     expected = float((weight * np.outer(shares.sum(axis=1), shares.sum(axis=0))).sum())
+    # both raters always gave the same rating: kappa would be 0 / 0
     return None if expected < 1e-12 else 1.0 - float((weight * shares).sum()) / expected
 
 

@@ -187,9 +187,12 @@ def _words(text: str) -> list[tuple[int, int, str]]:
         if word[0] in _GREEK:
             found += [(match.start() if i == 0 else end, end, _GREEK[letter]) for i, letter in enumerate(word)]
         elif word != "the":
+            # CD8+ is CD8-positive
             word = "positive" if word == "+" else word
+            # plural to singular; words in ss, us and is ("mucous") are no plurals
             if len(word) > 2 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
                 word = word[:-1]
+            # type I and type II pneumocytes are written both ways
             if found and found[-1][2] == "type":
                 word = {"i": "1", "ii": "2"}.get(word, word)
             found.append((match.start(), end, word))
@@ -212,6 +215,7 @@ def vocabulary(candidates: tuple[str, ...], known: tuple[str, ...]) -> Vocabular
         for form in _short_forms(words[label]):
             owners[form].add(label)
     short = {form: (next(iter(labels)) if len(labels) == 1 else None, True) for form, labels in owners.items()}
+    # later entries win: a candidate over a short form, a short form over a known label of the same words
     table = {words[x]: (x, False) for x in known} | short | {words[x]: (x, True) for x in listed}
     for form, label in _common().items():
         table.setdefault(form, _as_candidate(form, of_candidate) or (label, opened))
@@ -241,12 +245,14 @@ def _short_forms(words: tuple[str, ...]) -> set[tuple[str, ...]]:
     heads = {words, words[: words.index("of")] if "of" in words else words}
     heads |= {tuple(word for word in head if word != "positive") for head in heads}
     heads |= {tuple(word for word in head if word not in ("alpha", "beta")) for head in heads if "t" in head}
+    # last words name the type ("memory T cell" -> "T cell"), but never drop the "non" of "non-classical"
     forms = {head[i:] for head in heads for i in range(len(head)) if not {"non", "negative"} & set(head[:i])}
     forms |= {form[: -len(old)] + new for old, new in _SYNONYMS for form in forms if form[-len(old) :] == old}
     forms |= {form[:-1] for form in forms if form[-1] == "cell" and len(form) > 2 and form[-2] not in ("t", "b")}
     forms |= {form[-1:] for form in forms if form[-1].endswith(("blast", "cyte", "phage"))}
     forms |= {("neuron",)} if words[-1].endswith("neuron") else set()
     forms |= {("nk",)} & {form[:-1] for form in forms if form[0] == "nk"}
+    # single letters and general words would be found everywhere
     bad = {"cell", "lymphocyte", "positive", "negative", "of", "human", "and", *"acdefghijklmnopqrsuvwxyz0123456789"}
     return {form for form in forms if form[0] not in bad and "".join(form) not in ("t", "b", "type1", "type2")}
 
@@ -272,10 +278,12 @@ def with_unknown(text: str, names: list[Name], known: Vocabulary) -> list[Name]:
     for match in _UNKNOWN.finditer(text):
         start, end = match.span(1 if match[1] else 2)
         words = frozenset(_spelled(text[start:end])) - {"cell"}
+        # "a single cell", "a highly active cell": no type of cell
         idle = bool(words & _NO_TYPE) or any(word.endswith("ly") for word in words)
         if idle or any(name.start < end and start < name.end for name in names):
             continue
         candidate = _as_candidate(tuple(words), known.candidates)
+        # a name that shares a telling word with a candidate may mean it: do not count it as outside the list
         alike = any(words & other - _BROAD for other in known.candidates.values())
         label = normalise_label(text[start:end]).removesuffix("s")
         coarse = words <= _BROAD or any(word in ("lineage", "like") or word.endswith("ing") for word in words)
@@ -293,6 +301,7 @@ def find_cells(text: str, n_cells: int, names: list[Name]) -> list[Cells]:
         numbers: list[int] = []
         for joint, digits in re.findall(r"(-|to)?\s*#?(\d+)", match[1] or match[2], re.I):
             numbers += range(numbers[-1] + 1, int(digits) + 1) if joint and numbers else [int(digits)]
+        # a number that is no cell of the puzzle makes the mention unusable
         ours = tuple(numbers) if all(1 <= number <= n_cells for number in numbers) else ()
         joined = found and re.fullmatch(r"\s*(?:and|,\s*and|&)\s*", text[found[-1].end : match.start()], re.I)
         begin, before = (found[-1].start, found.pop().numbers) if joined else (match.start(), ())
@@ -309,12 +318,14 @@ def find_pairs(lines: list[str], named: list[list[Name]], n_cells: int, candidat
         gaps = {line[a.end : b.start].strip() for a, b in itertools.pairwise(names)}
         if number not in found and len(names) == n_cells and gaps == {"|"}:
             found[number] = list(enumerate(names, start=1))
+        # a bare item holds a number and a label, and no other word behind it
         bare = item and not gaps and names and names[0].start <= item.end() + 3 and not _WORD.search(line, names[0].end)
         if bare and number not in found:
             run = (run if int(item[1]) == len(run) + 1 else []) + [(number, names[0])]
             run = run if int(item[1]) == len(run) else []
         elif line.strip():
             run = []
+        # N items in the order of the candidates only repeat the prompt
         if bare and len(run) == n_cells > 1 and [name.label for _, name in run] != candidates:
             found |= {place: [(cell, name)] for cell, (place, name) in enumerate(run, start=1)}
     return found
@@ -337,9 +348,11 @@ def _tables(lines: list[str], named: list[list[Name]], n_cells: int, candidates:
             cell = _CELL_FIELD.fullmatch(row, *fields[of_cell]) if of_cell < len(fields) else None
             start, end = fields[of_label] if of_label < len(fields) else (0, 0)
             names = [name for name in named[place] if start <= name.start < end]
+            # a field with two labels, or with a question mark, decides nothing
             sure = len(names) == 1 and names[0].label and "?" not in row[start:end]
             rows[place] = [(int(cell[1]), names[0])] if cell and sure and 1 <= int(cell[1]) <= n_cells else []
         given = [name.label for row in rows.values() for _, name in row]
+        # a column "#" over the candidates in their order numbers the list, not the cells
         if "cell" in heads[of_cell].lower() or given != candidates:
             found |= rows
     return found

@@ -225,6 +225,7 @@ def analyse(response: str, puzzle: Puzzle, known: Iterable[str] = ()) -> TraceAn
     """
     start = response.find("<think>") + len("<think>") if "<think>" in response else 0
     ends = [place for place in (response.find("</think>", start), response.find("<answer>", start)) if place >= 0]
+    # positions in `text` plus `start` are positions in the response, because FOLD keeps the length
     text = response[start : min(ends, default=len(response))].translate(FOLD)
     text = re.sub(r"[^\S\n]{40,}", lambda gap: "\n" * len(gap[0]), text)  # a wide gap separates like a new line
     every = known_labels([puzzle], known)
@@ -232,17 +233,21 @@ def analyse(response: str, puzzle: Puzzle, known: Iterable[str] = ()) -> TraceAn
     lines = text.split("\n")
     named = [find_names(line, words) for line in lines]
     claims = list(_claims(lines, named, len(puzzle.cells), words))
+    # the first strong claim about each cell: reversed, so that the first one is written last
     firm = {cell: name.label for _, cell, name, strong in reversed(claims) if strong and not name.coarse}
     has, steps, restated = {}, [], 0
     for place, cell, name, strong in claims:
         label = str(name.label)
         if has.get(cell) == label:
             restated += 1
+        # a weak claim counts only for a cell without a label, and only if no strong claim contradicts it later
         elif not name.coarse and (strong or (cell not in has and firm.get(cell, label) == label)):
             right = normalise_label(label) == normalise_label(puzzle.answer[cell - 1])
             steps.append(Step(start + place, cell, label, right, cell in has, label in has.values(), name.listed))
             has[cell] = label
+    # the answer may spell a label differently: compare and report the puzzle's spelling
     answer = tuple(words.spelled.get(normalise_label(x), x) for x in parse_response(response, len(puzzle.cells)).labels)
+    # a class of types that was only said on the way to a label is not counted as outside the list
     given = [name for _, cell, name, _ in claims if cell not in has or not name.coarse]
     mentioned = [name.label for name in (*itertools.chain(*named), *given) if not name.listed]
     unlisted = [label for label in answer if puzzle.candidates and label not in puzzle.candidates]
@@ -254,6 +259,7 @@ def analyse(response: str, puzzle: Puzzle, known: Iterable[str] = ()) -> TraceAn
 
 def _claims(lines: list[str], named: list[list[Name]], n_cells: int, words: Vocabulary) -> Iterator[_Claim]:
     """The claims of a trace in reading order. named: the known labels of each line."""
+    # tables and lists say cell and label by their layout; they need no grammar
     pairs = find_pairs(lines, named, n_cells, list(words.candidates))
     about = _About()
     indent, at = 0, -1
@@ -263,16 +269,19 @@ def _claims(lines: list[str], named: list[list[Name]], n_cells: int, words: Voca
             yield from ((at + name.start, cell, name, True) for cell, name in pairs[number] if name.label)
             continue
         if not line.strip():
+            # an empty line ends a paragraph: what follows is about the heading's cell again, if there is one
             about.topic, about.hanging = about.heading, about.hanging and bool(about.heading)
             continue
         lead, depth, names = _LEAD.match(line)[0], len(line) - len(line.lstrip()), named[number]
         cells = find_cells(line, n_cells, names)
         opens = bool(cells) and cells[0].start <= len(lead)
         apart = opens or "#" in lead or re.search(r"\d", lead) or _CLOSING.match(line)
+        # a line that continues an item (deeper indent, or text that belongs to it) keeps the item's cell
         if apart or not (about.hanging or depth > indent):
             about.begin(line, lead, cells, opens)
             indent = depth
         claims = _line_claims(line, with_unknown(line, names, words), cells, about, n_cells)
+        # once a cell has its label, the lines below need not be about it any more
         settled = any(cell in about.topic and strong for _, cell, _, strong in claims)
         about.hanging = about.hanging or ("-" not in lead and bool(about.topic) and not settled)
         yield from ((at + place, *rest) for place, *rest in claims)
@@ -308,9 +317,11 @@ class _About:
         """Take in a sentence: move on to the cell that it is about. start: where it begins in its line."""
         turned_to = subjects[:1]
         if turned_to and self.item:
+            # an item turns to another cell only near its beginning; later cells are mentioned in passing
             near = len(re.findall(r"[\w/-]+", line[start : turned_to[0].start])) <= _TURN_WORDS
             turned_to = turned_to if near or not self.topic else []
         elif turned_to:
+            # in prose the last cell of the main clause is the one that the next sentence is about
             main = [x for x in subjects[1:] if not _ASIDE.search(line[max(start, x.start - 12) : x.start])]
             turned_to = [x for x in turned_to + main if len(x.numbers) < 2][-1:] or turned_to
         for mention in turned_to:
@@ -322,7 +333,9 @@ def _line_claims(line: str, names: list[Name], cells: list[Cells], about: _About
     claims: list[_Claim] = []
     for start, end in itertools.pairwise([0, *(match.end() for match in _SENTENCE_END.finditer(line)), len(line)]):
         here = [cell for cell in cells if start <= cell.start < end]
+        # "seen in Cell 2" does not make Cell 2 the subject
         subjects = [cell for cell in here if not _REFERENCE.search(line[max(start, cell.start - 30) : cell.start])]
+        # a question or a supposition claims nothing, but it may change the topic
         if not _IDLE.match(line[start:end]):
             topic = about.topic if n_cells > 1 else (1,)
             claims += _sentence_claims(line[:end], start, [x for x in names if start <= x.start < end], subjects, topic)
@@ -335,6 +348,7 @@ def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Ce
     chains: list[list[Name]] = []
     for name in names:
         end = chains[-1][-1].end if chains else -1
+        # "NK cells or T cells" is one chain of labels; what is said of it holds for all or for none
         joined = end >= 0 and _CHAIN.fullmatch(line, end, name.start)
         chains = [*chains[:-1], [*chains[-1], name]] if joined else [*chains, [name]]
     found: dict[tuple, list[tuple[bool, Name]]] = defaultdict(list)
@@ -343,18 +357,22 @@ def _sentence_claims(line: str, start: int, names: list[Name], subjects: list[Ce
         labels = [name for name in labels if not name.coarse] or labels
         cells, mention = _owner(line, start, chain, subjects, topic)
         gaps = "".join(line[a.end : b.start] for a, b in itertools.pairwise(chain))
+        # "Cells 1 and 2 are B cell and T cell, respectively": pair them in order
         if len(labels) == len(cells) > 1 and "respectively" in line[start:]:
             found |= {((cell,), name.start): [(True, name)] for cell, name in zip(cells, labels, strict=True)}
         elif len({name.label for name in labels}) == 1 and not (_EITHER.search(gaps) or _doubted(line, start, chain)):
             lead, after = line[max(start, chain[0].start - 70) : chain[0].start], chain[-1].end
             strong = mention == "points" or bool(_STRONG.search(lead) and not _ATTRIBUTE.match(line, after))
+            # outside the list a name needs a clear phrase ("is a", "->"), because it is often only a comparison
             claimable = labels[0].listed or mention == "points" or _FIRM.search(lead)
+            # "B cells express CD19" is a rule about B cells, not a claim about a cell
             if claimable and (strong or mention is not None or not _RULE.match(line, after)):
                 found[cells, mention].append((strong, labels[0]))
     claims = []
     for (cells, _), options in found.items():
         options = [option for option in options if not option[1].coarse] or options
         strong = [name for is_strong, name in options if is_strong]
+        # several weak labels for one cell leave it open; of strong ones the last is the conclusion
         if strong or len({name.label for _, name in options}) == 1:
             name = strong[-1] if strong else options[0][1]
             claims += [(name.start, cell, name, bool(strong)) for cell in cells]
@@ -370,12 +388,14 @@ def _owner(line: str, start: int, chain: list[Name], subjects: list[Cells], topi
     after = [cell for cell in subjects if cell.start >= chain[-1].end]
     if after:
         gap = line[chain[-1].end : after[0].start]
+        # "mast cell (Cell 1)" points at the cell; in "mast cell (Cell 1 has KIT)" the bracket gives a reason
         closed = "(" not in gap or line[after[0].end : after[0].end + 1] == ")"
         if (_POINTS_AT.fullmatch(gap) and closed) or (not before and _SO_CELL.fullmatch(gap)):
             return after[0].numbers if len(after[0].numbers) == 1 or not re.search(r"\w", gap) else (), "points"
     if before:
         alike = len(before[-1].numbers) == 1 or _ALIKE.match(line, before[-1].end)
         return before[-1].numbers if alike else (), before[-1].start
+    # "Since mast cells ..., Cell 2 is ...": the label before the subject belongs to no cell yet
     other = _PREMISE.match(line, start) or _SUBJECT.fullmatch(line, start, chain[0].start)
     return ((), None) if after and other else (topic, None)
 
@@ -383,6 +403,7 @@ def _owner(line: str, start: int, chain: list[Name], subjects: list[Cells], topi
 def _doubted(line: str, start: int, chain: list[Name]) -> bool:
     """Is the label tentative or negated in its clause?"""
     head = line[max(start, chain[0].start - 300) : chain[0].start]
+    # only the clause counts: "not a B cell, so it is a T cell" negates the first label alone
     clause = head[max((match.end() for match in _BREAK.finditer(head)), default=0) :]
     negated = _NEGATED.search(clause) and not _DECIDES.search(clause)
     return bool(negated or _TENTATIVE.search(clause) or _DOUBTED_AFTER.match(line, chain[-1].end))

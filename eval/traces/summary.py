@@ -154,8 +154,10 @@ def curriculum_of(analysis: TraceAnalysis, of_type: dict[str, float]) -> tuple[f
     ease = [of_type[label] for label in (analysis.truth[step.cell - 1] for step in analysis.first) if label in of_type]
     if len(ease) < 3 or len(set(ease)) == 1:
         return None
+    # [cells] large for cells assigned early
     early = np.arange(len(ease), 0, -1.0)
     values = np.array(ease)
+    # mean ranks, so that ties in ease count half
     ranks = np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
     signs = np.sign(values[:, None] - values[None]), np.sign(early[:, None] - early[None])
     tau = (signs[0] * signs[1]).sum() / math.sqrt((signs[0] ** 2).sum() * (signs[1] ** 2).sum())
@@ -176,6 +178,7 @@ def _curriculum(analyses: Sequence[TraceAnalysis], of_type: dict[str, float]) ->
         return None
     rho = [fmean(pair[0] for pair in pairs) for pairs in by_puzzle.values()]
     tau = [fmean(pair[1] for pair in pairs) for pairs in by_puzzle.values()]
+    # normal approximation over puzzles; with one puzzle the interval is everything
     half = 1.96 * stdev(rho) / math.sqrt(len(rho)) if len(rho) > 1 else math.inf
     return {
         "spearman": fmean(rho),
@@ -277,6 +280,7 @@ def _columns(steps: Sequence[Step]) -> list[float]:
     x = [0.45]
     for i, step in enumerate(steps):
         again = i + 1 < len(steps) and steps[i + 1].cell == step.cell
+        # a label is drawn right of its marker: leave room for it before the cell's next marker
         x.append(x[-1] + max(_COLUMN, again * (0.2 + _LETTER * max(map(len, step.label.split())))))
     return [*x[:-1], max(x[-1] + 0.4, 2.5)]
 

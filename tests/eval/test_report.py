@@ -323,7 +323,10 @@ def test_predictions_that_lack_or_repeat_puzzles_are_said(run_dir):
     page = write_report(run_dir).read_text()
     assert "On the same 2 held-out puzzles" in page
     assert "grpo/test/predictions.jsonl answers 1 puzzle again: the first answer to each is shown." in page
-    assert "grpo/test/predictions.jsonl is not what summary.json was made from, whose numbers stand" in page
+    assert (
+        "grpo/test/predictions.jsonl is not the file that summary.json was made from, whose numbers the table shows"
+        in page
+    )
     summary = (run_dir / "summary.json").read_text()
     (run_dir / "summary.json").unlink()
     left_out = "grpo/test/predictions.jsonl answers 2 of 3 puzzles: the others are left out."
@@ -333,7 +336,7 @@ def test_predictions_that_lack_or_repeat_puzzles_are_said(run_dir):
     write_metrics(run_dir, "grpo")
     assert "predictions.jsonl" not in read(write_report(run_dir).read_text(), "results")
     write_rows(file, rows[:2])
-    assert "is not what the metrics.json beside it was made from" in write_report(run_dir).read_text()
+    assert "is not the file that the metrics.json beside it was made from" in write_report(run_dir).read_text()
     result = json.loads((run_dir / "eval/grpo/test/metrics.json").read_text())
     (run_dir / "eval/grpo/test/metrics.json").write_text(json.dumps(result | {"notes": ["<b>mind</b>"]}))
     assert "held-out donors, after GRPO: &lt;b&gt;mind&lt;/b&gt;." in write_report(run_dir).read_text()
