@@ -1,33 +1,26 @@
 """Shared fixtures: a tiny real pipeline (puzzles, traces, checkpoint) made once per session, and a command runner."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.commands import succeed
-
-LONGEST = (
-    "nodes",
-    "grpo",
-    "precision",
-    "sync",
-    "sft_run",
-    "export",
-    "replay",
-    "selfdistill",
-    "layout",
-    "evaluate",
-    "sft",
-    "vllm_teachers",
-    "preflight",
-    "scoring",
-)
-"""Files that take long: they come first, so that no worker begins one when the other has nothing left."""
+from tests.helpers.forked import VLLM_LIBRARIES, server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    """The slowest files come first, so that no worker begins one when the other has nothing left."""
+    seconds: Counter = Counter()
+    for item in items:
+        seconds[item.path] += sum(mark.args[0] for mark in item.iter_markers("slow"))
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The fork server imports vLLM only where a selected test needs it."""
+    if any(item.get_closest_marker("vllm") for item in session.items):
+        server.libraries = VLLM_LIBRARIES
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import anndata
@@ -24,7 +21,7 @@ from data.build.settings import BuildConfig
 from data.build.splits import choose_test_donors, split_items
 from data.folder import write_build
 from data.puzzles import read_puzzles
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import run_command
 
 SMALL = BuildConfig(min_cells=3, max_cells=5, top_genes=4, puzzles_per_n=6, test_puzzles_per_n=3)
 TYPES = ["B cell", "CD4-positive, alpha-beta T cell", "macrophage", "mast cell", "plasma cell"]
@@ -58,10 +55,9 @@ def write_matrix(path, matrix, names, raw=None, **layers):
     return path
 
 
-def build(*arguments, hash_seed="0"):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed}
-    command = [sys.executable, "launch/build.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+def build(*arguments, hash_seed=None):
+    env = {"PYTHONHASHSEED": hash_seed} if hash_seed else {}
+    return run_command("build", *arguments, env=env, fresh=hash_seed is not None)
 
 
 # --- genes
@@ -542,6 +538,7 @@ def test_an_existing_folder_gets_the_new_files_and_keeps_others(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow(4)
 def test_command_gives_the_same_bytes_whatever_the_hash_seed_and_file_order(tmp_path):
     one, two = write_atlas(tmp_path / "one.h5ad"), write_atlas(tmp_path / "two.h5ad", donors=5)
     options = ["--seed", 3, "--min-cells", 3, "--max-cells", 5, "--puzzles-per-n", 5]

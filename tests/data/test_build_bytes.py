@@ -29,6 +29,7 @@ from data.puzzles import read_puzzles
 from tests.data.test_build import SMALL, TYPES, build, write_atlas
 from tests.helpers.commands import ROOT
 
+pytestmark = pytest.mark.slow(1)
 SIZES = ["--min-cells", 3, "--max-cells", 5, "--puzzles-per-n", 5, "--test-puzzles-per-n", 3]
 
 

@@ -264,7 +264,7 @@ def test_the_command_describes_a_build_with_its_report(pipeline, tmp_path):
         sum(len(p.cells) for p in read_puzzles(folder / f"{name}.parquet")) for name in ("train", "test", "unseen")
     ]
     assert last == "| **all** | " + " | ".join(f"**{n:,}**" for n in [*of_splits, sum(of_splits)]) + " |"
-    succeed("describe", *words, "--out", tmp_path / "again", env={"PYTHONHASHSEED": "5"})
+    succeed("describe", *words, "--out", tmp_path / "again", env={"PYTHONHASHSEED": "5"}, fresh=True)
     for name in ("statistics.md", "data_card.md"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 

@@ -661,6 +661,8 @@ def test_an_engine_is_asked_greedily_with_seeds_by_place():
     assert first == again != elsewhere and len(first[0][1]) == 4
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(8)
 def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     asked = (
         "--puzzles",

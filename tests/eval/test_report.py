@@ -3,11 +3,8 @@
 import dataclasses
 import html
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,9 @@ from eval.metrics import score, wilson_interval
 from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import run_command
 
+pytestmark = pytest.mark.slow(1)
 LABELS = ["T cell", "B cell", "NK cell", "monocyte", "fibroblast"]
 SCRIPT = "<script>alert('x')</script>"
 
@@ -493,16 +491,12 @@ def test_readme_picture(run_dir, tmp_path):
 
 
 def test_command(run_dir, tmp_path):
-    command = [sys.executable, "launch/report.py", "--run"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, run_dir, "--png", tmp_path / "curve.png"], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    done = run_command("report", "--run", run_dir, "--png", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr
     assert (run_dir / "report.html").is_file() and (tmp_path / "curve.png").is_file()
-    wrong = subprocess.run([*command, run_dir, "--show", "-1"], cwd=ROOT, env=env, capture_output=True, text=True)
+    wrong = run_command("report", "--run", run_dir, "--show", "-1")
     assert wrong.returncode == 2 and "--show -1: give 0 or more" in wrong.stderr and "Traceback" not in wrong.stderr
-    failed = subprocess.run([*command, tmp_path / "nowhere"], cwd=ROOT, env=env, capture_output=True, text=True)
+    failed = run_command("report", "--run", tmp_path / "nowhere")
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
     assert "nowhere: nothing to show" in failed.stderr and "name a run folder" in failed.stderr
 

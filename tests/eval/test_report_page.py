@@ -31,6 +31,7 @@ from tests.helpers.browser import Browser, find_chromium
 needs_chromium = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium on this machine: apt-get install --no-install-recommends chromium"
 )
+pytestmark = pytest.mark.slow(1)
 LONG = "CD8-positive, alpha-beta memory T cell, CD45RO-positive and_a_word_that_nobody_can_break_anywhere_at_all"
 
 

@@ -296,6 +296,7 @@ def sideways(browser: Browser, width: int) -> int:
 
 
 @needs_chromium
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("width", [1280, 400])
 def test_an_expert_clicks_through_reloads_exports_and_imports(files, width):
     page, key = made(files)

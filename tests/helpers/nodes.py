@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.helpers.commands import ROOT
+from tests.helpers.forked import ENVIRONMENT, TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Launched:
                 cwd=ROOT,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})},
+                env={**ENVIRONMENT, **(env or {})},
                 start_new_session=True,
             )
 
@@ -89,14 +90,14 @@ class Launched:
         when both are done, and prints a traceback about it."""
         return "".join(line for line in self.output.splitlines(True) if "torch/distributed/elastic/" not in line)
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str, seconds: float = TIMEOUT) -> None:
         """Return once the output holds `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.output:
             assert self.process.poll() is None and time.monotonic() < deadline, self.output[-4000:]
             time.sleep(0.05)
 
-    def end(self, seconds: float = 120) -> int:
+    def end(self, seconds: float = TIMEOUT) -> int:
         """The exit code, once it ends."""
         try:
             return self.process.wait(timeout=seconds)

@@ -1,7 +1,7 @@
 """Run by test_sync.py: adapters handed to real vLLM engines, and what is proven about them.
 
-python tests/helpers/sync_checks.py ranks CHECKPOINT          one process: LoRA ranks 8 to 256, a damaged slot, 120 hand-overs
-torchrun --nproc-per-node 2 tests/helpers/sync_checks.py parallel CHECKPOINT      one sampler over two processes
+torchrun --nproc-per-node 1 tests/helpers/sync_checks.py ranks CHECKPOINT      LoRA ranks 8 to 256, a damaged slot, 120 hand-overs
+torchrun --nproc-per-node 2 tests/helpers/sync_checks.py parallel CHECKPOINT   one sampler over two processes
 """
 
 import json

@@ -101,6 +101,8 @@ def trained(pipeline, tmp_path_factory):
     return out
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(5)
 def test_export_and_vllm_answer_as_the_trainer(pipeline, trained, tmp_path):
     """Greedy answers to the same puzzles: the trainer's model with its adapter, and vLLM on the exported one."""
     checkpoint = sorted((trained / "checkpoints").iterdir())[-1]

@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
+
 from data.puzzles import read_rows
 from tests.helpers.commands import run_command, succeed
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(62)
 def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     """A cold start that has the format, one round; what is finished is not run again."""
     succeed(

@@ -1,11 +1,8 @@
 """The hand-over to real vLLM: LoRA ranks, tied and untied heads, tensor parallel, every weight, DoRA, many times in a row."""
 
 import json
-import os
 import socket
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -51,21 +48,13 @@ def untied(pipeline, tmp_path_factory) -> Path:
 
 
 def check(what: str, checkpoint: Path, ranks: int = 1) -> list[dict]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words = [str(ROOT / "tests/helpers/sync_checks.py"), what, str(checkpoint)]
-    done = subprocess.run(
-        [*launcher, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    results = sorted(line.split(" ", 2)[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    said = succeed(ROOT / "tests/helpers/sync_checks.py", what, checkpoint, ranks=ranks)
+    results = sorted(line.split(" ", 2)[1:] for line in said.splitlines() if line.startswith("RESULT"))
     return [json.loads(text) for _, text in results]
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(9)
 def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
     (result,) = check("ranks", pipeline / "base")
     assert set(result["distances"]) == {"8", "16", "64", "256"} and all(d < 1e-5 for d in result["distances"].values())
@@ -80,6 +69,8 @@ def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
     assert result["files"][0] == result["files"][1]
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(9)
 def test_one_sampler_over_two_processes_with_an_untied_head(untied):
     first, second = check("parallel", untied, ranks=2)
     assert first["ids"] == ["a", "c"] and second["ids"] == ["b", "d"]
@@ -87,6 +78,8 @@ def test_one_sampler_over_two_processes_with_an_untied_head(untied):
         assert result["difference"] < 1e-4 and result["canary"] < 1e-5
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(4)
 def test_every_weight_can_be_trained_and_shipped(pipeline, tmp_path):
     """--lora-rank 0, with a tied head: the canary compares the sampler with the trainer after each step."""
     reward = tmp_path / "reward.py"

@@ -324,6 +324,7 @@ def test_an_endpoint_with_its_own_names_and_reasoning_apart(serve):
 # ---- kills, budgets
 
 
+@pytest.mark.slow(2)
 def test_a_kill_loses_nothing_and_buys_nothing_twice(serve, tmp_path):
     server = serve(12, lambda number, of, asked: "hang" if number >= 7 else {"content": (wrong, right)[number % 2](of)})
     given = words(tmp_path, server, "--concurrency", 3, "--candidates", 3)
@@ -348,6 +349,7 @@ def test_a_kill_loses_nothing_and_buys_nothing_twice(serve, tmp_path):
     assert server.number == 10 + len(rows) - 7 and (tmp_path / "t.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow(2)
 def test_a_signal_waits_for_what_is_in_flight_and_says_how_to_go_on(serve, tmp_path):
     server = serve(8, lambda number, of, asked: {"content": right(of)})
     released = held(server, together=2, first=4)
@@ -364,6 +366,7 @@ def test_a_signal_waits_for_what_is_in_flight_and_says_how_to_go_on(serve, tmp_p
     assert server.number == 8 == len(raw_rows(tmp_path)) == len(read_rows(tmp_path / "t.jsonl"))
 
 
+@pytest.mark.slow(2)
 def test_a_second_signal_gives_up_what_is_in_flight(serve, tmp_path):
     server = serve(3, lambda number, of, asked: "hang" if number else {"content": right(of)})
     process = start(*words(tmp_path, server, "--concurrency", 2))
@@ -397,6 +400,7 @@ def test_a_teacher_that_waits_for_its_turn_stops_at_once(serve):
     assert asking.ended == "stopped" and server.number == 1
 
 
+@pytest.mark.slow(3)
 def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
     """The endpoint charges for all its work: responses, incomplete ones, and those lost by a kill or time-out."""
     kinds = {5: "cut", 9: "500 oops", 11: "short"}
@@ -518,6 +522,7 @@ def test_variants_are_served_and_every_candidate_is_drawn_where_asked(serve, tmp
     )
 
 
+@pytest.mark.slow(3)
 def test_the_key_is_nowhere(serve, tmp_path):
     """The key is in no file, output, command line or environment of the reward, although the endpoint quotes it."""
     (tmp_path / "own.py").write_text(

@@ -22,6 +22,8 @@ from rollout.teachers.openai import Endpoint, OpenAITeacher
 from tests.helpers.commands import succeed
 from tests.helpers.endpoints import here, puzzle, raw_rows, report
 
+pytestmark = [pytest.mark.vllm, pytest.mark.slow(10)]
+
 
 @pytest.fixture(scope="module")
 def checkpoint(pipeline, tmp_path_factory) -> Path:

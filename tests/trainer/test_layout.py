@@ -1,14 +1,13 @@
 """Layout invariance: world size, micro-batch size, packing, accumulation and row order do not change loss or gradient."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, succeed
 from tests.helpers.layouts import OBJECTIVES, layouts_of
+
+pytestmark = pytest.mark.slow(2)
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +17,7 @@ def results(pipeline, tmp_path_factory) -> dict[int, dict[str, torch.Tensor]]:
     found = {}
     for ranks in (1, 2, 3):
         out = folder / f"{ranks}.safetensors"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(ROOT / "tests/helpers/layouts.py"), str(pipeline / "base"), str(out)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        succeed(ROOT / "tests/helpers/layouts.py", pipeline / "base", out, ranks=ranks)
         found[ranks] = load_file(out)
     return found
 

@@ -15,6 +15,7 @@ from tests.helpers.commands import ROOT, run_command, succeed
 from tests.helpers.nodes import Launched, torchrun, two_nodes
 from trainer.ranks.watch import BEAT_SECONDS
 
+pytestmark = pytest.mark.slow(25)
 SMALL = (
     "--prompts-per-step",
     4,
@@ -177,7 +178,7 @@ def test_a_killed_trainer_is_named_on_the_other_node_within_30_seconds(words, st
         rank_1 = launched[1].descendants("--steps")[-1]  # below its launcher
         rank_1.kill()
         killed = time.monotonic()
-        assert launched[0].end(seconds=40) != 0
+        assert launched[0].end() != 0
         assert time.monotonic() - killed < 30
     said = launched[0].output
     assert (
@@ -204,10 +205,10 @@ def test_a_sampler_killed_while_it_generates_is_named_and_the_run_stops(words, s
     everything = launched.descendants("")
     time.sleep(0.7)
     sampler.kill()
-    assert launched.end(seconds=60) != 0
+    assert launched.end() != 0
     says = f"its process {sampler.pid}) was killed by SIGKILL in phase 'generate' of step 2"
     assert says in launched.output and "Error: sampler 0 (rank 1 on node 0" in launched.output
-    gone, alive = psutil.wait_procs(everything, timeout=20)
+    gone, alive = psutil.wait_procs(everything, timeout=120)
     assert len(gone) >= 4 and not alive  # both ranks, the sampler, the reward's process
 
 

@@ -97,6 +97,8 @@ def logprobs_and_gradient(of: Policy) -> tuple[torch.Tensor, torch.Tensor]:
     return values.detach(), torch.cat([p.grad.flatten() for p in of.trainable().values()])
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(5)
 def test_a_four_bit_base_samples_from_its_own_weights(pipeline, tmp_path):
     """vLLM holds the rounded weights, so the canary of every hand-over agrees and fresh samples have ratio 1."""
     rows = run(pipeline, tmp_path / "run", "--quantize", "nf4", "--entropy")
@@ -125,6 +127,7 @@ def test_the_copy_is_made_once(pipeline, tmp_path):
     assert sampler_model("anything", "none", "float32", tmp_path) == "anything"
 
 
+@pytest.mark.slow(3)
 def test_eight_bit_moments_resume_bit_for_bit(pipeline, tmp_path):
     more = ("--optimizer", "adamw8bit", "--engine", "torch", "--save-every", 1)
     whole = run(pipeline, tmp_path / "whole", *more, "--steps", 3)
@@ -150,6 +153,8 @@ def test_bfloat16_products_stay_near_float32(pipeline):
     assert torch.nn.functional.cosine_similarity(gradient, near_gradient, dim=0) > 0.99
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(5)
 def test_bfloat16_weights_make_bfloat16_products(pipeline, tmp_path):
     rows = run(pipeline, tmp_path / "run", "--dtype", "bfloat16")
     assert rows[0]["sampling/logp_difference/mean"] < 0.05 and rows[1]["grad_norm"] > 0

@@ -108,6 +108,8 @@ def test_one_process_replays_bit_for_bit(on_policy, tmp_path):
     assert metrics["sampling/logp_difference/max"] < 1e-4  # the torch engine samples with the trainer's own model
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("update", [1, 2])
 def test_two_ranks_with_vllm_replay_bit_for_bit(off_policy, tmp_path, update):
     """Several micro-batches, an update whose ratios are not 1, and clips."""

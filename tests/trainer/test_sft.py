@@ -86,6 +86,7 @@ def test_learning_rate_by_hand():
     assert learning_rate(9, 10, cfg) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 7 / 8)))
 
 
+@pytest.mark.slow(3)
 def test_one_and_two_processes_learn_the_same_and_the_checkpoint_loads(pipeline, tmp_path):
     sft(pipeline, tmp_path / "one")
     sft(pipeline, tmp_path / "two", ranks=2)

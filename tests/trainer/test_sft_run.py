@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from data.puzzles import read_rows
 from reward.cellpuzzles import parse_response
-from tests.helpers.commands import ROOT, run_command, succeed
+from tests.helpers.commands import run_command, start_command, succeed
 from trainer.config import SftConfig
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
@@ -105,17 +103,13 @@ def run(pipeline, out, judge=None, **more) -> list[dict]:
     return metrics(out)
 
 
+@pytest.mark.slow(10)
 def test_resume_after_a_kill_gives_the_same_metrics_and_model(pipeline, tmp_path):
     """Every run a process of its own: what else a test process has loaded may change the last bit of a sum."""
     more = ("--epochs", 3, "--save-every", 4)
-    succeed("sft", *words(pipeline, tmp_path / "whole", *more))
+    succeed("sft", *words(pipeline, tmp_path / "whole", *more), fresh=True)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch/sft.py"), *words(pipeline, killed, *more)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_command("sft", *words(pipeline, killed, *more))
     while not (killed / "checkpoints/step-000008/state.json").is_file():
         assert process.poll() is None
         time.sleep(0.01)
@@ -134,22 +128,18 @@ def test_resume_after_a_kill_gives_the_same_metrics_and_model(pipeline, tmp_path
 
 def test_sigterm_finishes_the_step_and_saves(pipeline, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch/sft.py"), *words(pipeline, out, "--epochs", 200)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_command("sft", *words(pipeline, out, "--epochs", 200))
     while not (out / "metrics.jsonl").is_file():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate()
     done = metrics(out)[-1]["step"]
     assert process.returncode == 0 and f"stopped after step {done} of" in said and not (out / "model").exists()
     assert (out / f"checkpoints/step-{done:06d}/state.json").is_file()
 
 
+@pytest.mark.slow(2)
 def test_early_stopping_keeps_the_best_epoch(pipeline, tmp_path):
     """A learning rate that soon is too high: the loss of the held-out traces rises, the best epoch's weights are kept."""
     out, more = tmp_path / "out", {"patience": 2, "lr": 0.2, "holdout": 0.3}
@@ -161,6 +151,7 @@ def test_early_stopping_keeps_the_best_epoch(pipeline, tmp_path):
     assert again[-1]["eval_loss"] == pytest.approx(losses[best], rel=1e-4), "the model on disk is the best epoch's"
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(
     "more",
     [{"dora": True}, {"quantize": "nf4"}, {"optimizer": "adamw8bit"}, {"autocast": True, "checkpointing": True}],
@@ -190,6 +181,8 @@ def test_the_answer_alone(pipeline, tmp_path):
     assert (tmp_path / "a/model").is_dir() and not (tmp_path / "b").exists()
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(10)
 def test_held_out_puzzles_are_answered_through_vllm(pipeline, tmp_path):
     """The five metrics, on two ranks of which one answers a puzzle less; then other traces under the same name."""
     shutil.copy(pipeline / "traces.jsonl", tmp_path / "traces.jsonl")

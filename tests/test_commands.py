@@ -1,0 +1,158 @@
+"""How tests run commands: each command starts as a real process, and forked ones are what real ones are.
+
+That a forked run of GRPO writes the bytes of a real one is seen in trainer/test_grpo.py, where a run is killed and resumed, and
+for SFT in trainer/test_sft_run.py.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.helpers.commands import ROOT, run_command, start_command, succeed
+from tests.helpers.forked import can_fork
+
+WHAT_A_SCRIPT_SEES = """
+import json, os, random, signal, sys, threading
+import numpy, torch
+if __name__ == "__main__":
+    seen = {
+        "argv": sys.argv, "path": sys.path, "cwd": os.getcwd(), "env": dict(os.environ), "file": __file__,
+        "main": sorted(name for name in vars(sys.modules["__main__"]) if name != "__warningregistry__"),
+        "streams": [[s.encoding, s.line_buffering, s.isatty()] for s in (sys.stdin, sys.stdout, sys.stderr)],
+        "stdin": sys.stdin.read(),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "handlers": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)],
+        "threads": [threading.active_count(), torch.get_num_threads()],
+        "draws": [random.random(), numpy.random.rand(), torch.rand(1).item()],
+        "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("data", "reward", "rollout", "trainer", "launch")),
+        "flags": str(sys.flags), "umask": os.umask(0o22),
+    }
+    print(json.dumps(seen))
+    print("and on standard error", file=sys.stderr)
+"""
+ENDINGS = {
+    "pass": 0,
+    "sys.exit(3)": 3,
+    "sys.exit()": 0,
+    "sys.exit('a sentence')": 1,
+    "raise ValueError('wrong')": 1,
+    "os._exit(7)": 7,
+    "os.kill(os.getpid(), signal.SIGKILL)": -signal.SIGKILL,
+    "os.kill(os.getpid(), signal.SIGTERM)": -signal.SIGTERM,
+    "raise KeyboardInterrupt": -signal.SIGINT,
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)": 5,
+    "threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()": 0,
+    "atexit.register(print, 'at exit')": 0,
+    "pathlib.Path('no such file').read_text()": 1,
+}
+
+
+forked_here = pytest.mark.skipif(not can_fork(), reason="commands are real processes here: see can_fork")
+VERBS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.slow(2)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_command_starts_as_a_user_starts_it(verb):
+    assert succeed(verb, "--help", fresh=True).startswith(f"Usage: {verb}.py ")
+    wrong = run_command(verb, "--no-such-option")
+    assert wrong.returncode == 2 and "No such option" in wrong.stderr and not wrong.stdout
+
+
+@forked_here
+@pytest.mark.vllm
+@pytest.mark.slow(20)
+def test_greedy_answers_of_a_forked_vllm_are_those_of_a_real_process(pipeline, tmp_path):
+    given = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/test.parquet", "--max-response-tokens", 24)
+    for out, fresh in (("real", True), ("forked", False)):
+        succeed("evaluate", *given, "--out", tmp_path / out, fresh=fresh)
+    real, forked = ((tmp_path / out / "predictions.jsonl").read_bytes() for out in ("real", "forked"))
+    assert real == forked and len(real.splitlines()) > 10
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script(text): the path of a Python file that holds it."""
+
+    def write(text: str):
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@forked_here
+def test_a_forked_script_sees_what_a_real_process_sees(script, tmp_path):
+    path = script(WHAT_A_SCRIPT_SEES)
+    more = {"env": {"OWN": "1"}, "cwd": tmp_path}
+    real, forked, again = (run_command(path, "--word", "a b", **more, fresh=fresh) for fresh in (True, False, False))
+    assert (real.returncode, real.stderr) == (forked.returncode, forked.stderr) == (0, "and on standard error\n")
+    expected, seen = json.loads(real.stdout), json.loads(forked.stdout)
+    draws = [expected.pop("draws"), seen.pop("draws"), json.loads(again.stdout)["draws"]]
+    assert all(len(set(of_one_generator)) == 3 for of_one_generator in zip(*draws, strict=True))
+    names = {name for name in {*expected["env"], *seen["env"]} if expected["env"].get(name) != seen["env"].get(name)}
+    assert {name for name in names if name in expected["env"]} == set(), "what libraries set at import may come on top"
+    del expected["env"], seen["env"]
+    assert seen == expected
+
+
+@forked_here
+@pytest.mark.parametrize("line", ENDINGS)
+def test_a_forked_script_ends_as_a_real_process_ends(script, line):
+    path = script(
+        f"import atexit, os, pathlib, signal, sys, threading, time\n\ndef end():\n    {line}\n\nprint('begun')\nend()\n"
+    )
+    real, forked = (run_command(path, fresh=fresh) for fresh in (True, False))
+    assert real.returncode == forked.returncode == ENDINGS[line]
+    assert (real.stdout, real.stderr) == (forked.stdout, forked.stderr)
+
+
+@forked_here
+def test_a_forked_command_can_be_watched_and_killed(script):
+    running = start_command(script("import time\nprint('at work', flush=True)\ntime.sleep(1000)\n"))
+    assert running.stdout.readline() == "at work\n" and running.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.wait(0.1)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == running.poll() == -signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(running.pid, 0)
+
+
+@forked_here
+def test_a_command_that_hangs_is_killed_with_what_it_started(script):
+    path = script(
+        "import subprocess, time\nprint(subprocess.Popen(['sleep', '1000']).pid, flush=True)\ntime.sleep(1000)\n"
+    )
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        run_command(path, timeout=3)
+    started = int(caught.value.output)
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow(2)
+def test_ranks_have_torchruns_variables_and_a_failing_one_ends_the_others(script):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    path = script(f"import json, os\nprint(json.dumps([os.environ[n] for n in {names}]), flush=True)\n")
+    for fresh in (True, False):
+        rows = sorted(map(json.loads, run_command(path, ranks=2, fresh=fresh).stdout.splitlines()))
+        assert [row[:5] for row in rows] == [["0", "0", "2", "2", "0"], ["1", "1", "2", "2", "0"]]
+        assert rows[0][5:] == rows[1][5:]
+    path = script("import os, sys, time\nsys.exit('rank 1 fails') if os.environ['RANK'] == '1' else time.sleep(1000)\n")
+    began = time.monotonic()
+    done = run_command(path, ranks=2)
+    assert done.returncode == 1 and done.stderr == "rank 1 fails\n" and time.monotonic() - began < 500
+
+
+@forked_here
+def test_what_libraries_read_at_import_needs_a_real_process(script):
+    path = script("import sys; print(sys.flags.utf8_mode)")
+    with pytest.raises(AssertionError, match="PYTHONUTF8.*fresh=True"):
+        run_command(path, env={"PYTHONUTF8": "1"})
+    assert run_command(path, env={"PYTHONUTF8": "1"}, fresh=True).stdout == "1\n"
