@@ -125,8 +125,8 @@ class RawFile:
             raise self._damaged(number)
         return row
 
-    def _damaged(self, number: int) -> ValueError:
-        return ValueError(f"{self.path}, line {number}: damaged; remove that line to go on without its response")
+    def _damaged(self, number: int) -> UserError:
+        return UserError(f"{self.path}, line {number}: damaged; remove that line to go on without its response")
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for name in {**now, **before}:
