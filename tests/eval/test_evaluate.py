@@ -446,6 +446,7 @@ class Server:
         self.fail_after: int | None = None
         self.refused = ""
         """A puzzle whose text holds this is refused for good."""
+        self.reasoning, self.finish_reason = "markers", "stop"
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -460,8 +461,8 @@ class Server:
                 refusing = bool(outer.refused) and outer.refused in body["messages"][1]["content"]
                 text = f"<answer>{' | '.join(labels)}</answer>"
                 choice = {
-                    "message": {"role": "assistant", "content": text, "reasoning_content": "markers"},
-                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": text, "reasoning_content": outer.reasoning},
+                    "finish_reason": outer.finish_reason,
                 }
                 said = {"choices": [choice], "model": "big", "usage": {"prompt_tokens": 50, "completion_tokens": 21}}
                 payload = json.dumps({"error": {"message": f"no {KEY}"}} if failing or refusing else said).encode()
