@@ -81,8 +81,8 @@ def faults_of(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
         contain_candidate: those among them that contain a candidate, so that only its surroundings are wrong.
         not_candidate_labels: [{label, count, example_id, candidate}], the commonest first, at most 30; candidate: the
             longest candidate in the label, or None. different_not_candidate: the number of different labels.
-        numbered, numbered_labels: the same for labels of open-ended puzzles that begin with the number of their cell.
-        repeated: labels beyond the number of times that a label may occur in an answer, which is once.
+        numbered, numbered_labels: the same for wrong labels of open-ended puzzles that begin with the number of a cell.
+        repeated: labels that occur again in the same answer, more often than the candidates list them.
         repeated_in_answers: the number of answers with such labels. repeated_labels: as above, without a candidate.
     """
     valid = [answer for answer in answers if answer.score.valid]
@@ -113,7 +113,7 @@ def invalid_reasons(answers: Iterable[ScoredAnswer]) -> list[dict[str, Any]]:
     groups: dict[str, list[ScoredAnswer]] = {}
     for answer in answers:
         if not answer.score.valid:
-            # 0 is no number here: a tag that is missing has another remedy than a tag that is repeated
+            # "0 times" gets a kind of its own: a missing tag has another remedy than a repeated tag
             kind = re.sub(r"\d+", "#", _problem(answer).replace(" occurs 0 times", " occurs no times"))
             groups.setdefault(kind, []).append(answer)
     found = []
@@ -174,11 +174,11 @@ def _remedy(answer: ScoredAnswer) -> str:
     if "</think>" not in text or ("<answer>" in text and "</answer>" not in text):
         return f"the last block has no end: if the responses were cut, {LONGER}"
     if "<answer>" not in text:
-        return "put the labels into one `<answer>...</answer>` block behind the reasoning"
+        return "put the labels into one `<answer>...</answer>` block after the reasoning"
     if " occurs " in problem:
         return "write each of the four tags once: a tag that the reasoning quotes counts too"
     if problem.startswith("the text "):
-        return "write nothing before, between and behind the two blocks"
+        return "write nothing before, between or after the two blocks"
     return "write one label per cell, in the order of the cells, with ` | ` between two labels"
 
 
@@ -286,14 +286,14 @@ def invalid_sentence(faults: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelList:
-    """One kind of trouble with labels."""
+    """One kind of wrong label: how many there are, and the commonest."""
 
     sentence: str
     """How many labels."""
     rows: list[dict[str, Any]]
     """[{label, count, example_id, candidate}], the commonest first; at most KEPT."""
     hint: str
-    """What to do about every label of the list; "" where nothing holds for all."""
+    """The remedy for every label of the list; "" where there is no common one."""
 
 
 def label_lists(faults: dict[str, Any]) -> list[LabelList]:

@@ -690,6 +690,9 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     assert all(row["prediction"] == row["samples"][0] and len(set(row["samples"])) == 3 for row in rows)
     assert all(1 <= n <= 24 for row in rows for n in row["samples_tokens"])
     assert list(found["k_sample"]["pass_at_k"]) == ["1", "2", "3"] and found["run"]["temperature"] == 0.9
+    reason = found["invalid_reasons"][0]  # an untrained model goes on until the limit
+    assert reason["reason"] == "the response was cut at the length limit" and reason["count"] > 15
+    assert found["label_problems"]["answers"] == 30 and " of 30 answers have an invalid format: " in said
     # as if killed in the third chunk: the second run samples what the first had
     settings = json.dumps({"settings": found["run"]})
     lines = [settings, *(json.dumps(row) for row in rows[:8]), json.dumps(rows[8])[:40]]

@@ -131,9 +131,9 @@ def test_every_reason_has_its_remedy():
         f"x</think><answer>{labels}</answer>": "put the opening `<think>` back in front",
         "<think>and then": "the last block has no end: if the responses were cut, allow longer responses",
         "<think>x</think><answer>T cell": "the last block has no end: if the responses were cut",
-        f"<think>x</think>{labels}": "put the labels into one `<answer>...</answer>` block behind the reasoning",
+        f"<think>x</think>{labels}": "put the labels into one `<answer>...</answer>` block after the reasoning",
         f"<think><answer></think><answer>{labels}</answer>": "write each of the four tags once",
-        f"<think>x</think>So: <answer>{labels}</answer>": "write nothing before, between and behind the two blocks",
+        f"<think>x</think>So: <answer>{labels}</answer>": "write nothing before, between or after the two blocks",
         "<think>x</think><answer>T cell, B cell</answer>": "write one label per cell, in the order of the cells, with ` | `",
     }.items():
         (one,) = faults([{"prediction": text}], [puzzle])["invalid_reasons"]
@@ -261,11 +261,11 @@ def test_nothing_is_said_when_nothing_is_wrong(tmp_path):
 
 def test_text_of_a_model_cannot_steer_the_terminal_or_the_page(tmp_path):
     puzzles = make_puzzles(2)
-    texts = [answer_of(["\x1b[31mT cell", "`<b>`\u202e", "x" * 500, SCRIPT]), "\x1b[2J\nno"]
+    texts = [answer_of(["\x1b[31m T cell", "`<b>`\u202e", "x" * 500, SCRIPT]), "\x1b[2J\nno"]
     said = evaluated(*asked(tmp_path, puzzles, texts))
     page = (tmp_path / "o/evaluation.md").read_text().split("## The metrics")[0]
     assert "\x1b" not in said + page and "\u202e" not in said + page
-    assert '"?[31mT cell", for example in q0; it contains the candidate "T cell"' in said
+    assert '"?[31m T cell", for example in q0; it contains the candidate "T cell"' in said
     assert f"- 1: `{SCRIPT}`, for example in `q0`." in page and "- 1: `'<b>'?`, for" in page
     assert 'q1 begins "?[2J no"' in said and f'"{"x" * 80}..."' in said
     assert shortened("\ud800") == "?" and shortened("a " * 1000, 3) == "a a..."
@@ -285,9 +285,8 @@ def test_several_files_and_another_model_say_it_too(tmp_path):
     sentence = "6 of 6 answers have an invalid format: `<think>` occurs 0 times, not once."
     assert f"- one: {sentence}\n" in (tmp_path / "o/evaluation.md").read_text()
     other = ("--compare", tmp_path / "o/one")
-    evaluated(
-        "--puzzles", tmp_path / "two.jsonl", "--predictions", tmp_path / "o/two", *other, "--out", tmp_path / "c"
-    )  # fmt: skip
+    two = ("--puzzles", tmp_path / "two.jsonl", "--predictions", tmp_path / "o/two")
+    evaluated(*two, *other, "--out", tmp_path / "c")
     found = metrics_of(tmp_path / "c")
     assert found["invalid_reasons"] == [] and found["compare"]["invalid_reasons"][0]["count"] == 6
     assert f"Of the other model, {sentence}" in (tmp_path / "c/evaluation.md").read_text()
