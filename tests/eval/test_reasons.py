@@ -16,6 +16,7 @@ from eval.report.page import write_report
 from tests.eval.test_evaluate import Server, evaluate, evaluated, metrics_of
 from tests.eval.test_report import SCRIPT, cells_of, read
 from tests.eval.test_report_page import browser, needs_chromium
+from tests.helpers.commands import succeed
 
 TYPES = ["T cell", "B cell", "CD4-positive, alpha-beta T cell", "monocyte"]
 OPENING = "put the opening `<think>` back in front of each response: the chat template or the server leaves it out"
@@ -269,6 +270,14 @@ def test_text_of_a_model_cannot_steer_the_terminal_or_the_page(tmp_path):
     assert f"- 1: `{SCRIPT}`, for example in `q0`." in page and "- 1: `'<b>'?`, for" in page
     assert 'q1 begins "?[2J no"' in said and f'"{"x" * 80}..."' in said
     assert shortened("\ud800") == "?" and shortened("a " * 1000, 3) == "a a..."
+
+
+def test_a_terminal_that_lacks_a_letter_gets_the_rest(tmp_path):
+    puzzles = make_puzzles(2)
+    texts = [answer_of(["a na\u00efve T cell", *TYPES[1:]]), "?"]
+    said = succeed("evaluate", *asked(tmp_path, puzzles, texts), env={"PYTHONIOENCODING": "ascii"})
+    assert '"a na?ve T cell", for example in q0; it contains the candidate "T cell": write the label alone' in said
+    assert "`a na\u00efve T cell`" in (tmp_path / "o/evaluation.md").read_text(encoding="utf-8")
 
 
 def test_several_files_and_another_model_say_it_too(tmp_path):
