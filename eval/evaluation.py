@@ -17,6 +17,7 @@ from eval.breakdowns import average_over, breakdowns, decomposition, interval_me
 from eval.metrics import METRICS, lacking_tokens, metrics_of, scores_of
 from eval.predict import REFUSED
 from eval.published import average_markdown, comparable, evaluation_markdown
+from eval.reasons import faults_of, scored_answers
 from eval.similarity import LabelEncoder, similarity
 
 
@@ -50,6 +51,7 @@ def evaluation_of(
         "puzzles": {"file": Path(file).name, "variant": variant, "digest": puzzles_digest(puzzles)},
         "run": run,
         **notes_on(rows, notes),
+        **faults_of(scored_answers(rows, puzzles, texts, samples)),
         "breakdowns": found,
     }
     if len(samples[0]) > 1:
@@ -98,14 +100,17 @@ def variant_of_all(puzzles: Sequence[Puzzle], file: str) -> str:
 def comparison(
     rows: Sequence[dict], other: str, other_rows: Sequence[dict], puzzles: Sequence[Puzzle], seed: int
 ) -> dict[str, Any]:
-    """{other, response_length_unit, metrics} of two models' matched rows; for the metrics see eval.bootstrap.paired.
+    """{other, response_length_unit, metrics, invalid_reasons, label_problems} of two models' matched rows.
 
+    For the metrics see eval.bootstrap.paired, for the last two keys, which are of the other model, eval.reasons.faults_of.
     Lengths are in words unless both models have token counts.
     """
     units = {scores_of(of_model, puzzles)[2] for of_model in (rows, other_rows)}
     ours, theirs = (scores_of(of_model, puzzles, in_words=len(units) > 1)[1] for of_model in (rows, other_rows))
     unit = units.pop() if len(units) == 1 else "words"
-    return {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)}
+    texts = [row.get("samples") or [row["prediction"]] for row in other_rows]
+    faults = faults_of(scored_answers(other_rows, puzzles, texts, theirs))
+    return {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)} | faults
 
 
 def average_of(
@@ -119,7 +124,7 @@ def average_of(
         file: ([of_puzzle[0] for of_puzzle in scores_of(rows, puzzles)[1]], puzzles)
         for file, (rows, puzzles) in answered.items()
     }
-    shown = (*METRICS, "n_puzzles", "intervals")
+    shown = (*METRICS, "n_puzzles", "intervals", "invalid_reasons", "label_problems")
     variants = sorted({result["puzzles"]["variant"] for result in results.values()})  # "batch" comes first
     units = {result["response_length_unit"] for result in results.values()}
     return {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.describe import markdown_table
+from eval import reasons
 
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
@@ -141,6 +142,7 @@ def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
     title: of the page. result: the content of metrics.json. The same result gives the same text.
     """
     parts = [f"# {title}", _headline(result), *(f"Mind: {sentence}." for sentence in result.get("notes", ()))]
+    parts += [*filter(None, [reasons.markdown(result)])]
     parts += [f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
     if "k_sample" in result:
         parts.append(_k_sample(result["k_sample"]))
@@ -182,7 +184,11 @@ def average_markdown(result: dict[str, Any]) -> str:
                 label, *cells = _published_row(row)
                 rows.append([label, "", *cells])
     files = markdown_table(["file", "puzzles", *COLUMNS.values()], rows)
+    said = [f"- {file}: {one}." for file, metrics in result["files"].items() for one in reasons.sentences(metrics)]
     parts = [f"# {result['name']} on {len(result['files'])} files", f"## By file\n\n{files}"]
+    parts += (
+        ["What is wrong with the answers (the folder of each file says more):\n\n" + "\n".join(said)] if said else []
+    )
     parts += [average_table("Unweighted average over the files", result["average"], result), _glossary(result)]
     return "\n\n".join(parts) + "\n"
 
@@ -255,6 +261,7 @@ def _compare(found: dict[str, Any]) -> str:
         f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences "
         f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
         + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
+        + "".join(f"\n\nOf the other model, {sentence}." for sentence in reasons.sentences(found))
     )
 
 

@@ -19,6 +19,7 @@ from eval import baselines
 from eval.evaluation import average_of, evaluation_of, write_average, write_evaluation
 from eval.metrics import METRICS
 from eval.predict import Partial, ask_engine
+from eval.reasons import console_lines, verdict
 from eval.settings import EvaluateConfig, settings_of
 from eval.similarity import LabelEncoder
 from eval.sources import Loaded, PuzzleSet, name_of, open_source, read_sets, rows_to_compare
@@ -58,11 +59,22 @@ def main(config: EvaluateConfig) -> None:
         write_evaluation(folder, rows, result, f"{name} on {puzzle_set.name}")
         partial.remove()
         print(puzzle_set.name, json.dumps({key: result[key] for key in (*METRICS, "n_puzzles")}), flush=True)
+        for line in console_lines(result):
+            say(f"{puzzle_set.name}: {line}" if not line.startswith(" ") else line)
         answered[puzzle_set.name], results[puzzle_set.name] = (rows, puzzle_set.puzzles), result
     source.close()
     if len(sets) > 1:
         write_average(out, average_of(answered, results, config.seed))
     print(f"tables: {out / 'evaluation.md'}", flush=True)
+    for file, result in results.items():
+        if said := verdict(result):  # the last lines, so that an accuracy of 0 is not left unexplained
+            say(f"{file}: {said}")
+
+
+def say(line: str) -> None:
+    """Print a line that may hold text of a model, also where the terminal's encoding lacks a character of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def fingerprint_of(config: EvaluateConfig) -> str | None:

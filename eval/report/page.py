@@ -23,6 +23,7 @@ from data.errors import UserError
 from data.files import write_whole
 from eval.published import KEY_MODELS, NOTE, SOURCE
 from eval.report.breakdowns import where_sections
+from eval.report.faults import faults_table, warning
 from eval.report.figures import (
     GRPO_CURVES,
     SFT_CURVES,
@@ -156,6 +157,7 @@ def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) ->
 
 def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
     title = f"<h1>{escape(headline(summary, evaluations)).replace(' %', '&nbsp;%')}</h1>"
+    title += _why_zero(summary, evaluations)
     of_stage = evaluations.get("test", {})
     if not {"sft", "grpo"} <= of_stage.keys():
         return title
@@ -168,6 +170,15 @@ def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
         f'{title}<p class="lead">On the same {count(len(pairs), "held-out puzzle")}, GRPO got {gained} right that SFT '
         f"had wrong, and {lost} wrong that SFT had right.</p>"
     )
+
+
+def _why_zero(summary: dict[str, Any], evaluations: Evaluations) -> str:
+    """Why the number of the headline is 0, when no answer of its stage is valid or no label is a candidate."""
+    for split in SPLITS:
+        stages = [stage for stage in STAGES if "batch_accuracy" in summary.get(stage, {}).get(split, {})]
+        if stages:
+            return warning(stages[-1], evaluations.get(split, {}).get(stages[-1]))
+    return ""
 
 
 def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
@@ -205,6 +216,7 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         everything = html_table(["published", *COLUMNS.values()], [_published_row(row, published) for row in published])
         more += details(f"All {len(published)} published rows: {of_paper}", everything)
     shown = html_table(["", *COLUMNS.values()], rows, "results") if rows else ""
+    shown += "".join(faults_table(split_name(summary, split), of_stage) for split, of_stage in evaluations.items())
     notes = _sizes(summary, {split: evaluations[split] for split in compared})
     notes += note(_how_to_read(summary, published='class="published"' in "".join(map(str, rows)))) if rows else ""
     with_intervals = all("intervals" in summary[stage][split] for stage in STAGES for split in summary[stage])

@@ -10,6 +10,7 @@ from data.puzzles import Puzzle, read_puzzles, read_rows
 from eval.breakdowns import breakdowns, size_of
 from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_counts
 from eval.published import comparable, published_rows
+from eval.reasons import ScoredAnswer, faults_of
 from eval.report.html import count
 from eval.run_files import SPLITS, STAGES, read_result, read_summary
 
@@ -36,6 +37,8 @@ class Evaluation:
     """The breakdowns of metrics.json; where it has none, computed from the answers; empty without either."""
     notes: list[str] = field(default_factory=list)
     """What a reader must know about the numbers, one sentence each."""
+    faults: dict[str, Any] = field(default_factory=dict)
+    """The result of eval.reasons.faults_of, from metrics.json; where it has none, counted from the answers."""
 
     @property
     def variant(self) -> str | None:
@@ -104,7 +107,24 @@ def read_evaluation(folder: Path, puzzles: list[Puzzle], puzzles_file: Path, sum
                 f"{file} answers {count(len(every) - len(answers), 'puzzle')} again: the first answer to each is shown"
             )
         notes += mismatches(file, answers, result, summary, len(puzzles))
-    return Evaluation(answers, result, found, notes)
+    return Evaluation(answers, result, found, notes, faults_in(result, answers))
+
+
+def faults_in(result: dict[str, Any], answers: list[Answered]) -> dict[str, Any]:
+    """What is wrong with the answers, see eval.reasons.faults_of; {} when neither metrics.json nor answers say it.
+
+    metrics.json counts all samples; `answers` has the first sample of each puzzle.
+    """
+    if "invalid_reasons" in result and "label_problems" in result:
+        return {name: result[name] for name in ("invalid_reasons", "label_problems")}
+    if not answers:
+        return {}
+    return faults_of(
+        [
+            ScoredAnswer(puzzle=one.puzzle, text=one.prediction, finish_reason=one.finish_reason, score=one.score)
+            for one in answers
+        ]
+    )
 
 
 def mismatches(

@@ -446,6 +446,7 @@ class Server:
         self.fail_after: int | None = None
         self.refused = ""
         """A puzzle whose text holds this is refused for good."""
+        self.reasoning, self.finish_reason = "markers", "stop"
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -460,8 +461,8 @@ class Server:
                 refusing = bool(outer.refused) and outer.refused in body["messages"][1]["content"]
                 text = f"<answer>{' | '.join(labels)}</answer>"
                 choice = {
-                    "message": {"role": "assistant", "content": text, "reasoning_content": "markers"},
-                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": text, "reasoning_content": outer.reasoning},
+                    "finish_reason": outer.finish_reason,
                 }
                 said = {"choices": [choice], "model": "big", "usage": {"prompt_tokens": 50, "completion_tokens": 21}}
                 payload = json.dumps({"error": {"message": f"no {KEY}"}} if failing or refusing else said).encode()
@@ -691,6 +692,9 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     assert all(row["prediction"] == row["samples"][0] and len(set(row["samples"])) == 3 for row in rows)
     assert all(1 <= n <= 24 for row in rows for n in row["samples_tokens"])
     assert list(found["k_sample"]["pass_at_k"]) == ["1", "2", "3"] and found["run"]["temperature"] == 0.9
+    reason = found["invalid_reasons"][0]  # an untrained model goes on until the limit
+    assert reason["reason"] == "the response was cut at the length limit" and reason["count"] > 15
+    assert found["label_problems"]["answers"] == 30 and " of 30 answers have an invalid format: " in said
     # as if killed in the third chunk: the second run samples what the first had
     settings = json.dumps({"settings": found["run"]})
     lines = [settings, *(json.dumps(row) for row in rows[:8]), json.dumps(rows[8])[:40]]
