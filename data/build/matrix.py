@@ -158,6 +158,10 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
         raise UserError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
     if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
         raise UserError(f"{where} does not hold numbers (data of type {parts[0].dtype}); {RESAVE}")
+    for name, part in zip(("data", "indices"), parts, strict=False):
+        # a sparse matrix has no chunk of zeros only, so such a chunk was lost
+        if isinstance(part, StoreArray) and (lost := part.missing_chunks()):
+            raise UserError(f"{where} lacks {lost} of {part.n_chunks} chunks of {name!r}, was it copied to its end?")
     return encoding
 
 

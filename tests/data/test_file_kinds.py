@@ -14,8 +14,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
+from data.build.build import build_puzzles
 from data.build.cells import read_cells
+from data.build.files.stores import content_sha256
 from data.build.h5ad import OtherKind, obs_columns, read_cell_ids, read_obs, uns_text
 from data.build.matrix import open_matrix
 from data.build.onefile import summarise_file
@@ -357,3 +360,122 @@ def test_nullable_strings_and_elements_that_are_not_needed(tmp_path, atlas):
     assert top_genes(path, [0, 5], 4) == top_genes(atlas, [0, 5], 4)
     summary = summarise_file(path, SMALL)
     assert summary.report["cells_kept"] == adata.n_obs - 1 and summary.report["cells_dropped"]["no cell type"] == 1
+
+
+# -- zarr stores --
+
+
+def as_zarr(source, path, version, change=lambda adata: None):
+    """Write an .h5ad file as a zarr store with anndata."""
+    adata = anndata.read_h5ad(source)
+    change(adata)
+    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=version):
+        warnings.simplefilter("ignore")
+        adata.write_zarr(path)
+    return path
+
+
+def zipped(folder, path, prefix=""):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return path
+
+
+def rich(adata):
+    adata.obs["count"] = pd.array([None, *range(adata.n_obs - 1)], dtype="Int64")
+    adata.obs["score"] = np.linspace(0, 1, adata.n_obs, dtype=np.float32)
+    adata.obs["note"] = [f"n{i}" for i in range(adata.n_obs)]
+    adata.obs["all_missing"] = pd.Categorical([None] * adata.n_obs)
+    adata.layers["dense"] = adata.X.toarray() * 2
+    adata.layers["csc"] = sparse.csc_matrix(adata.X * 3)
+    adata.raw = adata
+    adata.uns["organism"] = "Homo sapiens"
+
+
+@pytest.fixture(scope="module", params=["v2", "v3", "zip v2", "zip v3", "zip of the folder"])
+def stores(request, atlas, tmp_path_factory):
+    """(the same cells as .h5ad, a zarr store of them)."""
+    folder = tmp_path_factory.mktemp("stores")
+    adata = anndata.read_h5ad(atlas)
+    rich(adata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adata.write_h5ad(folder / "same.h5ad")
+        store = as_zarr(atlas, folder / "same.zarr", 3 if "3" in request.param else 2, rich)
+    if "zip" in request.param:
+        inside = "same.zarr/" if "folder" in request.param else ""
+        store = zipped(store, folder / "same.zip", inside)
+    return folder / "same.h5ad", store
+
+
+def test_a_zarr_store_reads_like_the_h5ad(stores):
+    file, store = stores
+    assert obs_columns(store) == obs_columns(file)
+    right, read = (read_obs(path, obs_columns(file)) for path in (file, store))
+    assert {name: column.texts() for name, column in read.items()} == {n: c.texts() for n, c in right.items()}
+    rows = [0, 3, 77, 150]
+    assert read_cell_ids(store, rows) == read_cell_ids(file, rows)
+    for layer in ("auto", "X", "raw", "dense", "csc"):
+        assert top_genes(store, rows, 5, layer=layer) == top_genes(file, rows, 5, layer=layer)
+    assert uns_text(store, ["title", "organism"]) == "Homo sapiens"
+    with open_matrix(store) as matrix:
+        assert matrix.layers == ["X", "raw", "csc", "dense"]
+    assert summarise_file(store, SMALL).donors == summarise_file(file, SMALL).donors
+
+
+def test_puzzles_of_a_zarr_store_are_those_of_the_h5ad(stores, tmp_path, monkeypatch):
+    file, store = stores
+    monkeypatch.setattr("data.build.onefile.sha256", content_sha256, raising=False)
+    splits, _ = build_puzzles([file], SMALL)
+    of_store, report = build_puzzles([store], SMALL)
+    assert splits["train"] and report["files"][0]["file"] == store.name
+    assert report["files"][0]["sha256"] == content_sha256(store)
+    for split, puzzles in splits.items():
+        assert [(p.context, p.cells, p.answer) for p in of_store[split]] == [
+            (p.context, p.cells, p.answer) for p in puzzles
+        ]
+
+
+def test_the_hash_of_a_folder_is_of_its_files(tmp_path, atlas):
+    store = as_zarr(atlas, tmp_path / "a.zarr", 3)
+    first = content_sha256(store)
+    assert content_sha256(shutil.copytree(store, tmp_path / "b.zarr")) == first
+    (tmp_path / "b.zarr/extra").write_text("x")
+    assert content_sha256(tmp_path / "b.zarr") != first
+
+
+def test_a_zarr_store_that_was_copied_in_part(tmp_path, atlas):
+    """Zarr reads a chunk that is not there as zeros, so it must be looked for."""
+    for version, name in ((2, "0"), (3, "c/0")):
+        store = as_zarr(atlas, tmp_path / f"v{version}.zarr", version)
+        (store / "X/indices" / name).unlink()
+        with pytest.raises(UserError, match="lacks 1 of 1 chunks of 'indices', was it copied to its end"):
+            top_genes(store, [0, 1], 3)
+
+
+def test_damaged_zarr_stores_give_one_sentence(tmp_path, atlas):
+    store = as_zarr(atlas, tmp_path / "a.zarr", 3)
+    chunk = next(file for file in (store / "X/data").rglob("*") if file.is_file() and file.name != "zarr.json")
+    chunk.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="cannot be read to its end"):
+        top_genes(store, [0, 1], 3)
+    (store / "zarr.json").write_text("{")
+    assert refusal(store).startswith("cannot be opened")
+
+
+def test_other_zarr_stores_are_named(tmp_path, atlas):
+    import zarr
+
+    root = zarr.open_group(tmp_path / "m.zarr", mode="w")
+    root.create_group("mod/rna")
+    assert "MuData file with the modalities 'rna'" in refusal(tmp_path / "m.zarr")
+    assert 'mudata.read_zarr("m.zarr")["rna"]' in refusal(tmp_path / "m.zarr")
+    root = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=3)
+    root.create_group("images")
+    as_zarr(atlas, tmp_path / "s.zarr/tables/cells", 3)
+    zarr.open_group(tmp_path / "s.zarr", mode="a").create_group("tables")
+    assert refusal(tmp_path / "s.zarr").endswith("is a SpatialData store, not an .h5ad file; give a table of it: "
+                                                 "s.zarr/tables/cells")  # fmt: skip
+    assert "cell_type" in obs_columns(tmp_path / "s.zarr/tables/cells")

@@ -50,7 +50,12 @@ class StoreArray:
 
     def missing_chunks(self) -> int:
         """How many chunks are not in the store. Zarr reads them as zeros, whether or not they were ever written."""
-        return self._array.nchunks - self._array.nchunks_initialized
+        return self.n_chunks - self._array.nchunks_initialized
+
+    @property
+    def n_chunks(self) -> int:
+        """The number of chunks of a complete array."""
+        return self._array.nchunks
 
 
 class StoreGroup:
