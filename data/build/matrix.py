@@ -45,7 +45,8 @@ LARGEST_LOG = 25.0
 """Larger values are not logarithms of counts: exp(25) is 7e10."""
 UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
 """Thresholds of _looks_scaled."""
-_ENSEMBL_SUFFIX = re.compile(r"_ENSG\d+(\.\d+)?$")
+_ENSEMBL_SUFFIX = re.compile(r"_ENS[A-Z]*G\d+(\.\d+)?$")
+"""An Ensembl id behind a symbol, of any species: _ENSG..., _ENSMUSG..."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,9 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
 
 
 def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
-    """[G] gene names without an `_ENSG...` suffix. A missing name is replaced by the gene's var index.
+    """[G] gene names without an Ensembl id as suffix (`_ENSG...`, `_ENSMUSG...`).
 
+    A missing name is replaced by the gene's var index.
     gene_key: a var column, or `index`. Raises UserError when the column is missing or a name cannot be part of a gene
     list.
     """
