@@ -252,8 +252,8 @@ def _factorise(node: Any, group: h5py.Group, where: str, key: str | None = None)
         if "categories" in node.attrs:  # anndata 0.7: codes with a reference to a dataset of categories
             referred = _referred(group, node.attrs["categories"])
             return _checked_codes(node[:], referred if referred is not None else _old_categories(group, key), where)
-        if node.dtype.kind in "iu" and (categories := _old_categories(group, key)) is not None:
-            codes = node[:].astype(np.int64)
+        if node.dtype.kind in "biuf" and (categories := _old_categories(group, key)) is not None:
+            codes = np.nan_to_num(node[:].astype(np.float64), nan=R_NA_INTEGER).astype(np.int64)
             return _checked_codes(np.where(codes == R_NA_INTEGER, -1, codes), categories, where)
         if node.dtype.kind in "biuf":
             values, codes = np.unique(node[:], return_inverse=True)
@@ -356,10 +356,13 @@ def nested_names(group: h5py.Group, name: str) -> list[str]:
     return [leaf for n in inner for leaf in nested_names(group, f"{name}/{n}")] or [name]
 
 
-def is_null(node: Any) -> bool:
-    """Whether a member is anndata's null (None): an HDF5 dataset without a shape, or a marked zarr array."""
-    encoding = node.attrs.get("encoding-type") if is_dataset(node) else None
-    return is_dataset(node) and (node.shape is None or encoding in ("null", b"null"))
+def is_null(group: h5py.Group, name: str) -> bool:
+    """Whether a member is anndata's null (None): an HDF5 dataset without a shape, or a marked array."""
+    try:
+        node = group[name]
+    except (KeyError, OSError, RuntimeError):  # a broken link: whoever reads it gets the message
+        return False
+    return is_dataset(node) and (node.shape is None or node.attrs.get("encoding-type") in ("null", b"null"))
 
 
 def uns_text(path: str | os.PathLike, names: Sequence[str]) -> str | None:

@@ -126,10 +126,10 @@ def _resolve_layer(file: h5py.File | StoreGroup, layer: str, path) -> tuple[str,
 def layer_names(file: h5py.File | StoreGroup, path: str | os.PathLike) -> list[str]:
     """The names of the layers of a file: X and raw where they hold a matrix, then the members of `layers` by name."""
     raw, layers = (open_node(file, name, path) for name in ("raw", "layers"))
-    present = ["X"] if "X" in file and not is_null(open_node(file, "X", path)) else []
-    present += ["raw"] if is_group(raw) and "X" in raw and not is_null(open_node(raw, "X", path)) else []
+    present = ["X"] if "X" in file and not is_null(file, "X") else []
+    present += ["raw"] if is_group(raw) and "X" in raw and not is_null(raw, "X") else []
     named = [n for n in layers if isinstance(n, str)] if is_group(layers) else []
-    named = [leaf for n in named for leaf in nested_names(layers, n) if not is_null(open_node(layers, leaf, path))]
+    named = [leaf for n in named for leaf in nested_names(layers, n) if not is_null(layers, leaf)]
     return present + [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(named)]
 
 
@@ -161,8 +161,8 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
         raise UserError(f"{where} does not hold numbers (data of type {parts[0].dtype}); {RESAVE}")
     for name, part in zip(("data", "indices"), parts, strict=False):
         # a sparse matrix has no chunk of zeros only, so such a chunk was lost
-        if isinstance(part, StoreArray) and (lost := part.missing_chunks()):
-            raise UserError(f"{where} lacks {lost} of {part.n_chunks} chunks of {name!r}, was it copied to its end?")
+        if isinstance(part, StoreArray) and (lost := part.missing_files()):
+            raise UserError(f"{where} lacks {lost} of {part.n_files} chunks of {name!r}, was it copied to its end?")
     return encoding
 
 

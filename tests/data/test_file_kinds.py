@@ -18,7 +18,7 @@ from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.cells import read_cells
-from data.build.files.stores import content_sha256
+from data.build.files.stores import content_sha256, content_stamp
 from data.build.h5ad import OtherKind, obs_columns, read_cell_ids, read_obs, uns_text
 from data.build.matrix import open_matrix
 from data.build.onefile import summarise_file
@@ -70,6 +70,7 @@ CONTENTS = {
         gzip.compress(RDS + b"SingleCellExperiment"),
         'in R: zellkonverter::writeH5AD(readRDS("x.h5ad"), "x.h5ad")',
     ),
+    "large rds, bzip2": (bz2.compress(RDS + np.random.default_rng(0).bytes(2_000_000)), "is an R object (.rds)"),
     "rda": (gzip.compress(b"RDX3\nX\n\x00\x00\x00\x03"), 'in R, load("x.h5ad")'),
     "qs": (b"\x0b\x0e\x0a\x0c\x00\x00", 'as.SingleCellExperiment(qs::qread("x.h5ad"))'),
     "mtx": (MTX, "is a Matrix Market matrix (.mtx), not an .h5ad file; read its folder with scanpy.read_10x_mtx"),
@@ -220,6 +221,13 @@ def test_an_absent_filter_is_named(tmp_path, atlas, monkeypatch, numbers, named)
     assert read_obs(path, ["tissue"])["tissue"].names  # a filter of a column that is not read does not matter
 
 
+def test_a_plugin_that_does_not_help_is_no_remedy(tmp_path, atlas, monkeypatch):
+    monkeypatch.setattr("data.build.files.filters.load_plugins", lambda: True)
+    with pytest.raises(UserError) as error:
+        read_obs(with_filters(tmp_path / "x.h5ad", atlas, 31999), ["donor_id"])
+    assert str(error.value).endswith('not installed; re-save the file with compression="gzip"')
+
+
 def test_hdf5plugin_is_loaded_when_a_filter_is_absent(tmp_path, atlas, monkeypatch):
     called = []
     monkeypatch.setattr("data.build.files.filters.load_plugins", lambda: called.append(1))
@@ -233,13 +241,13 @@ def test_hdf5plugin_is_loaded_when_a_filter_is_absent(tmp_path, atlas, monkeypat
 # -- layouts of .h5ad --
 
 
-def as_seurat_disk(path, atlas, missing=-(2**31)):
+def as_seurat_disk(path, atlas, missing=-(2**31), dtype=np.int32):
     """A copy in which obs columns are factors of SeuratDisk: codes, and texts in __categories without a reference."""
     shutil.copy(atlas, path)
     with h5py.File(path, "r+") as file:
         obs = file["obs"]
         for name in [name for name in obs if isinstance(obs[name], h5py.Group)]:
-            codes, texts = obs[name]["codes"][:].astype(np.int32), obs[name]["categories"][:]
+            codes, texts = obs[name]["codes"][:].astype(dtype), obs[name]["categories"][:]
             del obs[name]
             obs[name], obs[f"__categories/{name}"] = codes, texts
         obs["cell_type"][3] = missing
@@ -247,8 +255,9 @@ def as_seurat_disk(path, atlas, missing=-(2**31)):
     return path
 
 
-def test_factors_of_seurat_disk(tmp_path, atlas):
-    path = as_seurat_disk(tmp_path / "x.h5ad", atlas)
+@pytest.mark.parametrize("missing, dtype", [(-(2**31), np.int32), (-1, np.int64), (np.nan, np.float64)])
+def test_factors_of_seurat_disk(tmp_path, atlas, missing, dtype):
+    path = as_seurat_disk(tmp_path / "x.h5ad", atlas, missing, dtype)
     names = ["cell_type", "donor_id", "tissue", "disease", "suspension_type", "sex", "batch"]
     right, read = read_obs(atlas, names), read_obs(path, [*names, "n_genes"])
     assert read["n_genes"].texts()[:3] == ["0", "1", "2"]  # a number without categories stays a number
@@ -291,6 +300,15 @@ def test_names_with_a_slash(tmp_path, atlas):
         assert renamed == [[f"S{gene[1:]}" for gene in genes] for genes in top_genes(atlas, [0, 9], 4)]
     with pytest.raises(UserError, match=r"nearest: 'cell/type'"):
         read_cells(path, SMALL.column_keys, {})
+
+
+def test_a_link_that_leads_nowhere_does_not_matter_elsewhere(tmp_path, atlas):
+    shutil.copy(atlas, tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        for name in ("layers/x", "obs/x", "var/x"):
+            file[name] = h5py.SoftLink("/nowhere")
+    assert top_genes(tmp_path / "x.h5ad", [0], 3) == top_genes(atlas, [0], 3)
+    assert "x" in obs_columns(tmp_path / "x.h5ad")
 
 
 def null(file, name):
@@ -453,6 +471,33 @@ def test_a_zarr_store_that_was_copied_in_part(tmp_path, atlas):
         (store / "X/indices" / name).unlink()
         with pytest.raises(UserError, match="lacks 1 of 1 chunks of 'indices', was it copied to its end"):
             top_genes(store, [0, 1], 3)
+
+
+def test_a_sharded_zarr_store_is_complete(tmp_path, atlas):
+    """As anndata 0.13 writes by default: shards of several chunks, the last one not full."""
+    import zarr
+
+    store = as_zarr(atlas, tmp_path / "x.zarr", 3)
+    root = zarr.open_group(store, mode="a", use_consolidated=False)
+    for name in ("data", "indices"):
+        values = root[f"X/{name}"][:]
+        del root[f"X/{name}"]
+        made = root["X"].create_array(name, shape=values.shape, dtype=values.dtype, chunks=(100,), shards=(500,))
+        made[:] = values
+    zarr.consolidate_metadata(store)
+    assert len(values) > 1000 and len(values) % 500
+    assert top_genes(store, [0, 9, 150], 4) == top_genes(atlas, [0, 9, 150], 4)
+    (store / "X/data/c/1").unlink()
+    with pytest.raises(UserError, match="lacks 1 of 3 chunks of 'data'"):
+        top_genes(store, [0, 1], 3)
+
+
+def test_the_stamp_of_a_folder(tmp_path, atlas):
+    assert content_stamp(atlas) == [atlas.stat().st_size, atlas.stat().st_mtime_ns]
+    store = as_zarr(atlas, tmp_path / "a.zarr", 3)
+    before = content_stamp(store)
+    (store / "X/zarr.json").write_text((store / "X/zarr.json").read_text())
+    assert content_stamp(store)[0] == before[0] and content_stamp(store)[1] > before[1]
 
 
 def test_damaged_zarr_stores_give_one_sentence(tmp_path, atlas):

@@ -62,10 +62,11 @@ def filter_sentence(file: h5py.File) -> str | None:
         return None
     named = [f"{number} ({FILTERS[number]})" if number in FILTERS else str(number) for number in missing]
     several = len(named) > 1
+    # a package that is installed already, and does not know the filter, is no remedy
+    install = "" if load_plugins() else "pip install hdf5plugin (it is then found by itself), or "
     return (
         f"is compressed with the HDF5 filter{'s' if several else ''} {', '.join(named)}, which "
-        f"{'are' if several else 'is'} not installed; pip install hdf5plugin (it is then found by itself), or re-save "
-        'the file with compression="gzip"'
+        f'{"are" if several else "is"} not installed; {install}re-save the file with compression="gzip"'
     )
 
 

@@ -16,6 +16,8 @@ from data.build.files.foreign import ADD_OBS, ForeignKind
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HEAD_BYTES = 1 << 16
 """Bytes of the file that are looked at."""
+BZIP2_BYTES = 1 << 20
+"""At least one block of bzip2."""
 UNPACKED_BYTES = 1 << 18
 """Bytes of a compressed file that are looked at, after decompression."""
 NO_SIGNATURE = "not an .h5ad file (no HDF5 signature)"
@@ -51,6 +53,9 @@ def foreign_file(path: Path) -> ForeignKind | None:
         return _zip_kind(path)
     for signature, (what, command) in PACKERS.items():
         if head.startswith(signature):
+            if signature == b"BZh":  # a block of bzip2 can only be unpacked as a whole
+                with open(path, "rb") as file:
+                    head = file.read(BZIP2_BYTES)
             inner = _unpacked(head, signature)
             return _compressed_kind(inner, path, what, command)
     return _plain_kind(head, path) or ForeignKind(

@@ -7,6 +7,7 @@ Python objects, members are listed by name, errors of damaged stores are OSError
 import contextlib
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator
@@ -48,14 +49,18 @@ class StoreArray:
             return values.item()
         return values.astype(object) if self._is_text and isinstance(values, np.ndarray) else values
 
-    def missing_chunks(self) -> int:
-        """How many chunks are not in the store. Zarr reads them as zeros, whether or not they were ever written."""
-        return self.n_chunks - self._array.nchunks_initialized
-
     @property
-    def n_chunks(self) -> int:
-        """The number of chunks of a complete array."""
-        return self._array.nchunks
+    def n_files(self) -> int:
+        """The number of chunks, or of shards that hold several chunks, of a complete array."""
+        size = self._array.shards or self._array.chunks
+        return math.prod(-(-length // part) for length, part in zip(self.shape, size, strict=True))
+
+    def missing_files(self) -> int:
+        """How many of them are not in the store. Zarr reads them as zeros, whether or not they were ever written."""
+        per_file = math.prod(
+            -(-part // chunk) for part, chunk in zip(self._array.shards or self.chunks, self.chunks, strict=True)
+        )
+        return max(0, self.n_files - self._array.nchunks_initialized // per_file)
 
 
 class StoreGroup:
@@ -140,3 +145,9 @@ def content_sha256(path: Path) -> str:
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def content_stamp(path: Path) -> list[int]:
+    """[bytes, time of the last change in ns] of a file, or of all files in a folder: whether it changed, at no cost."""
+    stats = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
+    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
