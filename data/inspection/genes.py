@@ -37,6 +37,8 @@ NUMBER = re.compile(r"\d+(\.\d+)?$")
 SPIKE_IN = re.compile(r"ERCC-\d+$")
 MOST = 0.5
 """A kind of name is that of more than this share of the genes."""
+KIND_SAMPLE = 2000
+"""About this many names, evenly spaced, are looked at."""
 EXAMPLES = 3
 ORGANISM_OF_PREFIX = {"ENSG": "Homo sapiens", "ENSMUSG": "Mus musculus", "FBgn": "Drosophila melanogaster"}
 
@@ -70,6 +72,7 @@ def kind_of_names(names: list[str]) -> str:
     """symbols, Ensembl ids, numbers or other names, by what most names are."""
     if not names:
         return "other names"
+    names = names[:: max(1, len(names) // KIND_SAMPLE)]
     of_kind = {"Ensembl ids": ENSEMBL, "numbers": NUMBER}
     for kind, pattern in of_kind.items():
         if np.mean([bool(pattern.match(name)) for name in names]) > MOST:

@@ -6,6 +6,7 @@ https://www.loc.gov/preservation/digital/formats/ and the file(1) magic database
 
 import bz2
 import lzma
+import shlex
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -94,10 +95,14 @@ def _compressed_kind(inner: bytes, path: Path, what: str, command: str) -> Forei
     if known is not None and not known.what.startswith("is a tar"):
         return known
     if known is not None:
-        return ForeignKind("a compressed tar archive", f"unpack it first (tar -xf {path.name})", "is a tar archive")
+        return ForeignKind(
+            "a compressed tar archive", f"unpack it first (tar -xf {shlex.quote(path.name)})", "is a tar archive"
+        )
     target = f"{path.name.removesuffix('.gz').removesuffix('.bz2').removesuffix('.xz').removesuffix('.h5ad')}.h5ad"
     target = f"unpacked-{target}" if target == path.name else target
-    return ForeignKind(what, f"unpack it first ({command} {path.name} > {target})", f"is {what}")
+    return ForeignKind(
+        what, f"unpack it first ({command} {shlex.quote(path.name)} > {shlex.quote(target)})", f"is {what}"
+    )
 
 
 def _plain_kind(head: bytes, path: Path) -> ForeignKind | None:
@@ -121,7 +126,7 @@ def _plain_kind(head: bytes, path: Path) -> ForeignKind | None:
         if head.startswith(signature):
             return ForeignKind(kind, "unpack it first", f"is {kind}")
     if head[257:262] == b"ustar":
-        return ForeignKind("a tar archive", f"unpack it first (tar -xf {path.name})", "is a tar archive")
+        return ForeignKind("a tar archive", f"unpack it first (tar -xf {shlex.quote(path.name)})", "is a tar archive")
     if head.startswith(b"%PDF"):
         return ForeignKind("a PDF document", "download the data file itself, not the paper")
     if head.startswith((b"\xd0\xcf\x11\xe0", b"{\\rtf")):
@@ -179,7 +184,9 @@ def _text_kind(head: bytes, path: Path, write: str) -> ForeignKind | None:
     if start.startswith("<?xml") or start.startswith("<error"):
         return ForeignKind("an XML text, such as a server's error message", "open it to read why, and download again")
     if start.startswith("version https://git-lfs"):
-        return ForeignKind("a pointer of Git LFS, not the data", f"fetch the data with: git lfs pull -I {path.name}")
+        return ForeignKind(
+            "a pointer of Git LFS, not the data", f"fetch the data with: git lfs pull -I {shlex.quote(path.name)}"
+        )
     if start.startswith(("{", "[")):
         return ForeignKind("a JSON text, such as a server's answer", "open it to read why, and download the data file")
     lines = [line for line in text.splitlines() if line.strip()][:4]
@@ -212,7 +219,7 @@ def _zip_kind(path: Path) -> ForeignKind:
         )
     inside = next((name for name in names if name.endswith((".h5ad", ".zarr/"))), None)
     return ForeignKind(
-        "a zip archive", f"unpack it first (unzip {path.name})" + (f": it holds {inside}" if inside else ""),
+        "a zip archive", f"unpack it first (unzip {shlex.quote(path.name)})" + (f": it holds {inside}" if inside else ""),
         "is a zip archive",
     )  # fmt: skip
 
