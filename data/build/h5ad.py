@@ -21,7 +21,7 @@ from data.build.files.filters import ensure_filters, filter_sentence
 from data.build.files.foreign import ForeignKind
 from data.build.files.hdf5_kinds import foreign_layout
 from data.build.files.kinds import foreign_file, foreign_folder
-from data.build.files.stores import StoreGroup, is_dataset, is_group, open_store, store_root
+from data.build.files.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 from data.errors import UserError
 
 VALUES_PER_BLOCK = 200_000
@@ -56,7 +56,7 @@ class OtherKind(UserError):
 
 
 @contextlib.contextmanager
-def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File | StoreGroup]:
+def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File | Store]:
     """Open an .h5ad file or a zarr store of anndata (a folder, or a .zip of it).
 
     Damage that is found while the file is read also raises UserError with the file's name.
@@ -81,22 +81,12 @@ def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h
             ) from None
 
 
-def _opened(path: Path, root: str | None, cache_bytes: int) -> contextlib.AbstractContextManager:
+def _opened(path: Path, root: str | None, cache_bytes: int) -> h5py.File | Store:
     """The opened file or store. Raises UserError when it cannot be opened."""
     try:
-        if root is None:
-            return h5py.File(path, "r", rdcc_nbytes=cache_bytes)
-        stack = contextlib.ExitStack()
-        opened = stack.enter_context(open_store(path, root))
-        return _closing(stack, opened)
+        return h5py.File(path, "r", rdcc_nbytes=cache_bytes) if root is None else open_store(path, root)
     except OSError as error:
         raise UserError(f"{path}: {_why_not_opened(_one_line(error))}") from None
-
-
-@contextlib.contextmanager
-def _closing(stack: contextlib.ExitStack, opened: StoreGroup) -> Iterator[StoreGroup]:
-    with stack:
-        yield opened
 
 
 def _why_not_opened(reason: str) -> str:

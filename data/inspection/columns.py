@@ -72,6 +72,8 @@ def obs_facts(path: str | os.PathLike) -> tuple[int, list[ColumnFacts]]:
 def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -> ColumnFacts:
     try:
         node = open_node(file["obs"], name, path)
+        if is_dataset(node) and node.ndim != 1:
+            return ColumnFacts(name, "unreadable", 0, 0, False, [])
         if is_group(node) or n_cells <= WHOLE or "categories" in node.attrs or f"__categories/{name}" in file["obs"]:
             if _is_float(node):
                 return ColumnFacts(name, "numbers", 0, 0, False, [])

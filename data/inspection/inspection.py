@@ -15,7 +15,7 @@ import numpy as np
 from data.build import onefile
 from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
 from data.build.files.stores import StoreGroup
-from data.build.h5ad import open_h5ad, uns_text
+from data.build.h5ad import open_h5ad, table_index, uns_text
 from data.build.matrix import gene_names, layer_names, open_matrix
 from data.build.settings import BuildConfig
 from data.errors import UserError
@@ -40,6 +40,7 @@ def inspect_file(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> File
     path = Path(path)
     with open_h5ad(path) as file:
         names = layer_names(file, path)
+        n_var = table_index(file, "var", path).shape[0]
         kind = "a zarr store of anndata" if isinstance(file, StoreGroup) else "an .h5ad file of anndata"
     layers = [layer_facts(path, name) for name in names]
     n_cells, columns = obs_facts(path)
@@ -58,7 +59,7 @@ def inspect_file(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> File
         path=path,
         kind=kind,
         n_cells=n_cells,
-        n_genes=len(gene_list) or max([one.n_genes for one in layers], default=0),
+        n_genes=next((one.n_genes for one in layers if one.name == layer), n_var),
         layers=layers,
         layer=layer,
         genes=genes,

@@ -55,6 +55,7 @@ def facts_text(facts: FileFacts) -> str:
 
 
 def _line(title: str, text: str) -> str:
+    """A title and its text, wrapped below the text."""
     indent = " " * (WIDTH + len(text) - len(text.lstrip()) + 2)
     lines = textwrap.wrap(
         f"{title:{WIDTH}}{text}",

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import warnings
 import zipfile
+from pathlib import Path
 
 import anndata
 import h5py
@@ -18,6 +19,7 @@ from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.cells import read_cells
+from data.build.files.foreign import h5ad_name
 from data.build.files.stores import content_sha256, content_stamp
 from data.build.h5ad import OtherKind, obs_columns, read_cell_ids, read_obs, uns_text
 from data.build.matrix import open_matrix
@@ -57,7 +59,7 @@ def zip_of(**members):
     return out.getvalue()
 
 
-AS_H5AD = 'zellkonverter::writeH5AD(as.SingleCellExperiment(readRDS("x.h5ad")), "x.h5ad")'
+AS_H5AD = 'zellkonverter::writeH5AD(as.SingleCellExperiment(readRDS("x.h5ad")), "x-converted.h5ad")'
 CONTENTS = {
     "rds": (
         RDS,
@@ -68,7 +70,7 @@ CONTENTS = {
     "rds, bzip2": (bz2.compress(RDS), "is an R object (.rds)"),
     "rds of SingleCellExperiment": (
         gzip.compress(RDS + b"SingleCellExperiment"),
-        'in R: zellkonverter::writeH5AD(readRDS("x.h5ad"), "x.h5ad")',
+        'in R: zellkonverter::writeH5AD(readRDS("x.h5ad"), "x-converted.h5ad")',
     ),
     "large rds, bzip2": (bz2.compress(RDS + np.random.default_rng(0).bytes(2_000_000)), "is an R object (.rds)"),
     "rda": (gzip.compress(b"RDX3\nX\n\x00\x00\x00\x03"), 'in R, load("x.h5ad")'),
@@ -91,13 +93,30 @@ CONTENTS = {
     "xlsx": (zip_of(**{"[Content_Types]__xml": "<Types/>"}), "is a document of Microsoft Office"),
     "zip": (zip_of(atlas__h5ad="x"), "is a zip archive; unpack it first (unzip x.h5ad): it holds atlas.h5ad"),
     "zip cut short": (zip_of(atlas__h5ad="x" * 999)[:200], "is a zip archive that is cut short"),
-    "gzip": (gzip.compress(b"\x89HDF\r\n\x1a\n"), "is gzip-compressed; unpack it first (gunzip -c x.h5ad > unpacked-x"),
+    "gzip": (
+        gzip.compress(b"\x89HDF\r\n\x1a\n"),
+        "is gzip-compressed; unpack it first (gunzip -c x.h5ad > x-converted.h5ad",
+    ),
     "zstd": (b"\x28\xb5\x2f\xfd\x00", "is zstd-compressed; unpack it first (zstd -dc"),
     "tar.gz": (tar_gz("atlas.h5ad"), "is a tar archive; unpack it first (tar -xf x.h5ad)"),
     "pickle": (b"\x80\x04\x95\x00", "is a Python pickle"),
     "zeros": (bytes(9000), "it was not downloaded to its end, so download it again"),
     "unknown": (bytes(range(256)), "not an .h5ad file (no HDF5 signature); give the .h5ad file itself"),
 }
+
+
+@pytest.mark.parametrize(
+    "name, made",
+    [
+        ("GSE1.lung.rds", "GSE1.lung.h5ad"),
+        ("matrix.mtx.gz", "matrix.h5ad"),
+        ("a.h5ad.gz", "a.h5ad"),
+        ("a.h5ad", "a-converted.h5ad"),
+        ("a", "a.h5ad"),
+    ],
+)
+def test_what_is_made_has_another_name(name, made):
+    assert h5ad_name(Path(name)) == made
 
 
 @pytest.mark.parametrize("name", CONTENTS)
@@ -146,10 +165,11 @@ LAYOUTS = {
     "MuData": (
         mudata,
         "is a MuData file with the modalities 'atac', 'rna', not an .h5ad file; write one of them as .h5ad in Python: "
-        'mudata.read_h5mu("x.h5ad")["rna"].write_h5ad("x.h5ad")',
+        'mudata.read_h5mu("x.h5ad")["rna"].write_h5ad("x-converted.h5ad")',
     ),
     "h5Seurat": (h5seurat, 'is an h5Seurat file, not an .h5ad file; convert it in R: SeuratDisk::Convert("x.h5ad", '),
     "MATLAB": (lambda f: f.create_group("#refs#"), "is a MATLAB file"),
+    "a broken link": (lambda f: f.update({"x": h5py.SoftLink("/nowhere")}), "holds no 'obs' table"),
     "unknown": (lambda f: f.update({"x": [1]}), "holds no 'obs' table, so it is not an .h5ad of anndata 0.7"),
 }
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data.build.files.foreign import ADD_OBS, ForeignKind
+from data.build.files.foreign import ADD_OBS, ForeignKind, h5ad_name
+from data.build.files.stores import is_group
 
 
 def foreign_layout(file: Any, path: Path) -> ForeignKind | None:
@@ -12,14 +13,14 @@ def foreign_layout(file: Any, path: Path) -> ForeignKind | None:
     file: an h5py.File, or the root of a zarr store.
     """
     names = {name for name in file if isinstance(name, str)}
-    stem = path.name.split(".")[0]
-    write = f'save it with .write_h5ad("{stem}.h5ad")'
+    target = h5ad_name(path)
+    write = f'save it with .write_h5ad("{target}")'
     attributes = set(file.attrs)
     if {"matrix", "row_attrs", "col_attrs"} <= names:
-        reading = f'anndata.io.read_loom("{path.name}").write_h5ad("{stem}.h5ad")'
+        reading = f'anndata.io.read_loom("{path.name}").write_h5ad("{target}")'
         return ForeignKind("a loom file", f"convert it in Python (pip install loompy): {reading}")
     if "mod" in names or _text(file.attrs.get("encoding-type")).lower() == "mudata":
-        return _mudata(file, path, stem)
+        return _mudata(file, path, target)
     if {"assays", "cell.names"} <= names or {"active.assay", "project"} & attributes:
         return ForeignKind("an h5Seurat file", f'convert it in R: SeuratDisk::Convert("{path.name}", dest = "h5ad")')
     if "molecule_info" in names or {"barcode_idx", "umi"} & names:
@@ -32,7 +33,7 @@ def foreign_layout(file: Any, path: Path) -> ForeignKind | None:
         )
     if "spatialdata_attrs" in attributes or {"tables", "table"} & names:
         tables = next((name for name in ("tables", "table") if name in names), "tables")
-        held = sorted(file[tables]) if tables in names else []
+        held = sorted(file[tables]) if is_group(file.get(tables)) else []
         named = f"{path.name}/{tables}/{held[0]}" if held else "one of its tables"
         return ForeignKind("a SpatialData store", f"give a table of it: {named}")
     if {"multiscales", "ome"} & attributes:
@@ -44,23 +45,22 @@ def foreign_layout(file: Any, path: Path) -> ForeignKind | None:
 
 def _is_10x(file: Any, names: set[str]) -> bool:
     """Whether a file is a count matrix of Cell Ranger 3 (/matrix), or of Cell Ranger 2 (one group per genome)."""
+    groups = [group for name in names if is_group(group := file.get(name))]  # a broken link gives None
     return any(
-        hasattr(file[name], "keys")
-        and {"barcodes", "data", "indices", "indptr"} <= set(file[name])
-        and {"features", "genes", "gene_names"} & set(file[name])
-        for name in names
+        {"barcodes", "data", "indices", "indptr"} <= set(group) and {"features", "genes", "gene_names"} & set(group)
+        for group in groups
     )
 
 
-def _mudata(file: Any, path: Path, stem: str) -> ForeignKind:
+def _mudata(file: Any, path: Path, target: str) -> ForeignKind:
     """A MuData file: its modalities, and how one of them becomes an .h5ad file."""
-    modalities = sorted(file["mod"]) if "mod" in file else []
+    modalities = sorted(file["mod"]) if is_group(file.get("mod")) else []
     genes = next((name for name in modalities if name.lower() in ("rna", "gex", "gene expression")), None)
     chosen = genes or (modalities[0] if modalities else "rna")
     reader = "read_zarr" if path.is_dir() or path.suffix == ".zip" else "read_h5mu"
     return ForeignKind(
         f"a MuData file with the modalities {', '.join(map(repr, modalities)) or 'none'}",
-        f'write one of them as .h5ad in Python: mudata.{reader}("{path.name}")["{chosen}"].write_h5ad("{stem}.h5ad")',
+        f'write one of them as .h5ad in Python: mudata.{reader}("{path.name}")["{chosen}"].write_h5ad("{target}")',
     )
 
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from data.build.files.foreign import ADD_OBS, ForeignKind
+from data.build.files.foreign import ADD_OBS, ForeignKind, h5ad_name
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HEAD_BYTES = 1 << 16
@@ -22,7 +22,6 @@ BZIP2_BYTES = 1 << 20
 UNPACKED_BYTES = 1 << 18
 """Bytes of a compressed file that are looked at, after decompression."""
 NO_SIGNATURE = "not an .h5ad file (no HDF5 signature)"
-WRITE = 'save it with .write_h5ad("{stem}.h5ad")'
 RDS_HEADS = (b"X\n\x00\x00", b"A\n2\n", b"A\n3\n", b"B\n")
 """Serialisations of R: XDR, text and native binary."""
 RDA_HEADS = (b"RDX2\n", b"RDX3\n", b"RDA2\n", b"RDA3\n", b"RDB2\n", b"RDB3\n")
@@ -98,8 +97,7 @@ def _compressed_kind(inner: bytes, path: Path, what: str, command: str) -> Forei
         return ForeignKind(
             "a compressed tar archive", f"unpack it first (tar -xf {shlex.quote(path.name)})", "is a tar archive"
         )
-    target = f"{path.name.removesuffix('.gz').removesuffix('.bz2').removesuffix('.xz').removesuffix('.h5ad')}.h5ad"
-    target = f"unpacked-{target}" if target == path.name else target
+    target = h5ad_name(path)
     return ForeignKind(
         what, f"unpack it first ({command} {shlex.quote(path.name)} > {shlex.quote(target)})", f"is {what}"
     )
@@ -107,7 +105,7 @@ def _compressed_kind(inner: bytes, path: Path, what: str, command: str) -> Forei
 
 def _plain_kind(head: bytes, path: Path) -> ForeignKind | None:
     """The kind of a file from its first bytes, or None when they are not known here."""
-    write = WRITE.format(stem=path.name.split(".")[0])
+    write = f'save it with .write_h5ad("{h5ad_name(path)}")'
     if head.startswith(RDS_HEADS):
         return _rds_kind(head, path)
     if head.startswith(RDA_HEADS):
@@ -145,7 +143,7 @@ def _plain_kind(head: bytes, path: Path) -> ForeignKind | None:
 def _rds_kind(head: bytes, path: Path) -> ForeignKind:
     """An R object; its class is only known when it stands in the first bytes."""
     if b"SingleCellExperiment" in head:
-        write = f'zellkonverter::writeH5AD(readRDS({_quoted(path)}), "{path.name.split(".")[0]}.h5ad")'
+        write = f'zellkonverter::writeH5AD(readRDS({_quoted(path)}), "{h5ad_name(path)}")'
         return ForeignKind("an R object (.rds) of class SingleCellExperiment", f"in R: {write}")
     return ForeignKind(
         "an R object (.rds)",
@@ -154,7 +152,7 @@ def _rds_kind(head: bytes, path: Path) -> ForeignKind:
 
 
 def _to_h5ad_in_r(expression: str, path: Path) -> str:
-    write = f'zellkonverter::writeH5AD(as.SingleCellExperiment({expression}), "{path.name.split(".")[0]}.h5ad")'
+    write = f'zellkonverter::writeH5AD(as.SingleCellExperiment({expression}), "{h5ad_name(path)}")'
     return f"library(Seurat); {write}"
 
 
@@ -228,7 +226,7 @@ def foreign_folder(path: Path) -> ForeignKind:
     """The kind of a folder that is no zarr store."""
     names = {entry.name for entry in path.iterdir()}
     plain = {name.removesuffix(".gz") for name in names}
-    write = WRITE.format(stem=path.name)
+    write = f'save it with .write_h5ad("{path.name}.h5ad")'
     if any(name.endswith("matrix.mtx") for name in plain):
         return ForeignKind(
             "a folder of 10x Genomics (matrix.mtx, barcodes, features)",

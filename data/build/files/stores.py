@@ -4,11 +4,9 @@ A zarr group or array is wrapped, so that one reader serves both formats. Differ
 Python objects, members are listed by name, errors of damaged stores are OSError, and single values are Python values.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,21 +118,32 @@ def store_root(path: Path) -> str | None:
     return root if root is None or root.count("/") == 0 else None
 
 
-@contextlib.contextmanager
-def open_store(path: str | os.PathLike, root: str) -> Iterator[StoreGroup]:
+class Store(StoreGroup):
+    """An open zarr store: its root group, to be closed like an h5py.File."""
+
+    def __init__(self, group: Any, store: Any) -> None:
+        super().__init__(group)
+        self._store = store
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._store.close()
+
+
+def open_store(path: Path, root: str) -> Store:
     """Open a zarr store for reading. root: as store_root gives it. Raises OSError when it is damaged."""
     import zarr  # half a second, and only stores need it
 
-    store = zarr.storage.LocalStore(path, read_only=True) if Path(path).is_dir() else None
     try:
-        store = store or zarr.storage.ZipStore(path, mode="r")
-        group = StoreGroup(zarr.open_group(store, path=root or None, mode="r"))
+        if path.is_dir():
+            store = zarr.storage.LocalStore(path, read_only=True)
+        else:
+            store = zarr.storage.ZipStore(path, mode="r")
+        return Store(zarr.open_group(store, path=root or None, mode="r"), store)
     except DAMAGE as error:
         raise OSError(str(error)) from None
-    try:
-        yield group
-    finally:
-        store.close()
 
 
 def content_sha256(path: Path) -> str:
