@@ -1,6 +1,7 @@
 """The text of an inspection: short aligned lines."""
 
 import textwrap
+from dataclasses import replace
 
 from data.build.contexts import CONTEXT_COLUMNS
 from data.inspection.columns import CLUSTER_NAME, plain
@@ -105,6 +106,8 @@ def _label_lines(facts: FileFacts) -> list[str]:
     for number, column in enumerate(labels):
         used = "   <- used" if column.name == chosen else ""
         lines.append(_line("" if number else "cell types", f"{column.name}: {_number_of(column)}{used}"))
+        if column.name == chosen and not column.exact and facts.usable is not None:
+            column = replace(column, exact=True, most_common=list(facts.usable.labels.items()))
         lines.append(_line("", f"  {_values(column)}"))
     if not labels:
         lines.append(_line("cell types", chosen or "no column looks like cell types"))

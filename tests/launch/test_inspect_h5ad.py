@@ -318,6 +318,18 @@ def test_long_columns_without_categories_are_sampled(tmp_path, monkeypatch):
     assert columns["number"].kind == "numbers" and columns["cell_type"].exact
 
 
+def test_labels_of_a_sampled_column_are_counted_in_all_cells(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.inspection.columns.WHOLE", 100)
+    monkeypatch.setattr("data.inspection.columns.SPOT_CELLS", 10)
+    path = cells(tmp_path / "x.h5ad")
+    with h5py.File(path, "r+") as file:
+        del file["obs/cell_type"]
+        file["obs/cell_type"] = [b"B cell", b"T cell", b"mast cell", b"T cell"] * 30
+    text = run(path)[1]
+    assert "cell types  cell_type: about 3 values   <- used" in text
+    assert "T cell 60; B cell 30; mast cell 30" in text
+
+
 def test_a_zarr_store(tmp_path):
     store = tmp_path / "x.zarr"
     with anndata.settings.override(zarr_write_format=3):
