@@ -1,12 +1,14 @@
 """The tables of .h5ad files (obs columns, cell ids, gene names), read through h5py without loading the whole file.
 
 Files come from many sources and versions of anndata. Every encoding that this reader does not know is refused with one
-sentence. Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
+sentence. Zarr stores of anndata have the same layout and are read by the same code (data/build/files/stores.py).
+Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 """
 
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,20 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column, clean_text
+from data.build.files.filters import ensure_filters, filter_sentence
+from data.build.files.foreign import ForeignKind
+from data.build.files.hdf5_kinds import foreign_layout
+from data.build.files.kinds import foreign_file, foreign_folder
+from data.build.files.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 from data.errors import UserError
 
 VALUES_PER_BLOCK = 200_000
 """Values of a text column in memory at once."""
 RESAVE = "re-save it with anndata 0.8 or later"
+PARTS = frozenset({"codes", "categories", "values", "mask", "indptr"})
+"""Members of a group that is one column or one sparse matrix."""
+R_NA_INTEGER = -(2**31)
+"""R's missing value of an integer, which SeuratDisk writes as the code of a missing factor level."""
 
 
 def sorted_files(files: Sequence[str | Path]) -> list[Path]:
@@ -36,41 +47,67 @@ def sorted_files(files: Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-@contextlib.contextmanager
-def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File]:
-    """Open an .h5ad file. Damage that is found while the file is read also raises UserError with the file's name.
+class OtherKind(UserError):
+    """The file is of a kind that is not read here. The message says what it is and what to do with it."""
 
+    def __init__(self, path: Path, kind: ForeignKind) -> None:
+        super().__init__(f"{path}: {kind.sentence}")
+        self.kind = kind
+
+
+@contextlib.contextmanager
+def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File | Store]:
+    """Open an .h5ad file or a zarr store of anndata (a folder, or a .zip of it).
+
+    Damage that is found while the file is read also raises UserError with the file's name.
     cache_bytes: memory for decompressed chunks, per dataset. Raises UserError when the file is missing, not readable,
-    empty, incomplete or no .h5ad file.
+    empty or incomplete, and OtherKind when it is something else.
     """
     path = Path(path)
-    _check_is_hdf5(path)
-    try:
-        file = h5py.File(path, "r", rdcc_nbytes=cache_bytes)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened, was the download cut short? ({_one_line(error)})") from None
-    with file:
+    _check_is_there(path)
+    root = store_root(path)
+    if root is None:
+        _check_is_hdf5(path)
+    with _opened(path, root, cache_bytes) as file:
         try:
-            # files of anndata before 0.7 hold obs and var as compound datasets instead of groups
-            for table in ("obs", "var"):
-                if not isinstance(open_node(file, table, path), h5py.Group):
-                    raise UserError(
-                        f"{path}: holds no {table!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
-                    )
+            _check_layout(file, path)
             yield file
         except (OSError, RuntimeError) as error:
+            # the message of HDF5 for a filter that is absent names a folder of plug-ins, not the filter
+            if isinstance(file, h5py.File) and (sentence := filter_sentence(file)):
+                raise UserError(f"{path}: {sentence}") from None
             raise UserError(
                 f"{path}: cannot be read to its end, was the download cut short? ({_one_line(error)})"
             ) from None
 
 
-def _check_is_hdf5(path: Path) -> None:
-    """Raise UserError, with the remedy, for the things that users give instead of an .h5ad file."""
-    if path.is_dir():
-        kind = "a .zarr store" if path.suffix == ".zarr" else "a directory"
-        raise UserError(f"{path}: is {kind}, not an .h5ad file; name the file itself, or save it as .h5ad")
+def _opened(path: Path, root: str | None, cache_bytes: int) -> h5py.File | Store:
+    """The opened file or store. Raises UserError when it cannot be opened."""
+    try:
+        return h5py.File(path, "r", rdcc_nbytes=cache_bytes) if root is None else open_store(path, root)
+    except OSError as error:
+        raise UserError(f"{path}: {_why_not_opened(_one_line(error))}") from None
+
+
+def _why_not_opened(reason: str) -> str:
+    """What HDF5's reason for not opening a file means, and what to do."""
+    if "unable to lock file" in reason:
+        return f"is open for writing in another program; close it there, or copy the file first ({reason})"
+    if "already open for write" in reason:
+        return f"was not closed by the program that wrote it; write it again, or run h5clear -s on a copy ({reason})"
+    size = re.search(r"truncated file: eof = (\d+).*stored_eof = (\d+)", reason)
+    has = f"it has {int(size[1]):,} of {int(size[2]):,} bytes" if size else reason
+    return f"cannot be opened, was the download cut short? Download it again ({has})"
+
+
+def _check_is_there(path: Path) -> None:
+    """Raise UserError, with the remedy, when the path is no file or folder that can be read."""
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise UserError(f"{path}: you have no permission to read it; give yourself permission (chmod -R u+rX)")
+        return
     if not path.is_file():
         raise UserError(f"{path}: is not a regular file; name an .h5ad file on disk")
     try:
@@ -80,23 +117,39 @@ def _check_is_hdf5(path: Path) -> None:
         raise UserError(f"{path}: you have no permission to read it; give yourself permission (chmod u+r)") from None
     if not head:
         raise UserError(f"{path}: the file is empty (0 bytes)")
-    if head[:2] == b"\x1f\x8b":
-        raise UserError(f"{path}: is gzip-compressed; unpack it first (gunzip {path.name})")
-    if head[:4] == b"PK\x03\x04":
-        raise UserError(f"{path}: is a zip archive; unpack it first")
-    if not h5py.is_hdf5(path):
-        raise UserError(f"{path}: not an .h5ad file (no HDF5 signature)")
+
+
+def _check_is_hdf5(path: Path) -> None:
+    """Raise OtherKind for the things that users give instead of an .h5ad file or a zarr store."""
+    kind = foreign_folder(path) if path.is_dir() else foreign_file(path)
+    if kind is not None:
+        raise OtherKind(path, kind)
+
+
+def _check_layout(file: h5py.File | StoreGroup, path: Path) -> None:
+    """Raise UserError when the file does not hold the two tables of an AnnData, by its kind where that is known."""
+    tables = {table: open_node(file, table, path) for table in ("obs", "var")}
+    absent = [table for table, node in tables.items() if not is_group(node)]
+    # a MuData file has obs and var of its own, over all modalities
+    if (absent or "mod" in file) and (kind := foreign_layout(file, path)) is not None:
+        raise OtherKind(path, kind)
+    if absent:  # files of anndata before 0.7 hold obs and var as compound datasets instead of groups
+        raise UserError(
+            f"{path}: holds no {absent[0]!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
+        )
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def open_node(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
+def open_node(group: h5py.Group | StoreGroup, name: str, where: str | os.PathLike) -> Any:
     """group[name], or None when the group has no such member. Raises UserError when the member cannot be opened."""
     try:
         # a broken link is not `in` the group although it has an entry: opening it raises KeyError
-        return group[name] if name in group or group.get(name, getlink=True) is not None else None
+        node = group[name] if name in group or group.get(name, getlink=True) is not None else None
+        ensure_filters(node)
+        return node
     except (KeyError, OSError, RuntimeError) as error:
         raise UserError(f"{where}: {name!r} cannot be opened, is the file damaged? ({_one_line(error)})") from None
 
@@ -104,7 +157,7 @@ def open_node(group: h5py.Group, name: str, where: str | os.PathLike) -> Any:
 def _vector(group: h5py.Group, name: str, where: str) -> np.ndarray:
     """A one-dimensional dataset of whole numbers or booleans, as an array."""
     node = open_node(group, name, where)
-    if not isinstance(node, h5py.Dataset) or node.ndim != 1 or node.dtype.kind not in "biu":
+    if not is_dataset(node) or node.ndim != 1 or node.dtype.kind not in "biu":
         raise UserError(f"{where}: its {name} are not one row of whole numbers; {RESAVE}")
     return node[:]
 
@@ -161,7 +214,7 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     if key not in column_names(group):
         raise UserError(f"{path}: {table} has no column {key!r} (nearest: {nearest_names(key, column_names(group))})")
     where = f"{path}: {table} column {key!r}"
-    codes, raw = _factorise(open_node(group, key, path), group, where)
+    codes, raw = _factorise(open_node(group, key, path), group, where, key)
     n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
         raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
@@ -171,12 +224,12 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
 
 
-def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, list]:
+def _factorise(node: Any, group: h5py.Group, where: str, key: str | None = None) -> tuple[np.ndarray, list]:
     """([C] index of each value or -1, distinct values) of a column in any of anndata's encodings.
 
-    where: the file, table and column, for messages.
+    where: the file, table and column, for messages. key: the column's name; None for a part of a column.
     """
-    if isinstance(node, h5py.Group):
+    if is_group(node):
         if {"codes", "categories"} <= set(node):
             return _checked_codes(_vector(node, "codes", where), open_node(node, "categories", where), where)
         if {"values", "mask"} <= set(node):  # a nullable array of pandas
@@ -185,9 +238,13 @@ def _factorise(node: Any, group: h5py.Group, where: str) -> tuple[np.ndarray, li
             if len(mask) != len(codes):
                 raise UserError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
             return np.where(mask.astype(bool), -1, codes), values
-    elif isinstance(node, h5py.Dataset) and node.ndim == 1:
+    elif is_dataset(node) and node.ndim == 1:
         if "categories" in node.attrs:  # anndata 0.7: codes with a reference to a dataset of categories
-            return _checked_codes(node[:], _referred(group, node.attrs["categories"]), where)
+            referred = _referred(group, node.attrs["categories"])
+            return _checked_codes(node[:], referred if referred is not None else _old_categories(group, key), where)
+        if node.dtype.kind in "biuf" and (categories := _old_categories(group, key)) is not None:
+            codes = np.nan_to_num(node[:].astype(np.float64), nan=R_NA_INTEGER).astype(np.int64)
+            return _checked_codes(np.where(codes == R_NA_INTEGER, -1, codes), categories, where)
         if node.dtype.kind in "biuf":
             values, codes = np.unique(node[:], return_inverse=True)
             return codes, _scalars(values)
@@ -205,6 +262,16 @@ def _referred(group: h5py.Group, reference: Any) -> Any:
         return None
 
 
+def _old_categories(group: h5py.Group, key: str | None) -> Any:
+    """The texts in `__categories/KEY`, or None. SeuratDisk writes a factor as codes beside them, without a reference.
+
+    https://github.com/mojaveazure/seurat-disk/issues/138
+    """
+    name = f"__categories/{key}"
+    node = open_node(group, name, key) if key is not None and name in group else None
+    return node if is_dataset(node) and node.ndim == 1 and node.dtype.kind in "SO" else None
+
+
 def _scalars(values: np.ndarray) -> list:
     """The values as a list. float32 stays float32: as float64 the text of 27.3 would be 27.299999237."""
     return list(values) if values.dtype.kind == "f" and values.dtype.itemsize < 8 else values.tolist()
@@ -212,9 +279,9 @@ def _scalars(values: np.ndarray) -> list:
 
 def _checked_codes(codes: np.ndarray, categories: Any, where: str) -> tuple[np.ndarray, list]:
     """(codes, categories) of a categorical. Raises UserError for a code without a category."""
-    if isinstance(categories, h5py.Group):  # nullable categories
+    if is_group(categories):  # nullable categories
         categories = open_node(categories, "values", where)
-    if not isinstance(categories, h5py.Dataset) or categories.ndim != 1 or codes.dtype.kind not in "iu":
+    if not is_dataset(categories) or categories.ndim != 1 or codes.dtype.kind not in "iu":
         raise UserError(f"{where} is a categorical without readable codes and categories; {RESAVE}")
     values = [as_text(v, where) if isinstance(v, bytes) else v for v in _scalars(categories[:])]
     if codes.size and not -1 <= int(codes.min()) <= int(codes.max()) < len(values):
@@ -247,9 +314,9 @@ def table_index(file: h5py.File, table: str, path: str | os.PathLike) -> h5py.Da
     """The index of a table: the names of its cells or genes. Raises UserError when there is none."""
     group = file[table]
     index = open_node(group, index_key(group), path)
-    if isinstance(index, h5py.Group):  # nullable strings of pandas
+    if is_group(index):  # nullable strings of pandas
         index = open_node(index, "values", path)
-    if not isinstance(index, h5py.Dataset) or index.ndim != 1:
+    if not is_dataset(index) or index.ndim != 1:
         raise UserError(f"{path}: the {table} table has no index ({index_key(group)!r}); {RESAVE}")
     return index
 
@@ -262,6 +329,38 @@ def index_key(table: h5py.Group) -> str:
 
 
 def column_names(table: h5py.Group) -> list[str]:
-    """The names of a table's columns, without the index."""
+    """The names of a table's columns, without the index. A column called "cell/type" lies in a group "cell"."""
     # h5py gives bytes instead of str for a name that is not UTF-8; __categories belongs to anndata 0.7
-    return [name for name in table if isinstance(name, str) and name not in (index_key(table), "__categories")]
+    names = [name for name in table if isinstance(name, str) and name not in (index_key(table), "__categories")]
+    return [leaf for name in names for leaf in nested_names(table, name)]
+
+
+def nested_names(group: h5py.Group, name: str) -> list[str]:
+    """The elements under a member: its own name, or `name/...` when anndata split the name of an element at a slash."""
+    try:
+        node = group[name]
+    except (KeyError, OSError, RuntimeError):  # a broken link: whoever reads it gets the message
+        return [name]
+    is_element = not is_group(node) or "encoding-type" in node.attrs or PARTS & set(node)
+    inner = [] if is_element else [n for n in node if isinstance(n, str)]
+    return [leaf for n in inner for leaf in nested_names(group, f"{name}/{n}")] or [name]
+
+
+def is_null(group: h5py.Group, name: str) -> bool:
+    """Whether a member is anndata's null (None): an HDF5 dataset without a shape, or a marked array."""
+    try:
+        node = group[name]
+    except (KeyError, OSError, RuntimeError):  # a broken link: whoever reads it gets the message
+        return False
+    return is_dataset(node) and (node.shape is None or node.attrs.get("encoding-type") in ("null", b"null"))
+
+
+def uns_text(path: str | os.PathLike, names: Sequence[str]) -> str | None:
+    """The first of some single values of `uns`, as cleaned text. None when no name is there, or its value is unknown."""
+    with open_h5ad(path) as file:
+        uns = open_node(file, "uns", path)
+        for name in names if is_group(uns) else ():
+            node = open_node(uns, name, path)
+            if is_dataset(node) and node.shape == ():
+                return clean_text(as_text(node[()], f"{path}: uns {name!r}"))
+    return None

@@ -9,6 +9,7 @@ one of the first two names). `auto` is raw.X when the file has it, else X.
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,19 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column
-from data.build.h5ad import RESAVE, as_text, column_names, nearest_names, open_h5ad, open_node, read_column, table_index
+from data.build.files.stores import StoreArray, StoreGroup, is_dataset, is_group
+from data.build.h5ad import (
+    RESAVE,
+    as_text,
+    column_names,
+    is_null,
+    nearest_names,
+    nested_names,
+    open_h5ad,
+    open_node,
+    read_column,
+    table_index,
+)
 from data.errors import UserError
 
 NONZEROS_PER_BLOCK = 4_000_000
@@ -32,7 +45,8 @@ LARGEST_LOG = 25.0
 """Larger values are not logarithms of counts: exp(25) is 7e10."""
 UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
 """Thresholds of _looks_scaled."""
-_ENSEMBL_SUFFIX = re.compile(r"_ENSG\d+(\.\d+)?$")
+_ENSEMBL_SUFFIX = re.compile(r"_ENS[A-Z]*G\d+(\.\d+)?$")
+"""An Ensembl id behind a symbol, of any species: _ENSG..., _ENSMUSG..."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Matrix:
 
     path: Path
     layer: str
-    node: h5py.Group | h5py.Dataset
+    node: h5py.Group | h5py.Dataset | StoreGroup | StoreArray
     encoding: str
     """csr, csc or dense."""
     n_cells: int
@@ -94,19 +108,36 @@ def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix
         yield matrix
 
 
-def _resolve_layer(file: h5py.File, layer: str, path) -> tuple[str, list[str]]:
+def _resolve_layer(file: h5py.File | StoreGroup, layer: str, path) -> tuple[str, list[str]]:
     """(name of the layer, names of all layers of the file)."""
-    raw, layers = (open_node(file, name, path) for name in ("raw", "layers"))
-    present = ["X"] if "X" in file else []
-    present += ["raw"] if isinstance(raw, h5py.Group) and "X" in raw else []
-    named = layers if isinstance(layers, h5py.Group) else ()
-    present += [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(n for n in named if isinstance(n, str))]
+    present = layer_names(file, path)
     wanted = ("raw" if "raw" in present else "X") if layer == "auto" else layer
     if wanted not in present and f"layers/{wanted}" in present:
         wanted = f"layers/{wanted}"
     if wanted not in present:
-        raise UserError(f"{path}: has no layer {wanted!r}; --layer can be one of {', '.join(present) or 'none'}")
+        empty = " (X is stored as null, which means no matrix)" if wanted == "X" and "X" in file else ""
+        remedy = f"--layer can be one of {', '.join(present) or 'none'}"
+        if wanted == "X" and (counts := likely_counts(present)):
+            remedy = f"take the counts with --layer {shlex.quote(counts)} ({remedy})"
+        raise UserError(f"{path}: has no layer {wanted!r}{empty}; {remedy}")
     return wanted, present
+
+
+def layer_names(file: h5py.File | StoreGroup, path: str | os.PathLike) -> list[str]:
+    """The names of the layers of a file: X and raw where they hold a matrix, then the members of `layers` by name."""
+    raw, layers = (open_node(file, name, path) for name in ("raw", "layers"))
+    present = ["X"] if "X" in file and not is_null(file, "X") else []
+    present += ["raw"] if is_group(raw) and "X" in raw and not is_null(raw, "X") else []
+    named = [n for n in layers if isinstance(n, str)] if is_group(layers) else []
+    named = [leaf for n in named for leaf in nested_names(layers, n) if not is_null(layers, leaf)]
+    return present + [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(named)]
+
+
+def likely_counts(layers: Sequence[str]) -> str | None:
+    """The layer whose name says that it holds counts, or the only layer; else None."""
+    named = [name for name in layers if "count" in name.lower() or name.lower() in ("umi", "umis", "raw")]
+    # of "counts" and "normalised_counts" the shorter name is the plain one
+    return min(named, key=len) if named else layers[0] if len(layers) == 1 else None
 
 
 def _element(layer: str) -> str:
@@ -116,7 +147,7 @@ def _element(layer: str) -> str:
 
 def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
     """The encoding: "csr", "csc" or "dense". Raises UserError for another encoding, or values that are not numbers."""
-    if isinstance(node, h5py.Dataset):
+    if is_dataset(node):
         if node.ndim == 2 and node.dtype.kind in "biuf":
             return "dense"
         raise UserError(f"{where} is not a matrix of numbers (shape {node.shape}, type {node.dtype}); {RESAVE}")
@@ -124,16 +155,20 @@ def _encoding(node: h5py.Group | h5py.Dataset, where: str) -> str:
     stated = stated.decode(errors="replace") if isinstance(stated, bytes) else str(stated)
     encoding = stated.removesuffix("_matrix")
     parts = [open_node(node, name, where) for name in ("data", "indices", "indptr")]
-    if encoding not in ("csr", "csc") or not all(isinstance(p, h5py.Dataset) and p.ndim == 1 for p in parts):
+    if encoding not in ("csr", "csc") or not all(is_dataset(p) and p.ndim == 1 for p in parts):
         raise UserError(f"{where} is stored in a way that is not known here (encoding {stated!r}); {RESAVE}")
     if parts[0].dtype.kind not in "biuf" or parts[1].dtype.kind not in "iu" or parts[2].dtype.kind not in "iu":
         raise UserError(f"{where} does not hold numbers (data of type {parts[0].dtype}); {RESAVE}")
+    for name, part in zip(("data", "indices"), parts, strict=False):
+        # a sparse matrix has no chunk of zeros only, so such a chunk was lost
+        if isinstance(part, StoreArray) and (lost := part.missing_files()):
+            raise UserError(f"{where} lacks {lost} of {part.n_files} chunks of {name!r}, was it copied to its end?")
     return encoding
 
 
 def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     """(cells, genes), or (-1, -1) when the file does not state two numbers."""
-    shape = node.shape if isinstance(node, h5py.Dataset) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+    shape = node.shape if is_dataset(node) else node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
     sizes = np.asarray(shape if shape is not None else 0)
     return (int(sizes[0]), int(sizes[1])) if sizes.shape == (2,) and sizes.dtype.kind in "iu" else (-1, -1)
 
@@ -141,7 +176,7 @@ def _shape(node: h5py.Group | h5py.Dataset) -> tuple[int, int]:
 def _check_shape(file: h5py.File, matrix: Matrix) -> None:
     """Raise UserError when the matrix does not fit the tables of cells and genes, is empty, or contradicts itself."""
     var = "raw/var" if matrix.layer == "raw" else "var"
-    if not isinstance(open_node(file, var, matrix.path), h5py.Group):
+    if not is_group(open_node(file, var, matrix.path)):
         raise UserError(f"{matrix} has no table of genes ({var}); {RESAVE}")
     n_obs, n_var = (table_index(file, table, matrix.path).shape[0] for table in ("obs", var))
     if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
@@ -160,8 +195,9 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
 
 
 def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
-    """[G] gene names without an `_ENSG...` suffix. A missing name is replaced by the gene's var index.
+    """[G] gene names without an Ensembl id as suffix (`_ENSG...`, `_ENSMUSG...`).
 
+    A missing name is replaced by the gene's var index.
     gene_key: a var column, or `index`. Raises UserError when the column is missing or a name cannot be part of a gene
     list.
     """

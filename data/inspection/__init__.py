@@ -1,0 +1,1 @@
+"""What a file of cells holds, and the command that builds puzzles from it."""

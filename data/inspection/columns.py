@@ -1,0 +1,165 @@
+"""What each obs column holds, and which ones are the cell types, donors and other facts that a build needs."""
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from data.build.columns import clean_text
+from data.build.files.stores import is_dataset, is_group
+from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_column, table_index
+from data.errors import UserError
+from data.inspection.facts import ColumnFacts
+
+WHOLE = 200_000
+"""A column without categories is read whole up to this many cells, else sampled."""
+SPOTS, SPOT_CELLS = 8, 2_500
+FEW = 300
+"""More distinct values than this are no cell types and no clusters."""
+SHOWN = 200
+"""Values whose counts are kept."""
+CELL_WORDS = re.compile(
+    r"cell|cyte|phage|blast|neuron|glia|epitheli|endotheli|lymph|mono|thymocyt|progenitor|stroma|pericyte|ductal|acinar"
+    r"|ionocyte|\b(?:T|B|NK|DC|pDC|cDC|HSC|MAIT|Treg|CD4|CD8|ILC|Mast|Tuft|Club|Goblet|Basal|Plasma|alpha|beta|delta)\b",
+    re.IGNORECASE,
+)
+CELL_SHARE = 0.4
+"""A column whose values hold such a word in this share looks like cell types."""
+TERM_ID = re.compile(r"[A-Za-z]+:\d+$")
+NUMBER = re.compile(r"-?\d+(\.\d+)?$")
+CLUSTER_NAME = re.compile(r"leiden|louvain|cluster|phenograph|snnres|kmeans")
+ROLE_NAMES = {
+    "cell_type": (
+        r"celltypes?",
+        r"cellontologyclass|cellontology",
+        r".*celltype.*",
+        r"(bulk|cell)?labels?|annotations?|annot",
+        r".*(annotation|annot|celllabel|majorityvoting|predictedlabel|cellident|identity|subclass|clustername).*",
+        r".*(annlevel|level|class|cluster|ident|type).*",
+    ),
+    "donor_id": (
+        r"donor(id|name)?",
+        r".*donor.*",
+        r"(patient|subject|individual|participant|person|mouse|animal)(id|name|no|number)?",
+        r".*(patient|subject|individual|participant|mouseid|animalid).*",
+        r"(sample|specimen|biosample)(id|name)?",
+        r"origident|library(id)?|batch(id)?",
+    ),
+    "batch": (r"batch(id)?", r"library(id)?", r"(sample|specimen)(id|name)?", r"origident|channel|lane|run|pool"),
+    "tissue": (
+        r"tissue(name)?",
+        r"organ(name)?",
+        r"tissue(general|origin|source)",
+        r"(anatomical)?site|bodysite|region",
+    ),
+    "disease": (r"disease(s|name)?", r"diagnosis", r"(disease|health)(status|state|group)", r"condition|status|health"),
+    "suspension_type": (r"suspensiontype", r"cellornucle(us|i)", r"suspension|celltypeofassay"),
+    "sex": (r"sex", r"gender", r"(donor)?sex.*"),
+    "development_stage": (r"developmentstage", r"developmentalstage|devstage", r"age|donorage|agegroup|stage"),
+    "self_reported_ethnicity": (r"selfreportedethnicity", r"ethnicity", r"race|ancestry|population"),
+}
+"""CELLxGENE obs column -> patterns of the names that others give it (letters and digits, lower case), best first."""
+
+
+def obs_facts(path: str | os.PathLike) -> tuple[int, list[ColumnFacts]]:
+    """(number of cells, what each obs column holds)."""
+    with open_h5ad(path) as file:
+        n_cells = table_index(file, "obs", path).shape[0]
+        return n_cells, [_column_facts(file, name, n_cells, path) for name in column_names(file["obs"])]
+
+
+def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -> ColumnFacts:
+    try:
+        node = open_node(file["obs"], name, path)
+        if is_dataset(node) and node.ndim != 1:
+            return ColumnFacts(name, "unreadable", 0, 0, False, [])
+        if is_group(node) or n_cells <= WHOLE or "categories" in node.attrs or f"__categories/{name}" in file["obs"]:
+            if _is_float(node):
+                return ColumnFacts(name, "numbers", 0, 0, False, [])
+            column = read_column(file, "obs", name, path)
+            known = column.codes[column.codes >= 0]
+            counts = np.bincount(known, minlength=len(column.names)).tolist()
+            pairs = [(text, count) for text, count in zip(column.names, counts, strict=True) if count]
+            return _judged(name, pairs, n_cells - len(known), n_cells, exact=True, is_number=_is_number(node))
+        if _is_float(node):
+            return ColumnFacts(name, "numbers", 0, 0, False, [])
+        starts = np.linspace(0, n_cells - SPOT_CELLS, SPOTS).astype(np.int64).tolist()
+        raw = [value for start in starts for value in node[start : start + SPOT_CELLS].tolist()]
+        values, numbers = np.unique(np.array([_text(value) for value in raw], dtype=str), return_counts=True)
+        known = [(clean_text(v), n) for v, n in zip(values.tolist(), numbers.tolist(), strict=True)]
+        pairs = [(text, count) for text, count in known if text is not None]
+        missing = sum(count for text, count in known if text is None)
+        return _judged(name, pairs, missing, len(raw), exact=False, is_number=_is_number(node))
+    except UserError:
+        return ColumnFacts(name, "unreadable", 0, 0, False, [])
+
+
+def _judged(
+    name: str, pairs: list[tuple[str, int]], n_missing: int, n_read: int, *, exact: bool, is_number: bool
+) -> ColumnFacts:
+    """The facts about a column from its distinct values and how many cells have each."""
+    texts = [text for text, _ in pairs]
+    pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
+    numeric = all(NUMBER.match(text) for text in texts)
+    kind, likely = "labels", False
+    if not texts:
+        kind, pairs = "empty", []
+    elif set(texts) <= {"True", "False"}:
+        kind = "true/false"
+    elif numeric and (len(texts) > FEW or is_number and not CLUSTER_NAME.search(plain(name))):
+        kind = "numbers"
+    elif numeric:
+        kind = "clusters"
+    elif len(texts) > FEW and len(texts) > 0.2 * n_read:
+        kind, pairs = "identifiers", []
+    else:
+        ids = sum(bool(TERM_ID.match(text)) for text in texts)
+        words = sum(bool(CELL_WORDS.search(text)) for text in texts)
+        likely = 2 <= len(texts) <= 5 * FEW and not ids and words >= CELL_SHARE * len(texts)
+        likely &= plain(name) not in ("suspensiontype", "tissuetype", "assay")
+    return ColumnFacts(name, kind, len(texts), n_missing, exact, pairs, likely)
+
+
+def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> str | None:
+    """The column that most likely holds a fact, by its name and, for cell types, by its values. None: there is none.
+
+    role: a name of ROLE_NAMES. taken: columns that have another role.
+    """
+    texts_only = role in ("cell_type", "disease", "tissue", "sex", "suspension_type")
+    kinds = ("labels",) if texts_only else ("labels", "clusters", "identifiers", "numbers")
+    able = [c for c in columns if c.name not in taken and c.kind in kinds]
+    able = [c for c in able if not (c.most_common and all(TERM_ID.match(text) for text, _ in c.most_common))]
+    if role in ("cell_type", "donor_id", "batch"):
+        able = [c for c in able if c.n_values >= 2]
+    if role == "suspension_type":
+        able = [c for c in able if {text for text, _ in c.most_common} <= {"cell", "nucleus", "na"}]
+    for rank, pattern in enumerate(ROLE_NAMES[role]):
+        named = [c for c in able if re.fullmatch(pattern, plain(c.name))]
+        if role == "cell_type" and rank >= 3:  # names such as "type" say little: the values must, too
+            named = [c for c in named if c.looks_like_cell_types]
+        if named:
+            return min(named, key=lambda c: (not c.looks_like_cell_types, len(c.name), c.name)).name
+    if role == "cell_type":
+        likely = [c for c in able if c.looks_like_cell_types]
+        return max(likely, key=lambda c: c.n_values).name if likely else None
+    return None
+
+
+def plain(name: str) -> str:
+    """A column's name in lower case, letters and digits only."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _is_float(node: Any) -> bool:
+    values = node["values"] if is_group(node) and "values" in node else node
+    return is_dataset(values) and values.dtype.kind == "f"
+
+
+def _is_number(node: Any) -> bool:
+    values = node["values"] if is_group(node) and "values" in node else node
+    return is_dataset(values) and values.dtype.kind in "iuf"
+
+
+def _text(value: Any) -> str:
+    return as_text(value, "obs") if isinstance(value, bytes) else str(value)
