@@ -48,6 +48,8 @@ class FileSummary:
     """None when the file does not state it."""
     report: dict[str, Any]
     """The file's part of report.json so far."""
+    remedies: dict[str, str]
+    """{reason of the report's cells_dropped: the option that keeps these cells}."""
 
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
@@ -85,11 +87,12 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         },
         "notes": cells.notes,
     }
-    return FileSummary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
+    sizes = {group: len(types) for group, types in groups.items()}
+    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies)
 
 
 def _read_cells(path: Path, config: BuildConfig) -> Cells:
-    return read_cells(path, config.column_keys, config.constants, config.organism, config.include_non_primary)
+    return read_cells(path, config.column_keys, config.constants, config.cell_rules)
 
 
 @dataclass(frozen=True)
