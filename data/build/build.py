@@ -290,7 +290,10 @@ def _report(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
         "options": {**dataclasses.asdict(config), "split": config.split_mode},
         "notes": notes,
-        "files": [summary.report | report for summary, report in zip(summaries, reports, strict=True)],
+        "files": [
+            summary.report | report | {"notes": summary.report["notes"] + report["notes"]}
+            for summary, report in zip(summaries, reports, strict=True)
+        ],
         "splits": {split: split_summary(puzzles) for split, puzzles in splits.items()},
         "audit": leaks.to_dict(),
     }
