@@ -133,6 +133,16 @@ def test_factors_of_h5seurat_begin_with_1(tmp_path, plain):
     assert built(path)[0] == plain[1]
 
 
+def test_integer_factors_of_var(tmp_path, plain):
+    adata = atlas(index=[f"g{i}" for i in range(10)])
+    path = saved(tmp_path / "a.h5ad", adata)
+    with h5py.File(path, "r+") as file:
+        del file["var/feature_name"]
+        file["var/feature_name"] = np.arange(10, dtype=np.int32)
+        file["var/__categories/feature_name"] = SYMBOLS
+    assert built(path)[0] == plain[1]
+
+
 @pytest.mark.parametrize("number", [str, int, float, "{}.0".format])
 def test_labels_that_are_numbers_are_refused(tmp_path, number):
     clusters = [number(i // 4 % 4) for i in range(N_CELLS)]
@@ -410,6 +420,19 @@ def test_the_shipped_table_of_symbols():
 )
 def test_ids_that_make_names_unique_go(tmp_path, plain, form):
     assert genes_in_names(tmp_path, [form.format(name) for name in SYMBOLS]) == set(SYMBOLS)
+
+
+def test_a_file_without_feature_name_is_told_where_symbols_are(tmp_path):
+    adata = atlas()
+    adata.var = adata.var.rename(columns={"feature_name": "hgnc"}).assign(
+        number=range(10), entrez=[str(i) for i in range(10)]
+    )
+    assert "or --gene-key index for the index (gene symbols are in 'hgnc')" in refusal(
+        saved(tmp_path / "a.h5ad", adata)
+    )
+    adata = atlas(index=SYMBOLS)
+    adata.var = adata.var[[]]
+    assert "(gene symbols are in 'index')" in refusal(saved(tmp_path / "b.h5ad", adata))
 
 
 # --- values

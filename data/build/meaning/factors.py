@@ -1,4 +1,4 @@
-"""Columns of obs that hold the numbers of their categories, as SeuratDisk and old versions of anndata write factors."""
+"""Columns of obs and var that hold the numbers of their categories, as SeuratDisk writes the factors of R."""
 
 import os
 from collections.abc import Sequence
@@ -18,18 +18,17 @@ def read_obs_columns(path: str | os.PathLike, keys: Sequence[str]) -> dict[str, 
     Raises UserError as data.build.h5ad.read_column does, and for a number without a category.
     """
     with open_h5ad(path) as file:
-        return {key: read_obs_column(file, key, path) for key in dict.fromkeys(keys)}
+        return {key: read_table_column(file, "obs", key, path) for key in dict.fromkeys(keys)}
 
 
-def read_obs_column(file: h5py.File, key: str, path: str | os.PathLike) -> Column:
-    """One obs column; see read_obs_columns."""
-    where = f"{path}: obs column {key!r}"
-    node = open_node(file["obs"], key, where)
-    found = _codes_and_levels(file, node, key, where)
+def read_table_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) -> Column:
+    """One column of obs, var or raw/var; see read_obs_columns."""
+    where = f"{path}: {table} column {key!r}"
+    found = _codes_and_levels(file[table], key, where)
     if found is None:
-        return read_column(file, "obs", key, path)
+        return read_column(file, table, key, path)
     codes, levels = found
-    n_rows = table_index(file, "obs", path).shape[0]
+    n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
         raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
     if codes.size and int(codes.max()) >= len(levels):
@@ -43,15 +42,21 @@ def read_obs_column(file: h5py.File, key: str, path: str | os.PathLike) -> Colum
     return Column(np.array([*new, -1], dtype=np.int32)[np.where(codes < 0, -1, codes)], list(number))
 
 
-def _codes_and_levels(file: h5py.File, node: Any, key: str, where: str) -> tuple[np.ndarray, list] | None:
+def is_factor(table: h5py.Group, key: str, where: str) -> bool:
+    """Whether a column of numbers has its names beside it."""
+    return _codes_and_levels(table, key, where) is not None
+
+
+def _codes_and_levels(table: h5py.Group, key: str, where: str) -> tuple[np.ndarray, list] | None:
     """([C] 0-based codes, names) of a factor that is stored as numbers. None for any other column."""
+    node = open_node(table, key, where)
     if isinstance(node, h5py.Group) and {"levels", "values"} <= set(node):  # h5Seurat: codes begin with 1
         values, levels = _numbers(open_node(node, "values", where)), _texts(open_node(node, "levels", where), where)
         # a file in which 0 occurs was converted: its codes begin with 0
         return (values - int(0 not in values), levels) if values is not None and levels is not None else None
     if not isinstance(node, h5py.Dataset) or "categories" in node.attrs:
         return None
-    beside = open_node(file["obs"], "__categories", where)
+    beside = open_node(table, "__categories", where)
     levels = _texts(open_node(beside, key, where) if isinstance(beside, h5py.Group) else None, where)
     codes = _numbers(node) if levels is not None else None
     return (codes, levels) if codes is not None else None

@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 
 from data.build.columns import is_number
-from data.build.h5ad import as_text, column_names, nearest_names, read_column, table_index
+from data.build.h5ad import as_text, column_names, nearest_names, table_index
 from data.build.matrix import Matrix
 from data.build.meaning.ensembl import SOURCE, symbols_of
+from data.build.meaning.factors import read_table_column
 from data.errors import UserError
 
 _ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
@@ -123,8 +124,8 @@ class _Var:
         """[G] the values of one of `columns`, None where a value is missing."""
         file, path = self.matrix.node.file, self.matrix.path
         if name in column_names(file[self.table]):
-            return read_column(file, self.table, name, path).texts()
-        by_index = dict(zip(self._var_index, read_column(file, "var", name, path).texts(), strict=True))
+            return read_table_column(file, self.table, name, path).texts()
+        by_index = dict(zip(self._var_index, read_table_column(file, "var", name, path).texts(), strict=True))
         return [by_index[gene] for gene in self.index]
 
     def readable(self, name: str) -> list[str | None] | None:
@@ -171,9 +172,11 @@ def _named(var: _Var, gene_key: str) -> list[str]:
         return var.index
     if gene_key in var.columns:
         return [name if name is not None else gene for name, gene in zip(var.values(gene_key), var.index, strict=True)]
+    symbols = _columns_of_symbols(var, np.ones(len(var.index), dtype=bool), gene_key)
     raise UserError(
         f"{var.matrix.path}: {var.table} has no column {gene_key!r} (nearest: {nearest_names(gene_key, var.columns)}); "
         "name the column of gene names with --gene-key, or --gene-key index for the index"
+        + (f" (gene symbols are in {', '.join(map(repr, symbols[:4]))})" if symbols else "")
     )
 
 
@@ -188,9 +191,10 @@ def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, list[str]]:
     for column in var.called(TYPE_COLUMNS):
         _mark(kinds, _types(var.readable(column)))
     for column in var.called(("featurebiotype",)):
-        found = var.readable(column) or []
-        _mark(kinds, ["spike-in" if value and _plain(value) in ("spikein", "ercc") else None for value in found])
-    for texts in (names, var.index):
+        values = var.readable(column) or []
+        spikes = {value for value in set(values) if value and _plain(value) in ("spikein", "ercc")}
+        _mark(kinds, ["spike-in" if value in spikes else None for value in values])
+    for texts in (names, var.index) if names != var.index else (names,):
         found = [_NO_GENE.match(text) for text in texts]
         _mark(kinds, [_kind_of(match) if match else None for match in found])
     counts = Counter(kind for kind in kinds if kind)

@@ -8,7 +8,7 @@ import h5py
 
 from data.build.columns import Column, is_number
 from data.build.h5ad import column_names, nearest_names, open_h5ad, open_node
-from data.build.meaning.factors import read_obs_column
+from data.build.meaning.factors import is_factor, read_table_column
 from data.errors import UserError
 
 _SET_ASIDE = re.compile(
@@ -71,10 +71,11 @@ def hint_of_cell_types(path: str | os.PathLike) -> str:
 def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
     """How much a column looks like cell types: 0 for not at all, at most 2."""
     node = open_node(file["obs"], name, path)
-    if isinstance(node, h5py.Dataset) and node.ndim == 1 and node.dtype.kind in "fb":
-        return 0.0  # measurements and flags; reading them all would take long
+    is_words = not isinstance(node, h5py.Dataset) or node.dtype.kind not in "iufb" or "categories" in node.attrs
     try:
-        values = [value for value in read_obs_column(file, name, path).names if not is_number(value)]
+        if not is_words and not is_factor(file["obs"], name, f"{path}: obs column {name!r}"):
+            return 0.0  # measurements and flags
+        values = [value for value in read_table_column(file, "obs", name, path).names if not is_number(value)]
     except UserError:  # a column that cannot be read is no remedy
         return 0.0
     if not 2 <= len(values) <= 2000 or name.lower().endswith("ontology_term_id"):

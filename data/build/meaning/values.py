@@ -115,7 +115,8 @@ def _units(cells: list[np.ndarray]) -> np.ndarray | None:
     """The unit of each cell whose values are multiples of their smallest one. None when fewer than half of them are."""
     units, judged = [], 0
     for values in cells:
-        ratios = values / values.min()
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # damaged files hold values next to 0
+            ratios = values / values.min()
         ratios = ratios[ratios < 1 / WHOLE_WIDTH**2]  # larger ones have no digits left behind the point
         if len(np.unique(np.rint(ratios))) < FEWEST_VALUES:
             continue
