@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
@@ -343,9 +342,10 @@ def _organism_of_uns(path: str | os.PathLike) -> str | None:
     """The organism that the table `uns` states for the whole file, or None."""
     with open_h5ad(path) as file:
         uns = open_node(file, "uns", path)
-        for name in ORGANISM_COLUMNS if isinstance(uns, h5py.Group) else ():
+        # no isinstance: the file may be a store of another library
+        for name in ORGANISM_COLUMNS if uns is not None and not hasattr(uns, "shape") else ():
             node = open_node(uns, name, path)
-            if isinstance(node, h5py.Dataset) and node.shape in ((), (1,)):  # R writes a text as a vector of one
+            if getattr(node, "shape", None) in ((), (1,)):  # R writes a text as a vector of one
                 return clean_text(as_text(node[()] if node.shape == () else node[0], f"{path}: uns {name!r}"))
     return None
 
