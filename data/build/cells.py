@@ -5,7 +5,6 @@ C is the number of usable cells. A row is the number of a cell in the file.
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +195,7 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
         unusable[NO_CELL_TYPE_LABEL] = set_aside
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
-        names = sorted({donor.names[code].lower() for code in np.unique(donor.codes[pooled])})
+        names = sorted({name.lower() for name in donor[pooled].counts()})
         unusable[f"donor is {' or '.join(map(repr, names))}, which means several"] = pooled
     remedies = {
         of_suspension: f"--suspension {','.join(others)}",
@@ -208,15 +207,16 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
 
 def _note_on_labels(labels: Column) -> str:
     """What was left out because its label names no cell type. labels: of the cells that were left out."""
-    counts = Counter(labels.texts())
-    listed = ", ".join(f"{name!r} ({n})" for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    listed = ", ".join(
+        f"{name!r} ({n})" for name, n in sorted(labels.counts().items(), key=lambda item: (-item[1], item[0]))
+    )
     n_cells = f"{len(labels.codes)} cell{'s' if len(labels.codes) != 1 else ''}"
     return f"{n_cells} with a label that names no cell type are left out: {listed}; --keep-label NAME keeps one"
 
 
 def _notes_on_kept_labels(labels: Column, rules: CellRules) -> list[str]:
     """A note for each --keep-label that no usable cell has."""
-    used = {labels.names[code].lower() for code in np.unique(labels.codes)}
+    used = {name.lower() for name in labels.counts()}
     missing = [name for name in rules.keep_label if name.strip().lower() not in used]
     return [f"--keep-label {name}: no cell has this label" for name in missing]
 
@@ -225,8 +225,8 @@ def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
     """A note when cells are of an organoid or a culture (tissue_type of CELLxGENE since schema 4)."""
     notes = []
     for column in columns:
-        counts = Counter(column.texts(missing="unknown"))
-        if counts.keys() - {"tissue", "unknown"}:
+        counts = column.counts()
+        if counts.keys() - {"tissue"}:
             listed = ", ".join(f"{n} {name!r}" for name, n in sorted(counts.items()))
             notes.append(f"tissue_type of the cells kept: {listed}; the context names the tissue as the file does")
     return notes

@@ -54,6 +54,11 @@ class Column:
         """[C] bool: whether the value is known and `wanted(value)` holds."""
         return np.array([*map(wanted, self.names), False], dtype=bool)[self.codes]  # code -1 takes the last entry
 
+    def counts(self) -> dict[str, int]:
+        """{value: number of cells that have it}, in the order of names; missing values are not counted."""
+        n_cells = np.bincount(self.codes[self.codes >= 0], minlength=len(self.names)).tolist()
+        return {name: n for name, n in zip(self.names, n_cells, strict=True) if n}
+
 
 def constant_column(text: str, n_cells: int) -> Column:
     """A column with the same value for every cell."""

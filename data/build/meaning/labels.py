@@ -44,7 +44,9 @@ def kept_label(kept: Iterable[str]) -> Callable[[str], bool]:
 
 def only_numbers(column: Column) -> list[str]:
     """Some distinct values of a column when all its known values are numbers, else []."""
-    used = [column.names[code] for code in sorted(set(column.codes.tolist())) if code >= 0]
+    if not any(map(is_number, column.names)):
+        return []
+    used = list(column.counts())
     return used[:3] if used and all(map(is_number, used)) else []
 
 
