@@ -21,7 +21,7 @@ from typing import Any
 
 from data.audit import Audit, audit
 from data.build import h5ad
-from data.build.contexts import has_disease
+from data.build.contexts import has_disease, several_values
 from data.build.onefile import FileSummary, build_file, split_summary, summarise_file, unseen_donors
 from data.build.settings import BuildConfig, check_config
 from data.build.splits import SPLITS, choose_test_donors
@@ -183,14 +183,14 @@ def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfi
         sizes, n_types = summary.group_sizes, len(summary.report["cell_types"])
         best = max(sizes, key=lambda group: sizes[group], default=None)
         if best is None:
-            reasons = ", ".join(f"{n} because {reason}" for reason, n in summary.report["cells_dropped"].items() if n)
-            problem = f"all {summary.report['cells_read']} cells were dropped ({reasons or 'the file has none'})"
+            reasons, remedy = _why_dropped(summary)
+            problem = f"all {summary.report['cells_read']} cells were dropped ({reasons}){remedy}"
         elif n_types < config.min_cells:
-            problem = f"has {n_types} cell types, fewer than --min-cells {config.min_cells}"
+            problem = f"has {n_types} cell types, fewer than --min-cells {config.min_cells}{_dropped(summary)}"
         elif sizes[best] < config.min_cells:
             problem = (
                 f"no donor and batch has {config.min_cells} cell types: the best, donor {best[0]!r} batch {best[1]!r}, "
-                f"has {sizes[best]}; lower --min-cells"
+                f"has {sizes[best]}{_dropped(summary)}; lower --min-cells"
             )
         else:
             continue
@@ -199,6 +199,23 @@ def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfi
     if len(problems) == len(summaries):
         others = f" (none of the other {len(problems) - 1} files gives a puzzle either)" if len(problems) > 1 else ""
         raise UserError(problems[0] + others)
+
+
+def _why_dropped(summary: FileSummary) -> tuple[str, str]:
+    """(reasons for which cells of a file were dropped, with their numbers; the remedy, or "")."""
+    dropped = {reason: n for reason, n in summary.report["cells_dropped"].items() if n}
+    remedies = [summary.remedies[reason] for reason in dropped if reason in summary.remedies]
+    reasons = ", ".join(f"{n} because {reason}" for reason, n in dropped.items()) or "the file has none"
+    return reasons, f"; keep them with {' and '.join(remedies)}" if remedies else ""
+
+
+def _dropped(summary: FileSummary) -> str:
+    """What a message adds about the cells that were dropped, or ""."""
+    n_dropped = sum(summary.report["cells_dropped"].values())
+    if not n_dropped:
+        return ""
+    reasons, remedy = _why_dropped(summary)
+    return f" ({n_dropped} of {summary.report['cells_read']} cells were dropped: {reasons}{remedy})"
 
 
 def assign_donors(summaries: list[FileSummary], config: BuildConfig) -> dict[str, str]:
@@ -210,7 +227,9 @@ def assign_donors(summaries: list[FileSummary], config: BuildConfig) -> dict[str
     diseases = {disease for s in summaries for kinds in s.donors.values() for _, disease in kinds} - {"unknown"}
     for name in config.unseen_disease:
         if not any(has_disease(disease, (name,)) for disease in diseases):
-            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {h5ad.nearest_names(name, diseases)})")
+            single = {part for disease in diseases for part in several_values(disease)}  # of 'a || b', also 'a' and 'b'
+            nearest = h5ad.nearest_names(name, diseases | single)
+            raise UserError(f"--unseen-disease {name}: no cell has it (nearest: {nearest})")
     unseen = {donor for summary in summaries for donor in unseen_donors(summary, config.unseen_disease)}
     assignment = dict.fromkeys(sorted(unseen), "unseen")
     able = {d for s in summaries for (d, _), n_types in s.group_sizes.items() if n_types >= config.min_cells}
@@ -271,7 +290,10 @@ def _report(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
         "options": {**dataclasses.asdict(config), "split": config.split_mode},
         "notes": notes,
-        "files": [summary.report | report for summary, report in zip(summaries, reports, strict=True)],
+        "files": [
+            summary.report | report | {"notes": summary.report["notes"] + report["notes"]}
+            for summary, report in zip(summaries, reports, strict=True)
+        ],
         "splits": {split: split_summary(puzzles) for split, puzzles in splits.items()},
         "audit": leaks.to_dict(),
     }

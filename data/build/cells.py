@@ -4,16 +4,24 @@ C is the number of usable cells. A row is the number of a cell in the file.
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
 from data.build.contexts import CONTEXT_COLUMNS
-from data.build.h5ad import as_text, nearest_names, obs_columns, open_h5ad, open_node, read_obs, table_index
+from data.build.h5ad import as_text, nearest_names, obs_columns, open_h5ad, open_node, table_index
+from data.build.meaning.factors import read_obs_columns
+from data.build.meaning.labels import (
+    columns_like_cell_types,
+    hint_of_cell_types,
+    kept_label,
+    names_no_cell_type,
+    only_numbers,
+)
 from data.errors import UserError
 
 COLUMN_FLAGS = {
@@ -38,8 +46,33 @@ ORGANISMS = {
 """Name or taxon, in lower case -> name. Other organisms keep the name that the file gives them."""
 TRUE = frozenset({"true", "1", "1.0"})
 """Values of is_primary_data, in lower case, that mean yes."""
-POOLED = "pooled"
-"""CELLxGENE's donor_id for cells of several individuals that were not told apart."""
+POOLED = re.compile(r"pooled( (donors?|samples?|individuals?|subjects?|patients?|cells))?", re.IGNORECASE)
+"""CELLxGENE's donor_id for cells of several individuals that were not told apart. In other columns: not known."""
+SUSPENSIONS = {"cell": "cell", "cells": "cell", "nucleus": "nucleus", "nuclei": "nucleus"}
+"""Value of suspension_type, in lower case -> value of --suspension. Any other value, or none, is "na"."""
+SUSPENSION_KINDS = ("cell", "nucleus", "na")
+NUMERIC_REFUSED = ("cell_type", "tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
+"""Columns whose values are words; a file in which one holds only numbers has lost the words."""
+FREE_TEXT = ("lung_condition", "harm_condition", "author_tumor_subsite", "harm_tumor.type")
+"""Context columns without a flag whose value is quoted; numbers are left out of the context."""
+
+
+@dataclass(frozen=True)
+class CellRules:
+    """Which cells of a file a build uses. The fields are those of data.build.settings.BuildConfig."""
+
+    organism: str | None = None
+    """Use the cells of this organism only; a file without it gives no cells."""
+    include_non_primary: bool = False
+    suspension: tuple[str, ...] = ("cell",)
+    """Of "cell", "nucleus" and "na" (not known)."""
+    keep_label: tuple[str, ...] = ()
+    """Labels that are used although they look like "doublet" or "unassigned"."""
+    allow_numeric_labels: bool = False
+
+
+NO_CELL_TYPE_LABEL = "the label names no cell type"
+NON_PRIMARY = "is_primary_data is not True"
 
 Groups = dict[tuple[str, str], dict[str, np.ndarray]]
 """(donor, batch) -> {cell type: its rows, increasing}."""
@@ -61,6 +94,8 @@ class Cells:
     """The organism of the usable cells; None when the file does not state it."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the report about missing columns and assumptions."""
+    remedies: dict[str, str] = field(default_factory=dict)
+    """{reason of `dropped`: the option that keeps these cells}."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,62 +107,155 @@ class Cells:
 
 
 def read_cells(
-    path: str | os.PathLike,
-    keys: dict[str, str],
-    constants: dict[str, str],
-    organism: str | None = None,
-    include_non_primary: bool = False,
+    path: str | os.PathLike, keys: dict[str, str], constants: dict[str, str], rules: CellRules = CellRules()
 ) -> Cells:
     """The usable cells of a file: suspension type "cell", primary data, known cell type, one donor, one organism.
 
-    keys, constants: as in resolve_columns. organism: use the cells of this organism only; a file without it gives no
-    cells. Raises UserError when a column is missing or cannot be read, or when the cells are of several organisms.
+    keys, constants: as in resolve_columns. Raises UserError when a column is missing or cannot be read, when labels are
+    only numbers, or when the cells are of several organisms.
     """
     columns, supplied, notes = resolve_columns(path, keys, constants)
     present = obs_columns(path)
-    organism_keys = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
-    obs = read_obs(path, [*columns.values(), *organism_keys])
+    extra = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
+    tissue_type = [name for name in ("tissue_type",) if name in present]
+    obs = read_obs_columns(path, [*columns.values(), *extra, *tissue_type])
     n_read = _n_cells(path)
-    organisms = _organisms(path, obs[organism_keys[0]] if organism_keys else None, n_read)
-    cells = {name: obs[key] for name, key in columns.items()}
+    organisms = _organisms(path, obs[extra[0]] if extra else None, n_read)
+    cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
     cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
     if "batch" not in cells:
         notes.append("no obs column for the experimental batch: cells are grouped by donor only")
         cells["batch"] = constant_column("", n_read)
     if "is_primary_data" not in cells:
         notes.append("no obs column 'is_primary_data': all cells count as primary data")
-    is_primary = cells.pop("is_primary_data", constant_column("True", n_read))
-    unusable = {  # in this order: a cell counts under its first reason, and the report lists the reasons so
-        "suspension_type is not 'cell'": ~cells["suspension_type"].where(lambda name: name == "cell"),
-        "is_primary_data is not True": ~is_primary.where(lambda name: name.lower() in TRUE) & (not include_non_primary),
-        "no cell type": cells["cell_type"].codes < 0,
-        "no donor": cells["donor_id"].codes < 0,
-    }
-    if (pooled := cells["donor_id"].where(lambda name: name.lower() == POOLED)).any():
-        unusable[f"donor is {POOLED!r}, which means several"] = pooled
-    if organism and organisms is None:
-        notes.append(f"the file states no organism: all its cells count as {organism}")
-    elif organism:
-        wanted = organisms.where(lambda name: name.lower() == organism_name(organism).lower())
+    unusable, remedies = _unusable(cells, rules)
+    cells.pop("is_primary_data", None)
+    if rules.organism and organisms is None:
+        notes.append(f"the file states no organism: all its cells count as {rules.organism}")
+    elif rules.organism:
+        wanted = organisms.where(lambda name: name.lower() == organism_name(rules.organism).lower())
         others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
-        unusable[f"organism is not {organism!r}{others}"] = ~wanted
+        unusable[f"organism is not {rules.organism!r}{others}"] = ~wanted
     kept, dropped = np.ones(n_read, dtype=bool), {}
     for reason, bad in unusable.items():
         dropped[reason] = int((kept & bad).sum())
+        if reason == NO_CELL_TYPE_LABEL:
+            notes.append(_note_on_labels(cells["cell_type"][kept & bad]))
         kept &= ~bad
     batch, kept_rows = cells["batch"], np.flatnonzero(kept)
     # cells without a known batch of one donor form one group: their batch is "", the last name
     cells["batch"] = Column(np.where(batch.codes < 0, len(batch.names), batch.codes), [*batch.names, ""])
     if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
+    usable = {name: column[kept_rows] for name, column in cells.items()}
+    if not rules.allow_numeric_labels:
+        notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
+    notes += _notes_on_tissue_type(obs[name][kept_rows] for name in tissue_type)
+    notes += _notes_on_kept_labels(usable["cell_type"], rules)
     return Cells(
         rows=kept_rows,
-        columns={name: column[kept_rows] for name, column in cells.items()},
+        columns=usable,
         n_read=n_read,
         dropped=dropped,
         organism=_one_organism(path, organisms[kept_rows]) if organisms else None,
         notes=notes,
+        remedies=remedies,
     )
+
+
+def _without_pooled(column: Column) -> Column:
+    """A column in which "pooled" is a missing value: a sex or tissue of several donors is not known."""
+    pooled = [i for i, name in enumerate(column.names) if POOLED.fullmatch(name)]
+    if not pooled:
+        return column
+    return Column(np.where(np.isin(column.codes, pooled), -1, column.codes).astype(np.int32), column.names)
+
+
+def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({reason: [cells of the file] bool}, {reason: option that keeps these cells}) of the cells that cannot be used.
+
+    A cell counts under its first reason, and the report lists the reasons in this order.
+    """
+    suspension, label, donor = (cells[name] for name in ("suspension_type", "cell_type", "donor_id"))
+    kinds = [SUSPENSIONS.get(name.lower(), "na") for name in suspension.names]
+    kind = np.array([*map(SUSPENSION_KINDS.index, kinds), SUSPENSION_KINDS.index("na")])[suspension.codes]
+    right = np.isin(kind, [SUSPENSION_KINDS.index(name) for name in rules.suspension])
+    of_suspension = f"suspension_type is not {' or '.join(map(repr, rules.suspension))}"
+    others = [name for i, name in enumerate(SUSPENSION_KINDS) if name in rules.suspension or (kind == i).any()]
+    not_primary = np.zeros(len(label.codes), dtype=bool)
+    if "is_primary_data" in cells and not rules.include_non_primary:
+        not_primary = ~cells["is_primary_data"].where(lambda name: name.lower() in TRUE)
+    unusable = {
+        of_suspension: ~right,
+        NON_PRIMARY: not_primary,
+        "no cell type": label.codes < 0,
+    }
+    is_kept = kept_label(rules.keep_label)
+    if (set_aside := label.where(lambda name: names_no_cell_type(name) and not is_kept(name))).any():
+        unusable[NO_CELL_TYPE_LABEL] = set_aside
+    unusable["no donor"] = donor.codes < 0
+    if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
+        names = sorted({name.lower() for name in donor[pooled].counts()})
+        unusable[f"donor is {' or '.join(map(repr, names))}, which means several"] = pooled
+    remedies = {
+        of_suspension: f"--suspension {','.join(others)}",
+        NON_PRIMARY: "--include-non-primary",
+        NO_CELL_TYPE_LABEL: "--keep-label NAME",
+    }
+    return unusable, remedies
+
+
+def _note_on_labels(labels: Column) -> str:
+    """What was left out because its label names no cell type. labels: of the cells that were left out."""
+    listed = ", ".join(
+        f"{name!r} ({n})" for name, n in sorted(labels.counts().items(), key=lambda item: (-item[1], item[0]))
+    )
+    n_cells = f"{len(labels.codes)} cell{'s' if len(labels.codes) != 1 else ''}"
+    return f"{n_cells} with a label that names no cell type are left out: {listed}; --keep-label NAME keeps one"
+
+
+def _notes_on_kept_labels(labels: Column, rules: CellRules) -> list[str]:
+    """A note for each --keep-label that no usable cell has."""
+    used = {name.lower() for name in labels.counts()}
+    missing = [name for name in rules.keep_label if name.strip().lower() not in used]
+    return [f"--keep-label {name}: no cell has this label" for name in missing]
+
+
+def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
+    """A note when cells are of an organoid or a culture (tissue_type of CELLxGENE since schema 4)."""
+    notes = []
+    for column in columns:
+        counts = column.counts()
+        if counts.keys() - {"tissue"}:
+            listed = ", ".join(f"{n} {name!r}" for name, n in sorted(counts.items()))
+            notes.append(f"tissue_type of the cells kept: {listed}; the context names the tissue as the file does")
+    return notes
+
+
+def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: dict[str, str]) -> list[str]:
+    """Raise UserError when a column of words holds only numbers. Returns notes on context columns that are left out.
+
+    cells: {CELLxGENE name: values of the usable cells}; a context column of numbers is removed from it.
+    columns: {CELLxGENE name: obs column} of those that the file has.
+    """
+    for name in NUMERIC_REFUSED:
+        shown = only_numbers(cells[name]) if name in columns else []
+        if shown:
+            holds = f"{path}: the obs column {columns[name]!r} holds only numbers ({', '.join(shown)}"
+            holds += ", ...)" if len(shown) > 2 else ")"
+            if name == "cell_type":
+                raise UserError(
+                    f"{holds}, which are no cell types; name the column of cell types with --cell-type-key "
+                    f"({hint_of_cell_types(path)}), or insist with --allow-numeric-labels"
+                )
+            raise UserError(
+                f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
+                f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
+            )
+    lost = [name for name in FREE_TEXT if name in columns and only_numbers(cells[name])]
+    for name in lost:
+        del cells[name]
+    return [f"the obs column {name!r} holds only numbers: no context states it" for name in lost]
 
 
 def resolve_columns(
@@ -136,25 +264,42 @@ def resolve_columns(
     """Find the columns that a build uses. Returns ({CELLxGENE name: obs column}, {CELLxGENE name: constant}, notes).
 
     keys: {CELLxGENE name: obs column}, as the flags of COLUMN_FLAGS give it. constants: {CELLxGENE name or obs column:
-    value}, used when the file lacks the column. Raises UserError for a missing column that is required or that a flag
+    value}, used instead of a column. Raises UserError for a missing column that is required or that a flag
     names.
     """
     present, columns, supplied, notes = obs_columns(path), {}, {}, []
     optional = {name: name for name in (*CONTEXT_COLUMNS, "is_primary_data") if name not in keys}
     for name, key in {**keys, **optional}.items():
         value = constants.get(name, constants.get(key))
-        if key in present:
-            columns[name] = key
-            if value:
-                notes.append(f"--constant {name}={value} is not used: the file has an obs column {key!r}")
-        elif value:
+        if value:
             supplied[name] = value
+            if key in present:
+                notes.append(f"--constant {name}={value} is used instead of the obs column {key!r}")
+        elif key in present:
+            columns[name] = key
+        elif name == "cell_type" and key == name:
+            raise UserError(_no_cell_types(path, present))
         elif name in REQUIRED_COLUMNS or key != name:
             raise UserError(
                 f"{path}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column with "
                 f"{COLUMN_FLAGS[name]} COLUMN, or supply its value with --constant {name}=VALUE"
             )
     return columns, supplied, notes
+
+
+def _no_cell_types(path: str | os.PathLike, present: list[str]) -> str:
+    """The message on a file without the column cell_type."""
+    likely = columns_like_cell_types(path)
+    if not likely:
+        return (
+            f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}) and none that looks "
+            "like cell types: this file has no cell types; a build needs them. If a column has them, name it with "
+            "--cell-type-key COLUMN"
+        )
+    return (
+        f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}); name the column with "
+        f"--cell-type-key COLUMN (columns that look like cell types: {', '.join(map(repr, likely[:5]))})"
+    )
 
 
 def parse_constants(items: Iterable[str], keys: dict[str, str]) -> dict[str, str]:
@@ -197,10 +342,11 @@ def _organism_of_uns(path: str | os.PathLike) -> str | None:
     """The organism that the table `uns` states for the whole file, or None."""
     with open_h5ad(path) as file:
         uns = open_node(file, "uns", path)
-        for name in ORGANISM_COLUMNS if isinstance(uns, h5py.Group) else ():
+        # no isinstance: the file may be a store of another library
+        for name in ORGANISM_COLUMNS if uns is not None and not hasattr(uns, "shape") else ():
             node = open_node(uns, name, path)
-            if isinstance(node, h5py.Dataset) and node.shape == ():
-                return clean_text(as_text(node[()], f"{path}: uns {name!r}"))
+            if getattr(node, "shape", None) in ((), (1,)):  # R writes a text as a vector of one
+                return clean_text(as_text(node[()] if node.shape == () else node[0], f"{path}: uns {name!r}"))
     return None
 
 

@@ -1,13 +1,36 @@
 """A column of an obs or var table as categories of cleaned text. C is the number of cells (or genes) in the table."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-MISSING_VALUES = frozenset({"", "unknown", "nan", "none", "na"})
-"""Values, in lower case, that mean "not known" in CELLxGENE obs tables."""
+MISSING_VALUES = frozenset(
+    {
+        "",
+        "unknown",
+        "nan",
+        "none",
+        "na",
+        "n/a",
+        "n.a.",
+        "#n/a",
+        "null",
+        "missing",
+        "unspecified",
+        "?",
+        "??",
+        "-",
+        "--",
+        ".",
+    }
+    | {f"not {word}" for word in ("available", "applicable", "known", "specified", "provided", "reported", "recorded")}
+    | {f"not {word}" for word in ("collected", "determined")}
+)
+"""Values, in lower case, that mean "not known" in obs tables."""
+_NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,11 @@ class Column:
         """[C] bool: whether the value is known and `wanted(value)` holds."""
         return np.array([*map(wanted, self.names), False], dtype=bool)[self.codes]  # code -1 takes the last entry
 
+    def counts(self) -> dict[str, int]:
+        """{value: number of cells that have it}, in the order of names; missing values are not counted."""
+        n_cells = np.bincount(self.codes[self.codes >= 0], minlength=len(self.names)).tolist()
+        return {name: n for name, n in zip(self.names, n_cells, strict=True) if n}
+
 
 def constant_column(text: str, n_cells: int) -> Column:
     """A column with the same value for every cell."""
@@ -45,4 +73,10 @@ def clean_text(value: Any) -> str | None:
     if isinstance(value, float | np.floating) and value.is_integer():
         value = int(value)
     text = " ".join(str(value).split())
-    return None if text.lower() in MISSING_VALUES or text == "<NA>" else text
+    # pandas writes <NA>, others put quotes or brackets around the word
+    return None if text.lower() in MISSING_VALUES or text.lower().strip("<>()[]{}'\"") in MISSING_VALUES else text
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number: "0", "1.0", "-2" or "1e5"."""
+    return _NUMBER.fullmatch(text) is not None

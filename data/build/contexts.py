@@ -128,10 +128,25 @@ def joined_values(column: Column) -> str:
     return " || ".join(sorted(set(column.texts(missing="unknown"))))
 
 
+def several_values(value: str) -> list[str]:
+    """The single values of a value that may be 'a || b', as CELLxGENE writes several diseases of one donor."""
+    return [part.strip() for part in value.split("||") if part.strip()]
+
+
 def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:
-    """Whether a disease value, which may be 'a || b', contains one of the names. Case is ignored."""
-    parts = {part.strip().lower() for part in (disease or "").split("||")}
-    return any(name.strip().lower() in parts for name in names)
+    """Whether a disease value, which may be 'a || b', contains one of the names. Case is ignored.
+
+    A name may be 'a || b' too: the value must then contain both.
+    """
+    parts = {part.lower() for part in several_values(disease or "")}
+    wanted = [{part.lower() for part in several_values(name)} for name in names]
+    return any(name and name <= parts for name in wanted)
+
+
+def in_words(value: str) -> str:
+    """A value as a sentence says it: 'a || b || c' is 'a, b and c'."""
+    parts = several_values(value)
+    return value if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def context_sentence(facts: dict[str, str]) -> str:
@@ -140,7 +155,7 @@ def context_sentence(facts: dict[str, str]) -> str:
     Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
     "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
     """
-    known = {name: text for name, value in facts.items() if (text := clean_text(value))}
+    known = {name: in_words(text) for name, value in facts.items() if (text := clean_text(value))}
     intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
     sentences = [f"The cell is from{intro}."] if intro else []
     if "disease" in known:

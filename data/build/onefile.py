@@ -22,7 +22,9 @@ from data.build import h5ad
 from data.build.cells import Cells, Groups, check_labels, groups_of, read_cells
 from data.build.contexts import agreed_facts, context_sentence, has_disease, joined_values
 from data.build.draw import PuzzleCells, draw_puzzle_cells, split_groups
-from data.build.matrix import open_matrix, value_kind
+from data.build.h5ad import table_index
+from data.build.matrix import Matrix, open_matrix
+from data.build.meaning.values import value_kind
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
 from data.build.splits import SPLITS, split_items
@@ -48,6 +50,8 @@ class FileSummary:
     """None when the file does not state it."""
     report: dict[str, Any]
     """The file's part of report.json so far."""
+    remedies: dict[str, str]
+    """{reason of the report's cells_dropped: the option that keeps these cells}."""
 
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
@@ -64,9 +68,11 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         donors.setdefault(donor, Counter())[tissue, disease] += count
     with open_matrix(path, config.layer) as matrix:
         layer, kind = matrix.layer, None
-        if len(cells):  # called for its errors: a bad gene column must show before hours of work
-            genes_of(matrix, config.rank_settings)
-            kind = value_kind(matrix, cells.rows, config.allow_scaled)
+        notes = [*cells.notes, *_note_on_raw(matrix, config)]
+        if len(cells):  # also called for its errors: a bad gene column must show before hours of work
+            genes = genes_of(matrix, config.rank_settings)
+            notes += genes.notes
+            kind = value_kind(matrix, cells.rows, config.allow_scaled, genes.is_gene)
     report = {
         "file": path.name,
         "layer": layer,
@@ -83,13 +89,26 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         "groups_skipped": {
             f"fewer than {config.min_cells} cell types": sum(len(g) < config.min_cells for g in groups.values())
         },
-        "notes": cells.notes,
+        "notes": notes,
     }
-    return FileSummary(path, donors, {group: len(types) for group, types in groups.items()}, cells.organism, report)
+    sizes = {group: len(types) for group, types in groups.items()}
+    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies)
+
+
+def _note_on_raw(matrix: Matrix, config: BuildConfig) -> list[str]:
+    """A note when the layer that --layer auto takes, raw, has fewer genes than X."""
+    if config.layer != "auto" or matrix.layer != "raw" or "X" not in matrix.layers:
+        return []
+    n_genes = table_index(matrix.node.file, "var", matrix.path).shape[0]
+    if matrix.n_genes >= n_genes:
+        return []
+    return [
+        f"the layer raw is read and has {matrix.n_genes} genes, fewer than the {n_genes} of X; --layer X reads those"
+    ]
 
 
 def _read_cells(path: Path, config: BuildConfig) -> Cells:
-    return read_cells(path, config.column_keys, config.constants, config.organism, config.include_non_primary)
+    return read_cells(path, config.column_keys, config.constants, config.cell_rules)
 
 
 @dataclass(frozen=True)
@@ -133,6 +152,7 @@ def build_file(
         gene_lists = _gene_lists(source, members, kind, advance)
         puzzles = _puzzles(source, drawn, members, gene_lists)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
+        report["notes"] = _note_on_lost_puzzles(puzzles, gene_lists)
     for split, made in puzzles.items():
         kept = [puzzle for puzzle in made if all(puzzle.cells)]  # a cell without a listed gene cannot be told apart
         puzzles[split] = kept
@@ -146,6 +166,19 @@ def build_file(
     for split, made in puzzles.items():
         report["splits"][split].update(split_summary(made))
     return puzzles, report
+
+
+def _note_on_lost_puzzles(puzzles: dict[str, list[Puzzle]], gene_lists: dict[int, list[str]]) -> list[str]:
+    """A note on the puzzles that are left out because a cell of theirs lists no gene."""
+    made = [puzzle for of_split in puzzles.values() for puzzle in of_split]
+    lost = sum(not all(puzzle.cells) for puzzle in made)
+    empty = sum(not genes for genes in gene_lists.values())
+    if not lost:
+        return []
+    return [
+        f"{lost} of {len(made)} puzzles are left out: {empty} of the {len(gene_lists)} cells drawn have no expressed "
+        "gene (or none that may be listed)"
+    ]
 
 
 def _draw(source: _Source, groups: dict[str, Groups]) -> tuple[dict[str, list[PuzzleCells]], dict[str, dict[str, Any]]]:

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.build.matrix import Block, Matrix, check_values, gene_names, open_matrix, row_blocks, value_kind
+from data.build.matrix import Block, Matrix, check_values, open_matrix
+from data.build.meaning.genes import gene_table
+from data.build.meaning.values import gene_blocks, value_kind
 
 GENE_CLASSES = {
     "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),
@@ -76,6 +78,10 @@ class Genes:
     """[U] bool, True for names that several columns have."""
     listed: np.ndarray
     """[U] bool, False for genes that are never listed."""
+    is_gene: np.ndarray | None
+    """[G] bool, False for columns that are no genes (tags, spike-ins), which are not read. None when all are genes."""
+    notes: list[str]
+    """Sentences for the report."""
 
     def of_cell(self, columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(distinct indices into names, values) of a cell's columns; the largest value of columns with one name."""
@@ -110,7 +116,8 @@ def top_genes(path: str | os.PathLike, rows: Sequence[int], n_top: int, **settin
     profiles = [Profile(0, distinct[i : i + 1]) for i in range(len(distinct))]
     asked = RankSettings(top_genes=n_top, **settings)
     with open_matrix(path, asked.layer) as matrix:
-        kind = value_kind(matrix, distinct, asked.allow_scaled) if len(distinct) else None
+        is_gene = genes_of(matrix, asked).is_gene
+        kind = value_kind(matrix, distinct, asked.allow_scaled, is_gene) if len(distinct) else None
     ranked = ranked_genes(path, profiles, distinct, [distinct], kind, asked)
     return [ranked[i] for i in back]
 
@@ -136,7 +143,7 @@ def ranked_genes(
     assert kind is not None
     with open_matrix(path, settings.layer) as matrix:
         genes = genes_of(matrix, settings)
-        reader = _Reader(matrix, settings.allow_scaled, advance)
+        reader = _Reader(matrix, settings.allow_scaled, advance, genes.is_gene)
         if settings.rank == "hvg":
             genes.listed[~highly_variable(reader, genes, train_rows, kind, settings.hvg_genes)] = False
         if all(len(profile.rows) == 1 for profile in profiles) and (peers or settings.rank != "deg"):
@@ -145,18 +152,24 @@ def ranked_genes(
 
 
 def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
-    """The genes of a layer. Genes of the dropped classes are marked as not listed."""
-    names, ids, copies = np.unique(
-        gene_names(matrix, settings.gene_key).astype(str), return_inverse=True, return_counts=True
-    )
-    dropped = [GENE_CLASSES[kind] for kind in settings.drop_genes]
-    listed = np.array([not any(pattern.match(name) for pattern in dropped) for name in names])
-    return Genes(names.astype(object), ids, copies > 1, listed)
+    """The genes of a layer. Genes of the dropped classes are marked as not listed.
+
+    Raises UserError as data.build.meaning.genes.gene_table does.
+    """
+    table = gene_table(matrix, settings.gene_key)
+    names, ids, copies = np.unique(table.names.astype(str), return_inverse=True, return_counts=True)
+    listed, notes = np.ones(len(names), dtype=bool), list(table.notes)
+    for kind in settings.drop_genes:
+        dropped = np.array([GENE_CLASSES[kind].match(name) is not None for name in names])
+        if not dropped.any():
+            notes.append(f"--drop-genes {kind}: no gene has such a name, so nothing is dropped")
+        listed &= ~dropped
+    return Genes(names.astype(object), ids, copies > 1, listed, None if table.is_gene.all() else table.is_gene, notes)
 
 
 def scale_for(kind: str) -> Scale:
     """The function that makes cells comparable: counts are scaled to the sum COUNTS_PER_CELL, other values are kept."""
-    if kind != "counts":
+    if kind not in ("counts", "fractional counts"):
         return lambda values: values
     return lambda values: values * (COUNTS_PER_CELL / total) if (total := values.sum()) > 0 else values
 
@@ -177,10 +190,12 @@ class _Reader:
     matrix: Matrix
     allow_scaled: bool
     advance: Advance
+    is_gene: np.ndarray | None = None
+    """[G] bool: the columns that are read. None: all."""
 
     def rows(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(row, columns, values) of the expressed genes of each row."""
-        for block in row_blocks(self.matrix, rows):
+        for block in gene_blocks(self.matrix, rows, self.is_gene):
             yield from self._of(block)
             self.advance(len(block.rows))
 

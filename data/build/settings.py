@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from data.build.cells import COLUMN_FLAGS, parse_constants
+from data.build.cells import COLUMN_FLAGS, SUSPENSION_KINDS, CellRules, parse_constants
+from data.build.columns import clean_text
 from data.build.rank import GENE_CLASSES, PROFILES, RANKS, RankSettings
 from data.errors import UserError
 from data.options import option
@@ -51,6 +52,13 @@ class BuildConfig:
     )
     allow_scaled: bool = option(False, "Rank genes even if the layer has negative values or looks scaled.")
     include_non_primary: bool = option(False, "Also use cells whose is_primary_data is not True.")
+    suspension: tuple[str, ...] = option(
+        ("cell",), "Suspension types to use: cell, nucleus, na (not stated); repeatable, or several with commas."
+    )
+    keep_label: tuple[str, ...] = option(
+        (), "Label to use although it looks like no cell type (doublet, unassigned, low quality); repeatable."
+    )
+    allow_numeric_labels: bool = option(False, "Use cell types (or a sex, tissue, disease) that are only numbers.")
     organism: str | None = option(None, "Use the cells of this organism only; a file of another organism is skipped.")
     gene_key: str = option("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = option("cell_type", "obs column with the cell type.")
@@ -63,8 +71,8 @@ class BuildConfig:
     sex_key: str = option("sex", "obs column with the sex.")
     development_stage_key: str = option("development_stage", "obs column with the development stage.")
     ethnicity_key: str = option("self_reported_ethnicity", "obs column with the ethnicity.")
-    suspension_key: str = option("suspension_type", "obs column with 'cell' or 'nucleus'; only cells are kept.")
-    constant: tuple[str, ...] = option((), "NAME=VALUE: the value of an obs column for files that lack it; repeatable.")
+    suspension_key: str = option("suspension_type", "obs column with 'cell' or 'nucleus'; see --suspension.")
+    constant: tuple[str, ...] = option((), "NAME=VALUE: the value of an obs column for all cells; repeatable.")
 
     @property
     def split_mode(self) -> str:
@@ -77,13 +85,24 @@ class BuildConfig:
         return tuple(name.strip() for item in self.drop_genes for name in item.split(","))
 
     @property
+    def cell_rules(self) -> CellRules:
+        """The part of the settings that says which cells are used (data/build/cells.py)."""
+        return CellRules(
+            organism=self.organism,
+            include_non_primary=self.include_non_primary,
+            suspension=tuple(name.strip().lower() for item in self.suspension for name in item.split(",")),
+            keep_label=self.keep_label,
+            allow_numeric_labels=self.allow_numeric_labels,
+        )
+
+    @property
     def column_keys(self) -> dict[str, str]:
         """{CELLxGENE obs column: its name in the files}."""
         return {name: getattr(self, flag[2:].replace("-", "_")) for name, flag in COLUMN_FLAGS.items()}
 
     @property
     def constants(self) -> dict[str, str]:
-        """{obs column: value} of --constant, for files without that column."""
+        """{obs column: value} of --constant."""
         return parse_constants(self.constant, self.column_keys)
 
     @property
@@ -118,6 +137,12 @@ def check_config(config: BuildConfig) -> None:
     unknown = [name for name in config.dropped_classes if name not in GENE_CLASSES]
     if unknown:
         raise UserError(f"--drop-genes {unknown[0]}: not one of {', '.join(GENE_CLASSES)}")
+    suspension = config.cell_rules.suspension
+    if unknown := [name for name in suspension if name not in SUSPENSION_KINDS]:
+        raise UserError(f"--suspension {unknown[0]}: not one of {', '.join(SUSPENSION_KINDS)}")
+    for name in config.keep_label:
+        if not clean_text(name):
+            raise UserError(f"--keep-label {name}: this means that the cell type is not known; it cannot be a label")
     if not 0 <= config.test_fraction < 1:
         raise UserError(f"--test-fraction {config.test_fraction}: must be at least 0 and below 1")
     if not 0 <= config.gene_dropout <= 0.5:

@@ -22,7 +22,7 @@ from data.errors import RunError
 from data.processes import end_with_parent
 from data.puzzles import Puzzle
 
-FORMAT = 2
+FORMAT = 3
 """Raised when staged files of an older version must not be used."""
 POLL_SECONDS = 0.2
 """Time between two reports of progress."""

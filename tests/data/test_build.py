@@ -500,12 +500,12 @@ def test_constants_and_other_column_names(tmp_path):
     config = dataclasses.replace(SMALL, donor_key="patient", constant=("disease=normal", "BMI=31", "tissue=eye"))
     splits, report = build_puzzles([path], config)
     puzzle = splits["train"][0]
-    assert puzzle.meta["donor"].startswith("d") and puzzle.meta["batch"] == ""
+    assert puzzle.meta["donor"].startswith("d") and puzzle.meta["batch"] == "" and puzzle.meta["tissue"] == "eye"
     assert puzzle.context.endswith(
         "The patient is healthy with no diagnosed disease. The patient has never smoked. The patient's BMI is 31."
     )
     assert report["files"][0]["notes"] == [
-        "--constant tissue=eye is not used: the file has an obs column 'tissue'",
+        "--constant tissue=eye is used instead of the obs column 'tissue'",
         "no obs column for the experimental batch: cells are grouped by donor only",
         "no obs column 'is_primary_data': all cells count as primary data",
     ]

@@ -144,7 +144,8 @@ def test_all_cells_dropped(tmp_path, atlas):
     splits, report = build_puzzles([atlas, path], SMALL)  # another file gives puzzles: a note, no error
     assert {p.meta["dataset"] for p in splits["train"]} == {"atlas"}
     assert report["files"][1]["notes"] == [
-        "gives no puzzle: all 320 cells were dropped (320 because suspension_type is not 'cell')"
+        "gives no puzzle: all 320 cells were dropped (320 because suspension_type is not 'cell'); "
+        "keep them with --suspension cell,nucleus"
     ]
 
 

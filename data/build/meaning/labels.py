@@ -1,0 +1,88 @@
+"""Which values of obs columns are no cell types: numbers of clusters, and names for cells that were set aside."""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+
+import h5py
+
+from data.build.columns import Column, is_number
+from data.build.h5ad import column_names, nearest_names, open_h5ad, open_node
+from data.build.meaning.factors import is_factor, read_table_column
+from data.errors import UserError
+
+_SET_ASIDE = re.compile(
+    r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"
+    r"|\bambiguous\b|\b(doublets?|multiplets?|triplets?)\b|\blow ?q(uality|ual|c)?\b|\b(poor|bad) quality\b|\blowq\b"
+    r"|\bdebris\b|\bfiltered\b|\bcontaminat(ed|ion|ing|ions|ants?)\b|\b(to be |to )?(removed?|excluded?|discard(ed)?)\b"
+    r"|\bartifacts?\b|\bartefacts?\b|\bempty (droplets?|drops?)\b|^(dead|dying|damaged)( cells?)?$|^(junk|garbage|noise)$"
+    r"|\bfailed qc\b|\bqc fail(ed)?\b|\bno (match|label|annotation|call)\b",
+)
+"""Labels, in lower case and with blanks for - and _, of cells that an annotator set aside: no cell type."""
+_CELL_WORDS = re.compile(
+    r"\b(cells?|t|b|nk|dc|cd4|cd8|treg|pdc|mono|macs?|neurons?|neural|glia|stem|progenitors?|mast|plasma|stroma\w*"
+    r"|platelets?|neutrophils?|eosinophils?|basophils?|erythroid|endotheli\w*|epitheli\w*|pericytes?|excitatory"
+    r"|inhibitory|myeloid|lymphoid|basal|ciliated|goblet|club|alveolar)\b|cytes?\b|blasts?\b|phages?\b|glia\b"
+)
+"""Words of cell types, in lower case."""
+_CELL_TYPE_NAME = re.compile(r"cell.?(types?|class|subtypes?|labels?|states?|anno\w*)|^(cluster_)?annot\w*|^labels?$")
+"""Names of obs columns, in lower case, that usually hold cell types."""
+SAMPLED = 200
+"""Values of a column that are looked at."""
+
+
+def names_no_cell_type(label: str) -> bool:
+    """Whether a label stands for cells without a cell type, such as "Doublets" or "low-quality cells"."""
+    return _SET_ASIDE.search(" ".join(re.split(r"[\s_-]+", label.lower())).strip()) is not None
+
+
+def kept_label(kept: Iterable[str]) -> Callable[[str], bool]:
+    """The function that tells whether --keep-label names a label. Case is ignored."""
+    names = {name.strip().lower() for name in kept}
+    return lambda label: label.lower() in names
+
+
+def only_numbers(column: Column) -> list[str]:
+    """Some distinct values of a column when all its known values are numbers, else []."""
+    if not any(map(is_number, column.names)):
+        return []
+    used = list(column.counts())
+    return used[:3] if used and all(map(is_number, used)) else []
+
+
+def columns_like_cell_types(path: str | os.PathLike) -> list[str]:
+    """The obs columns whose values look like cell types, the best first."""
+    scores: dict[str, float] = {}
+    with open_h5ad(path) as file:
+        for name in column_names(file["obs"]):
+            score = _score(file, name, path)
+            if score > 0:
+                scores[name] = score
+    return sorted(scores, key=lambda name: (-scores[name], name))
+
+
+def hint_of_cell_types(path: str | os.PathLike) -> str:
+    """The columns that look like cell types, for a message."""
+    names = columns_like_cell_types(path)
+    if names:
+        return f"columns that look like cell types: {', '.join(map(repr, names[:5]))}"
+    with open_h5ad(path) as file:
+        return f"no column looks like cell types; the file has {nearest_names('cell_type', column_names(file['obs']))}"
+
+
+def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
+    """How much a column looks like cell types: 0 for not at all, at most 2."""
+    node = open_node(file["obs"], name, path)
+    is_words = not isinstance(node, h5py.Dataset) or node.dtype.kind not in "iufb" or "categories" in node.attrs
+    try:
+        if not is_words and not is_factor(file["obs"], name, f"{path}: obs column {name!r}"):
+            return 0.0  # measurements and flags
+        values = [value for value in read_table_column(file, "obs", name, path).names if not is_number(value)]
+    except UserError:  # a column that cannot be read is no remedy
+        return 0.0
+    if not 2 <= len(values) <= 2000 or name.lower().endswith("ontology_term_id"):
+        return 0.0
+    sample = values[:: max(1, len(values) // SAMPLED)]
+    share = sum(_CELL_WORDS.search(value.lower()) is not None for value in sample) / len(sample)
+    named = _CELL_TYPE_NAME.search(name.lower()) is not None
+    return share + named if share >= 0.3 or (named and len(values) >= 2) else 0.0
