@@ -4,6 +4,7 @@ python launch/build.py --h5ad atlas.h5ad --out puzzles --seed 0
 python launch/build.py atlases/*.h5ad --out puzzles
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ import click
 from data.build.build import BuildConfig, build_puzzles
 from data.errors import UserError
 from data.folder import FORMATS, naming_the_file, staged, write_build
+from data.inspection.inspection import first_lines
 from launch.options import command, option
 from launch.progress import watching
 
@@ -40,6 +42,10 @@ def main(config: BuildCommandConfig) -> None:
     with naming_the_file(out, files), staged(out, config.resume) as staging, watching() as watch:
         for note in without_effect(settings):
             watch.say(f"note: {note}")
+        for file in files:
+            with contextlib.suppress(UserError):  # the build itself refuses the file, in its own order
+                for line in first_lines(file, settings):
+                    watch.say(line)
         splits, report = build_puzzles(files, settings, workers=workers, staging=staging, watch=watch)
         write_build(out, splits, report, FORMATS[config.format])
         staging.remove()

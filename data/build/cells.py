@@ -13,16 +13,16 @@ import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
 from data.build.contexts import CONTEXT_COLUMNS
-from data.build.h5ad import as_text, nearest_names, obs_columns, open_h5ad, open_node, table_index
-from data.build.meaning.factors import read_obs_columns
-from data.build.meaning.labels import (
+from data.build.h5ad import nearest_names, obs_columns, open_h5ad, table_index, uns_text
+from data.errors import UserError
+from data.meaning.factors import read_obs_columns
+from data.meaning.labels import (
     columns_like_cell_types,
     hint_of_cell_types,
     kept_label,
     names_no_cell_type,
     only_numbers,
 )
-from data.errors import UserError
 
 COLUMN_FLAGS = {
     "cell_type": "--cell-type-key",
@@ -331,23 +331,11 @@ def organism_name(text: str) -> str:
 def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> Column | None:
     """The organism of each cell, from obs or, as in later CELLxGENE schemas, from uns. None when neither states it."""
     if column is None or (column.codes < 0).all():
-        stated = _organism_of_uns(path)
+        stated = uns_text(path, ORGANISM_COLUMNS)  # of the whole file
         return constant_column(organism_name(stated), n_cells) if stated else None
     names = list(dict.fromkeys(map(organism_name, column.names)))
     code_of = np.array([*(names.index(organism_name(name)) for name in column.names), -1], dtype=np.int32)
     return Column(code_of[column.codes], names)
-
-
-def _organism_of_uns(path: str | os.PathLike) -> str | None:
-    """The organism that the table `uns` states for the whole file, or None."""
-    with open_h5ad(path) as file:
-        uns = open_node(file, "uns", path)
-        # no isinstance: the file may be a store of another library
-        for name in ORGANISM_COLUMNS if uns is not None and not hasattr(uns, "shape") else ():
-            node = open_node(uns, name, path)
-            if getattr(node, "shape", None) in ((), (1,)):  # R writes a text as a vector of one
-                return clean_text(as_text(node[()] if node.shape == () else node[0], f"{path}: uns {name!r}"))
-    return None
 
 
 def _one_organism(path: str | os.PathLike, column: Column) -> str | None:

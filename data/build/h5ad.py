@@ -1,7 +1,7 @@
 """The tables of .h5ad files (obs columns, cell ids, gene names), read through h5py without loading the whole file.
 
 Files come from many sources and versions of anndata. Every encoding that this reader does not know is refused with one
-sentence. Zarr stores of anndata have the same layout and are read by the same code (data/build/files/stores.py).
+sentence. Zarr stores of anndata have the same layout and are read by the same code (data/formats/stores.py).
 Format: https://anndata.readthedocs.io/en/stable/fileformat-prose.html
 """
 
@@ -17,12 +17,12 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column, clean_text
-from data.build.files.filters import ensure_filters, filter_sentence
-from data.build.files.foreign import ForeignKind
-from data.build.files.hdf5_kinds import foreign_layout
-from data.build.files.kinds import foreign_file, foreign_folder
-from data.build.files.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 from data.errors import UserError
+from data.formats.filters import ensure_filters, filter_sentence
+from data.formats.foreign import ForeignKind
+from data.formats.hdf5_kinds import foreign_layout
+from data.formats.kinds import foreign_file, foreign_folder
+from data.formats.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 
 VALUES_PER_BLOCK = 200_000
 """Values of a text column in memory at once."""
@@ -361,6 +361,6 @@ def uns_text(path: str | os.PathLike, names: Sequence[str]) -> str | None:
         uns = open_node(file, "uns", path)
         for name in names if is_group(uns) else ():
             node = open_node(uns, name, path)
-            if is_dataset(node) and node.shape == ():
-                return clean_text(as_text(node[()], f"{path}: uns {name!r}"))
+            if is_dataset(node) and node.shape in ((), (1,)):  # R writes a text as a vector of one
+                return clean_text(as_text(node[()] if node.shape == () else node[0], f"{path}: uns {name!r}"))
     return None

@@ -18,7 +18,6 @@ import h5py
 import numpy as np
 
 from data.build.columns import Column
-from data.build.files.stores import StoreArray, StoreGroup, is_dataset, is_group
 from data.build.h5ad import (
     RESAVE,
     as_text,
@@ -32,6 +31,7 @@ from data.build.h5ad import (
     table_index,
 )
 from data.errors import UserError
+from data.formats.stores import StoreArray, StoreGroup, is_dataset, is_group
 
 NONZEROS_PER_BLOCK = 4_000_000
 """Stored values of a sparse matrix in memory at once."""

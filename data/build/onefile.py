@@ -24,11 +24,11 @@ from data.build.contexts import agreed_facts, context_sentence, has_disease, joi
 from data.build.draw import PuzzleCells, draw_puzzle_cells, split_groups
 from data.build.h5ad import table_index
 from data.build.matrix import Matrix, open_matrix
-from data.build.meaning.values import value_kind
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
 from data.build.splits import SPLITS, split_items
-from data.files import sha256
+from data.formats.stores import content_sha256
+from data.meaning.values import value_kind
 from data.puzzles import Puzzle
 
 HVG_CELLS = 5000
@@ -56,7 +56,7 @@ class FileSummary:
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
     """Read obs and a sample of the matrix. Raises UserError for a column, label or layer that cannot be used."""
-    cells = _read_cells(path, config)
+    cells = read_usable_cells(path, config)
     check_labels(path, (cells.columns["cell_type"].names[i] for i in np.unique(cells.columns["cell_type"].codes)))
     groups = groups_of(cells)
     donors: dict[str, Counter] = {}
@@ -107,7 +107,7 @@ def _note_on_raw(matrix: Matrix, config: BuildConfig) -> list[str]:
     ]
 
 
-def _read_cells(path: Path, config: BuildConfig) -> Cells:
+def read_usable_cells(path: Path, config: BuildConfig) -> Cells:
     return read_cells(path, config.column_keys, config.constants, config.cell_rules)
 
 
@@ -143,8 +143,8 @@ def build_file(
     data.build.matrix does.
     """
     with ThreadPoolExecutor(1) as hasher:  # hashing releases the GIL: it runs beside the work below
-        digest = hasher.submit(sha256, path)
-        cells = _read_cells(path, config)
+        digest = hasher.submit(content_sha256, path)
+        cells = read_usable_cells(path, config)
         source = _Source(path, config, cells, groups_of(cells))
         groups, set_aside = split_groups(cells, source.groups, path.stem, assignment, config)
         drawn, left_over = _draw(source, groups)

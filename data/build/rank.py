@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data.build.matrix import Block, Matrix, check_values, open_matrix
-from data.build.meaning.genes import gene_table
-from data.build.meaning.values import gene_blocks, value_kind
+from data.meaning.genes import gene_table
+from data.meaning.values import gene_blocks, value_kind
 
 GENE_CLASSES = {
     "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),
@@ -154,7 +154,7 @@ def ranked_genes(
 def genes_of(matrix: Matrix, settings: RankSettings) -> Genes:
     """The genes of a layer. Genes of the dropped classes are marked as not listed.
 
-    Raises UserError as data.build.meaning.genes.gene_table does.
+    Raises UserError as data.meaning.genes.gene_table does.
     """
     table = gene_table(matrix, settings.gene_key)
     names, ids, copies = np.unique(table.names.astype(str), return_inverse=True, return_counts=True)

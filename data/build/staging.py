@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RunError
+from data.formats.stores import content_stamp
 from data.processes import end_with_parent
 from data.puzzles import Puzzle
 
@@ -37,8 +38,7 @@ class Staging:
     def fingerprint(self, path: Path, settings: dict[str, Any], assignment: dict[str, str]) -> str:
         """SHA-256 of everything on which a file's puzzles depend: version, settings, split of its donors, content."""
         # size and modification time represent the content: hashing every file again would cost as much as a build
-        stat = path.stat()
-        made_of = [FORMAT, settings, sorted(assignment.items()), stat.st_size, stat.st_mtime_ns]
+        made_of = [FORMAT, settings, sorted(assignment.items()), *content_stamp(path)]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     def save(self, path: Path, fingerprint: str, splits: dict[str, list[Puzzle]], report: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from data.build.columns import clean_text
-from data.build.files.stores import is_dataset, is_group
 from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
+from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
 
 WHOLE = 200_000

@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 
-from data.build.files.stores import StoreGroup, is_dataset, is_group
 from data.build.h5ad import column_names, open_node, read_column
 from data.build.matrix import Matrix, gene_names
 from data.errors import UserError
+from data.formats.stores import StoreGroup, is_dataset, is_group
 from data.inspection.facts import GeneFacts, GeneNames
 
 SYMBOL_COLUMNS = (

@@ -14,11 +14,11 @@ import numpy as np
 
 from data.build import onefile
 from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
-from data.build.files.stores import StoreGroup
 from data.build.h5ad import open_h5ad, table_index, uns_text
 from data.build.matrix import gene_names, layer_names, open_matrix
 from data.build.settings import BuildConfig
 from data.errors import UserError
+from data.formats.stores import StoreGroup
 from data.inspection.columns import NUMBER, guessed_column, obs_facts
 from data.inspection.facts import ColumnFacts, FileFacts, GeneFacts, LayerFacts, Usable
 from data.inspection.genes import gene_facts, organism_of_names
@@ -191,18 +191,18 @@ def _usable(
     if config.cell_type_key not in names and "cell_type" not in config.constants:
         return None, config, ["no obs column holds cell types: a build needs them; annotate the cells first"]
     try:
-        cells = onefile._read_cells(path, config)
+        cells = onefile.read_usable_cells(path, config)
         n_copies = cells.dropped.get("is_primary_data is not True", 0)
         if n_copies and _counted(cells).most_labels < FEWEST_LABELS:
             config = dataclasses.replace(config, include_non_primary=True)
-            cells = onefile._read_cells(path, config)
+            cells = onefile.read_usable_cells(path, config)
             cells.notes.append(
                 f"without --include-non-primary {n_copies:,} of {cells.n_read:,} cells are dropped (is_primary_data is not "
                 "True) and too few cell types are left"
             )
         if not len(cells) and cells.dropped.get("suspension_type is not 'cell'"):
             config = _with_nuclei(config)
-            cells = onefile._read_cells(path, config)
+            cells = onefile.read_usable_cells(path, config)
     except UserError as error:
         return None, config, [str(error).removeprefix(f"{path}: ")]
     usable = _counted(cells)

@@ -19,13 +19,13 @@ from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.cells import read_cells
-from data.build.files.foreign import h5ad_name
-from data.build.files.stores import content_sha256, content_stamp
 from data.build.h5ad import OtherKind, obs_columns, read_cell_ids, read_obs, uns_text
 from data.build.matrix import open_matrix
 from data.build.onefile import summarise_file
 from data.build.rank import top_genes
 from data.errors import UserError
+from data.formats.foreign import h5ad_name
+from data.formats.stores import content_sha256, content_stamp
 from tests.data.test_build import SMALL, write_atlas
 
 RDS = b"X\n\x00\x00\x00\x03\x00\x04\x02\x01\x00\x03\x05\x00"
@@ -233,7 +233,7 @@ def with_filters(path, atlas, *numbers):
     ],
 )
 def test_an_absent_filter_is_named(tmp_path, atlas, monkeypatch, numbers, named):
-    monkeypatch.setattr("data.build.files.filters.load_plugins", lambda: False)
+    monkeypatch.setattr("data.formats.filters.load_plugins", lambda: False)
     path = with_filters(tmp_path / "x.h5ad", atlas, *numbers)
     with pytest.raises(UserError) as error:
         read_obs(path, ["donor_id"])
@@ -242,7 +242,7 @@ def test_an_absent_filter_is_named(tmp_path, atlas, monkeypatch, numbers, named)
 
 
 def test_a_plugin_that_does_not_help_is_no_remedy(tmp_path, atlas, monkeypatch):
-    monkeypatch.setattr("data.build.files.filters.load_plugins", lambda: True)
+    monkeypatch.setattr("data.formats.filters.load_plugins", lambda: True)
     with pytest.raises(UserError) as error:
         read_obs(with_filters(tmp_path / "x.h5ad", atlas, 31999), ["donor_id"])
     assert str(error.value).endswith('not installed; re-save the file with compression="gzip"')
@@ -250,7 +250,7 @@ def test_a_plugin_that_does_not_help_is_no_remedy(tmp_path, atlas, monkeypatch):
 
 def test_hdf5plugin_is_loaded_when_a_filter_is_absent(tmp_path, atlas, monkeypatch):
     called = []
-    monkeypatch.setattr("data.build.files.filters.load_plugins", lambda: called.append(1))
+    monkeypatch.setattr("data.formats.filters.load_plugins", lambda: called.append(1))
     read_obs(atlas, ["donor_id"])
     assert not called
     with pytest.raises(UserError):

@@ -22,12 +22,12 @@ from data.build.cells import read_cells
 from data.build.columns import clean_text
 from data.build.contexts import context_sentence, has_disease
 from data.build.matrix import open_matrix
-from data.build.meaning.ensembl import TABLE, symbols_of
-from data.build.meaning.labels import columns_like_cell_types, names_no_cell_type
-from data.build.meaning.values import value_kind
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.errors import UserError
+from data.meaning.ensembl import TABLE, symbols_of
+from data.meaning.labels import columns_like_cell_types, names_no_cell_type
+from data.meaning.values import value_kind
 from launch.build import main
 
 SMALL = BuildConfig(min_cells=3, max_cells=4, top_genes=6, puzzles_per_n=4, test_puzzles_per_n=2)

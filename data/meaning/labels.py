@@ -8,8 +8,8 @@ import h5py
 
 from data.build.columns import Column, is_number
 from data.build.h5ad import column_names, nearest_names, open_h5ad, open_node
-from data.build.meaning.factors import is_factor, read_table_column
 from data.errors import UserError
+from data.meaning.factors import is_factor, read_table_column
 
 _SET_ASIDE = re.compile(
     r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"

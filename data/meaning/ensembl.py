@@ -1,6 +1,6 @@
 """Symbols of human and mouse genes by Ensembl id, from the file ensembl.tsv.gz beside this one.
 
-data/build/meaning/make_ensembl.py makes the file; its first lines name the release and the terms of use.
+data/meaning/make_ensembl.py makes the file; its first lines name the release and the terms of use.
 """
 
 import gzip

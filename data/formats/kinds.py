@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from data.build.files.foreign import ADD_OBS, ForeignKind, h5ad_name
+from data.formats.foreign import ADD_OBS, ForeignKind, h5ad_name
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HEAD_BYTES = 1 << 16

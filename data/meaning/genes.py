@@ -14,9 +14,9 @@ import numpy as np
 from data.build.columns import is_number
 from data.build.h5ad import as_text, column_names, nearest_names, table_index
 from data.build.matrix import Matrix
-from data.build.meaning.ensembl import SOURCE, symbols_of
-from data.build.meaning.factors import read_table_column
 from data.errors import UserError
+from data.meaning.ensembl import SOURCE, symbols_of
+from data.meaning.factors import read_table_column
 
 _ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
 _VERSION = re.compile(r"\.\d+(?=(_PAR_Y)?$)")

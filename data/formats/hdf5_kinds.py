@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from data.build.files.foreign import ADD_OBS, ForeignKind, h5ad_name
-from data.build.files.stores import is_group
+from data.formats.foreign import ADD_OBS, ForeignKind, h5ad_name
+from data.formats.stores import is_group
 
 
 def foreign_layout(file: Any, path: Path) -> ForeignKind | None:
