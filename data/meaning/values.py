@@ -26,8 +26,9 @@ FEWEST_VALUES = 5
 """Distinct values that a cell needs to be judged."""
 WHOLE_VALUES = 0.3
 """Fractional counts of ambiguous reads are whole for at least this share of the values."""
-DEPTH_SPREAD = 0.3
-"""Standard deviation, over cells, of the logarithm of the largest value: counts follow the depth, logarithms do not."""
+COMMON_GENES, FEWEST_CELLS, COUNT_DISPERSION = 20, 10, 0.4
+"""Counts vary as their mean does, logarithms and roots far less: the median of variance / mean of the values > 0, over
+the genes that most cells express, is above COUNT_DISPERSION for counts. A gene needs FEWEST_CELLS cells."""
 _UNLOGGED: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     np.expm1,
     lambda values: np.exp2(values) - 1,
@@ -74,14 +75,15 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
             f"of expression; {_unscaled(matrix)}"
         )
     cells = [values for values in cells if len(values)]
-    if _are_fractional(cells):
+    if _are_fractional(cells, moments):
         return "fractional counts"
     return "log counts" if max(values.max() for values in cells) <= LARGEST_LOG else "normalised"
 
 
-def _are_fractional(cells: list[np.ndarray]) -> bool:
-    """Whether values that are not whole are counts all the same. cells: the values > 0 of each cell of the sample.
+def _are_fractional(cells: list[np.ndarray], moments: np.ndarray) -> bool:
+    """Whether values that are not whole are counts all the same.
 
+    cells: the values > 0 of each cell of the sample. moments: [3, G] number, sum and sum of squares of each gene's.
     Values that were made from counts show it: within a cell they are multiples of one unit (the value of one count),
     or all cells have one sum. When this holds for the exponentials, the values are logarithms. Values that are neither,
     as after a correction for ambient RNA (CellBender, SoupX, DecontX), are counts, unless they may be logarithms.
@@ -95,8 +97,17 @@ def _are_fractional(cells: list[np.ndarray]) -> bool:
     if units is not None:  # counts that were divided by the depth of their cell have another unit in each cell
         return bool(np.std(np.log(units)) < SAME_SUM)
     whole = np.mean(np.concatenate([values == np.rint(values) for values in cells]))
-    spread = np.std([np.log(values.max()) for values in cells])
-    return bool(not small or whole >= WHOLE_VALUES or spread > DEPTH_SPREAD)
+    return bool(not small or whole >= WHOLE_VALUES or _dispersion(moments) > COUNT_DISPERSION)
+
+
+def _dispersion(moments: np.ndarray) -> float:
+    """The median of variance / mean of the values > 0, over the COMMON_GENES genes that most cells express."""
+    common = np.argsort(-moments[0], kind="stable")[:COMMON_GENES]
+    number, total, squares = moments[:, common[moments[0, common] >= FEWEST_CELLS]]
+    if not len(number):
+        return 0.0
+    mean = total / number
+    return float(np.median((squares - number * mean**2) / (number - 1) / mean))
 
 
 def _all_unlogged(cells: list[np.ndarray]) -> Iterator[list[np.ndarray]]:

@@ -472,6 +472,10 @@ def test_kinds_of_values(tmp_path):
     for logged in (np.log1p(scaled), np.log2(1 + scaled), np.log10(1 + scaled), np.log1p(counts), np.log2(1 + counts)):
         assert kind_of(tmp_path, logged) == "log counts"
         assert kind_of(tmp_path, logged[:, :150]) == "log counts"  # of some of the genes
+    ambient = counts * rng.uniform(0.7, 1.0, counts.shape)
+    ambient_scaled = 1e4 * ambient / ambient.sum(axis=1, keepdims=True)
+    for logged in (np.log1p(ambient), np.log1p(ambient_scaled)[:, ::2]):  # no sum or unit shows that they were counts
+        assert kind_of(tmp_path, logged) == "log counts"
     for normalised in (scaled, scaled[:, :150], 1e6 * counts / counts.sum(axis=1, keepdims=True)):
         assert kind_of(tmp_path, normalised) == "normalised"
 
