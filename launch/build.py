@@ -45,7 +45,7 @@ def main(config: BuildCommandConfig) -> None:
         for file in files:
             with contextlib.suppress(UserError):  # the build itself refuses the file, in its own order
                 for line in first_lines(file, settings):
-                    watch.say(line)
+                    watch.say(line.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         splits, report = build_puzzles(files, settings, workers=workers, staging=staging, watch=watch)
         write_build(out, splits, report, FORMATS[config.format])
         staging.remove()

@@ -126,7 +126,8 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
 
     role: a name of ROLE_NAMES. taken: columns that have another role.
     """
-    texts_only = role in ("cell_type", "disease", "tissue", "sex", "suspension_type")
+    # a build refuses numbers where the context needs words (data/meaning/labels.py)
+    texts_only = role not in ("donor_id", "batch")
     kinds = ("labels",) if texts_only else ("labels", "clusters", "identifiers", "numbers")
     able = [c for c in columns if c.name not in taken and c.kind in kinds]
     able = [c for c in able if not (c.most_common and all(TERM_ID.match(text) for text, _ in c.most_common))]

@@ -228,7 +228,7 @@ def test_labels_that_are_numbers(tmp_path):
         return lambda adata: (categories(adata), change(adata))
 
     facts = inspect_file(cells(tmp_path / "x.h5ad", with_categories(numbers)))
-    assert facts.problems[0].startswith("the labels in 'cell_type' are all numbers")
+    assert facts.problems[0].startswith("the obs column 'cell_type' holds only numbers (0, 1, 2, ...)")
     assert "When that is solved" in facts_text(facts)
     facts = inspect_file(cells(tmp_path / "y.h5ad", with_categories(both)))
     assert facts.used["cell_type"] == "author_annotation" and not facts.problems
