@@ -44,6 +44,10 @@ import os, pathlib, time
 def length(completion, puzzle):
     return -abs(len(completion) - 20) / 20
 
+def takes_its_time(completion, puzzle):
+    time.sleep(0.05)
+    return length(completion, puzzle)
+
 def hangs_on_rank_1(completion, puzzle):
     if os.environ["RANK"] == "1":
         time.sleep(1000)
@@ -246,7 +250,8 @@ def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path
 
 def test_two_runs_on_one_port_are_told_apart_by_their_token(words, start, tmp_path):
     split = ["--placement", "split", "--sync-host", "127.0.0.1", "--sync-port", 29733]
-    first = start(torchrun(*words(tmp_path / "first"), *ENDLESS, *split, ranks=2), tmp_path / "first.log")
+    waiting = words(tmp_path / "first", "takes_its_time")  # the second run needs the cores more
+    first = start(torchrun(*waiting, *ENDLESS, *split, ranks=2), tmp_path / "first.log")
     first.wait_for("step 1/")
     second = start(torchrun(*words(tmp_path / "second"), *ENDLESS, *split, ranks=2), tmp_path / "second.log")
     assert second.end() != 0
