@@ -6,6 +6,7 @@ python launch/build.py atlases/*.h5ad --out puzzles
 
 import contextlib
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,24 @@ from data.inspection.inspection import first_lines
 from launch.options import command, option
 from launch.progress import watching
 
+files_and_run = functools.partial(option, section="Files and run")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuildCommandConfig(BuildConfig):
     """The settings of a build (data.build.settings.BuildConfig), and where it reads and writes."""
 
-    h5ad: tuple[str, ...] = option((), "File of cells, CELLxGENE's layout; repeatable, or name files without a flag.")
-    out: str = option(dataclasses.MISSING, "Folder to write; its puzzles (of any format) and report are replaced.")
-    format: str = option("parquet", "What to write; the rows are the same.", tuple(FORMATS))
-    workers: int | None = option(
+    h5ad: tuple[str, ...] = files_and_run(
+        (), "File of cells, CELLxGENE's layout; repeatable, or name files without a flag."
+    )
+    out: str = files_and_run(
+        dataclasses.MISSING, "Folder to write; its puzzles (of any format) and report are replaced."
+    )
+    format: str = files_and_run("parquet", "What to write; the rows are the same.", tuple(FORMATS))
+    workers: int | None = files_and_run(
         None, "Processes, each reading one file at a time; default: one per core. The output does not depend on it."
     )
-    resume: bool = option(False, "Continue a build that was stopped: finished files are not read again.")
+    resume: bool = files_and_run(False, "Continue a build that was stopped: finished files are not read again.")
 
 
 @command(BuildCommandConfig)

@@ -1,6 +1,7 @@
 """The settings of a build, and the check that they can be used together."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from data.build.cells import COLUMN_FLAGS, SUSPENSION_KINDS, CellRules, parse_constants
 from data.build.columns import clean_text
@@ -8,71 +9,77 @@ from data.build.rank import GENE_CLASSES, PROFILES, RANKS, RankSettings
 from data.errors import UserError
 from data.options import option
 
+# --help lists the settings under these headings
+puzzles = partial(option, section="Puzzles")
+splits = partial(option, section="Splits")
+genes = partial(option, section="Genes")
+cells = partial(option, section="Cells and columns")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
     """How puzzles are built. The defaults are those of Cell-o1 (arXiv:2506.02911) and its code."""
 
-    seed: int = option(0, "Seed of every random choice.")
-    min_cells: int = option(8, "Smallest number of cells (= cell types) of a puzzle.")
-    max_cells: int = option(15, "Largest number of cells of a puzzle.")
-    top_genes: int = option(50, "Genes listed per cell, most expressed first.")
-    puzzles_per_n: int = option(40, "Train puzzles per file and per number of cells N.")
-    test_puzzles_per_n: int = option(10, "Test puzzles, and unseen puzzles, per file and per number of cells N.")
-    split: str | None = option(
+    seed: int = puzzles(0, "Seed of every random choice.")
+    min_cells: int = puzzles(8, "Smallest number of cells (= cell types) of a puzzle.")
+    max_cells: int = puzzles(15, "Largest number of cells of a puzzle.")
+    top_genes: int = puzzles(50, "Genes listed per cell, most expressed first.")
+    puzzles_per_n: int = puzzles(40, "Train puzzles per file and per number of cells N.")
+    test_puzzles_per_n: int = puzzles(10, "Test puzzles, and unseen puzzles, per file and per number of cells N.")
+    split: str | None = splits(
         None, "What goes to train or test as a unit; default: donor.", ("donor", "cell", "instance")
     )
-    test_fraction: float = option(0.15, "Share of the donors (or cells, or puzzles) for test.")
-    unseen_disease: tuple[str, ...] = option((), "Disease whose cells are kept out of train and test; repeatable.")
-    allow_leaks: bool = option(False, "Build even if train, test and unseen share cells, donors or near-duplicates.")
-    compat: str = option(
+    test_fraction: float = splits(0.15, "Share of the donors (or cells, or puzzles) for test.")
+    unseen_disease: tuple[str, ...] = splits((), "Disease whose cells are kept out of train and test; repeatable.")
+    allow_leaks: bool = splits(False, "Build even if train, test and unseen share cells, donors or near-duplicates.")
+    compat: str = splits(
         "paper",
         "authors: as in the authors' code, sorted candidates and --split instance; splits share cells and donors.",
         ("paper", "authors"),
     )
-    layer: str = option(
+    layer: str = genes(
         "auto", "X, raw, or a name in layers (layers/raw for a layer called raw); auto: raw.X if present, else X."
     )
-    rank: str = option(
+    rank: str = genes(
         "expression",
         "expression: the paper's order. Ours: hvg, only highly variable genes; deg, by the difference from the mean of "
         "(256 cells of) the donor's batch, with --profile cluster from the mean of its types.",
         RANKS,
     )
-    hvg_genes: int = option(2000, "Genes that count as highly variable with --rank hvg.")
-    profile: str = option(
+    hvg_genes: int = genes(2000, "Genes that count as highly variable with --rank hvg.")
+    profile: str = genes(
         "cell", "cell: one cell stands for its type; cluster: the mean of the type's cells in the batch.", PROFILES
     )
-    drop_genes: tuple[str, ...] = option(
+    drop_genes: tuple[str, ...] = genes(
         (), "Gene class never listed: ribosomal or mitochondrial; repeatable, or several with commas."
     )
-    gene_dropout: float = option(
+    gene_dropout: float = genes(
         0.0,
         "Probability that a gene of a train cell is left out, drawn anew for each puzzle: few cells give many views.",
     )
-    allow_scaled: bool = option(False, "Rank genes even if the layer has negative values or looks scaled.")
-    include_non_primary: bool = option(False, "Also use cells whose is_primary_data is not True.")
-    suspension: tuple[str, ...] = option(
+    allow_scaled: bool = genes(False, "Rank genes even if the layer has negative values or looks scaled.")
+    include_non_primary: bool = cells(False, "Also use cells whose is_primary_data is not True.")
+    suspension: tuple[str, ...] = cells(
         ("cell",), "Suspension types to use: cell, nucleus, na (not stated); repeatable, or several with commas."
     )
-    keep_label: tuple[str, ...] = option(
+    keep_label: tuple[str, ...] = cells(
         (), "Label to use although it looks like no cell type (doublet, unassigned, low quality); repeatable."
     )
-    allow_numeric_labels: bool = option(False, "Use cell types (or a sex, tissue, disease) that are only numbers.")
-    organism: str | None = option(None, "Use the cells of this organism only; a file of another organism is skipped.")
-    gene_key: str = option("feature_name", "var column with the gene names, or index.")
-    cell_type_key: str = option("cell_type", "obs column with the cell type.")
-    donor_key: str = option("donor_id", "obs column with the donor.")
-    batch_key: str = option(
+    allow_numeric_labels: bool = cells(False, "Use cell types (or a sex, tissue, disease) that are only numbers.")
+    organism: str | None = cells(None, "Use the cells of this organism only; a file of another organism is skipped.")
+    gene_key: str = genes("feature_name", "var column with the gene names, or index.")
+    cell_type_key: str = cells("cell_type", "obs column with the cell type.")
+    donor_key: str = cells("donor_id", "obs column with the donor.")
+    batch_key: str = cells(
         "batch", "obs column with the experimental batch; cells without one are grouped by donor only."
     )
-    tissue_key: str = option("tissue", "obs column with the tissue.")
-    disease_key: str = option("disease", "obs column with the disease.")
-    sex_key: str = option("sex", "obs column with the sex.")
-    development_stage_key: str = option("development_stage", "obs column with the development stage.")
-    ethnicity_key: str = option("self_reported_ethnicity", "obs column with the ethnicity.")
-    suspension_key: str = option("suspension_type", "obs column with 'cell' or 'nucleus'; see --suspension.")
-    constant: tuple[str, ...] = option((), "NAME=VALUE: the value of an obs column for all cells; repeatable.")
+    tissue_key: str = cells("tissue", "obs column with the tissue.")
+    disease_key: str = cells("disease", "obs column with the disease.")
+    sex_key: str = cells("sex", "obs column with the sex.")
+    development_stage_key: str = cells("development_stage", "obs column with the development stage.")
+    ethnicity_key: str = cells("self_reported_ethnicity", "obs column with the ethnicity.")
+    suspension_key: str = cells("suspension_type", "obs column with 'cell' or 'nucleus'; see --suspension.")
+    constant: tuple[str, ...] = cells((), "NAME=VALUE: the value of an obs column for all cells; repeatable.")
 
     @property
     def split_mode(self) -> str:
