@@ -1,6 +1,7 @@
 """Sampling with vLLM inside every rank: the engine shares process and torch.distributed world with the trainer."""
 
 import os
+import secrets
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,30 @@ def prepare_environment(kv_cache_bytes: int) -> None:
         # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
+
+
+def name_shared_memory_apart() -> None:
+    """Make the names of vLLM's shared memory on a CPU unique to a sampler.
+
+    Under an external launcher vLLM 0.32 names it by the ranks alone. Two runs on a machine would then meet in one piece of
+    memory, and one that a killed run left behind would make every later run fail (errno 17).
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    distributed = cpu_communicator._CPUSHMDistributed
+    if not hasattr(distributed, "name_by_ranks"):
+        distributed.name_by_ranks = staticmethod(distributed.make_group_name)
+        distributed.make_group_name = staticmethod(_name_with_token)
+
+
+def _name_with_token(communicator: Any) -> str:
+    """vLLM's own name and a random number, which the sampler's first rank draws. Collective over the sampler's ranks."""
+    token = torch.tensor([secrets.randbits(62)])
+    torch.distributed.broadcast(token, src=communicator.ranks[0], group=communicator.device_group)
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    # at the end: the name begins with slashes, which may stand nowhere else
+    return f"{cpu_communicator._CPUSHMDistributed.name_by_ranks(communicator)}-{token.item():x}"
 
 
 class VLLMEngine(LocalEngine):
@@ -55,6 +80,8 @@ class VLLMEngine(LocalEngine):
         refuse_dora(lora or {})
         on_gpu = torch.cuda.is_available()
         prepare_environment(kv_cache_bytes)
+        if tensor_parallel > 1 and not on_gpu:
+            name_shared_memory_apart()
         from vllm import LLM
 
         memory = {"gpu_memory_utilization": memory_fraction} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}

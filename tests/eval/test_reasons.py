@@ -275,7 +275,7 @@ def test_text_of_a_model_cannot_steer_the_terminal_or_the_page(tmp_path):
 def test_a_terminal_that_lacks_a_letter_gets_the_rest(tmp_path):
     puzzles = make_puzzles(2)
     texts = [answer_of(["a na\u00efve T cell", *TYPES[1:]]), "?"]
-    said = succeed("evaluate", *asked(tmp_path, puzzles, texts), env={"PYTHONIOENCODING": "ascii"})
+    said = succeed("evaluate", *asked(tmp_path, puzzles, texts), env={"PYTHONIOENCODING": "ascii"}, fresh=True)
     assert '"a na?ve T cell", for example in q0; it contains the candidate "T cell": write the label alone' in said
     assert "`a na\u00efve T cell`" in (tmp_path / "o/evaluation.md").read_text(encoding="utf-8")
 

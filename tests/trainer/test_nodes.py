@@ -202,7 +202,7 @@ def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(words, start, tmp_pat
 
 
 def test_a_sampler_killed_while_it_generates_is_named_and_the_run_stops(words, start, tmp_path):
-    slow = ["--placement", "split", "--max-response-tokens", 400, "--reward-workers", 1]  # seconds of sampling a step
+    slow = ["--placement", "split", "--max-response-tokens", 1500, "--reward-workers", 1]  # seconds of sampling a step
     launched = start(torchrun(*words(tmp_path / "run"), *ENDLESS, *slow, ranks=2), tmp_path / "log")
     launched.wait_for("step 1/")
     (sampler,) = launched.descendants("trainer.start.sampler")
