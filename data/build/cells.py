@@ -13,9 +13,8 @@ import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
 from data.build.contexts import CONTEXT_COLUMNS
-from data.build.h5ad import nearest_names, obs_columns, open_h5ad, table_index, uns_text
+from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs, table_index, uns_text
 from data.errors import UserError
-from data.meaning.factors import read_obs_columns
 from data.meaning.labels import (
     columns_like_cell_types,
     hint_of_cell_types,
@@ -118,7 +117,7 @@ def read_cells(
     present = obs_columns(path)
     extra = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
     tissue_type = [name for name in ("tissue_type",) if name in present]
-    obs = read_obs_columns(path, [*columns.values(), *extra, *tissue_type])
+    obs = read_obs(path, [*columns.values(), *extra, *tissue_type])
     n_read = _n_cells(path)
     organisms = _organisms(path, obs[extra[0]] if extra else None, n_read)
     cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}

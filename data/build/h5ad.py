@@ -29,8 +29,6 @@ VALUES_PER_BLOCK = 200_000
 RESAVE = "re-save it with anndata 0.8 or later"
 PARTS = frozenset({"codes", "categories", "values", "mask", "indptr"})
 """Members of a group that is one column or one sparse matrix."""
-R_NA_INTEGER = -(2**31)
-"""R's missing value of an integer, which SeuratDisk writes as the code of a missing factor level."""
 
 
 def sorted_files(files: Sequence[str | Path]) -> list[Path]:
@@ -238,13 +236,18 @@ def _factorise(node: Any, group: h5py.Group, where: str, key: str | None = None)
             if len(mask) != len(codes):
                 raise UserError(f"{where} has {len(codes)} values and a mask of {len(mask)}; {RESAVE}")
             return np.where(mask.astype(bool), -1, codes), values
+        if {"levels", "values"} <= set(node) and (
+            codes := _whole_numbers(open_node(node, "values", where))
+        ) is not None:
+            # h5Seurat: codes begin with 1; a file in which 0 occurs was converted, and its codes begin with 0
+            return _factor(codes - int(0 not in codes), open_node(node, "levels", where), where)
     elif is_dataset(node) and node.ndim == 1:
         if "categories" in node.attrs:  # anndata 0.7: codes with a reference to a dataset of categories
             referred = _referred(group, node.attrs["categories"])
             return _checked_codes(node[:], referred if referred is not None else _old_categories(group, key), where)
-        if node.dtype.kind in "biuf" and (categories := _old_categories(group, key)) is not None:
-            codes = np.nan_to_num(node[:].astype(np.float64), nan=R_NA_INTEGER).astype(np.int64)
-            return _checked_codes(np.where(codes == R_NA_INTEGER, -1, codes), categories, where)
+        levels = _old_categories(group, key)
+        if levels is not None and (codes := _whole_numbers(node)) is not None:
+            return _factor(codes, levels, where)
         if node.dtype.kind in "biuf":
             values, codes = np.unique(node[:], return_inverse=True)
             return codes, _scalars(values)
@@ -263,13 +266,30 @@ def _referred(group: h5py.Group, reference: Any) -> Any:
 
 
 def _old_categories(group: h5py.Group, key: str | None) -> Any:
-    """The texts in `__categories/KEY`, or None. SeuratDisk writes a factor as codes beside them, without a reference.
+    """The names in `__categories/KEY`, or None. SeuratDisk writes a factor as codes beside them, without a reference.
 
     https://github.com/mojaveazure/seurat-disk/issues/138
     """
     name = f"__categories/{key}"
-    node = open_node(group, name, key) if key is not None and name in group else None
-    return node if is_dataset(node) and node.ndim == 1 and node.dtype.kind in "SO" else None
+    return open_node(group, name, key) if key is not None and name in group else None
+
+
+def has_categories_beside(table: h5py.Group, key: str) -> bool:
+    """Whether a column of numbers is a factor whose names are stored beside it."""
+    return _old_categories(table, key) is not None
+
+
+def _whole_numbers(node: Any) -> np.ndarray | None:
+    """The numbers of a dataset as int64, -1 for NaN. None when they are not one row of whole numbers."""
+    if not is_dataset(node) or node.ndim != 1 or node.dtype.kind not in "biuf":
+        return None
+    values = np.nan_to_num(node[:], nan=-1) if node.dtype.kind == "f" else node[:]
+    return values.astype(np.int64) if (values == np.rint(values)).all() else None
+
+
+def _factor(codes: np.ndarray, levels: Any, where: str) -> tuple[np.ndarray, list]:
+    """A factor of R. Its missing values are the smallest integer in R and -1 in pandas: all codes below 0 are missing."""
+    return _checked_codes(np.maximum(codes, -1), levels, where)
 
 
 def _scalars(values: np.ndarray) -> list:

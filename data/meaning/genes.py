@@ -12,11 +12,10 @@ from functools import cached_property
 import numpy as np
 
 from data.build.columns import is_number
-from data.build.h5ad import as_text, column_names, nearest_names, table_index
+from data.build.h5ad import as_text, column_names, nearest_names, read_column, table_index
 from data.build.matrix import Matrix
 from data.errors import UserError
 from data.meaning.ensembl import SOURCE, symbols_of
-from data.meaning.factors import read_table_column
 
 _ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
 _VERSION = re.compile(r"\.\d+(?=(_PAR_Y)?$)")
@@ -124,8 +123,8 @@ class _Var:
         """[G] the values of one of `columns`, None where a value is missing."""
         file, path = self.matrix.node.file, self.matrix.path
         if name in column_names(file[self.table]):
-            return read_table_column(file, self.table, name, path).texts()
-        by_index = dict(zip(self._var_index, read_table_column(file, "var", name, path).texts(), strict=True))
+            return read_column(file, self.table, name, path).texts()
+        by_index = dict(zip(self._var_index, read_column(file, "var", name, path).texts(), strict=True))
         return [by_index[gene] for gene in self.index]
 
     def readable(self, name: str) -> list[str | None] | None:

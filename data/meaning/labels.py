@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import h5py
 
 from data.build.columns import Column, is_number
-from data.build.h5ad import column_names, nearest_names, open_h5ad, open_node
+from data.build.h5ad import column_names, has_categories_beside, nearest_names, open_h5ad, open_node, read_column
 from data.errors import UserError
-from data.meaning.factors import is_factor, read_table_column
+from data.formats.stores import is_dataset
 
 _SET_ASIDE = re.compile(
     r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"
@@ -73,11 +73,11 @@ def hint_of_cell_types(path: str | os.PathLike) -> str:
 def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
     """How much a column looks like cell types: 0 for not at all, at most 2."""
     node = open_node(file["obs"], name, path)
-    is_words = not isinstance(node, h5py.Dataset) or node.dtype.kind not in "iufb" or "categories" in node.attrs
+    is_words = not is_dataset(node) or node.dtype.kind not in "iufb" or "categories" in node.attrs
     try:
-        if not is_words and not is_factor(file["obs"], name, f"{path}: obs column {name!r}"):
+        if not is_words and not has_categories_beside(file["obs"], name):
             return 0.0  # measurements and flags
-        values = [value for value in read_table_column(file, "obs", name, path).names if not is_number(value)]
+        values = [value for value in read_column(file, "obs", name, path).names if not is_number(value)]
     except UserError:  # a column that cannot be read is no remedy
         return 0.0
     if not 2 <= len(values) <= 2000 or name.lower().endswith("ontology_term_id"):
