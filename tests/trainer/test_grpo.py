@@ -7,26 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, run_command, start_command, succeed
+from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command, succeed
 
-SMALL = (
-    "--prompts-per-step",
-    4,
-    "--group-size",
-    3,
-    "--max-prompt-tokens",
-    400,
-    "--max-response-tokens",
-    16,
-    "--lora-rank",
-    8,
-    "--lora-alpha",
-    16,
-    "--lr",
-    1e-2,
-    "--save-every",
-    2,
-)
+SMALL = (*SMALL_GRPO, "--save-every", 2)
 
 
 def grpo(pipeline: Path, out: Path, *more: object, **kwargs) -> str:

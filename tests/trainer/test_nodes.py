@@ -11,31 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.commands import ROOT, run_command, succeed
+from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
 from tests.helpers.nodes import Launched, torchrun, two_nodes
 from trainer.ranks.watch import BEAT_SECONDS
 
 pytestmark = pytest.mark.slow(25)
-SMALL = (
-    "--prompts-per-step",
-    4,
-    "--group-size",
-    3,
-    "--max-prompt-tokens",
-    400,
-    "--max-response-tokens",
-    16,
-    "--lora-rank",
-    8,
-    "--lora-alpha",
-    16,
-    "--lr",
-    1e-2,
-    "--save-every",
-    2,
-    "--reward-workers",
-    0,
-)
+SMALL = (*SMALL_GRPO, "--save-every", 2, "--reward-workers", 0)
 SHORT = (*SMALL, "--engine", "torch", "--steps", 3)
 ENDLESS = (*SMALL, "--engine", "torch", "--steps", 100_000, "--save-every", 1000)
 REWARD = """

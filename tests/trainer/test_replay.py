@@ -13,26 +13,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.commands import run_command, succeed
+from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 from trainer.objective import aggregation_weights, grpo_terms
 from trainer.record.nonfinite import first_bad_gradient, first_bad_token
-
-SMALL = (
-    "--prompts-per-step",
-    4,
-    "--group-size",
-    3,
-    "--max-prompt-tokens",
-    400,
-    "--max-response-tokens",
-    16,
-    "--lora-rank",
-    8,
-    "--lora-alpha",
-    16,
-    "--lr",
-    1e-2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +27,7 @@ def length_reward(tmp_path_factory) -> str:
 
 def grpo(pipeline: Path, out: Path, reward: str, *more: object, base: Path | None = None, run=succeed, **kwargs):
     data = ("--model", base or pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet")
-    return run("grpo", *data, "--out", out, "--reward", reward, *SMALL, *more, **kwargs)
+    return run("grpo", *data, "--out", out, "--reward", reward, *SMALL_GRPO, *more, **kwargs)
 
 
 @pytest.fixture(scope="module")
