@@ -87,6 +87,7 @@ def script(tmp_path):
     return write
 
 
+@pytest.mark.slow(7)
 @forked_here
 def test_a_forked_script_sees_what_a_real_process_sees(script, tmp_path):
     path = script(WHAT_A_SCRIPT_SEES)
@@ -102,6 +103,7 @@ def test_a_forked_script_sees_what_a_real_process_sees(script, tmp_path):
     assert seen == expected
 
 
+@pytest.mark.slow(2)
 @forked_here
 @pytest.mark.parametrize("line", ENDINGS)
 def test_a_forked_script_ends_as_a_real_process_ends(script, line):
@@ -125,6 +127,7 @@ def test_a_forked_command_can_be_watched_and_killed(script):
         os.kill(running.pid, 0)
 
 
+@pytest.mark.slow(3)
 @forked_here
 def test_a_command_that_hangs_is_killed_with_what_it_started(script):
     path = script(

@@ -271,6 +271,7 @@ def test_one_sentence_and_no_output(tmp_path, atlas, name):
     assert not [p for p in tmp_path.iterdir() if p.name not in ("a.h5ad",)]
 
 
+@pytest.mark.slow(2)
 def test_bytes_damaged_at_random(tmp_path, atlas):
     """Each file builds or gives one sentence; these seeds gave tracebacks."""
     config = BuildConfig(min_cells=3, max_cells=4, top_genes=4, puzzles_per_n=2, test_puzzles_per_n=1, allow_leaks=True)

@@ -250,6 +250,7 @@ def test_files_are_whole_and_the_same_each_time(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow(2)
 def test_the_command_describes_a_build_with_its_report(pipeline, tmp_path):
     folder = pipeline / "puzzles"
     words = [word for name in ("train", "test", "unseen") for word in ("--puzzles", folder / f"{name}.parquet")]

@@ -38,6 +38,7 @@ def test_the_launchers_variables_are_gone(monkeypatch):
     assert os.environ["RANK"] == "1", "the process itself keeps them"
 
 
+@pytest.mark.slow(2)
 def test_they_are_those_that_torchrun_sets(tmp_path):
     """What torchrun adds to a process's environment is in the list, or is meant for every process."""
     script = tmp_path / "say.py"

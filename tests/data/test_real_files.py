@@ -564,6 +564,7 @@ def write_encoded(path, encodings, genes, place):
     return options
 
 
+@pytest.mark.slow(3)
 @settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries(dict.fromkeys(FACTORS, COLUMNS)), GENE_NAMES, PLACES)
 def test_the_encoding_of_the_facts_does_not_matter(tmp_path_factory, plain, encodings, genes, place):

@@ -193,6 +193,7 @@ def test_background_share_of_the_top_50_is_as_in_real_cells(adata, top_genes):
     assert 0.60 <= np.median(share[(adata.obs["suspension_type"] == "cell").to_numpy()]) <= 0.75
 
 
+@pytest.mark.slow(2)
 def test_types_show_their_own_markers_more_often_than_unrelated_types(adata, top_genes):
     entries, labels = read_markers(), adata.obs["cell_type"].to_numpy().astype(str)
     for name, entry in entries.items():

@@ -272,6 +272,7 @@ def test_text_of_a_model_cannot_steer_the_terminal_or_the_page(tmp_path):
     assert shortened("\ud800") == "?" and shortened("a " * 1000, 3) == "a a..."
 
 
+@pytest.mark.slow(2)
 def test_a_terminal_that_lacks_a_letter_gets_the_rest(tmp_path):
     puzzles = make_puzzles(2)
     texts = [answer_of(["a na\u00efve T cell", *TYPES[1:]]), "?"]
@@ -382,6 +383,7 @@ def test_the_page_says_nothing_when_nothing_is_wrong(run_dir):
     assert "What is wrong with the answers" not in page and 'class="warning"' not in page
 
 
+@pytest.mark.slow(3)
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_shows_it_on_a_screen_and_a_phone(run_dir, tmp_path, width):

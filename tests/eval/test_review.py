@@ -409,6 +409,7 @@ def test_the_keys(files):
         assert browser.text("#title") == "Case 4 of 5" and browser.problems() == []
 
 
+@pytest.mark.slow(2)
 @needs_chromium
 @pytest.mark.parametrize("truth", ["--show-truth", "--no-show-truth"])
 def test_layout_on_a_screen_and_a_phone(files, truth):

@@ -451,6 +451,7 @@ def test_command_on_predictions_and_on_rollouts(tmp_path):
     assert names == ["p-step2-1", "p-step2-2"]
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(
     ("rows", "extra", "problem"),
     [

@@ -129,6 +129,7 @@ def test_scores_come_back_in_order(rewards, workers):
     assert "the reward is None: return a finite number or a Reward" in got[4].message
 
 
+@pytest.mark.slow(2)
 def test_a_function_that_hangs_or_dies_costs_only_its_own_response(rewards):
     got = score(f"{rewards}:plain", ["a", "hang", "bb", "die", "ccc", "exit", "dddd"], workers=2, seconds=1.0)
     assert [r.total for r in got if r.scored] == [1.0, 2.0, 3.0, 4.0]
@@ -137,12 +138,14 @@ def test_a_function_that_hangs_or_dies_costs_only_its_own_response(rewards):
     assert "ended with exit code 7" in got[3].message and "ended with exit code 3" in got[5].message
 
 
+@pytest.mark.slow(3)
 def test_coroutines_run_side_by_side_and_time_out_alone(rewards):
     got = score(f"{rewards}:meet", ["a" * n for n in range(1, 41)] + ["hang"], seconds=3.0)
     assert [r.total for r in got[:-1]] == [float(n) for n in range(1, 41)]
     assert got[-1].status is Status.TIMEOUT
 
 
+@pytest.mark.slow(8)
 def test_only_the_coroutine_at_fault_is_blamed(rewards):
     texts = ["a", "b", "die", "c", "block", "d"]
     got = score(f"{rewards}:fragile", texts, seconds=2.0)

@@ -378,6 +378,7 @@ def test_a_second_signal_gives_up_what_is_in_flight(serve, tmp_path):
     assert process.returncode == -signal.SIGINT and len(raw_rows(tmp_path)) == 1
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("mood", ["402 pay first", "429@7200 enough for today"])
 def test_a_run_that_ends_by_itself_takes_in_what_is_in_flight(serve, mood):
     server = serve(9, lambda number, of, asked: mood if number == 3 else {"content": right(of)})

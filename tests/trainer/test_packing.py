@@ -96,6 +96,7 @@ def loss_of(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     ).loss
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kernel", ["CPU", "PLAIN"])
 @pytest.mark.parametrize(
     ("kind", "tied"),
