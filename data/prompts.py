@@ -116,6 +116,7 @@ class ChatFormat:
                 f"{self.model}: its tokenizer has no chat template; take the instruct version of the model, or put its "
                 "template into the folder as chat_template.jinja"
             )
+        self._check_vocabulary(Path(model_dir) / "config.json")
         self._place_system_message()
         self.opening = self._find_opening()
         """What the template has written of the response itself: "<think>", "<think>\\n", or ""."""
@@ -175,6 +176,15 @@ class ChatFormat:
             strftime_now=self.date.strftime,  # in place of transformers' clock: a resumed run asks with its first day
             **self.switches,
         )
+
+    def _check_vocabulary(self, config: Path) -> None:
+        size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+        token, last = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if size and last >= size:
+            raise UserError(
+                f"{self.model}: its tokenizer has token {last} ({token!r}), but the model embeds {size} (vocab_size); take "
+                "the tokenizer that the model was trained with, or resize its embedding"
+            )
 
     def _place_system_message(self) -> None:
         problems = []
@@ -271,5 +281,7 @@ PROBE_RESPONSE = "<think>Cell 1 expresses CD3D.</think>\n<answer>T cell | B cell
 
 def system_before_user(chat: list[dict[str, str]]) -> list[dict[str, str]]:
     """The turns for a template without a system role: the system message at the head of the user message."""
-    system, user = chat
-    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}]
+    if chat[0]["role"] != "system":
+        return chat
+    system, user, *rest = chat
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]

@@ -45,12 +45,15 @@ def main(config: GrpoConfig) -> None:
     puzzles = read_puzzles(str(config.puzzles))
     launch = launch_of(config)
     refuse_problems(check_launch(config, launch))
+    from trainer.start.model_check import check_model  # loads transformers: only once the settings are known to be good
+
+    refuse_problems(check_model(str(config.model), config.engine == "vllm"))
     if os.environ.get("RANK", "0") == "0":
         for row in estimate_memory(config, launch):  # an estimate: a note, not a refusal
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
 
-    from trainer.grpo import train  # torch and vLLM load only once the settings are known to be good
+    from trainer.grpo import train
 
     out = train(config, puzzles)
     if os.environ["RANK"] == "0":
@@ -64,7 +67,13 @@ def dry_run(config: GrpoConfig) -> None:
     config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))
     launch = launch_of(config)
     rows = check_launch(config, launch)
-    rows += estimate_memory(config, launch)
+    from trainer.start.model_check import check_model
+
+    # the shape of a recipe has no tokenizer; a model that cannot be trained has no estimate
+    if list(Path(str(config.model)).glob("tokenizer*")):
+        rows += check_model(str(config.model), config.engine == "vllm")
+    if not any(row.problem for row in rows):
+        rows += estimate_memory(config, launch)
     click.echo(format_rows(rows))
     if any(row.problem for row in rows):
         raise SystemExit(2)

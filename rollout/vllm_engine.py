@@ -5,6 +5,7 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,25 @@ def _name_with_token(communicator: Any) -> str:
 
     # at the end: the name begins with slashes, which may stand nowhere else
     return f"{cpu_communicator._CPUSHMDistributed.name_by_ranks(communicator)}-{token.item():x}"
+
+
+def leave_other_models_alone() -> None:
+    """Make vLLM's change to a class of transformers hold for vLLM's own instance only.
+
+    For a model that it has no code for (SmolLM3, OLMo 2) vLLM runs transformers' class, and replaces its __call__ by one
+    that expects vLLM's attributes. The trainer's instance of the same class has none.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    for changed in TorchCompileWithNoGuardsWrapper.__subclasses__():
+        if changed.__module__.startswith("transformers.") and not hasattr(changed, "call_of_vllm"):
+            changed.call_of_vllm = changed.__call__
+            changed.__call__ = _call_by_owner
+
+
+def _call_by_owner(model: Any, *args: Any, **kwargs: Any) -> Any:
+    owned_by_vllm = "do_not_compile" in vars(model)  # set by vLLM's __init__
+    return (model.call_of_vllm if owned_by_vllm else partial(torch.nn.Module.__call__, model))(*args, **kwargs)
 
 
 class VLLMEngine(LocalEngine):
@@ -115,6 +135,7 @@ class VLLMEngine(LocalEngine):
             **adapter,
         )
         torch.set_num_threads = set_num_threads
+        leave_other_models_alone()
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
         """See LocalEngine. Every version gets a new LoRA name and id: vLLM's prefix cache is keyed by the name."""
@@ -228,13 +249,13 @@ class SyncWorker:
         from vllm.lora.peft_helper import PEFTHelper
 
         parcel.verify(manifest)
-        tensors = parcel.tensors
+        tensors = as_vllm_packs(parcel.tensors, self.model_runner.get_model().packed_modules_mapping)
         manager = self.model_runner.lora_manager
         adapters = manager._adapter_manager
         plan: SlotPlan | None = getattr(self, "slot_plan", None)
         if plan is not None and plan.parcel is parcel and plan.config == config:
             plan.refill(adapters, adapter_id)
-            return len(tensors) // 2, plan.bound
+            return len(parcel.tensors) // 2, plan.bound
         lora = LoRAModel.from_lora_tensors(
             adapter_id,
             tensors,
@@ -263,7 +284,7 @@ class SyncWorker:
         _check_slots(pieces)
         plan = SlotPlan(parcel=parcel, config=dict(config), slot=slot, lora=lora, bound=len(bound), pieces=pieces)
         self.slot_plan = plan if plan.reads_the_parcel() else None
-        return given, len(bound)
+        return len(parcel.tensors) // 2, len(bound)
 
     def set_weights(self, parcel: Parcel, manifest: Manifest) -> int:
         """Replace every weight of the model by the parcel's (checkpoint names). Returns how many tensors vLLM read.
@@ -287,6 +308,25 @@ class SyncWorker:
         if len(taken) != len(parcel.tensors):
             raise SyncError(f"weight sync: vLLM took {len(taken)} of {len(parcel.tensors)} tensors")
         return len(taken)
+
+
+def as_vllm_packs(tensors: dict[str, Tensor], packs: dict[str, list[str]]) -> dict[str, Tensor]:
+    """The adapter with gate_up_proj as two modules, where vLLM packs it from two but the checkpoint holds one (GLM-4).
+
+    Both halves have the same A [r,in]; B [gate + up,r] is cut in the middle. The parts are views of the tensors.
+    """
+    whole, parts = "gate_up_proj", packs.get("gate_up_proj", [])
+    if len(parts) < 2:
+        return tensors
+    split = {}
+    for name, tensor in tensors.items():
+        if f".{whole}." not in name:
+            split[name] = tensor
+            continue
+        halves = tensor.chunk(2) if ".lora_B." in name else (tensor, tensor)
+        for part, half in zip(parts, halves, strict=True):
+            split[name.replace(whole, part)] = half
+    return split
 
 
 def _packed_away(adapters, lora) -> set[str]:

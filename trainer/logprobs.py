@@ -19,11 +19,13 @@ def fused_logprobs(
     temperature: float = 1.0,
     chunk: int = 1024,
     entropy: bool = False,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(hidden @ lm_head_weight.T / temperature)[targets], the log-prob of each target token.
 
     hidden: [M,H]; lm_head_weight: [V,H]; targets: [M] long. Returns [M] in float32 (float64 for float64 input); with entropy
     also the entropy of each distribution, [M] in nats, without a graph. Differentiable in hidden and in the weight.
+    softcap: Gemma's bound of the logits, softcap * tanh(logits / softcap), before the temperature (arXiv:2408.00118).
 
     The logits of at most `chunk` tokens exist at a time, in one buffer. The gradient of a log-prob with respect to its hidden
     state is (weight[target] - softmax @ weight) / temperature. It is known as soon as the logits are, so forward keeps it
@@ -32,18 +34,19 @@ def fused_logprobs(
     """
     # a large vocabulary gets smaller chunks: it is the logits, not the tokens, that cost memory
     chunk = max(1, min(chunk, CHUNK_LOGITS // len(lm_head_weight)))
-    logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy)
+    logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy, softcap)
     return (logprobs, entropies) if entropy else logprobs
 
 
 class _FusedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk, entropy):
+    def forward(ctx, hidden, weight, targets, temperature, chunk, entropy, softcap):
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=accurate)
         entropies = torch.empty_like(logprobs) if entropy else None
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows, logits in _chunks(hidden, weight, temperature, chunk):
+        for rows, logits in _chunks(hidden, weight, chunk):
+            steepness = _cap_and_temper(logits, softcap, temperature)
             at = targets[rows, None]
             chosen = logits.gather(1, at)[:, 0]
             softmax, lse = _softmax(logits)
@@ -51,9 +54,9 @@ class _FusedLogprobs(torch.autograd.Function):
             if entropy:
                 entropies[rows] = torch.special.entr(softmax).sum(1)
             if slopes is not None:  # under no_grad nothing is kept
-                slopes[rows] = _slope(softmax, at).to(weight.dtype) @ weight
+                slopes[rows] = _slope(softmax, at, steepness).to(weight.dtype) @ weight
         ctx.save_for_backward(hidden, weight, targets, slopes)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.softcap = temperature, chunk, softcap
         if entropy:
             ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -66,14 +69,15 @@ class _FusedLogprobs(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # added up in float32, rounded once at the end
-            for rows, logits in _chunks(hidden, weight, ctx.temperature, ctx.chunk):
-                slope = _slope(_softmax(logits)[0], targets[rows, None])
+            for rows, logits in _chunks(hidden, weight, ctx.chunk):
+                steepness = _cap_and_temper(logits, ctx.softcap, ctx.temperature)
+                slope = _slope(_softmax(logits)[0], targets[rows, None], steepness)
                 grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
+def _chunks(hidden: Tensor, weight: Tensor, chunk: int):
     """Yields (rows, their logits [m,V]) in float32 (or float64).
 
     All chunks share one buffer: the logits of a chunk are gone when the next one is made.
@@ -90,7 +94,19 @@ def _chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int):
             torch.mm(part, weight.T, out_dtype=accurate, out=logits)
         else:  # no product of bfloat16 with a float32 result on a CPU
             logits.copy_(part @ weight.T)
-        yield rows, logits if temperature == 1.0 else logits.div_(temperature)
+        yield rows, logits
+
+
+def _cap_and_temper(logits: Tensor, softcap: float | None, temperature: float) -> Tensor | None:
+    """Apply the cap and the temperature to the logits, in place. Returns d capped / d logits [m,V]; None without a cap."""
+    steepness = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        steepness = 1 - logits.square()  # of tanh; the cap itself cancels
+        logits.mul_(softcap)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return steepness
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +117,7 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.div_(total), (largest + total.log())[:, 0]
 
 
-def _slope(softmax: Tensor, targets: Tensor) -> Tensor:
-    """d log-prob of the targets [m,1] / d logits, written over the softmax."""
-    return softmax.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=softmax.dtype))
+def _slope(softmax: Tensor, targets: Tensor, steepness: Tensor | None) -> Tensor:
+    """d log-prob of the targets [m,1] / d logits before the cap, times the temperature; written over the softmax."""
+    slope = softmax.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=softmax.dtype))
+    return slope if steepness is None else slope.mul_(steepness)

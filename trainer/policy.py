@@ -25,6 +25,7 @@ from trainer.model.attention import attention_name
 from trainer.model.cost import cost_of
 from trainer.model.loading import (
     add_adapter,
+    head_of,
     keep_four_bits_exact,
     load_base,
     load_tokenizer,
@@ -78,6 +79,7 @@ class Policy:
         self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
         self.cannot_share = why_not_shared(self.causal_lm.config)
         self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
+        self.head = head_of(self.causal_lm, model_dir)
         self.cost = cost_of(self.causal_lm, lora_rank)
         if lora_rank:
             self.model = add_adapter(self.causal_lm, lora_rank, lora_alpha, seed, sharded, dora)
@@ -157,7 +159,9 @@ class Policy:
             hidden, head = self.predicting(causal_lm, batch), causal_lm.lm_head.weight  # [M,H], [V,H]
         if self.autocast:
             hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
-        found = fused_logprobs(hidden, head, batch.targets, temperature, entropy=entropy)
+        found = fused_logprobs(
+            hidden, head, batch.targets, temperature * self.head.divisor, entropy=entropy, softcap=self.head.softcap
+        )
         return found if entropy else (found, None)
 
     @contextmanager

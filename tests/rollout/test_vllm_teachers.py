@@ -17,10 +17,12 @@ import pytest
 from data.distill.distill import Request
 from data.distill.meter import Meter
 from data.errors import RunError
+from data.prompts import PROBE_RESPONSE
 from data.puzzles import read_puzzles, read_rows
 from rollout.teachers.openai import Endpoint, OpenAITeacher
 from tests.helpers.commands import succeed
 from tests.helpers.endpoints import here, puzzle, raw_rows, report
+from trainer.model.loading import load_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow(10)]
 
@@ -32,7 +34,8 @@ def checkpoint(pipeline, tmp_path_factory) -> Path:
     shutil.copytree(pipeline / "base", folder)
     settings = json.loads((folder / "generation_config.json").read_text())
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    settings["eos_token_id"] = [settings["eos_token_id"], *range(3, size, 6)]
+    written = load_tokenizer(str(folder)).encode(PROBE_RESPONSE)  # an end within ordinary answers is refused
+    settings["eos_token_id"] = [settings["eos_token_id"], *sorted(set(range(3, size, 6)) - set(written))]
     (folder / "generation_config.json").write_text(json.dumps(settings))
     return folder
 

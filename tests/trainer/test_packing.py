@@ -235,15 +235,22 @@ def test_a_model_with_a_sliding_window_goes_row_by_row():
     assert why_not_shared(config) == ""
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_fused_logprobs_against_autograd(temperature):
+def test_fused_logprobs_against_autograd(temperature, softcap):
     torch.manual_seed(1)
     hidden = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 10, 3, 3, 7, 1, 2])
-    assert torch.autograd.gradcheck(lambda h, w: fused_logprobs(h, w, targets, temperature, 3), (hidden, weight))
-    plain = (hidden @ weight.T / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    torch.testing.assert_close(fused_logprobs(hidden, weight, targets, temperature, 3), plain, rtol=0, atol=1e-12)
+
+    def fused(hidden, weight):
+        return fused_logprobs(hidden, weight, targets, temperature, 3, softcap=softcap)
+
+    assert torch.autograd.gradcheck(fused, (hidden, weight))
+    logits = hidden @ weight.T
+    capped = softcap * (logits / softcap).tanh() if softcap else logits
+    plain = (capped / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(fused(hidden, weight), plain, rtol=0, atol=1e-12)
 
 
 def test_entropy_and_its_absence_from_the_graph():

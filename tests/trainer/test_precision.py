@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
-    GPT2Config,
+    GraniteConfig,
     MistralConfig,
     MistralForCausalLM,
-    PhiConfig,
 )
 
 from tests.helpers.commands import run_command, succeed
-from trainer.model.loading import refuse_unknown_heads, through_nf4, why_not_shared
+from trainer.model.loading import Head, head_of, through_nf4, why_not_shared
 from trainer.model.merge import sampler_model
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -218,7 +218,7 @@ def test_a_model_that_cannot_share_prompts_says_so_and_trains(pipeline, windowed
     assert {row["packing/sharing"] for row in lines(tmp_path / "run/timing.jsonl")} == {1.0}
 
 
-def test_logits_that_are_changed_after_the_head_are_refused():
+def test_what_a_model_does_to_its_logits_is_known():
     small = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -226,12 +226,12 @@ def test_logits_that_are_changed_after_the_head_are_refused():
         "num_attention_heads": 2,
         "vocab_size": 64,
     }
-    cases = [
-        (Gemma2Config(**small, head_dim=16, num_key_value_heads=2), r"gemma2 .* \(final_logit_softcapping\)"),
-        (PhiConfig(**small), r"phi .* \(a bias of the head\)"),
-        (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "a gpt2 has no model.layers and lm_head"),
+    heads = [
+        (Gemma2Config(**small, head_dim=16, num_key_value_heads=2, final_logit_softcapping=20.0), Head(softcap=20.0)),
+        (GraniteConfig(**small, logits_scaling=8.0), Head(divisor=8.0)),
+        (CohereConfig(**small, logit_scale=0.25), Head(divisor=4.0)),
+        (MistralConfig(**small, num_key_value_heads=2), Head()),
     ]
-    for config, says in cases:
-        with pytest.raises(ValueError, match="--model x: .*" + says):
-            refuse_unknown_heads(AutoModelForCausalLM.from_config(config), "x")
+    for config, head in heads:
+        assert head_of(AutoModelForCausalLM.from_config(config), "x") == head
     assert "its type gemma2 is none of" in why_not_shared(Gemma2Config())

@@ -1,14 +1,15 @@
 """Load the policy's model, quantize it and give it its adapter. All of this happens once, before the first step."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -20,14 +21,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from trainer.model.sharding import empty_model
+from trainer.model.sharding import empty_model, first_line, read_config
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard, on every rank
 
-SHARES_PROMPTS = ("qwen2", "qwen3", "llama", "mistral")
+SHARES_PROMPTS = tuple("qwen2 qwen3 llama mistral smollm3 gemma phi3 olmo2 granite glm glm4 starcoder2 cohere".split())
 """Model types whose attention is softmax(q k scale) v through transformers' attention interface. Tests run each."""
-CHANGED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of models that change the output of the head. Log-probs computed from hidden states would miss it."""
+RUNS_TOO = ("gemma2", "gemma3_text")
+"""Model types whose attention is their own, so each response gets a row. Tests run each."""
+INSTEAD = "use a Qwen2.5, Qwen3, Llama, SmolLM, Mistral, Gemma, Phi-3, OLMo 2, Granite or GLM-4"
 
 
 def why_not_shared(config: PretrainedConfig) -> str:
@@ -41,19 +43,29 @@ def why_not_shared(config: PretrainedConfig) -> str:
     return ""
 
 
-def refuse_unknown_heads(causal_lm: PreTrainedModel, model_dir: str) -> None:
-    """Raises UserError for a model whose logits are not hidden @ head.T, or that lacks model.layers or lm_head."""
-    shape, instead = causal_lm.config, "use Qwen2.5, Qwen3, Llama or Mistral"
+@dataclass(frozen=True)
+class Head:
+    """What a model does to hidden @ lm_head.T before the softmax: softcap * tanh(logits / softcap), then / divisor."""
+
+    divisor: float = 1.0
+    """Granite's logits_scaling; 1 / logit_scale of Cohere."""
+    softcap: float | None = None
+    """Gemma 2's final_logit_softcapping."""
+
+
+def head_of(causal_lm: PreTrainedModel, model_dir: str) -> Head:
+    """The model's head. Raises UserError for one with a bias, and for a model that lacks model.layers or lm_head."""
+    shape = causal_lm.config
     if not hasattr(causal_lm, "lm_head") or not hasattr(getattr(causal_lm, "model", None), "layers"):
-        raise UserError(f"--model {model_dir}: a {shape.model_type} has no model.layers and lm_head; {instead}")
-    changed = [name for name in CHANGED_LOGITS if getattr(shape, name, None) not in (None, 1, 1.0)]
+        raise UserError(f"--model {model_dir}: a {shape.model_type} has no model.layers and lm_head; {INSTEAD}")
     if causal_lm.lm_head.bias is not None:
-        changed.append("a bias of the head")
-    if changed:
         raise UserError(
-            f"--model {model_dir}: the logits of this {shape.model_type} are more than hidden states times head "
-            f"({changed[0]}), which the fused log-probs do not know; {instead}"
+            f"--model {model_dir}: the head of this {shape.model_type} has a bias, which the fused log-probs do not know; "
+            f"{INSTEAD}"
         )
+    # both at once would depend on their order; no model has both
+    divisor = getattr(shape, "logits_scaling", None) or 1 / (getattr(shape, "logit_scale", None) or 1.0)
+    return Head(divisor=float(divisor), softcap=getattr(shape, "final_logit_softcapping", None))
 
 
 def load_base(
@@ -66,7 +78,10 @@ def load_base(
     bitsandbytes). sharded: the model is made without weights (meta device); sharding.shard fills it. Raises UserError
     for a model with an unknown head.
     """
-    attention = {} if why_not_shared(AutoConfig.from_pretrained(model_dir)) else {"attn_implementation": attention_name}
+    config = read_config(model_dir)
+    attention = {} if why_not_shared(config) else {"attn_implementation": attention_name}
+    if getattr(config, "attn_logit_softcapping", None):
+        attention["attn_implementation"] = "eager"  # PyTorch's kernel would leave Gemma 2's cap of the scores out
     if quantize == "nf4":
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
@@ -75,8 +90,11 @@ def load_base(
     if sharded:
         causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
     else:
-        causal_lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
-    refuse_unknown_heads(causal_lm, model_dir)
+        try:
+            causal_lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
+        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"--model {model_dir}: the weights cannot be loaded ({first_line(error)})") from None
+    head_of(causal_lm, model_dir)
     return causal_lm
 
 

@@ -19,17 +19,33 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.errors import UserError
 from trainer.ranks.world import rows_of, shard_from_rows
 
 
+def read_config(model_dir: str) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises UserError for a model that transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(model_dir)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"--model {model_dir}: config.json cannot be used ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
 def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The model of a checkpoint without its weights: parameters on the meta device; buffers are computed."""
-    config = AutoConfig.from_pretrained(model_dir)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    config = read_config(model_dir)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except ValueError as error:  # no causal language model, or a configuration that contradicts itself
+        raise UserError(f"--model {model_dir}: is no causal language model ({first_line(error)})") from None
     model.tie_weights()
     return model
 

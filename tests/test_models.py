@@ -1,0 +1,435 @@
+"""Models of other people: chat templates, tokenizers, ends of a turn, architectures. Right, or refused before step 1."""
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from data.errors import UserError
+from data.prompts import RESPONSE_TAGS, ChatFormat
+from data.puzzles import read_puzzles, read_rows
+from reward.cellpuzzles import batch_reward
+from rollout import count_repeats
+from rollout.torch_engine import TorchEngine
+from tests.helpers.architectures import TYPES, make_checkpoint, trained_policy
+from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
+from trainer.config import SftConfig
+from trainer.model.embedded import CHAT_TEMPLATE
+from trainer.model.loading import load_tokenizer
+from trainer.model.opening import open_checkpoint
+from trainer.policy import Policy
+from trainer.sft.examples import encode_traces
+from trainer.start.model_check import check_model
+
+DAY = datetime.date(2026, 2, 3)
+HEADER = "<|im_start|>assistant\n"
+OPENED = CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
+NO_SYSTEM_ROLE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHAT_TEMPLATE
+)
+DROPS_SYSTEM = CHAT_TEMPLATE.replace(
+    "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+)
+SWITCHED = CHAT_TEMPLATE.replace(
+    "assistant\n{%", "assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{%"
+)
+DATED = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHAT_TEMPLATE
+TRIMS = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+GEMMA = (  # no system role, roles user and model, an end of turn that is not the tokenizer's EOS
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'system' %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+    "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "ChatML": (CHAT_TEMPLATE, ""),
+    "opens the reasoning": (OPENED, "<think>\n"),
+    "opens it without a line break": (OPENED.replace("<think>\n", "<think>"), "<think>"),
+    "no system role": (NO_SYSTEM_ROLE, ""),
+    "drops the system message": (DROPS_SYSTEM, ""),
+    "a thinking switch": (SWITCHED, ""),
+    "a date": (DATED, ""),
+    "trims messages": (TRIMS, ""),
+    "Gemma's": (GEMMA, ""),
+    "Mistral's": (MISTRAL, ""),
+    "R1's": (MISTRAL.replace(" [/INST]", " [/INST]<think>\n"), "<think>\n"),
+}
+"""{name: (template, what it writes of the response)}"""
+
+
+def metaspace_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """As Llama 2's and Gemma's: a space is ▁, one is put before every text, unknown characters become bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"]
+    special += [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1500, special_tokens=special, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def tagged_tokenizer(base: Path) -> PreTrainedTokenizerFast:
+    """The embedded tokenizer with the four tags as special tokens, as in some reasoning models."""
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(RESPONSE_TAGS)})
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(pipeline):
+    texts = [row["user_msg"] + row["assistant_msg"] for row in read_rows(pipeline / "traces.jsonl")[:40]]
+    return {
+        "byte-level": load_tokenizer(str(pipeline / "base")),
+        "special tags": tagged_tokenizer(pipeline / "base"),
+        "metaspace": metaspace_tokenizer(texts),
+    }
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    tokenizer.chat_template = template
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = "<|im_start|>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "special tags", "metaspace"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_prompt_holds_its_messages_and_an_answer_reads_back(pipeline, tokenizers, tmp_path, name, kind):
+    template, opening = TEMPLATES[name]
+    tokenizer = with_template(tokenizers[kind], template)
+    asked = ChatFormat(tokenizer, tmp_path, DAY)  # no config.json there: the tokenizer alone
+    puzzle = read_puzzles(pipeline / "puzzles/test.parquet")[0]
+    text = asked.prompt_text(puzzle.chat())
+    assert puzzle.system_message in text and puzzle.user_message.strip() in text
+    assert asked.opening == opening and text.endswith(opening)
+    # the tokens are those of the text: no second BOS, nothing after the header
+    assert asked.prompt_ids(puzzle.chat()) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.bos_token_id is None or asked.prompt_ids(puzzle.chat())[1:2] != [tokenizer.bos_token_id]
+    answer = f"<think>Cell 1 expresses CD3D , 'n't CD8A.</think>\n<answer>{' | '.join(puzzle.answer)}</answer>"
+    ids = asked.response_ids(answer)
+    assert ids[-1] == asked.turn_end and not set(ids[:-1]) & set(asked.stop_ids)
+    read = asked.response_text(ids)
+    assert read.replace("<think>\n", "<think>", 1).lstrip() == answer
+    assert batch_reward(read, puzzle).total == 1.0
+    assert asked.response_text(ids[:-1]) == read  # cut at the limit: no end of turn to take off
+    if opening:  # the model itself says neither the tag nor the line break
+        said = tokenizer.decode(ids[:-1], skip_special_tokens=False)
+        assert said.lstrip().startswith("Cell 1") and "<think>" not in said
+
+
+def test_the_template_ends_a_turn_not_the_tokenizer(tokenizers, tmp_path):
+    """Gemma: EOS is </s>, and the turn ends at <end_of_turn>. Both end a response; the cold start teaches the template's."""
+    tokenizer = with_template(tokenizers["metaspace"], GEMMA)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    asked = ChatFormat(tokenizer, tmp_path)
+    assert asked.turn_end == end and set(asked.stop_ids) == {2, 5, end}
+    assert asked.ends == {
+        end: ["chat template"],
+        2: ["tokenizer", "generation_config.json"],
+        5: ["generation_config.json"],
+    }
+
+
+def test_notes_say_what_is_unusual_and_the_date_is_the_runs(tokenizers, tmp_path):
+    tokenizer = tokenizers["byte-level"]
+    notes = {
+        name: ChatFormat(with_template(tokenizer, template), tmp_path).notes
+        for name, (template, _) in TEMPLATES.items()
+    }
+    assert notes["ChatML"] == notes["a date"] == notes["trims messages"] == []
+    assert notes["opens the reasoning"] == [
+        "the chat template ends the prompt in '<think>\\n', so the text of every response begins with it"
+    ]
+    assert notes["no system role"] == [
+        "the chat template raises 'System role not supported', so the system message stands at the head of the user message"
+    ]
+    assert notes["drops the system message"][0].startswith("the chat template drops the system message, so ")
+    assert notes["a thinking switch"] == ["the chat template reasons with enable_thinking=True, so that is set"]
+    dated = ChatFormat(with_template(tokenizer, DATED), tmp_path, DAY)
+    assert dated.prompt_text([{"role": "user", "content": "x"}]).startswith("Today: 03 Feb 2026\n")
+
+
+BAD_TEMPLATES = {
+    "none": (None, "has no chat template; take the instruct version"),
+    "raises": ("{{ messages[0].role.x.y }}", "its chat template raises"),
+    "drops both": ("{{ messages[0].role }}", "its chat template drops the system message"),
+    "closes the reasoning": (
+        CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think></think>\n{%"),
+        "closes the reasoning (</think>) before the model speaks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEMPLATES)
+def test_a_template_that_cannot_ask_is_refused(tokenizers, tmp_path, case):
+    template, says = BAD_TEMPLATES[case]
+    with pytest.raises(UserError) as refused:
+        ChatFormat(with_template(tokenizers["byte-level"], template), tmp_path)
+    assert says in str(refused.value)
+
+
+def test_a_message_that_the_template_changes_is_refused(tokenizers, tmp_path):
+    cut = CHAT_TEMPLATE.replace("message['content']", "message['content'][:40]")
+    asked = ChatFormat(with_template(tokenizers["byte-level"], cut), tmp_path)
+    with pytest.raises(UserError, match="changes or drops the user message"):
+        asked.prompt_ids([{"role": "system", "content": "short"}, {"role": "user", "content": "x" * 41}])
+
+
+def test_ends_that_cannot_be_are_refused(tokenizers, tmp_path):
+    tokenizer = with_template(tokenizers["byte-level"], CHAT_TEMPLATE)
+    word = tokenizer.encode("Cell", add_special_tokens=False)[0]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": word}))
+    with pytest.raises(UserError, match=rf"config.json names token {word} \('Cell'\) as the end of a response"):
+        ChatFormat(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
+    with pytest.raises(UserError, match="but the model embeds 100"):
+        ChatFormat(tokenizer, tmp_path)
+    (tmp_path / "config.json").unlink()
+    tokenizer = tagged_tokenizer_without_ends(tokenizer)
+    with pytest.raises(UserError, match="nothing says which token ends a response"):
+        ChatFormat(tokenizer, tmp_path)
+
+
+def tagged_tokenizer_without_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    plain.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    return plain
+
+
+def test_repeats_are_counted_over_the_batch():
+    assert count_repeats(["a", "b", "a", "a", "b"]) == [0, 0, 1, 2, 1]
+
+
+def test_a_puzzle_twice_in_a_batch_is_sampled_twice(pipeline):
+    """And a puzzle that is there once is drawn as it would be alone."""
+    policy = trained_policy(pipeline / "base")
+    prompt = policy.chat.prompt_ids(read_puzzles(pipeline / "puzzles/test.parquet")[0].chat())
+    engine = TorchEngine(policy.model, policy.decoding)
+    from tests.helpers.architectures import sampling_of
+
+    alone = engine.generate(["a"], [prompt], sampling_of(policy, n=4, max_tokens=8))
+    engine.ask(0, ["a"] * 4, [prompt] * 4, sampling_of(policy, n=4, max_tokens=8))
+    groups = engine.collect(0)
+    assert groups[0] == alone[0]
+    assert len({tuple(r.response_ids) for group in groups for r in group}) == 16
+
+
+def variant(pipeline: Path, folder: Path, template: str | None = None) -> Path:
+    """The pipeline's base with another chat template."""
+    shutil.copytree(pipeline / "base", folder)
+    (folder / "chat_template.jinja").write_text(template or CHAT_TEMPLATE)
+    return folder
+
+
+def test_the_opened_tag_is_in_every_text(pipeline, tmp_path):
+    """SFT targets, rollouts.jsonl and the prompt of an opened checkpoint, through the real commands."""
+    base = variant(pipeline, tmp_path / "r1", OPENED)
+    out = succeed(
+        "sft",
+        "--traces",
+        pipeline / "traces.jsonl",
+        "--model",
+        base,
+        "--out",
+        tmp_path / "sft",
+        "--epochs",
+        1,
+        "--batch-size",
+        64,
+        "--lora-rank",
+        4,
+        "--lora-alpha",
+        8,
+    )
+    assert out.count("so the text of every response begins with it") == 1
+    run = tmp_path / "grpo"
+    told = succeed(
+        "grpo",
+        "--model",
+        tmp_path / "sft/model",
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        run,
+        "--engine",
+        "torch",
+        "--steps",
+        1,
+        *SMALL_GRPO,
+    )
+    assert told.count("so the text of every response begins with it") == 1
+    rows = read_rows(run / "rollouts.jsonl")
+    assert all(row["completion"].startswith("<think>\n") for row in rows)
+    puzzle = read_puzzles(pipeline / "puzzles/test.parquet")[0]
+    policy = Policy(str(base), lora_rank=0, lora_alpha=0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    labels = " | ".join(puzzle.answer)
+    trace = {**puzzle.to_row(), "assistant_msg": f"<think>x</think>\n<answer>{labels}</answer>"}
+    (example,), _ = encode_traces(policy, [trace], SftConfig(traces="t", model="m", out="o"))
+    assert example.prompt_ids == open_checkpoint(base).chat.prompt_ids(puzzle.chat())
+    assert policy.tokenizer.decode(example.prompt_ids).endswith(HEADER + "<think>\n")
+    assert policy.tokenizer.decode(example.response_ids) == f"x</think>\n<answer>{labels}</answer><|im_end|>"
+
+
+def test_a_resumed_run_shows_its_first_day(pipeline, tmp_path):
+    base = variant(pipeline, tmp_path / "dated", DATED)
+    asked = (
+        *("--model", base, "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"),
+        *("--engine", "torch", *SMALL_GRPO),
+    )
+    succeed("grpo", *asked, "--steps", 1, "--date", "2026-02-03")
+    succeed("grpo", *asked, "--steps", 2, "--resume")
+    assert json.loads((tmp_path / "run/config.json").read_text())["settings"]["date"] == "2026-02-03"
+    whole = tmp_path / "whole"
+    succeed("grpo", *asked[:4], "--out", whole, *asked[6:], "--steps", 2, "--date", "2026-02-03")
+    assert (whole / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    done = run_command("grpo", *asked, "--steps", 3, "--resume", "--date", "2026-02-04")
+    assert done.returncode == 2 and "date was '2026-02-03'" in done.stderr
+    shown = open_checkpoint(sorted((whole / "checkpoints").iterdir())[-1], str(base)).chat
+    assert shown.date == DAY
+
+
+# ---- the table of a checkpoint
+
+
+def rows_of(folder: Path, **more) -> dict[str, str]:
+    return {row.what: row.value for row in check_model(str(folder), **more)}
+
+
+def problem_of(folder: Path, **more) -> str:
+    return " ".join(row.problem for row in check_model(str(folder), **more) if row.problem)
+
+
+def test_check_model_shows_how_a_model_is_asked(pipeline):
+    printed = succeed("check_model", pipeline / "base", "--answer-tokens", 4, fresh=True)
+    for line in (
+        "head                   tied to the embedding",
+        "LoRA                   on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj of 2 layers",
+        "packing                responses share a prompt",
+        "tokens per tag         <think> 1, </think> 1, <answer> 1, </answer> 1",
+        "an answer ends at      2 '<|im_end|>' (tokenizer, config.json, generation_config.json)",
+        r"prompt ends in         '<|im_end|>\n<|im_start|>assistant\n'",
+    ):
+        assert line in printed
+    table = json.loads(succeed("check_model", pipeline / "base", "--json"))
+    assert [row["what"] for row in table][-1] == "a greedy answer" and not any(row["problem"] for row in table)
+
+
+REFUSED = {
+    "gpt2": ({}, "a gpt2 has no model.layers and lm_head; use a Qwen2.5"),
+    "opt": ({}, "a opt has no model.layers and lm_head"),
+    "gpt_neox": ({}, "a gpt_neox has no model.layers and lm_head"),
+    "phi": ({}, "the head of this phi has a bias"),
+    "qwen3_moe": (
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        "a mixture of experts (num_experts 4)",
+    ),
+    "qwen2": (
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+        "only some layers attend in a sliding window",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_architecture_that_cannot_run_is_refused_by_name(pipeline, tmp_path, kind):
+    more, says = REFUSED[kind]
+    folder = make_checkpoint(tmp_path / kind, load_tokenizer(str(pipeline / "base")), kind, **more)
+    assert says in problem_of(folder)
+    done = run_command(
+        "grpo",
+        "--model",
+        folder,
+        "--puzzles",
+        pipeline / "puzzles/train.parquet",
+        "--out",
+        tmp_path / "run",
+        *SMALL_GRPO,
+    )
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "run").exists()
+    dry = run_command("grpo", "--model", folder, "--dry-run", *SMALL_GRPO)
+    assert dry.returncode == 2 and says in dry.stdout and "Traceback" not in dry.stderr
+
+
+def test_a_head_that_the_configuration_denies_is_named(pipeline, tmp_path):
+    folder = variant(pipeline, tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    assert "but the weight files hold no lm_head.weight" in problem_of(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert problem_of(folder) == "" and rows_of(folder)["head"] == "a weight of its own"
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert "hold another lm_head.weight, which would be ignored" in problem_of(folder)
+
+
+def test_files_that_cannot_be_read_are_named(pipeline, tmp_path):
+    folder = variant(pipeline, tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "a weight file is damaged" in problem_of(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "martian"}))
+    assert "config.json cannot be used" in problem_of(folder)
+
+
+# ---- every architecture
+
+
+@pytest.fixture(scope="module")
+def measured(pipeline, tmp_path_factory) -> dict[str, dict]:
+    printed = succeed(ROOT / "tests/helpers/architectures.py", pipeline / "base", tmp_path_factory.mktemp("types"))
+    rows = [json.loads(line.removeprefix("RESULT ")) for line in printed.splitlines() if line.startswith("RESULT ")]
+    return {row["name"]: row for row in rows}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(5)
+@pytest.mark.parametrize("name", TYPES)
+def test_samplers_and_trainer_agree_on_every_architecture(measured, name):
+    found = measured[name]
+    assert max(found["torch"], found["vllm"], found["vllm, third adapter"]) < 5e-6
+    assert found["gradient"] < 1e-5
+    assert found["shares"] == (name not in ("Mistral with a window", "Gemma 2", "Gemma 3"))
+
+
+@pytest.mark.vllm
+def test_nothing_leaks_into_a_sampler(measured):
+    """A nucleus changes what is drawn and not its log-prob; generation_config.json changes nothing; our ends are the ends."""
+    found = measured["sampling"]
+    for engine in ("torch", "vllm"):
+        assert found[f"{engine}, whole"] < 5e-6 and found[f"{engine}, nucleus"] < 5e-6
+        assert found[f"{engine}, distinct"] == 6  # top_k 1 would make the three responses of a prompt one
+        assert all(found[f"{engine}, stops"])
+
+
+def test_a_nucleus_at_another_temperature_is_refused_for_vllm():
+    from trainer.config import GrpoConfig
+
+    with pytest.raises(UserError, match="--top-p 0.9 and --temperature 0.7: vLLM then reports"):
+        GrpoConfig(top_p=0.9, temperature=0.7)
+    GrpoConfig(top_p=0.9, temperature=0.7, engine="torch")
