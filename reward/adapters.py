@@ -18,6 +18,12 @@ from data.puzzles import Puzzle
 from reward.result import Reward, RewardFn, Status
 
 
+def is_async(fn: Callable) -> bool:
+    """Whether a call of `fn`, or of the function that an adapter wraps, is a coroutine."""
+    called = (fn, type(fn).__call__)  # also an object with `async def __call__`
+    return any(map(inspect.iscoroutinefunction, called)) or getattr(fn, "is_async", False) is True
+
+
 def adapt(style: str, fn: Callable) -> RewardFn:
     """`fn` as a reward function of (completion, puzzle). Raises UserError when it needs an argument we do not have."""
     if style == "verl":
@@ -68,7 +74,7 @@ def _from_trl(fn: Callable) -> RewardFn:
         parts: dict[str, float] = {}
         return _then(fn(**arguments(completion, puzzle, parts)), lambda results: settle(results, parts))
 
-    scored.is_async = inspect.iscoroutinefunction(fn)
+    scored.is_async = is_async(fn)
     return scored
 
 
@@ -90,7 +96,7 @@ def _from_verl(fn: Callable) -> RewardFn:
         )
         return _then(result, settle)
 
-    scored.is_async = inspect.iscoroutinefunction(fn)
+    scored.is_async = is_async(fn)
     return scored
 
 

@@ -6,6 +6,7 @@ Only the answer block is read. A tag that occurs twice anywhere, also inside the
 the authors' scorer can be tricked into reading a line of the reasoning instead of the answer.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 from data.prompts import RESPONSE_LAYOUT as _RESPONSE
@@ -48,8 +49,15 @@ def parse_response(text: str, n_cells: int) -> ParsedResponse:
 
 
 def normalise_label(label: str) -> str:
-    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored."""
-    return " ".join(label.split()).casefold()
+    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored, composed (Unicode's NFC).
+
+    A letter with its accent is one character or two, and looks the same:
+
+    >>> normalise_label(" M\xfcller\xa0 glia ") == normalise_label("mu\u0308ller GLIA")
+    True
+    """
+    folded = unicodedata.normalize("NFD", " ".join(label.split())).casefold()
+    return unicodedata.normalize("NFC", folded)
 
 
 def cells_right(labels: list[str], answer: list[str]) -> int:
