@@ -98,7 +98,8 @@ def strict_reward(completion: str, puzzle: Puzzle) -> Reward:
     reward = batch_reward(completion, puzzle)
     labels = parse_response(completion, len(puzzle.cells)).labels
     if len({normalise_label(label) for label in labels}) < len(labels):
-        return Reward(total=-1.0, parts=reward.parts, status=Status.INVALID_FORMAT)
+        problem = "two cells have the same label"
+        return Reward(total=-1.0, parts=reward.parts, status=Status.INVALID_FORMAT, message=problem)
     return reward
 
 
@@ -107,7 +108,7 @@ def _reward(completion: str, puzzle: Puzzle, total_of) -> Reward:
     parsed = parse_response(completion, len(puzzle.cells))
     if not parsed.valid:
         parts = {"cell_accuracy": 0.0, "batch_accuracy": 0.0, "format_validity": 0.0}
-        return Reward(total=-1.0, parts=parts, status=Status.INVALID_FORMAT)
+        return Reward(total=-1.0, parts=parts, status=Status.INVALID_FORMAT, message=parsed.problem)
     cell_accuracy = cells_right(parsed.labels, puzzle.answer) / len(puzzle.answer)
     parts = {"cell_accuracy": cell_accuracy, "batch_accuracy": float(cell_accuracy == 1.0), "format_validity": 1.0}
     return Reward(total=total_of(cell_accuracy), parts=parts)

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -45,7 +46,7 @@ class Reward:
     """Named numbers that explain the total. Their means are `rewards/<name>` in metrics.jsonl."""
     status: Status = Status.OK
     message: str = ""
-    """Why the completion was not scored."""
+    """Why the completion was not scored, or what is wrong with its format."""
 
     @property
     def failed(self) -> bool:
@@ -72,6 +73,32 @@ def as_reward(result: object) -> Reward:
     total = math.nan if status in NOT_SCORED else _as_number(result.total, "the total of the reward")
     parts = {as_text(name): _as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
     return Reward(total=total, parts=parts, status=status, message=as_text(result.message))
+
+
+def timed_out(seconds: float) -> Reward:
+    return Reward(total=math.nan, status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}")
+
+
+def nothing_usable(rows: list[dict]) -> str:
+    """What is wrong when every response has an invalid format or was cut, and the commonest reasons; "" otherwise.
+
+    rows: of rollouts.jsonl.
+    """
+    if any(row["status"] not in (Status.INVALID_FORMAT, Status.TRUNCATED) for row in rows):
+        return ""
+    cut = "it was cut at --max-response-tokens"
+    reasons = Counter(
+        cut if row["status"] == Status.TRUNCATED else row.get("message", "its format is invalid") for row in rows
+    )
+    commonest = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    first = min(rows, key=lambda row: row["status"] == Status.TRUNCATED)  # a whole response says more than a cut one
+    text = first["completion"]
+    shown = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+    what = "was cut at the length limit" if list(reasons) == [cut] else "has an invalid format or was cut"
+    return (
+        f"each of the {len(rows)} responses {what}, so there is nothing to learn from: {commonest}. Puzzle "
+        f"{first['puzzle_id']} was answered {shown!r}"
+    )
 
 
 def as_text(value: object) -> str:

@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 
@@ -34,7 +34,7 @@ from data.processes import end_group_with_this_process, end_with_parent, keep_fr
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, as_reward, load_reward
 from reward.adapters import is_async
-from reward.result import as_text
+from reward.result import as_text, timed_out
 
 CONCURRENT = 64
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
@@ -251,14 +251,9 @@ def serve(path: str, seconds: float, jobs: int, replies: int) -> None:
     _write(replies, {"ready": True, "is_async": is_async(fn)})
     if is_async(fn):
         asyncio.run(_serve_side_by_side(fn, seconds, jobs, replies))
-    for job in _lines(jobs):
+    for job in map(json.loads, os.fdopen(jobs, "rb", closefd=False)):
         _answer(replies, job, score_plain(fn, job["completion"], Puzzle(**job["puzzle"]), seconds))
     os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
-
-
-def _lines(jobs: int) -> Iterator[dict]:
-    with os.fdopen(jobs, "rb", closefd=False) as lines:
-        yield from map(json.loads, lines)
 
 
 async def _serve_side_by_side(fn: RewardFn, seconds: float, jobs: int, replies: int) -> None:
@@ -330,10 +325,6 @@ def _settle(outcome: Reward | BaseException, start: float, process: int, seconds
     where = traceback.extract_tb(outcome.__traceback__)[-1]
     message = f"{type(outcome).__name__}: {as_text(outcome)} ({os.path.basename(where.filename)}, line {where.lineno})"
     return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))
-
-
-def timed_out(seconds: float) -> Reward:
-    return Reward(total=math.nan, status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}")
 
 
 def _answer(replies: int, job: dict, reward: Reward) -> None:

@@ -220,6 +220,7 @@ class GrpoConfig(TrainingConfig):
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",
         ("stop", "drop"),
     )
+    insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
     group_size: int = sampling(5, "Responses per prompt (G).")
     updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")

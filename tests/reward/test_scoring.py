@@ -308,6 +308,7 @@ SMALL = (
     8,
     "--lora-alpha",
     16,
+    "--insist",
     "--lr",
     1e-2,
     "--engine",
