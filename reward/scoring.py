@@ -13,7 +13,6 @@ asyncio.run, fork, and start pools of processes. An async one gets up to CONCURR
 """
 
 import asyncio
-import inspect
 import json
 import math
 import os
@@ -23,18 +22,17 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 
 from data.errors import UserError
 from data.processes import end_group_with_this_process, end_with_parent, keep_from_children, module_environment
 from data.puzzles import Puzzle
-from reward import Reward, RewardFn, Status, as_reward, load_reward
-from reward.adapters import is_async
-from reward.result import as_text, timed_out
+from reward import Reward, RewardFn, Status, load_reward
+from reward.adapters import is_async, score_async, score_plain
+from reward.result import timed_out
 
 CONCURRENT = 64
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
@@ -275,56 +273,6 @@ async def _serve_side_by_side(fn: RewardFn, seconds: float, jobs: int, replies: 
 
     loop.add_reader(jobs, read)
     await asyncio.Event().wait()  # for ever: `read` ends the process
-
-
-def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
-    """The reward of one response, by a plain function; it is called outside an event loop.
-
-    An exception or a time-out becomes a status with total nan, never a number. This and `score_async` are the only places
-    that catch everything: the function is the user's, and --on-reward-error decides.
-    """
-    start, process = time.monotonic(), os.getpid()
-
-    async def within(awaitable: Awaitable) -> object:
-        async with asyncio.timeout(seconds):
-            return await awaitable
-
-    try:
-        result = fn(completion, puzzle)
-        outcome = as_reward(asyncio.run(within(result)) if inspect.isawaitable(result) else result)
-    except BaseException as error:  # also SystemExit, GeneratorExit and CancelledError
-        outcome = error
-    return _settle(outcome, start, process, seconds)
-
-
-async def score_async(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
-    """`score_plain` for an async function."""
-    start, process = time.monotonic(), os.getpid()
-    try:
-        async with asyncio.timeout(seconds):
-            outcome = as_reward(await fn(completion, puzzle))
-    except BaseException as error:
-        outcome = error
-    return _settle(outcome, start, process, seconds)
-
-
-def _settle(outcome: Reward | BaseException, start: float, process: int, seconds: float | None) -> Reward:
-    """What counts of the outcome of a reward function. process: the one that called it, at `start`.
-
-    seconds: the time limit; None in the trainer itself.
-    """
-    if os.getpid() != process:
-        os._exit(0)  # the function forked and this is the child: its parent answers
-    if isinstance(outcome, KeyboardInterrupt) and seconds is None:
-        raise outcome  # it is for the trainer
-    late = seconds is not None and time.monotonic() - start >= seconds
-    if late and isinstance(outcome, Reward | TimeoutError):
-        return timed_out(seconds)
-    if isinstance(outcome, Reward):
-        return outcome
-    where = traceback.extract_tb(outcome.__traceback__)[-1]
-    message = f"{type(outcome).__name__}: {as_text(outcome)} ({os.path.basename(where.filename)}, line {where.lineno})"
-    return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))
 
 
 def _answer(replies: int, job: dict, reward: Reward) -> None:
