@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
 from data.files import write_whole
+from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
 from eval.run_files import read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
@@ -52,20 +53,19 @@ LINES = 20
 """Lines of progress that a run prints where there is no terminal for a bar."""
 
 
-def ask_engine(engine: LocalEngine, tokenizer, encode: Callable[[Puzzle], list[int]], sampling: Sampling) -> Ask:
-    """A model in an engine in this process. encode: gives a puzzle's prompt as tokens.
-
-    sampling.temperature 0 is greedy.
-    """
+def ask_engine(engine: LocalEngine, chat: ChatFormat, sampling: Sampling) -> Ask:
+    """A model in an engine in this process. chat: how it is asked. sampling.temperature 0 is greedy."""
 
     def answer(rollout: Rollout) -> Answer:
-        text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        text = chat.response_text(rollout.response_ids)
         return Answer(text=text, tokens=len(rollout.response_ids), finish_reason=rollout.finish_reason)
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
         # each chunk has its own seed: a resumed run samples what the unbroken run would have
         of_chunk = replace(sampling, seed=stable_seed("evaluate", sampling.seed, first))
-        groups = engine.generate([puzzle.id for puzzle in puzzles], [encode(puzzle) for puzzle in puzzles], of_chunk)
+        groups = engine.generate(
+            [puzzle.id for puzzle in puzzles], [chat.prompt_ids(puzzle.chat()) for puzzle in puzzles], of_chunk
+        )
         yield [(puzzle, [answer(r) for r in group]) for puzzle, group in zip(puzzles, groups, strict=True)]
 
     return ask

@@ -104,8 +104,10 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
     from trainer.ranks.world import leave_world
 
     opened = open_checkpoint(str(config.model), config.base)
+    for note in opened.chat.notes:
+        click.echo(f"note: {note}", err=True)
     chats = [hinted_chat(puzzle) if config.hint else puzzle.chat() for puzzle in puzzles]
-    longest = max(len(opened.encode(chat)) for chat in chats) + config.max_response_tokens
+    longest = max(len(opened.chat.prompt_ids(chat)) for chat in chats) + config.max_response_tokens
     model = json.loads((opened.base / "config.json").read_text())
     context = model.get("max_position_embeddings") or longest
     if longest > context:
@@ -123,13 +125,14 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
     )
     top_p = 1.0 if config.top_p is None else config.top_p
     sampling = Sampling(
-        n=1, max_tokens=config.max_response_tokens, temperature=config.temperature, top_p=top_p, seed=config.seed
+        n=1,
+        max_tokens=config.max_response_tokens,
+        temperature=config.temperature,
+        top_p=top_p,
+        seed=config.seed,
+        stop_ids=opened.chat.stop_ids,
     )
-
-    def decode(ids: list[int]) -> str:
-        return opened.tokenizer.decode(ids, skip_special_tokens=True)
-
-    return VLLMTeacher(engine, opened.encode, decode, sampling, batch, str(config.model), meter, leave_world)
+    return VLLMTeacher(engine, opened.chat, sampling, batch, str(config.model), meter, leave_world)
 
 
 if __name__ == "__main__":

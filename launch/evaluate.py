@@ -101,7 +101,9 @@ def load_model(config: EvaluateConfig, sets: list[PuzzleSet]) -> Loaded:
     from trainer.ranks.world import leave_world
 
     opened = open_checkpoint(str(config.model), config.base)
-    longest = max(len(opened.encode(puzzle.chat())) for puzzle_set in sets for puzzle in puzzle_set.puzzles)
+    for note in opened.chat.notes:
+        print(f"note: {note}", file=sys.stderr)
+    longest = max(len(opened.chat.prompt_ids(puzzle.chat())) for puzzle_set in sets for puzzle in puzzle_set.puzzles)
     engine = start_engine(
         opened,
         longest=longest + config.max_response_tokens,
@@ -114,13 +116,14 @@ def load_model(config: EvaluateConfig, sets: list[PuzzleSet]) -> Loaded:
         temperature=config.used_temperature,
         top_p=config.top_p,
         seed=config.seed,
+        stop_ids=opened.chat.stop_ids,
     )
 
     def close() -> None:
         engine.close()
         leave_world()
 
-    return ask_engine(engine, opened.tokenizer, lambda puzzle: opened.encode(puzzle.chat()), sampling), close
+    return ask_engine(engine, opened.chat, sampling), close
 
 
 if __name__ == "__main__":

@@ -276,8 +276,7 @@ async def _serve_side_by_side(fn: RewardFn, seconds: float, jobs: int, replies: 
 
 
 def _answer(replies: int, job: dict, reward: Reward) -> None:
-    values = {"total": reward.total, "parts": reward.parts, "status": reward.status, "message": reward.message}
-    _write(replies, {"index": job["index"], **values})
+    _write(replies, {"index": job["index"], **asdict(reward)})
 
 
 def _write(replies: int, message: dict) -> None:

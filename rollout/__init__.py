@@ -6,7 +6,8 @@ G: responses per prompt. T: tokens of one response.
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ __all__ = ["Ahead", "Canary", "Engine", "LocalEngine", "Rollout", "RunError", "S
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. Example: Sampling(n=8, max_tokens=192, temperature=1.0, top_p=1.0, seed=7)"""
+    """How to sample. Example: Sampling(n=8, max_tokens=192, temperature=1.0, top_p=1.0, seed=7, stop_ids=(2,))"""
 
     n: int
     """Responses per prompt (G)."""
@@ -30,6 +31,8 @@ class Sampling:
     top_p: float
     """Probability mass of nucleus sampling; 1 samples from the whole vocabulary."""
     seed: int
+    stop_ids: tuple[int, ...]
+    """Tokens that end a response (ChatFormat.stop_ids). The one that was sampled is part of the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Rollout:
     response_ids: list[int]
     """[T] sampled tokens, including the end-of-turn token if the response reached it."""
     sampler_logprobs: list[float]
-    """[T] log-prob of each sampled token under the sampler, at the sampling temperature."""
+    """[T] log-prob of each sampled token under the sampler, at the sampling temperature, over the whole
+    vocabulary: with top_p < 1 too, since the trainer's log-probs know no nucleus."""
     finish_reason: str
     """"stop" (end of turn) or "length" (cut at max_tokens)."""
     adapter_version: int
@@ -90,8 +94,14 @@ class LocalEngine(ABC):
         self.off: list[float] | None = None  # [T-1] canary log-probs without the adapter; they never change
 
     @abstractmethod
-    def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
-        """Sample `sampling.n` responses per prompt. Returns one group per prompt, in prompt order."""
+    def generate(
+        self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
+    ) -> list[list[Rollout]]:
+        """Sample `sampling.n` responses per prompt. Returns one group per prompt, in prompt order.
+
+        repeats: how often the puzzle of each prompt stood in the batch before (count_repeats), so that a puzzle that
+        stands there twice gets other draws the second time; () if none does.
+        """
 
     @abstractmethod
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
@@ -134,7 +144,10 @@ class LocalEngine(ABC):
         first = self.rank // self.tensor_parallel * self.tensor_parallel
         team = range(first, first + self.tensor_parallel)
         ours = [i for i in range(len(prompts)) if i % self.size in team]
-        groups = self.generate([puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling)
+        repeats = count_repeats(puzzle_ids)  # over the whole batch, so that they do not depend on the number of ranks
+        groups = self.generate(
+            [puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling, [repeats[i] for i in ours]
+        )
         self.seconds = time.perf_counter() - start
         self.sleep()
         return [group for i, group in zip(ours, groups, strict=True) if i % self.size == self.rank]
@@ -188,6 +201,16 @@ class Ahead:
                 self.ask(step)
                 self.requested.append(step)
         self.next = max(self.next, min(end, self.end))
+
+
+def count_repeats(puzzle_ids: Sequence[str]) -> list[int]:
+    """For each place of a batch, how often its puzzle stood at an earlier place. ["a", "b", "a"] gives [0, 0, 1]."""
+    seen: Counter[str] = Counter()
+    repeats = []
+    for name in puzzle_ids:
+        repeats.append(seen[name])
+        seen[name] += 1
+    return repeats
 
 
 def stable_seed(*parts: object) -> int:

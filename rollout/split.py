@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rollout import Rollout, Sampling
+from rollout import Rollout, Sampling, count_repeats
 from rollout.link import JOIN_SECONDS, Address, address_facing, join_store, make_group, put_signed, take_signed
 from rollout.sync import Canary, Manifest, Parcel, RunError, SyncError, manifest_hash
 
@@ -70,6 +70,8 @@ class Generate:
     places: list[int]
     """Position of each prompt in the step's list of prompts."""
     puzzle_ids: list[str]
+    repeats: list[int]
+    """See LocalEngine.generate."""
     prompts: list[list[int]]
     sampling: Sampling
 
@@ -136,6 +138,7 @@ class SplitEngine:
     def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
         """See Engine. Sampler e of E gets prompts[e :: E]."""
         self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
+        repeats = count_repeats(puzzle_ids)  # over the whole batch, whoever samples it
         for e, orders in enumerate(self.queues):
             places = list(range(e, len(prompts), len(self.queues)))
             orders.put(
@@ -143,6 +146,7 @@ class SplitEngine:
                     step=step,
                     places=places,
                     puzzle_ids=[puzzle_ids[i] for i in places],
+                    repeats=[repeats[i] for i in places],
                     prompts=[prompts[i] for i in places],
                     sampling=sampling,
                 )
@@ -286,6 +290,7 @@ class Session:
                 "step": item.step,
                 "places": item.places,
                 "puzzle_ids": item.puzzle_ids,
+                "repeats": item.repeats,
                 "prompts": item.prompts,
                 "sampling": vars(item.sampling),
             }

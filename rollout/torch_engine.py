@@ -4,7 +4,7 @@ Every response has its own random generator, so it does not depend on the other 
 B: responses decoded together. L: tokens of the longest prompt. T: response tokens. V: vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,7 +20,6 @@ class TorchEngine(LocalEngine):
     def __init__(
         self,
         model: torch.nn.Module,
-        eos_id: int,
         decoding: Callable[[], AbstractContextManager],
         *,
         batch: int = 64,
@@ -35,7 +34,7 @@ class TorchEngine(LocalEngine):
         on any rank; the ranks of a sharded model must all decode until the last one is done.
         """
         super().__init__(rank, size)
-        self.model, self.eos_id, self.decoding, self.batch = model, eos_id, decoding, batch
+        self.model, self.decoding, self.batch = model, decoding, batch
         self.adopt, self.anyone = adopt, anyone
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
@@ -45,13 +44,16 @@ class TorchEngine(LocalEngine):
             self.adopt(parcel.tensors)
         self.version, self.hash = version, manifest_hash(manifest)
 
-    def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(
+        self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
+    ) -> list[list[Rollout]]:
         """See LocalEngine."""
+        repeats = repeats or [0] * len(prompts)
         jobs = [(row, copy) for row in range(len(prompts)) for copy in range(sampling.n)]
         responses: list[tuple[list[int], list[float]]] = []
         for start in range(0, len(jobs), self.batch):
             chosen = jobs[start : start + self.batch]
-            uniforms = [self._uniforms(sampling, puzzle_ids[row], copy) for row, copy in chosen]
+            uniforms = [self._uniforms(sampling, puzzle_ids[row], copy, repeats[row]) for row, copy in chosen]
             responses += self._decode([prompts[row] for row, _ in chosen], torch.stack(uniforms), sampling)
         rollouts = [
             Rollout(
@@ -59,7 +61,7 @@ class TorchEngine(LocalEngine):
                 prompt_ids=prompts[row],
                 response_ids=ids,
                 sampler_logprobs=logprobs,
-                finish_reason="stop" if ids[-1] == self.eos_id else "length",
+                finish_reason="stop" if ids[-1] in sampling.stop_ids else "length",
                 adapter_version=self.version,
                 adapter_hash=self.hash,
             )
@@ -76,9 +78,10 @@ class TorchEngine(LocalEngine):
         return logits_TV.log_softmax(-1).gather(-1, tokens_1T[0, 1:, None])[:, 0].tolist()
 
     @staticmethod
-    def _uniforms(sampling: Sampling, puzzle_id: str, copy: int) -> Tensor:
-        """[max_tokens] float64 in [0, 1): one draw per token. A function of (seed, puzzle, copy) only."""
-        generator = torch.Generator().manual_seed(stable_seed(sampling.seed, puzzle_id, copy))
+    def _uniforms(sampling: Sampling, puzzle_id: str, copy: int, repeat: int) -> Tensor:
+        """[max_tokens] float64 in [0, 1): one draw per token. A function of (seed, puzzle, copy, repeat) only."""
+        again = (repeat,) if repeat else ()  # a puzzle that stands in the batch once is drawn as it always was
+        generator = torch.Generator().manual_seed(stable_seed(sampling.seed, puzzle_id, copy, *again))
         return torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
@@ -89,8 +92,9 @@ class TorchEngine(LocalEngine):
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         # padded on the left, so that the last position of every row predicts its next token
-        tokens_BL = torch.tensor([[self.eos_id] * (width - len(p)) + p for p in prompts], device=device)
+        tokens_BL = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
         seen_BL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # 0: padding
+        stop_ids = torch.tensor(sampling.stop_ids, device=device)
         cache, done_B = None, torch.zeros(len(prompts), dtype=torch.bool, device=device)
         ids_TB, logprobs_TB = [], []
         with self.decoding():
@@ -112,7 +116,7 @@ class TorchEngine(LocalEngine):
                 )
                 ids_TB.append(choice_B)
                 logprobs_TB.append(logprob_B)
-                done_B |= choice_B == self.eos_id
+                done_B |= torch.isin(choice_B, stop_ids)
                 # sync point of a sharded model: a rank that stopped alone would leave the others waiting for its layers
                 if not self.anyone(not bool(done_B.all())):
                     break
@@ -120,26 +124,28 @@ class TorchEngine(LocalEngine):
                 seen_BL = torch.cat([seen_BL, seen_BL.new_ones(len(prompts), 1)], dim=1)
         # finished rows were decoded on with the rest of the batch: cut each after its first end-of-turn token
         ids, logprobs = torch.stack(ids_TB, 1).tolist(), torch.stack(logprobs_TB, 1).tolist()
-        lengths = [row.index(self.eos_id) + 1 if self.eos_id in row else len(row) for row in ids]
+        lengths = [next((i for i, t in enumerate(row, 1) if t in sampling.stop_ids), len(row)) for row in ids]
         return [(row[:n], values[:n]) for row, values, n in zip(ids, logprobs, lengths, strict=True)]
 
 
 def draw_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """(tokens [B], log-probs [B]), by inverting the cumulative distribution at `uniform_B`. Greedy at temperature 0.
 
-    logits_BV: float32. uniform_B: float64 in [0, 1). The log-probs are those of the distribution that was sampled from.
+    logits_BV: float32. uniform_B: float64 in [0, 1). The log-probs are over the whole vocabulary at
+    `temperature`, also where top_p < 1: that is what the trainer computes.
     """
     if temperature == 0:
         logprobs_BV = logits_BV.log_softmax(-1)
         choice_B = logits_BV.argmax(-1)
         return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]
     logprobs_BV = (logits_BV / temperature).log_softmax(-1)
+    kept_BV = logprobs_BV
     if top_p < 1:
         ordered, index = logprobs_BV.sort(-1, descending=True)
         beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p  # the token that crosses top_p stays
         dropped = torch.zeros_like(beyond).scatter(-1, index, beyond)
-        logprobs_BV = logprobs_BV.masked_fill(dropped, float("-inf")).log_softmax(-1)
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)  # float64: a float32 sum over V loses the rare tokens
+        kept_BV = logprobs_BV.masked_fill(dropped, float("-inf")).log_softmax(-1)
+    cumulative_BV = kept_BV.double().exp().cumsum(-1)  # float64: a float32 sum over V loses the rare tokens
     target_B = uniform_B * cumulative_BV[:, -1]  # the sum is 1 only up to rounding
     choice_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
     return choice_B, logprobs_BV.gather(-1, choice_B[:, None])[:, 0]

@@ -3,6 +3,7 @@
 import os
 import secrets
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class VLLMEngine(LocalEngine):
     model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter.
     max_model_len: prompt + response tokens. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
     memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
-    2 would lose the adapter).
+    2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class VLLMEngine(LocalEngine):
         size: int = 1,
         tensor_parallel: int = 1,
         may_sleep: bool = False,
+        nucleus: bool = False,
     ) -> None:
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
@@ -101,7 +103,10 @@ class VLLMEngine(LocalEngine):
             tensor_parallel_size=tensor_parallel,
             enable_sleep_mode=self.may_sleep,
             worker_extension_cls="rollout.vllm_engine.SyncWorker",
-            logprobs_mode="processed_logprobs",  # after temperature and top-p: the distribution that was sampled from
+            # "processed" is after temperature and top-p, "raw" before both. The trainer scores with the temperature and the
+            # whole vocabulary, so a nucleus needs raw, which is right at temperature 1 only (GrpoConfig refuses others)
+            logprobs_mode="raw_logprobs" if nucleus else "processed_logprobs",
+            generation_config="vllm",  # nothing from the model's generation_config.json: no top-k, no penalty
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
             disable_log_stats=True,
@@ -138,7 +143,9 @@ class VLLMEngine(LocalEngine):
             self.llm.sleep(level=1)
             self.asleep = True
 
-    def generate(self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(
+        self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
+    ) -> list[list[Rollout]]:
         """See LocalEngine. Equal prompts, adapter and seed give equal responses: vLLM uses torch's generator."""
         from vllm import SamplingParams
 
@@ -147,6 +154,7 @@ class VLLMEngine(LocalEngine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_ids),
             logprobs=0,
             detokenize=False,
         )

@@ -1,6 +1,7 @@
 """Settings of the training loops: flat frozen dataclasses; launch/options.py makes flags and recipe keys of the fields."""
 
 import dataclasses
+import datetime
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -86,6 +87,10 @@ class TrainingConfig:
     """What the cold start and GRPO share: the adapter, the optimizer, precision and memory, checkpoints."""
 
     resume: bool = run(False, "Go on from the newest checkpoint in OUT.")
+    date: str = run(
+        "",
+        "Day (2026-11-26) that a chat template with a date shows; default: the day the run begins, kept by --resume.",
+    )
     lora_rank: int = weights(256, "LoRA rank on all linear layers; 0 trains (and GRPO ships) every weight.")
     lora_alpha: float = weights(512.0, "LoRA alpha; the update is scaled by alpha / rank.")
     warmup_steps: int = optimizing(0, "Steps of linear warm-up.")
@@ -115,6 +120,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Raises UserError for a setting out of range, or settings of weights and optimizer that exclude one another."""
         check_numbers(self, RANGES)
+        if self.date:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                raise UserError(f"--date {self.date}: write the day as 2026-11-26") from None
         for name, used in (
             (f"--quantize {self.quantize}", self.quantize != "none"),
             (f"--optimizer {self.optimizer}", self.optimizer == "adamw8bit"),
@@ -288,6 +298,11 @@ class GrpoConfig(TrainingConfig):
         elif self.sampler_ranks % self.tensor_parallel:
             raise UserError(
                 f"--sampler-ranks {self.sampler_ranks}: must be a multiple of --tensor-parallel {self.tensor_parallel}"
+            )
+        if self.engine == "vllm" and self.top_p < 1 and self.temperature != 1:
+            raise UserError(
+                f"--top-p {self.top_p} and --temperature {self.temperature}: vLLM then reports log-probs of a distribution "
+                "that the trainer does not score; leave one of them at 1, or use --engine torch"
             )
         if self.engine == "torch" and self.tensor_parallel > 1:
             raise UserError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")

@@ -43,7 +43,15 @@ from trainer.policy import Policy, Prompt, prompts_of_step
 from trainer.ranks.world import StopRequest, World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
 from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
-from trainer.record.runfolder import check_run, list_checkpoints, open_run, restore_training, save_training, write_json
+from trainer.record.runfolder import (
+    check_run,
+    list_checkpoints,
+    open_run,
+    restore_training,
+    save_training,
+    with_date,
+    write_json,
+)
 from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
 from trainer.start.sampler import keep_sampler
 
@@ -86,6 +94,7 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
 def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     """All the work of a rank that trains: prepare, then the loop over steps."""
     check_run(cfg)
+    cfg = with_date(cfg, world)
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
     prompts = encode_prompts(policy, puzzles, cfg, world)
@@ -97,7 +106,9 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     engine = make_engine(cfg, policy, world)
     canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
     hand_over(engine, policy, canary, version=first_step)  # the sampler starts from the trainer's adapter, proven
-    ahead = Ahead(engine, lambda step: ask(engine, prompts, cfg, step), cfg.max_staleness, first_step, cfg.steps)
+    ahead = Ahead(
+        engine, lambda step: ask(engine, policy, prompts, cfg, step), cfg.max_staleness, first_step, cfg.steps
+    )
     ahead.restore(pending, world.rank, world.size)
     log = StepLog(out, cfg, first_step) if world.is_main else None
 
@@ -115,7 +126,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         advantages, trained = compare(rewards, cfg)  # [N], [N]
         # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
-        rows = rollout_rows(step + 1, policy.tokenizer, rollouts, rewards, advantages, cfg.group_size)
+        rows = rollout_rows(step + 1, policy.chat, rollouts, rewards, advantages, cfg.group_size)
         # every rank sees all groups, in prompt order, so that update() can deal them out evenly by cost
         sampled = world.gather(scored_groups(groups, rows, advantages, trained))
         sums, figures = update(now, sampled)
@@ -128,7 +139,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             all_rows = [row for group in sampled for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, sums, cfg, identity)
             log.write(metrics, all_rows, clock, engine.seconds, figures)
-        if step == 0 and not cfg.insist:
+        if step == 0 and not cfg.insist:  # a wrong chat template, or no cold start, must not cost days
             refuse_a_useless_start(now, sampled)
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
@@ -144,7 +155,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     engine.close()
 
 
-def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
+def ask(engine: Engine, policy: Policy, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
     """Request G responses to each prompt of a step. Every rank requests all of them, and later collects its own share."""
     batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
     sampling = Sampling(
@@ -153,6 +164,7 @@ def ask(engine: Engine, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> No
         temperature=cfg.temperature,
         top_p=cfg.top_p,
         seed=stable_seed(cfg.seed, "sample", step),
+        stop_ids=policy.chat.stop_ids,
     )
     engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
 
@@ -183,13 +195,13 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
 
 
 def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout]) -> list[Reward]:
-    """[N] rewards in row order. Special tokens (end of turn) are not part of the text. Collective.
+    """[N] rewards in row order. Collective.
 
     Under --on-reward-error stop, the first response that could not be scored, on whatever rank, ends the run on every rank:
     UserError that names it; its text is kept in OUT/reward_failure.json.
     """
     cfg, world = now.cfg, now.world
-    texts = now.policy.tokenizer.batch_decode([r.response_ids for r in rollouts], skip_special_tokens=True)
+    texts = [now.policy.chat.response_text(rollout.response_ids) for rollout in rollouts]
     puzzles = [prompt.puzzle for prompt in batch for _ in range(cfg.group_size)]
     stop = cfg.on_reward_error == "stop"
     rewards = scorer.score(texts, puzzles, [r.finish_reason == "length" for r in rollouts], stop_at_failure=stop)
@@ -218,10 +230,7 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
 
 
 def refuse_a_useless_start(now: Step, sampled: list[ScoredGroup]) -> None:
-    """Raises UserError, with the reasons, when every response of the first step, on all ranks, is invalid or cut. Collective.
-
-    Otherwise a run could spend days on a wrong chat template, or on a model without its cold start.
-    """
+    """Raises UserError, with the reasons, when every response of the first step, on all ranks, is invalid or cut. Collective."""
     problem = nothing_usable([row for group in sampled for row in group.rows])  # every rank has all rows
     now.world.largest(0.0)  # rank 0 has written them before any rank ends the run
     if problem:

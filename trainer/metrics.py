@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.prompts import ChatFormat
 from reward import Reward
 from rollout import Rollout
 from trainer.config import GrpoConfig
@@ -91,7 +92,7 @@ class TokenSums:
 
 
 def rollout_rows(
-    step: int, tokenizer, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor, group_size: int
+    step: int, chat: ChatFormat, rollouts: list[Rollout], rewards: list[Reward], advantages: Tensor, group_size: int
 ) -> list[dict]:
     """Rows of rollouts.jsonl, one per sampled response, with all that is needed to read, rescore or train on it again."""
     return [
@@ -99,7 +100,7 @@ def rollout_rows(
             "step": step,
             "puzzle_id": rollout.puzzle_id,
             "response": place % group_size + 1,
-            "completion": tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+            "completion": chat.response_text(rollout.response_ids),
             "reward": reward.total if reward.scored else None,
             "parts": reward.parts,
             "status": str(reward.status),

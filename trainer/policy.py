@@ -6,6 +6,7 @@ Axes: N rows (responses), T tokens of the longest response, M response tokens si
 V vocabulary, S tokens of the longest prompt with its response.
 """
 
+import datetime
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from data.prompts import ChatFormat
 from data.puzzles import Puzzle
 from rollout import stable_seed
 from trainer.logprobs import fused_logprobs
@@ -43,6 +45,7 @@ class Policy:
     checkpoint's weights as the reference. quantize: "nf4" holds the linear layers of the base in 4 bits. autocast: matrix
     products in bfloat16; always so where the base is bfloat16 and an adapter, which stays float32, is trained on it. dora:
     weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa" (PyTorch's attention kernels) or "flash" (flash-attn's).
+    date: of a chat template that shows one; default: today.
 
     Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
     """
@@ -63,8 +66,10 @@ class Policy:
         autocast: bool = False,
         dora: bool = False,
         attn: str = "sdpa",
+        date: datetime.date | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(model_dir)
+        self.chat = ChatFormat(self.tokenizer, model_dir, date)
         self.device, self.sharded, self.lora = device, sharded, None
         # a float32 adapter on a bfloat16 base: autocast makes the products, the small updates stay in float32
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
@@ -96,10 +101,6 @@ class Policy:
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         self.model.eval()
         keep_four_bits_exact(self.model)
-
-    @property
-    def eos_id(self) -> int:
-        return self.tokenizer.eos_token_id
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Trained parameters by name, in the same order on every rank and in every call."""
@@ -211,11 +212,6 @@ def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)
     return ids, batch.rows * ids.shape[1] + prompt_tokens[batch.rows] + batch.cols - 1
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> list[int]:
-    """Token ids of a prompt, ending where the assistant begins to speak."""
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 @dataclass(frozen=True, kw_only=True)

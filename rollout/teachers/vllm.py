@@ -5,21 +5,21 @@ from dataclasses import replace
 
 from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
+from data.prompts import ChatFormat
 from rollout import LocalEngine, Sampling, stable_seed
 
 
 class VLLMTeacher:
     """A checkpoint in an engine in this process. `batch` requests are sampled together.
 
-    encode(chat) -> prompt token ids; decode(token ids) -> text. A response depends on the other requests of its batch,
+    A response depends on the other requests of its batch,
     so a run that was stopped and resumed draws other responses than an uninterrupted one.
     """
 
     def __init__(
         self,
         engine: LocalEngine,
-        encode: Callable[[list[dict]], list[int]],
-        decode: Callable[[list[int]], str],
+        chat: ChatFormat,
         sampling: Sampling,
         batch: int,
         model: str,
@@ -27,7 +27,7 @@ class VLLMTeacher:
         leave: Callable[[], None] = lambda: None,
     ) -> None:
         """sampling: with the run's seed. model: name for the raw file. leave() is called when the engine is closed."""
-        self.engine, self.encode, self.decode, self.sampling = engine, encode, decode, sampling
+        self.engine, self.chat, self.sampling = engine, chat, sampling
         self.batch, self.model, self.meter, self.leave = batch, model, meter, leave
         self.ended, self.sampling_now = "", False
 
@@ -35,7 +35,7 @@ class VLLMTeacher:
         """See Teacher."""
         for start in range(0, len(requests), self.batch):
             some = requests[start : start + self.batch]
-            ids = [self.encode(request.chat()) for request in some]
+            ids = [self.chat.prompt_ids(request.chat()) for request in some]
             # a seed for each batch: the same seed would draw the same random numbers for every batch
             seeded = replace(self.sampling, seed=stable_seed(self.sampling.seed, [request.key for request in some]))
             try:
@@ -53,7 +53,7 @@ class VLLMTeacher:
                     puzzle_id=request.puzzle.id,
                     attempt=request.attempt,
                     hinted=request.hinted,
-                    text=self.decode(rollout.response_ids),
+                    text=self.chat.response_text(rollout.response_ids),
                     finish_reason=rollout.finish_reason,
                     model=self.model,
                     prompt_tokens=len(rollout.prompt_ids),

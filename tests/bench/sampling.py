@@ -82,12 +82,16 @@ def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> 
         groups = engine.generate(
             ids,
             prompts,
-            Sampling(n=task.group_size, max_tokens=arguments.tokens, temperature=1.0, top_p=1.0, seed=turn),
+            Sampling(
+                n=task.group_size, max_tokens=arguments.tokens, temperature=1.0, top_p=1.0, seed=turn, stop_ids=(2,)
+            ),
         )
         engine.llm.reset_prefix_cache()  # both sides start every turn with an empty cache
         between = time.perf_counter()
         torch.manual_seed(turn)
-        params = SamplingParams(n=task.group_size, temperature=1.0, max_tokens=arguments.tokens, detokenize=False)
+        params = SamplingParams(
+            n=task.group_size, temperature=1.0, max_tokens=arguments.tokens, stop_token_ids=[2], detokenize=False
+        )
         outputs = plain.generate(requests, params, lora_request=request, use_tqdm=False)
         plain.reset_prefix_cache()
         end = time.perf_counter()

@@ -643,21 +643,23 @@ def test_an_engine_is_asked_greedily_with_seeds_by_place():
             return type("Output", (), {"logits": logits, "past_key_values": None})()
 
     class Words:
-        def decode(self, ids, skip_special_tokens):
+        def prompt_ids(self, turns):
+            return [1, 4 + [puzzle.chat() for puzzle in puzzles].index(turns)]
+
+        def response_text(self, ids):
             return " ".join(map(str, ids))
 
     puzzles = make_puzzles(3)
-    engine = TorchEngine(Toy(), 5, nullcontext)
-    prompts = {puzzle.id: [1, 4 + i] for i, puzzle in enumerate(puzzles)}
-    greedy = Sampling(n=1, max_tokens=3, temperature=0.0, top_p=1.0, seed=0)
-    (pairs,) = ask_engine(engine, Words(), lambda puzzle: prompts[puzzle.id], greedy)(puzzles, 0)
+    engine = TorchEngine(Toy(), nullcontext)
+    greedy = Sampling(n=1, max_tokens=3, temperature=0.0, top_p=1.0, seed=0, stop_ids=(5,))
+    (pairs,) = ask_engine(engine, Words(), greedy)(puzzles, 0)
     assert [(puzzle.id, answer.text, answer.tokens, answer.finish_reason) for puzzle, (answer,) in pairs] == [
         ("p0", "2 2 2", 3, "length"),
         ("p1", "3 3 3", 3, "length"),
         ("p2", "2 2 2", 3, "length"),
     ]
-    drawn = Sampling(n=4, max_tokens=8, temperature=1.0, top_p=1.0, seed=0)
-    ask = ask_engine(engine, Words(), lambda puzzle: prompts[puzzle.id], drawn)
+    drawn = Sampling(n=4, max_tokens=8, temperature=1.0, top_p=1.0, seed=0, stop_ids=(5,))
+    ask = ask_engine(engine, Words(), drawn)
     first, again, elsewhere = (next(iter(ask(puzzles[:1], place))) for place in (0, 0, 4))
     assert first == again != elsewhere and len(first[0][1]) == 4
 

@@ -20,7 +20,7 @@ from trainer.ranks.world import join_world, leave_world
 from trainer.record.runfolder import load_checkpoint
 
 PROMPT = list(range(5, 45))
-SAMPLING = Sampling(n=1, max_tokens=40, temperature=1.0, top_p=1.0, seed=1)
+SAMPLING = Sampling(n=1, max_tokens=40, temperature=1.0, top_p=1.0, seed=1, stop_ids=(2,))
 
 
 def shares_prompts(engine: VLLMEngine) -> None:

@@ -111,7 +111,9 @@ def parallel(checkpoint: str, world: World) -> dict:
     canary = canary_of(policy)
     engine.deliver(policy.adapter_tensors(), 1, canary)
     prompts = [list(range(5 + i, 45 + i)) for i in range(4)]
-    engine.ask(0, list("abcd"), prompts, Sampling(n=2, max_tokens=12, temperature=1.0, top_p=1.0, seed=3))
+    engine.ask(
+        0, list("abcd"), prompts, Sampling(n=2, max_tokens=12, temperature=1.0, top_p=1.0, seed=3, stop_ids=(2,))
+    )
     groups = engine.collect(0)
     batch = pack([(group[0].prompt_ids, [r.response_ids for r in group]) for group in groups])
     with torch.no_grad():

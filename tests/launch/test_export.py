@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
@@ -17,7 +18,7 @@ from tests.helpers.commands import run_command, succeed
 from trainer.config import SftConfig
 from trainer.model.loading import load_tokenizer
 from trainer.model.merge import write_checkpoint
-from trainer.policy import Policy, encode_prompt
+from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_a_four_bit_base_is_merged_as_it_was_trained(pipeline, tmp_path):
         base_dtype=torch.float32,
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
-    ids = torch.tensor([encode_prompt(policy.tokenizer, read_puzzles(pipeline / "puzzles/test.parquet")[0].chat())])
+    ids = torch.tensor([policy.chat.prompt_ids(read_puzzles(pipeline / "puzzles/test.parquet")[0].chat())])
     with torch.no_grad(), policy.decoding():
         expected = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.log_softmax(-1)
         got = merged(input_ids=ids).logits.log_softmax(-1)
@@ -110,9 +111,9 @@ def test_export_and_vllm_answer_as_the_trainer(pipeline, trained, tmp_path):
     puzzles = read_puzzles(pipeline / "puzzles/test.parquet")
     policy = Policy(str(pipeline / "base"), lora_rank=8, lora_alpha=16.0, seed=0, device=CPU, dtype=torch.float32)
     policy.load_adapter(load_file(checkpoint / "adapter_model.safetensors"))
-    prompts = [encode_prompt(policy.tokenizer, p.chat()) for p in puzzles]
-    greedy = Sampling(n=1, max_tokens=24, temperature=0.0, top_p=1.0, seed=0)
-    engine = TorchEngine(policy.model, policy.eos_id, policy.decoding)
+    prompts = [policy.chat.prompt_ids(p.chat()) for p in puzzles]
+    greedy = Sampling(n=1, max_tokens=24, temperature=0.0, top_p=1.0, seed=0, stop_ids=policy.chat.stop_ids)
+    engine = TorchEngine(policy.model, policy.decoding)
     ours = [group[0].response_ids for group in engine.generate([p.id for p in puzzles], prompts, greedy)]
     succeed(
         "evaluate",
@@ -126,7 +127,7 @@ def test_export_and_vllm_answer_as_the_trainer(pipeline, trained, tmp_path):
         24,
     )
     theirs = {row["id"]: row["prediction"] for row in read_rows(tmp_path / "ev/predictions.jsonl")}
-    texts = policy.tokenizer.batch_decode(ours, skip_special_tokens=True)
+    texts = [policy.chat.response_text(ids) for ids in ours]
     assert [theirs[p.id] for p in puzzles] == texts and len(set(texts)) > 1
 
 
@@ -267,7 +268,7 @@ def test_one_chat_layout_in_distillation_sft_grpo_and_evaluation(pipeline):
     # an endpoint gets the turns and applies the checkpoint's own template to them
     assert [turn["role"] for turn in puzzle.chat()] == ["system", "user"]
     endpoint = tokenizer.apply_chat_template(puzzle.chat(), add_generation_prompt=True, tokenize=False)
-    grpo_and_evaluation = tokenizer.decode(encode_prompt(tokenizer, puzzle.chat()))
+    grpo_and_evaluation = tokenizer.decode(ChatFormat(tokenizer, pipeline / "base").prompt_ids(puzzle.chat()))
     policy = Policy(str(pipeline / "base"), lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)
     row = {**puzzle.to_row(), "assistant_msg": f"<think>x</think>\n<answer>{' | '.join(puzzle.answer)}</answer>"}
     (example,), _ = encode_traces(policy, [row], SftConfig(traces="t", model="m", out="o"))

@@ -7,7 +7,7 @@ from rollout import Sampling, stable_seed
 from rollout.sync import Canary, Parcel, SyncError, adapter_hash, manifest_of
 from rollout.torch_engine import TorchEngine, draw_token
 from trainer.packing import pack
-from trainer.policy import Policy, encode_prompt
+from trainer.policy import Policy
 
 SEED = 2382639945643606760
 
@@ -35,7 +35,7 @@ def test_draw_token_inverts_the_cumulative_distribution():
         logits, torch.tensor([0.05, 0.1, 0.3, 0.9], dtype=torch.float64), 1.0, 0.85
     )  # drops token 0
     assert tokens.tolist() == [1, 1, 2, 2]
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.7, 0.7]) / 0.9)
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.2, 0.2, 0.7, 0.7]))  # over all three tokens
 
 
 def test_stable_seed_is_stable():
@@ -54,9 +54,9 @@ def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(p
     from data.puzzles import read_puzzles
 
     puzzles = read_puzzles(pipeline / "puzzles/test.parquet")[:3]
-    prompts = [encode_prompt(policy.tokenizer, p.chat()) for p in puzzles]
-    sampling = Sampling(n=2, max_tokens=12, temperature=1.0, top_p=1.0, seed=5)
-    engine = TorchEngine(policy.model, policy.eos_id, policy.decoding)
+    prompts = [policy.chat.prompt_ids(p.chat()) for p in puzzles]
+    sampling = Sampling(n=2, max_tokens=12, temperature=1.0, top_p=1.0, seed=5, stop_ids=policy.chat.stop_ids)
+    engine = TorchEngine(policy.model, policy.decoding)
     groups = engine.generate([p.id for p in puzzles], prompts, sampling)
     alone = engine.generate([puzzles[2].id], [prompts[2]], sampling)
     assert [r.response_ids for r in alone[0]] == [r.response_ids for r in groups[2]]

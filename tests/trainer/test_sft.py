@@ -44,8 +44,8 @@ def test_the_loss_is_the_traces_negative_log_likelihood(pipeline, tmp_path):
     cfg = SftConfig(traces=str(pipeline / "traces.jsonl"), model=str(pipeline / "base"), out=str(tmp_path), lora_rank=0)
     policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     (example, *_), skipped = encode_traces(policy, read_rows(cfg.traces)[:4], cfg)
-    assert skipped == 0 and example.response_ids[-1] == policy.eos_id
-    text = policy.tokenizer.decode(example.response_ids, skip_special_tokens=True)
+    assert skipped == 0 and example.response_ids[-1] == policy.chat.turn_end
+    text = policy.chat.response_text(example.response_ids)
     assert text == read_rows(cfg.traces)[0]["assistant_msg"]
     ids = torch.tensor([example.prompt_ids + example.response_ids])
     with torch.no_grad(), policy.decoding():

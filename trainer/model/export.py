@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from trainer.model.merge import write_checkpoint
-from trainer.model.opening import ADAPTER_CONFIG, OpenedModel
+from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, run_of
 from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
@@ -53,16 +53,6 @@ def export_model(
         quantize=settings.get("quantize", "none"),
         extra={"README.md": card},
     )
-
-
-def run_of(folder: Path) -> dict[str, Any]:
-    """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
-    for place in (folder.parent, folder.parent.parent):
-        if (place / "config.json").is_file():
-            found = json.loads((place / "config.json").read_text(encoding="utf-8"))
-            if "settings" in found:  # else it is the config.json of a model
-                return found
-    return {}
 
 
 def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:

@@ -3,6 +3,7 @@
 The commands that take a trained model (evaluate, distill --teacher vllm, export) all open it here.
 """
 
+import datetime
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from data.errors import UserError
+from data.prompts import ChatFormat
 from trainer.record.runfolder import read_adapter
 
 if TYPE_CHECKING:
@@ -57,11 +59,11 @@ class OpenedModel:
 
         return load_tokenizer(str(self.base))
 
-    def encode(self, chat: list[dict[str, str]]) -> list[int]:
-        """[P] tokens of a prompt given as chat turns."""
-        from trainer.policy import encode_prompt
-
-        return encode_prompt(self.tokenizer, chat)
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """How to ask the model, with the date that its training showed it. Raises UserError where that cannot be known."""
+        shown = run_of(self.folder).get("settings", {}).get("date")
+        return ChatFormat(self.tokenizer, self.base, datetime.date.fromisoformat(shown) if shown else None)
 
 
 def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool = True) -> OpenedModel:
@@ -77,6 +79,16 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
     return OpenedModel(folder, Path(base or settings.get("base_model_name_or_path") or folder), adapter, settings)
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
+    for place in (folder.parent, folder.parent.parent):
+        if (place / "config.json").is_file():
+            found = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            if "settings" in found:  # else it is the config.json of a model
+                return found
+    return {}
 
 
 def is_adapter(folder: Path) -> bool:

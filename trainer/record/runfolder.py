@@ -10,6 +10,7 @@ newest checkpoint, are dropped on --resume (rewind).
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import zlib
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # these import transformers, which eval/report does not need
     from trainer.config import GrpoConfig, SftConfig
     from trainer.policy import Policy
 
+C = TypeVar("C")
 EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Key under which bitsandbytes nests the tensors of an 8-bit optimizer state."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
@@ -122,7 +124,8 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
         # a setting that an older version did not record had its default behaviour
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        changed = [key for key in now if key not in FREE_ON_RESUME and before.get(key, defaults[key]) != now[key]]
+        free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
+        changed = [key for key in now if key not in free and before.get(key, defaults[key]) != now[key]]
         if changed:
             raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
         was, hashes = json.loads(recorded.read_text()).get("data", {}), data_hashes(config)
@@ -131,6 +134,15 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
                 f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); "
                 "put that one back, or name another --out"
             )
+
+
+def with_date(config: C, world: World) -> C:
+    """The settings with the date that the run shows to chat templates: --date, the resumed run's, or today. Collective."""
+    recorded = Path(config.out) / "config.json"
+    of_run = json.loads(recorded.read_text())["settings"].get("date") if config.resume else ""
+    ours = config.date or of_run or datetime.date.today().isoformat()
+    # rank 0 decides: another node may be in another time zone
+    return dataclasses.replace(config, date=world.gather_in_rank_order(ours)[0])
 
 
 def open_run(config: Any, world: World) -> Path:

@@ -8,7 +8,7 @@ from data.prompts import answer_text
 from data.puzzles import Puzzle, content_id
 from reward.cellpuzzles import parse_response
 from trainer.config import SftConfig
-from trainer.policy import Policy, encode_prompt
+from trainer.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,8 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
             raise UserError(f"{cfg.traces}, row {number}: {error}") from None
         text = row["assistant_msg"] if cfg.target == "trace" else answer_only(puzzle)
         valid += parse_response(text, len(puzzle.answer)).valid
-        prompt_ids = encode_prompt(policy.tokenizer, puzzle.chat())
-        # tokenized apart from the prompt, as a sampled response is; the end of turn teaches the model to stop
-        response_ids = [*policy.tokenizer.encode(text, add_special_tokens=False), policy.eos_id]
+        prompt_ids = policy.chat.prompt_ids(puzzle.chat())
+        response_ids = policy.chat.response_ids(text)  # with the end of turn, which teaches the model to stop
         if len(prompt_ids) + len(response_ids) > cfg.max_tokens:
             too_long.append(number)  # never cut: half an answer teaches half an answer
             continue

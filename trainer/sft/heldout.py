@@ -50,10 +50,17 @@ class HeldOutAnswers:
     def metrics(self, step: int) -> dict[str, float]:
         """{"eval/<metric>": value}, the same on every rank. step: from 1. Collective."""
         hand_over(self.engine, self.policy, self.canary, version=step)
-        greedy = Sampling(n=1, max_tokens=self.cfg.eval_response_tokens, temperature=0.0, top_p=1.0, seed=0)
+        greedy = Sampling(
+            n=1,
+            max_tokens=self.cfg.eval_response_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            seed=0,
+            stop_ids=self.policy.chat.stop_ids,
+        )
         self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
         ids = self.world.gather([group[0].response_ids for group in self.engine.collect(step)])
-        texts = self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = [self.policy.chat.response_text(response) for response in ids]
         found = self.judge(texts, [e.puzzle for e in self.examples])
         found["response_length"] = sum(map(len, ids)) / len(ids)
         return {f"eval/{name}": value for name, value in found.items()}

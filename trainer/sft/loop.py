@@ -26,10 +26,18 @@ from trainer.model.merge import weight_files, write_checkpoint
 from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
-from trainer.record.runfolder import append_jsonl, check_run, open_run, restore_training, save_training, write_json
+from trainer.record.runfolder import (
+    append_jsonl,
+    check_run,
+    open_run,
+    restore_training,
+    save_training,
+    with_date,
+    write_json,
+)
 from trainer.sft.examples import Example, encode_traces, split_by_puzzle
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
-from trainer.start.parts import load_policy, make_optimizer
+from trainer.start.parts import load_policy, make_optimizer, print_notes
 
 BETAS = (0.9, 0.95)
 """AdamW's decay rates."""
@@ -128,6 +136,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     if not rows:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
     check_run(cfg)
+    cfg = with_date(cfg, world)
     if cfg.lora_rank:
         weight_files(Path(cfg.model))  # refuse now what the adapter could not be merged into at the end
     policy = load_policy(cfg, world.device)
@@ -153,6 +162,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         answers=answers,
     )
     if world.is_main:
+        print_notes(policy)
         counts = f"{len(training)} traces, {len(held_out)} held out, {skipped} too long"
         print(f"SFT: {counts}, {run.n_steps} steps", flush=True)
     return run

@@ -1,5 +1,6 @@
 """Make the parts of a run from its settings: policy, prompts, optimizer, sampler."""
 
+import datetime
 import json
 import os
 
@@ -13,7 +14,7 @@ from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import GrpoConfig, SftConfig
 from trainer.model.merge import sampler_model
-from trainer.policy import Policy, Prompt, encode_prompt
+from trainer.policy import Policy, Prompt
 from trainer.ranks.world import World
 
 
@@ -34,6 +35,7 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
         autocast=cfg.autocast,
         dora=not grpo and cfg.dora,
         attn=cfg.attn,
+        date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
     )
     # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = grpo and cfg.packing == "shared" and policy.cannot_share
@@ -67,9 +69,7 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
             # only a sharded model needs the other ranks in every forward pass
             return world.largest(float(flag)) > 0 if policy.sharded else flag
 
-        return TorchEngine(
-            policy.model, policy.eos_id, policy.decoding, rank=world.rank, size=world.size, anyone=anyone
-        )
+        return TorchEngine(policy.model, policy.decoding, rank=world.rank, size=world.size, anyone=anyone)
     return make_vllm_engine(cfg, policy.lora, rank=world.rank, size=world.size, may_sleep=True)
 
 
@@ -84,6 +84,7 @@ def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) ->
         dtype=cfg.dtype,
         memory_fraction=cfg.memory_fraction,
         tensor_parallel=cfg.tensor_parallel,
+        nucleus=cfg.top_p < 1,
         **place,
     )
 
@@ -118,13 +119,21 @@ def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEng
 
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
     """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
-    prompts = [Prompt(puzzle=puzzle, ids=encode_prompt(policy.tokenizer, puzzle.chat())) for puzzle in puzzles]
+    prompts = [Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:
         raise UserError(
             f"{cfg.puzzles}: {len(fitting)} of {len(puzzles)} puzzles fit --max-prompt-tokens {cfg.max_prompt_tokens} "
             f"(longest {max(len(p.ids) for p in prompts)}), fewer than --prompts-per-step {cfg.prompts_per_step}"
         )
+    if world.is_main:
+        print_notes(policy)
     if world.is_main and len(fitting) < len(prompts):
         print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
     return fitting
+
+
+def print_notes(policy: Policy) -> None:
+    """Say what is unusual about how the model is asked."""
+    for note in policy.chat.notes:
+        print(f"note: {note}", flush=True)

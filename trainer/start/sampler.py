@@ -175,7 +175,7 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         return {"on": engine.prompt_logprobs(order["canary"]), "off": off}
     if order["do"] == "generate":
         start = time.perf_counter()
-        groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]))
+        groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]), order["repeats"])
         if end.member == 0:
             seconds = time.perf_counter() - start
             end.deliver_rollouts(order["step"], order["places"], groups, seconds)
@@ -189,7 +189,7 @@ def make_engine(cfg: GrpoConfig, me: SamplerProcess, device: torch.device) -> Lo
 
         # a sampler needs no reference model and packs nothing
         policy = load_policy(replace(cfg, beta=0.0, packing="plain"), device)
-        return TorchEngine(policy.model, policy.eos_id, policy.decoding, adopt=policy.load_adapter)
+        return TorchEngine(policy.model, policy.decoding, adopt=policy.load_adapter)
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
     return make_vllm_engine(cfg, lora, rank=me.engine * me.members + me.member)
 
