@@ -1,7 +1,17 @@
-"""Fields of settings dataclasses, with the text that their flag shows (launch/options.py makes the flags)."""
+"""Fields of settings dataclasses, with the text that their flag shows (launch/options.py makes the flags); their ranges."""
 
 import dataclasses
+import math
+import operator
+import re
 from typing import Any
+
+from data.errors import UserError
+
+COLDEST = 0.01
+"""vLLM's lowest temperature above 0."""
+_HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_BOUND = re.compile(rf"({'|'.join(_HOLDS)}) (\d\S*)")
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] = (), *, section: str = "") -> Any:
@@ -19,3 +29,33 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), *, section: s
 def argument(help: str) -> Any:
     """A dataclass field that is a positional argument of its command."""
     return dataclasses.field(metadata={"help": help, "choices": (), "section": "", "argument": True})
+
+
+def check_numbers(config: Any, ranges: dict[str, tuple[str, ...]]) -> None:
+    """Raises UserError, naming flag, range and why, for a number of the settings that is outside its range or not finite.
+
+    ranges: {range: settings}. A range is "above 0 and at most 1", or "at least 2: and why". Of the settings only those that
+    the config has are looked at; None is in every range.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag_of(name)} {value}: must be a finite number")
+    for text, names in ranges.items():
+        bounds = [(_HOLDS[how], float(number)) for how, number in _BOUND.findall(text.partition(":")[0])]
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not all(holds(value, number) for holds, number in bounds):
+                raise UserError(f"{flag_of(name)} {value}: must be {text}")
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Raises UserError for a temperature that vLLM would replace. 0 is greedy; None is a default."""
+    if temperature is not None and 0 < temperature < COLDEST:
+        raise UserError(
+            f"--temperature {temperature}: vLLM samples at {COLDEST} what is below; give 0 (greedy), or at least {COLDEST}"
+        )
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: max_tokens is --max-tokens."""
+    return "--" + name.replace("_", "-")

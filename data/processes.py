@@ -1,4 +1,4 @@
-"""Child processes: an environment without torchrun's variables, and an end together with the parent."""
+"""Child processes: an environment without torchrun's variables, no descriptors of ours, an end together with the parent."""
 
 import ctypes
 import os
@@ -72,3 +72,33 @@ def _exit_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)
     os._exit(1)
+
+
+def keep_from_children(descriptors: list[int]) -> None:
+    """Close the descriptors in every process that this one starts from now on."""
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # closed in another program
+
+    def close() -> None:  # closed in a fork
+        while descriptors:  # a child's own child must not close what has the same number there
+            os.close(descriptors.pop())
+
+    os.register_at_fork(after_in_child=close)
+
+
+def end_group_with_this_process() -> None:
+    """When this process ends, however it ends, kill all processes of its group, which it leads."""
+    alive, life = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(alive)
+        keep_from_children([life])  # this process alone holds it, so that its end is the end of the pipe
+        os.waitpid(child, 0)
+        return
+    if (
+        os.fork()
+    ):  # the one that waits is nobody's child: whoever waits for all children of this process must not wait for it
+        os._exit(0)
+    os.close(life)
+    os.read(alive, 1)  # nothing is ever written
+    os.killpg(0, signal.SIGKILL)

@@ -1,11 +1,12 @@
 """The text around a puzzle: system message, user message, chat layout, response layout.
 
 All stages (distillation, SFT, GRPO, evaluation) use one layout: a system message and a user message. The published
-CellPuzzles rows have exactly these bytes (Cell-o1, arXiv:2506.02911, Table 10), so a published row that is parsed and
+CellPuzzles rows have exactly these bytes (Cell-o1, arXiv:2506.02911, Table 1), so a published row that is parsed and
 rendered again does not change.
 
 A puzzle has one of three variants: "batch" (the published one), "cell" (one cell of a batch alone, appendix C) and
-"open" (a batch without candidates, appendix D). data/variants.py makes the last two.
+"open" (a batch without candidates, appendix D). data/variants.py makes the last two. A file that was written with another
+system message keeps it: the row says what is asked.
 """
 
 import datetime
@@ -27,25 +28,21 @@ SYSTEM_MESSAGE = (
     "assigned cell types in order, separated by ' | '."
 )
 
-# The next two messages, and the last line of their user messages below, are worded by us in the style of the one above:
-# the paper's wording was not available. A model's scores with them may differ from the paper's Tables 11 and 12.
+# Table 10, word for word. The paper does not show the user message of a single cell: its layout below is the batch's.
 CELL_SYSTEM_MESSAGE = (
-    "You are an expert assistant specialized in cell type annotation. You will be given one cell of a donor. Its top "
-    "expressed genes are provided in descending order of expression. Using both the gene expression data and donor "
-    "information, determine the correct cell type of the cell. You will also receive a list of candidate cell types, "
-    "exactly one of which is correct. Include your detailed reasoning within <think> and </think> tags, and provide your "
-    "final answer within <answer> and </answer> tags. The final answer should be a single string: one cell type of the "
-    "list, as it is written there."
+    "You are an expert assistant specialized in cell type annotation. You will be given the gene expression profile of a "
+    "single cell from a specific donor. The top expressed genes are listed in descending order. Use both gene expression "
+    "and donor context to determine the correct cell type. You will also receive a list of candidate cell types\u2014choose "
+    "the one that best fits this cell. Include your detailed reasoning within <think> and </think> tags, and provide your "
+    "final answer within <answer> and </answer> tags. The final answer should be a single string with exactly one cell "
+    "type."
 )
-OPEN_SYSTEM_MESSAGE = (
-    "You are an expert assistant specialized in cell type annotation. You will be given a batch of N cells from the "
-    "same donor, where each cell represents a unique cell type. For each cell, the top expressed genes are provided in "
-    "descending order of expression. Using both the gene expression data and donor information, determine the correct "
-    "cell type for each cell. There is no list to choose from: name every cell type as the Cell Ontology names it. Ensure "
-    "that you consider all cells together, rather than annotating each cell individually. Include your detailed reasoning "
-    "within <think> and </think> tags, and provide your final answer within <answer> and </answer> tags. The final answer "
-    "should be a single string listing the N cell types in the order of the cells, separated by ' | '."
-)
+# Appendix D describes the open-ended set-up and shows no prompt: the model names a cell type for each cell of the batch,
+# from genes and context, without a list of labels. So this is the published message without what it says of candidates.
+OPEN_SYSTEM_MESSAGE = SYSTEM_MESSAGE.replace(
+    " You will also receive a list of N candidate cell types, and each candidate must be assigned to exactly one cell.",
+    "",
+).replace("all cells and candidate types together", "all cells together")
 SYSTEM_MESSAGES = {"batch": SYSTEM_MESSAGE, "cell": CELL_SYSTEM_MESSAGE, "open": OPEN_SYSTEM_MESSAGE}
 
 CONTEXT_HEAD = "Context: "

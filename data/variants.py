@@ -2,8 +2,9 @@
 
 - cell-level (appendix C, Table 11): every cell of a batch alone, with the batch's context and all N candidates.
 - open-ended (appendix D, Table 12): the whole batch without its candidates. Our rewards and metrics require the gold
-  label itself; Table 12 also accepts a label whose MedCPT embedding is close to that of the gold label (similarity
-  above 0.8).
+  label itself; the cell-level accuracy of Table 12 takes a label as right when its MedCPT score, a similarity to the
+  gold label, exceeds 0.8 (eval/similarity.py, launch/evaluate.py --medcpt).
+The system message of the first is the paper's (Table 10); the paper shows none for the second (data/prompts.py).
 
 Example: a puzzle "test-7" of 3 cells gives "test-7/cell-1", "test-7/cell-2", "test-7/cell-3", or "test-7/open".
 

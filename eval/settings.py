@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import UserError
-from data.options import option
+from data.options import check_numbers, check_temperature, option
 from data.puzzles import Puzzle
 from eval.baselines import BASELINES
 from eval.evaluation import puzzles_digest
@@ -14,6 +14,12 @@ from eval.evaluation import puzzles_digest
 FILES, MODEL, ENDPOINT = "Puzzles and results", "A model in vLLM", "A model behind an endpoint"
 OTHERS, SAMPLING, MORE = "Saved predictions, or a baseline", "Sampling", "More measures"
 """Headings of --help."""
+RANGES = {
+    "at least 1": ("samples", "concurrency", "chunk", "max_response_tokens", "limit"),
+    "at least 0": ("temperature",),
+    "above 0 and at most 1": ("top_p", "memory_fraction"),
+}
+"""What a number may be -> the settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +109,8 @@ class EvaluateConfig:
             raise UserError("--endpoint holds a key or a password, which would be written down: use --key-env instead")
         if self.model is None and (self.samples > 1 or self.resume):
             raise UserError("--samples and --resume are for a --model; leave them out")
-        for name in ("samples", "concurrency", "chunk", "max_response_tokens", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        check_numbers(self, RANGES)
+        check_temperature(self.temperature)
         if self.samples > 1 and self.temperature == 0:
             raise UserError("--samples above 1 with --temperature 0 gives the same answer again: raise --temperature")
         if len({Path(path).stem for path in self.puzzles}) < len(self.puzzles):

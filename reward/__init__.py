@@ -4,11 +4,13 @@ reward/scoring.py runs them in worker processes. reward/adapters.py adapts funct
 """
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from data.errors import UserError
 from reward.adapters import adapt
@@ -61,18 +63,29 @@ def _load_module(path: str, module_name: str):
 def _load_file(path: str, file_name: str):
     if not Path(file_name).is_file():
         raise UserError(f"--reward {path}: no file {file_name}")
-    name = "reward_file_" + Path(file_name).stem
-    spec = importlib.util.spec_from_file_location(name, file_name)
-    assert spec is not None and spec.loader is not None, "a .py path always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # "." separates the parts of a module's name
+        return importlib.import_module(f"{__name__}." + quote(str(Path(file_name).resolve())).replace(".", "%2E"))
     except Exception as error:  # whatever the user's own code raises while it is imported
         raise UserError(f"--reward {path}: cannot import {file_name} ({_what_happened(error)})") from error
-    return module
+
+
+class _FileFinder:
+    """Finds the file of `reward./folder/mine%2Epy`, the name of the module of a user's file.
+
+    A process pool sends a function as the name of its module and its own, so its workers must find the module by its name.
+    A worker that was started, not forked, knows no file that was loaded before. Every process that imports `reward` can.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, file = name.partition(".")
+        return spec_from_file_location(name, unquote(file)) if package == __name__ and file.startswith("/") else None
 
 
 def _what_happened(error: Exception) -> str:
     """In one line: an ImportError or SyntaxError speaks for itself, a KeyError('x') does not."""
     return str(error) if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {error}"
+
+
+sys.meta_path.append(_FileFinder)

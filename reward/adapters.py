@@ -1,4 +1,6 @@
-"""Reward functions written for TRL or verl, used unchanged: `--reward trl:module:fn`, `--reward verl:file.py:fn`.
+"""How a reward function is called, and functions written for TRL or verl, used unchanged.
+
+`--reward trl:module:fn`, `--reward verl:file.py:fn`:
 
 TRL   fn(prompts, completions, **columns) -> list of float or None. As TRL does for a chat dataset, a prompt is a list
       of {"role", "content"} turns and a completion is a list with one such turn. columns: puzzle_id, answer,
@@ -8,14 +10,25 @@ verl  fn(data_source, solution_str, ground_truth, extra_info) -> float or {"scor
       answer as published, "T cell | B cell". extra_info has puzzle_id, candidates and n_cells.
 """
 
+import asyncio
 import inspect
+import math
+import os
+import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from data.errors import UserError
 from data.prompts import answer_text
 from data.puzzles import Puzzle
-from reward.result import Reward, RewardFn, Status
+from reward.result import Reward, RewardFn, Status, as_reward, as_text, timed_out
+
+
+def is_async(fn: Callable) -> bool:
+    """Whether a call of `fn`, or of the function that an adapter wraps, is a coroutine."""
+    called = (fn, type(fn).__call__)  # also an object with `async def __call__`
+    return any(map(inspect.iscoroutinefunction, called)) or getattr(fn, "is_async", False) is True
 
 
 def adapt(style: str, fn: Callable) -> RewardFn:
@@ -68,7 +81,7 @@ def _from_trl(fn: Callable) -> RewardFn:
         parts: dict[str, float] = {}
         return _then(fn(**arguments(completion, puzzle, parts)), lambda results: settle(results, parts))
 
-    scored.is_async = inspect.iscoroutinefunction(fn)
+    scored.is_async = is_async(fn)
     return scored
 
 
@@ -90,7 +103,7 @@ def _from_verl(fn: Callable) -> RewardFn:
         )
         return _then(result, settle)
 
-    scored.is_async = inspect.iscoroutinefunction(fn)
+    scored.is_async = is_async(fn)
     return scored
 
 
@@ -103,3 +116,56 @@ def _then(result: Any, settle: Callable[[Any], Reward]) -> Reward | Awaitable[Re
         return settle(await result)
 
     return later()
+
+
+# ---- the call itself
+
+
+def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
+    """The reward of one response, by a plain function; it is called outside an event loop.
+
+    An exception or a time-out becomes a status with total nan, never a number. This and `score_async` are the only places
+    that catch everything: the function is the user's, and --on-reward-error decides.
+    """
+    start, process = time.monotonic(), os.getpid()
+
+    async def within(awaitable: Awaitable) -> object:
+        async with asyncio.timeout(seconds):
+            return await awaitable
+
+    try:
+        result = fn(completion, puzzle)
+        outcome = as_reward(asyncio.run(within(result)) if inspect.isawaitable(result) else result)
+    except BaseException as error:  # also SystemExit, GeneratorExit and CancelledError
+        outcome = error
+    return _settle(outcome, start, process, seconds)
+
+
+async def score_async(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
+    """`score_plain` for an async function."""
+    start, process = time.monotonic(), os.getpid()
+    try:
+        async with asyncio.timeout(seconds):
+            outcome = as_reward(await fn(completion, puzzle))
+    except BaseException as error:
+        outcome = error
+    return _settle(outcome, start, process, seconds)
+
+
+def _settle(outcome: Reward | BaseException, start: float, process: int, seconds: float | None) -> Reward:
+    """What counts of the outcome of a reward function. process: the one that called it, at `start`.
+
+    seconds: the time limit; None in the trainer itself.
+    """
+    if os.getpid() != process:
+        os._exit(0)  # the function forked and this is the child: its parent answers
+    if isinstance(outcome, KeyboardInterrupt) and seconds is None:
+        raise outcome  # it is for the trainer
+    late = seconds is not None and time.monotonic() - start >= seconds
+    if late and isinstance(outcome, Reward | TimeoutError):
+        return timed_out(seconds)
+    if isinstance(outcome, Reward):
+        return outcome
+    where = traceback.extract_tb(outcome.__traceback__)[-1]
+    message = f"{type(outcome).__name__}: {as_text(outcome)} ({os.path.basename(where.filename)}, line {where.lineno})"
+    return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))

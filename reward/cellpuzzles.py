@@ -6,6 +6,7 @@ Only the answer block is read. A tag that occurs twice anywhere, also inside the
 the authors' scorer can be tricked into reading a line of the reasoning instead of the answer.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 from data.prompts import RESPONSE_LAYOUT as _RESPONSE
@@ -48,8 +49,15 @@ def parse_response(text: str, n_cells: int) -> ParsedResponse:
 
 
 def normalise_label(label: str) -> str:
-    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored."""
-    return " ".join(label.split()).casefold()
+    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored, composed (Unicode's NFC).
+
+    A letter with its accent is one character or two, and looks the same:
+
+    >>> normalise_label(" M\xfcller\xa0 glia ") == normalise_label("mu\u0308ller GLIA")
+    True
+    """
+    folded = unicodedata.normalize("NFD", " ".join(label.split())).casefold()
+    return unicodedata.normalize("NFC", folded)
 
 
 def cells_right(labels: list[str], answer: list[str]) -> int:
@@ -90,7 +98,8 @@ def strict_reward(completion: str, puzzle: Puzzle) -> Reward:
     reward = batch_reward(completion, puzzle)
     labels = parse_response(completion, len(puzzle.cells)).labels
     if len({normalise_label(label) for label in labels}) < len(labels):
-        return Reward(total=-1.0, parts=reward.parts, status=Status.INVALID_FORMAT)
+        problem = "two cells have the same label"
+        return Reward(total=-1.0, parts=reward.parts, status=Status.INVALID_FORMAT, message=problem)
     return reward
 
 
@@ -99,7 +108,7 @@ def _reward(completion: str, puzzle: Puzzle, total_of) -> Reward:
     parsed = parse_response(completion, len(puzzle.cells))
     if not parsed.valid:
         parts = {"cell_accuracy": 0.0, "batch_accuracy": 0.0, "format_validity": 0.0}
-        return Reward(total=-1.0, parts=parts, status=Status.INVALID_FORMAT)
+        return Reward(total=-1.0, parts=parts, status=Status.INVALID_FORMAT, message=parsed.problem)
     cell_accuracy = cells_right(parsed.labels, puzzle.answer) / len(puzzle.answer)
     parts = {"cell_accuracy": cell_accuracy, "batch_accuracy": float(cell_accuracy == 1.0), "format_validity": 1.0}
     return Reward(total=total_of(cell_accuracy), parts=parts)

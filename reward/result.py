@@ -2,8 +2,9 @@
 
 import math
 import numbers
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from data.errors import UserError
@@ -27,6 +28,8 @@ class Status(StrEnum):
     """Not scored: a TRL-style function returned None. The response is left out of its group under every policy."""
 
 
+LARGEST = 1e18
+"""The largest reward, and part of one: advantages are computed in float32, with squares."""
 NOT_SCORED = (Status.ERROR, Status.TIMEOUT, Status.DECLINED)
 
 
@@ -43,7 +46,7 @@ class Reward:
     """Named numbers that explain the total. Their means are `rewards/<name>` in metrics.jsonl."""
     status: Status = Status.OK
     message: str = ""
-    """Why the completion was not scored."""
+    """Why the completion was not scored, or what is wrong with its format."""
 
     @property
     def failed(self) -> bool:
@@ -61,16 +64,55 @@ RewardFn = Callable[[str, Puzzle], "float | Reward | Awaitable[float | Reward]"]
 def as_reward(result: object) -> Reward:
     """The result of a reward function as a Reward of plain floats.
 
-    Raises UserError when it is neither a finite number nor a Reward whose total and parts are finite numbers.
+    Raises UserError when it is neither a finite number nor a Reward whose total and parts are finite numbers, or when a
+    number is above LARGEST.
     """
     if not isinstance(result, Reward):
         return Reward(total=_as_number(result, "the reward"))
-    total = _as_number(result.total, "the total of the reward") if result.scored else math.nan
-    parts = {str(name): _as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
-    return replace(result, total=total, parts=parts, status=Status(result.status))
+    status = Status(result.status)
+    total = math.nan if status in NOT_SCORED else _as_number(result.total, "the total of the reward")
+    parts = {as_text(name): _as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
+    return Reward(total=total, parts=parts, status=status, message=as_text(result.message))
+
+
+def timed_out(seconds: float) -> Reward:
+    return Reward(total=math.nan, status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}")
+
+
+def nothing_usable(rows: list[dict]) -> str:
+    """What is wrong when every response has an invalid format or was cut, and the commonest reasons; "" otherwise.
+
+    rows: of rollouts.jsonl.
+    """
+    if any(row["status"] not in (Status.INVALID_FORMAT, Status.TRUNCATED) for row in rows):
+        return ""
+    cut = "it was cut at --max-response-tokens"
+    reasons = Counter(
+        cut if row["status"] == Status.TRUNCATED else row.get("message", "its format is invalid") for row in rows
+    )
+    commonest = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    first = min(rows, key=lambda row: row["status"] == Status.TRUNCATED)  # a whole response says more than a cut one
+    text = first["completion"]
+    shown = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+    what = "was cut at the length limit" if list(reasons) == [cut] else "has an invalid format or was cut"
+    return (
+        f"each of the {len(rows)} responses {what}, so there is nothing to learn from: {commonest}. Puzzle "
+        f"{first['puzzle_id']} was answered {shown!r}"
+    )
+
+
+def as_text(value: object) -> str:
+    """A user's value as text that can be written to a file; an object that cannot say what it is gives its type."""
+    try:
+        text = str(value)
+    except BaseException as error:  # the method is the user's
+        text = f"(a {type(value).__name__} whose text raises {type(error).__name__})"
+    return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair is no character
 
 
 def _as_number(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise UserError(f"{what} is {value!r}: return a finite number or a Reward")
+    if abs(value) > LARGEST:
+        raise UserError(f"{what} is {value!r}: its square must fit float32, so return at most {LARGEST:g} in size")
     return float(value)

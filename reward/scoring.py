@@ -4,14 +4,15 @@
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
     scorer.close()
 
-A worker is `python -m reward.scoring PATH SECONDS PARENT`. It reads one JSON job {"index", "completion", "puzzle"} per
-line and writes one JSON result {"index", "total", "parts", "status", "message"} per line. What the reward prints goes
-to standard error. A plain function gets one response at a time; an async one up to CONCURRENT at once, each with its
-own time limit.
+A worker is `python -m reward.scoring PATH SECONDS PARENT JOBS REPLIES`. JOBS and REPLIES are descriptors of its own: it
+reads one JSON job {"index", "completion", "puzzle"} per line and writes one JSON result {"index", "total", "parts",
+"status", "message"} per line. Its standard input is empty, and what the reward prints goes to standard error.
+
+A plain function gets one response at a time, in the main thread and outside an event loop, so that it may call
+asyncio.run, fork, and start pools of processes. An async one gets up to CONCURRENT at once, each with its own time limit.
 """
 
 import asyncio
-import inspect
 import json
 import math
 import os
@@ -21,17 +22,17 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
-from typing import TextIO
 
 from data.errors import UserError
-from data.processes import end_with_parent, module_environment
+from data.processes import end_group_with_this_process, end_with_parent, keep_from_children, module_environment
 from data.puzzles import Puzzle
-from reward import Reward, RewardFn, Status, as_reward, load_reward
+from reward import Reward, RewardFn, Status, load_reward
+from reward.adapters import is_async, score_async, score_plain
+from reward.result import timed_out
 
 CONCURRENT = 64
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
@@ -76,9 +77,12 @@ class Scorer:
         ]
 
     def _score_here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
+        pairs = list(zip(completions, puzzles, strict=True))
+        if not is_async(self.fn):
+            return {index: score_plain(self.fn, *pair, None) for index, pair in enumerate(pairs)}
+
         async def gather() -> list[Reward]:
-            pairs = zip(completions, puzzles, strict=True)
-            return await asyncio.gather(*(score_one(self.fn, text, puzzle, None) for text, puzzle in pairs))
+            return await asyncio.gather(*(score_async(self.fn, *pair, None) for pair in pairs))
 
         return dict(enumerate(asyncio.run(gather())))
 
@@ -106,6 +110,7 @@ class _Worker:
     def __init__(self, path: str, seconds: float, on_reply: Callable[[], None]) -> None:
         self.path, self.seconds, self.on_reply = path, seconds, on_reply
         self.process: subprocess.Popen | None = None
+        self.jobs = self.replies = -1  # our ends of the two pipes
         self.unread = b""
         self.is_async = False
 
@@ -158,14 +163,26 @@ class _Worker:
             self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:
             return
+        jobs, self.jobs = os.pipe()
+        self.replies, replies = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "reward.scoring", self.path, str(self.seconds), str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [
+                sys.executable,
+                "-m",
+                "reward.scoring",
+                self.path,
+                str(self.seconds),
+                *map(str, (os.getpid(), jobs, replies)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what the reward prints must not mix with what a command prints
+            pass_fds=(jobs, replies),
             env=module_environment(),
             start_new_session=True,  # a SIGTERM for the run must not reach it
         )
-        os.set_blocking(self.process.stdin.fileno(), False)  # a stuck worker that reads no more must not block _send
+        os.close(jobs)
+        os.close(replies)
+        os.set_blocking(self.jobs, False)  # a stuck worker that reads no more must not block _send
         self.unread = b""
         ready = self._receive(time.monotonic() + START_SECONDS)
         if isinstance(ready, Reward):
@@ -176,7 +193,7 @@ class _Worker:
 
     def _send(self, job: dict) -> Reward | None:
         """Write one job. Returns a Reward with the reason when it cannot be written."""
-        data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.process.stdin.fileno()
+        data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.jobs
         deadline = time.monotonic() + self.seconds + GRACE
         while data:
             if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
@@ -189,11 +206,10 @@ class _Worker:
 
     def _receive(self, deadline: float) -> dict | Reward:
         """The next reply, or a Reward with the reason why there is none."""
-        pipe = self.process.stdout.fileno()
         while b"\n" not in self.unread:
-            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not select.select([self.replies], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return timed_out(self.seconds)
-            piece = os.read(pipe, 1 << 16)
+            piece = os.read(self.replies, 1 << 16)
             if not piece:
                 return self._ended()
             self.unread += piece
@@ -216,82 +232,59 @@ class _Worker:
         except ProcessLookupError:
             pass  # it is gone
         self.process.wait()
-        os.set_blocking(self.process.stdin.fileno(), True)
-        self.process.stdin.close()  # nothing is buffered: _send writes to the descriptor
-        self.process.stdout.close()
+        os.close(self.jobs)
+        os.close(self.replies)
         self.process = None
 
 
 # ---- what runs in the worker
 
 
-def serve(path: str, seconds: float) -> None:
-    """Do jobs until standard input ends."""
-    # replies keep the real standard output; what the reward prints must not mix with them
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def serve(path: str, seconds: float, jobs: int, replies: int) -> None:
+    """Do jobs until there are no more. jobs, replies: descriptors."""
+    keep_from_children([jobs, replies])
+    end_group_with_this_process()
+    sys.stdout.reconfigure(line_buffering=True)  # a worker is killed without notice; what it printed must be seen
     fn = load_reward(path)
-    _reply(replies, {"ready": True, "is_async": is_async(fn)})
-    asyncio.run(_serve_jobs(fn, seconds, replies))
+    _write(replies, {"ready": True, "is_async": is_async(fn)})
+    if is_async(fn):
+        asyncio.run(_serve_side_by_side(fn, seconds, jobs, replies))
+    for job in map(json.loads, os.fdopen(jobs, "rb", closefd=False)):
+        _answer(replies, job, score_plain(fn, job["completion"], Puzzle(**job["puzzle"]), seconds))
+    os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
 
 
-async def _serve_jobs(fn: RewardFn, seconds: float, replies: TextIO) -> None:
-    jobs: asyncio.Queue = asyncio.Queue()
-    loop, tasks = asyncio.get_running_loop(), set()
-
-    def read() -> None:  # a thread, so that jobs keep arriving while coroutines run
-        for line in sys.stdin:
-            loop.call_soon_threadsafe(jobs.put_nowait, json.loads(line))
-        os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
+async def _serve_side_by_side(fn: RewardFn, seconds: float, jobs: int, replies: int) -> None:
+    loop, tasks, unread = asyncio.get_running_loop(), set(), b""
 
     async def answer(job: dict) -> None:
-        reward = await score_one(fn, job["completion"], Puzzle(**job["puzzle"]), seconds)
-        values = {"total": reward.total, "parts": reward.parts, "status": reward.status, "message": reward.message}
-        _reply(replies, {"index": job["index"], **values})
+        _answer(replies, job, await score_async(fn, job["completion"], Puzzle(**job["puzzle"]), seconds))
 
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        task = loop.create_task(answer(await jobs.get()))
-        tasks.add(task)  # the event loop has only weak references to tasks
-        task.add_done_callback(tasks.discard)
+    def read() -> None:  # whenever jobs arrive, also while coroutines run
+        nonlocal unread
+        piece = os.read(jobs, 1 << 16)
+        if not piece:
+            os._exit(0)
+        *lines, unread = (unread + piece).split(b"\n")
+        for line in lines:
+            task = loop.create_task(answer(json.loads(line)))
+            tasks.add(task)  # the event loop has only weak references to tasks
+            task.add_done_callback(tasks.discard)
 
-
-def is_async(fn: RewardFn) -> bool:
-    """Whether `fn`, or the function that an adapter wraps, is a coroutine function."""
-    return inspect.iscoroutinefunction(fn) or getattr(fn, "is_async", False)
-
-
-async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
-    """The reward of one response. An exception or a time-out becomes a status with total nan, never a number.
-
-    This is the only place that catches every Exception: the function is the user's, and --on-reward-error decides.
-    """
-    start = time.monotonic()
-    try:
-        result = fn(completion, puzzle)
-        if inspect.isawaitable(result):
-            result = await asyncio.wait_for(result, seconds)
-        reward = as_reward(result)
-    except Exception as error:
-        if isinstance(error, TimeoutError) and seconds is not None and time.monotonic() - start >= seconds:
-            return timed_out(seconds)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
-        return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))
-    if seconds is not None and time.monotonic() - start > seconds:
-        return timed_out(seconds)
-    return reward
+    loop.add_reader(jobs, read)
+    await asyncio.Event().wait()  # for ever: `read` ends the process
 
 
-def timed_out(seconds: float) -> Reward:
-    return Reward(total=math.nan, status=Status.TIMEOUT, message=f"it took longer than --reward-seconds {seconds:g}")
+def _answer(replies: int, job: dict, reward: Reward) -> None:
+    _write(replies, {"index": job["index"], **asdict(reward)})
 
 
-def _reply(replies: TextIO, message: dict) -> None:
-    replies.write(json.dumps(message) + "\n")
-    replies.flush()
+def _write(replies: int, message: dict) -> None:
+    data = (json.dumps(message) + "\n").encode()
+    while data:
+        data = data[os.write(replies, data) :]
 
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[3]))
-    serve(sys.argv[1], float(sys.argv[2]))
+    serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[4]), int(sys.argv[5]))

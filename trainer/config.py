@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from data.errors import UserError
-from data.options import option
+from data.options import check_numbers, option
 from trainer.objective import AGGREGATIONS, CORRECTIONS
 
 # --help lists the settings under these headings
@@ -49,6 +49,39 @@ def preset_values(name: str) -> dict[str, Any]:
     return {setting: values[name] for setting, values in PRESETS.items()}
 
 
+RANGES = {
+    "at least 0": (
+        *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
+        *("max_staleness", "restart_samplers", "nodes", "ranks_per_node", "rank_gib", "clip_high", "correction_floor"),
+    ),
+    "at least 1": (
+        *(
+            "keep_checkpoints",
+            "micro_tokens",
+            "epochs",
+            "batch_size",
+            "max_tokens",
+            "eval_puzzles",
+            "eval_response_tokens",
+        ),
+        *("steps", "prompts_per_step", "updates_per_batch", "max_prompt_tokens", "max_response_tokens"),
+        *("sampler_ranks", "tensor_parallel"),
+    ),
+    "above 0": ("lr", "grad_clip", "hang_seconds", "reward_seconds", "correction_cap"),
+    "above 0 and at most 1": ("memory_fraction", "top_p"),
+    "at least 0 and below 1": ("holdout",),
+    "at least 0 and at most 65535": ("sync_port",),
+    "above 0: the adapter's update is multiplied by it": ("lora_alpha",),
+    "at least 2: a response alone has none to be compared with, and nothing would be learnt": ("group_size",),
+    "at least 0.01: vLLM samples at 0.01 what is lower, and the trainer's log-probs would be others": ("temperature",),
+    "at least 1e-12: a group of equal rewards would divide 0 by 0": ("advantage_eps",),
+    "at least 0 and at most 1: no ratio is below 0": ("clip_low",),
+    "above 1: it bounds what the clip lets through": ("dual_clip",),
+    "at least 0: a negative weight would pay for leaving the reference": ("beta",),
+}
+"""What a number may be, and why -> the settings."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What the cold start and GRPO share: the adapter, the optimizer, precision and memory, checkpoints."""
@@ -86,16 +119,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a setting out of range, or settings of weights and optimizer that exclude one another."""
+        check_numbers(self, RANGES)
         if self.date:
             try:
                 datetime.date.fromisoformat(self.date)
             except ValueError:
                 raise UserError(f"--date {self.date}: write the day as 2026-11-26") from None
-        self.check_at_least(1, "keep_checkpoints")
-        self.check_at_least(0, "lora_rank", "warmup_steps")
-        for name in ("lr", "grad_clip", "hang_seconds"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
         for name, used in (
             (f"--quantize {self.quantize}", self.quantize != "none"),
             (f"--optimizer {self.optimizer}", self.optimizer == "adamw8bit"),
@@ -106,13 +135,6 @@ class TrainingConfig:
             raise UserError(
                 f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"
             )
-
-    def check_at_least(self, least: int, *names: str) -> None:
-        """Raises UserError, naming the flag, for a setting below it."""
-        for name in names:
-            if getattr(self, name) < least:
-                bound = f"at least {least}" if least else "0 or more"
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +175,6 @@ class SftConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(1, "epochs", "batch_size", "eval_puzzles")
-        self.check_at_least(0, "patience", "save_every")
-        if not 0 <= self.holdout < 1:
-            raise UserError(f"--holdout {self.holdout}: must be at least 0 and below 1")
         if self.dora and not self.lora_rank:
             raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":
@@ -212,6 +230,7 @@ class GrpoConfig(TrainingConfig):
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",
         ("stop", "drop"),
     )
+    insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
     group_size: int = sampling(5, "Responses per prompt (G).")
     updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
@@ -249,27 +268,18 @@ class GrpoConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(
-            1,
-            "steps",
-            "prompts_per_step",
-            "group_size",
-            "updates_per_batch",
-            "max_response_tokens",
-            "sampler_ranks",
-            "tensor_parallel",
-        )
-        self.check_at_least(0, "max_staleness", "restart_samplers", "sync_port", "nodes", "ranks_per_node", "rank_gib")
+        check_numbers(self, {"at least 1": ("save_every",)})
         if self.prompts_per_step % self.updates_per_batch:
             raise UserError(
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
                 "the second must divide the first"
             )
         self._check_placement()
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: GRPO needs differing samples, so it must be above 0")
-        if self.reward_seconds <= 0 or self.reward_workers < 0:
-            raise UserError("--reward-seconds must be above 0 and --reward-workers 0 or more")
+        if self.correction_floor > self.correction_cap:
+            raise UserError(
+                f"--correction-floor {self.correction_floor}: above --correction-cap {self.correction_cap}, so no weight is "
+                "between them; lower it"
+            )
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
         self.keeps_step(1)

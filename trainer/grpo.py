@@ -20,6 +20,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.puzzles import Puzzle
 from reward import Reward
+from reward.result import nothing_usable
 from reward.scoring import Scorer
 from rollout import Ahead, Engine, Rollout, Sampling, stable_seed
 from rollout.sync import Canary, adapter_hash
@@ -138,6 +139,8 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             all_rows = [row for group in sampled for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, sums, cfg, identity)
             log.write(metrics, all_rows, clock, engine.seconds, figures)
+        if step == 0 and not cfg.insist:  # a wrong chat template, or no cold start, must not cost days
+            refuse_a_useless_start(now, sampled)
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
             save_training(now, step + 1, ahead.unused(world.gather))
@@ -224,6 +227,17 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
         f"{cfg.group_size} (rank {first['rank']}; its text is in {now.out / 'reward_failure.json'}): {first['message']}. "
         "Fix the function and --resume, or leave such responses out: --resume --on-reward-error drop"
     )
+
+
+def refuse_a_useless_start(now: Step, sampled: list[ScoredGroup]) -> None:
+    """Raises UserError, with the reasons, when every response of the first step, on all ranks, is invalid or cut. Collective."""
+    problem = nothing_usable([row for group in sampled for row in group.rows])  # every rank has all rows
+    now.world.largest(0.0)  # rank 0 has written them before any rank ends the run
+    if problem:
+        raise UserError(
+            f"step 1: {problem}; all are in {now.out / 'rollouts.jsonl'}. Is the cold start missing (launch/sft.py), or is "
+            "--max-response-tokens too small? To go on all the same: --resume --insist"
+        )
 
 
 def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:

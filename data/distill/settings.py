@@ -10,7 +10,7 @@ from typing import Any
 from data.distill.distill import KEEP_RULES
 from data.distill.responses import prompts_hash
 from data.errors import UserError
-from data.options import option
+from data.options import check_numbers, check_temperature, flag_of, option
 from data.puzzles import Puzzle
 
 TEACHERS = ("embedded", "openai", "vllm")
@@ -37,22 +37,15 @@ OF_TEACHER = {
 """{setting: the teachers that have it}; all teachers have the settings that are not listed."""
 MEANING = ("model", "base", "dtype", "temperature", "top_p", "max_response_tokens", "teacher_noise")
 """Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
-LEAST = {
-    "candidates": 1,
-    "stop_at": 0,
-    "hint_candidates": 1,
-    "max_response_tokens": 1,
-    "concurrency": 1,
-    "retries": 0,
-    "temperature": 0,
-    "backoff_seconds": 0,
-    "limit": 1,
-    "budget": 0,
-    "price_in": 0,
-    "price_out": 0,
-    "reward_workers": 1,
+RANGES = {
+    "at least 1": ("candidates", "hint_candidates", "max_response_tokens", "concurrency", "limit", "reward_workers"),
+    "at least 0": (
+        *("stop_at", "temperature", "retries", "backoff_seconds", "budget", "price_in", "price_out", "teacher_noise"),
+    ),
+    "above 0": ("timeout_seconds", "reward_seconds"),
+    "above 0 and at most 1": ("top_p", "memory_fraction"),
 }
-"""{setting: its smallest value}"""
+"""What a number may be -> the settings."""
 FILES, TEACHER, ENDPOINT = "Puzzles and traces", "The teacher", "An endpoint (--teacher openai)"
 CANDIDATES, SAMPLING, MONEY, JUDGE = "Candidates", "Sampling", "Money (--teacher openai)", "What is accepted"
 """Headings of --help."""
@@ -141,7 +134,7 @@ class DistillConfig:
         for field in dataclasses.fields(self):
             teachers = OF_TEACHER.get(field.name, TEACHERS)
             if self.teacher not in teachers and getattr(self, field.name) != field.default:
-                raise UserError(f"{_flag(field.name)} needs --teacher {' or '.join(teachers)}, not {self.teacher}")
+                raise UserError(f"{flag_of(field.name)} needs --teacher {' or '.join(teachers)}, not {self.teacher}")
         if self.teacher != "embedded" and not self.model:
             raise UserError(f"--teacher {self.teacher} needs --model")
         if self.teacher == "openai":
@@ -150,12 +143,8 @@ class DistillConfig:
             raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
         if self.budget is not None and (self.price_in is None or not self.price_out):
             raise UserError("--budget needs --price-in and --price-out, per million tokens")
-        for name, least in LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{_flag(name)} {value:g}: must be at least {least}")
-        for name in ("timeout_seconds", "reward_seconds"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{_flag(name)} {getattr(self, name):g}: must be more than 0")
+        check_numbers(self, RANGES)
+        check_temperature(self.temperature)
 
     def _refuse_secrets(self) -> None:
         """Raises UserError, without quoting the value, when the URL or the name of the variable may hold a secret."""
@@ -190,7 +179,3 @@ class DistillConfig:
         """What decides the content of a response: the first line of the raw file. puzzles: of the whole file."""
         used = {name: getattr(self, name) for name in MEANING if self.teacher in OF_TEACHER[name]}
         return {"teacher": self.teacher, **used, "seed": self.seed, "prompts": prompts_hash(puzzles)}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

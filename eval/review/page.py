@@ -37,16 +37,40 @@ class ErrorType:
     meaning: str
 
 
-WORDING = "The five error types are after the Cell-o1 paper's expert review; their names and meanings are worded by us."
+WORDING = "The five error types are those of the Cell-o1 paper's human evaluation (appendix E), in its words."
 ERROR_TYPES = (
-    ErrorType("marker_misread", "m", "Marker misread", "a gene is named, but as a sign of the wrong cell type"),
-    ErrorType("marker_overlooked", "o", "Marker overlooked", "a telling gene of the cell's list is not used"),
     ErrorType(
-        "context_ignored", "c", "Context ignored", "donor, tissue, disease or the other cells rule the label out"
+        "incorrect_reasoning",
+        "i",
+        "Incorrect Reasoning",
+        "The explanation invokes wrong markers or faulty logic.",
     ),
-    ErrorType("lineage_confusion", "l", "Lineage confusion", "a related type was taken: another subtype or stage"),
-    ErrorType("slip", "f", "Format or assignment slip", "the reasoning has it right, but the answer line does not"),
+    ErrorType(
+        "no_reasoning",
+        "n",
+        "No Reasoning",
+        "A label is predicted with virtually no justification.",
+    ),
+    ErrorType(
+        "plausible_but_incorrect",
+        "p",
+        "Plausible but Incorrect",
+        "The reasoning sounds biologically sensible but ignores key evidence, resulting in an incorrect label.",
+    ),
+    ErrorType(
+        "forced_assignment",
+        "f",
+        "Forced Assignment Error",
+        "The reasoning is correct, but to exhaust remaining labels, the model attaches the correct label to the wrong cell.",
+    ),
+    ErrorType(
+        "wrong_conclusion",
+        "w",
+        "Correct Reasoning, Wrong Conclusion",
+        "The explanation cites the right evidence, yet the model outputs a contradictory label.",
+    ),
 )
+NAMES = {kind.id: kind.name for kind in ERROR_TYPES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +150,7 @@ def make_review(
         "seed": seed,
         "show_truth": show_truth,
         "answers": digest,
-        "error_types": {kind.id: kind.name for kind in ERROR_TYPES},
+        "error_types": NAMES,
         "cases": keyed,
     }
     key["page"] = key_id(key)

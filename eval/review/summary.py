@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
-from eval.review.page import KIND, SIDES, WHOLE, WORDING, read_object
+from eval.review.page import KIND, NAMES, SIDES, WHOLE, WORDING, read_object
 
 RESAMPLES = 10_000
 VERDICTS = ("left", "tie", "right")
@@ -261,7 +261,8 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         f"interval, over cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
         _markdown_rows(("model", *columns, "win rate"), results),
         "## Errors marked",
-        f"Counted over cells and reviewers; an answer that cannot be read counts as one cell. {WORDING}",
+        "Counted over cells and reviewers; an answer that cannot be read counts as one cell. "
+        + (WORDING if error_names == NAMES else "The types are those of the page, which was made with other names."),
         _markdown_rows(("type", *models), errors),
         "## Reviewers",
         _markdown_rows(("reviewer", "cases judged", "left", "tie", "right"), people),

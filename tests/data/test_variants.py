@@ -1,6 +1,7 @@
 """Cell-level and open-ended puzzles: their bytes, their files, the way there and back, and their scores by hand."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,48 @@ def test_the_batch_is_left_as_it_was():
     assert (BATCH.variant, BATCH.system_message) == ("batch", SYSTEM_MESSAGE)
 
 
-def test_the_messages_say_what_the_answer_is():
-    for message in (CELL_SYSTEM_MESSAGE, OPEN_SYSTEM_MESSAGE):
-        assert all(tag in message for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    assert "|" not in CELL_SYSTEM_MESSAGE and "one cell type of the list" in CELL_SYSTEM_MESSAGE
-    assert "' | '" in OPEN_SYSTEM_MESSAGE and "Cell Ontology" in OPEN_SYSTEM_MESSAGE
-    assert "candidate" not in OPEN_SYSTEM_MESSAGE
+def test_the_prompts_are_the_papers():
+    """Table 10 word for word; appendix D shows no prompt, so there the published one without its candidates."""
+    assert CELL_SYSTEM_MESSAGE == (
+        "You are an expert assistant specialized in cell type annotation. You will be given the gene expression profile "
+        "of a single cell from a specific donor. The top expressed genes are listed in descending order. Use both gene "
+        "expression and donor context to determine the correct cell type. You will also receive a list of candidate cell "
+        "types\N{EM DASH}choose the one that best fits this cell. Include your detailed reasoning within <think> and "
+        "</think> tags, and provide your final answer within <answer> and </answer> tags. The final answer should be a "
+        "single string with exactly one cell type."
+    )
+    assert OPEN_SYSTEM_MESSAGE == (
+        "You are an expert assistant specialized in cell type annotation. You will be given a batch of N cells from the "
+        "same donor, where each cell represents a unique cell type. For each cell, the top expressed genes are provided "
+        "in descending order of expression. Using both the gene expression data and donor information, determine the "
+        "correct cell type for each cell. Ensure that you consider all cells together, rather than annotating each cell "
+        "individually. Include your detailed reasoning within <think> and </think> tags, and provide your final answer "
+        "within <answer> and </answer> tags. The final answer should be a single string listing the assigned cell types "
+        "in order, separated by ' | '."
+    )
+
+
+EARLIER = {
+    "cell": "You are an expert assistant specialized in cell type annotation. You will be given one cell of a donor. Its "
+    "top expressed genes are provided in descending order of expression.",
+    "open": "You are an expert assistant specialized in cell type annotation. There is no list to choose from: name every "
+    "cell type as the Cell Ontology names it.",
+}
+
+
+@pytest.mark.parametrize("variant", ["cell", "open"])
+def test_a_row_with_an_earlier_wording_is_read_and_asked_as_it_is(tmp_path, variant):
+    rows = [{**puzzle.to_row(), "system_msg": EARLIER[variant]} for puzzle in convert([BATCH], variant)]
+    path = tmp_path / "old.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    puzzles = read_puzzles(path)
+    assert [puzzle.variant for puzzle in puzzles] == [variant] * len(rows)
+    assert [puzzle.to_row() for puzzle in puzzles] == rows
+    assert {puzzle.system_message for puzzle in puzzles} == {EARLIER[variant]}
+    if variant == "cell":
+        answers, (whole,) = regroup([response(puzzle.answer[0]) for puzzle in puzzles], puzzles)
+        assert answers == ["<think></think><answer>T cell | B cell | NK cell</answer>"]
+        assert whole.system_message == SYSTEM_MESSAGE
 
 
 @pytest.mark.parametrize("name", ["puzzles.parquet", "puzzles.jsonl"])

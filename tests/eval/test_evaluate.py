@@ -266,7 +266,7 @@ def test_baselines_by_command(pipeline, tmp_path):
         (("--model", "m", "--train", "t"), "--train goes with --baseline"),
         (("--baseline", "random", "--endpoint", "http://x"), "--endpoint goes with --model"),
         (("--model", "m", "--samples", "4", "--temperature", "0"), "gives the same answer again: raise --temperature"),
-        (("--model", "m", "--samples", "0"), "--samples 0: must be 1 or more"),
+        (("--model", "m", "--samples", "0"), "--samples 0: must be at least 1"),
         (("--baseline", "random", "--resume"), "--samples and --resume are for a --model"),
         (("--model", "m", "--endpoint", "https://far.example/v1"), "environment variable NO_SUCH_KEY holds no key"),
         (("--model", "m", "--endpoint", "https://user:word@far.example/v1"), "--endpoint holds a key or a password"),

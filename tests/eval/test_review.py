@@ -165,9 +165,9 @@ def test_merging_by_hand(files):
     cases = {case["puzzle"]: case["case"] for case in key["cases"]}
     a, b, c, d = (cases[p] for p in ("p0", "p1", "p2", "p5"))
     marks = {
-        a: {"wombat": {"1": ["slip", "context_ignored"], "2": ["slip"]}},
-        d: {"wombat": {WHOLE: ["slip"]}},
-        c: {"Quokka-7B": {"3": ["marker_misread"]}},
+        a: {"wombat": {"1": ["wrong_conclusion", "plausible_but_incorrect"], "2": ["wrong_conclusion"]}},
+        d: {"wombat": {WHOLE: ["wrong_conclusion"]}},
+        c: {"Quokka-7B": {"3": ["incorrect_reasoning"]}},
     }
     ana = review(key, "Ana", {a: "first", b: "first", c: "tie", d: "second"}, marks, "left is | odd\nhere")
     ben = review(key, "Ben", {a: "first", b: "tie", d: "second"})
@@ -181,7 +181,9 @@ def test_merging_by_hand(files):
     assert wombat["win_rate"]["interval"] == pytest.approx([1 - high, 1 - low], abs=0.02)
     assert (summary["cases_judged"], summary["judgements"], summary["cases"]) == (4, 7, 5)
     errors = summary["errors"]["wombat"]
-    assert errors["types"] == {kind.id: {"context_ignored": 1, "slip": 3}.get(kind.id, 0) for kind in ERROR_TYPES}
+    assert errors["types"] == {
+        kind.id: {"plausible_but_incorrect": 1, "wrong_conclusion": 3}.get(kind.id, 0) for kind in ERROR_TYPES
+    }
     # Ana had p0, p1, p2 (two wrong cells each) and the unreadable p5 before her, Ben p0, p1 and p5
     assert errors["wrong_places"] == 7 + 5 and errors["marked_though_right"] == 0
     assert summary["errors"]["Quokka-7B"]["marked_though_right"] == 1
@@ -193,11 +195,35 @@ def test_merging_by_hand(files):
     assert (row["case"], row["verdicts"]) == (b, {"Ana": "Quokka-7B", "Ben": "tie"})
 
 
-def test_the_wording_of_the_error_types_is_owned_up_to(files):
+def test_the_error_types_are_the_papers(files):
+    """Names and definitions of appendix E, as they are."""
+    assert {kind.name: kind.meaning for kind in ERROR_TYPES} == {
+        "Incorrect Reasoning": "The explanation invokes wrong markers or faulty logic.",
+        "No Reasoning": "A label is predicted with virtually no justification.",
+        "Plausible but Incorrect": "The reasoning sounds biologically sensible but ignores key evidence, resulting in an "
+        "incorrect label.",
+        "Forced Assignment Error": "The reasoning is correct, but to exhaust remaining labels, the model attaches the "
+        "correct label to the wrong cell.",
+        "Correct Reasoning, Wrong Conclusion": "The explanation cites the right evidence, yet the model outputs a "
+        "contradictory label.",
+    }
+    assert not {kind.key for kind in ERROR_TYPES} & set("123ujke?"), "keys that the page uses"
     page, key = made(files)
     assert page_data(page)["wording"] == WORDING and 'id="wording"' in page.read_text()
     summary = merge_reviews([review(key, "Ana", {1: "first"})], key)
-    assert "names and meanings are worded by us" in WORDING and WORDING in summary_markdown(summary, key["error_types"])
+    assert "(appendix E), in its words" in WORDING and WORDING in summary_markdown(summary, key["error_types"])
+
+
+def test_a_page_with_earlier_error_types_is_still_collected(files):
+    """The key names the types of its own page."""
+    key = made(files)[1]
+    old = {name: key[name] for name in key} | {"error_types": {"marker_misread": "Marker misread", "slip": "Slip"}}
+    old["page"] = key_id(old)
+    case = next(case for case in old["cases"] if case["puzzle"] == "p0")["case"]
+    summary = merge_reviews([review(old, "Ana", {case: "first"}, {case: {"wombat": {"1": ["slip"]}}})], old)
+    assert summary["errors"]["wombat"]["types"] == {"marker_misread": 0, "slip": 1}
+    text = summary_markdown(summary, old["error_types"])
+    assert "| Slip |" in text and WORDING not in text and "made with other names" in text
 
 
 def test_the_interval_is_over_cases_not_judgements(files):
@@ -226,7 +252,7 @@ def test_collect_writes_a_summary_to_read_and_one_to_compute_with(files):
     assert row.startswith("| Quokka-7B | 2 = 50.0 % (") and "| 62.5 % (" in row
     for line in (
         "Ana | 2 of 5 |",
-        "| Format or assignment slip | 0 | 0 |",
+        "| Correct Reasoning, Wrong Conclusion | 0 | 0 |",
         "| Ana | Ben | 2 | 1 |",
         "odd \\| here and",
     ):
@@ -255,7 +281,7 @@ def test_files_of_another_page_twins_and_damage_are_refused(files):
         (f"case {n} has the verdict 'best'", damaged(verdict="best")),
         ("has no errors of a left", damaged(errors={})),
         ("marks cell '9' of the left", damaged(errors=none | {"left": {"9": []}})),
-        ("marks cell 'all' of the left", damaged(errors=none | {"left": {WHOLE: ["slip"]}})),
+        ("marks cell 'all' of the left", damaged(errors=none | {"left": {WHOLE: ["wrong_conclusion"]}})),
         ("marks cell 'errors' of the left", damaged(errors=none | {"left": []})),
         ('marks cell 1 of the right answer with ["x"]', damaged(errors=none | {"right": {"1": ["x"]}})),
     ]
@@ -327,12 +353,12 @@ def test_an_expert_clicks_through_reloads_exports_and_imports(files, width):
         browser.click(".errors[open] button", 1)
         browser.click("#comment")
         browser.type("GZMB is missed </script>")
-        assert browser.text(".errors > summary") == "Marker overlooked, Lineage confusion"
+        assert browser.text(".errors > summary") == "No Reasoning, Forced Assignment Error"
         assert browser.text("#done") == "1 of 5 judged" and "since the last export" in browser.text("#kept")
         browser.reload()
         assert browser.text("#title") == f"Case {n} of 5" and not browser.js("document.getElementById('howto').open")
         assert browser.js("document.querySelector('[data-verdict=left]').ariaPressed") == "true"
-        assert browser.text(".errors > summary") == "Marker overlooked, Lineage confusion"
+        assert browser.text(".errors > summary") == "No Reasoning, Forced Assignment Error"
         browser.click("#next" if n < 5 else "#previous")
         other = n + 1 if n < 5 else n - 1
         browser.click("[data-verdict=right]")
@@ -346,7 +372,7 @@ def test_an_expert_clicks_through_reloads_exports_and_imports(files, width):
         assert "since the last export" not in browser.text("#kept") and browser.problems() == []
     side, place = wrong[n][0]
     exported = json.loads(file.read_text())
-    marks = {"left": {}, "right": {}} | {side: {place: ["marker_overlooked", "lineage_confusion"]}}
+    marks = {"left": {}, "right": {}} | {side: {place: ["no_reasoning", "forced_assignment"]}}
     assert exported["answers"] == {
         str(n): {"verdict": "left", "errors": marks, "comment": "GZMB is missed </script>"},
         str(other): {"verdict": "tie", "errors": {"left": {}, "right": {}}, "comment": ""},
@@ -383,7 +409,7 @@ def test_the_keys(files):
         for press, verdict in (("3", "right"), ("1", "left"), ("2", "tie"), ("2", None)):
             browser.press(press)
             assert browser.js("document.querySelector('[data-verdict][aria-pressed=true]')?.dataset.verdict") == verdict
-        browser.press("m")
+        browser.press("i")
         assert browser.text("#status").startswith("First choose a cell")
         place = "(() => { const d = document.activeElement.closest('.errors')?.dataset; return d ? d.side + d.place : null; })()"
         browser.press("e")
@@ -392,13 +418,16 @@ def test_the_keys(files):
         assert browser.js("document.activeElement.matches(':focus-visible')") and browser.js(place) != first
         browser.js("document.activeElement.blur()")
         browser.press("e")
-        for letter in "mfcf":
+        for letter in "iwpw":
             browser.press(letter)
-        assert browser.js(place) == first and browser.text(".errors > summary") == "Marker misread, Context ignored"
+        assert (
+            browser.js(place) == first
+            and browser.text(".errors > summary") == "Incorrect Reasoning, Plausible but Incorrect"
+        )
         browser.click("#comment")
-        browser.type("1 m ?")
+        browser.type("1 i ?")
         browser.press("j")
-        assert browser.text("#title") == "Case 3 of 5" and browser.js("document.activeElement.value") == "1 m ?j"
+        assert browser.text("#title") == "Case 3 of 5" and browser.js("document.activeElement.value") == "1 i ?j"
         for press in ("Escape", "?"):
             browser.press(press)
         assert browser.js("document.getElementById('help').open")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests/fixtures"
 SMALL_GRPO = (
     *("--prompts-per-step", 4, "--group-size", 3, "--max-prompt-tokens", 400, "--max-response-tokens", 16),
-    *("--lora-rank", 8, "--lora-alpha", 16, "--lr", 1e-2),
+    *("--lora-rank", 8, "--lora-alpha", 16, "--lr", 1e-2, "--insist"),
 )
 """Options of launch/grpo.py for a step of 12 short responses."""
 

@@ -3,13 +3,15 @@
 import asyncio
 import json
 import re
+from itertools import permutations
 
 import pytest
 
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
+from eval.metrics import score_one
 from reward import Reward, load_reward
-from reward.cellpuzzles import batch_reward, mixed_reward, parse_response, strict_reward
+from reward.cellpuzzles import batch_reward, mixed_reward, normalise_label, parse_response, strict_reward
 from tests.helpers.commands import FIXTURES
 
 REAL = FIXTURES / "cellpuzzles_sample.jsonl"
@@ -31,6 +33,7 @@ def response(answer: str, reasoning: str = "CD3D") -> str:
     [
         (response("T cell | B cell | NK cell"), 1, 1, 1),
         (response(" t  CELL |b cell| nk cell "), 1, 1, 1),
+        (response("T\N{NO-BREAK SPACE}cell |\tB  cell\n| NK cell"), 1, 1, 1),
         (response("T cell | NK cell | B cell"), 0, 1 / 6, 0),
         (response("B cell | T cell | NK cell."), 0, 0, 0),
         (response("T cell | T cell | NK cell"), 0, 1 / 3, -1),  # duplicates have a valid format, but are wrong
@@ -53,6 +56,23 @@ def test_rewards_by_hand(text, batch, mixed, strict):
     assert batch_reward(text, PUZZLE).total == batch
     assert mixed_reward(text, PUZZLE).total == pytest.approx(mixed)
     assert strict_reward(text, PUZZLE).total == strict
+
+
+@pytest.mark.parametrize(
+    "labels", list(permutations(["M\u00fcller cell", "mu\u0308ller cell", "MU\u0308LLER  CELL"], 2))
+)
+def test_labels_compare_after_composition(labels):
+    """NFC and NFD of a name look the same; here in every pair of answer and label, also for the rule on duplicates."""
+    given, gold = labels
+    puzzle = Puzzle(id="p", context="", cells=[["GLUL"], ["RHO"]], candidates=[gold, "rod"], answer=[gold, "rod"])
+    assert batch_reward(response(f"{given} | rod"), puzzle).total == 1
+    assert strict_reward(response(f"{given} | {gold}"), puzzle).total == -1
+    assert score_one(response(f"{given} | {gold}"), puzzle).right == [True, False]
+    assert score_one(response(f"{given} | {gold}"), puzzle).uniqueness == 0.5
+
+
+def test_what_folding_takes_apart_is_composed_again():
+    assert normalise_label("\u01f0") == normalise_label("J\u030c") == "\u01f0"
 
 
 def test_the_reasoning_cannot_be_scored_instead_of_the_answer():

@@ -135,7 +135,7 @@ def test_a_function_that_hangs_or_dies_costs_only_its_own_response(rewards):
     assert [r.total for r in got if r.scored] == [1.0, 2.0, 3.0, 4.0]
     assert [str(got[i].status) for i in (1, 3, 5)] == ["timeout", "error", "error"]
     assert got[1].message == "it took longer than --reward-seconds 1"
-    assert "ended with exit code 7" in got[3].message and "ended with exit code 3" in got[5].message
+    assert "ended with exit code 7" in got[3].message and got[5].message == "SystemExit: 3 (rewards.py, line 18)"
 
 
 @pytest.mark.slow(3)
@@ -308,6 +308,7 @@ SMALL = (
     8,
     "--lora-alpha",
     16,
+    "--insist",
     "--lr",
     1e-2,
     "--engine",

@@ -28,6 +28,7 @@ SMALL = (
     3,
     "--reward-workers",
     0,
+    "--insist",
 )
 
 

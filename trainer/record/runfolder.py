@@ -53,6 +53,7 @@ FREE_ON_RESUME = {
     "reward_workers",
     "reward_seconds",
     "on_reward_error",
+    "insist",
     "placement",
     "sampler_ranks",
     "tensor_parallel",
