@@ -65,7 +65,7 @@ def _load_file(path: str, file_name: str):
     spec = importlib.util.spec_from_file_location(name, file_name)
     assert spec is not None and spec.loader is not None, "a .py path always has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module  # dataclasses in the file look their module up here
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's own code raises while it is imported

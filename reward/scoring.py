@@ -89,7 +89,7 @@ class Scorer:
         futures = [
             self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
         ]
-        wait(futures)
+        wait(futures)  # result() below may raise; first let all workers end their share
         return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
@@ -134,10 +134,10 @@ class _Worker:
                 in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
             reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
-            if isinstance(reply, Reward):
+            if isinstance(reply, Reward):  # no reply: the process hangs or has died
                 self.stop()
                 if len(in_flight) > 1:
-                    return [job for job, _ in in_flight.values()]
+                    return [job for job, _ in in_flight.values()]  # any of them may be the cause
                 index, reward = next(iter(in_flight)), reply
                 if queue:
                     self._start()
@@ -273,12 +273,13 @@ async def score_one(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: floa
             result = await asyncio.wait_for(result, seconds)
         reward = as_reward(result)
     except Exception as error:
+        # the function's own TimeoutError (of a web request) comes before the limit, and is an error like any other
         if isinstance(error, TimeoutError) and seconds is not None and time.monotonic() - start >= seconds:
             return timed_out(seconds)
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}, line {where.lineno})"
         return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))
-    if seconds is not None and time.monotonic() - start > seconds:
+    if seconds is not None and time.monotonic() - start > seconds:  # a plain function was not interrupted
         return timed_out(seconds)
     return reward
 
