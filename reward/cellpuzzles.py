@@ -82,7 +82,7 @@ def batch_reward(completion: str, puzzle: Puzzle) -> Reward:
     >>> batch_reward("T cell | B cell", puzzle).total
     -1.0
     """
-    return _reward(completion, puzzle, lambda cell_accuracy: float(cell_accuracy == 1.0))
+    return _reward(completion, puzzle, lambda cell_accuracy: float(cell_accuracy == 1.0))  # n / n is exactly 1
 
 
 def mixed_reward(completion: str, puzzle: Puzzle) -> Reward:

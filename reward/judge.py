@@ -43,6 +43,7 @@ class TraceJudge:
 
     def __call__(self, pairs: list[tuple[Puzzle, Completion]]) -> list[Verdict]:
         """The verdicts, in order. Raises RunError when the reward failed on every response so far, HOPELESS or more."""
+        # a response that was cut is rejected whatever it contains, so it is not scored
         whole = [(puzzle, c) for puzzle, c in pairs if not c.error and c.finish_reason != "length"]
         traces, puzzles = [completion.trace for _, completion in whole], [puzzle for puzzle, _ in whole]
         with _as_accept():

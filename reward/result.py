@@ -111,6 +111,7 @@ def as_text(value: object) -> str:
 
 
 def _as_number(value: object, what: str) -> float:
+    # a bool is a number in Python; as a reward it is a comparison that was returned by mistake
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise UserError(f"{what} is {value!r}: return a finite number or a Reward")
     if abs(value) > LARGEST:

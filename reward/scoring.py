@@ -93,7 +93,7 @@ class Scorer:
         futures = [
             self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
         ]
-        wait(futures)
+        wait(futures)  # result() below may raise; first let all workers end their share
         return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
@@ -139,10 +139,10 @@ class _Worker:
                 in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
             reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
-            if isinstance(reply, Reward):
+            if isinstance(reply, Reward):  # no reply: the process hangs or has died
                 self.stop()
                 if len(in_flight) > 1:
-                    return [job for job, _ in in_flight.values()]
+                    return [job for job, _ in in_flight.values()]  # any of them may be the cause
                 index, reward = next(iter(in_flight)), reply
                 if queue:
                     self._start()

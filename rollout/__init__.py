@@ -119,7 +119,7 @@ class LocalEngine(ABC):
 
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
         """See Engine."""
-        self.parcel, manifest = broadcast_adapter(tensors, self.parcel)
+        self.parcel, manifest = broadcast_adapter(tensors, self.parcel)  # sync point
         self.wake()  # the adapter's slots are part of the memory that sleep() released
         self.load_adapter(self.parcel, manifest, version)
         self.prove(canary)
@@ -149,7 +149,7 @@ class LocalEngine(ABC):
             [puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling, [repeats[i] for i in ours]
         )
         self.seconds = time.perf_counter() - start
-        self.sleep()
+        self.sleep()  # now the trainer can have the memory
         return [group for i, group in zip(ours, groups, strict=True) if i % self.size == self.rank]
 
     def close(self) -> None:  # noqa: B027 (the model may be the trainer's)
@@ -175,6 +175,7 @@ class Ahead:
         """Start from the unused rollouts of a checkpoint, in the format of unused(); each rank takes its share."""
         for step, groups in pending.items():
             self.sampled[int(step)] = [[Rollout(**r) for r in group] for group in groups[rank::size]]
+        # a new run asks for its first steps here, under the first adapter; a resumed one has them in the checkpoint
         self._ask_until(self.next + self.staleness)
 
     def groups(self, step: int) -> list[list[Rollout]]:
@@ -187,7 +188,7 @@ class Ahead:
 
     def unused(self, gather: Callable[[list], list]) -> dict[str, list]:
         """Wait for all rollouts not yet trained on, for a checkpoint. gather: World.gather. Collective."""
-        for step in self.requested:
+        for step in self.requested:  # the same order on every rank
             self.sampled[step] = self.engine.collect(step)
         self.requested = []
         return {

@@ -45,17 +45,17 @@ def open_store(where: str, port: int, nodes: int = 1) -> tuple[dist.TCPStore, Ad
     host = address_of(where, nodes)
     # bind the socket here and give it to TCPStore, which would listen on all interfaces
     listener = socket.create_server((host, 0)) if port == 0 else _listen(host, port)
-    token = secrets.token_hex(16)
+    token = secrets.token_hex(16)  # 128 bits, new for every run
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         host,
         port,
         is_master=True,
-        wait_for_workers=False,
+        wait_for_workers=False,  # samplers come, die and come again
         timeout=timedelta(seconds=JOIN_SECONDS),
-        master_listen_fd=listener.detach(),
+        master_listen_fd=listener.detach(),  # the store closes it from now on
     )
-    store.set("who", _sign(token, "who"))
+    store.set("who", _sign(token, "who"))  # by this join_store() knows the run
     return store, Address(host=host, port=port, token=token)
 
 
@@ -119,6 +119,7 @@ def address_of(where: str, nodes: int = 1) -> str:
 
 def address_facing(address: Address) -> str:
     """The address of this machine's interface from which the trainers' store is reached."""
+    # the routing table chooses the interface, as it will for gloo's connections
     with socket.create_connection((address.host, address.port), timeout=JOIN_SECONDS) as probe:
         return probe.getsockname()[0]
 
@@ -143,6 +144,7 @@ def take_signed(store: dist.Store, key: str, token: str) -> Any:
     number, signature = store.get(key).decode().split(" ")
     names = [f"{key}/{part}" for part in range(int(number))]
     data = b"".join(store.get(name) for name in names)
+    # a key has one reader, so nobody looks for a part between its get and its end
     for name in (*names, key):
         store.delete_key(name)
     if not hmac.compare_digest(signature, _sign(token, key, data)):
@@ -153,6 +155,7 @@ def take_signed(store: dist.Store, key: str, token: str) -> Any:
 
 def _sign(token: str, key: str, data: bytes = b"") -> str:
     """HMAC-SHA256 of key and data: proves that the writer knows the token without revealing the token."""
+    # the zero byte: no byte can move from the end of the key to the start of the data
     return hmac.new(token.encode(), key.encode() + b"\0" + data, "sha256").hexdigest()
 
 
@@ -165,5 +168,5 @@ def make_group(store: dist.Store, rank: int, size: int, host: str, device: torch
         return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    options._timeout = timedelta(seconds=JOIN_SECONDS)
+    options._timeout = timedelta(seconds=JOIN_SECONDS)  # of joining and of each broadcast
     return dist.ProcessGroupGloo(store, rank, size, options)

@@ -121,6 +121,7 @@ class SplitEngine:
         # a new parcel each time: with staleness the last one may still be on its way to a sampler
         parcel = Parcel.of(tensors)
         manifest = parcel.manifest()
+        # hashes travel, not tensors: rank 0 alone sends the adapter, and the others only have to hold the same
         hashes: list[str] = [""] * self.size
         with self.waiting("the adapter hashes of all ranks"):
             dist.all_gather_object(hashes, manifest_hash(manifest))
@@ -139,7 +140,7 @@ class SplitEngine:
         """See Engine. Sampler e of E gets prompts[e :: E]."""
         self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
         repeats = count_repeats(puzzle_ids)  # over the whole batch, whoever samples it
-        for e, orders in enumerate(self.queues):
+        for e, orders in enumerate(self.queues):  # none on ranks above 0, which only collect
             places = list(range(e, len(prompts), len(self.queues)))
             orders.put(
                 Generate(
@@ -156,7 +157,8 @@ class SplitEngine:
         """See Engine. Raises SyncError if rollouts were sampled under another adapter than requested."""
         puzzle_ids, prompts, version, identity = self.asked.pop(step)
         groups = []
-        for place in range(self.rank, len(prompts), self.size):
+        for place in range(self.rank, len(prompts), self.size):  # this rank's share
+            # taken, not read: rollouts of past steps would fill rank 0's memory
             while (sampled := take_signed(self.store, f"rollouts/{step}/{place}", self.address.token)) is None:
                 self._check_failure(f"the rollouts of step {step + 1}")
             if (sampled["version"], sampled["hash"]) != (version, identity):
@@ -164,7 +166,7 @@ class SplitEngine:
                     f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
                     f"asked for under {version} ({identity})"
                 )
-            self.seconds = sampled["seconds"]
+            self.seconds = sampled["seconds"]  # of the sampler that was read last
             groups.append(
                 [
                     Rollout(
@@ -186,7 +188,7 @@ class SplitEngine:
         for orders in self.queues:
             orders.put(None)  # ends the thread's loop, after all earlier orders
         for thread in self.threads:
-            thread.join(timeout=JOIN_SECONDS)
+            thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
         if self.store.check(["failure"]):  # the last adapter was not sampled from, but its hand-over is proven too
             raise SamplerLost(self.store.get("failure").decode())
 
@@ -214,7 +216,7 @@ class SplitEngine:
     def _work(self, engine: int, store: dist.Store) -> None:
         last_load: Load | None = None
         session = None
-        for item in iter(self.queues[engine].get, None):
+        for item in iter(self.queues[engine].get, None):  # None comes from close()
             last_load = item if isinstance(item, Load) else last_load
             for attempt in count():
                 try:
@@ -226,7 +228,7 @@ class SplitEngine:
                     session.load(item) if isinstance(item, Load) else session.generate(item)
                     break
                 except SamplerLost as lost:
-                    session = None
+                    session = None  # the next try makes a new group with the new process
                     if self.restarts_left[engine] == 0:
                         raise
                     self.restarts_left[engine] -= 1
@@ -257,6 +259,7 @@ class Session:
 
     def load(self, item: Load) -> None:
         """Broadcast an adapter, and check the answers of the sampler's processes: checksums and canary."""
+        # asked for once: the base does not change, and a restarted sampler has the same
         want_off = self.engine not in self.owner.off and item.canary.reference is not None
         self._order(
             {
@@ -264,7 +267,7 @@ class Session:
                 "version": item.version,
                 "manifest": item.manifest,
                 "lora": item.lora,
-                "step": item.version,
+                "step": item.version,  # only shown: in its status line
                 "canary": item.canary.ids,
                 "want_off": want_off,
             }
@@ -321,7 +324,7 @@ class Session:
             if len(answers) == self.owner.members:
                 return answers[0]
             self._pause(waited)
-        raise AssertionError
+        raise AssertionError  # count() does not end
 
     def _await(self, key: str) -> dict:
         for waited in count():
@@ -382,11 +385,11 @@ class SamplerEnd:
 
     def receive(self, manifest: Manifest) -> Parcel:
         """The adapter that the trainer broadcasts; its checksums are not verified yet. Collective with Session.load."""
-        layout = tuple(row[:-1] for row in manifest)
+        layout = tuple(row[:-1] for row in manifest)  # without the checksums
         # keep the buffer as long as the layout is the same: vLLM's SlotPlan has views into it
         if self.parcel is None or self.parcel.layout != layout:
             self.parcel = Parcel(layout, self.device)
-        self.group.broadcast(self.parcel.buffer, 0).wait()
+        self.group.broadcast(self.parcel.buffer, 0).wait()  # sync point: the trainer sends
         return self.parcel
 
     def answer(self, **values: Any) -> None:

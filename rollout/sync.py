@@ -49,7 +49,7 @@ class Parcel:
         for _, shape, dtype in layout:
             end = start + math.prod(shape) * getattr(torch, dtype).itemsize
             self.spans.append((start, end))
-            start = -(-end // ALIGNMENT) * ALIGNMENT
+            start = -(-end // ALIGNMENT) * ALIGNMENT  # rounded up
         self.buffer = torch.zeros(start, dtype=torch.uint8, device=device)
         for (name, shape, dtype), (start, end) in zip(layout, self.spans, strict=True):
             self.tensors[name] = self.buffer[start:end].view(getattr(torch, dtype)).view(shape)
@@ -61,7 +61,7 @@ class Parcel:
         fits = reuse is not None and reuse.layout == layout and reuse.buffer.device == device
         parcel = reuse if reuse is not None and fits else cls(layout, device)
         with torch.no_grad():
-            torch._foreach_copy_(
+            torch._foreach_copy_(  # one call: an adapter has hundreds of small tensors
                 [parcel.tensors[name] for name, _, _ in layout], [tensors[name] for name, _, _ in layout]
             )
         return parcel
@@ -126,7 +126,7 @@ def broadcast_adapter(tensors: dict[str, Tensor], reuse: Parcel | None = None) -
     # every rank compares its own checksums with rank 0's, so a rank that drifted is named before its weights are
     # replaced
     crcs = torch.tensor([row[-1] for row in manifest], device=parcel.buffer.device)
-    dist.broadcast(crcs, src=0)
+    dist.broadcast(crcs, src=0)  # sync point: all ranks wait for rank 0
     firsts: Manifest = [(*row[:-1], crc) for row, crc in zip(manifest, crcs.tolist(), strict=True)]
     for mine, first in zip(manifest, firsts, strict=True):
         if mine != first:
@@ -161,6 +161,7 @@ class Canary:
         distance = _mean_difference(on, self.policy)
         # without an adapter sampler and trainer differ by rounding only; in bfloat16 that can exceed the tolerance
         rounding = 0.0 if off is None or self.reference is None else _mean_difference(off, self.reference)
+        # at most ten times: a sampler with a wrong base must not raise its own limit
         limit = max(self.tolerance, min(3 * rounding, 10 * self.tolerance))
         if not distance <= limit:  # nan is a failure too
             to_reference = math.nan if self.reference is None else _mean_difference(on, self.reference)
@@ -169,6 +170,7 @@ class Canary:
                 f"LoRA sync: the sampler is not the policy: on the canary text their log-probs differ by "
                 f"{distance:.3g} nats on average, more than {limit:g} ({to_reference:.3g} from the reference){nearer}"
             )
+        # the sign of a sampler that ignores its adapter: every number is bit for bit the one without it
         if off is not None and self.reference is not None and on == off:
             effect = _mean_difference(self.policy, self.reference)
             if effect > self.tolerance / 100:  # below this, rounding can hide the adapter

@@ -41,7 +41,7 @@ class TorchEngine(LocalEngine):
         """See LocalEngine. The trainer's own model already has these tensors; only their hash is recorded."""
         parcel.verify(manifest)
         if self.adopt is not None:
-            self.adopt(parcel.tensors)
+            self.adopt(parcel.tensors)  # in a sampler process: its model is a copy
         self.version, self.hash = version, manifest_hash(manifest)
 
     def generate(
@@ -53,6 +53,7 @@ class TorchEngine(LocalEngine):
         responses: list[tuple[list[int], list[float]]] = []
         for start in range(0, len(jobs), self.batch):
             chosen = jobs[start : start + self.batch]
+            # all draws of a response are made beforehand: they do not depend on which other responses share the batch
             uniforms = [self._uniforms(sampling, puzzle_ids[row], copy, repeats[row]) for row, copy in chosen]
             responses += self._decode([prompts[row] for row, _ in chosen], torch.stack(uniforms), sampling)
         rollouts = [

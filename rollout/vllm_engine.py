@@ -117,8 +117,8 @@ class VLLMEngine(LocalEngine):
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            seed=0,
-            enforce_eager=not on_gpu,
+            seed=0,  # generate() seeds each call itself
+            enforce_eager=not on_gpu,  # CUDA graphs exist on GPUs only
             distributed_executor_backend="external_launcher",  # this process is the worker; vLLM starts none
             tensor_parallel_size=tensor_parallel,
             enable_sleep_mode=self.may_sleep,
@@ -130,7 +130,7 @@ class VLLMEngine(LocalEngine):
             skip_tokenizer_init=True,
             use_tqdm_on_load=False,
             disable_log_stats=True,
-            enable_prefix_caching=True,
+            enable_prefix_caching=True,  # a group's responses share the keys of their prompt
             **memory,
             **adapter,
         )
@@ -147,7 +147,7 @@ class VLLMEngine(LocalEngine):
         else:
             answers = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))
             self.bound = answers[0]
-            self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")
+            self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")  # vLLM's ids start at 1
         # with an empty cache a resumed run samples the same tokens as an uninterrupted one
         self.llm.reset_prefix_cache()
 
@@ -176,8 +176,8 @@ class VLLMEngine(LocalEngine):
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_ids),
-            logprobs=0,
-            detokenize=False,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,  # the engine has no tokenizer
         )
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         self.wake()
@@ -248,7 +248,7 @@ class SyncWorker:
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.peft_helper import PEFTHelper
 
-        parcel.verify(manifest)
+        parcel.verify(manifest)  # the bytes as they arrived
         tensors = as_vllm_packs(parcel.tensors, self.model_runner.get_model().packed_modules_mapping)
         manager = self.model_runner.lora_manager
         adapters = manager._adapter_manager
@@ -269,7 +269,7 @@ class SyncWorker:
             raise SyncError(
                 f"LoRA sync: {len(tensors)} tensors made {given} adapter modules, expected {len(tensors) // 2}"
             )
-        for loaded in list(manager.list_adapters()):
+        for loaded in list(manager.list_adapters()):  # first: there is one slot (max_loras)
             adapters.remove_adapter(loaded)
         adapters.add_adapter(lora)  # packs q/k/v and gate/up, and multiplies lora_B by alpha / r in place
         adapters.activate_adapter(adapter_id)

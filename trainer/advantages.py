@@ -26,21 +26,22 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: f
     if kind not in ("grpo", "dr_grpo", "rloo"):
         raise ValueError(f"advantage kind {kind!r} is not one of grpo, dr_grpo, rloo")
     _, index = torch.unique(groups, return_inverse=True)  # [N] in 0..P-1
-    zeros = rewards.new_zeros(int(index.max()) + 1)
+    zeros = rewards.new_zeros(int(index.max()) + 1)  # [P] one slot per prompt
     size = zeros.index_add(0, index, torch.ones_like(rewards))[index]  # [N] size of the row's group
-    mean = zeros.index_add(0, index, rewards)[index] / size
+    mean = zeros.index_add(0, index, rewards)[index] / size  # [N]
     # the mean of equal floats can be off by one rounding unit, and (r - mean) / (std + eps) would blow that up to about 1:
     # so equality is decided by the extremes, not by r - mean == 0
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)[index]
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)[index]
     centred = torch.where(lowest == highest, torch.zeros_like(rewards), rewards - mean)
+    # Dr.GRPO leaves the std out: dividing by it gives more weight to prompts almost always, or almost never, solved
     if kind == "dr_grpo":
         return centred
-    others = (size - 1).clamp(min=1)
+    others = (size - 1).clamp(min=1)  # a group of one: 0 / 1, not 0 / 0
     if kind == "rloo":
-        return centred * size / others
+        return centred * size / others  # r - (sum - r) / (G - 1) = (r - mean) G / (G - 1)
     variance = zeros.index_add(0, index, centred.square())[index] / others
-    return centred / (variance.sqrt() + eps)
+    return centred / (variance.sqrt() + eps)  # eps outside the root, as in verl and TRL
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     """
     advantages = []
     running, next_value = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
-    for t in range(values.shape[1] - 1, -1, -1):
+    for t in range(values.shape[1] - 1, -1, -1):  # backwards: a token needs the one after it
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = torch.where(mask[:, t], delta + gamma * lam * running, running)
         next_value = torch.where(mask[:, t], values[:, t], next_value)

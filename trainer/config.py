@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ratio_level": {"paper": "token", "verl": "token", "trl": "token"},
     "clip_low": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
     "clip_high": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
-    "dual_clip": {"paper": None, "verl": 3.0, "trl": None},
+    "dual_clip": {"paper": None, "verl": 3.0, "trl": None},  # verl's clip_ratio_c
     "beta": {"paper": 0.001, "verl": 0.001, "trl": 0.0},
     "kl_kind": {"paper": "low_var", "verl": "low_var", "trl": "k3"},
     "aggregation": {"paper": "seq-mean-token-mean", "verl": "token-mean", "trl": "token-mean"},
@@ -187,7 +187,7 @@ class SftConfig(TrainingConfig):
 class GrpoConfig(TrainingConfig):
     """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
 
-    presets: ClassVar = staticmethod(preset_values)
+    presets: ClassVar = staticmethod(preset_values)  # for launch/options.py
 
     preset: str = run(
         "paper", "Sets the whole objective at once; other flags and recipe keys win.", ("paper", "verl", "trl")
@@ -282,7 +282,7 @@ class GrpoConfig(TrainingConfig):
             )
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
-        self.keeps_step(1)
+        self.keeps_step(1)  # a value that cannot be read is refused here, and not in step 1
 
     @property
     def ranks_apart(self) -> int:

@@ -55,7 +55,7 @@ from trainer.record.runfolder import (
 from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
 from trainer.start.sampler import keep_sampler
 
-CANARY_TOKENS = 16
+CANARY_TOKENS = 16  # of the run's first prompt
 CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest accepted mean |log-prob difference|, in nats per token, between sampler and trainer on the canary text."""
 
@@ -87,19 +87,19 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
             keep_sampler(cfg, world)
         else:
             train_rank(cfg, puzzles, world)
-    leave_world()
+    leave_world()  # not in a finally: after an error the ranks cannot meet any more
     return Path(cfg.out)
 
 
 def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     """All the work of a rank that trains: prepare, then the loop over steps."""
-    check_run(cfg)
+    check_run(cfg)  # before a model is loaded
     cfg = with_date(cfg, world)
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
     prompts = encode_prompts(policy, puzzles, cfg, world)
     scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
-    out = open_run(cfg, world)
+    out = open_run(cfg, world)  # only now: settings and data are checked
     parameters = list(policy.trainable().values())
     optimizer = make_optimizer(cfg, parameters)
     first_step, pending = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
@@ -141,15 +141,17 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             log.write(metrics, all_rows, clock, engine.seconds, figures)
         if step == 0 and not cfg.insist:  # a wrong chat template, or no cold start, must not cost days
             refuse_a_useless_start(now, sampled)
+        # requested() is collective: the left side is the same on all ranks, so all of them call it or none does
         last = step + 1 == cfg.steps or stop.requested()
         if last or (step + 1) % cfg.save_every == 0:
+            # unused() waits for what was already asked for: a resumed run then trains on the very same rollouts
             save_training(now, step + 1, ahead.unused(world.gather))
         if last:
             break
 
     if log is not None:
         log.close()
-        if list_checkpoints(out)[-1].name == f"step-{cfg.steps:06d}":
+        if list_checkpoints(out)[-1].name == f"step-{cfg.steps:06d}":  # else SIGTERM ended it early
             write_json(out / "finished.json", {"steps": cfg.steps})
     scorer.close()
     engine.close()
@@ -181,6 +183,7 @@ def make_canary(policy: Policy, text: list[int], cfg: GrpoConfig) -> Canary:
 @torch.no_grad()
 def canary_logprobs(policy: Policy, text: list[int], reference: bool = False) -> list[float]:
     """[T-1] log-probs of text[1:], each given the tokens before it."""
+    # at temperature 1, since vLLM's log-probs of a prompt know no temperature
     return policy.response_logprobs(pack([(text[:1], [text[1:]])], policy.device), reference=reference)[0].tolist()
 
 
@@ -246,8 +249,8 @@ def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
     A response that could not be scored takes no part: it is neither trained on nor counted in its group's mean.
     """
     trained = torch.tensor([reward.scored for reward in rewards])  # [N]
-    totals = torch.tensor([reward.total for reward in rewards])
-    group = torch.arange(len(rewards)) // cfg.group_size
+    totals = torch.tensor([reward.total for reward in rewards])  # [N], nan where not scored
+    group = torch.arange(len(rewards)) // cfg.group_size  # [N]
     advantages = torch.zeros_like(totals)
     if trained.any():
         advantages[trained] = group_advantages(totals[trained], group[trained], cfg.advantage, cfg.advantage_eps)
@@ -262,7 +265,7 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
     cfg, policy, world = now.cfg, now.policy, now.world
     parameters = list(policy.trainable().values())
     share = len(sampled) // cfg.updates_per_batch
-    parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]
+    parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]  # whole groups
     # all reference and old log-probs, before the first optimizer step changes the policy
     batches = [prepare_batch(now, part, number) for number, part in enumerate(parts, start=1)]
     totals = TokenSums()
@@ -273,8 +276,8 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
             terms = loss_terms(policy, micro, batch.denominators, cfg)  # every term of Eq. (1), for every token
             loss = terms.loss  # this micro-batch's share of the step's loss
             loss.backward()  # gradients add up in .grad
-            sums.add(terms, loss)
-            found = found or bad_term_of(micro, terms)
+            sums.add(terms, loss)  # its numbers are read here: waits for the GPU
+            found = found or bad_term_of(micro, terms)  # keeps the first
         norm = sum_gradients(parameters, world)
         refuse_what_is_not_finite(now, batch, found, norm)
         sums.grad_norm = float(norm)  # before clipping
@@ -329,8 +332,8 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
         cfg.aggregation,
         n_rows=denominators.n_rows,
         n_tokens=denominators.n_tokens,
-        norm=cfg.max_response_tokens,
-        dtype=logprobs.dtype,
+        norm=cfg.max_response_tokens,  # constant over the run
+        dtype=logprobs.dtype,  # float64 in the ledger
     )
     return grpo_terms(
         logprobs=logprobs,
@@ -369,6 +372,7 @@ def logprobs_before_update(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -
 def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> Tensor:
     """Sum .grad over the ranks; returns the norm of the whole gradient (a scalar tensor). Collective."""
     world.sum_gradients(parameters)
+    # a sharded gradient has the norm of this rank's rows only; full_tensor makes it that of all ranks' rows
     return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
 
@@ -378,8 +382,8 @@ def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None,
     found: this rank's first bad term. norm: of the gradient over all ranks.
     """
     cfg, policy, world = now.cfg, now.policy, now.world
-    bad_term = world.largest(float(found is not None)) > 0
-    if not bad_term and torch.isfinite(norm):
+    bad_term = world.largest(float(found is not None)) > 0  # sync point: all ranks raise, or none
+    if not bad_term and torch.isfinite(norm):  # norm is of the sum: the same on all ranks
         return
     if not bad_term and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
         parameters = list(policy.trainable().values())
@@ -411,12 +415,13 @@ def keep_bundle(now: Step, batch: StepInputs, sums: TokenSums) -> None:
 
 def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: float) -> None:
     """Scale .grad in place so that its norm is at most `largest`. norm: what sum_gradients gave."""
-    scale = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    scale = torch.clamp(largest / (norm + 1e-6), max=1.0)  # 1e-6: a gradient of 0 is no division by 0
     torch._foreach_mul_([local_shard(p.grad) for p in parameters], scale)
 
 
 def optimizer_step(now: Step) -> float:
     """AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
+    # warm-up counts sampled batches: all updates of a batch (--updates-per-batch) have the same rate
     lr = now.cfg.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
     for group in now.optimizer.param_groups:
         group["lr"] = lr

@@ -41,20 +41,21 @@ def fused_logprobs(
 class _FusedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk, entropy, softcap):
+        # bfloat16 keeps about 3 digits: a logsumexp over 152,000 values, and the small ratios made of it, need more
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=accurate)
         entropies = torch.empty_like(logprobs) if entropy else None
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [M,H]
         for rows, logits in _chunks(hidden, weight, chunk):
             steepness = _cap_and_temper(logits, softcap, temperature)
-            at = targets[rows, None]
-            chosen = logits.gather(1, at)[:, 0]
+            at = targets[rows, None]  # [m,1]
+            chosen = logits.gather(1, at)[:, 0]  # [m]; before _softmax overwrites the logits
             softmax, lse = _softmax(logits)
             logprobs[rows] = chosen - lse
             if entropy:
-                entropies[rows] = torch.special.entr(softmax).sum(1)
+                entropies[rows] = torch.special.entr(softmax).sum(1)  # before _slope overwrites it; entr(0) = 0
             if slopes is not None:  # under no_grad nothing is kept
-                slopes[rows] = _slope(softmax, at, steepness).to(weight.dtype) @ weight
+                slopes[rows] = _slope(softmax, at, steepness).to(weight.dtype) @ weight  # [m,V] @ [V,H]
         ctx.save_for_backward(hidden, weight, targets, slopes)
         ctx.temperature, ctx.chunk, ctx.softcap = temperature, chunk, softcap
         if entropy:
@@ -62,9 +63,9 @@ class _FusedLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, _):  # _: of the entropies, which have no graph
         hidden, weight, targets, slopes = ctx.saved_tensors
-        scaled = grad[:, None] / ctx.temperature
+        scaled = grad[:, None] / ctx.temperature  # [M,1]; the logits were divided by it
         grad_hidden = None if slopes is None else (slopes * scaled).to(hidden.dtype)
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -72,9 +73,9 @@ class _FusedLogprobs(torch.autograd.Function):
             for rows, logits in _chunks(hidden, weight, ctx.chunk):
                 steepness = _cap_and_temper(logits, ctx.softcap, ctx.temperature)
                 slope = _slope(_softmax(logits)[0], targets[rows, None], steepness)
-                grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])
+                grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])  # [V,m] @ [m,H]
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None  # one per argument of forward
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk: int):
@@ -119,5 +120,5 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slope(softmax: Tensor, targets: Tensor, steepness: Tensor | None) -> Tensor:
     """d log-prob of the targets [m,1] / d logits before the cap, times the temperature; written over the softmax."""
-    slope = softmax.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=softmax.dtype))
+    slope = softmax.neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=softmax.dtype))  # one-hot - softmax
     return slope if steepness is None else slope.mul_(steepness)

@@ -53,9 +53,9 @@ class TokenSums:
             difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             weight = torch.where(terms.mask, difference.exp(), torch.zeros_like(difference))
             values = {
-                "loss": loss,
-                "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(),
-                "kl": terms.kl.sum(),
+                "loss": loss,  # of policy gradient and KL
+                "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(),  # without the KL
+                "kl": terms.kl.sum(),  # before the factor beta
                 **{
                     f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name
                 },
@@ -69,7 +69,7 @@ class TokenSums:
             if terms.entropy is not None:
                 values["entropy"] = terms.entropy[terms.mask].sum()
             for name, value in values.items():
-                self.sums[name] += float(value)
+                self.sums[name] += float(value)  # from here on in float64, on the CPU
             self.mismatch_max = max(self.mismatch_max, float(difference.abs().max()))
 
     def take_in(self, later: "TokenSums") -> None:
@@ -86,7 +86,7 @@ class TokenSums:
         return TokenSums(
             sums=dict(zip(SUMMED, totals, strict=True)),
             mismatch_max=world.largest(self.mismatch_max),
-            grad_norm=self.grad_norm,
+            grad_norm=self.grad_norm,  # of the summed gradient, so the same on every rank
             lr=self.lr,
         )
 
@@ -99,9 +99,9 @@ def rollout_rows(
         {
             "step": step,
             "puzzle_id": rollout.puzzle_id,
-            "response": place % group_size + 1,
+            "response": place % group_size + 1,  # within its group
             "completion": chat.response_text(rollout.response_ids),
-            "reward": reward.total if reward.scored else None,
+            "reward": reward.total if reward.scored else None,  # JSON has no nan
             "parts": reward.parts,
             "status": str(reward.status),
             **({"message": reward.message} if reward.message else {}),
@@ -126,7 +126,7 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, 
         "step": step,
         **reward_metrics(rows, cfg.group_size),
         **{f"status/{name}": count / len(rows) for name, count in sorted(status.items())},
-        "loss": totals["loss"] / cfg.updates_per_batch,
+        "loss": totals["loss"] / cfg.updates_per_batch,  # mean over the batch's updates
         "pg_loss": totals["pg_loss"] / cfg.updates_per_batch,
         "kl": totals["kl"] / tokens,
         **({"entropy": totals["entropy"] / tokens} if cfg.entropy else {}),
@@ -136,13 +136,14 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, 
         "sampling/logp_difference/mean": totals["mismatch"] / tokens,
         "sampling/logp_difference/max": sums.mismatch_max,
         "sampling/kl": totals["mismatch_kl"] / tokens,
+        # (sum of w)^2 / sum of w^2 / tokens: 1 where all weights are equal, 1 / tokens where one dominates
         "sampling/effective_sample_size": totals["is_weight"] ** 2 / max(totals["is_weight_squared"], 1e-30) / tokens,
-        "grad_norm": sums.grad_norm,
+        "grad_norm": sums.grad_norm,  # of the last update, before clipping
         "lr": sums.lr,
         "completions/mean_length": sum(lengths) / len(rows),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        "num_tokens": sum(lengths) + sum(row["prompt_tokens"] for row in rows) // cfg.group_size,
+        "num_tokens": sum(lengths) + sum(row["prompt_tokens"] for row in rows) // cfg.group_size,  # a prompt once
         "adapter_hash": adapter_hash,
     }
 
@@ -160,7 +161,7 @@ def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
             parts[name].append(value)
     return {
         "reward": all_rewards.mean().item() if len(all_rewards) else None,
-        "reward_std": sum(deviations) / len(groups),
+        "reward_std": sum(deviations) / len(groups),  # within groups: what advantages are made of
         "frac_reward_zero_std": (kinds["all_right"] + kinds["all_wrong"]) / len(groups),
         **{f"rewards/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
         **{f"groups/{kind}": kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed", "unscored")},
@@ -174,7 +175,7 @@ def _group_kind(rewards: list[float]) -> str:
         return "unscored"
     if len(set(rewards)) > 1:
         return "mixed"
-    return "all_right" if rewards[0] >= 1 else "all_wrong"
+    return "all_right" if rewards[0] >= 1 else "all_wrong"  # any other equal reward counts as wrong
 
 
 def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
@@ -192,6 +193,7 @@ def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
         notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
     elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
         notes.append(
+            # each response's mean loss is -A here. With token means long responses weigh more, and the sum is not 0
             "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
         )
     if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
@@ -234,7 +236,7 @@ class StepLog:
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # drops what runs again
 
     def write(
         self, metrics: dict, rows: list[dict], clock: Clock, sampler_seconds: float, figures: dict[str, float]
@@ -245,7 +247,7 @@ class StepLog:
         sampled = sum(len(row["response_ids"]) for row in rows)
         times = {
             "step": step,
-            **clock.laps,
+            **clock.laps,  # without the phase 'record', which has not ended yet
             "timing_s/step": seconds,
             "tokens_per_second": rate,
             "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),

@@ -31,8 +31,9 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))  # exp(0) = 1 where masked out
     if level == "token":
-        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # outside the bounds no gradient passes
     if level == "sequence":
+        # GSPO's token form: stop_gradient(s) * p / stop_gradient(p). Here [N,1] the log of s
         mean = log_ratio.detach().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)  # [N,1]
         # own - own.detach() is 0 in value, but carries the gradient of each token's own log-prob
         own = torch.where(mask, logprobs, torch.zeros_like(logprobs))
@@ -47,14 +48,15 @@ def clipped_surrogate(
 
     dual_clip c > 1 (arXiv:1912.09729) bounds the loss of a negative advantage by -c A.
     """
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
-    unclipped = -ratio * advantages
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages  # [N] -> [N,1], to broadcast over tokens
+    unclipped = -ratio * advantages  # minus: Eq. (1) is to be maximised, a loss minimised
     clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     # the larger loss is the pessimistic one: clipping only ever takes the gradient away from a ratio that went too far in
     # the direction its advantage asks for; in the other direction the unclipped loss, and its gradient, stay
     loss = torch.maximum(unclipped, clipped)
     if dual_clip is None:
         return loss
+    # the clip above never bounds this side: a ratio of 1000 where A < 0 would give a loss of 1000 |A|
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
@@ -68,7 +70,7 @@ def clip_fired(
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     # strict comparisons: at a tie, maximum and clamp still pass a gradient
-    codes = torch.zeros_like(ratio, dtype=torch.int8)
+    codes = torch.zeros_like(ratio, dtype=torch.int8)  # 0: CLIPS[0], no clip
     codes = codes.masked_fill((ratio < 1 - clip_low) & (advantages < 0), CLIPS.index("low"))
     codes = codes.masked_fill((ratio > 1 + clip_high) & (advantages > 0), CLIPS.index("high"))
     if dual_clip is None:
@@ -83,15 +85,18 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "low_var") -
     low_var = k3 with d clamped to +-20 and the value to +-10 (so a saturated token has no gradient).
     """
     log_ratio = ref_logprobs - logprobs
+    # as a loss k1 holds nothing back: its gradient is that of log p, whose mean over the policy's own samples is 0
     if kind == "k1":
         return -log_ratio
+    # biased as an estimate, but on fresh samples its gradient is, on average, that of KL(policy || reference)
     if kind == "k2":
         return 0.5 * log_ratio.square()
+    # unbiased and never negative; exp(d) explodes where the reference finds a token far likelier than the policy does
     if kind == "k3":
         return log_ratio.exp() - log_ratio - 1
     if kind == "low_var":
         log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        return (log_ratio.exp() - log_ratio - 1).clamp(-10.0, 10.0)
+        return (log_ratio.exp() - log_ratio - 1).clamp(-10.0, 10.0)  # only 10 is ever reached, since k3 >= 0
     raise ValueError(f"KL kind {kind!r} is not one of k1, k2, k3, low_var")
 
 
@@ -111,10 +116,10 @@ def rollout_correction(
     # detached: the weight says how much to trust a token, it is not something to optimise
     log_weight = torch.where(mask, old_logprobs - sampler_logprobs, torch.zeros_like(old_logprobs)).detach()
     if kind.startswith("seq-"):
-        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)
+        log_weight = log_weight.sum(-1, keepdim=True).expand_as(log_weight)  # [N,T], one value per row
     weight = log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     if kind.endswith("tis"):
-        weight = weight.clamp(max=cap)
+        weight = weight.clamp(max=cap)  # truncated: some bias, bounded variance
     else:
         weight = torch.where((weight >= floor) & (weight <= cap), weight, torch.zeros_like(weight))
     return torch.where(mask, weight, torch.ones_like(weight))
@@ -136,13 +141,15 @@ def aggregation_weights(
     """
     if mode not in AGGREGATIONS:
         raise ValueError(f"aggregation {mode!r} is not one of {', '.join(AGGREGATIONS)}")
-    weights = mask.to(dtype)
+    weights = mask.to(dtype)  # [N,T] of 0 and 1
     if mode == "token-mean":  # every token counts the same, so long responses count more
         return weights / max(n_tokens, 1)
     if mode == "seq-mean-token-mean":  # every response counts the same, so a token of a long one counts less
         return weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)
-    if mode == "seq-mean-token-sum":
+    if mode == "seq-mean-token-sum":  # a response counts by its length, and every token the same
         return weights / max(n_rows, 1)
+    # Dr.GRPO (arXiv:2503.20783): a constant instead of the length. A caller that cuts the batch up must give norm:
+    # the default T is the longest response of this micro-batch only
     return weights / max(n_rows, 1) / (mask.shape[-1] if norm is None else norm)
 
 
@@ -241,6 +248,7 @@ def grpo_terms(
     zero = torch.zeros_like(logprobs)
     # before any arithmetic: a NaN under the mask would reach the gradient through a product with 0
     logprobs = torch.where(mask, logprobs, zero)
+    # new - stop_gradient(new) is 0 in value, but has the gradient of new: at ratio 1 this is the plain policy gradient
     old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, zero)
     ref = logprobs.detach() if ref_logprobs is None else torch.where(mask, ref_logprobs, zero)
     sampler = torch.where(mask, sampler_logprobs, zero)
@@ -256,6 +264,7 @@ def grpo_terms(
         clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip),
         advantages=advantages[:, None],
         surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
+        # old / sampler, since ratio already is new / old
         correction=rollout_correction(old, sampler, mask, correction, correction_cap, correction_floor),
         kl=kl,
         weight=weight,

@@ -30,10 +30,10 @@ def make_layout(sizes: list[tuple[int, list[int]]], device: torch.device | str) 
     A prompt with one response is one causal segment. A prompt with several is a segment of its own, as is each response;
     a second attention call lets those responses see all of their prompt.
     """
-    own, responses, prompts, at = [], [], [], 0
+    own, responses, prompts, at = [], [], [], 0  # at: packed position of the next token
     for prompt, lengths in sizes:
         if len(lengths) > 1:
-            responses.append((at + prompt, sum(lengths)))
+            responses.append((at + prompt, sum(lengths)))  # side by side, so one span
             prompts.append((at, prompt))
         # a single response can stand in one causal segment with its prompt: one kernel call less, the same numbers
         for length in [prompt, *lengths] if len(lengths) > 1 else [prompt + lengths[0]]:
@@ -97,7 +97,7 @@ def pack(groups: Iterable[Group], device: torch.device | str = "cpu") -> PackedB
             positions += range(len(prompt), len(prompt) + len(response))  # each response continues from the prompt
             ids += response
             lengths.append(len(response))
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [N,T]
     as_long = [torch.tensor(x, dtype=torch.long, device=device) for x in (predict_at, targets, rows, cols)]
     return PackedBatch(
         input_ids=torch.tensor([ids], device=device),
@@ -125,7 +125,7 @@ def balance(costs: list[float], ranks: int) -> list[list[int]]:
     loads = [0.0] * ranks
     # ties are broken by number, so that every rank computes the same deal without talking to the others
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = loads.index(min(loads))
+        rank = loads.index(min(loads))  # a tie goes to the lower rank
         loads[rank] += costs[item]
         dealt[rank].append(item)
     return [sorted(items) for items in dealt]
@@ -140,16 +140,16 @@ def split_by_tokens(sizes: Sizes, budget: int) -> list[list[tuple[int, list[int]
     pieces = [
         (prompt + sum(responses[i] for i in members), (group, members))
         for group, (prompt, responses) in enumerate(sizes)
-        for members in _cut(responses, budget - prompt)
+        for members in _cut(responses, budget - prompt)  # if that is below 0, one response per run
     ]
     in_order: list[tuple[int, list]] = []
     largest_first: list[tuple[int, list]] = []
     for size, piece in pieces:
-        _place(size, piece, in_order, len(in_order) - 1, budget)
+        _place(size, piece, in_order, len(in_order) - 1, budget)  # next fit: only the last batch is open
     for size, piece in sorted(pieces, key=lambda sized: (-sized[0], sized[1])):
-        _place(size, piece, largest_first, 0, budget)
+        _place(size, piece, largest_first, 0, budget)  # first fit, decreasing
     fewer = largest_first if len(largest_first) < len(in_order) else in_order
-    return [sorted(batch) for _, batch in fewer]
+    return [sorted(batch) for _, batch in fewer]  # in order of groups again
 
 
 def _cut(lengths: list[int], room: int) -> list[list[int]]:
@@ -208,7 +208,7 @@ class Denominators(NamedTuple):
     micro-batch's own counts instead would make the loss depend on how the batch was cut up.
     """
 
-    n_rows: float
+    n_rows: float  # float, as World.total gives it
     """Responses with at least one trained token."""
     n_tokens: float
     """Trained tokens."""
@@ -216,7 +216,7 @@ class Denominators(NamedTuple):
 
 def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
     """The denominators of an optimizer step. micros: this rank's. Collective."""
-    n_rows = sum(int(micro.mask.any(-1).sum()) for micro in micros)
+    n_rows = sum(int(micro.mask.any(-1).sum()) for micro in micros)  # fillers and unscored responses have none
     n_tokens = sum(int(micro.mask.sum()) for micro in micros)
     return Denominators(*world.total(n_rows, n_tokens))
 
@@ -266,12 +266,13 @@ def micro_batches(
     # rows are numbered over all groups of this rank, whatever order packing puts them in
     advantages, trained = (torch.cat(x) for x in zip(*((g.advantages, g.trained) for g in scored), strict=True))
     row_of = list(_numbered(groups))
+    # one response per group: make_layout then gives it an ordinary causal segment
     if not share_prompts:
         groups, row_of = [[r] for group in groups for r in group], [[row] for rows in row_of for row in rows]
     sizes = [(len(group[0].prompt_ids), [len(r.response_ids) for r in group]) for group in groups]
     result = []
     for plan in split_by_tokens(sizes, budget):
-        rows = [row_of[g][i] for g, indices in plan for i in indices]
+        rows = [row_of[g][i] for g, indices in plan for i in indices]  # [N] in packed order
         packing = [(groups[g][0].prompt_ids, [groups[g][i].response_ids for i in indices]) for g, indices in plan]
         sampled = [value for g, indices in plan for i in indices for value in groups[g][i].sampler_logprobs]
         result.append(make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device))
@@ -302,8 +303,9 @@ def make_micro_batch(
         groups=groups,
         rows=rows,
         packed=packed,
-        mask=packed.mask & trained.to(device)[:, None],
+        mask=packed.mask & trained.to(device)[:, None],  # a response is trained whole or not at all
         advantages=advantages.to(device),
+        # in the advantages' dtype: float32 in training, float64 in the ledger
         sampler_logprobs=packed.unpack(torch.as_tensor(sampler_logprobs, dtype=advantages.dtype, device=device)),
     )
 
@@ -321,9 +323,10 @@ def packing_figures(
     all_packed, batches, all_load = world.total(packed, len(micros), load)
     sizes = [group.size for part in parts for group in part]
     return {
+        # tokens with a copy of the prompt for every response / tokens packed; 1: nothing was shared
         "packing/sharing": sum(len(lengths) * prompt + sum(lengths) for prompt, lengths in sizes) / all_packed,
-        "packing/fill": all_packed / (batches * budget),
-        "packing/balance": all_load / world.size / world.largest(load),
+        "packing/fill": all_packed / (batches * budget),  # 1: every micro-batch is full
+        "packing/balance": all_load / world.size / world.largest(load),  # mean load / largest load; 1: even
     }
 
 

@@ -80,10 +80,11 @@ class Policy:
         self.cannot_share = why_not_shared(self.causal_lm.config)
         self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
         self.head = head_of(self.causal_lm, model_dir)
-        self.cost = cost_of(self.causal_lm, lora_rank)
+        self.cost = cost_of(self.causal_lm, lora_rank)  # before PEFT adds linear layers of its own
         if lora_rank:
+            # PEFT changes causal_lm's own layers, so a call of causal_lm runs the adapter too
             self.model = add_adapter(self.causal_lm, lora_rank, lora_alpha, seed, sharded, dora)
-            targets = sorted(self.model.peft_config["default"].target_modules)
+            targets = sorted(self.model.peft_config["default"].target_modules)  # PEFT's set has no order
             kind = {"use_dora": True} if dora else {}
             self.lora = {"r": lora_rank, "lora_alpha": lora_alpha, "target_modules": targets, **kind}
         # the reference policy: the same weights with the adapter off, or a frozen copy where every weight is trained
@@ -92,6 +93,7 @@ class Policy:
             reference_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
             self.reference_lm = reference_lm.requires_grad_(False)
         self.predicting = predicting_padded if self.cannot_share else predicting_packed
+        # with an adapter both are one object, and it must be sharded once
         for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
             if checkpointing:
                 recompute_layers(causal_lm)
@@ -115,6 +117,7 @@ class Policy:
 
         Every rank gets the full tensors. With lora_rank 0: every weight under its checkpoint name.
         """
+        # PEFT's files leave out the adapter's name ("default"), which stands in the names of its parameters
         return {name.replace(".default.", "."): full_tensor(p.detach()) for name, p in self.trainable().items()}
 
     def load_adapter(self, tensors: dict[str, Tensor]) -> None:
@@ -157,6 +160,7 @@ class Policy:
         """[M] log-probs of the response tokens (and their entropies), in place of the model's own forward."""
         with matrix_products(batch.input_ids.device, self.autocast):
             hidden, head = self.predicting(causal_lm, batch), causal_lm.lm_head.weight  # [M,H], [V,H]
+        # outside the autocast context: fused_logprobs chooses the dtype of every product itself
         if self.autocast:
             hidden, head = hidden.to(torch.bfloat16), head.to(torch.bfloat16)
         found = fused_logprobs(
@@ -167,6 +171,7 @@ class Policy:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """A context in which the model attends as an ordinary causal model (KV cache, left padding), for TorchEngine."""
+        # transformers looks this setting up in every forward pass
         self.causal_lm.config._attn_implementation = self.own_attention
         try:
             with matrix_products(self.device, self.autocast):
@@ -188,7 +193,7 @@ def predicting_packed(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
     hidden = causal_lm.model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
     ).last_hidden_state[0]  # [L,H]
-    return hidden[batch.predict_at]
+    return hidden[batch.predict_at]  # so the head, the largest matrix, skips prompt tokens
 
 
 def predicting_padded(causal_lm: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -205,17 +210,17 @@ def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Undo the packing. Returns ([N,S] prompt + response, padded on the right; [M] positions in the flattened [N,S] whose
     hidden states predict the targets)."""
     own, prompts = batch.layout
-    sharing = dict(zip(prompts.keys, prompts.queries, strict=True)) if prompts else {}
+    sharing = dict(zip(prompts.keys, prompts.queries, strict=True)) if prompts else {}  # prompt -> its responses
     sequences, prompt, end = [], batch.input_ids[0, :0], 0
     for first, length in own.queries:
         tokens = batch.input_ids[0, first : first + length]
         if (first, length) in sharing:
-            prompt, end = tokens, sum(sharing[first, length])
+            prompt, end = tokens, sum(sharing[first, length])  # first + length: where its responses end
         else:  # a segment before `end` is a response to that prompt; one after it is a prompt with its only response
             sequences.append(torch.cat([prompt, tokens]) if first < end else tokens)
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)
-    return ids, batch.rows * ids.shape[1] + prompt_tokens[batch.rows] + batch.cols - 1
+    prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)  # [N]
+    return ids, batch.rows * ids.shape[1] + prompt_tokens[batch.rows] + batch.cols - 1  # - 1: as predict_at
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,9 +30,11 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
         response = bundle.ranks[rank].responses[micro.rows[token.row]]
         found = f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
         lines.append(f"replayed    {found}: {token}")
+        # with " of ": the record says "token 12 of 340", and token 1 must not agree with token 12
         return lines, bundle.problem is not None and bundle.problem.startswith(f"{found} of ")
     if bundle.problem:
         lines.append(f"replayed    loss {replayed.loss:.9g}, gradient norm {replayed.grad_norm:.9g}")
+        # every term is finite here, so the run must have stopped at its gradient, and the replay must find it bad too
         return lines, not math.isfinite(replayed.grad_norm)
     now = {"loss": replayed.loss, "grad_norm": replayed.grad_norm, "gradient_hash": replayed.gradient_hash}
     lines += [_beside(name, bundle.recorded[name], value) for name, value in now.items()]
@@ -49,6 +51,7 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
 
 def _beside(name: str, before: float | str, now: float | str) -> str:
     """A line with a recorded and a replayed value, and whether they are equal."""
+    # bit for bit, and no tolerance: the same program on the same numbers
     same = "equal" if before == now else f"DIFFERS{'' if isinstance(now, str) else f' by {now - before:.3g}'}"
     shown = (f"{before:.9g}", f"{now:.9g}") if isinstance(now, float) else (before, now)
     return f"{name:14} recorded {shown[0]:>18}   replayed {shown[1]:>18}   {same}"
@@ -56,7 +59,7 @@ def _beside(name: str, before: float | str, now: float | str) -> str:
 
 def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
     """The sums of the ledger in words. rows: of trainer.inspect.ledger. loss: of the float32 step."""
-    exact = total_contribution(rows)
+    exact = total_contribution(rows)  # float64
     by_clip = contributions_by(rows, "clip")
     by_group = sorted(contributions_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
     return [
@@ -69,6 +72,7 @@ def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
 
 def write_ledger(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the ledger as .csv, whole or not at all."""
+    # newline="": the csv module writes the line ends itself
     with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -80,7 +84,7 @@ def prompts_of(bundle: Bundle, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     prompts = {}
     for inputs in bundle.ranks:
         for micro in inputs.micro_batches:
-            places = iter(micro.rows)
+            places = iter(micro.rows)  # rows are numbered in the order of packing: group after group
             for prompt, responses in micro.groups:
                 for _ in responses:
                     prompts[inputs.responses[next(places)]["puzzle_id"]] = tokenizer.decode(prompt)

@@ -44,6 +44,7 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
         return "\n".join(
             [*lines, f"It was not scored ({response.get('message', '')}), so no token of it is trained: share 0."]
         )
+    # advantage and weight are the same for all tokens of a response, so its first trained token has them
     lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
     lines += [
         f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
@@ -55,6 +56,7 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
         f"All {len(trained)} tokens: {total_contribution(trained):+.9g} of the step's loss "
         f"{total_contribution(rows):+.9g}",
     ]
+    # codes of CLIPS as text: "" is no clip
     clipped = sum(bool(token["clip"]) for token in trained)
     lines.append(
         f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push the response "
@@ -65,17 +67,18 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
 
 def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -> list[str]:
     """The response's reward against its group (trainer/advantages.py)."""
-    rewards = [member["reward"] for member in group if member["reward"] is not None]
+    rewards = [member["reward"] for member in group if member["reward"] is not None]  # as in compare()
     mean, r = statistics.fmean(rewards), response["reward"]
     lines = [
         f"Advantage ({cfg.advantage}): {FORMULAS[cfg.advantage].format(eps=cfg.advantage_eps)}",
         f"    rewards of the group: {', '.join(map(_number, rewards))}",
     ]
+    # decided as group_advantages does, by equality: r - mean of equal floats need not be exactly 0
     if len(set(rewards)) == 1:
         return [*lines, "    all equal: 0, this group teaches nothing"]
     filled = f"{_number(r)} - {mean:.6g}"
     if cfg.advantage == "grpo":
-        filled = f"({filled}) / ({statistics.stdev(rewards):.6g} + {cfg.advantage_eps:g})"
+        filled = f"({filled}) / ({statistics.stdev(rewards):.6g} + {cfg.advantage_eps:g})"  # over G - 1, as in training
     if cfg.advantage == "rloo":
         filled = f"{_number(r)} - {(sum(rewards) - r) / (len(rewards) - 1):.6g}"
     meaning = (
@@ -91,6 +94,7 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
 def _token_lines(token: dict, cfg) -> list[str]:
     """Every factor of one token's share of the loss (trainer/objective.py). token: a row of the ledger."""
     a, ratio = token["advantage"], token["ratio"]
+    # with beta 0 there is no reference: the ledger has None, and the KL of the record is 0
     d = 0.0 if token["ref_logprob"] is None else token["ref_logprob"] - token["logprob"]
     reference = "none (beta is 0)" if token["ref_logprob"] is None else f"{token['ref_logprob']:.6g}"
     low, high = 1 - cfg.clip_low, 1 + cfg.clip_high

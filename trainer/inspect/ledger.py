@@ -25,11 +25,12 @@ TOLERANCE = 1e-12
 
 def in_float64(terms: LossTerms, micro: MicroBatch, bundle: Bundle) -> LossTerms:
     """The terms of a micro-batch in float64, from the same log-probs."""
-    sampled = micro.sampler_logprobs[micro.packed.rows, micro.packed.cols].double()
+    sampled = micro.sampler_logprobs[micro.packed.rows, micro.packed.cols].double()  # [M], without padding
     wide = make_micro_batch(
         micro.groups, micro.rows, micro.advantages.double(), micro.mask.any(-1), sampled, torch.device("cpu")
     )
     wide = replace(wide, ref_logprobs=_double(micro.ref_logprobs), old_logprobs=_double(micro.old_logprobs))
+    # float32 -> float64 is exact: log-probs and advantages are the run's, and only the arithmetic on them is wider
     return terms_of(terms.logprobs.detach().double(), wide, bundle.denominators, bundle.config)
 
 
@@ -52,8 +53,9 @@ def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTo
             for place, row in enumerate(micro.rows):
                 named = {"row": first + row, "rank": rank}
                 rows += _response_rows(named, inputs.responses[row], wide, place, tokenizer)
-        first += len(inputs.responses)
-    rows.sort(key=lambda row: (row["row"], row["position"]))  # packing puts the longest groups first
+        first += len(inputs.responses)  # as Bundle.responses counts: rank after rank
+    rows.sort(key=lambda row: (row["row"], row["position"]))  # packing may have put the longest groups first
+    # relative to the size of the shares: their sum is often near 0, since advantages of a group cancel
     scale = max(1.0, math.fsum(abs(row["contribution"]) for row in rows))
     assert abs(total_contribution(rows) - math.fsum(losses)) <= TOLERANCE * scale, "the ledger does not sum to the loss"
     return rows
@@ -85,7 +87,7 @@ def _response_rows(
             **named,
             "position": t + 1,
             "token_id": token,
-            "token": tokenizer.decode([token]),
+            "token": tokenizer.decode([token]),  # a part of a character shows as a replacement sign
             **{name: values[t] for name, values in numbers.items()},
             "clip": CLIPS[codes[t]] if mask[t] else "",
             "advantage": float(terms.advantages[place, 0]),

@@ -60,12 +60,13 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     bad = None
     for rank, inputs in enumerate(bundle.ranks):
         for p in parameters:
-            p.grad = None
+            p.grad = None  # every rank of the run began with none
         found = None
         for micro in inputs.micro_batches:
             of_micro = loss_terms(policy, micro, inputs.denominators, bundle.config)
             loss = of_micro.loss
             loss.backward()
+            # the run's own summing, rank by rank and micro-batch by micro-batch: another order would round differently
             sums[rank].add(of_micro, loss)
             found = found or bad_term_of(micro, of_micro)
             terms[rank].append(of_micro)
@@ -79,7 +80,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     norm = torch.nn.utils.get_total_norm(gradients)  # of the sum over ranks, as in grpo.sum_gradients
     return Replayed(
         policy=policy,
-        loss=sum(s.sums["loss"] for s in sums),
+        loss=sum(s.sums["loss"] for s in sums),  # in float64, as World.total
         grad_norm=float(norm),
         gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
         terms=terms,
@@ -92,7 +93,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
 def policy_of(bundle: Bundle, model: str | None) -> Policy:
     """The policy as it was before the step, unsharded. model: as for replay()."""
     config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
-    policy = load_policy(config, torch.device("cpu"))
+    policy = load_policy(config, torch.device("cpu"))  # unsharded, whatever the run was
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
     if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
         raise UserError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")
@@ -113,6 +114,7 @@ def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
         for micro in inputs.micro_batches:
             recorded = getattr(micro, which)
             if recorded is not None:
+                # packed.mask, not mask: responses that were left out of the update have log-probs too
                 difference = (compute(policy, micro, bundle.config) - recorded).abs()[micro.packed.mask]
                 largest = max(largest or 0.0, float(difference.max()))
     return largest

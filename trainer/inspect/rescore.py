@@ -31,6 +31,7 @@ def rescore(
     numbers: dict[tuple, int] = defaultdict(lambda: len(numbers))  # (step, puzzle) -> number of the group
     groups = torch.tensor([numbers[row["step"], row["puzzle_id"]] for row in rollouts])
     totals = torch.tensor([reward.total for reward in rewards])  # float32, as in training
+    # totals is nan where not scored, so those stay out of the group's mean
     scored = torch.tensor([reward.scored for reward in rewards])
     advantages = torch.zeros_like(totals)
     if scored.any():
@@ -57,6 +58,7 @@ def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
     both = [row for row in rows if row["old_reward"] is not None and row["reward"] is not None]
     old, new = [row["old_reward"] for row in both], [row["reward"] for row in both]
     changed = sum(a != b for a, b in zip(old, new, strict=True))
+    # the sign decides whether a response is made likelier or less likely; the size only how fast
     signs = [(_sign(row["old_advantage"]), _sign(row["advantage"])) for row in rows]
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
@@ -103,6 +105,6 @@ def _mean(values: list[float]) -> float:
 
 def _correlation(a: list[float], b: list[float]) -> str:
     pair = torch.tensor([a, b], dtype=torch.float64)
-    if not (pair.std(-1) > 0).all():
+    if not (pair.std(-1) > 0).all():  # also false for nan: the std of one row
         return "none, since one of them is constant"
     return f"{torch.corrcoef(pair)[0, 1].item():.3f}"

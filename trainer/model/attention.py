@@ -43,7 +43,7 @@ ATTENTION = "shared_prefix"
 FLASH_ATTENTION = "shared_prefix_flash"
 """The same with the kernels of the flash-attn package."""
 
-aten = torch.ops.aten
+aten = torch.ops.aten  # torch's public attention hides the logsumexp, without which two calls cannot be merged
 
 Spans = tuple[tuple[int, int], ...]
 """(first token, number of tokens) of each segment."""
@@ -62,6 +62,7 @@ class Segments:
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
         """[n+1] int32 each, of queries and of keys, packed side by side: where each segment starts, and the end."""
+        # made once per packed row and kept for all layers: the copy to the GPU waits. int32: as the kernels want it
         ends = ([0, *accumulate(length for _, length in spans)] for spans in (self.queries, self.keys))
         queries, keys = (torch.tensor(end, dtype=torch.int32, device=self.device) for end in ends)
         return queries, keys
@@ -113,6 +114,7 @@ def _attention(
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the dtype of the residual stream
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     kernel = FLASH_ATTN if flash else kernel_for(q)
+    # None: transformers' place for the attention weights, which no kernel keeps
     return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel)[None], None
 
 
@@ -128,6 +130,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
             there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
             here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
             both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
+            # the flash kernels give lse in float32, so both parts are added before the one rounding to the dtype of out
             weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
             _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
             _put(lse, prompts.queries, both, 1)
@@ -148,7 +151,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
             # a prompt's keys and values get gradient from the prompt itself and from all of its responses
             for total, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
                 _put(total, spans, part, add=True)
-        return *grads, None, None, None
+        return *grads, None, None, None  # layout, scale and kernel have no gradient
 
 
 def _to_prompts(q: Tensor, k: Tensor, v: Tensor, prompts: Segments, scale: float) -> Call:
@@ -180,6 +183,7 @@ def kernel_for(q: Tensor) -> Kernel:
 
 def _each(segments: Segments, q_like: tuple[Tensor, ...], k_like: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
     """Per segment, [1,H,n,D] views of the tensors over queries, then of those over keys."""
+    # a call's tensors hold its segments side by side, so a split finds them without copying
     n_q, n_k = [length for _, length in segments.queries], [length for _, length in segments.keys]
     split = [*(x.split(n_q) for x in q_like), *(x.split(n_k) for x in k_like)]
     for parts in zip(*split, strict=True):
@@ -244,7 +248,7 @@ def _varlen_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list
         call.k,
         call.v,
         out,
-        lse.contiguous(),
+        lse.contiguous(),  # _take of a single span is a strided view
         *segments.cumulative,
         *segments.longest,
         0.0,  # dropout
@@ -259,6 +263,7 @@ def _varlen_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list
 
 
 def _flash_attn_forward(call: Call) -> tuple[Tensor, Tensor]:
+    # the private functions: the public one has no backward from a logsumexp of our own
     from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
     segments = call.segments
@@ -327,6 +332,7 @@ def _plain_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[
     done = []
     over_queries = (grad, call.q, out, lse.T[..., None])
     for *per_query, k_i, v_i in _each(call.segments, over_queries, (call.k, call.v)):
+        # the query heads are grouped as in _scores: all heads of a group share one key-value head
         grad_i, q_i, out_i, lse_i = (x.unflatten(1, (k_i.shape[1], -1)) for x in per_query)  # [1,Hkv,Hq/Hkv,n,*]
         # with the logsumexp of both calls p is this call's part of the softmax; its rows sum to less than 1
         p = (_scores(per_query[1], k_i, call.segments.causal, call.scale) - lse_i).exp()

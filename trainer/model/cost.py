@@ -40,7 +40,7 @@ def cost_of(causal_lm: Any, lora_rank: int) -> Cost:
     # W x is in * out weights; B (A x) adds rank * (in + out) (arXiv:2106.09685)
     weights = sum(m.in_features * m.out_features + lora_rank * (m.in_features + m.out_features) for m in linear)
     return Cost(
-        token=2.0 * weights,
+        token=2.0 * weights,  # a multiplication and an addition per weight
         # q k and p v: two products of head_size per head, 2 operations each
         pair=4.0 * shape.num_attention_heads * head_size(shape) * shape.num_hidden_layers,
         target=2.0 * shape.vocab_size * shape.hidden_size,

@@ -42,6 +42,7 @@ def export_model(
         write_adapter(out, opened, card)
         return
     # the base as it was held in training: its dtype there, and through 4 bits where it was quantised
+    # a checkpoint of trained weights has no base below it, so it is only converted
     settings = run.get("settings", {}) if opened.adapter is not None else {}
     write_checkpoint(
         opened.base,
@@ -49,7 +50,7 @@ def export_model(
         getattr(torch, dtype),
         adapter=opened.adapter,
         config=opened.settings,
-        base_dtype=getattr(torch, settings["dtype"]) if "dtype" in settings else None,
+        base_dtype=getattr(torch, settings["dtype"]) if "dtype" in settings else None,  # None: as in the file
         quantize=settings.get("quantize", "none"),
         extra={"README.md": card},
     )
@@ -66,16 +67,18 @@ def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:
             name.replace(f"{MAGNITUDE}.weight", MAGNITUDE): tensor.contiguous()
             for name, tensor in opened.adapter.items()
         }
+        # written by Python: on a full disk that raises OSError, where safetensors' save_file has an error of its own
         (partial / ADAPTER).write_bytes(save(tensors, {"format": "pt"}))
+        # what our checkpoints do not record, and what the adapter's own file says wins
         settings = {"bias": "none", "inference_mode": True, **opened.settings}
         (partial / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         for path in sorted(opened.base.iterdir()):
             if path.is_file() and path.name.startswith(TOKENIZER) and path.suffix not in WEIGHT_FILES:
                 shutil.copy(path, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        partial.rename(out)
+        partial.rename(out)  # last: OUT is there with all its files, or not at all
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it after the rename
 
 
 def model_card(
@@ -110,6 +113,7 @@ def model_card(
     text += ["## How good", "", *metrics_lines(metrics), ""]
     text += ["## Recipe", "", *recipe_lines(settings, opened.settings), ""]
     text += ["## Data", "", *data_lines(settings, run.get("data", {})), ""]
+    # of the run that trained it; of this program only where no run is known
     versions = ", ".join(f"{k} {v}" for k, v in (run or provenance()).get("versions", {}).items())
     commit = run.get("git_commit", "unknown")
     text += ["## Made with", "", f"Code: commit {commit}. Versions: {versions}.", ""]
@@ -132,6 +136,7 @@ def recipe_lines(settings: dict[str, Any], adapter: dict[str, Any] | None) -> li
     """Lines of a table with the settings of the run, and the adapter's."""
     if not settings:
         return ["Not known: the checkpoint is not in a run's folder."]
+    # out: a folder on the machine that trained it says nothing about the model
     shown = {key: value for key, value in settings.items() if value not in (None, (), [], "") and key != "out"}
     shown |= {
         f"adapter {key}": value for key, value in (adapter or {}).items() if key in ("r", "lora_alpha", "use_dora")

@@ -37,10 +37,10 @@ def merged_weight(weight: Tensor, name: str, adapter: dict[str, Tensor], config:
 
     adapter, config: an adapter in PEFT's format. Raises UserError if their shapes do not fit the weight.
     """
-    module = "base_model.model." + name.removesuffix(".weight")
+    module = "base_model.model." + name.removesuffix(".weight")  # PEFT's name of it
     lora_a, lora_b = (adapter.get(f"{module}.lora_{side}.weight") for side in "AB")
-    weight = weight.float()
-    if lora_a is None or lora_b is None:
+    weight = weight.float()  # in bfloat16 a small update would be rounded away
+    if lora_a is None or lora_b is None:  # a norm, the embedding, the head
         return weight
     if (lora_b.shape[0], lora_a.shape[1]) != tuple(weight.shape) or lora_b.shape[1] != lora_a.shape[0]:
         raise UserError(
@@ -50,6 +50,7 @@ def merged_weight(weight: Tensor, name: str, adapter: dict[str, Tensor], config:
     # rsLoRA (arXiv:2312.03732) divides by sqrt(r)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     weight = weight + (lora_b.float() @ lora_a.float()) * scale
+    # its name ends in .weight in a policy's memory and checkpoints, but not in PEFT's files
     magnitude = adapter.get(f"{module}.{MAGNITUDE}.weight", adapter.get(f"{module}.{MAGNITUDE}"))
     if magnitude is not None:  # DoRA: m (W + s B A) / ||W + s B A||, one norm per row (output channel)
         weight = weight * (magnitude.float() / weight.norm(dim=1))[:, None]
@@ -80,7 +81,7 @@ def write_checkpoint(
     if unknown := [key for key in UNSUPPORTED if (config or {}).get(key)]:
         raise UserError(f"the adapter's {unknown[0]} cannot be merged here; merge it with PEFT (merge_and_unload)")
     four_bit = linear_weights(str(base)) if quantize == "nf4" else set()
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir(parents=True)
         used: set[str] = set()  # names of adapter tensors that found their weight
@@ -95,8 +96,8 @@ def write_checkpoint(
                     weight = merged_weight(weight, name, adapter, config or {})
                     used |= {f"base_model.model.{name.removesuffix('.weight')}.{part}" for part in MERGED}
                 tensors[name] = weight.to(dtype) if weight.is_floating_point() else weight  # rounded once, at the end
-            size += sum(t.numel() * t.element_size() for t in tensors.values())
-            _save(tensors, partial / path.name, folder)
+            size += sum(t.numel() * t.element_size() for t in tensors.values())  # bytes
+            _save(tensors, partial / path.name, folder)  # under the base's file names, so that its index stays true
         # an adapter of another model would otherwise be dropped silently
         if unused := sorted(set(adapter or {}) - used):
             raise UserError(
@@ -119,6 +120,7 @@ def weight_files(base: Path) -> list[Path]:
         index = json.loads((base / INDEX).read_text(encoding="utf-8"))
         files = sorted({base / name for name in index["weight_map"].values()})
     else:
+        # not all files at once: some checkpoints hold the same weights twice, once in their authors' own format
         single = base / "model.safetensors"
         files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
     if not files:
@@ -157,7 +159,7 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # sync point: the other ranks of the node wait here for the copy
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():  # there, so whole: see the rename in write_checkpoint
             base_dtype = getattr(torch, dtype)
             write_checkpoint(model_dir, folder, base_dtype, quantize=quantize, base_dtype=base_dtype)
     return str(folder)

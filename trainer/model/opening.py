@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.prompts import ChatFormat
 from trainer.record.runfolder import read_adapter
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # both take seconds to load
     from transformers import PreTrainedTokenizerBase
 
     from rollout.vllm_engine import VLLMEngine
@@ -74,15 +74,18 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     wrongly.
     """
     folder = Path(folder)
+    # before any tensor is read: a refusal names the setting, and is there at once
     settings = served_settings(folder) if served else None
     if not is_adapter(folder):
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
+    # without a recorded base the adapter's own folder is named: load_tokenizer then says that it holds no checkpoint
     return OpenedModel(folder, Path(base or settings.get("base_model_name_or_path") or folder), adapter, settings)
 
 
 def run_of(folder: Path) -> dict[str, Any]:
     """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
+    # config.json of the run is one level above OUT/model, and two above OUT/checkpoints/step-000010
     for place in (folder.parent, folder.parent.parent):
         if (place / "config.json").is_file():
             found = json.loads((place / "config.json").read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def run_of(folder: Path) -> dict[str, Any]:
 
 def is_adapter(folder: Path) -> bool:
     """Does the folder hold an adapter in PEFT's format?"""
-    return (folder / ADAPTER_CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG).is_file()  # of PEFT; config.json is a checkpoint's
 
 
 def served_settings(folder: Path) -> dict[str, Any] | None:
@@ -109,6 +112,7 @@ def served_settings(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the adapter again") from None
     unserved = [name for name in UNSERVED if settings.get(name)]
+    # these two have harmless values that are true in Python, such as "none", so UNSERVED cannot hold them
     unserved += ["bias"] if settings.get("bias", "none") != "none" else []
     unserved += [n for n in ("init_lora_weights",) if str(settings.get(n)).lower() not in PLAIN_STARTS]
     if unserved:
@@ -127,6 +131,7 @@ def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
     folder = Path(folder)
     settings = served_settings(folder)
     bases = [Path(base or settings["base_model_name_or_path"])] if settings else []
+    # not by content: to read the 15 GB of a 7B model would take longer than the check is worth
     found = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for place in (folder, *bases)
@@ -159,5 +164,5 @@ def start_engine(
     )
     if opened.adapter:
         parcel = Parcel.of(opened.adapter)
-        engine.load_adapter(parcel, parcel.manifest(), version=1)
+        engine.load_adapter(parcel, parcel.manifest(), version=1)  # no canary: no trainer is here to compare with
     return engine

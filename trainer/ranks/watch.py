@@ -73,6 +73,7 @@ def this_host() -> str:
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as handle:
             boot = handle.read().strip()
+        # containers of one machine share its boot id, but a process number means nothing in another container
         return f"{socket.gethostname()}|{boot}|{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # not Linux: a name that no other rank has
         return f"{socket.gethostname()}|{os.getpid()}"
@@ -97,7 +98,7 @@ class Watch:
         self.over = threading.Event()
         # kill -USR1 prints where a process is, even while it runs native code
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-        self.publish()
+        self.publish()  # at once: the others learn that this rank has joined
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
 
@@ -136,7 +137,7 @@ class Watch:
     def close(self, failed: str = "") -> None:
         """End the thread and publish how this rank ended."""
         self.over.set()
-        self.thread.join(timeout=5)
+        self.thread.join(timeout=5)  # it may be stuck in a store that is gone
         self.me.failed, self.me.done = failed, not failed
         try:
             self.publish()
@@ -155,7 +156,7 @@ class Watch:
 
     def run(self) -> None:
         """Write and read heartbeats until the run is over or a rank is lost."""
-        while not self.over.wait(BEAT_SECONDS):
+        while not self.over.wait(BEAT_SECONDS):  # a pause that close() ends early
             try:
                 self.publish()
                 beats = self.read()
@@ -185,11 +186,11 @@ class Watch:
     def judge(self, beats: list[Beat], now: float) -> str:
         """The verdict on the others at time `now` (of time.monotonic); "" while all is well."""
         for beat in beats:
-            if beat.done:
+            if beat.done:  # its silence is no death
                 continue
             if beat.failed:
                 return f"{beat} failed in {beat.place()}: {beat.failed}"
-            number, heard = self.heard.get(beat.rank, (-1, now))
+            number, heard = self.heard.get(beat.rank, (-1, now))  # -1: the first heartbeat is always new
             # compare numbers, not times: the clocks of two nodes may differ
             if beat.number != number:
                 self.heard[beat.rank] = (beat.number, now)
@@ -253,6 +254,7 @@ def is_gone(pid: int) -> bool:
     """Has this process of this machine ended? A zombie, which waits for its parent to read its exit code, has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
+            # the field before the state is the program's name in brackets, which may hold spaces and brackets itself
             return handle.read().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:
         return True

@@ -100,7 +100,7 @@ class World:
         """
         if self.size == 1:
             return items
-        per_rank: list[list] = [[]] * self.size
+        per_rank: list[list] = [[]] * self.size  # places that all_gather_object fills
         with self.waiting("the rollouts of all ranks"):
             dist.all_gather_object(per_rank, items)
         nothing = object()  # fills up the last ranks, which have an item less after an uneven split
@@ -123,7 +123,7 @@ class World:
             return
         flat = torch.cat([p.grad.reshape(-1) for p in replicated])  # one all-reduce instead of one per tensor
         with self.waiting("the sum of gradients"):
-            dist.all_reduce(flat)
+            dist.all_reduce(flat)  # sync point of every optimizer step
         for p, part in zip(replicated, flat.split([p.numel() for p in replicated]), strict=True):
             p.grad.copy_(part.view_as(p))
 
@@ -157,6 +157,7 @@ def shard_like(tensor: Tensor, param: Tensor) -> Tensor:
 
 def shard_from_rows(rows: Tensor, param: DTensor) -> DTensor:
     """This rank's rows as a sharded tensor like `param`."""
+    # shape and stride are given, since an uneven split does not show them; run_check would be a collective
     return DTensor.from_local(
         rows, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
@@ -166,7 +167,7 @@ def own_device(local_rank: int, local_size: int) -> torch.device:
     """This rank's GPU, made the current device; or the CPU, with this rank's share of the cores as its threads."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # NCCL and vLLM work on the current device
         return device
     # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
@@ -246,7 +247,7 @@ def guarded(world: World) -> Iterator[None]:
     """
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # also an exit or Ctrl-C: the others must not wait for this rank
         if world.watch is None:
             raise
         # an error of our own code needs no waiting for a verdict: this rank is the one to blame
@@ -260,6 +261,7 @@ def guarded(world: World) -> Iterator[None]:
 def is_collective_failure(error: BaseException) -> bool:
     """Did torch.distributed raise the error? It has its own types for some errors; gloo raises a plain RuntimeError."""
     words = ("gloo", "nccl", "connection", "store", "timed out", "socket")
+    # `type is`: a subclass, such as CUDA's out-of-memory error, is this rank's own fault whatever it says
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and any(word in str(error).lower() for word in words)
     )

@@ -97,6 +97,7 @@ def bundle_folder(out: Path, step: int, update: int, updates: int) -> Path:
 def write_bundle(out: Path, record: StepRecord, inputs: StepInputs, world: World) -> Path:
     """Write the bundle of an optimizer step before the weights change. Returns its folder. Collective."""
     final = bundle_folder(out, record.step, inputs.update, record.config.updates_per_batch)
+    # sync point: rank 0 writes what all ranks trained on
     ranks = world.gather_in_rank_order(_portable(inputs))
     if world.is_main:
         _write(final, record, inputs, ranks, world)
@@ -110,17 +111,18 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
     tensors = {f"adapter.{name}": tensor for name, tensor in record.adapter.items()}
     layout = []  # per rank, for bundle.json: groups and rows; every tensor goes to tensors.safetensors
     for rank, (plan, responses) in enumerate(ranks):
+        # a tensor's name is RANK.MICRO-BATCH.NAME, such as 3.0.advantages
         for number, micro in enumerate(plan):
             tensors |= {f"{rank}.{number}.{name}": tensor for name, tensor in micro.pop("tensors").items()}
         layout.append({"micro_batches": plan, "responses": responses})
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that died while it wrote
     partial.mkdir(parents=True)
     save_file(
         {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "tensors.safetensors"
     )
     with open(partial / "tensors.safetensors", "rb") as handle:
-        crc = zlib.crc32(handle.read())
+        crc = zlib.crc32(handle.read())  # of the file as a reader will find it
         os.fsync(handle.fileno())  # before the rename, or a power cut could leave a visible folder with empty files
     content = {
         "format": FORMAT,
@@ -136,7 +138,7 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
         "problem": record.problem,
         "crc32": crc,
         "ranks": layout,
-        **provenance(),
+        **provenance(),  # a later version that cannot read it names the commit
     }
     write_json(partial / "bundle.json", content)
     shutil.rmtree(final, ignore_errors=True)  # of the same step before a resume
@@ -152,8 +154,9 @@ def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
         reference, old = micro.ref_logprobs, micro.old_logprobs
         tensors = {
             "advantages": micro.advantages,
-            "trained": micro.mask.any(-1),
+            "trained": micro.mask.any(-1),  # [N]: a response is trained whole or not at all
             "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],  # [M], without the padding
+            # safetensors knows no None, so a pass that was not made leaves no tensor
             **({} if reference is None else {"reference": reference}),
             **({} if old is None else {"old": old}),
         }
@@ -177,6 +180,7 @@ def read_bundle(path: str | Path) -> Bundle:
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: bundle format {content.get('format')}, this version reads {FORMAT}")
     file = path / "tensors.safetensors"
+    # safetensors checks its header only: a flipped bit in a weight would load, and show as a gradient that differs
     if not file.is_file() or zlib.crc32(file.read_bytes()) != content["crc32"]:
         raise UserError(f"{file}: damaged or missing")
     try:
@@ -213,10 +217,10 @@ def _rank_inputs(rank: int, content: dict, tensors: dict[str, Tensor]) -> StepIn
     part, micros = content["ranks"][rank], []
     for number, micro in enumerate(part["micro_batches"]):
         own = {
-            name: tensors.get(f"{rank}.{number}.{name}")
+            name: tensors.get(f"{rank}.{number}.{name}")  # None: no such pass was made
             for name in ("advantages", "trained", "sampler", "reference", "old")
         }
-        groups: list[Group] = [(prompt, responses) for prompt, responses in micro["groups"]]
+        groups: list[Group] = [(prompt, responses) for prompt, responses in micro["groups"]]  # JSON has no tuples
         made = make_micro_batch(
             groups, micro["rows"], own["advantages"], own["trained"], own["sampler"], torch.device("cpu")
         )

@@ -41,7 +41,7 @@ def first_bad_token(terms: LossTerms) -> BadToken | None:
     """The first trained token, row by row, with a term that is not finite; None if all are finite."""
     fine = torch.ones_like(terms.mask)
     for name in CHECKED:
-        fine = fine & torch.isfinite(getattr(terms, name))
+        fine = fine & torch.isfinite(getattr(terms, name))  # stays on the device
     bad = (terms.mask & ~fine).nonzero()  # waits for the device; without a bad token this is the only wait
     if not len(bad):
         return None
@@ -77,6 +77,7 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
 
     if not len(tokens) or not overflows(tokens):
         return None
+    # the first half is tried first, and halves keep the order: the first bad token of the micro-batch is found
     while len(tokens) > 1:
         first, second = tokens.tensor_split(2)
         if overflows(first):
@@ -86,6 +87,7 @@ def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tenso
         else:
             return None  # each half is finite, only their sum overflows
     row, position = tokens[0].tolist()
+    # all its terms are finite: a term that is not would have been found before (bad_term_of)
     return BadToken(row=row, position=position, what="gradient", values=values_at(terms, row, position))
 
 
@@ -118,7 +120,7 @@ def describe_bad_token(found: Found | None, responses: list[dict[str, Any]], ran
     if found is None:
         return None
     micro, bad = found
-    row = responses[micro.rows[bad.row]]
+    row = responses[micro.rows[bad.row]]  # row of the micro-batch -> response of the rank
     token = row["response_ids"][bad.position]
     return (
         f"puzzle {row['puzzle_id']}, response {row['response']}, token {bad.position + 1} of "

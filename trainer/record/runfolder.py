@@ -292,6 +292,8 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
         for key, value in state.items():
             gathered = full_tensor(value) if isinstance(value, Tensor) else tensor(value)
             if world.is_main:
+                # clone: bitsandbytes gives all parameters one table of code values, and safetensors refuses tensors
+                # that share memory
                 moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
     adapter = policy.adapter_tensors()  # collective under --shard fsdp, so before the other ranks return
     if not world.is_main:
@@ -329,6 +331,7 @@ def restore_training(
             }
             for index, (name, p) in enumerate(policy.trainable().items())
         }
+        # groups of this run: lr is set before every step, and check_run has refused any other change
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         pending = json.loads(training_file(checkpoints[-1], PENDING).read_text())
     if world.is_main:  # the only rank that appends to these files

@@ -39,7 +39,7 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
         except ValueError as error:
             raise UserError(f"{cfg.traces}, row {number}: {error}") from None
         text = row["assistant_msg"] if cfg.target == "trace" else answer_only(puzzle)
-        valid += parse_response(text, len(puzzle.answer)).valid
+        valid += parse_response(text, len(puzzle.answer)).valid  # of all traces, also those left out below
         prompt_ids = policy.chat.prompt_ids(puzzle.chat())
         response_ids = policy.chat.response_ids(text)  # with the end of turn, which teaches the model to stop
         if len(prompt_ids) + len(response_ids) > cfg.max_tokens:
@@ -72,9 +72,11 @@ def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple
     All traces of a puzzle go to the same side. Puzzles with equal prompts are one puzzle, whatever their ids.
     """
     first: dict[str, str] = {}
+    # one puzzle under two ids, trained on and held out, would make eval_loss too good
     names_of = [first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id) for e in examples]
     names = sorted(set(names_of))
     random.Random(f"{seed} holdout").shuffle(names)  # of sorted names: independent of the order of the file
+    # rounded down, but at least one, and never the only one
     out = set(names[: max(int(holdout * len(names)), min(1, len(names) - 1) if holdout else 0)])
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example, name in zip(examples, names_of, strict=True):

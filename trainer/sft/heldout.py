@@ -43,22 +43,23 @@ class HeldOutAnswers:
             memory_fraction=cfg.memory_fraction,
             rank=world.rank,
             size=world.size,
-            may_sleep=True,
+            may_sleep=True,  # it samples once per epoch, and the trainer needs the memory
         )
         self.canary: Canary = make_canary(policy, self.examples[0].prompt_ids[:CANARY_TOKENS], cfg)
 
     def metrics(self, step: int) -> dict[str, float]:
         """{"eval/<metric>": value}, the same on every rank. step: from 1. Collective."""
-        hand_over(self.engine, self.policy, self.canary, version=step)
+        hand_over(self.engine, self.policy, self.canary, version=step)  # also wakes the engine
         greedy = Sampling(
             n=1,
             max_tokens=self.cfg.eval_response_tokens,
             temperature=0.0,
             top_p=1.0,
-            seed=0,
+            seed=0,  # greedy decoding draws nothing
             stop_ids=self.policy.chat.stop_ids,
         )
         self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
+        # gather() undoes the split over the ranks: answer i belongs to example i again
         ids = self.world.gather([group[0].response_ids for group in self.engine.collect(step)])
         texts = [self.policy.chat.response_text(response) for response in ids]
         found = self.judge(texts, [e.puzzle for e in self.examples])
@@ -85,7 +86,7 @@ class BestEpoch:
     def compare(self, epoch: int, loss: float, policy: Policy, world: World) -> None:
         """Compare a new epoch (from 1) with the best. With --patience rank 0 keeps the weights of a better one."""
         self.latest = epoch
-        if loss >= self.loss:
+        if loss >= self.loss:  # a tie keeps the earlier epoch
             return
         self.epoch, self.loss = epoch, loss
         if self.patience and world.is_main:
@@ -107,5 +108,5 @@ class BestEpoch:
 
     def load_into(self, policy: Policy) -> None:
         """Give the policy the weights of the best epoch."""
-        if self.patience and self.epoch and self.epoch != self.latest:
+        if self.patience and self.epoch and self.epoch != self.latest:  # else the policy has them
             policy.load_adapter(load_file(self.folder / "best.safetensors"))

@@ -106,7 +106,7 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
         run.optimizer.zero_grad(set_to_none=True)
         loss = accumulate(run.policy, batch, cfg, world)
         grad_norm = sum_and_clip_gradients(parameters, cfg.grad_clip, world)
-        refuse_what_is_not_finite(grad_norm, step)
+        refuse_what_is_not_finite(grad_norm, step)  # before the weights change
         run.optimizer.step()
         done = step + 1
         metrics = {"step": done, "epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
@@ -118,11 +118,11 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
             run.best.compare(epoch + 1, metrics["eval_loss"], run.policy, world)
         # ---- record
         log.write(metrics, timing)
-        stopped = stop.requested()
+        stopped = stop.requested()  # collective: all ranks stop after the same step
         last = done == run.n_steps or stopped or run.best.patience_is_over()
         if last or (ends_epoch if cfg.save_every == 0 else done % cfg.save_every == 0):
             world.enter("save", done)
-            save_training(run, done, {})
+            save_training(run, done, {})  # {}: no rollouts wait to be trained on
         if stopped:
             break
 
@@ -158,7 +158,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         held_out=held_out,
         skipped=skipped,
         first_step=first_step,
-        best=BestEpoch(out, cfg, epochs_done=first_step // steps_per_epoch),
+        best=BestEpoch(out, cfg, epochs_done=first_step // steps_per_epoch),  # whole epochs; a part does not count
         answers=answers,
     )
     if world.is_main:
@@ -207,15 +207,16 @@ def learning_rate(step: int, n_steps: int, cfg: SftConfig) -> float:
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(n_steps - cfg.warmup_steps, 1)
-    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    return cfg.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))  # from 1 at progress 0 to 0.1 at 1
 
 
 def token_losses(policy: Policy, batch: list[Example], cfg: SftConfig) -> Iterator[Tensor]:
     """Yields per micro-batch the sum of -log p over its response tokens, a scalar with a graph."""
     sizes = [(len(e.prompt_ids), [len(e.response_ids)]) for e in batch]
     for plan in split_by_tokens(sizes, cfg.micro_tokens):
+        # one response per prompt, so the group number i is the number of the example
         packed = pack([(batch[i].prompt_ids, [batch[i].response_ids]) for i, _ in plan], policy.device)
-        yield -policy.response_logprobs(packed).sum()
+        yield -policy.response_logprobs(packed).sum()  # padding is 0, so it adds nothing
 
 
 def accumulate(policy: Policy, batch: list[Example], cfg: SftConfig, world: World) -> float:
@@ -226,9 +227,9 @@ def accumulate(policy: Policy, batch: list[Example], cfg: SftConfig, world: Worl
     n_tokens = sum(len(e.response_ids) for e in batch)  # over all ranks, so every rank divides by the same number
     total = 0.0
     for loss_sum in token_losses(policy, batch[world.rank :: world.size], cfg):
-        (loss_sum / n_tokens).backward()
+        (loss_sum / n_tokens).backward()  # frees this graph before the next micro-batch is made
         world.advance()
-        total += loss_sum.item() / n_tokens
+        total += loss_sum.item() / n_tokens  # waits for the GPU
     return world.total(total)[0]
 
 
@@ -238,7 +239,7 @@ def sum_and_clip_gradients(parameters: list[torch.nn.Parameter], largest: float,
         if p.grad is None:  # a rank without a trace of this batch must still take part in the sum
             p.grad = torch.zeros_like(p)
     world.sum_gradients(parameters)
-    return float(torch.nn.utils.clip_grad_norm_(parameters, largest))
+    return float(torch.nn.utils.clip_grad_norm_(parameters, largest))  # of the sum, so equal on all ranks
 
 
 def refuse_what_is_not_finite(grad_norm: float, step: int) -> None:
@@ -305,7 +306,7 @@ def finish(run: Run, done: int) -> None:
     if done < run.n_steps and not run.best.patience_is_over():
         print(f"stopped after step {done} of {run.n_steps}; continue with --resume", flush=True)
         return
-    if run.world.is_main:
+    if run.world.is_main:  # the others wait in leave_world() for the end of the merge
         run.best.load_into(run.policy)
         save_model(run.policy, run.cfg, run.out / "model")
         counts = {"kept": len(run.training), "held_out": len(run.held_out), "skipped_too_long": run.skipped}

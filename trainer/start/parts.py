@@ -50,7 +50,7 @@ def make_optimizer(
     cfg: GrpoConfig | SftConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), with its moments in the parameters' dtype or in 8 bits (arXiv:2110.02861)."""
-    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}
+    settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}  # lr is set again before every step
     if cfg.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 

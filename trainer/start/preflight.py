@@ -230,23 +230,23 @@ def training_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> di
     if cfg.quantize == "nf4":  # 4 bits per weight, and a float32 scale per block of 64 (QLoRA, arXiv:2305.14314)
         weights -= sum(m.weight.numel() for m in linear_layers(base)) * (size - 0.5 - 4 / 64)
     trained = trained_bytes(cfg, base)
-    moment = 1 / trained_itemsize(cfg) if cfg.optimizer == "adamw8bit" else 1
+    moment = 1 / trained_itemsize(cfg) if cfg.optimizer == "adamw8bit" else 1  # 8 bits: one byte per moment
     return {
         "weights": copies * weights / shards,
         # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
         "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
-        "adapter": trained / shards if cfg.lora_rank else 0.0,
+        "adapter": trained / shards if cfg.lora_rank else 0.0,  # else it is part of the weights
         "gradients": trained / shards,
         "AdamW moments": 2 * trained * moment / shards,
         "activations": activation_bytes(cfg, base.config),
-        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,
+        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,  # float32; 1024 tokens: a chunk of them
     }
 
 
 def sampler_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
     size, shape = getattr(torch, cfg.dtype).itemsize, base.config
-    weights = n_weights(base) * size / cfg.tensor_parallel
+    weights = n_weights(base) * size / cfg.tensor_parallel  # vLLM's copy; nf4 is written out in full
     token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape) * size  # keys and values
     return SamplerMemory(
         weights=weights,
