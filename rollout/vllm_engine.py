@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from data.errors import UserError
@@ -79,7 +81,8 @@ class VLLMEngine(LocalEngine):
     model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter.
     max_model_len: prompt + response tokens. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
     memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
-    2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1.
+    2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1. sampler_lora: see
+    merges_adapter.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class VLLMEngine(LocalEngine):
         tensor_parallel: int = 1,
         may_sleep: bool = False,
         nucleus: bool = False,
+        sampler_lora: str = "auto",
     ) -> None:
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
@@ -106,9 +110,15 @@ class VLLMEngine(LocalEngine):
             name_shared_memory_apart()
         from vllm import LLM
 
+        self.merges = bool(lora) and merges_adapter(sampler_lora, model_dir, dtype, on_gpu)
+        """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
+        self.merged: tuple[Parcel, Manifest] | None = None
         memory = {"gpu_memory_utilization": memory_fraction} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
-        adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(lora["r"])} if lora else {}
+        adapter = {}
+        if lora and not self.merges:
+            adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(lora["r"])}
         self.lora, self.request, self.may_sleep, self.asleep = lora, None, may_sleep and on_gpu, False
+        self.model_dir = model_dir
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op; restored below
@@ -144,11 +154,22 @@ class VLLMEngine(LocalEngine):
         self.hash, self.version = manifest_hash(manifest), version
         if self.lora is None:
             self.llm.collective_rpc("set_weights", args=(parcel, manifest))
+        elif self.merges:
+            self.merged = (parcel, manifest)
+            self._merge(parcel, manifest)
         else:
             answers = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))
             self.bound = answers[0]
             self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")  # vLLM's ids start at 1
         # with an empty cache a resumed run samples the same tokens as an uninterrupted one
+        self.llm.reset_prefix_cache()
+
+    def _merge(self, parcel: Parcel | None, manifest: Manifest) -> None:
+        """Give the sampler the base's weights, with the adapter added unless the parcel is None."""
+        assert self.lora is not None
+        scale = self.lora["lora_alpha"] / self.lora["r"]
+        answers = self.llm.collective_rpc("set_merged", args=(parcel, manifest, scale, self.model_dir))
+        self.bound = answers[0]
         self.llm.reset_prefix_cache()
 
     def wake(self) -> None:
@@ -194,6 +215,11 @@ class VLLMEngine(LocalEngine):
         """See LocalEngine. Prompt log-probs use no prefix cache, so every layer runs with the current adapter."""
         from vllm import SamplingParams
 
+        if self.merges and not adapter and self.merged is not None:
+            self._merge(None, [])
+            logprobs = self.prompt_logprobs(ids)
+            self._merge(*self.merged)
+            return logprobs
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         with torch.random.fork_rng():
             (output,) = self.llm.generate(
@@ -225,6 +251,20 @@ def vllm_rank(rank: int) -> int:
         if rank <= allowed:
             return allowed
     raise UserError(f"--lora-rank {rank}: vLLM serves adapters up to rank 512")
+
+
+def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:
+    """Does the sampler add the adapter to its weights ("merged"), or compute it beside them in vLLM's kernels ("kernel")?
+
+    "auto" merges on a CPU in float32, where vLLM's kernels take several times as long as the model itself. In bfloat16 a
+    merge would round the small updates away.
+    """
+    can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
+    if sampler_lora == "merged" and not can:
+        raise UserError(
+            f"--sampler-lora merged: needs --dtype float32 and safetensors files in {model_dir}; use --sampler-lora kernel"
+        )
+    return sampler_lora == "merged" or (sampler_lora == "auto" and can and not on_gpu)
 
 
 def refuse_dora(config: dict[str, Any]) -> None:
@@ -286,6 +326,43 @@ class SyncWorker:
         self.slot_plan = plan if plan.reads_the_parcel() else None
         return len(parcel.tensors) // 2, len(bound)
 
+    def set_merged(self, parcel: Parcel | None, manifest: Manifest, scale: float, base: str) -> tuple[int, int]:
+        """Replace the weights by the base's plus the parcel's adapter, W + scale B A. Returns (adapter modules, merged).
+
+        The base is read from its files each time (they stay in the page cache), so nothing drifts over many versions.
+        parcel None: the base alone. Raises SyncError for a damaged tensor, or one whose layer the base does not have.
+        """
+        pairs: dict[str, list[Tensor]] = {}
+        if parcel is not None:
+            parcel.verify(manifest)
+            for name, tensor in parcel.tensors.items():  # A comes before B
+                layer = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+                pairs.setdefault(f"{layer}.weight", []).append(tensor)
+        used = []
+
+        def each():
+            for path in sorted(Path(base).glob("*.safetensors")):
+                with safe_open(path, "pt") as handle:
+                    for name in handle.keys():  # noqa: SIM118 (no mapping)
+                        weight = handle.get_tensor(name)
+                        if name in pairs:
+                            used.append(name)
+                            lora_a, lora_b = (half.float().cpu() for half in pairs[name])
+                            weight = torch.addmm(weight.float(), lora_b, lora_a, alpha=scale)
+                        yield name, weight
+
+        self.reload_weights(weights_iterator=each())
+        self._repack_head()
+        if missing := sorted(set(pairs) - set(used)):
+            raise SyncError(f"LoRA sync: the base has no {missing[0]} for the adapter")
+        return len(pairs), len(used)
+
+    def _repack_head(self) -> None:
+        """vLLM 0.32 on a CPU: a head tied to the embedding keeps its old packed copy unless it is packed again."""
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        if hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+
     def set_weights(self, parcel: Parcel, manifest: Manifest) -> int:
         """Replace every weight of the model by the parcel's (checkpoint names). Returns how many tensors vLLM read.
 
@@ -301,10 +378,7 @@ class SyncWorker:
                 yield name, tensor
 
         self.reload_weights(weights_iterator=each())
-        head = getattr(self.model_runner.get_model(), "lm_head", None)
-        # vLLM 0.32 on CPU: a head tied to the embedding keeps its old packed copy unless it is packed again
-        if hasattr(head, "cpu_linear"):
-            head.quant_method.process_weights_after_loading(head)
+        self._repack_head()
         if len(taken) != len(parcel.tensors):
             raise SyncError(f"weight sync: vLLM took {len(taken)} of {len(parcel.tensors)} tensors")
         return len(taken)

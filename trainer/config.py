@@ -236,6 +236,11 @@ class GrpoConfig(TrainingConfig):
     updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
     temperature: float = sampling(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
     top_p: float = sampling(1.0, "Nucleus sampling mass.")
+    sampler_lora: str = sampling(
+        "auto",
+        "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32.",
+        ("auto", "merged", "kernel"),
+    )
     max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")
     lr: float = optimizing(1e-6, "Learning rate, constant after warm-up.")

@@ -63,6 +63,8 @@ COMMON = {
     "bos_token_id": None,
     "initializer_range": 0.08,
 }
+MERGED = ("Phi-3", "GLM-4", "SmolLM3", "Gemma 2")
+"""Types that pack their weights in other ways than Qwen, or that vLLM runs as transformers' class."""
 TEMPERATURE = 0.8
 
 
@@ -132,13 +134,15 @@ def gradient_error(policy: Policy, groups: list[list[Rollout]]) -> float:
 
 
 def vllm_engine(folder: Path, policy: Policy, **more: object) -> VLLMEngine:
-    engine = VLLMEngine(str(folder), lora=policy.lora, max_model_len=512, kv_cache_bytes=1 << 28, **more)
+    engine = VLLMEngine(
+        str(folder), lora=policy.lora, max_model_len=512, kv_cache_bytes=1 << 28, **{"sampler_lora": "kernel", **more}
+    )
     parcel = Parcel.of(policy.adapter_tensors())
     engine.load_adapter(parcel, parcel.manifest(), version=1)
     return engine
 
 
-def compare(folder: Path) -> dict:
+def compare(folder: Path, name: str) -> dict:
     """Distances of both samplers, and the error of the gradient."""
     policy = trained_policy(folder)
     groups = sample(TorchEngine(policy.model, policy.decoding), policy)
@@ -157,6 +161,10 @@ def compare(folder: Path) -> dict:
         engine.load_adapter(parcel, parcel.manifest(), version=version)
     found["vllm, third adapter"] = distance(policy, sample(engine, policy))
     engine.close()
+    if name in MERGED:
+        engine = vllm_engine(folder, policy, sampler_lora="merged")
+        found["merged"] = distance(policy, sample(engine, policy))
+        engine.close()
     return found
 
 
@@ -200,7 +208,7 @@ def main(checkpoint: str, out: str) -> None:
     tokenizer = load_tokenizer(checkpoint)
     for name, (kind, more) in TYPES.items():
         folder = make_checkpoint(Path(out) / name.replace(" ", "-"), tokenizer, kind, **more)
-        print("RESULT", json.dumps({"name": name, **compare(folder)}), flush=True)
+        print("RESULT", json.dumps({"name": name, **compare(folder, name)}), flush=True)
     folder = make_checkpoint(Path(out) / "sampled", tokenizer, "qwen2")
     print("RESULT", json.dumps({"name": "sampling", **check_sampling(folder)}), flush=True)
     leave_world()

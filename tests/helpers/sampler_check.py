@@ -49,7 +49,7 @@ def main(base: str, run_checkpoint: str) -> None:
     policy = Policy(base, lora_rank=8, lora_alpha=16, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     step, adapter, _ = load_checkpoint(Path(run_checkpoint))
     policy.load_adapter(adapter)
-    engine = VLLMEngine(base, lora=policy.lora, max_model_len=256)
+    engine = VLLMEngine(base, lora=policy.lora, max_model_len=256, sampler_lora="kernel")
     parcel = Parcel.of(adapter)
     engine.load_adapter(parcel, parcel.manifest(), version=step)
     (rollout,) = engine.generate(["x"], [PROMPT], SAMPLING)[0]

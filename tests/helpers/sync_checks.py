@@ -7,12 +7,13 @@ torchrun --nproc-per-node 2 tests/helpers/sync_checks.py parallel CHECKPOINT   o
 import json
 import os
 import sys
+from functools import partial
 
 import psutil
 import torch
 
 from rollout import Canary, Sampling
-from rollout.sync import SyncError, adapter_hash
+from rollout.sync import Parcel, SyncError, adapter_hash
 from rollout.vllm_engine import VLLMEngine
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -45,7 +46,7 @@ def worker_of(engine: VLLMEngine):
 
 
 def ranks(checkpoint: str, world: World) -> dict:
-    engine = VLLMEngine(checkpoint, lora=policy_of(checkpoint, 256).lora, max_model_len=256)
+    engine = VLLMEngine(checkpoint, lora=policy_of(checkpoint, 256).lora, max_model_len=256, sampler_lora="kernel")
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     after = torch.get_num_threads()
@@ -87,6 +88,37 @@ def ranks(checkpoint: str, world: World) -> dict:
     return result
 
 
+def merged(checkpoint: str, world: World) -> dict:
+    """The adapter added to the sampler's weights: proven like one beside them, and nothing is left of it afterwards."""
+    policy = policy_of(checkpoint, 16)
+    engine = VLLMEngine(checkpoint, lora=policy.lora, max_model_len=256)
+    untouched = engine.prompt_logprobs(TEXT)
+    random = torch.Generator().manual_seed(0)
+    distances = []
+    for version in range(20):
+        with torch.no_grad():
+            for parameter in policy.trainable().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
+        engine.deliver(policy.adapter_tensors(), version, canary := canary_of(policy))
+        distances.append(canary.check(*engine.prove(canary)))
+    result = {"merges": engine.merges, "bound": engine.bound, "distance": max(distances)}
+    result["off again"] = engine.prompt_logprobs(TEXT, adapter=False) == untouched == engine.off
+    result["on again"] = engine.prompt_logprobs(TEXT) == engine.prove(canary)[0] != untouched
+    result |= many(engine, policy, canary, 60)
+    nothing = {name: tensor * 0 if "lora_B" in name else tensor for name, tensor in policy.adapter_tensors().items()}
+    parcel = Parcel.of(nothing)
+    engine.load_adapter(parcel, parcel.manifest(), 999)
+    result["base after 80 adapters"] = engine.prompt_logprobs(TEXT) == untouched
+    tensors = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in policy.adapter_tensors().items()}
+    parcel = Parcel.of(tensors)
+    try:
+        engine.load_adapter(parcel, parcel.manifest(), 1000)
+    except SyncError as error:
+        result["unknown layer"] = str(error)
+    engine.close()
+    return result
+
+
 def many(engine: VLLMEngine, policy: Policy, canary: Canary, times: int) -> dict:
     """Hand-overs in a row: hashes, resident memory and file descriptors (500 in tests/bench/sync.py)."""
     process, tensors = psutil.Process(), policy.adapter_tensors()
@@ -103,10 +135,16 @@ def many(engine: VLLMEngine, policy: Policy, canary: Canary, times: int) -> dict
     }
 
 
-def parallel(checkpoint: str, world: World) -> dict:
+def parallel(checkpoint: str, world: World, sampler_lora: str = "kernel") -> dict:
     policy = policy_of(checkpoint, 16)
     engine = VLLMEngine(
-        checkpoint, lora=policy.lora, max_model_len=256, rank=world.rank, size=world.size, tensor_parallel=2
+        checkpoint,
+        lora=policy.lora,
+        max_model_len=256,
+        rank=world.rank,
+        size=world.size,
+        tensor_parallel=2,
+        sampler_lora=sampler_lora,
     )
     canary = canary_of(policy)
     engine.deliver(policy.adapter_tensors(), 1, canary)
@@ -130,6 +168,8 @@ def parallel(checkpoint: str, world: World) -> dict:
 
 if __name__ == "__main__":
     joined = join_world()
-    outcome = {"ranks": ranks, "parallel": parallel}[sys.argv[1]](sys.argv[2], joined)
+    checks = {"ranks": ranks, "parallel": parallel, "merged": merged}
+    checks["parallel, merged"] = partial(parallel, sampler_lora="merged")
+    outcome = checks[sys.argv[1]](sys.argv[2], joined)
     print(f"RESULT {os.environ['RANK']} {json.dumps(outcome)}", flush=True)
     leave_world()

@@ -73,8 +73,20 @@ def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
 
 @pytest.mark.vllm
 @pytest.mark.slow(9)
-def test_one_sampler_over_two_processes_with_an_untied_head(untied):
-    first, second = check("parallel", untied, ranks=2)
+def test_an_adapter_merged_into_the_samplers_weights_leaves_nothing_behind(pipeline):
+    (result,) = check("merged", pipeline / "base")
+    assert result["merges"] and result["bound"] == [2 * 7, 2 * 7] and result["distance"] < 1e-5
+    # bit for bit: the base is read again, never subtracted from
+    assert result["off again"] and result["on again"] and result["base after 80 adapters"]
+    assert result["hashes"] and result["grown_bytes"] < 32 << 20 and result["files"][0] == result["files"][1]
+    assert "the base has no model.layers.7.mlp.down_proj.weight for the adapter" in result["unknown layer"]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(9)
+@pytest.mark.parametrize("how", ["parallel", "parallel, merged"])
+def test_one_sampler_over_two_processes_with_an_untied_head(untied, how):
+    first, second = check(how, untied, ranks=2)
     assert first["ids"] == ["a", "c"] and second["ids"] == ["b", "d"]
     for result in (first, second):
         assert result["difference"] < 1e-4 and result["canary"] < 1e-5

@@ -85,6 +85,7 @@ def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) ->
         memory_fraction=cfg.memory_fraction,
         tensor_parallel=cfg.tensor_parallel,
         nucleus=cfg.top_p < 1,
+        sampler_lora=cfg.sampler_lora,
         **place,
     )
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from data.errors import UserError
-from rollout.vllm_engine import vllm_rank
+from rollout.vllm_engine import merges_adapter, vllm_rank
 from trainer.config import GrpoConfig
 from trainer.model.cost import head_size
 
@@ -132,7 +132,7 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
                 f"more than the model's {context} positions",
             ),
         ),
-        _adapter_row(cfg),
+        _adapter_row(cfg, launch),
     ]
 
 
@@ -141,13 +141,15 @@ def _row(what: str, value: str, *conditions: tuple[bool, str]) -> Row:
     return Row(what=what, value=value, problem=next((problem for holds, problem in conditions if not holds), ""))
 
 
-def _adapter_row(cfg: GrpoConfig) -> Row:
+def _adapter_row(cfg: GrpoConfig, launch: Launch) -> Row:
     if not cfg.lora_rank:
         return Row(what="LoRA", value="none: every weight is trained and sent to the sampler")
     value = f"rank {cfg.lora_rank}"
     if cfg.engine != "vllm":
         return Row(what="LoRA", value=value)
     try:
+        if merges_adapter(cfg.sampler_lora, str(cfg.model), cfg.dtype, launch.device == "cuda"):
+            return Row(what="LoRA", value=f"{value}, added to the sampler's weights")
         return Row(what="LoRA", value=f"{value}, in vLLM's slot of {vllm_rank(cfg.lora_rank)}")
     except UserError as error:
         return Row(what="LoRA", value=value, problem=str(error))
