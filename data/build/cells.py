@@ -21,6 +21,7 @@ from data.meaning.labels import (
     kept_label,
     names_no_cell_type,
     only_numbers,
+    transposed,
 )
 
 COLUMN_FLAGS = {
@@ -289,11 +290,16 @@ def resolve_columns(
 def _no_cell_types(path: str | os.PathLike, present: list[str]) -> str:
     """The message on a file without the column cell_type."""
     likely = columns_like_cell_types(path)
+    if not likely and (why := transposed(path)):
+        return (
+            f"{path}: has no cell types and looks transposed, with genes as rows ({why}); turn it in Python: "
+            f"anndata.read_h5ad({Path(path).name!r}).T.write_h5ad({f'{Path(path).stem}-turned.h5ad'!r})"
+        )
     if not likely:
         return (
             f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}) and none that looks "
-            "like cell types: this file has no cell types; a build needs them. If a column has them, name it with "
-            "--cell-type-key COLUMN"
+            "like cell types: this file has no cell types; a build needs them, so annotate the cells first, or name "
+            "the column that has them with --cell-type-key"
         )
     return (
         f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}); name the column with "

@@ -30,6 +30,8 @@ MISSING_VALUES = frozenset(
     | {f"not {word}" for word in ("collected", "determined")}
 )
 """Values, in lower case, that mean "not known" in obs tables."""
+_BYTES = re.compile(r"b(['\"])(.*)\1")
+"""A text that Python made of bytes: b'T cell'."""
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -65,6 +67,15 @@ def constant_column(text: str, n_cells: int) -> Column:
     return Column(np.zeros(n_cells, dtype=np.int32), [text])
 
 
+def unwrapped(text: str) -> str:
+    """The text within b'...', which programs write that take bytes for text; any other text as it is.
+
+    https://github.com/scverse/anndata/issues/2271
+    """
+    found = _BYTES.fullmatch(text) if text.startswith("b") else None
+    return found[2] if found else text
+
+
 def clean_text(value: Any) -> str | None:
     """A value of an obs column as one line of text. None when it means "not known"."""
     if isinstance(value, bytes):
@@ -72,7 +83,7 @@ def clean_text(value: Any) -> str | None:
     # pandas stores whole numbers as floats when a value is missing: the batch 27.0 is the batch 27
     if isinstance(value, float | np.floating) and value.is_integer():
         value = int(value)
-    text = " ".join(str(value).split())
+    text = unwrapped(" ".join(str(value).split()))
     # pandas writes <NA>, others put quotes or brackets around the word
     return None if text.lower() in MISSING_VALUES or text.lower().strip("<>()[]{}'\"") in MISSING_VALUES else text
 

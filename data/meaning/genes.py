@@ -11,13 +11,14 @@ from functools import cached_property
 
 import numpy as np
 
-from data.build.columns import is_number
+from data.build.columns import clean_text, is_number, unwrapped
 from data.build.h5ad import as_text, column_names, nearest_names, read_column, table_index
 from data.build.matrix import Matrix
 from data.errors import UserError
-from data.meaning.ensembl import SOURCE, symbols_of
+from data.meaning.ensembl import SOURCE, known_symbols, symbols_of
 
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
+_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?|FBgn\d{7}|WBGene\d{8}")
+"""Ids of Ensembl, and those of FlyBase and WormBase, which Ensembl takes over."""
 _VERSION = re.compile(r"\.\d+(?=(_PAR_Y)?$)")
 _ENSEMBL_PREFIX = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?[_|-](?!PAR_Y$)(?=[A-Za-z])")
 _ENSEMBL_SUFFIX = re.compile(r"(?<=.)[_-]ENS[A-Z]*G\d+(\.\d+)?$")
@@ -59,6 +60,14 @@ SYMBOL_COLUMNS = (
     ),
 )
 """Columns of var, as _plain gives them, that hold symbols, the best first."""
+SYMBOL_WORDS = ("symbol", "genename", "featurename")
+"""A column with such a word in its name, as _plain gives it, may hold symbols too: real_gene_name."""
+_COPY = re.compile(r"(.+)[-.](\d{1,3})")
+"""A name that scanpy (CD3D-1) or R (CD3D.1) made unique, when CD3D is a name too."""
+_FLY = re.compile(r"CG\d+$|FBgn\d")
+"""Names that many genes of Drosophila have."""
+FLY_SHARE = 0.02
+"""Share of such names in a file of Drosophila, where nan and na are genes."""
 _NO_GENE = re.compile(
     r"(?P<spike_in>(gSpikein[_-])?ERCC[-_.]\d+\b)|(?P<antibody_tag>.*[_.-]TotalSeq)"
     r"|(?P<peak>(chr[\w.]*|\d{1,2}|[XYM]T?)[:_-]\d{2,}[_-]\d{3,}$)",
@@ -67,6 +76,9 @@ _NO_GENE = re.compile(
 """The beginning of names that are no genes; the group says what they are."""
 MOST = 0.5
 """Share of the names that must be Ensembl ids, or numbers, for the names of a file to be called so."""
+KIND_SAMPLE = 2000
+"""About this many names, evenly spaced, are looked at to tell their kind."""
+LONGEST_SYMBOL = 25
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,23 @@ class GeneTable:
     names: np.ndarray
     """[G] object: the name by which a gene is listed."""
     is_gene: np.ndarray
-    """[G] bool: False for tags, peaks, guides and spike-ins."""
+    """[G] bool: False for tags, peaks, guides, spike-ins and rows without a name."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the report."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """{what rows are that are no genes: their number}."""
+
+
+@dataclass(frozen=True)
+class NameSource:
+    """A place where the genes of a layer have names."""
+
+    key: str
+    """As --gene-key takes it: a var column, or "index"."""
+    kind: str
+    """symbols, Ensembl ids, numbers or other names."""
+    names: list[str]
+    """[G]"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ class _Var:
     def _index_of(self, table: str) -> list[str]:
         path = self.matrix.path
         index = table_index(self.matrix.node.file, table, path)[:].tolist()
-        return [as_text(name, f"{path}: the index of {table}") for name in index]
+        return [unwrapped(as_text(name, f"{path}: the index of {table}")) for name in index]
 
     @cached_property
     def columns(self) -> list[str]:
@@ -138,6 +164,13 @@ class _Var:
         """The columns with these names, in the order of `wanted`; case and signs are ignored."""
         return [name for plain in wanted for name in self.columns if _plain(name) == plain]
 
+    @cached_property
+    def named_symbols(self) -> list[str]:
+        """The columns whose names say that they hold symbols, the best first."""
+        usual = self.called(SYMBOL_COLUMNS)
+        others = [name for name in self.columns if any(word in _plain(name) for word in SYMBOL_WORDS)]
+        return usual + [name for name in others if name not in usual]
+
 
 def _plain(text: str) -> str:
     """A text in lower case, letters only: "Gene Expression" is "geneexpression"."""
@@ -148,21 +181,67 @@ def gene_table(matrix: Matrix, gene_key: str = "feature_name") -> GeneTable:
     """Which columns of a layer are genes, and their names.
 
     gene_key: a var column, or `index`. A missing name is replaced by the var index. Suffixes such as `_ENSG00000010610`
-    go. Ensembl ids are replaced by symbols, of a var column or of the shipped table, where there are some. Raises
-    UserError when the column is missing, no row is a gene, the names are numbers, or a name cannot be part of a list.
+    go, and those that made a name unique (CD3D-1). Ensembl ids are replaced by symbols, of a var column or of the
+    shipped table, where there are some. Raises UserError when the column is missing, no row is a gene, the names are
+    numbers, or a name cannot be part of a list.
     """
     var = _Var(matrix)
     names = [_without_id(name) for name in _named(var, gene_key)]
-    is_gene, notes = _only_genes(var, names)
+    is_gene, left_out, notes = _only_genes(var, names)
     _refuse_numbers(var, names, is_gene, gene_key)
     names, more = _symbols_for_ids(var, names, is_gene, gene_key)
+    names, of_copies = _without_copies(names)
     used = (name for name, wanted in zip(names, is_gene.tolist(), strict=True) if wanted)
     bad = next((name for name in used if ", " in name or "\n" in name or not name.strip()), None)
     if bad is not None:
         raise UserError(
             f"{matrix.path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
         )
-    return GeneTable(np.array(names, dtype=object), is_gene, notes + more)
+    return GeneTable(np.array(names, dtype=object), is_gene, notes + more + of_copies, left_out)
+
+
+def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSource]:
+    """Where the genes of a layer have names: the key that a user wants, columns named for symbols or ids, the index."""
+    var = _Var(matrix)
+    ids = [name for name in var.columns if "id" in name.lower()]
+    keys = [name for name in (wanted, *var.named_symbols, *ids) if name in var.columns]
+    sources = []
+    for key in dict.fromkeys(keys):
+        values = var.readable(key)
+        names = [_without_id(value or gene) for value, gene in zip(values or (), var.index, strict=False)]
+        kind = kind_of_names(names)
+        # a column with few values is a class of genes, such as a biotype
+        told = key in var.named_symbols or kind == "Ensembl ids"
+        if names and (key == wanted or told and len(set(names)) > MOST * len(names)):
+            sources.append(NameSource(key, kind, names))
+    index = [_without_id(name) for name in var.index]
+    return [*sources, NameSource("index", kind_of_names(index), index)]
+
+
+def best_source(sources: list[NameSource], wanted: str) -> str | None:
+    """The key to use: the wanted one if it has symbols, else another with symbols, else any that are no numbers."""
+    kinds = {source.key: source.kind for source in sources}
+    if kinds.get(wanted) == "symbols":
+        return wanted
+    symbols = [key for key, kind in kinds.items() if kind == "symbols"]
+    others = [key for key, kind in kinds.items() if kind != "numbers"]
+    return next(iter([*symbols, *([wanted] if wanted in others else []), *others]), None)
+
+
+def kind_of_names(names: list[str]) -> str:
+    """symbols, Ensembl ids, numbers or other names, by what most of about KIND_SAMPLE names are."""
+    sample = names[:: max(1, len(names) // KIND_SAMPLE)]
+    if sum(_ENSEMBL_ID.fullmatch(name) is not None for name in sample) > MOST * len(sample):
+        return "Ensembl ids"
+    if sum(map(is_number, sample)) > MOST * len(sample):
+        return "numbers"
+    return "symbols" if sum(len(name) <= LONGEST_SYMBOL for name in sample) > MOST * len(sample) else "other names"
+
+
+def are_genes(names: list[str]) -> bool:
+    """Whether most names are Ensembl ids, or symbols of the shipped table."""
+    n_known = len(known_symbols(set(names))) + sum(_ENSEMBL_ID.fullmatch(name) is not None for name in names)
+    return n_known > MOST * len(names)
 
 
 def _named(var: _Var, gene_key: str) -> list[str]:
@@ -184,8 +263,8 @@ def _without_id(name: str) -> str:
     return name if "ENS" not in name else _ENSEMBL_PREFIX.sub("", _ENSEMBL_SUFFIX.sub("", name))
 
 
-def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """([G] bool: the row is a gene, notes on what is left out). Raises UserError when no row is a gene."""
+def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, dict[str, int], list[str]]:
+    """([G] bool: the row is a gene, what is left out, notes on it). Raises UserError when no row is a gene."""
     kinds: list[str | None] = [None] * len(names)  # what a row is, when it is no gene
     for column in var.called(TYPE_COLUMNS):
         _mark(kinds, _types(var.readable(column)))
@@ -196,12 +275,43 @@ def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, list[str]]:
     for texts in (names, var.index) if names != var.index else (names,):
         found = [_NO_GENE.match(text) for text in texts]
         _mark(kinds, [_kind_of(match) if match else None for match in found])
+    _mark(kinds, _nameless(names))
     counts = Counter(kind for kind in kinds if kind)
     listed = ", ".join(f"{n} {kind!r}" for kind, n in sorted(counts.items()))
     if counts.total() == len(kinds):
         raise UserError(f"{var.matrix} holds no genes (its var rows are {listed}); choose another file or --layer")
     notes = [f"{counts.total()} of {len(kinds)} rows of var are no genes and are left out: {listed}"] if counts else []
-    return np.array([kind is None for kind in kinds], dtype=bool), notes
+    return np.array([kind is None for kind in kinds], dtype=bool), dict(sorted(counts.items())), notes
+
+
+def _nameless(names: list[str]) -> list[str | None]:
+    """[G] "without a name" for names that mean "not known", such as "nan", else None; in Drosophila these are genes.
+
+    https://github.com/scverse/scanpy/issues/1259
+    """
+    bad = {name for name in set(names) if name.strip() and clean_text(name) is None}
+    if not bad or sum(_FLY.match(name) is not None for name in names) > FLY_SHARE * len(names):
+        return []
+    return ["without a name" if name in bad else None for name in names]
+
+
+def _without_copies(names: list[str]) -> tuple[list[str], list[str]]:
+    """([G] names without the numbers that made them unique, notes): CD3D-1 is CD3D when both are there.
+
+    A name that is a symbol itself stays: SNORD115-1. https://github.com/scverse/scanpy/issues/1719
+    """
+    known = set(names)
+    copies = {name: match[1] for name in known if (match := _COPY.fullmatch(name)) and match[1] in known}
+    for name in known_symbols(set(copies)) if copies else ():
+        del copies[name]
+    if not copies:
+        return names, []
+    n_rows, first = sum(name in copies for name in names), min(copies)
+    note = (
+        f"{n_rows} gene names were made unique with a number, such as {first!r}: they are read as {copies[first]!r}, and "
+        "a cell has the largest value of the rows with one name"
+    )
+    return [copies.get(name, name) for name in names], [note]
 
 
 def _kind_of(match: re.Match) -> str:
@@ -243,7 +353,7 @@ def _refuse_numbers(var: _Var, names: list[str], is_gene: np.ndarray, gene_key: 
 
 def _columns_of_symbols(var: _Var, is_gene: np.ndarray, gene_key: str) -> list[str]:
     """The columns of var, or "index", that hold symbols; usual names first."""
-    usual = var.called(SYMBOL_COLUMNS)
+    usual = var.named_symbols
     others = [name for name in var.columns if name not in usual]
     found = [name for name in (*usual, *others) if name != gene_key and _are_symbols(var.readable(name), is_gene)]
     return found + (["index"] if gene_key != "index" and _are_symbols(var.index, is_gene) else [])
@@ -269,7 +379,7 @@ def _symbols_for_ids(var: _Var, names: list[str], is_gene: np.ndarray, gene_key:
         versionless[i] = _VERSION.sub("", names[i])
     columns = [
         name
-        for name in (*var.called(SYMBOL_COLUMNS), "index")
+        for name in (*var.named_symbols, "index")
         if name != gene_key and _are_symbols(var.index if name == "index" else var.readable(name), is_gene)
     ]
     if columns:

@@ -7,9 +7,19 @@ from collections.abc import Callable, Iterable
 import h5py
 
 from data.build.columns import Column, is_number
-from data.build.h5ad import column_names, has_categories_beside, nearest_names, open_h5ad, open_node, read_column
+from data.build.h5ad import (
+    as_text,
+    column_names,
+    has_categories_beside,
+    nearest_names,
+    open_h5ad,
+    open_node,
+    read_column,
+    table_index,
+)
 from data.errors import UserError
 from data.formats.stores import is_dataset
+from data.meaning.genes import are_genes
 
 _SET_ASIDE = re.compile(
     r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"
@@ -29,6 +39,8 @@ _CELL_TYPE_NAME = re.compile(r"cell.?(types?|class|subtypes?|labels?|states?|ann
 """Names of obs columns, in lower case, that usually hold cell types."""
 SAMPLED = 200
 """Values of a column that are looked at."""
+CELL_COLUMNS = ("cell_type", "donor_id", "suspension_type", "barcode", "n_genes", "n_genes_by_counts", "nCount_RNA")
+"""Columns of cells that are never columns of genes."""
 
 
 def names_no_cell_type(label: str) -> bool:
@@ -68,6 +80,20 @@ def hint_of_cell_types(path: str | os.PathLike) -> str:
         return f"columns that look like cell types: {', '.join(map(repr, names[:5]))}"
     with open_h5ad(path) as file:
         return f"no column looks like cell types; the file has {nearest_names('cell_type', column_names(file['obs']))}"
+
+
+def transposed(path: str | os.PathLike) -> str | None:
+    """Why a file seems to hold genes in the rows and cells in the columns; None when nothing speaks for it.
+
+    Readers of text tables often leave a matrix as it is in R. https://github.com/scverse/scvi-tools/issues/84
+    """
+    with open_h5ad(path) as file:
+        held = [name for name in column_names(file["var"]) if name in CELL_COLUMNS]
+        if held:
+            return f"the table of genes (var) has the columns {', '.join(map(repr, held))}"
+        index = table_index(file, "obs", path)
+        rows = [as_text(name, f"{path}: the index of obs") for name in index[: 10 * SAMPLED].tolist()]
+    return f"the cells (obs) are named {', '.join(rows[:3])}, ..." if are_genes(rows) else None
 
 
 def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
