@@ -20,7 +20,7 @@ from data.meaning.labels import (
     hint_of_cell_types,
     kept_label,
     names_no_cell_type,
-    only_numbers,
+    only_codes,
     transposed,
 )
 
@@ -73,6 +73,7 @@ class CellRules:
 
 NO_CELL_TYPE_LABEL = "the label names no cell type"
 NON_PRIMARY = "is_primary_data is not True"
+ANOTHER_DONOR = "--donor-key COLUMN or --constant donor_id=NAME"
 
 Groups = dict[tuple[str, str], dict[str, np.ndarray]]
 """(donor, batch) -> {cell type: its rows, increasing}."""
@@ -190,14 +191,17 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
         NON_PRIMARY: not_primary,
         "no cell type": label.codes < 0,
     }
+    remedies = {"no cell type": "--cell-type-key COLUMN (or annotate them first)", "no donor": ANOTHER_DONOR}
     is_kept = kept_label(rules.keep_label)
     if (set_aside := label.where(lambda name: names_no_cell_type(name) and not is_kept(name))).any():
         unusable[NO_CELL_TYPE_LABEL] = set_aside
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
         names = sorted({name.lower() for name in donor[pooled].counts()})
-        unusable[f"donor is {' or '.join(map(repr, names))}, which means several"] = pooled
-    remedies = {
+        of_pool = f"donor is {' or '.join(map(repr, names))}, which means several"
+        unusable[of_pool] = pooled
+        remedies[of_pool] = ANOTHER_DONOR
+    remedies |= {
         of_suspension: f"--suspension {','.join(others)}",
         NON_PRIMARY: "--include-non-primary",
         NO_CELL_TYPE_LABEL: "--keep-label NAME",
@@ -239,9 +243,9 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
     columns: {CELLxGENE name: obs column} of those that the file has.
     """
     for name in NUMERIC_REFUSED:
-        shown = only_numbers(cells[name]) if name in columns else []
+        what, shown = only_codes(cells[name]) if name in columns else ("", [])
         if shown:
-            holds = f"{path}: the obs column {columns[name]!r} holds only numbers ({', '.join(shown)}"
+            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({', '.join(shown)}"
             holds += ", ...)" if len(shown) > 2 else ")"
             if name == "cell_type":
                 raise UserError(
@@ -252,10 +256,11 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
                 f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
                 f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
             )
-    lost = [name for name in FREE_TEXT if name in columns and only_numbers(cells[name])]
+    held = {name: only_codes(cells[name])[0] for name in FREE_TEXT if name in columns}
+    lost = {name: what for name, what in held.items() if what}
     for name in lost:
         del cells[name]
-    return [f"the obs column {name!r} holds only numbers: no context states it" for name in lost]
+    return [f"the obs column {name!r} holds only {what}: no context states it" for name, what in lost.items()]
 
 
 def resolve_columns(

@@ -14,16 +14,17 @@ import numpy as np
 
 from data.build import onefile
 from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
+from data.build.columns import is_number
 from data.build.h5ad import open_h5ad, table_index, uns_text
 from data.build.matrix import layer_names, open_matrix, other_layers
 from data.build.settings import BuildConfig
 from data.errors import UserError
 from data.formats.stores import StoreGroup
-from data.inspection.columns import NUMBER, guessed_column, obs_facts
+from data.inspection.columns import guessed_column, obs_facts
 from data.inspection.facts import ColumnFacts, FileFacts, GeneFacts, LayerFacts, Usable
 from data.inspection.genes import gene_facts, organism_of_names
 from data.inspection.layers import best_layer, layer_facts
-from data.meaning.labels import transposed
+from data.meaning.labels import is_term_id, transposed
 
 DEFAULT = BuildConfig()
 PLACEHOLDERS = {"tissue": "TISSUE", "disease": "DISEASE", "suspension_type": "cell", "donor_id": "donor1"}
@@ -165,8 +166,9 @@ def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfi
 
 
 def _no_labels(column: ColumnFacts) -> bool:
-    """Whether a column of cell types cannot be one: all numbers, nothing known, or one value."""
-    return column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
+    """Whether a column of cell types cannot be one: all numbers or ids, nothing known, or one value."""
+    ids = column.most_common and all(is_term_id(text) for text, _ in column.most_common)
+    return bool(ids) or column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
 
 
 def _used(config: BuildConfig, columns: list[ColumnFacts]) -> dict[str, str]:
@@ -208,7 +210,7 @@ def _usable(
         return None, config, [str(error).removeprefix(f"{path}: ")]
     usable = _counted(cells)
     problems = []
-    if usable.labels and all(NUMBER.match(label) for label in usable.labels):
+    if usable.labels and all(map(is_number, usable.labels)):
         problems.append(
             f"the labels in {config.cell_type_key!r} are all numbers, so they are clusters without names; annotate "
             "them, or name the column of cell types with --cell-type-key"

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import h5py
 
@@ -31,12 +31,17 @@ _SET_ASIDE = re.compile(
 """Labels, in lower case and with blanks for - and _, of cells that an annotator set aside: no cell type."""
 _CELL_WORDS = re.compile(
     r"\b(cells?|t|b|nk|dc|cd4|cd8|treg|pdc|mono|macs?|neurons?|neural|glia|stem|progenitors?|mast|plasma|stroma\w*"
-    r"|platelets?|neutrophils?|eosinophils?|basophils?|erythroid|endotheli\w*|epitheli\w*|pericytes?|excitatory"
+    r"|hsc|mait|ilc\d?|cdc\d?|tuft|ductal|acinar|alpha|beta|delta|platelets?|neutrophils?|eosinophils?|basophils?|erythroid|endotheli\w*|epitheli\w*|pericytes?|excitatory"
     r"|inhibitory|myeloid|lymphoid|basal|ciliated|goblet|club|alveolar)\b|cytes?\b|blasts?\b|phages?\b|glia\b"
 )
 """Words of cell types, in lower case."""
 _CELL_TYPE_NAME = re.compile(r"cell.?(types?|class|subtypes?|labels?|states?|anno\w*)|^(cluster_)?annot\w*|^labels?$")
 """Names of obs columns, in lower case, that usually hold cell types."""
+_OTHER_NAME = re.compile(r"ontology_term_id$|^(suspension_?type|tissue_?type|assay)$")
+"""Names of obs columns, in lower case, whose values hold words of cell types but are none."""
+_TERM_ID = re.compile(r"[A-Za-z]+[:_]\d{4,}$")
+MOST_TYPES = 2000
+"""More distinct values than this are no cell types."""
 SAMPLED = 200
 """Values of a column that are looked at."""
 CELL_COLUMNS = ("cell_type", "donor_id", "suspension_type", "barcode", "n_genes", "n_genes_by_counts", "nCount_RNA")
@@ -54,12 +59,12 @@ def kept_label(kept: Iterable[str]) -> Callable[[str], bool]:
     return lambda label: label.lower() in names
 
 
-def only_numbers(column: Column) -> list[str]:
-    """Some distinct values of a column when all its known values are numbers, else []."""
-    if not any(map(is_number, column.names)):
-        return []
-    used = list(column.counts())
-    return used[:3] if used and all(map(is_number, used)) else []
+def only_codes(column: Column) -> tuple[str, list[str]]:
+    """("numbers" or "ids", some distinct values) when all known values of a column are such, else ("", [])."""
+    for what, is_code in {"numbers": is_number, "ids": is_term_id}.items():
+        if any(map(is_code, column.names)) and all(map(is_code, used := list(column.counts()))) and used:
+            return what, used[:3]
+    return "", []
 
 
 def columns_like_cell_types(path: str | os.PathLike) -> list[str]:
@@ -103,10 +108,20 @@ def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
     try:
         if not is_words and not has_categories_beside(file["obs"], name):
             return 0.0  # measurements and flags
-        values = [value for value in read_column(file, "obs", name, path).names if not is_number(value)]
+        return likeness(name, read_column(file, "obs", name, path).names)
     except UserError:  # a column that cannot be read is no remedy
         return 0.0
-    if not 2 <= len(values) <= 2000 or name.lower().endswith("ontology_term_id"):
+
+
+def is_term_id(label: str) -> bool:
+    """Whether a label is an id of an ontology, such as CL:0000084."""
+    return _TERM_ID.match(label) is not None
+
+
+def likeness(name: str, values: Sequence[str]) -> float:
+    """How much a column with these distinct values looks like cell types: 0 for not at all, at most 2."""
+    values = [value for value in values if not is_number(value)]
+    if not 2 <= len(values) <= MOST_TYPES or _OTHER_NAME.search(name.lower()) or any(map(is_term_id, values)):
         return 0.0
     sample = values[:: max(1, len(values) // SAMPLED)]
     share = sum(_CELL_WORDS.search(value.lower()) is not None for value in sample) / len(sample)

@@ -22,6 +22,7 @@ from data.build.contexts import context_sentence, has_disease
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.errors import UserError
+from data.inspection.inspection import inspect_file
 from data.meaning.ensembl import TABLE, symbols_of
 from data.meaning.labels import columns_like_cell_types, names_no_cell_type
 from launch.build import main
@@ -158,6 +159,32 @@ def test_other_columns_that_are_numbers_are_refused(tmp_path, name):
     assert f"{name!r} holds only numbers (1)" in message and f"--constant {name}=VALUE" in message
     assert built(path, allow_numeric_labels=True)[0]
     assert built(path, constant=(f"{name}=eye",))[0]
+
+
+def test_ids_of_an_ontology_are_no_labels(tmp_path):
+    """CELLxGENE writes cell_type_ontology_term_id beside cell_type; a tool may keep the first only."""
+    ids = {"B cell": "CL:0000236", "classical monocyte": "CL:0000860", "mast cell": "CL:0000097"}
+    labels = [ids.get(label, "CL:0000623") for label in atlas().obs["cell_type"]]
+    path = with_obs(tmp_path / "a.h5ad", cell_type=labels, author_cell_type=atlas().obs["cell_type"])
+    message = refusal(path)
+    assert "'cell_type' holds only ids (CL:0000097, CL:0000236, CL:0000623, ...), which are no cell types" in message
+    assert "look like cell types: 'author_cell_type'" in message
+    assert built(path, allow_numeric_labels=True)[0]
+    assert inspect_file(path).used["cell_type"] == "author_cell_type"
+    path = with_obs(tmp_path / "b.h5ad", tissue="UBERON:0000178")
+    assert "'tissue' holds only ids (UBERON:0000178), so its words were lost" in refusal(path)
+    assert built(
+        with_obs(tmp_path / "c.h5ad", cell_type="CD4:1", author=atlas().obs["cell_type"]), cell_type_key="author"
+    )[0]
+
+
+def test_what_is_missing_in_all_cells_has_a_remedy(tmp_path):
+    path = with_obs(tmp_path / "a.h5ad", cell_type="unknown")
+    remedy = "all 64 cells were dropped (64 because no cell type); keep them with --cell-type-key COLUMN (or annotate them first)"
+    assert refusal(path) == f"{path}: {remedy}"
+    for donor in ("unknown", "pooled"):
+        message = refusal(with_obs(tmp_path / "b.h5ad", donor_id=donor))
+        assert message.endswith("; keep them with --donor-key COLUMN or --constant donor_id=NAME")
 
 
 def test_numbers_of_donors_and_batches_are_names(tmp_path):
