@@ -20,6 +20,7 @@ from data.meaning.labels import (
     hint_of_cell_types,
     kept_label,
     names_no_cell_type,
+    numbers_among_words,
     only_codes,
     transposed,
 )
@@ -193,7 +194,8 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     }
     remedies = {"no cell type": "--cell-type-key COLUMN (or annotate them first)", "no donor": ANOTHER_DONOR}
     is_kept = kept_label(rules.keep_label)
-    if (set_aside := label.where(lambda name: names_no_cell_type(name) and not is_kept(name))).any():
+    numbers = set() if rules.allow_numeric_labels else numbers_among_words(label)
+    if (set_aside := label.where(lambda n: (n in numbers or names_no_cell_type(n)) and not is_kept(n))).any():
         unusable[NO_CELL_TYPE_LABEL] = set_aside
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():

@@ -32,6 +32,7 @@ MISSING_VALUES = frozenset(
 """Values, in lower case, that mean "not known" in obs tables."""
 _BYTES = re.compile(r"b(['\"])(.*)\1")
 """A text that Python made of bytes: b'T cell'."""
+_QUOTED = re.compile(r"(['\"])(.*)\1")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -68,12 +69,14 @@ def constant_column(text: str, n_cells: int) -> Column:
 
 
 def unwrapped(text: str) -> str:
-    """The text within b'...', which programs write that take bytes for text; any other text as it is.
+    """The text within b'...' or quotes, which programs write around texts; any other text as it is.
 
-    https://github.com/scverse/anndata/issues/2271
+    https://github.com/scverse/anndata/issues/2271, https://github.com/chanzuckerberg/cellxgene-census/issues/1434
     """
-    found = _BYTES.fullmatch(text) if text.startswith("b") else None
-    return found[2] if found else text
+    if text[-1:] not in ("'", '"'):
+        return text
+    found = (_BYTES if text.startswith("b") else _QUOTED).fullmatch(text)
+    return found[2].strip() if found and found[1] not in found[2] else text
 
 
 def clean_text(value: Any) -> str | None:

@@ -8,7 +8,7 @@ from data.build.matrix import Matrix, open_matrix
 from data.errors import UserError
 from data.inspection.facts import LayerFacts
 from data.meaning.genes import gene_table
-from data.meaning.values import kind_of_stored, value_kind
+from data.meaning.values import are_negative_counts, kind_of_stored, value_kind
 
 SPOTS, SPOT_VALUES = 8, 20_000
 """Places of a matrix at which stored values are read, and how many at each."""
@@ -68,7 +68,7 @@ def _kind(matrix: Matrix, is_gene: np.ndarray | None) -> str:
         if not np.isfinite(stored).all():
             return "NaN or infinite values"
         if stored.size and stored.min() < 0:
-            return "scaled (negative values)"
+            return "negative counts" if are_negative_counts(stored) else "scaled (negative values)"
         if not stored.any():
             return "only zeros"
         if expensive:

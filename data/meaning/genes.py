@@ -11,17 +11,23 @@ from functools import cached_property
 
 import numpy as np
 
-from data.build.columns import clean_text, is_number, unwrapped
+from data.build.columns import is_number, unwrapped
 from data.build.h5ad import as_text, column_names, nearest_names, read_column, table_index
 from data.build.matrix import Matrix
 from data.errors import UserError
-from data.meaning.ensembl import SOURCE, known_symbols, symbols_of
+from data.meaning.ensembl import SOURCE, symbols_of
+from data.meaning.names import (
+    ENSEMBL_ID,
+    MOST,
+    VERSION,
+    kind_of_names,
+    nameless,
+    no_genes,
+    without_copies,
+    without_genome,
+    without_id,
+)
 
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?|FBgn\d{7}|WBGene\d{8}")
-"""Ids of Ensembl, and those of FlyBase and WormBase, which Ensembl takes over."""
-_VERSION = re.compile(r"\.\d+(?=(_PAR_Y)?$)")
-_ENSEMBL_PREFIX = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?[_|-](?!PAR_Y$)(?=[A-Za-z])")
-_ENSEMBL_SUFFIX = re.compile(r"(?<=.)[_-]ENS[A-Z]*G\d+(\.\d+)?$")
 TYPE_COLUMNS = ("featuretypes", "featuretype", "modality", "modalities")
 """Columns of var, as _plain gives them, that say what a row is."""
 GENE_TYPES = frozenset(
@@ -62,23 +68,6 @@ SYMBOL_COLUMNS = (
 """Columns of var, as _plain gives them, that hold symbols, the best first."""
 SYMBOL_WORDS = ("symbol", "genename", "featurename")
 """A column with such a word in its name, as _plain gives it, may hold symbols too: real_gene_name."""
-_COPY = re.compile(r"(.+)[-.](\d{1,3})")
-"""A name that scanpy (CD3D-1) or R (CD3D.1) made unique, when CD3D is a name too."""
-_FLY = re.compile(r"CG\d+$|FBgn\d")
-"""Names that many genes of Drosophila have."""
-FLY_SHARE = 0.02
-"""Share of such names in a file of Drosophila, where nan and na are genes."""
-_NO_GENE = re.compile(
-    r"(?P<spike_in>(gSpikein[_-])?ERCC[-_.]\d+\b)|(?P<antibody_tag>.*[_.-]TotalSeq)"
-    r"|(?P<peak>(chr[\w.]*|\d{1,2}|[XYM]T?)[:_-]\d{2,}[_-]\d{3,}$)",
-    re.IGNORECASE,
-)
-"""The beginning of names that are no genes; the group says what they are."""
-MOST = 0.5
-"""Share of the names that must be Ensembl ids, or numbers, for the names of a file to be called so."""
-KIND_SAMPLE = 2000
-"""About this many names, evenly spaced, are looked at to tell their kind."""
-LONGEST_SYMBOL = 25
 
 
 @dataclass(frozen=True)
@@ -180,24 +169,25 @@ def _plain(text: str) -> str:
 def gene_table(matrix: Matrix, gene_key: str = "feature_name") -> GeneTable:
     """Which columns of a layer are genes, and their names.
 
-    gene_key: a var column, or `index`. A missing name is replaced by the var index. Suffixes such as `_ENSG00000010610`
-    go, and those that made a name unique (CD3D-1). Ensembl ids are replaced by symbols, of a var column or of the
-    shipped table, where there are some. Raises UserError when the column is missing, no row is a gene, the names are
-    numbers, or a name cannot be part of a list.
+    gene_key: a var column, or `index`. A missing name is replaced by the var index. What programs add to a name goes:
+    an Ensembl id (CD4_ENSG00000010610), a number that made it unique (CD4-1), the name of a genome (GRCh38_CD4).
+    Ensembl ids are replaced by symbols, of a var column or of the shipped table, where there are some. Raises UserError
+    when the column is missing, no row is a gene, the names are numbers, or a name cannot be part of a list.
     """
     var = _Var(matrix)
-    names = [_without_id(name) for name in _named(var, gene_key)]
+    names, of_genome = without_genome(_named(var, gene_key))
+    names = [without_id(name) for name in names]
     is_gene, left_out, notes = _only_genes(var, names)
     _refuse_numbers(var, names, is_gene, gene_key)
     names, more = _symbols_for_ids(var, names, is_gene, gene_key)
-    names, of_copies = _without_copies(names)
+    names, of_copies = without_copies(names, is_gene.tolist())
     used = (name for name, wanted in zip(names, is_gene.tolist(), strict=True) if wanted)
     bad = next((name for name in used if ", " in name or "\n" in name or not name.strip()), None)
     if bad is not None:
         raise UserError(
             f"{matrix.path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
         )
-    return GeneTable(np.array(names, dtype=object), is_gene, notes + more + of_copies, left_out)
+    return GeneTable(np.array(names, dtype=object), is_gene, notes + of_genome + more + of_copies, left_out)
 
 
 def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSource]:
@@ -208,13 +198,14 @@ def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSourc
     sources = []
     for key in dict.fromkeys(keys):
         values = var.readable(key)
-        names = [_without_id(value or gene) for value, gene in zip(values or (), var.index, strict=False)]
+        named, _ = without_genome([value or gene for value, gene in zip(values or (), var.index, strict=False)])
+        names = [without_id(name) for name in named]
         kind = kind_of_names(names)
         # a column with few values is a class of genes, such as a biotype
         told = key in var.named_symbols or kind == "Ensembl ids"
         if names and (key == wanted or told and len(set(names)) > MOST * len(names)):
             sources.append(NameSource(key, kind, names))
-    index = [_without_id(name) for name in var.index]
+    index = [without_id(name) for name in without_genome(var.index)[0]]
     return [*sources, NameSource("index", kind_of_names(index), index)]
 
 
@@ -226,22 +217,6 @@ def best_source(sources: list[NameSource], wanted: str) -> str | None:
     symbols = [key for key, kind in kinds.items() if kind == "symbols"]
     others = [key for key, kind in kinds.items() if kind != "numbers"]
     return next(iter([*symbols, *([wanted] if wanted in others else []), *others]), None)
-
-
-def kind_of_names(names: list[str]) -> str:
-    """symbols, Ensembl ids, numbers or other names, by what most of about KIND_SAMPLE names are."""
-    sample = names[:: max(1, len(names) // KIND_SAMPLE)]
-    if sum(_ENSEMBL_ID.fullmatch(name) is not None for name in sample) > MOST * len(sample):
-        return "Ensembl ids"
-    if sum(map(is_number, sample)) > MOST * len(sample):
-        return "numbers"
-    return "symbols" if sum(len(name) <= LONGEST_SYMBOL for name in sample) > MOST * len(sample) else "other names"
-
-
-def are_genes(names: list[str]) -> bool:
-    """Whether most names are Ensembl ids, or symbols of the shipped table."""
-    n_known = len(known_symbols(set(names))) + sum(_ENSEMBL_ID.fullmatch(name) is not None for name in names)
-    return n_known > MOST * len(names)
 
 
 def _named(var: _Var, gene_key: str) -> list[str]:
@@ -258,11 +233,6 @@ def _named(var: _Var, gene_key: str) -> list[str]:
     )
 
 
-def _without_id(name: str) -> str:
-    """A name without the Ensembl id that makes it unique: CD4_ENSG00000010610 is CD4."""
-    return name if "ENS" not in name else _ENSEMBL_PREFIX.sub("", _ENSEMBL_SUFFIX.sub("", name))
-
-
 def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, dict[str, int], list[str]]:
     """([G] bool: the row is a gene, what is left out, notes on it). Raises UserError when no row is a gene."""
     kinds: list[str | None] = [None] * len(names)  # what a row is, when it is no gene
@@ -273,50 +243,14 @@ def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, dict[str, int]
         spikes = {value for value in set(values) if value and _plain(value) in ("spikein", "ercc")}
         _mark(kinds, ["spike-in" if value in spikes else None for value in values])
     for texts in (names, var.index) if names != var.index else (names,):
-        found = [_NO_GENE.match(text) for text in texts]
-        _mark(kinds, [_kind_of(match) if match else None for match in found])
-    _mark(kinds, _nameless(names))
+        _mark(kinds, no_genes(texts))
+    _mark(kinds, nameless(names))
     counts = Counter(kind for kind in kinds if kind)
     listed = ", ".join(f"{n} {kind!r}" for kind, n in sorted(counts.items()))
     if counts.total() == len(kinds):
         raise UserError(f"{var.matrix} holds no genes (its var rows are {listed}); choose another file or --layer")
     notes = [f"{counts.total()} of {len(kinds)} rows of var are no genes and are left out: {listed}"] if counts else []
     return np.array([kind is None for kind in kinds], dtype=bool), dict(sorted(counts.items())), notes
-
-
-def _nameless(names: list[str]) -> list[str | None]:
-    """[G] "without a name" for names that mean "not known", such as "nan", else None; in Drosophila these are genes.
-
-    https://github.com/scverse/scanpy/issues/1259
-    """
-    bad = {name for name in set(names) if name.strip() and clean_text(name) is None}
-    if not bad or sum(_FLY.match(name) is not None for name in names) > FLY_SHARE * len(names):
-        return []
-    return ["without a name" if name in bad else None for name in names]
-
-
-def _without_copies(names: list[str]) -> tuple[list[str], list[str]]:
-    """([G] names without the numbers that made them unique, notes): CD3D-1 is CD3D when both are there.
-
-    A name that is a symbol itself stays: SNORD115-1. https://github.com/scverse/scanpy/issues/1719
-    """
-    known = set(names)
-    copies = {name: match[1] for name in known if (match := _COPY.fullmatch(name)) and match[1] in known}
-    for name in known_symbols(set(copies)) if copies else ():
-        del copies[name]
-    if not copies:
-        return names, []
-    n_rows, first = sum(name in copies for name in names), min(copies)
-    note = (
-        f"{n_rows} gene names were made unique with a number, such as {first!r}: they are read as {copies[first]!r}, and "
-        "a cell has the largest value of the rows with one name"
-    )
-    return [copies.get(name, name) for name in names], [note]
-
-
-def _kind_of(match: re.Match) -> str:
-    """What a name that matches _NO_GENE stands for."""
-    return next(group for group in ("spike_in", "antibody_tag", "peak") if match[group]).replace("_", "-")
 
 
 def _mark(kinds: list[str | None], found: list[str | None]) -> None:
@@ -364,27 +298,28 @@ def _are_symbols(values: list[str | None] | None, is_gene: np.ndarray) -> bool:
     if values is None:
         return False
     known = [value for value, wanted in zip(values, is_gene.tolist(), strict=True) if wanted and value]
-    words = [value for value in known if not is_number(value) and not _ENSEMBL_ID.fullmatch(value) and " " not in value]
+    words = [value for value in known if not is_number(value) and not ENSEMBL_ID.fullmatch(value) and " " not in value]
     return len(known) >= MOST * is_gene.sum() and len(words) > MOST * len(known) and len(set(words)) > MOST * len(words)
 
 
 def _symbols_for_ids(var: _Var, names: list[str], is_gene: np.ndarray, gene_key: str) -> tuple[list[str], list[str]]:
     """([G] names, notes). When most names are Ensembl ids, they are replaced by symbols where there are some."""
-    ids = [i for i, name in enumerate(names) if is_gene[i] and _ENSEMBL_ID.fullmatch(name)]
+    ids = [i for i, name in enumerate(names) if is_gene[i] and ENSEMBL_ID.fullmatch(name)]
     if len(ids) <= MOST * is_gene.sum():
         return names, []  # a few genes without a symbol keep their id as it stands
     found = f"the gene names are Ensembl ids ({names[ids[0]]})"
     versionless = list(names)
     for i in ids:
-        versionless[i] = _VERSION.sub("", names[i])
+        versionless[i] = VERSION.sub("", names[i])
     columns = [
         name
         for name in (*var.named_symbols, "index")
         if name != gene_key and _are_symbols(var.index if name == "index" else var.readable(name), is_gene)
     ]
     if columns:
-        symbols = var.index if columns[0] == "index" else var.values(columns[0])
-        of_id = {i: _without_id(symbols[i]) for i in ids if symbols[i]}
+        values = var.index if columns[0] == "index" else var.values(columns[0])
+        symbols, _ = without_genome([value or "" for value in values])
+        of_id = {i: without_id(symbols[i]) for i in ids if symbols[i]}
         source = "index of var" if columns[0] == "index" else f"var column {columns[0]!r}"
     else:
         table = symbols_of({versionless[i].removesuffix("_PAR_Y") for i in ids})

@@ -19,13 +19,14 @@ from data.build.h5ad import (
 )
 from data.errors import UserError
 from data.formats.stores import is_dataset
-from data.meaning.genes import are_genes
+from data.meaning.names import are_genes
 
 _SET_ASIDE = re.compile(
     r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"
     r"|\bambiguous\b|\b(doublets?|multiplets?|triplets?)\b|\blow ?q(uality|ual|c)?\b|\b(poor|bad) quality\b|\blowq\b"
     r"|\bdebris\b|\bfiltered\b|\bcontaminat(ed|ion|ing|ions|ants?)\b|\b(to be |to )?(removed?|excluded?|discard(ed)?)\b"
     r"|\bartifacts?\b|\bartefacts?\b|\bempty (droplets?|drops?)\b|^(dead|dying|damaged)( cells?)?$|^(junk|garbage|noise)$"
+    r"|^((native|animal|eukaryotic|somatic|human|mouse|single|other) )?cells?$|^others?$"
     r"|\bfailed qc\b|\bqc fail(ed)?\b|\bno (match|label|annotation|call)\b",
 )
 """Labels, in lower case and with blanks for - and _, of cells that an annotator set aside: no cell type."""
@@ -57,6 +58,15 @@ def kept_label(kept: Iterable[str]) -> Callable[[str], bool]:
     """The function that tells whether --keep-label names a label. Case is ignored."""
     names = {name.strip().lower() for name in kept}
     return lambda label: label.lower() in names
+
+
+def numbers_among_words(column: Column) -> set[str]:
+    """The values of a column that are numbers while others are words: clusters that an annotator left without a name.
+
+    https://github.com/scverse/anndata/issues/761
+    """
+    numbers = {name for name in column.counts() if is_number(name)}
+    return numbers if len(numbers) < len(column.counts()) else set()
 
 
 def only_codes(column: Column) -> tuple[str, list[str]]:

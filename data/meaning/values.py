@@ -16,6 +16,8 @@ LARGEST_LOG = 25.0
 """Larger values are not logarithms of counts: exp(25) is 7e10."""
 UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
 """Thresholds of _looks_scaled."""
+FEW_NEGATIVE = 0.05
+"""Whole numbers of which at most this share is negative are counts with a fault; of scaled values about half are."""
 SAME_SUM = 0.01
 """Cells whose sums have at most this relative standard deviation were scaled to one sum."""
 WHOLE_WIDTH, WHOLE_SHARE, MOST_CELLS = 0.02, 0.95, 0.5
@@ -188,11 +190,22 @@ def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
         values = block.values[start:stop]
         if not np.isfinite(values).all():
             raise UserError(f"{matrix} holds NaN or infinite values; {other_layers(matrix)}")
+        if not allow_scaled and values.size and values.min() < 0 and are_negative_counts(stored):
+            others = f", or {other_layers(matrix)}" if len(matrix.layers) > 1 else ""
+            raise UserError(
+                f"{matrix} holds negative counts, as CellBender 0.3.1 wrote them; run a later version of it{others}"
+            )
         if not allow_scaled and values.size and values.min() < 0:
             raise UserError(
                 f"{matrix} holds negative values, so it looks scaled and gives no order of expression; "
                 f"{_unscaled(matrix)}"
             )
+
+
+def are_negative_counts(values: np.ndarray) -> bool:
+    """Whether values are counts of which a few are negative. https://github.com/broadinstitute/CellBender/issues/306"""
+    n_negative = int((values < 0).sum())
+    return 0 < n_negative <= FEW_NEGATIVE * np.count_nonzero(values) and _are_whole(values)
 
 
 def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:

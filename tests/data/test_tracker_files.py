@@ -1,4 +1,4 @@
-"""Shapes of files from public trackers, two rounds of ten; each test names the report. LOG.md has the summary.
+"""Shapes of files from public trackers, three rounds of ten; each test names the report. LOG.md has the summary.
 
 Chosen from the reports, not from the code. A shape that was read right from the start has a test where no other test
 holds it.
@@ -16,7 +16,8 @@ from data.build.matrix import open_matrix
 from data.build.rank import top_genes
 from data.inspection.inspection import inspect_file
 from data.meaning.genes import gene_table
-from data.meaning.labels import transposed
+from data.meaning.labels import names_no_cell_type, transposed
+from data.meaning.names import no_genes
 from tests.data.test_real_files import IDS, N_CELLS, SYMBOLS, as_integers, atlas, built, plain, refusal, saved, with_obs
 from tests.data.test_values import counts_of, to_one_depth
 
@@ -285,3 +286,109 @@ def test_logarithms_to_the_base_2_of_counts(tmp_path):
     path = saved(tmp_path / "a.h5ad", adata)
     assert built(path)[1]["values"] == "log counts"
     assert top_genes(path, [9], 1) == [[f"g{counts[9].argmax()}"]]
+
+
+# --- third round
+
+
+def test_genomes_in_front_of_gene_names(tmp_path, plain):
+    """https://github.com/10XGenomics/cellranger/issues/24: a reference of several genomes."""
+    for form in ("GRCh38_{}", "hg19-{}", "GRCh38______{}"):
+        table = names_of(named(tmp_path / "a.h5ad", [form.format(name) for name in SYMBOLS]))
+        assert table.names.tolist() == SYMBOLS
+        assert table.notes == [
+            f"the gene names begin with the name of a genome ({form.format('CD3D')}), which is left out"
+        ]
+    path = saved(tmp_path / "a.h5ad", atlas(index=[f"GRCh38_{name}" for name in IDS]))
+    assert built(path, gene_key="index")[0] == plain[1]  # ids are found behind it, too
+    mixed = [f"hg19_{name}" for name in SYMBOLS[:5]] + [f"mm10___{name.capitalize()}" for name in SYMBOLS[5:]]
+    table = names_of(named(tmp_path / "b.h5ad", mixed))
+    assert table.names.tolist() == SYMBOLS[:5] + [name.capitalize() for name in SYMBOLS[5:]]
+    assert table.notes[0].endswith("they are of 2 genomes (hg19, mm10), so a cell may list genes of each")
+    one = ["mm10_Cd3d", *SYMBOLS[1:]]  # a transgene
+    assert names_of(named(tmp_path / "c.h5ad", one)).names.tolist() == one
+
+
+PROBES = ["NegControlProbe_00042", "NegControlCodeword_0500", "BLANK_0006", "Blank-12", "UnassignedCodeword_0001"]
+PROBES += [
+    "DeprecatedCodeword_0018",
+    "Intergenic_Region_1021",
+    "antisense_LYZ",
+    "NegPrb3",
+    "Negative7",
+    "SystemControl12",
+]
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_control_probes_are_no_genes(probe):
+    """https://github.com/AlexsLemonade/training-modules/pull/1041: Xenium, CosMx and MERSCOPE."""
+    assert no_genes([probe, "BLNK", "NEGR1", "SYS1", "CD3D"]) == ["control-probe", None, None, None, None]
+
+
+def test_guides_without_a_column_of_types(tmp_path):
+    """https://github.com/broadinstitute/CellBender/issues/62: TREM2-1 targets TREM2 and is no copy of it."""
+    names = ["TREM2", "TREM2-1", "TREM2-2", "NEG_CTRL-1", "non-targeting_3", *SYMBOLS[:5]]
+    table = names_of(named(tmp_path / "a.h5ad", names))
+    assert table.is_gene.tolist() == [True, False, False, False, False, *[True] * 5]
+    assert table.notes == ["4 of 10 rows of var are no genes and are left out: 4 'CRISPR-guide'"]
+
+
+def test_negative_counts(tmp_path):
+    """https://github.com/broadinstitute/CellBender/issues/306: whole numbers are not scaled."""
+    counts = atlas().X.toarray()
+    counts[40, 3] = -1
+    path = saved(tmp_path / "a.h5ad", atlas(counts=counts))
+    assert refusal(path) == (
+        f"{path}: layer 'X' holds negative counts, as CellBender 0.3.1 wrote them; run a later version of it"
+    )
+    assert inspect_file(path).layers[0].values == "negative counts" and not inspect_file(path).layers[0].usable
+
+
+def test_a_file_without_genes(tmp_path):
+    """https://github.com/theislab/zellkonverter/issues/65: an atlas of labels and embeddings only."""
+    assert "layer 'X' is empty (64 cells x 0 genes); choose another file" in refusal(
+        saved(tmp_path / "a.h5ad", atlas()[:, :0].copy())
+    )
+
+
+def test_truth_values_that_are_missing(tmp_path):
+    """https://github.com/scverse/anndata/issues/1258"""
+    primary = pd.array([True] * 56 + [False] * 4 + [None] * 4, dtype="boolean")
+    _, report = built(with_obs(tmp_path / "a.h5ad", is_primary_data=primary))
+    assert report["cells_dropped"]["is_primary_data is not True"] == 8
+
+
+def test_numbers_as_names_of_cells(tmp_path, plain):
+    """https://github.com/scverse/anndata/issues/84: the index is a dataset of numbers, with repeats."""
+    path = saved(tmp_path / "a.h5ad", atlas())
+    with h5py.File(path, "r+") as file:
+        key = file["obs"].attrs["_index"]
+        del file["obs"][key]
+        file["obs"][key] = np.arange(N_CELLS) % 60
+    rows, _ = built(path)
+    assert [row["assistant_msg"] for _, row in rows] == [row["assistant_msg"] for _, row in plain[1]]
+    ids = {name for _, row in rows for name in row["cell_ids"]}
+    assert ids <= {str(i) for i in range(4, 60)} | {f"{i % 60}#{i}" for i in (0, 1, 2, 3, 60, 61, 62, 63)}
+
+
+def test_quotes_and_labels_of_any_cell(tmp_path, plain):
+    """https://github.com/chanzuckerberg/cellxgene-census/issues/1434"""
+    labels = [f'"{label}"' if i % 3 else label for i, label in enumerate(atlas().obs["cell_type"])]
+    assert built(with_obs(tmp_path / "a.h5ad", cell_type=labels))[0] == plain[1]
+    assert clean_text("'5' end'") == "'5' end'" and clean_text("3'") == "3'" and clean_text('""') is None
+    for label in ("cell", "native cell", "Cells", "eukaryotic cell", "other", "Other cells"):
+        assert names_no_cell_type(label)
+    for label in ("B cell", "stem cell", "other T cell", "mother cell"):
+        assert not names_no_cell_type(label)
+
+
+def test_numbers_among_labels(tmp_path):
+    """https://github.com/scverse/anndata/issues/761: one of two concatenated studies had cluster numbers."""
+    labels = atlas().obs["cell_type"].astype(str).tolist()[:48] + ["1", "2"] * 8
+    path = with_obs(tmp_path / "a.h5ad", cell_type=labels)
+    _, report = built(path)
+    assert report["cells_kept"] == 48 and report["cells_dropped"]["the label names no cell type"] == 16
+    assert any("are left out: '1' (8), '2' (8); --keep-label NAME keeps one" in note for note in report["notes"])
+    assert built(path, keep_label=("1",))[1]["cells_kept"] == 56
+    assert built(path, allow_numeric_labels=True)[1]["cells_kept"] == 64
