@@ -62,19 +62,17 @@ def _is_gene(matrix: Matrix, gene_key: str) -> np.ndarray | None:
 
 def _kind(matrix: Matrix, is_gene: np.ndarray | None) -> str:
     """The kind of a layer's values. Raises UserError, as a build does, for values that cannot be ranked."""
-    expensive = _rows_are_expensive(matrix)
-    if is_gene is None or expensive:  # values from more places than the rows of value_kind
-        stored = _stored(matrix)
-        if not np.isfinite(stored).all():
-            return "NaN or infinite values"
-        if stored.size and stored.min() < 0:
-            return "negative counts" if are_negative_counts(stored) else "scaled (negative values)"
-        if not stored.any():
-            return "only zeros"
-        if expensive:
-            kind = kind_of_stored(stored[stored > 0].astype(np.float64))
-            return CALLED.get(kind, kind)
-    kind = value_kind(matrix, np.arange(matrix.n_cells), is_gene=is_gene)
+    stored = _stored(matrix, is_gene)  # values from more places than the rows of value_kind
+    if not np.isfinite(stored).all():
+        return "NaN or infinite values"
+    if stored.size and stored.min() < 0:
+        return "negative counts" if are_negative_counts(stored) else "scaled (negative values)"
+    if not stored.any():
+        return "only zeros"
+    if _rows_are_expensive(matrix):
+        kind = kind_of_stored(stored[stored > 0].astype(np.float64))
+    else:
+        kind = value_kind(matrix, np.arange(matrix.n_cells), is_gene=is_gene)
     return CALLED.get(kind, kind)
 
 
@@ -88,17 +86,27 @@ def _rows_are_expensive(matrix: Matrix) -> bool:
     return SPOTS * max(16, chunk) * matrix.n_genes * matrix.node.dtype.itemsize > BUDGET_BYTES
 
 
-def _stored(matrix: Matrix) -> np.ndarray:
-    """A sample of the stored values, from evenly spaced places of the file. Order and place do not matter."""
-    if matrix.encoding != "dense":
-        data = matrix.node["data"]
-        starts = np.linspace(0, max(0, data.shape[0] - SPOT_VALUES), SPOTS).astype(np.int64)
-        return np.concatenate([data[start : start + SPOT_VALUES] for start in sorted(set(starts.tolist()))])
-    columns = min(matrix.n_genes, 500)
-    rows = max(1, min(matrix.n_cells, SPOT_VALUES // columns))
-    starts = np.linspace(0, matrix.n_cells - rows, SPOTS).astype(np.int64)
-    parts = [matrix.node[start : start + rows, :columns].ravel() for start in sorted(set(starts.tolist()))]
-    return np.concatenate(parts)
+def _stored(matrix: Matrix, is_gene: np.ndarray | None) -> np.ndarray:
+    """A sample of the stored values of genes, from evenly spaced places of the file. Order and place do not matter."""
+    if matrix.encoding == "dense":
+        n_columns = min(matrix.n_genes, 500)
+        columns = slice(None) if is_gene is None else is_gene[:n_columns]
+        rows = max(1, min(matrix.n_cells, SPOT_VALUES // n_columns))
+        starts = np.linspace(0, matrix.n_cells - rows, SPOTS).astype(np.int64)
+        parts = [matrix.node[start : start + rows, :n_columns][:, columns] for start in sorted(set(starts.tolist()))]
+        return np.concatenate([part.ravel() for part in parts])
+    data = matrix.node["data"]
+    starts = np.linspace(0, max(0, data.shape[0] - SPOT_VALUES), SPOTS).astype(np.int64)
+    spans = [slice(start, start + SPOT_VALUES) for start in sorted(set(starts.tolist()))]
+    values = np.concatenate([data[span] for span in spans])
+    if is_gene is None:
+        return values
+    if matrix.encoding == "csr":
+        columns = np.concatenate([matrix.node["indices"][span] for span in spans])
+    else:
+        places = np.concatenate([np.arange(*span.indices(data.shape[0])) for span in spans])
+        columns = np.searchsorted(matrix.node["indptr"][:], places, side="right") - 1
+    return values[is_gene[np.clip(columns, 0, matrix.n_genes - 1)]]  # a build refuses numbers outside
 
 
 def _without_path(error: UserError, path: str | os.PathLike) -> str:
