@@ -1,4 +1,4 @@
-"""Build CellPuzzles from .h5ad files: train.parquet, test.parquet, unseen.parquet and report.json in one folder.
+"""Build CellPuzzles from files of cells: train.parquet, test.parquet, unseen.parquet and report.json in one folder.
 
 python launch/build.py --h5ad atlas.h5ad --out puzzles --seed 0
 python launch/build.py atlases/*.h5ad --out puzzles
@@ -28,7 +28,7 @@ class BuildCommandConfig(BuildConfig):
     """The settings of a build (data.build.settings.BuildConfig), and where it reads and writes."""
 
     h5ad: tuple[str, ...] = files_and_run(
-        (), "File of cells, CELLxGENE's layout; repeatable, or name files without a flag."
+        (), "An .h5ad file or a zarr store of anndata, CELLxGENE's layout; repeatable, or name files without a flag."
     )
     out: str = files_and_run(
         dataclasses.MISSING, "Folder to write; its puzzles (of any format) and report are replaced."
@@ -42,7 +42,7 @@ class BuildCommandConfig(BuildConfig):
 
 @command(BuildCommandConfig)
 def main(config: BuildCommandConfig) -> None:
-    """Build puzzles from .h5ad files of any size, with a report of what was kept, what was dropped and why."""
+    """Build puzzles from .h5ad files and zarr stores of any size, with a report of what was kept, dropped and why."""
     files, out = files_of(config, click.get_current_context()), out_of(config.out)
     settings = BuildConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(BuildConfig)})
     workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
@@ -61,7 +61,7 @@ def main(config: BuildCommandConfig) -> None:
 
 
 main.allow_extra_args = True  # files without a flag, as a shell writes *.h5ad
-main.options_metavar = "[FILE.h5ad ...] [OPTIONS]"
+main.options_metavar = "[FILE.h5ad|STORE.zarr ...] [OPTIONS]"
 
 
 def files_of(config: BuildCommandConfig, context: click.Context) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet
 import yaml
 
+from eval.report.faults import fault_sentences
 from eval.run_files import summary_text, write_summary
 from launch.options import command, option
 from launch.stages import LAUNCH, begun, run_stage
@@ -70,7 +71,9 @@ def main(config: DemoConfig) -> None:
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
-    print(f"\n{summary_text(out)}\n\nreport: {out / 'report.html'}")
+    print(
+        "\n".join(["", summary_text(out), *filter(None, [fault_sentences(out)]), "", f"report: {out / 'report.html'}"])
+    )
 
 
 def prepare(config: DemoConfig) -> dict[str, float]:

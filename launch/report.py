@@ -5,8 +5,9 @@ from dataclasses import MISSING, dataclass
 import click
 
 from data.errors import UserError
+from eval.report.faults import fault_lines
 from eval.report.figures import learning_curve_png
-from eval.report.page import write_report
+from eval.report.page import written_report
 from launch.options import command, option
 
 
@@ -23,10 +24,13 @@ class ReportConfig:
 
 @command(ReportConfig)
 def main(config: ReportConfig) -> None:
-    """Write RUN/report.html, a page that opens in any browser, also offline."""
+    """Write RUN/report.html, a page that opens in any browser, also offline, and say what is wrong with the answers."""
     if config.show < 0:
         raise UserError(f"--show {config.show}: give 0 or more")
-    click.echo(f"wrote {write_report(config.run, config.show)}")
+    path, evaluations = written_report(config.run, config.show)
+    for line in fault_lines(evaluations):
+        click.echo(line)
+    click.echo(f"wrote {path}")
     if config.png is not None:
         click.echo(f"wrote {learning_curve_png(config.run, config.png)}")
 

@@ -20,7 +20,9 @@ from data.meaning.labels import (
     hint_of_cell_types,
     kept_label,
     names_no_cell_type,
-    only_numbers,
+    numbers_among_words,
+    only_codes,
+    transposed,
 )
 
 COLUMN_FLAGS = {
@@ -72,6 +74,7 @@ class CellRules:
 
 NO_CELL_TYPE_LABEL = "the label names no cell type"
 NON_PRIMARY = "is_primary_data is not True"
+ANOTHER_DONOR = "--donor-key COLUMN or --constant donor_id=NAME"
 
 Groups = dict[tuple[str, str], dict[str, np.ndarray]]
 """(donor, batch) -> {cell type: its rows, increasing}."""
@@ -189,14 +192,18 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
         NON_PRIMARY: not_primary,
         "no cell type": label.codes < 0,
     }
+    remedies = {"no cell type": "--cell-type-key COLUMN (or annotate them first)", "no donor": ANOTHER_DONOR}
     is_kept = kept_label(rules.keep_label)
-    if (set_aside := label.where(lambda name: names_no_cell_type(name) and not is_kept(name))).any():
+    numbers = set() if rules.allow_numeric_labels else numbers_among_words(label)
+    if (set_aside := label.where(lambda n: (n in numbers or names_no_cell_type(n)) and not is_kept(n))).any():
         unusable[NO_CELL_TYPE_LABEL] = set_aside
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
         names = sorted({name.lower() for name in donor[pooled].counts()})
-        unusable[f"donor is {' or '.join(map(repr, names))}, which means several"] = pooled
-    remedies = {
+        of_pool = f"donor is {' or '.join(map(repr, names))}, which means several"
+        unusable[of_pool] = pooled
+        remedies[of_pool] = ANOTHER_DONOR
+    remedies |= {
         of_suspension: f"--suspension {','.join(others)}",
         NON_PRIMARY: "--include-non-primary",
         NO_CELL_TYPE_LABEL: "--keep-label NAME",
@@ -238,9 +245,9 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
     columns: {CELLxGENE name: obs column} of those that the file has.
     """
     for name in NUMERIC_REFUSED:
-        shown = only_numbers(cells[name]) if name in columns else []
+        what, shown = only_codes(cells[name]) if name in columns else ("", [])
         if shown:
-            holds = f"{path}: the obs column {columns[name]!r} holds only numbers ({', '.join(shown)}"
+            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({', '.join(shown)}"
             holds += ", ...)" if len(shown) > 2 else ")"
             if name == "cell_type":
                 raise UserError(
@@ -251,10 +258,11 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
                 f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
                 f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
             )
-    lost = [name for name in FREE_TEXT if name in columns and only_numbers(cells[name])]
+    held = {name: only_codes(cells[name])[0] for name in FREE_TEXT if name in columns}
+    lost = {name: what for name, what in held.items() if what}
     for name in lost:
         del cells[name]
-    return [f"the obs column {name!r} holds only numbers: no context states it" for name in lost]
+    return [f"the obs column {name!r} holds only {what}: no context states it" for name, what in lost.items()]
 
 
 def resolve_columns(
@@ -289,11 +297,16 @@ def resolve_columns(
 def _no_cell_types(path: str | os.PathLike, present: list[str]) -> str:
     """The message on a file without the column cell_type."""
     likely = columns_like_cell_types(path)
+    if not likely and (why := transposed(path)):
+        return (
+            f"{path}: has no cell types and looks transposed, with genes as rows ({why}); turn it in Python: "
+            f"anndata.read_h5ad({Path(path).name!r}).T.write_h5ad({f'{Path(path).stem}-turned.h5ad'!r})"
+        )
     if not likely:
         return (
             f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}) and none that looks "
-            "like cell types: this file has no cell types; a build needs them. If a column has them, name it with "
-            "--cell-type-key COLUMN"
+            "like cell types: this file has no cell types; a build needs them, so annotate the cells first, or name "
+            "the column that has them with --cell-type-key"
         )
     return (
         f"{path}: no obs column 'cell_type' (nearest: {nearest_names('cell_type', present)}); name the column with "

@@ -30,6 +30,9 @@ MISSING_VALUES = frozenset(
     | {f"not {word}" for word in ("collected", "determined")}
 )
 """Values, in lower case, that mean "not known" in obs tables."""
+_BYTES = re.compile(r"b(['\"])(.*)\1")
+"""A text that Python made of bytes: b'T cell'."""
+_QUOTED = re.compile(r"(['\"])(.*)\1")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
@@ -65,6 +68,17 @@ def constant_column(text: str, n_cells: int) -> Column:
     return Column(np.zeros(n_cells, dtype=np.int32), [text])
 
 
+def unwrapped(text: str) -> str:
+    """The text within b'...' or quotes, which programs write around texts; any other text as it is.
+
+    https://github.com/scverse/anndata/issues/2271, https://github.com/chanzuckerberg/cellxgene-census/issues/1434
+    """
+    if text[-1:] not in ("'", '"'):
+        return text
+    found = (_BYTES if text.startswith("b") else _QUOTED).fullmatch(text)
+    return found[2].strip() if found and found[1] not in found[2] else text
+
+
 def clean_text(value: Any) -> str | None:
     """A value of an obs column as one line of text. None when it means "not known"."""
     if isinstance(value, bytes):
@@ -72,7 +86,7 @@ def clean_text(value: Any) -> str | None:
     # pandas stores whole numbers as floats when a value is missing: the batch 27.0 is the batch 27
     if isinstance(value, float | np.floating) and value.is_integer():
         value = int(value)
-    text = " ".join(str(value).split())
+    text = unwrapped(" ".join(str(value).split()))
     # pandas writes <NA>, others put quotes or brackets around the word
     return None if text.lower() in MISSING_VALUES or text.lower().strip("<>()[]{}'\"") in MISSING_VALUES else text
 

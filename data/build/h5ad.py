@@ -131,7 +131,12 @@ def _check_layout(file: h5py.File | StoreGroup, path: Path) -> None:
     # a MuData file has obs and var of its own, over all modalities
     if (absent or "mod" in file) and (kind := foreign_layout(file, path)) is not None:
         raise OtherKind(path, kind)
-    if absent:  # files of anndata before 0.7 hold obs and var as compound datasets instead of groups
+    if absent and is_dataset(tables[absent[0]]) and tables[absent[0]].dtype.names:  # one record for each cell or gene
+        raise UserError(
+            f"{path}: was written by anndata 0.6 or earlier; write it again in Python: "
+            f"anndata.read_h5ad({path.name!r}).write_h5ad({f'{path.stem}-again.h5ad'!r})"
+        )
+    if absent:
         raise UserError(
             f"{path}: holds no {absent[0]!r} table, so it is not an .h5ad of anndata 0.7 or later; {RESAVE}"
         )

@@ -8,7 +8,6 @@ one of the first two names). `auto` is raw.X when the file has it, else X.
 
 import contextlib
 import os
-import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data.build.columns import Column
 from data.build.h5ad import (
     RESAVE,
-    as_text,
-    column_names,
     is_null,
-    nearest_names,
     nested_names,
     open_h5ad,
     open_node,
-    read_column,
     table_index,
 )
 from data.errors import UserError
@@ -39,14 +33,6 @@ DENSE_VALUES_PER_BLOCK = 8_000_000
 """Values of a dense matrix in memory at once."""
 CACHE_BYTES = 32 << 20
 """Memory for decompressed chunks, per dataset: a chunk that two blocks share is decompressed once."""
-SAMPLE_RUNS, SAMPLE_RUN = 8, 16
-"""Rows that are read to tell counts from log counts: 8 runs of 16 neighbouring rows, evenly spaced."""
-LARGEST_LOG = 25.0
-"""Larger values are not logarithms of counts: exp(25) is 7e10."""
-UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
-"""Thresholds of _looks_scaled."""
-_ENSEMBL_SUFFIX = re.compile(r"_ENS[A-Z]*G\d+(\.\d+)?$")
-"""An Ensembl id behind a symbol, of any species: _ENSG..., _ENSMUSG..."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +126,29 @@ def likely_counts(layers: Sequence[str]) -> str | None:
     return min(named, key=len) if named else layers[0] if len(layers) == 1 else None
 
 
+def other_layers(matrix: Matrix, wanted: str = "values that can be ranked") -> str:
+    """The remedy, for a message, for a layer that cannot be used: the other matrices of the file, if there are any."""
+    others = sorted(name for name in matrix.layers if name != matrix.layer)
+    others.sort(key=lambda name: (name != "raw", name != likely_counts(others)))
+    if others:
+        named = " or ".join(f"--layer {shlex.quote(name)}" for name in others[:2])
+        return f"choose {wanted} with {named}" + (f" (this file has {', '.join(matrix.layers)})" if others[2:] else "")
+    if places := _matrices_elsewhere(matrix):
+        name = places[0]
+        return (
+            f"this file has no other layer, but obsm[{name!r}] has a column for each gene: copy it "
+            f"(adata.layers[{name!r}] = adata.obsm[{name!r}]), save the file and name it with --layer"
+        )
+    return "this file has no other matrix, so add its counts as a layer and name it with --layer"
+
+
+def _matrices_elsewhere(matrix: Matrix) -> list[str]:
+    """The members of obsm that have as many columns as the layer has genes."""
+    obsm = open_node(matrix.node.file, "obsm", matrix.path)
+    nodes = {name: obsm.get(name) for name in (obsm if is_group(obsm) else ()) if isinstance(name, str)}
+    return [name for name, node in nodes.items() if node is not None and _shape(node)[1] == matrix.n_genes]
+
+
 def _element(layer: str) -> str:
     """The place of a layer in the file."""
     return {"X": "X", "raw": "raw/X"}.get(layer, f"layers/{layer.removeprefix('layers/')}")
@@ -181,7 +190,9 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
     n_obs, n_var = (table_index(file, table, matrix.path).shape[0] for table in ("obs", var))
     if (matrix.n_cells, matrix.n_genes) != (n_obs, n_var):
         shape = f"the shape {matrix.n_cells} x {matrix.n_genes}" if matrix.n_cells >= 0 else "no shape of two numbers"
-        raise UserError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {RESAVE}")
+        again = "write the file again, or download it again"
+        remedy = other_layers(matrix, "another matrix") if len(matrix.layers) > 1 else again
+        raise UserError(f"{matrix} has {shape}, but there are {n_obs} cells and {n_var} genes; {remedy}")
     if not n_obs or not n_var:
         raise UserError(f"{matrix} is empty ({n_obs} cells x {n_var} genes); choose another file or --layer")
     if matrix.encoding == "dense":
@@ -192,120 +203,6 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
     ends = indptr[:: max(1, n_major)] if indptr.shape[0] == n_major + 1 else [-1]
     if matrix.node["indices"].shape[0] != n_values or ends[0] != 0 or ends[-1] != n_values:
         raise UserError(f"{matrix} is inconsistent (indptr, indices and data do not fit each other); {RESAVE}")
-
-
-def gene_names(matrix: Matrix, gene_key: str = "feature_name") -> np.ndarray:
-    """[G] gene names without an Ensembl id as suffix (`_ENSG...`, `_ENSMUSG...`).
-
-    A missing name is replaced by the gene's var index.
-    gene_key: a var column, or `index`. Raises UserError when the column is missing or a name cannot be part of a gene
-    list.
-    """
-    file, path, table = matrix.node.file, matrix.path, "raw/var" if matrix.layer == "raw" else "var"
-    index = [as_text(name, f"{path}: the index of {table}") for name in table_index(file, table, path)[:].tolist()]
-    if gene_key == "index":
-        names = index
-    elif gene_key in column_names(file[table]):
-        names = _or_index(read_column(file, table, gene_key, path), index)
-    else:
-        names = _names_through_var(file, index, gene_key, table, path)
-    names = [_ENSEMBL_SUFFIX.sub("", name) for name in names]
-    bad = next((name for name in names if ", " in name or "\n" in name or not name.strip()), None)
-    if bad is not None:
-        raise UserError(
-            f"{path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
-        )
-    return np.array(names, dtype=object)
-
-
-def _or_index(column: Column, index: list[str]) -> list[str]:
-    """[G] the values of a var column; the gene's index where a value is missing."""
-    return [name if name is not None else other for name, other in zip(column.texts(), index, strict=True)]
-
-
-def _names_through_var(file: h5py.File, index: list[str], gene_key: str, table: str, path) -> list[str]:
-    """Gene names of a raw.var without the column `gene_key`, looked up in `var` by the gene's index.
-
-    Raises UserError when `var` does not have the column or does not cover all genes.
-    """
-    if table == "raw/var" and gene_key in column_names(file["var"]):
-        var_index = [as_text(name, f"{path}: the index of var") for name in table_index(file, "var", path)[:].tolist()]
-        names = dict(zip(var_index, read_column(file, "var", gene_key, path).texts(), strict=True))
-        if len(names) == len(var_index) and names.keys() >= set(index):
-            return [names[gene] or gene for gene in index]
-    raise UserError(
-        f"{path}: {table} has no column {gene_key!r} (nearest: {nearest_names(gene_key, column_names(file[table]))}); "
-        "name the column of gene names with --gene-key, or --gene-key index for the index"
-    )
-
-
-def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False) -> str:
-    """The kind of a layer's values, judged from a sample of `rows`.
-
-    "counts": whole numbers. "log counts": none larger than LARGEST_LOG. "normalised": all others. Raises UserError for
-    values that cannot be ranked by expression: see check_values and _looks_scaled.
-    """
-    # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
-    runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
-    sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
-    whole, largest, distinct, moments = True, 0.0, [], np.zeros((3, matrix.n_genes))
-    for block in row_blocks(matrix, sample):
-        check_values(matrix, block, allow_scaled)
-        for i in range(len(block.rows)):
-            columns, values = block.row(i)
-            whole &= bool((values == np.rint(values)).all())
-            largest = max(largest, values.max(initial=0.0))
-            distinct.append(len(np.unique(values)) / max(1, len(values)))
-            moments[:, columns] += [np.ones(len(values)), values, values**2]
-    if not whole and not allow_scaled and _looks_scaled(distinct, moments):
-        raise UserError(
-            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order "
-            f"of expression; {_unscaled(matrix)}"
-        )
-    return "counts" if whole else "log counts" if largest <= LARGEST_LOG else "normalised"
-
-
-def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
-    """Whether genes were scaled to variance 1 without being centred, so that no value is negative.
-
-    Two signs must hold together. First, values do not repeat within a cell. (Counts repeat; log TPM do not, so this
-    sign alone is not enough.) Second, nearly all genes that half of the cells express have standard deviation 1; genes
-    on a log scale do not.
-    distinct: per cell, number of distinct values / number of values. moments: [3, G] number, sum and sum of squares of
-    the values > 0 of each gene.
-    """
-    n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
-    if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
-        return False
-    _, total, squares = moments[:, often]
-    deviation = np.sqrt(np.maximum(squares - total**2 / n_cells, 0) / (n_cells - 1))
-    return float((np.abs(deviation - 1) <= UNIT_WIDTH).mean()) >= UNIT_SHARE
-
-
-def _unscaled(matrix: Matrix) -> str:
-    """The remedies for scaled values, for a message."""
-    layers = ", ".join(matrix.layers)
-    return (
-        f"choose unscaled values with --layer raw or --layer NAME (this file has {layers}), or go on with "
-        "--allow-scaled"
-    )
-
-
-def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
-    """Raise UserError, with the layer's name, for a NaN, an infinity or a negative value in the rows of a block."""
-    stored = block.values  # one test for the whole block first: it nearly always passes
-    if np.isfinite(stored).all() and (allow_scaled or not stored.size or stored.min() >= 0):
-        return
-    others = f"choose another with --layer (this file has {', '.join(matrix.layers)})"
-    for start, stop in zip(block.starts, block.stops, strict=True):  # bad values of rows between do not matter
-        values = block.values[start:stop]
-        if not np.isfinite(values).all():
-            raise UserError(f"{matrix} holds NaN or infinite values; {others}")
-        if not allow_scaled and values.size and values.min() < 0:
-            raise UserError(
-                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; "
-                f"{_unscaled(matrix)}"
-            )
 
 
 def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:

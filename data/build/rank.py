@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.build.matrix import Block, Matrix, check_values, open_matrix
+from data.build.matrix import Block, Matrix, open_matrix
 from data.meaning.genes import gene_table
-from data.meaning.values import gene_blocks, value_kind
+from data.meaning.values import check_values, gene_blocks, value_kind
 
 GENE_CLASSES = {
     "ribosomal": re.compile(r"RP[LS]\d+[AXYL]{0,2}\d*$|RPLP\d$|RPSA$", re.IGNORECASE),

@@ -65,7 +65,9 @@ class BuildConfig:
     keep_label: tuple[str, ...] = cells(
         (), "Label to use although it looks like no cell type (doublet, unassigned, low quality); repeatable."
     )
-    allow_numeric_labels: bool = cells(False, "Use cell types (or a sex, tissue, disease) that are only numbers.")
+    allow_numeric_labels: bool = cells(
+        False, "Use cell types (or a sex, tissue, disease) that are only numbers or ids."
+    )
     organism: str | None = cells(None, "Use the cells of this organism only; a file of another organism is skipped.")
     gene_key: str = genes("feature_name", "var column with the gene names, or index.")
     cell_type_key: str = cells("cell_type", "obs column with the cell type.")

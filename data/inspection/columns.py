@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from data.build.columns import clean_text
+from data.build.columns import clean_text, is_number
 from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
 from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
+from data.meaning.labels import is_term_id, likeness
 
 WHOLE = 200_000
 """A column without categories is read whole up to this many cells, else sampled."""
@@ -19,15 +20,6 @@ FEW = 300
 """More distinct values than this are no cell types and no clusters."""
 SHOWN = 200
 """Values whose counts are kept."""
-CELL_WORDS = re.compile(
-    r"cell|cyte|phage|blast|neuron|glia|epitheli|endotheli|lymph|mono|thymocyt|progenitor|stroma|pericyte|ductal|acinar"
-    r"|ionocyte|\b(?:T|B|NK|DC|pDC|cDC|HSC|MAIT|Treg|CD4|CD8|ILC|Mast|Tuft|Club|Goblet|Basal|Plasma|alpha|beta|delta)\b",
-    re.IGNORECASE,
-)
-CELL_SHARE = 0.4
-"""A column whose values hold such a word in this share looks like cell types."""
-TERM_ID = re.compile(r"[A-Za-z]+:\d+$")
-NUMBER = re.compile(r"-?\d+(\.\d+)?$")
 CLUSTER_NAME = re.compile(r"leiden|louvain|cluster|phenograph|snnres|kmeans")
 ROLE_NAMES = {
     "cell_type": (
@@ -81,7 +73,7 @@ def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -
             known = column.codes[column.codes >= 0]
             counts = np.bincount(known, minlength=len(column.names)).tolist()
             pairs = [(text, count) for text, count in zip(column.names, counts, strict=True) if count]
-            return _judged(name, pairs, n_cells - len(known), n_cells, exact=True, is_number=_is_number(node))
+            return _judged(name, pairs, n_cells - len(known), n_cells, exact=True, of_numbers=_is_number(node))
         if _is_float(node):
             return ColumnFacts(name, "numbers", 0, 0, False, [])
         starts = np.linspace(0, n_cells - SPOT_CELLS, SPOTS).astype(np.int64).tolist()
@@ -90,34 +82,31 @@ def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -
         known = [(clean_text(v), n) for v, n in zip(values.tolist(), numbers.tolist(), strict=True)]
         pairs = [(text, count) for text, count in known if text is not None]
         missing = sum(count for text, count in known if text is None)
-        return _judged(name, pairs, missing, len(raw), exact=False, is_number=_is_number(node))
+        return _judged(name, pairs, missing, len(raw), exact=False, of_numbers=_is_number(node))
     except UserError:
         return ColumnFacts(name, "unreadable", 0, 0, False, [])
 
 
 def _judged(
-    name: str, pairs: list[tuple[str, int]], n_missing: int, n_read: int, *, exact: bool, is_number: bool
+    name: str, pairs: list[tuple[str, int]], n_missing: int, n_read: int, *, exact: bool, of_numbers: bool
 ) -> ColumnFacts:
     """The facts about a column from its distinct values and how many cells have each."""
     texts = [text for text, _ in pairs]
     pairs = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:SHOWN]
-    numeric = all(NUMBER.match(text) for text in texts)
+    numeric = all(map(is_number, texts))
     kind, likely = "labels", False
     if not texts:
         kind, pairs = "empty", []
     elif set(texts) <= {"True", "False"}:
         kind = "true/false"
-    elif numeric and (len(texts) > FEW or is_number and not CLUSTER_NAME.search(plain(name))):
+    elif numeric and (len(texts) > FEW or of_numbers and not CLUSTER_NAME.search(plain(name))):
         kind = "numbers"
     elif numeric:
         kind = "clusters"
     elif len(texts) > FEW and len(texts) > 0.2 * n_read:
         kind, pairs = "identifiers", []
     else:
-        ids = sum(bool(TERM_ID.match(text)) for text in texts)
-        words = sum(bool(CELL_WORDS.search(text)) for text in texts)
-        likely = 2 <= len(texts) <= 5 * FEW and not ids and words >= CELL_SHARE * len(texts)
-        likely &= plain(name) not in ("suspensiontype", "tissuetype", "assay")
+        likely = likeness(name, texts) > 0
     return ColumnFacts(name, kind, len(texts), n_missing, exact, pairs, likely)
 
 
@@ -130,7 +119,7 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
     texts_only = role not in ("donor_id", "batch")
     kinds = ("labels",) if texts_only else ("labels", "clusters", "identifiers", "numbers")
     able = [c for c in columns if c.name not in taken and c.kind in kinds]
-    able = [c for c in able if not (c.most_common and all(TERM_ID.match(text) for text, _ in c.most_common))]
+    able = [c for c in able if not (c.most_common and all(is_term_id(text) for text, _ in c.most_common))]
     if role in ("cell_type", "donor_id", "batch"):
         able = [c for c in able if c.n_values >= 2]
     if role == "suspension_type":

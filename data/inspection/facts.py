@@ -1,7 +1,7 @@
 """What an inspection finds in a file of cells: plain values, for the text, for --json and for other commands."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,12 @@ class GeneFacts:
     feature_types: dict[str, int]
     """{value of var's feature_types: genes with it}; empty when the file has no such column."""
     spike_ins: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    """{what rows of var are that are no genes: their number}."""
+    notes: list[str] = field(default_factory=list)
+    """What a build says about the genes."""
+    problem: str = ""
+    """Why a build refuses them."""
 
     @property
     def kind(self) -> str | None:

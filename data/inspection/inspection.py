@@ -14,15 +14,17 @@ import numpy as np
 
 from data.build import onefile
 from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
+from data.build.columns import is_number
 from data.build.h5ad import open_h5ad, table_index, uns_text
-from data.build.matrix import gene_names, layer_names, open_matrix
+from data.build.matrix import layer_names, open_matrix, other_layers
 from data.build.settings import BuildConfig
 from data.errors import UserError
 from data.formats.stores import StoreGroup
-from data.inspection.columns import NUMBER, guessed_column, obs_facts
+from data.inspection.columns import guessed_column, obs_facts
 from data.inspection.facts import ColumnFacts, FileFacts, GeneFacts, LayerFacts, Usable
 from data.inspection.genes import gene_facts, organism_of_names
 from data.inspection.layers import best_layer, layer_facts
+from data.meaning.labels import is_term_id, transposed
 
 DEFAULT = BuildConfig()
 PLACEHOLDERS = {"tissue": "TISSUE", "disease": "DISEASE", "suspension_type": "cell", "donor_id": "donor1"}
@@ -42,11 +44,12 @@ def inspect_file(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> File
         names = layer_names(file, path)
         n_var = table_index(file, "var", path).shape[0]
         kind = "a zarr store of anndata" if isinstance(file, StoreGroup) else "an .h5ad file of anndata"
-    layers = [layer_facts(path, name) for name in names]
+    layers = [layer_facts(path, name, config.gene_key) for name in names]
     n_cells, columns = obs_facts(path)
     layer = best_layer(layers) if config.layer == "auto" else config.layer
-    problems = [] if layer else [_no_layer(layers)]
-    genes, gene_list = _genes(path, layer, config.gene_key)
+    problems = [] if layer else [_no_layer(path, layers)]
+    named = layer or next((one.name for one in layers if one.encoding), None)  # the names matter without values, too
+    genes, gene_list = _genes(path, named, config.gene_key)
     chosen = _with_columns(config, columns)
     chosen = dataclasses.replace(
         chosen,
@@ -82,7 +85,7 @@ def first_lines(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> list[
         names = layer_names(file, path)
     with open_matrix(path, config.layer) as matrix:
         layer, n_cells, n_genes = matrix.layer, matrix.n_cells, matrix.n_genes
-    facts = layer_facts(path, layer)
+    facts = layer_facts(path, layer, config.gene_key)
     genes, gene_list = _genes(path, layer, config.gene_key)
     organism = uns_text(path, ORGANISM_COLUMNS)
     source = next((one for one in genes.sources if one.key == config.gene_key), None) if genes else None
@@ -116,9 +119,13 @@ def _automatic(layers: list[LayerFacts]) -> str:
     return "raw" if any(layer.name == "raw" for layer in layers) else "X"
 
 
-def _no_layer(layers: list[LayerFacts]) -> str:
+def _no_layer(path: Path, layers: list[LayerFacts]) -> str:
     held = "; ".join(f"{one.name}: {one.problem or one.values}" for one in layers)
-    return f"no matrix can be ranked by expression ({held or 'the file has none'}); add the counts as a layer"
+    remedy = "add the counts as a layer"
+    if len(layers) == 1 and layers[0].encoding:
+        with open_matrix(path, layers[0].name) as matrix:
+            remedy = other_layers(matrix)
+    return f"no matrix can be ranked by expression ({held or 'the file has none'}); {remedy}"
 
 
 def _genes(path: Path, layer: str | None, wanted: str) -> tuple[GeneFacts | None, list[str]]:
@@ -127,21 +134,13 @@ def _genes(path: Path, layer: str | None, wanted: str) -> tuple[GeneFacts | None
         return None, []
     try:
         with open_matrix(path, layer) as matrix:
-            facts = gene_facts(matrix, wanted)
-            return facts, gene_names(matrix, facts.key).tolist() if facts.key else []
+            return gene_facts(matrix, wanted)
     except UserError:
         return None, []
 
 
 def _gene_problems(genes: GeneFacts | None) -> list[str]:
-    if genes is None:
-        return []
-    if genes.feature_types and "Gene Expression" not in genes.feature_types:
-        held = ", ".join(genes.feature_types)
-        return [f"no feature is of the type 'Gene Expression' (the file has {held}): a build needs genes"]
-    if genes.key is not None:
-        return []
-    return ["all gene names are numbers: they were lost in an export; add a var column with the symbols"]
+    return [genes.problem] if genes is not None and genes.problem else []
 
 
 def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfig:
@@ -167,8 +166,9 @@ def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfi
 
 
 def _no_labels(column: ColumnFacts) -> bool:
-    """Whether a column of cell types cannot be one: all numbers, nothing known, or one value."""
-    return column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
+    """Whether a column of cell types cannot be one: all numbers or ids, nothing known, or one value."""
+    ids = column.most_common and all(is_term_id(text) for text, _ in column.most_common)
+    return bool(ids) or column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
 
 
 def _used(config: BuildConfig, columns: list[ColumnFacts]) -> dict[str, str]:
@@ -189,7 +189,10 @@ def _usable(
     """(the cells that a build would use, the settings that use most, problems). None when the labels are missing."""
     names = {column.name for column in columns}
     if config.cell_type_key not in names and "cell_type" not in config.constants:
-        return None, config, ["no obs column holds cell types: a build needs them; annotate the cells first"]
+        why = transposed(path)
+        turned = f"the file looks transposed, with genes as rows ({why}): turn it (adata.T) and save it again"
+        none = "no obs column holds cell types: a build needs them; annotate the cells first"
+        return None, config, [turned if why else none]
     try:
         cells = onefile.read_usable_cells(path, config)
         n_copies = cells.dropped.get("is_primary_data is not True", 0)
@@ -207,7 +210,7 @@ def _usable(
         return None, config, [str(error).removeprefix(f"{path}: ")]
     usable = _counted(cells)
     problems = []
-    if usable.labels and all(NUMBER.match(label) for label in usable.labels):
+    if usable.labels and all(map(is_number, usable.labels)):
         problems.append(
             f"the labels in {config.cell_type_key!r} are all numbers, so they are clusters without names; annotate "
             "them, or name the column of cell types with --cell-type-key"
@@ -284,14 +287,6 @@ def _notes(layers: list[LayerFacts], layer: str | None, genes: GeneFacts | None)
         notes.append(f"{empty:,} cells have no expressed gene: a puzzle that draws one of them is left out")
     if genes is None:
         return notes
-    if genes.kind == "Ensembl ids":
-        notes.append("gene names are Ensembl ids: models know symbols better; add a var column with symbols")
     if genes.kind == "other names":
         notes.append("gene names look like neither symbols nor Ensembl ids")
-    others = {name: n for name, n in genes.feature_types.items() if name != "Gene Expression"}
-    if others and "Gene Expression" in genes.feature_types:
-        listed = ", ".join(f"{n:,} {name}" for name, n in others.items())
-        notes.append(f"features that are no genes: {listed}")
-    if genes.spike_ins:
-        notes.append(f"{genes.spike_ins:,} features are spike-ins (ERCC), not genes")
-    return notes
+    return [*notes, *genes.notes]

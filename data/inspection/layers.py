@@ -4,27 +4,27 @@ import os
 
 import numpy as np
 
-from data.build.matrix import LARGEST_LOG, Matrix, open_matrix, row_blocks, value_kind
+from data.build.matrix import Matrix, open_matrix
 from data.errors import UserError
 from data.inspection.facts import LayerFacts
+from data.meaning.genes import gene_table
+from data.meaning.values import are_negative_counts, kind_of_stored, value_kind
 
-SAMPLE_ROWS = 64
-"""Cells whose sums are compared."""
 SPOTS, SPOT_VALUES = 8, 20_000
 """Places of a matrix at which stored values are read, and how many at each."""
 BUDGET_BYTES = 100_000_000
 """A dense matrix is sampled by whole rows when this many bytes are enough; else by a part of its columns."""
-EQUAL_SUMS = 0.01
-"""Cells that were scaled to one depth have sums that differ by less than this, as a share of their mean."""
+CALLED = {"fractional counts": "counts with fractions", "log counts": "log-normalised"}
+"""Kind of values (data/meaning/values.py) -> its name in an inspection, where that is another."""
 BEST_FIRST = ("counts", "counts with fractions", "log-normalised", "normalised")
 
 
-def layer_facts(path: str | os.PathLike, layer: str) -> LayerFacts:
-    """What one layer holds. A layer that cannot be read is described, too."""
+def layer_facts(path: str | os.PathLike, layer: str, gene_key: str = "feature_name") -> LayerFacts:
+    """What one layer holds. A layer that cannot be read is described, too. gene_key: tells which columns are genes."""
     try:
         with open_matrix(path, layer) as matrix:
             try:
-                values = _kind(matrix)
+                values = _kind(matrix, _is_gene(matrix, gene_key))
             except UserError as error:
                 kind = "scaled" if "scaled" in str(error) else "cannot be used"
                 return LayerFacts(layer, kind, False, matrix.encoding, matrix.n_genes, _without_path(error, path))
@@ -49,43 +49,31 @@ def best_layer(layers: list[LayerFacts]) -> str | None:
     return min(usable, key=lambda name: BEST_FIRST.index(usable[name].values), default=None)
 
 
-def _kind(matrix: Matrix) -> str:
+def _is_gene(matrix: Matrix, gene_key: str) -> np.ndarray | None:
+    """[G] bool: False for columns that are no genes, whose values do not matter. None when all are genes."""
+    for key in (gene_key, "index"):
+        try:
+            is_gene = gene_table(matrix, key).is_gene
+        except UserError:
+            continue
+        return None if is_gene.all() else is_gene
+    return None
+
+
+def _kind(matrix: Matrix, is_gene: np.ndarray | None) -> str:
     """The kind of a layer's values. Raises UserError, as a build does, for values that cannot be ranked."""
-    stored = _stored(matrix)
+    stored = _stored(matrix, is_gene)  # values from more places than the rows of value_kind
     if not np.isfinite(stored).all():
         return "NaN or infinite values"
     if stored.size and stored.min() < 0:
-        return "scaled (negative values)"
+        return "negative counts" if are_negative_counts(stored) else "scaled (negative values)"
     if not stored.any():
         return "only zeros"
     if _rows_are_expensive(matrix):
-        whole = bool((stored == np.rint(stored)).all())
-        return "counts" if whole else "log-normalised" if stored.max() <= LARGEST_LOG else "normalised"
-    kind = value_kind(matrix, np.arange(matrix.n_cells))
-    if kind == "counts":
-        return kind
-    rows = np.unique(np.linspace(0, matrix.n_cells - 1, SAMPLE_ROWS).astype(np.int64))
-    sums = [
-        [values.sum(), np.expm1(np.minimum(values, LARGEST_LOG)).sum()]
-        for block in row_blocks(matrix, rows)
-        for _, values in map(block.row, range(len(block.rows)))
-        if len(values)
-    ]
-    depth, exp_depth = np.array(sums or [[0.0, 0.0]]).T
-    if kind == "log counts":
-        # shallow counts with fractions have small values too; logarithms of one depth show in the sums
-        fractions = _mostly_whole(stored) and not _equal(exp_depth)
-        return "counts with fractions" if fractions else "log-normalised"
-    return "normalised" if _equal(depth) else "counts with fractions"
-
-
-def _equal(sums: np.ndarray) -> bool:
-    return bool(sums.std() <= EQUAL_SUMS * sums.mean())
-
-
-def _mostly_whole(values: np.ndarray) -> bool:
-    """Whether half of the values are whole numbers, as where a program took a little ambient RNA off some counts."""
-    return bool((values == np.rint(values)).mean() >= 0.5)
+        kind = kind_of_stored(stored[stored > 0].astype(np.float64))
+    else:
+        kind = value_kind(matrix, np.arange(matrix.n_cells), is_gene=is_gene)
+    return CALLED.get(kind, kind)
 
 
 def _rows_are_expensive(matrix: Matrix) -> bool:
@@ -98,17 +86,27 @@ def _rows_are_expensive(matrix: Matrix) -> bool:
     return SPOTS * max(16, chunk) * matrix.n_genes * matrix.node.dtype.itemsize > BUDGET_BYTES
 
 
-def _stored(matrix: Matrix) -> np.ndarray:
-    """A sample of the stored values, from evenly spaced places of the file. Order and place do not matter."""
-    if matrix.encoding != "dense":
-        data = matrix.node["data"]
-        starts = np.linspace(0, max(0, data.shape[0] - SPOT_VALUES), SPOTS).astype(np.int64)
-        return np.concatenate([data[start : start + SPOT_VALUES] for start in sorted(set(starts.tolist()))])
-    columns = min(matrix.n_genes, 500)
-    rows = max(1, min(matrix.n_cells, SPOT_VALUES // columns))
-    starts = np.linspace(0, matrix.n_cells - rows, SPOTS).astype(np.int64)
-    parts = [matrix.node[start : start + rows, :columns].ravel() for start in sorted(set(starts.tolist()))]
-    return np.concatenate(parts)
+def _stored(matrix: Matrix, is_gene: np.ndarray | None) -> np.ndarray:
+    """A sample of the stored values of genes, from evenly spaced places of the file. Order and place do not matter."""
+    if matrix.encoding == "dense":
+        n_columns = min(matrix.n_genes, 500)
+        columns = slice(None) if is_gene is None else is_gene[:n_columns]
+        rows = max(1, min(matrix.n_cells, SPOT_VALUES // n_columns))
+        starts = np.linspace(0, matrix.n_cells - rows, SPOTS).astype(np.int64)
+        parts = [matrix.node[start : start + rows, :n_columns][:, columns] for start in sorted(set(starts.tolist()))]
+        return np.concatenate([part.ravel() for part in parts])
+    data = matrix.node["data"]
+    starts = np.linspace(0, max(0, data.shape[0] - SPOT_VALUES), SPOTS).astype(np.int64)
+    spans = [slice(start, start + SPOT_VALUES) for start in sorted(set(starts.tolist()))]
+    values = np.concatenate([data[span] for span in spans])
+    if is_gene is None:
+        return values
+    if matrix.encoding == "csr":
+        columns = np.concatenate([matrix.node["indices"][span] for span in spans])
+    else:
+        places = np.concatenate([np.arange(*span.indices(data.shape[0])) for span in spans])
+        columns = np.searchsorted(matrix.node["indptr"][:], places, side="right") - 1
+    return values[is_gene[np.clip(columns, 0, matrix.n_genes - 1)]]  # a build refuses numbers outside
 
 
 def _without_path(error: UserError, path: str | os.PathLike) -> str:

@@ -12,6 +12,12 @@ PREFIXES = {"ENSG": "human", "ENSMUSG": "mouse"}
 """Beginning of an id -> species in the table."""
 
 
+def known_symbols(names: set[str]) -> set[str]:
+    """Those of some names that are symbols of the table."""
+    with gzip.open(TABLE, "rt", encoding="ascii") as lines:
+        return {symbol for line in lines if (symbol := line.rstrip("\n").partition("\t")[2]) in names}
+
+
 def symbols_of(ids: set[str]) -> dict[str, str]:
     """{Ensembl id without version: symbol} of those ids that the table has."""
     if not any(name.startswith(tuple(PREFIXES)) for name in ids):

@@ -11,16 +11,23 @@ from functools import cached_property
 
 import numpy as np
 
-from data.build.columns import is_number
+from data.build.columns import is_number, unwrapped
 from data.build.h5ad import as_text, column_names, nearest_names, read_column, table_index
 from data.build.matrix import Matrix
 from data.errors import UserError
 from data.meaning.ensembl import SOURCE, symbols_of
+from data.meaning.names import (
+    ENSEMBL_ID,
+    MOST,
+    VERSION,
+    kind_of_names,
+    nameless,
+    no_genes,
+    without_copies,
+    without_genome,
+    without_id,
+)
 
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?(_PAR_Y)?")
-_VERSION = re.compile(r"\.\d+(?=(_PAR_Y)?$)")
-_ENSEMBL_PREFIX = re.compile(r"ENS[A-Z]*G\d{6,}(\.\d+)?[_|-](?!PAR_Y$)(?=[A-Za-z])")
-_ENSEMBL_SUFFIX = re.compile(r"(?<=.)[_-]ENS[A-Z]*G\d+(\.\d+)?$")
 TYPE_COLUMNS = ("featuretypes", "featuretype", "modality", "modalities")
 """Columns of var, as _plain gives them, that say what a row is."""
 GENE_TYPES = frozenset(
@@ -59,14 +66,8 @@ SYMBOL_COLUMNS = (
     ),
 )
 """Columns of var, as _plain gives them, that hold symbols, the best first."""
-_NO_GENE = re.compile(
-    r"(?P<spike_in>(gSpikein[_-])?ERCC[-_.]\d+\b)|(?P<antibody_tag>.*[_.-]TotalSeq)"
-    r"|(?P<peak>(chr[\w.]*|\d{1,2}|[XYM]T?)[:_-]\d{2,}[_-]\d{3,}$)",
-    re.IGNORECASE,
-)
-"""The beginning of names that are no genes; the group says what they are."""
-MOST = 0.5
-"""Share of the names that must be Ensembl ids, or numbers, for the names of a file to be called so."""
+SYMBOL_WORDS = ("symbol", "genename", "featurename")
+"""A column with such a word in its name, as _plain gives it, may hold symbols too: real_gene_name."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,23 @@ class GeneTable:
     names: np.ndarray
     """[G] object: the name by which a gene is listed."""
     is_gene: np.ndarray
-    """[G] bool: False for tags, peaks, guides and spike-ins."""
+    """[G] bool: False for tags, peaks, guides, spike-ins and rows without a name."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the report."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """{what rows are that are no genes: their number}."""
+
+
+@dataclass(frozen=True)
+class NameSource:
+    """A place where the genes of a layer have names."""
+
+    key: str
+    """As --gene-key takes it: a var column, or "index"."""
+    kind: str
+    """symbols, Ensembl ids, numbers or other names."""
+    names: list[str]
+    """[G]"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class _Var:
     def _index_of(self, table: str) -> list[str]:
         path = self.matrix.path
         index = table_index(self.matrix.node.file, table, path)[:].tolist()
-        return [as_text(name, f"{path}: the index of {table}") for name in index]
+        return [unwrapped(as_text(name, f"{path}: the index of {table}")) for name in index]
 
     @cached_property
     def columns(self) -> list[str]:
@@ -138,6 +153,13 @@ class _Var:
         """The columns with these names, in the order of `wanted`; case and signs are ignored."""
         return [name for plain in wanted for name in self.columns if _plain(name) == plain]
 
+    @cached_property
+    def named_symbols(self) -> list[str]:
+        """The columns whose names say that they hold symbols, the best first."""
+        usual = self.called(SYMBOL_COLUMNS)
+        others = [name for name in self.columns if any(word in _plain(name) for word in SYMBOL_WORDS)]
+        return usual + [name for name in others if name not in usual]
+
 
 def _plain(text: str) -> str:
     """A text in lower case, letters only: "Gene Expression" is "geneexpression"."""
@@ -147,22 +169,54 @@ def _plain(text: str) -> str:
 def gene_table(matrix: Matrix, gene_key: str = "feature_name") -> GeneTable:
     """Which columns of a layer are genes, and their names.
 
-    gene_key: a var column, or `index`. A missing name is replaced by the var index. Suffixes such as `_ENSG00000010610`
-    go. Ensembl ids are replaced by symbols, of a var column or of the shipped table, where there are some. Raises
-    UserError when the column is missing, no row is a gene, the names are numbers, or a name cannot be part of a list.
+    gene_key: a var column, or `index`. A missing name is replaced by the var index. What programs add to a name goes:
+    an Ensembl id (CD4_ENSG00000010610), a number that made it unique (CD4-1), the name of a genome (GRCh38_CD4).
+    Ensembl ids are replaced by symbols, of a var column or of the shipped table, where there are some. Raises UserError
+    when the column is missing, no row is a gene, the names are numbers, or a name cannot be part of a list.
     """
     var = _Var(matrix)
-    names = [_without_id(name) for name in _named(var, gene_key)]
-    is_gene, notes = _only_genes(var, names)
+    names, of_genome = without_genome(_named(var, gene_key))
+    names = [without_id(name) for name in names]
+    is_gene, left_out, notes = _only_genes(var, names)
     _refuse_numbers(var, names, is_gene, gene_key)
     names, more = _symbols_for_ids(var, names, is_gene, gene_key)
+    names, of_copies = without_copies(names, is_gene.tolist())
     used = (name for name, wanted in zip(names, is_gene.tolist(), strict=True) if wanted)
     bad = next((name for name in used if ", " in name or "\n" in name or not name.strip()), None)
     if bad is not None:
         raise UserError(
             f"{matrix.path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
         )
-    return GeneTable(np.array(names, dtype=object), is_gene, notes + more)
+    return GeneTable(np.array(names, dtype=object), is_gene, notes + of_genome + more + of_copies, left_out)
+
+
+def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSource]:
+    """Where the genes of a layer have names: the key that a user wants, columns named for symbols or ids, the index."""
+    var = _Var(matrix)
+    ids = [name for name in var.columns if "id" in name.lower()]
+    keys = [name for name in (wanted, *var.named_symbols, *ids) if name in var.columns]
+    sources = []
+    for key in dict.fromkeys(keys):
+        values = var.readable(key)
+        named, _ = without_genome([value or gene for value, gene in zip(values or (), var.index, strict=False)])
+        names = [without_id(name) for name in named]
+        kind = kind_of_names(names)
+        # a column with few values is a class of genes, such as a biotype
+        told = key in var.named_symbols or kind == "Ensembl ids"
+        if names and (key == wanted or told and len(set(names)) > MOST * len(names)):
+            sources.append(NameSource(key, kind, names))
+    index = [without_id(name) for name in without_genome(var.index)[0]]
+    return [*sources, NameSource("index", kind_of_names(index), index)]
+
+
+def best_source(sources: list[NameSource], wanted: str) -> str | None:
+    """The key to use: the wanted one if it has symbols, else another with symbols, else any that are no numbers."""
+    kinds = {source.key: source.kind for source in sources}
+    if kinds.get(wanted) == "symbols":
+        return wanted
+    symbols = [key for key, kind in kinds.items() if kind == "symbols"]
+    others = [key for key, kind in kinds.items() if kind != "numbers"]
+    return next(iter([*symbols, *([wanted] if wanted in others else []), *others]), None)
 
 
 def _named(var: _Var, gene_key: str) -> list[str]:
@@ -179,13 +233,8 @@ def _named(var: _Var, gene_key: str) -> list[str]:
     )
 
 
-def _without_id(name: str) -> str:
-    """A name without the Ensembl id that makes it unique: CD4_ENSG00000010610 is CD4."""
-    return name if "ENS" not in name else _ENSEMBL_PREFIX.sub("", _ENSEMBL_SUFFIX.sub("", name))
-
-
-def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """([G] bool: the row is a gene, notes on what is left out). Raises UserError when no row is a gene."""
+def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, dict[str, int], list[str]]:
+    """([G] bool: the row is a gene, what is left out, notes on it). Raises UserError when no row is a gene."""
     kinds: list[str | None] = [None] * len(names)  # what a row is, when it is no gene
     for column in var.called(TYPE_COLUMNS):
         _mark(kinds, _types(var.readable(column)))
@@ -194,19 +243,14 @@ def _only_genes(var: _Var, names: list[str]) -> tuple[np.ndarray, list[str]]:
         spikes = {value for value in set(values) if value and _plain(value) in ("spikein", "ercc")}
         _mark(kinds, ["spike-in" if value in spikes else None for value in values])
     for texts in (names, var.index) if names != var.index else (names,):
-        found = [_NO_GENE.match(text) for text in texts]
-        _mark(kinds, [_kind_of(match) if match else None for match in found])
+        _mark(kinds, no_genes(texts))
+    _mark(kinds, nameless(names))
     counts = Counter(kind for kind in kinds if kind)
     listed = ", ".join(f"{n} {kind!r}" for kind, n in sorted(counts.items()))
     if counts.total() == len(kinds):
         raise UserError(f"{var.matrix} holds no genes (its var rows are {listed}); choose another file or --layer")
     notes = [f"{counts.total()} of {len(kinds)} rows of var are no genes and are left out: {listed}"] if counts else []
-    return np.array([kind is None for kind in kinds], dtype=bool), notes
-
-
-def _kind_of(match: re.Match) -> str:
-    """What a name that matches _NO_GENE stands for."""
-    return next(group for group in ("spike_in", "antibody_tag", "peak") if match[group]).replace("_", "-")
+    return np.array([kind is None for kind in kinds], dtype=bool), dict(sorted(counts.items())), notes
 
 
 def _mark(kinds: list[str | None], found: list[str | None]) -> None:
@@ -243,7 +287,7 @@ def _refuse_numbers(var: _Var, names: list[str], is_gene: np.ndarray, gene_key: 
 
 def _columns_of_symbols(var: _Var, is_gene: np.ndarray, gene_key: str) -> list[str]:
     """The columns of var, or "index", that hold symbols; usual names first."""
-    usual = var.called(SYMBOL_COLUMNS)
+    usual = var.named_symbols
     others = [name for name in var.columns if name not in usual]
     found = [name for name in (*usual, *others) if name != gene_key and _are_symbols(var.readable(name), is_gene)]
     return found + (["index"] if gene_key != "index" and _are_symbols(var.index, is_gene) else [])
@@ -254,27 +298,28 @@ def _are_symbols(values: list[str | None] | None, is_gene: np.ndarray) -> bool:
     if values is None:
         return False
     known = [value for value, wanted in zip(values, is_gene.tolist(), strict=True) if wanted and value]
-    words = [value for value in known if not is_number(value) and not _ENSEMBL_ID.fullmatch(value) and " " not in value]
+    words = [value for value in known if not is_number(value) and not ENSEMBL_ID.fullmatch(value) and " " not in value]
     return len(known) >= MOST * is_gene.sum() and len(words) > MOST * len(known) and len(set(words)) > MOST * len(words)
 
 
 def _symbols_for_ids(var: _Var, names: list[str], is_gene: np.ndarray, gene_key: str) -> tuple[list[str], list[str]]:
     """([G] names, notes). When most names are Ensembl ids, they are replaced by symbols where there are some."""
-    ids = [i for i, name in enumerate(names) if is_gene[i] and _ENSEMBL_ID.fullmatch(name)]
+    ids = [i for i, name in enumerate(names) if is_gene[i] and ENSEMBL_ID.fullmatch(name)]
     if len(ids) <= MOST * is_gene.sum():
         return names, []  # a few genes without a symbol keep their id as it stands
     found = f"the gene names are Ensembl ids ({names[ids[0]]})"
     versionless = list(names)
     for i in ids:
-        versionless[i] = _VERSION.sub("", names[i])
+        versionless[i] = VERSION.sub("", names[i])
     columns = [
         name
-        for name in (*var.called(SYMBOL_COLUMNS), "index")
+        for name in (*var.named_symbols, "index")
         if name != gene_key and _are_symbols(var.index if name == "index" else var.readable(name), is_gene)
     ]
     if columns:
-        symbols = var.index if columns[0] == "index" else var.values(columns[0])
-        of_id = {i: _without_id(symbols[i]) for i in ids if symbols[i]}
+        values = var.index if columns[0] == "index" else var.values(columns[0])
+        symbols, _ = without_genome([value or "" for value in values])
+        of_id = {i: without_id(symbols[i]) for i in ids if symbols[i]}
         source = "index of var" if columns[0] == "index" else f"var column {columns[0]!r}"
     else:
         table = symbols_of({versionless[i].removesuffix("_PAR_Y") for i in ids})

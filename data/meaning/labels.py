@@ -2,33 +2,51 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import h5py
 
 from data.build.columns import Column, is_number
-from data.build.h5ad import column_names, has_categories_beside, nearest_names, open_h5ad, open_node, read_column
+from data.build.h5ad import (
+    as_text,
+    column_names,
+    has_categories_beside,
+    nearest_names,
+    open_h5ad,
+    open_node,
+    read_column,
+    table_index,
+)
 from data.errors import UserError
 from data.formats.stores import is_dataset
+from data.meaning.names import are_genes
 
 _SET_ASIDE = re.compile(
     r"\b(un|not ?)(assigned|classified|identified|annotated|labell?ed|determined|defined|resolved|known)\b"
     r"|\bambiguous\b|\b(doublets?|multiplets?|triplets?)\b|\blow ?q(uality|ual|c)?\b|\b(poor|bad) quality\b|\blowq\b"
     r"|\bdebris\b|\bfiltered\b|\bcontaminat(ed|ion|ing|ions|ants?)\b|\b(to be |to )?(removed?|excluded?|discard(ed)?)\b"
     r"|\bartifacts?\b|\bartefacts?\b|\bempty (droplets?|drops?)\b|^(dead|dying|damaged)( cells?)?$|^(junk|garbage|noise)$"
+    r"|^((native|animal|eukaryotic|somatic|human|mouse|single|other) )?cells?$|^others?$"
     r"|\bfailed qc\b|\bqc fail(ed)?\b|\bno (match|label|annotation|call)\b",
 )
 """Labels, in lower case and with blanks for - and _, of cells that an annotator set aside: no cell type."""
 _CELL_WORDS = re.compile(
     r"\b(cells?|t|b|nk|dc|cd4|cd8|treg|pdc|mono|macs?|neurons?|neural|glia|stem|progenitors?|mast|plasma|stroma\w*"
-    r"|platelets?|neutrophils?|eosinophils?|basophils?|erythroid|endotheli\w*|epitheli\w*|pericytes?|excitatory"
+    r"|hsc|mait|ilc\d?|cdc\d?|tuft|ductal|acinar|alpha|beta|delta|platelets?|neutrophils?|eosinophils?|basophils?|erythroid|endotheli\w*|epitheli\w*|pericytes?|excitatory"
     r"|inhibitory|myeloid|lymphoid|basal|ciliated|goblet|club|alveolar)\b|cytes?\b|blasts?\b|phages?\b|glia\b"
 )
 """Words of cell types, in lower case."""
 _CELL_TYPE_NAME = re.compile(r"cell.?(types?|class|subtypes?|labels?|states?|anno\w*)|^(cluster_)?annot\w*|^labels?$")
 """Names of obs columns, in lower case, that usually hold cell types."""
+_OTHER_NAME = re.compile(r"ontology_term_id$|^(suspension_?type|tissue_?type|assay)$")
+"""Names of obs columns, in lower case, whose values hold words of cell types but are none."""
+_TERM_ID = re.compile(r"[A-Za-z]+[:_]\d{4,}$")
+MOST_TYPES = 2000
+"""More distinct values than this are no cell types."""
 SAMPLED = 200
 """Values of a column that are looked at."""
+CELL_COLUMNS = ("cell_type", "donor_id", "suspension_type", "barcode", "n_genes", "n_genes_by_counts", "nCount_RNA")
+"""Columns of cells that are never columns of genes."""
 
 
 def names_no_cell_type(label: str) -> bool:
@@ -42,12 +60,21 @@ def kept_label(kept: Iterable[str]) -> Callable[[str], bool]:
     return lambda label: label.lower() in names
 
 
-def only_numbers(column: Column) -> list[str]:
-    """Some distinct values of a column when all its known values are numbers, else []."""
-    if not any(map(is_number, column.names)):
-        return []
-    used = list(column.counts())
-    return used[:3] if used and all(map(is_number, used)) else []
+def numbers_among_words(column: Column) -> set[str]:
+    """The values of a column that are numbers while others are words: clusters that an annotator left without a name.
+
+    https://github.com/scverse/anndata/issues/761
+    """
+    numbers = {name for name in column.counts() if is_number(name)}
+    return numbers if len(numbers) < len(column.counts()) else set()
+
+
+def only_codes(column: Column) -> tuple[str, list[str]]:
+    """("numbers" or "ids", some distinct values) when all known values of a column are such, else ("", [])."""
+    for what, is_code in {"numbers": is_number, "ids": is_term_id}.items():
+        if any(map(is_code, column.names)) and all(map(is_code, used := list(column.counts()))) and used:
+            return what, used[:3]
+    return "", []
 
 
 def columns_like_cell_types(path: str | os.PathLike) -> list[str]:
@@ -70,6 +97,20 @@ def hint_of_cell_types(path: str | os.PathLike) -> str:
         return f"no column looks like cell types; the file has {nearest_names('cell_type', column_names(file['obs']))}"
 
 
+def transposed(path: str | os.PathLike) -> str | None:
+    """Why a file seems to hold genes in the rows and cells in the columns; None when nothing speaks for it.
+
+    Readers of text tables often leave a matrix as it is in R. https://github.com/scverse/scvi-tools/issues/84
+    """
+    with open_h5ad(path) as file:
+        held = [name for name in column_names(file["var"]) if name in CELL_COLUMNS]
+        if held:
+            return f"the table of genes (var) has the columns {', '.join(map(repr, held))}"
+        index = table_index(file, "obs", path)
+        rows = [as_text(name, f"{path}: the index of obs") for name in index[: 10 * SAMPLED].tolist()]
+    return f"the cells (obs) are named {', '.join(rows[:3])}, ..." if are_genes(rows) else None
+
+
 def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
     """How much a column looks like cell types: 0 for not at all, at most 2."""
     node = open_node(file["obs"], name, path)
@@ -77,10 +118,20 @@ def _score(file: h5py.File, name: str, path: str | os.PathLike) -> float:
     try:
         if not is_words and not has_categories_beside(file["obs"], name):
             return 0.0  # measurements and flags
-        values = [value for value in read_column(file, "obs", name, path).names if not is_number(value)]
+        return likeness(name, read_column(file, "obs", name, path).names)
     except UserError:  # a column that cannot be read is no remedy
         return 0.0
-    if not 2 <= len(values) <= 2000 or name.lower().endswith("ontology_term_id"):
+
+
+def is_term_id(label: str) -> bool:
+    """Whether a label is an id of an ontology, such as CL:0000084."""
+    return _TERM_ID.match(label) is not None
+
+
+def likeness(name: str, values: Sequence[str]) -> float:
+    """How much a column with these distinct values looks like cell types: 0 for not at all, at most 2."""
+    values = [value for value in values if not is_number(value)]
+    if not 2 <= len(values) <= MOST_TYPES or _OTHER_NAME.search(name.lower()) or any(map(is_term_id, values)):
         return 0.0
     sample = values[:: max(1, len(values) // SAMPLED)]
     share = sum(_CELL_WORDS.search(value.lower()) is not None for value in sample) / len(sample)

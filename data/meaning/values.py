@@ -1,22 +1,23 @@
-"""The kind of a layer's values, judged from a sample of cells: counts, fractional counts, log counts or normalised."""
+"""The kind of a layer's values, judged from a sample of cells: counts, fractional counts, log counts or normalised.
+
+The same rule decides what a build does with the values and what an inspection says about them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data.build.matrix import (
-    LARGEST_LOG,
-    SAMPLE_RUN,
-    SAMPLE_RUNS,
-    Block,
-    Matrix,
-    _looks_scaled,
-    _unscaled,
-    check_values,
-    row_blocks,
-)
+from data.build.matrix import Block, Matrix, other_layers, row_blocks
 from data.errors import UserError
 
+SAMPLE_RUNS, SAMPLE_RUN = 8, 16
+"""Rows that are read to tell counts from log counts: 8 runs of 16 neighbouring rows, evenly spaced."""
+LARGEST_LOG = 25.0
+"""Larger values are not logarithms of counts: exp(25) is 7e10."""
+UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
+"""Thresholds of _looks_scaled."""
+FEW_NEGATIVE = 0.05
+"""Whole numbers of which at most this share is negative are counts with a fault; of scaled values about half are."""
 SAME_SUM = 0.01
 """Cells whose sums have at most this relative standard deviation were scaled to one sum."""
 WHOLE_WIDTH, WHOLE_SHARE, MOST_CELLS = 0.02, 0.95, 0.5
@@ -24,16 +25,23 @@ WHOLE_WIDTH, WHOLE_SHARE, MOST_CELLS = 0.02, 0.95, 0.5
 layer holds multiples when this share of the cells does."""
 FEWEST_VALUES = 5
 """Distinct values that a cell needs to be judged."""
+POOLED_VALUES = 200_000
+"""At most this many values of the sample are looked at together, as if they were of one cell."""
 WHOLE_VALUES = 0.3
 """Fractional counts of ambiguous reads are whole for at least this share of the values."""
 COMMON_GENES, FEWEST_CELLS, COUNT_DISPERSION = 20, 10, 0.4
 """Counts vary as their mean does, logarithms and roots far less: the median of variance / mean of the values > 0, over
 the genes that most cells express, is above COUNT_DISPERSION for counts. A gene needs FEWEST_CELLS cells."""
-_UNLOGGED: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
-    np.expm1,
-    lambda values: np.exp2(values) - 1,
-    lambda values: np.power(10.0, values) - 1,
+
+
+_INVERSES: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = (
+    ("log counts", np.expm1),
+    ("log counts", lambda values: np.exp2(values) - 1),
+    ("log counts", lambda values: np.power(10.0, values) - 1),
+    ("log counts", np.sinh),  # arcsinh of x, or of x / 5, is a logarithm for all but the smallest counts
+    ("normalised", np.square),
 )
+"""(kind, the values before a transformation that is in use): logarithms of 1 + x, arcsinh and the square root."""
 
 
 def gene_blocks(matrix: Matrix, rows: Sequence[int], is_gene: np.ndarray | None) -> Iterator[Block]:
@@ -53,7 +61,7 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
     """The kind of the values of a layer's genes, judged from a sample of `rows`.
 
     "counts": whole numbers. "fractional counts": counts that were corrected for ambient RNA or divided over genes.
-    "log counts": none larger than LARGEST_LOG. "normalised": all others. Raises UserError for values that cannot be
+    "log counts": logarithms. "normalised": all others, such as CPM or roots. Raises UserError for values that cannot be
     ranked by expression: see check_values and _looks_scaled.
     """
     # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
@@ -66,7 +74,7 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
             columns, values = block.row(i)
             cells.append(values)
             moments[:, columns] += [np.ones(len(values)), values, values**2]
-    if all((values == np.rint(values)).all() for values in cells):
+    if all(_are_whole(values) for values in cells):
         return "counts"
     distinct = [len(np.unique(values)) / max(1, len(values)) for values in cells]
     if not allow_scaled and _looks_scaled(distinct, moments):
@@ -74,30 +82,51 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
             f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order "
             f"of expression; {_unscaled(matrix)}"
         )
-    cells = [values for values in cells if len(values)]
-    if _are_fractional(cells, moments):
-        return "fractional counts"
-    return "log counts" if max(values.max() for values in cells) <= LARGEST_LOG else "normalised"
+    return _kind_of_cells([values for values in cells if len(values)], moments)
 
 
-def _are_fractional(cells: list[np.ndarray], moments: np.ndarray) -> bool:
-    """Whether values that are not whole are counts all the same.
+def kind_of_stored(values: np.ndarray) -> str:
+    """The kind of some stored values > 0 of a matrix whose whole rows are too expensive to read.
+
+    The sums and units of single cells are not known here, so large values that are not whole are called normalised.
+    """
+    if _are_whole(values):
+        return "counts"
+    kind = _kind_of_cells([values], np.zeros((3, 0)))
+    told = _units([values]) is not None or np.mean(values == np.rint(values)) >= WHOLE_VALUES
+    return "normalised" if kind == "fractional counts" and not told else kind
+
+
+def _kind_of_cells(cells: list[np.ndarray], moments: np.ndarray) -> str:
+    """The kind of values that are not all whole.
 
     cells: the values > 0 of each cell of the sample. moments: [3, G] number, sum and sum of squares of each gene's.
     Values that were made from counts show it: within a cell they are multiples of one unit (the value of one count),
-    or all cells have one sum. When this holds for the exponentials, the values are logarithms. Values that are neither,
-    as after a correction for ambient RNA (CellBender, SoupX, DecontX), are counts, unless they may be logarithms.
+    or all cells have one sum. When this holds for the values before a transformation, they were transformed. Values
+    that are neither, as after a correction for ambient RNA (CellBender, SoupX, DecontX), are counts, unless they may be
+    logarithms.
     """
-    small = max(values.max() for values in cells) <= LARGEST_LOG
-    if small and any(_same_sum(unlogged) or _units(unlogged) is not None for unlogged in _all_unlogged(cells)):
-        return False
     if _same_sum(cells):
-        return False
+        return "normalised"
     units = _units(cells)
     if units is not None:  # counts that were divided by the depth of their cell have another unit in each cell
-        return bool(np.std(np.log(units)) < SAME_SUM)
+        return "fractional counts" if np.std(np.log(units)) < SAME_SUM else "normalised"
+    small = max(values.max() for values in cells) <= LARGEST_LOG
+    for kind, inverse in _INVERSES:
+        if (small or kind != "log counts") and _was_transformed(cells, inverse):
+            return kind
     whole = np.mean(np.concatenate([values == np.rint(values) for values in cells]))
-    return bool(not small or whole >= WHOLE_VALUES or _dispersion(moments) > COUNT_DISPERSION)
+    fractional = not small or whole >= WHOLE_VALUES or _dispersion(moments) > COUNT_DISPERSION
+    return "fractional counts" if fractional else "log counts"
+
+
+def _was_transformed(cells: list[np.ndarray], inverse: Callable[[np.ndarray], np.ndarray]) -> bool:
+    """Whether the values before a transformation show that they were made from counts."""
+    return _same_sum([inverse(values) for values in cells]) or _units(cells, inverse) is not None
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())
 
 
 def _dispersion(moments: np.ndarray) -> float:
@@ -110,28 +139,92 @@ def _dispersion(moments: np.ndarray) -> float:
     return float(np.median((squares - number * mean**2) / (number - 1) / mean))
 
 
-def _all_unlogged(cells: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """The values before each logarithm that is in use: natural, to the base 2 and to the base 10, of 1 + x."""
-    for unlogged in _UNLOGGED:
-        yield [unlogged(values) for values in cells]
-
-
 def _same_sum(cells: list[np.ndarray]) -> bool:
     """Whether all cells have the same sum."""
     sums = np.array([values.sum() for values in cells])
     return len(cells) > 1 and bool(sums.std() <= SAME_SUM * sums.mean())
 
 
-def _units(cells: list[np.ndarray]) -> np.ndarray | None:
-    """The unit of each cell whose values are multiples of their smallest one. None when fewer than half of them are."""
-    units, judged = [], 0
-    for values in cells:
-        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # damaged files hold values next to 0
-            ratios = values / values.min()
-        ratios = ratios[ratios < 1 / WHOLE_WIDTH**2]  # larger ones have no digits left behind the point
-        if len(np.unique(np.rint(ratios))) < FEWEST_VALUES:
-            continue
-        judged += 1
-        if np.mean(np.abs(ratios - np.rint(ratios)) <= WHOLE_WIDTH) >= WHOLE_SHARE:
-            units.append(float(values.min()))
-    return np.array(units) if judged and len(units) >= MOST_CELLS * judged else None
+def _units(cells: list[np.ndarray], inverse: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray | None:
+    """The unit of each cell whose values are multiples of their smallest one. None when fewer than half of them are.
+
+    When the values of all cells together are multiples of one unit, that is the only unit: cells of a small panel have
+    too few values each. inverse: judges the values before a transformation.
+    """
+    pool = _unit(np.concatenate(cells)[:POOLED_VALUES], inverse)
+    if pool:
+        return np.array([pool])
+    judged = [unit for values in cells if (unit := _unit(values, inverse)) is not None]
+    found = np.array([unit for unit in judged if unit])
+    return found if judged and len(found) >= MOST_CELLS * len(judged) else None
+
+
+def _unit(values: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray] | None) -> float | None:
+    """The unit of which a cell's values are multiples; 0.0 when they are not, None when there are too few to tell.
+
+    Before a transformation, only values that are not whole tell something: 2**k - 1 and k * k are whole for each
+    whole k, which is a count as it stands.
+    """
+    distinct = np.unique(values)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # damaged files hold values next to 0
+        before = distinct if inverse is None else inverse(distinct)
+        ratios = before / before[0]
+    telling = ratios < 1 / WHOLE_WIDTH**2  # larger ones have no digits left behind the point
+    if inverse is not None:
+        telling &= distinct != np.rint(distinct)
+    ratios = ratios[telling]
+    if len(np.unique(np.rint(ratios))) < FEWEST_VALUES:
+        return None
+    return float(before[0]) if np.mean(np.abs(ratios - np.rint(ratios)) <= WHOLE_WIDTH) >= WHOLE_SHARE else 0.0
+
+
+# ---- values that cannot be ranked
+
+
+def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
+    """Raise UserError, with the layer's name, for a NaN, an infinity or a negative value in the rows of a block."""
+    stored = block.values  # one test for the whole block first: it nearly always passes
+    if np.isfinite(stored).all() and (allow_scaled or not stored.size or stored.min() >= 0):
+        return
+    for start, stop in zip(block.starts, block.stops, strict=True):  # bad values of rows between do not matter
+        values = block.values[start:stop]
+        if not np.isfinite(values).all():
+            raise UserError(f"{matrix} holds NaN or infinite values; {other_layers(matrix)}")
+        if not allow_scaled and values.size and values.min() < 0 and are_negative_counts(stored):
+            others = f", or {other_layers(matrix)}" if len(matrix.layers) > 1 else ""
+            raise UserError(
+                f"{matrix} holds negative counts, as CellBender 0.3.1 wrote them; run a later version of it{others}"
+            )
+        if not allow_scaled and values.size and values.min() < 0:
+            raise UserError(
+                f"{matrix} holds negative values, so it looks scaled and gives no order of expression; "
+                f"{_unscaled(matrix)}"
+            )
+
+
+def are_negative_counts(values: np.ndarray) -> bool:
+    """Whether values are counts of which a few are negative. https://github.com/broadinstitute/CellBender/issues/306"""
+    n_negative = int((values < 0).sum())
+    return 0 < n_negative <= FEW_NEGATIVE * np.count_nonzero(values) and _are_whole(values)
+
+
+def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
+    """Whether genes were scaled to variance 1 without being centred, so that no value is negative.
+
+    Two signs must hold together. First, values do not repeat within a cell. (Counts repeat; log TPM do not, so this
+    sign alone is not enough.) Second, nearly all genes that half of the cells express have standard deviation 1; genes
+    on a log scale do not.
+    distinct: per cell, number of distinct values / number of values. moments: [3, G] number, sum and sum of squares of
+    the values > 0 of each gene.
+    """
+    n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
+    if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
+        return False
+    _, total, squares = moments[:, often]
+    deviation = np.sqrt(np.maximum(squares - total**2 / n_cells, 0) / (n_cells - 1))
+    return float((np.abs(deviation - 1) <= UNIT_WIDTH).mean()) >= UNIT_SHARE
+
+
+def _unscaled(matrix: Matrix) -> str:
+    """The remedies for scaled values, for a message."""
+    return f"{other_layers(matrix, 'unscaled values')}, or go on with --allow-scaled"

@@ -1,14 +1,17 @@
-"""The report page's tables of what is wrong with answers: invalid formats, labels that are no candidate, repeats.
+"""The report's tables and lines on what is wrong with answers: invalid formats, labels that are no candidate, repeats.
 
 The counts are those of eval/reasons.py, from metrics.json; where it has none, they are counted from the answers.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
-from eval.reasons import SHOWN, hint_of, invalid_sentence, label_lists, verdict
+from eval.reasons import SHOWN, console_lines, hint_of, invalid_sentence, label_lists, sentences, verdict
 from eval.report.figures import STAGE_NAMES
 from eval.report.html import escape, html_table, note
-from eval.report.run import Evaluation
+from eval.report.run import Evaluation, Evaluations, evaluation_folder
+from eval.run_files import SPLITS, STAGES, read_result
 
 COLUMNS = ("reason, or label", "times", "for example", "remedy")
 
@@ -43,6 +46,27 @@ def _rows(stage: str, faults: dict[str, Any]) -> list[list[str] | str]:
 
 def _row(what: str, times: int, example: str, remedy: str) -> list[str]:
     return [escape(what), f"{times:,}", escape(example), escape(remedy) or "&ndash;"]
+
+
+def fault_lines(evaluations: Evaluations) -> list[str]:
+    """What is wrong with the answers of each stage and split, for the console: reasons with counts and remedies."""
+    lines = []
+    for split, of_stage in evaluations.items():
+        for stage, one in of_stage.items():
+            found = console_lines(one.faults)
+            lines += [f"{STAGE_NAMES[stage]}, {split}:", *(f"  {line}" for line in found)] if found else []
+    return lines
+
+
+def fault_sentences(run_dir: str | os.PathLike) -> str:
+    """The same in one line for each stage, split and kind of fault, from the metrics.json files of a run; "" for none."""
+    results = {
+        (stage, split): read_result(evaluation_folder(Path(run_dir), stage, split) / "metrics.json")
+        for stage in STAGES
+        for split in SPLITS
+    }
+    lines = [f"{stage} {split}: {said}" for (stage, split), one in results.items() for said in sentences(one)]
+    return "\n".join(lines)
 
 
 def warning(stage: str, one: Evaluation | None) -> str:

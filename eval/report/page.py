@@ -106,7 +106,12 @@ LINKS = {
 
 
 def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
-    """Write report.html into a run folder and return its path. The same folder gives the same bytes.
+    """Write report.html into a run folder and return its path; see `written_report`."""
+    return written_report(run_dir, show)[0]
+
+
+def written_report(run_dir: str | os.PathLike, show: int = 3) -> tuple[Path, Evaluations]:
+    """Write report.html into a run folder. The same folder gives the same bytes. Returns (its path, what it shows).
 
     show: number of best and of worst puzzles. Raises UserError when the folder holds nothing to show, or when its
     predictions and puzzles do not match.
@@ -134,7 +139,7 @@ def write_report(run_dir: str | os.PathLike, show: int = 3) -> Path:
     path = run_dir / "report.html"
     whole = page(headline(summary, evaluations), [_head(summary, evaluations), contents(links), *sections])
     write_whole(path, whole)
-    return path
+    return path, evaluations
 
 
 def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) -> str:

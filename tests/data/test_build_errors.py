@@ -109,7 +109,8 @@ def test_values_and_labels(tmp_path, atlas):
         adata.X = adata.X.toarray() - 1.0
 
     message = refusal([changed(atlas, tmp_path / "a.h5ad", scale)])
-    assert "layer 'X' holds negative values" in message and "--layer raw" in message and "--allow-scaled" in message
+    assert "layer 'X' holds negative values" in message and "add its counts as a layer" in message
+    assert "--allow-scaled" in message
 
     def spoil(adata):
         adata.X = np.full(adata.shape, np.nan, dtype=np.float32)

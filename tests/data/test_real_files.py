@@ -13,21 +13,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import sparse
 
 from data.build.build import build_puzzles
 from data.build.cells import read_cells
 from data.build.columns import clean_text
 from data.build.contexts import context_sentence, has_disease
-from data.build.matrix import open_matrix
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.errors import UserError
+from data.inspection.inspection import inspect_file
 from data.meaning.ensembl import TABLE, symbols_of
 from data.meaning.labels import columns_like_cell_types, names_no_cell_type
-from data.meaning.values import value_kind
 from launch.build import main
 
 SMALL = BuildConfig(min_cells=3, max_cells=4, top_genes=6, puzzles_per_n=4, test_puzzles_per_n=2)
@@ -162,6 +159,32 @@ def test_other_columns_that_are_numbers_are_refused(tmp_path, name):
     assert f"{name!r} holds only numbers (1)" in message and f"--constant {name}=VALUE" in message
     assert built(path, allow_numeric_labels=True)[0]
     assert built(path, constant=(f"{name}=eye",))[0]
+
+
+def test_ids_of_an_ontology_are_no_labels(tmp_path):
+    """CELLxGENE writes cell_type_ontology_term_id beside cell_type; a tool may keep the first only."""
+    ids = {"B cell": "CL:0000236", "classical monocyte": "CL:0000860", "mast cell": "CL:0000097"}
+    labels = [ids.get(label, "CL:0000623") for label in atlas().obs["cell_type"]]
+    path = with_obs(tmp_path / "a.h5ad", cell_type=labels, author_cell_type=atlas().obs["cell_type"])
+    message = refusal(path)
+    assert "'cell_type' holds only ids (CL:0000097, CL:0000236, CL:0000623, ...), which are no cell types" in message
+    assert "look like cell types: 'author_cell_type'" in message
+    assert built(path, allow_numeric_labels=True)[0]
+    assert inspect_file(path).used["cell_type"] == "author_cell_type"
+    path = with_obs(tmp_path / "b.h5ad", tissue="UBERON:0000178")
+    assert "'tissue' holds only ids (UBERON:0000178), so its words were lost" in refusal(path)
+    assert built(
+        with_obs(tmp_path / "c.h5ad", cell_type="CD4:1", author=atlas().obs["cell_type"]), cell_type_key="author"
+    )[0]
+
+
+def test_what_is_missing_in_all_cells_has_a_remedy(tmp_path):
+    path = with_obs(tmp_path / "a.h5ad", cell_type="unknown")
+    remedy = "all 64 cells were dropped (64 because no cell type); keep them with --cell-type-key COLUMN (or annotate them first)"
+    assert refusal(path) == f"{path}: {remedy}"
+    for donor in ("unknown", "pooled"):
+        message = refusal(with_obs(tmp_path / "b.h5ad", donor_id=donor))
+        assert message.endswith("; keep them with --donor-key COLUMN or --constant donor_id=NAME")
 
 
 def test_numbers_of_donors_and_batches_are_names(tmp_path):
@@ -438,48 +461,6 @@ def test_a_file_without_feature_name_is_told_where_symbols_are(tmp_path):
 # --- values
 
 
-def kind_of(tmp_path, matrix):
-    path = saved(
-        tmp_path / "kind.h5ad",
-        atlas([f"g{i}" for i in range(matrix.shape[1])], [f"i{i}" for i in range(matrix.shape[1])], matrix),
-    )
-    with open_matrix(path) as opened:
-        return value_kind(opened, np.arange(N_CELLS))
-
-
-def realistic_counts(depth=1500, genes=300):
-    rng = np.random.default_rng(5)
-    level = rng.lognormal(0, 1.5, genes)
-    depths = depth * rng.lognormal(0, 0.4, (N_CELLS, 1))
-    return rng.poisson(depths * level / level.sum()).astype(np.float64)
-
-
-def test_kinds_of_values(tmp_path):
-    counts = realistic_counts()
-    rng = np.random.default_rng(6)
-    scaled = 1e4 * counts / counts.sum(axis=1, keepdims=True)
-    assert kind_of(tmp_path, counts) == "counts"
-    for ambient in (
-        counts * rng.uniform(0.7, 1.0, counts.shape),  # DecontX
-        np.maximum(counts - rng.uniform(0, 0.4, counts.shape), 0),  # SoupX
-        np.where(rng.random(counts.shape) < 0.1, counts / 2, counts),  # alevin: reads of two genes are halved
-        counts / 2,
-    ):
-        assert kind_of(tmp_path, ambient) == "fractional counts"
-    shallow = realistic_counts(depth=70)
-    assert shallow.max() <= 25
-    assert kind_of(tmp_path, shallow * rng.uniform(0.7, 1.0, shallow.shape)) == "fractional counts"
-    for logged in (np.log1p(scaled), np.log2(1 + scaled), np.log10(1 + scaled), np.log1p(counts), np.log2(1 + counts)):
-        assert kind_of(tmp_path, logged) == "log counts"
-        assert kind_of(tmp_path, logged[:, :150]) == "log counts"  # of some of the genes
-    ambient = counts * rng.uniform(0.7, 1.0, counts.shape)
-    ambient_scaled = 1e4 * ambient / ambient.sum(axis=1, keepdims=True)
-    for logged in (np.log1p(ambient), np.log1p(ambient_scaled)[:, ::2]):  # no sum or unit shows that they were counts
-        assert kind_of(tmp_path, logged) == "log counts"
-    for normalised in (scaled, scaled[:, :150], 1e6 * counts / counts.sum(axis=1, keepdims=True)):
-        assert kind_of(tmp_path, normalised) == "normalised"
-
-
 def test_fractional_counts_are_scaled_to_one_depth_before_a_mean(tmp_path):
     """Donor d0's B cells: a deep cell with much LYZ must not outweigh three shallow ones with CD3D."""
     adata = atlas()
@@ -519,55 +500,3 @@ def test_lost_puzzles_are_told_on_the_console(tmp_path):
     report = built(path, puzzles_per_n=9)[1]
     lost = sum(split["puzzles_with_a_cell_without_genes"] for split in report["splits"].values() if split)
     assert lost and f"note: {lost} of " in done.output and "cells drawn have no expressed gene" in done.output
-
-
-# --- one set of facts, many encodings
-
-COLUMNS = st.sampled_from(["categorical", "strings", "integers", "nullable"])
-GENE_NAMES = st.sampled_from(["feature_name", "ids and symbols", "ids only", "symbols", "suffixes", "with tags"])
-PLACES = st.sampled_from(["X", "raw", "layer", "csc", "dense"])
-
-
-def write_encoded(path, encodings, genes, place):
-    """The facts of `atlas` in one of many encodings. Returns the options that read it."""
-    adata, options = atlas(), {}
-    for name, encoding in encodings.items():
-        values = adata.obs[name].astype(str)
-        adata.obs[name] = values.astype("category" if encoding == "categorical" else object)
-        if encoding == "nullable":
-            adata.obs[name] = pd.array(values, dtype="string")
-    if genes == "suffixes":
-        adata.var["feature_name"] = [f"{name}_{gene}" for name, gene in zip(SYMBOLS, IDS, strict=True)]
-    elif genes == "symbols":
-        adata.var = adata.var.set_index("feature_name", drop=True).rename_axis(None)
-    elif genes.startswith("ids"):
-        adata.var = adata.var.rename(columns={"feature_name": "gene_symbols"})
-        adata.var = adata.var if genes == "ids and symbols" else adata.var[[]]
-    elif genes == "with tags":
-        counts = np.hstack([adata.X.toarray(), np.full((N_CELLS, 1), 77.0)]).astype(np.float32)
-        var = pd.DataFrame({"feature_name": [*SYMBOLS, "CD3"]}, index=[*IDS, "CD3"])
-        var["feature_types"] = ["Gene Expression"] * 10 + ["Antibody Capture"]
-        adata = anndata.AnnData(sparse.csr_matrix(counts), obs=adata.obs, var=var)
-    if genes in ("symbols", "ids and symbols", "ids only"):
-        options["gene_key"] = "index"
-    scaled = (adata.X.toarray() - 4).astype(np.float32)
-    if place == "raw":
-        adata.raw, adata.X = adata.copy(), scaled
-    elif place == "layer":
-        adata.layers["counts"], adata.X = adata.X.copy(), scaled
-        options["layer"] = "counts"
-    elif place != "X":
-        adata.X = sparse.csc_matrix(adata.X) if place == "csc" else adata.X.toarray()
-    with anndata.settings.override(allow_write_nullable_strings=True):
-        adata.write_h5ad(path)
-    as_integers(path, [name for name, encoding in encodings.items() if encoding == "integers"])
-    return options
-
-
-@pytest.mark.slow(3)
-@settings(max_examples=40, deadline=None)
-@given(st.fixed_dictionaries(dict.fromkeys(FACTORS, COLUMNS)), GENE_NAMES, PLACES)
-def test_the_encoding_of_the_facts_does_not_matter(tmp_path_factory, plain, encodings, genes, place):
-    path = tmp_path_factory.mktemp("encoded") / "a.h5ad"
-    options = write_encoded(path, encodings, genes, place)
-    assert built(path, **options)[0] == plain[1]

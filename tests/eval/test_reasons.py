@@ -12,6 +12,7 @@ from data.variants import convert
 from eval.evaluation import evaluation_of
 from eval.metrics import answer_of, scores_of
 from eval.reasons import contained_candidate, faults_of, finish_reasons, scored_answers, shortened, verdict
+from eval.report.faults import fault_sentences
 from eval.report.page import write_report
 from tests.eval.test_evaluate import Server, evaluate, evaluated, metrics_of
 from tests.eval.test_report import SCRIPT, cells_of, read
@@ -371,6 +372,18 @@ def test_the_page_says_it_near_the_headline(run_dir):
         kept = {key: value for key, value in result.items() if key not in ("invalid_reasons", "label_problems")}
         file.write_text(json.dumps(kept))
     assert write_report(run_dir).read_text() == page
+
+
+def test_the_console_of_a_report_and_of_a_demo_says_it(run_dir):
+    said = succeed("report", "--run", run_dir)
+    assert (
+        "before training, test:\n  6 of 6 answers have an invalid format: `<think>` occurs 0 times, not once\n" in said
+    )
+    assert f"{OPENING}\n" in said and "  labels that are no candidate: 24 of 24 labels" in said
+    assert said.index("after SFT, test:") > said.index("before training, test:")
+    lines = fault_sentences(run_dir).splitlines()
+    assert lines[0] == "base test: 6 of 6 answers have an invalid format: `<think>` occurs 0 times, not once"
+    assert lines[1].startswith("sft test: labels that are no candidate: 24 of 24 labels; 21 of them contain one")
 
 
 def test_the_page_says_nothing_when_nothing_is_wrong(run_dir):

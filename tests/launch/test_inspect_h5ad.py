@@ -157,8 +157,7 @@ def test_other_encodings(tmp_path, encoding):
 def test_the_sample_of_an_expensive_matrix(tmp_path, monkeypatch):
     """A CSC or a dense matrix of millions of cells is judged from stored values, without whole rows."""
     monkeypatch.setattr("data.inspection.layers.BUDGET_BYTES", 0)
-    monkeypatch.setattr("data.inspection.layers.row_blocks", None)
-    monkeypatch.setattr("data.inspection.layers.value_kind", None)
+    monkeypatch.setattr("data.meaning.values.row_blocks", None)
     for encoding in (sparse.csc_matrix, lambda matrix: matrix.toarray()):
 
         def change(adata, encoding=encoding):
@@ -285,15 +284,17 @@ def test_gene_names(tmp_path):
     assert (facts.genes.key, facts.genes.kind) == ("index", "Ensembl ids") and "Ensembl ids" in facts.notes[0]
     facts = inspect_file(cells(tmp_path / "c.h5ad", numbers))
     assert facts.genes.key is None and facts.problems == [
-        "all gene names are numbers: they were lost in an export; add a var column with the symbols"
+        "the gene names in the index of var are numbers (0, 1, 2), so the names were lost when the file was written; "
+        "no column of var has symbols: export the file again with the gene names"
     ]
     facts = inspect_file(cells(tmp_path / "d.h5ad", tags))
     assert facts.genes.feature_types == {"Gene Expression": 20, "Antibody Capture": 4}
-    assert "features that are no genes: 4 Antibody Capture" in facts.notes
+    assert "4 of 24 rows of var are no genes and are left out: 4 'Antibody Capture'" in facts.notes
     facts = inspect_file(cells(tmp_path / "e.h5ad", spikes))
-    assert facts.genes.spike_ins == 2 and "2 features are spike-ins (ERCC), not genes" in facts.notes
+    assert facts.genes.spike_ins == 2
+    assert "2 of 24 rows of var are no genes and are left out: 2 'spike-in'" in facts.notes
     facts = inspect_file(cells(tmp_path / "f.h5ad", peaks))
-    assert "no feature is of the type 'Gene Expression' (the file has Peaks)" in facts.problems[0]
+    assert "layer 'X' holds no genes (its var rows are 24 'Peaks')" in facts.problems[0]
 
 
 def test_cells_without_a_gene_are_counted(tmp_path):
