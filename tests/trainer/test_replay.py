@@ -1,6 +1,7 @@
 """Step bundles, their replay, the loss ledger, and the first bad token: with real runs of the command."""
 
 import csv
+import importlib.util
 import json
 import math
 import re
@@ -170,6 +171,23 @@ def test_another_base_checkpoint_is_noticed(pipeline, on_policy, tmp_path):
     assert code == 1 and "DIFFERS" in text
     difference = re.search(r"reference log-probs computed again: largest difference (\S+)", text)
     assert float(difference[1]) > 1e-4
+
+
+def test_a_replay_uses_the_attention_of_this_machine_and_needs_no_optimizer(on_policy, tmp_path, monkeypatch):
+    """A bundle of a GPU run with flash-attn and 8-bit AdamW, looked at on a laptop without these packages."""
+    bundle = tmp_path / "step-000001"
+    shutil.copytree(on_policy / "steps/step-000001", bundle)
+    content = json.loads((bundle / "bundle.json").read_text())
+    content["settings"] |= {"attn": "flash", "optimizer": "adamw8bit"}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: name != "bitsandbytes" and find(name, *more))
+    code, text, error = replay(bundle)
+    # the numbers recorded here are of PyTorch's kernels, so they are found again
+    assert code == 0 and re.search(r"gradient_hash +recorded .*equal", text), error
+    assert "note: the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised\n" in text
+    # and nothing is said of a replay that computes as its run
+    assert "note:" not in replay(on_policy / "steps/step-000001")[1]
 
 
 def test_a_bad_bundle_is_one_sentence(on_policy, tmp_path):

@@ -23,6 +23,7 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
         f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
         f"{bundle.denominators.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
     ]
+    lines += [f"note: {sentence}" for sentence in replayed.unlike]
     if bundle.problem:
         lines.append(f"recorded    stopped: {bundle.problem}")
     if replayed.bad is not None:

@@ -7,14 +7,18 @@ import torch
 
 from data.errors import UserError
 from rollout.sync import adapter_hash
+from trainer.config import GrpoConfig
 from trainer.grpo import logprobs_before_update, loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
+from trainer.model.attention import why_no_flash
 from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 from trainer.policy import Policy
 from trainer.record.bundle import Bundle
 from trainer.record.nonfinite import BadToken, bad_term_of
 from trainer.start.parts import load_policy
+
+DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Replayed:
     checkpoint has changed. None if beta is 0."""
     old_difference: float | None
     """The same for the old log-probs; None unless the batch's first update of several is replayed."""
+    unlike: list[str]
+    """Where the replay cannot compute as the run did, so that equal bytes are not promised: sentences."""
 
     def equals(self, bundle: Bundle) -> bool:
         """Are loss and gradient bit for bit those recorded?"""
@@ -52,7 +58,8 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     adapter does not fit it.
     """
     torch.set_num_threads(bundle.threads)
-    policy = policy_of(bundle, model)
+    config, unlike = settings_here(bundle, model)
+    policy = policy_of(bundle, config)
     parameters = list(policy.trainable().values())
     sums = [TokenSums() for _ in bundle.ranks]
     terms: list[list[LossTerms]] = [[] for _ in bundle.ranks]
@@ -87,13 +94,25 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
         bad=bad,
         reference_difference=_difference(policy, bundle, "ref_logprobs"),
         old_difference=_difference(policy, bundle, "old_logprobs"),
+        unlike=unlike,
     )
 
 
-def policy_of(bundle: Bundle, model: str | None) -> Policy:
-    """The policy as it was before the step, unsharded. model: as for replay()."""
-    config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
-    policy = load_policy(config, torch.device("cpu"))  # unsharded, whatever the run was
+def settings_here(bundle: Bundle, model: str | None) -> tuple[GrpoConfig, list[str]]:
+    """(the run's settings as this machine can follow them, sentences on what differs). model: as for replay()."""
+    config, unlike = bundle.config, []
+    if model is not None:
+        config = dataclasses.replace(config, model=model)
+    # not attention_name(): its refusal is for a run, whose user can leave the option out
+    if config.attn == "flash" and why_no_flash(DEVICE):
+        config = dataclasses.replace(config, attn="sdpa")
+        unlike.append("the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised")
+    return config, unlike
+
+
+def policy_of(bundle: Bundle, config: GrpoConfig) -> Policy:
+    """The policy as it was before the step, unsharded. config: of settings_here()."""
+    policy = load_policy(config, DEVICE)  # unsharded, whatever the run was
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
     if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
         raise UserError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")
