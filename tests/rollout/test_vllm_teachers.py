@@ -93,7 +93,16 @@ def vllm_server(checkpoint, tmp_path_factory):
                 time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # vLLM removes its shared memory (some 420 MB in /dev/shm) only where it may end by itself
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # whoever of its session is left
+        except ProcessLookupError:
+            pass
         process.wait()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,8 +15,8 @@ from trainer.model.attention import why_no_flash
 from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 from trainer.policy import Policy
-from trainer.record.bundle import Bundle
-from trainer.record.nonfinite import BadToken, bad_term_of
+from trainer.record.bundle import Bundle, StepInputs
+from trainer.record.nonfinite import BadToken, bad_term_of, find_bad_gradient
 from trainer.start.parts import load_policy
 
 DEVICE = torch.device("cpu")
@@ -36,6 +37,8 @@ class Replayed:
     """terms[rank][micro-batch]"""
     bad: tuple[int, MicroBatch, BadToken] | None
     """(rank, micro-batch, token) of the first term that is not finite."""
+    bad_gradient: tuple[int, MicroBatch, BadToken] | None
+    """The same of the first token whose share of the gradient is not finite, where all terms are finite."""
     reference_difference: float | None
     """Largest |recorded - recomputed| of the reference log-probs in nats; more than rounding means that the base
     checkpoint has changed. None if beta is 0."""
@@ -85,6 +88,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
             p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
         ]
     norm = torch.nn.utils.get_total_norm(gradients)  # of the sum over ranks, as in grpo.sum_gradients
+    bad_gradient = None if bad or torch.isfinite(norm) else first_bad_share(bundle, policy)
     return Replayed(
         policy=policy,
         loss=sum(s.sums["loss"] for s in sums),  # in float64, as World.total
@@ -92,10 +96,25 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
         gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
         terms=terms,
         bad=bad,
+        bad_gradient=bad_gradient,
         reference_difference=_difference(policy, bundle, "ref_logprobs"),
         old_difference=_difference(policy, bundle, "old_logprobs"),
         unlike=unlike,
     )
+
+
+def first_bad_share(bundle: Bundle, policy: Policy) -> tuple[int, MicroBatch, BadToken] | None:
+    """(rank, micro-batch, token) of the first token with a gradient that is not finite; None if only sums overflow."""
+    parameters = list(policy.trainable().values())
+    for rank, inputs in enumerate(bundle.ranks):
+        terms_of = partial(_terms, policy, inputs, bundle)
+        if found := find_bad_gradient(inputs.micro_batches, terms_of, parameters):
+            return rank, *found
+    return None
+
+
+def _terms(policy: Policy, inputs: StepInputs, bundle: Bundle, micro: MicroBatch) -> LossTerms:
+    return loss_terms(policy, micro, inputs.denominators, bundle.config)
 
 
 def settings_here(bundle: Bundle, model: str | None) -> tuple[GrpoConfig, list[str]]:
