@@ -11,7 +11,6 @@ from data.errors import UserError
 from data.prompts import CANDIDATES_HEAD, SYSTEM_MESSAGE
 from data.puzzles import read_puzzles
 from launch.options import command, option
-from trainer.model.embedded import Shape, create_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,12 @@ def main(config: CreatePolicyConfig) -> None:
     if not config.puzzles:
         raise UserError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
     puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
-    texts = {text for p in puzzles for text in (p.user_message, p.system_message, p.to_row()["assistant_msg"])}
     named = [puzzle for path in config.words_of for puzzle in read_puzzles(path)]
+
+    # torch and transformers take seconds to load: not before the files are known to be good
+    from trainer.model.embedded import Shape, create_policy
+
+    texts = {text for p in puzzles for text in (p.user_message, p.system_message, p.to_row()["assistant_msg"])}
     words = {gene for puzzle in (*puzzles, *named) for cell in puzzle.cells for gene in cell}
     words |= {word for puzzle in named for word in puzzle.context.split()}
     words |= {gene for entry in read_markers().values() for gene in entry.markers}

@@ -7,15 +7,25 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from rollout.sync import Canary, Manifest, Parcel, RunError, broadcast_adapter
 
-__all__ = ["Ahead", "Canary", "Engine", "LocalEngine", "Rollout", "RunError", "Sampling", "stable_seed"]
+__all__ = [
+    "Ahead",
+    "Canary",
+    "Engine",
+    "LocalEngine",
+    "Rollout",
+    "RunError",
+    "Sampling",
+    "group_numbers",
+    "stable_seed",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +222,23 @@ def count_repeats(puzzle_ids: Sequence[str]) -> list[int]:
         repeats.append(seen[name])
         seen[name] += 1
     return repeats
+
+
+def group_numbers(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """[N] number of the group, from 0, of each response in rows of rollouts.jsonl. A puzzle may have several groups.
+
+    Responses of a group count up from 1, so a response that does not count on begins another group. This also holds
+    where some rows of a group were left out.
+    """
+    numbers, number, before = [], -1, None
+    for row in rows:
+        # a ledger's rows are of one step, and do not name it
+        group = (row.get("step"), row["puzzle_id"])
+        if before is None or group != before[0] or row["response"] <= before[1]:
+            number += 1
+        before = (group, row["response"])
+        numbers.append(number)
+    return numbers
 
 
 def stable_seed(*parts: object) -> int:

@@ -1,17 +1,21 @@
 """The meeting point of a run's trainers and samplers: a TCPStore on one interface and one port.
 
-Orders, answers and rollouts are signed with the run's token. A store of another run and a value of another writer are
-refused. This keeps runs apart, but it is no protection against an attacker: the token travels through torchrun's own
-store, which has no authentication, so the network between the nodes must be trusted.
+Orders, answers, rollouts and notices (who is lost, what failed) are signed with the run's token. A store of another run
+and a value of another writer are refused. This keeps runs apart, but it is no protection against an attacker: the token
+travels through torchrun's own store, which has no authentication, and the adapter's process group meets in the store
+unsigned. So the network between the nodes must be trusted.
 """
 
 import hmac
 import json
+import re
 import secrets
 import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any
 
 import psutil
@@ -82,7 +86,8 @@ def join_store(address: Address, who: str) -> dist.TCPStore:
         store = dist.TCPStore(
             address.host, address.port, timeout=timedelta(seconds=JOIN_SECONDS), wait_for_workers=False
         )
-        ours = hmac.compare_digest(store.get("who").decode(), _sign(address.token, "who"))
+        # bytes, since another program may have stored what is no text
+        ours = hmac.compare_digest(store.get("who"), _sign(address.token, "who").encode())
     except dist.DistError:
         raise RunError(f"{who}: nobody answers at {where}, where the trainers' store should be") from None
     if not ours:
@@ -137,20 +142,56 @@ def put_signed(store: dist.Store, key: str, value: Any, token: str) -> None:
 def take_signed(store: dist.Store, key: str, token: str) -> Any:
     """Remove the value of a key from the store and return it. None if it is not there (a stored value is never None).
 
-    A value that is not signed with the run's token is dropped, and a line on stderr says so.
+    A value that is not signed with the run's token, whatever it looks like, is dropped, and a line on stderr says so.
     """
     if not store.check([key]):
         return None
-    number, signature = store.get(key).decode().split(" ")
-    names = [f"{key}/{part}" for part in range(int(number))]
-    data = b"".join(store.get(name) for name in names)
-    # a key has one reader, so nobody looks for a part between its get and its end
-    for name in (*names, key):
-        store.delete_key(name)
-    if not hmac.compare_digest(signature, _sign(token, key, data)):
-        print(f"refused {key}: its writer does not know this run's token", file=sys.stderr, flush=True)
+    # four digits: 40 GB, more than any value. Else a foreign value could make this process ask for parts for hours
+    head = re.fullmatch(rb"(\d{1,4}) ([0-9a-f]{64})", store.get(key))
+    names = [f"{key}/{part}" for part in range(int(head[1]))] if head else []
+    # check: a get of a part that is not there would wait for it
+    whole = head is not None and (not names or store.check(names))
+    data = b"".join(store.get(name) for name in names) if whole else b""
+    drop(store, key)  # a key has one reader, so nobody looks for a part between its get and its end
+    if not whole or not hmac.compare_digest(head[2], _sign(token, key, data).encode()):
+        print(refusal(key), file=sys.stderr, flush=True)
         return None
     return json.loads(data)
+
+
+def drop(store: dist.Store, key: str) -> None:
+    """Remove a value of put_signed, or what there is of it."""
+    store.delete_key(key)
+    for part in count():
+        if not store.delete_key(f"{key}/{part}"):
+            return
+
+
+def post_notice(store: dist.Store, key: str, text: str, token: str) -> None:
+    """Store a short signed text that stays, for any number of readers. The last of several writers wins."""
+    # one value and not parts: those of two writers at once could mix
+    store.set(key, f"{_sign(token, key, text.encode())} {text}")
+
+
+def read_notice(store: dist.Store, key: str, token: str) -> str | None:
+    """The text under a key; None if there is none that is signed with the run's token. Nothing is removed."""
+    if not store.check([key]):
+        return None
+    signature, _, text = store.get(key).partition(b" ")
+    if hmac.compare_digest(signature, _sign(token, key, text).encode()):
+        return text.decode()
+    _say_once(refusal(key))  # it stays, since a removal could meet the true writer's text
+    return None
+
+
+def refusal(key: str) -> str:
+    return f"refused {key}: its writer does not know this run's token"
+
+
+@cache
+def _say_once(text: str) -> None:
+    # notices are looked for many times a second
+    print(text, file=sys.stderr, flush=True)
 
 
 def _sign(token: str, key: str, data: bytes = b"") -> str:

@@ -23,7 +23,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rollout import Rollout, Sampling, count_repeats
-from rollout.link import JOIN_SECONDS, Address, address_facing, join_store, make_group, put_signed, take_signed
+from rollout.link import (
+    JOIN_SECONDS,
+    Address,
+    address_facing,
+    drop,
+    join_store,
+    make_group,
+    post_notice,
+    put_signed,
+    read_notice,
+    take_signed,
+)
 from rollout.sync import Canary, Manifest, Parcel, RunError, SyncError, manifest_hash
 
 
@@ -189,15 +200,17 @@ class SplitEngine:
             orders.put(None)  # ends the thread's loop, after all earlier orders
         for thread in self.threads:
             thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
-        if self.store.check(["failure"]):  # the last adapter was not sampled from, but its hand-over is proven too
-            raise SamplerLost(self.store.get("failure").decode())
+        self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 
     def _check_failure(self, what: str) -> None:
         """Sleep briefly. Raises SamplerLost if a sampler is gone; every rank that polls sees the same failure."""
         with self.waiting(what):
             time.sleep(0.01)
-        if self.store.check(["failure"]):
-            raise SamplerLost(self.store.get("failure").decode())
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if (failure := read_notice(self.store, "failure", self.address.token)) is not None:
+            raise SamplerLost(failure)
 
     # ---- a thread per sampler, on rank 0
 
@@ -207,17 +220,20 @@ class SplitEngine:
         try:
             self._work(engine, store)
         except RunError as error:
-            store.set("failure", str(error))
+            post_notice(store, "failure", str(error), self.address.token)
         finally:
             # any other error is a bug: Python prints its traceback, and no rank may wait for this thread for ever
             if (error := sys.exception()) is not None:
-                store.set("failure", f"sampler {engine}: {type(error).__name__}: {error}")
+                post_notice(store, "failure", f"sampler {engine}: {type(error).__name__}: {error}", self.address.token)
 
     def _work(self, engine: int, store: dist.Store) -> None:
         last_load: Load | None = None
         session = None
+        repeated: list[Generate] = []
         for item in iter(self.queues[engine].get, None):  # None comes from close()
-            last_load = item if isinstance(item, Load) else last_load
+            if isinstance(item, Load):
+                last_load = item
+                repeated = self._drop_repeats(repeated, item.version, store)
             for attempt in count():
                 try:
                     if session is None:
@@ -225,9 +241,13 @@ class SplitEngine:
                         if item is not last_load and last_load is not None:  # a restarted sampler has no adapter
                             session.load(last_load)
                     # after a restart the whole order is repeated; its rollouts are the same, since its seed is
+                    if attempt and isinstance(item, Generate):
+                        repeated.append(item)
                     session.load(item) if isinstance(item, Load) else session.generate(item)
                     break
                 except SamplerLost as lost:
+                    if session is not None:
+                        session.forget()
                     session = None  # the next try makes a new group with the new process
                     if self.restarts_left[engine] == 0:
                         raise
@@ -237,9 +257,21 @@ class SplitEngine:
         if session is not None:
             session.stop()
 
+    def _drop_repeats(self, repeated: list[Generate], version: int, store: dist.Store) -> list[Generate]:
+        """Remove what was put again for ranks that had taken it already. version: of the adapter that is to be loaded.
+
+        Returns the orders that ranks may still collect from.
+        """
+        # an adapter of `version` is delivered once all ranks have collected, and trained on, all steps before it
+        for item in repeated:
+            for place in item.places if item.step < version else []:
+                drop(store, f"rollouts/{item.step}/{place}")
+        return [item for item in repeated if item.step >= version]
+
     def _generation(self, engine: int) -> int:
         """How often a sampler was restarted so far."""
-        return next(g for g in count() if not self.store.check([f"e{engine}/g{g}/lost"]))
+        token = self.address.token
+        return next(g for g in count() if read_notice(self.store, f"e{engine}/g{g}/lost", token) is None)
 
 
 class Session:
@@ -252,7 +284,7 @@ class Session:
         for member in range(owner.members):
             self._await(f"{self.prefix}/hello/{member}")
         # only now: making the group blocks until all are there, and a process that died while loading would never come
-        store.set(f"{self.prefix}/group", "come")
+        post_notice(store, f"{self.prefix}/group", "come", self.token)
         self.group = make_group(
             dist.PrefixStore(self.prefix, store), 0, 1 + owner.members, owner.address.host, owner.device
         )
@@ -305,6 +337,12 @@ class Session:
         self._order({"do": "stop"})
         self._answers()
 
+    def forget(self) -> None:
+        """After the sampler's death: remove the order that it did not take, and the answers to it."""
+        for member in range(self.owner.members):
+            drop(self.store, f"{self.prefix}/order/{self.orders}/{member}")
+            drop(self.store, f"{self.prefix}/answer/{self.orders}/{member}")
+
     def _order(self, order: dict) -> None:
         self.orders += 1  # counted on both sides, so an order is never carried out twice
         for member in range(self.owner.members):
@@ -341,8 +379,8 @@ class Session:
             self._check_alive()
 
     def _check_alive(self) -> None:
-        if self.store.check([f"{self.prefix}/lost"]):
-            raise SamplerLost(self.store.get(f"{self.prefix}/lost").decode())
+        if (lost := read_notice(self.store, f"{self.prefix}/lost", self.token)) is not None:
+            raise SamplerLost(lost)
 
     def _lost_or(self, error: RuntimeError) -> None:
         """After a failed broadcast. Raises SamplerLost if the keeper reports a death within 10 s, else SyncError."""
@@ -365,7 +403,7 @@ class SamplerEnd:
     def hello(self) -> None:
         """Report, signed with the token, that the model is loaded, and join the group."""
         put_signed(self.store, f"{self.prefix}/hello/{self.member}", {"pid": os.getpid()}, self.address.token)
-        while not self.store.check([f"{self.prefix}/group"]):
+        while read_notice(self.store, f"{self.prefix}/group", self.address.token) is None:
             time.sleep(0.02)
         self.group = make_group(
             dist.PrefixStore(self.prefix, self.store),

@@ -59,7 +59,10 @@ VERBS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "__main__
 @pytest.mark.slow(2)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_command_starts_as_a_user_starts_it(verb):
-    assert succeed(verb, "--help", fresh=True).startswith(f"Usage: {verb}.py ")
+    helped = run_command(verb, "--help", fresh=True, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert helped.returncode == 0 and helped.stdout.startswith(f"Usage: {verb}.py "), helped.stderr[-2000:]
+    loaded = {line.rpartition("|")[2].strip() for line in helped.stderr.splitlines()}
+    assert "click" in loaded and not loaded & {"transformers", "peft", "vllm"}, "seconds before a word of help"
     wrong = run_command(verb, "--no-such-option")
     assert wrong.returncode == 2 and "No such option" in wrong.stderr and not wrong.stdout
 

@@ -385,14 +385,18 @@ def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None,
     bad_term = world.largest(float(found is not None)) > 0  # sync point: all ranks raise, or none
     if not bad_term and torch.isfinite(norm):  # norm is of the sum: the same on all ranks
         return
-    if not bad_term and not policy.sharded:  # one rank alone cannot run sharded layers: the replay finds the token
+    if not bad_term and not policy.sharded:  # one rank alone cannot run sharded layers
         parameters = list(policy.trainable().values())
         found = find_bad_gradient(
             batch.micro_batches, lambda micro: loss_terms(policy, micro, batch.denominators, cfg), parameters
         )
     sentences = world.gather_in_rank_order(describe_bad_token(found, batch.responses, world.rank))
-    sum_alone = "the gradient or its norm is not finite, although each token's own share of it is"
-    sentence = next((text for text in sentences if text), sum_alone)
+    what_else = (
+        "; under --shard fsdp the replay looks for the token"
+        if policy.sharded
+        else ", although each token's own share of it is"
+    )
+    sentence = next((text for text in sentences if text), f"the gradient or its norm is not finite{what_else}")
     record = StepRecord(step=now.step + 1, config=cfg, adapter=policy.adapter_tensors(), recorded={}, problem=sentence)
     bundle = write_bundle(now.out, record, batch, world)
     raise FloatingPointError(

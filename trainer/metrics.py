@@ -155,6 +155,9 @@ def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
     all_rewards = torch.tensor([reward for group in scored for reward in group], dtype=torch.float64)
     deviations = [torch.tensor(group, dtype=torch.float64).std().item() if len(group) > 1 else 0.0 for group in scored]
     kinds = Counter(_group_kind(group) for group in scored)
+    shares = {kind: kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed", "unscored")}
+    if kinds["all_equal"]:  # a reward of 1, 0 and -1 has none
+        shares["all_equal"] = kinds["all_equal"] / len(groups)
     parts: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row["parts"].items():
@@ -162,9 +165,9 @@ def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
     return {
         "reward": all_rewards.mean().item() if len(all_rewards) else None,
         "reward_std": sum(deviations) / len(groups),  # within groups: what advantages are made of
-        "frac_reward_zero_std": (kinds["all_right"] + kinds["all_wrong"]) / len(groups),
+        "frac_reward_zero_std": (kinds["all_right"] + kinds["all_wrong"] + kinds["all_equal"]) / len(groups),
         **{f"rewards/{name}": sum(values) / len(values) for name, values in sorted(parts.items())},
-        **{f"groups/{kind}": kinds[kind] / len(groups) for kind in ("all_right", "all_wrong", "mixed", "unscored")},
+        **{f"groups/{kind}": share for kind, share in shares.items()},
         "groups/dropped_responses": (len(rows) - len(all_rewards)) / len(rows),
     }
 
@@ -175,7 +178,8 @@ def _group_kind(rewards: list[float]) -> str:
         return "unscored"
     if len(set(rewards)) > 1:
         return "mixed"
-    return "all_right" if rewards[0] >= 1 else "all_wrong"  # any other equal reward counts as wrong
+    # of any other value nobody here knows whether it is the best or the worst that the reward function gives
+    return {1: "all_right", 0: "all_wrong", -1: "all_wrong"}.get(rewards[0], "all_equal")
 
 
 def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
@@ -186,7 +190,9 @@ def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
     on_policy = cfg.updates_per_batch == 1
     if metrics["groups/mixed"] == 0:
         which = "groups all right or all wrong"
-        if metrics["groups/all_right"] == 1:
+        if metrics.get("groups/all_equal"):
+            which = "the rewards of each group are equal"
+        elif metrics["groups/all_right"] == 1:
             which = "all groups right"
         elif metrics["groups/all_wrong"] == 1:
             which = "all groups wrong"
@@ -201,6 +207,8 @@ def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
         notes.append(f"no clip: {'one update per batch, so every ratio is exactly 1' if on_policy else reason}")
     if metrics["kl"] == 0:
         at_start = "the adapter starts at zero, so policy and reference are the same"
+        if not cfg.lora_rank:
+            at_start = "the policy is still its reference, since no step has changed a weight yet"
         notes.append(f"kl 0: {at_start if cfg.beta else 'beta is 0: no reference'}")
     return notes
 

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rollout import group_numbers
+
 TEMPLATE = Path(__file__).with_name("stepview.html")
 COLUMNS = (
     "token",
@@ -39,10 +41,11 @@ def step_page(
     tokens: list[list[dict]] = [[] for _ in responses]
     for row in rows:
         tokens[row["row"]].append(row)
-    groups: dict[str, dict] = {}
+    groups: dict[int, dict] = {}
+    numbers = group_numbers(responses)  # not by puzzle: the same puzzle may stand in a step twice
     for place, (response, own) in enumerate(zip(responses, tokens, strict=True)):
         group = groups.setdefault(
-            response["puzzle_id"],
+            numbers[place],
             {"id": response["puzzle_id"], "prompt": prompts.get(response["puzzle_id"], ""), "rows": []},
         )
         columns = {name: [_short(token[name]) for token in own] for name in COLUMNS}
@@ -59,7 +62,7 @@ def step_page(
     data = {"groups": list(groups.values()), "scales": _scales(rows)}
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
     lead = (
-        f"{len(responses)} responses to {len(groups)} puzzles, {sum(row['mask'] for row in rows):,} trained tokens. "
+        f"{len(responses)} responses in {len(groups)} groups, {sum(row['mask'] for row in rows):,} trained tokens. "
         f"The shares of all tokens sum to the loss, {loss:.3g}. Settings: {shown}."
     )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -21,7 +21,7 @@ from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
 from trainer.model.loading import load_tokenizer
-from trainer.model.opening import served_settings
+from trainer.model.opening import files_fingerprint, served_settings
 
 NAMES = ["T cell", "B cell", "NK cell", "monocyte"]
 KEY = "sk-a-key-that-must-not-be-written-down"
@@ -593,6 +593,17 @@ def test_a_model_that_was_replaced_is_not_resumed(melanoma):
         assert done.exit_code == 2 and "was made with model_files" in done.stderr, done.output
     (folder / "base/model.safetensors").unlink()
     assert fingerprint_of(config) != held["model_files"]
+
+
+@pytest.mark.parametrize("named", [{}, {"base_model_name_or_path": None}, {"base_model_name_or_path": ""}], ids=str)
+def test_an_adapter_that_names_no_base(tmp_path, named):
+    """Its own files count, each once, and a base that is given counts too."""
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
+    assert files_fingerprint(tmp_path / "adapter").startswith("2 files, ")
+    assert files_fingerprint(tmp_path / "adapter", str(tmp_path / "base")).startswith("3 files, ")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,9 @@ def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_pat
     name = next(name for name in adapter if "lora_A" in name)
     other_shape = {**adapter, name: torch.zeros(4, adapter[name].shape[1] + 2)}
     homeless = {**adapter, "base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 8)}
+    without_a, without_b = ({n: t for n, t in adapter.items() if n != name.replace("_A", f"_{s}")} for s in "AB")
+    layer = name.removesuffix(".lora_A.weight")
+    magnitude = {name.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(4)}
     damaged = tmp_path / "damaged"
     shutil.copytree(base, damaged)
     (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
@@ -218,6 +221,9 @@ def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_pat
         (base, other_shape, {}, "is it the base this adapter was trained on"),
         (base, homeless, {}, "has no weight for the adapter's base_model.model.model.embed_tokens.lora_embedding_A"),
         (base, adapter, {"alpha_pattern": {"q_proj": 64}}, "alpha_pattern cannot be merged here; merge it with PEFT"),
+        (base, without_a, {}, f"has {layer}.lora_B.weight but no {layer}.lora_A.weight; copy the adapter again"),
+        (base, without_b, {}, f"has {layer}.lora_A.weight but no {layer}.lora_B.weight"),
+        (base, magnitude, {}, f"has {layer}.lora_magnitude_vector but no {layer}.lora_A.weight"),
         (damaged, adapter, {}, "model.safetensors: damaged"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from data.puzzles import Puzzle
+from eval.report import stepview
 from reward import Reward, Status, load_reward
 from reward.scoring import Scorer
+from rollout import group_numbers
 from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.grpo import compare
+from trainer.inspect.ledger import contributions_by_group
+from trainer.inspect.rescore import rescore, summary_lines
 from trainer.metrics import explain_zeros, reward_metrics
 
 PUZZLE = Puzzle(
@@ -254,6 +258,23 @@ def rows_of(*groups: list[float | None]) -> list[dict]:
     return [{"reward": reward, "parts": {}} for group in groups for reward in group]
 
 
+def test_equal_rewards_are_right_or_wrong_only_where_that_is_known():
+    """1 is right, 0 and -1 (an invalid format) are wrong; 0.25 of mixed_reward and 3 of somebody's reward are neither."""
+    metrics = reward_metrics(rows_of([1.0, 1.0], [0.0, 0.0], [-1.0, -1.0], [0.25, 0.25], [3.0, 3.0]), group_size=2)
+    kinds = {name.removeprefix("groups/"): share for name, share in metrics.items() if name.startswith("groups/")}
+    assert kinds == {
+        "all_right": 0.2,
+        "all_wrong": 0.4,
+        "all_equal": 0.4,
+        "mixed": 0.0,
+        "unscored": 0.0,
+        "dropped_responses": 0.0,
+    }
+    assert metrics["frac_reward_zero_std"] == 1.0
+    # without such a group the line has the keys that it always had
+    assert "groups/all_equal" not in reward_metrics(rows_of([1.0, 1.0], [-1.0, 0.0]), group_size=2)
+
+
 def test_groups_are_counted_and_zeros_explained():
     metrics = reward_metrics(rows_of([1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [None, 1.0]), group_size=2)
     assert metrics["groups/all_right"] == 0.5 and metrics["groups/all_wrong"] == metrics["groups/mixed"] == 0.25
@@ -279,9 +300,11 @@ def test_groups_are_counted_and_zeros_explained():
         "no clip: one update per batch",
         " the adapter starts at zero",
     ]
+    assert notes(mixed, GrpoConfig(lora_rank=0))[-1] == " the policy is still its reference"
     assert notes(rows_of([1.0, 1.0]), paper)[0] == " all groups right"
     assert notes(rows_of([0.0, 0.0]), paper)[0] == " all groups wrong"
     assert notes(rows_of([0.0, 0.0], [1.0, 1.0]), paper)[0] == " groups all right or all wrong"
+    assert notes(rows_of([0.25, 0.25], [1.0, 1.0]), paper)[0] == " the rewards of each group are equal"
     assert notes(rows_of([None, None]), paper) == [" no response of the step was scored"]
     unscored = reward_metrics(rows_of([None, None], [1.0, 1.0]), 2)
     assert unscored["groups/unscored"] == unscored["groups/all_right"] == unscored["frac_reward_zero_std"] == 0.5
@@ -374,6 +397,38 @@ def test_or_is_dropped_and_counted(run):
         scored = [row["reward"] for row in own if row["reward"] is not None]
         assert step["reward"] == pytest.approx(sum(scored) / len(scored))
         assert step["groups/dropped_responses"] == pytest.approx(1 - len(scored) / len(own))
+
+
+def test_a_puzzle_that_stands_twice_in_a_step_has_two_groups():
+    """Training compares each group for itself; so do rescoring, the ledger's sums and the page of a step."""
+
+    class Lengths:
+        def score(self, completions, puzzles, truncated):
+            return [Reward(total=float(len(text))) for text in completions]
+
+    texts = ("aaaa", "aa", "a", "aaa", "aaaa", "aa")
+    rows = [
+        {"step": step, "puzzle_id": "p", "response": place % 2 + 1, "completion": text, "finish_reason": "stop"}
+        | {"reward": 1.0, "advantage": 0.0}
+        for place, (step, text) in enumerate(zip((1, 1, 1, 1, 2, 2), texts, strict=True))
+    ]
+    found = rescore(rows, {"p": None}, Lengths(), "dr_grpo", 1e-6)
+    assert [row["advantage"] for row in found] == [1.0, -1.0, -1.0, 1.0, 1.0, -1.0]
+    assert summary_lines(found)[0].startswith("6 responses in 3 groups,")
+    assert "groups that teach        0 -> 3" in summary_lines(found)[2]
+    # rows that were left out do not join what remains, and another puzzle begins a group whatever its number
+    assert group_numbers(rows) == [0, 0, 1, 1, 2, 2] and group_numbers(rows[1:]) == [0, 1, 1, 2, 2]
+    assert group_numbers([rows[0], {**rows[1], "puzzle_id": "q"}]) == [0, 1]
+    tokens = [
+        {"row": row, "puzzle_id": "p", "response": row % 2 + 1, "position": at + 1, "contribution": share}
+        for row, shares in enumerate(((0.5, 0.25), (-1.0,), (2.0,), (4.0, 8.0)))
+        for at, share in enumerate(shares)
+    ]
+    assert contributions_by_group(tokens) == {"p": -0.25, "p (again)": 14.0}
+    more = dict.fromkeys(stepview.COLUMNS, 0) | {"mask": True}
+    responses = [{**row, "status": "ok"} for row in rows[:4]]
+    page = stepview.step_page(1, {}, responses, [more | token for token in tokens], {"p": "?"})
+    assert "4 responses in 2 groups" in page and page.count('"id":"p"') == 2
 
 
 def test_rescore_says_what_changes(run, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import socket
 import struct
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rollout.link import join_store, open_store, put_signed, take_signed
+from rollout import Rollout, Sampling
+from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
+from rollout.split import Load, SamplerEnd, SamplerProcess, SplitEngine
 from rollout.sync import Canary, Parcel, SyncError, manifest_hash
 from tests.helpers.commands import ROOT, run_command, succeed
 
@@ -210,3 +214,113 @@ def test_the_store_listens_on_one_address_and_takes_signed_values_only(capsys):
         open_store("nowhere.invalid", 0)
     with pytest.raises(ValueError, match="another run .its token is not this run's. already answers"):
         open_store("127.0.0.1", address.port)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b"\xff",
+        b"",
+        b"1",
+        b"x y",
+        b"one two three",
+        b"-1 " + b"a" * 64,
+        b"9999 " + b"a" * 64,
+        b"9" * 99 + b" " + b"a" * 64,
+    ]
+    + ["2 é".encode(), b"1 " + b"a" * 64],
+    ids=lambda value: repr(value[:9]),
+)
+def test_a_value_of_any_other_form_is_refused_at_once(foreign, capsys):
+    store, address = open_store("127.0.0.1", 0)
+    keys = store.num_keys()
+    put_signed(store, "k", {"text": "x" * (5 << 20)}, address.token)  # whose two parts are removed too
+    store.set("k", foreign)
+    began = time.monotonic()
+    assert take_signed(store, "k", address.token) is None and time.monotonic() - began < 15
+    assert "refused k: its writer does not know this run's token" in capsys.readouterr().err
+    assert store.num_keys() == keys
+    put_signed(store, "k", [1], address.token)
+    assert take_signed(store, "k", address.token) == [1]
+    # a notice stays, so that every reader finds it, and a foreign one does not hide the true one that follows
+    store.set("failure", foreign)
+    assert read_notice(store, "failure", address.token) is None
+    assert read_notice(store, "failure", address.token) is None
+    post_notice(store, "failure", "sampler 0: died", "another token")
+    assert read_notice(store, "failure", address.token) is None
+    post_notice(store, "failure", "sampler 0: died", address.token)
+    assert [read_notice(store, "failure", address.token) for _ in range(2)] == ["sampler 0: died"] * 2
+
+
+CANARY = Canary(ids=[1, 2], policy=[-1.0], reference=None, tolerance=1e-4)
+
+
+def sampler_life(address, generation: int, idle: bool = False, dies: threading.Event | None = None) -> None:
+    """One life of a sampler: it answers orders. It dies after the adapter (idle), or after the rollouts (dies)."""
+    me = SamplerProcess(engine=0, member=0, members=1, generation=generation)
+    end = SamplerEnd(address, me, torch.device("cpu"))
+    end.hello()
+    while (order := end.next_order())["do"] != "stop":
+        if order["do"] == "load":
+            end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
+            end.answer(on=CANARY.policy, off=None)
+            if idle:
+                post_notice(end.store, f"{me.prefix}/lost", "sampler 0 was killed", address.token)
+                return
+            continue
+        groups = [
+            [
+                Rollout(
+                    puzzle_id=name,
+                    prompt_ids=prompt,
+                    response_ids=[5],
+                    sampler_logprobs=[-0.5],
+                    finish_reason="stop",
+                    adapter_version=0,
+                    adapter_hash="h",
+                )
+            ]
+            for name, prompt in zip(order["puzzle_ids"], order["prompts"], strict=True)
+        ]
+        end.deliver_rollouts(order["step"], order["places"], groups, 0.1)
+        if dies is not None:
+            dies.wait()
+            post_notice(end.store, f"{me.prefix}/lost", "sampler 0 was killed", address.token)
+            return
+        end.answer()
+    end.answer()
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_restarted_sampler_leaves_nothing_in_the_store(idle, capsys):
+    """Its order is repeated whole, also for prompts whose rollouts a rank has taken; the next adapter ends that step."""
+    store, address = open_store("127.0.0.1", 0)
+    engine = SplitEngine(
+        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
+    )
+    parcel = Parcel.of({"w": torch.ones(3)})
+    loads = [
+        Load(version=version, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None) for version in (0, 1)
+    ]
+    dies = threading.Event()
+    first = threading.Thread(target=sampler_life, args=(address, 0, idle, dies))
+    first.start()
+    engine.version, engine.hash = 0, "h"
+    engine.queues[0].put(loads[0])
+    sampling = Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
+    engine.ask(0, ["a", "b"], [[1, 2], [3]], sampling)
+    second = threading.Thread(target=sampler_life, args=(address, 1))
+    if idle:
+        second.start()
+    assert [group[0].puzzle_id for group in engine.collect(0)] == ["a", "b"]
+    dies.set()
+    first.join()
+    if not idle:
+        second.start()
+    engine.queues[0].put(loads[1])
+    engine.close()
+    second.join()
+    assert "sampler 0 was killed; it is started again (attempt 2)" in capsys.readouterr().err
+    rollouts = [f"rollouts/0/{place}" + part for place in (0, 1) for part in ("", "/0")]
+    orders = [f"e0/g0/order/{number}/0" + part for number in (1, 2) for part in ("", "/0")]
+    assert [key for key in rollouts + orders if store.check([key])] == []

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,14 @@ def vllm_server(checkpoint, tmp_path_factory):
                 time.sleep(0.3)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # vLLM removes its shared memory (some 420 MB in /dev/shm) only where it ends by itself, so it must
+        process.terminate()
+        try:
+            process.wait(timeout=120)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of its session
+            process.wait()
 
 
 ODD = "def fn(completion, puzzle):\n    return float(len(completion) % 2)\n"

@@ -1,12 +1,15 @@
 """Step bundles, their replay, the loss ledger, and the first bad token: with real runs of the command."""
 
 import csv
+import importlib.util
 import json
 import math
 import re
 import shutil
 import subprocess
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
+from trainer.config import GrpoConfig
+from trainer.grpo import Step, refuse_what_is_not_finite
 from trainer.objective import aggregation_weights, grpo_terms
 from trainer.record.nonfinite import first_bad_gradient, first_bad_token
 
@@ -172,6 +177,24 @@ def test_another_base_checkpoint_is_noticed(pipeline, on_policy, tmp_path):
     assert float(difference[1]) > 1e-4
 
 
+def test_a_replay_uses_the_attention_of_this_machine_and_needs_no_optimizer(on_policy, tmp_path, monkeypatch):
+    """A bundle of a GPU run with flash-attn and 8-bit AdamW, looked at on a laptop without these packages."""
+    bundle = tmp_path / "step-000001"
+    shutil.copytree(on_policy / "steps/step-000001", bundle)
+    content = json.loads((bundle / "bundle.json").read_text())
+    content["settings"] |= {"attn": "flash", "optimizer": "adamw8bit"}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    find = importlib.util.find_spec
+    without = lambda name, *more: None if name == "bitsandbytes" else find(name, *more)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    code, text, error = replay(bundle)
+    # the numbers recorded here are of PyTorch's kernels, so they are found again
+    assert code == 0 and re.search(r"gradient_hash +recorded .*equal", text), error
+    assert "note: the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised\n" in text
+    # and nothing is said of a replay that computes as its run
+    assert "note:" not in replay(on_policy / "steps/step-000001")[1]
+
+
 def test_a_bad_bundle_is_one_sentence(on_policy, tmp_path):
     bundle = tmp_path / "step-000001"
     shutil.copytree(on_policy / "steps/step-000001", bundle)
@@ -212,6 +235,43 @@ def test_a_nan_stops_the_run_names_the_token_and_leaves_a_bundle(pipeline, tmp_p
     code, text, _ = replay(bundle, "--row", 0)
     assert code == 0 and "nothing was written for them" in text
     assert f"puzzle {said[2]}, response {said[3]}, token {said[4]}: {said[5]} is not finite" in text
+
+
+def test_a_sharded_run_says_only_what_it_looked_for_and_its_replay_finds_the_token(on_policy, tmp_path, monkeypatch):
+    """A gradient that overflows while every term is finite: no rank of a sharded run can look for the token alone."""
+    config = GrpoConfig(group_size=3)
+    monkeypatch.setattr("trainer.grpo.write_bundle", lambda out, record, batch, world: record.problem)
+    alone = SimpleNamespace(largest=lambda value: value, gather_in_rank_order=lambda item: [item])
+    policy = SimpleNamespace(sharded=True, adapter_tensors=dict)
+    now = Step(step=0, cfg=config, policy=policy, optimizer=None, world=alone, out=tmp_path)
+    inputs = SimpleNamespace(update=1, micro_batches=[], responses=[])
+    alone.rank = 0
+    with pytest.raises(FloatingPointError) as raised:
+        refuse_what_is_not_finite(now, inputs, None, torch.tensor(math.inf))
+    said = str(raised.value)
+    assert "each token" not in said and "is not finite; under --shard fsdp the replay looks for the token" in said
+    # the bundle of such a step: lora_B is 0 before step 1, so a huge alpha changes its gradient and no log-prob
+    bundle = tmp_path / "step-000001"
+    shutil.copytree(on_policy / "steps/step-000001", bundle)
+    content = json.loads((bundle / "bundle.json").read_text())
+    tensors = load_file(bundle / "tensors.safetensors")
+    content["settings"]["lora_alpha"] = 1e30
+    for name in tensors:
+        if name.endswith("advantages"):
+            tensors[name] *= 1e12
+    save_file(tensors, bundle / "tensors.safetensors")
+    content["crc32"] = zlib.crc32((bundle / "tensors.safetensors").read_bytes())
+    content |= {"problem": said, "recorded": {}}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    code, text, error = replay(bundle)
+    assert code == 0, text + error
+    (micro,) = content["ranks"][0]["micro_batches"]
+    place = next(i for i, value in enumerate(tensors["0.0.advantages"].tolist()) if value)
+    response = content["ranks"][0]["responses"][micro["rows"][place]]
+    assert (
+        f"replayed    puzzle {response['puzzle_id']}, response {response['response']}, token 1: gradient is not finite"
+        in text
+    )
 
 
 def terms_from(logprobs: torch.Tensor, advantage: float = 1.0):

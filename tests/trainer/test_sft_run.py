@@ -20,6 +20,7 @@ from trainer.config import SftConfig
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
 from trainer.sft.examples import encode_traces, split_by_puzzle
+from trainer.sft.heldout import BestEpoch
 from trainer.sft.loop import accumulate, evaluate_loss, train
 
 CPU = torch.device("cpu")
@@ -149,6 +150,41 @@ def test_early_stopping_keeps_the_best_epoch(pipeline, tmp_path):
     assert json.loads((out / "best/best.json").read_text()) == {"epoch": best + 1, "eval_loss": losses[best]}
     again = run(pipeline, tmp_path / "again", epochs=1, lr=1e-9, holdout=0.3, model=str(out / "model"))
     assert again[-1]["eval_loss"] == pytest.approx(losses[best], rel=1e-4), "the model on disk is the best epoch's"
+
+
+def test_a_nan_is_never_the_best_epoch(tmp_path):
+    """Epochs with 2.0, nan, 3.0, 1.5: after a nan, only what is below the best before it is better."""
+
+    class Weights:
+        def adapter_tensors(self):
+            return {"w": torch.ones(1)}
+
+    with alone() as world:
+        cfg = SftConfig(traces="t", model="m", out=str(tmp_path), patience=5)
+        best, kept = BestEpoch(tmp_path, cfg, 0), []
+        for epoch, loss in enumerate((math.nan, 2.0, math.nan, 3.0, math.inf, 1.5), start=1):
+            best.compare(epoch, loss, Weights(), world)
+            kept.append((best.epoch, best.loss))
+    assert kept == [(0, math.inf), (2, 2.0), (2, 2.0), (2, 2.0), (2, 2.0), (6, 1.5)]
+    assert json.loads((tmp_path / "best/best.json").read_text()) == {"epoch": 6, "eval_loss": 1.5}
+
+
+@pytest.mark.slow(2)
+def test_an_eval_loss_of_nan_ends_the_run_unless_patience_kept_an_epoch(pipeline, tmp_path, monkeypatch, capsys):
+    losses = iter(())
+    monkeypatch.setattr("trainer.sft.loop.evaluate_loss", lambda *_: next(losses))
+    losses = iter((2.0, math.nan, 3.0))
+    rows = [row for row in run(pipeline, tmp_path / "kept", epochs=9, patience=2) if "eval_loss" in row]
+    assert [row["eval_loss"] for row in rows] == [2.0, None, 3.0]
+    assert json.loads((tmp_path / "kept/best/best.json").read_text())["epoch"] == 1
+    assert (tmp_path / "kept/model").is_dir()
+    assert "the eval_loss of epoch 2 is nan; epoch 1 stays the best" in capsys.readouterr().out
+    losses = iter((2.0, math.nan))
+    with pytest.raises(FloatingPointError, match="the eval_loss of epoch 2 is nan; no checkpoint was made"):
+        run(pipeline, tmp_path / "ended", epochs=9)
+    (checkpoint,) = (tmp_path / "ended/checkpoints").iterdir()  # of epoch 1
+    assert 2 * int(checkpoint.name.removeprefix("step-")) == metrics(tmp_path / "ended")[-1]["step"] + 1
+    assert not (tmp_path / "ended/model").exists()
 
 
 @pytest.mark.slow(2)

@@ -1,11 +1,15 @@
 """Verdicts of the watch on beats it might hear; the whole of it, with real processes, is tested in test_nodes.py."""
 
 import os
+import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from tests.helpers.commands import ROOT
 from trainer.ranks.watch import JOIN_SECONDS, Beat, Watch, is_gone, stacks
 
 
@@ -80,3 +84,43 @@ def test_a_failure_and_a_rank_that_never_came(watch):
 
 def test_stacks_begin_with_the_main_thread():
     assert stacks().startswith("thread MainThread:") and "test_stacks_begin" in stacks()
+
+
+LEAVES_LATE = """
+import os, time
+import trainer.ranks.watch
+from trainer.ranks.world import guarded, join_world, leave_world
+
+if os.environ["RANK"] == "1":
+    # between two looks into the store, whose host could be gone by the next one
+    trainer.ranks.watch.MEET_SECONDS = 3.0
+world = join_world(samplers=int(os.environ["SAMPLERS"]))
+with guarded(world):
+    print("trains" if world.sampler is None else "samples", flush=True)
+leave_world()
+print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("samplers", [0, 1])
+def test_without_a_launchers_store_rank_0_leaves_last(samplers, tmp_path):
+    """Two plain processes, as srun starts them: rank 0 holds the store that the other still reads."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES_LATE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"SAMPLERS": samplers, "PYTHONPATH": ROOT}
+    processes = []
+    for rank in (0, 1):
+        env = {
+            **os.environ,
+            **{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
+        }
+        words = [sys.executable, str(script)]
+        processes.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [out.split() for out, _ in said] == [["trains", "left"], ["samples" if samplers else "trains", "left"]]
+    assert all("Error" not in err for _, err in said), said

@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data.files import replacing
-from trainer.inspect.ledger import contributions_by, total_contribution
+from trainer.inspect.ledger import contributions_by, contributions_by_group, total_contribution
 from trainer.inspect.replay import Replayed
+from trainer.packing import MicroBatch
 from trainer.record.bundle import Bundle
+from trainer.record.nonfinite import BadToken
 
 
 def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str], bool]:
@@ -23,15 +25,16 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
         f"{bundle.path}: step {bundle.step}, update {bundle.update}; {len(bundle.responses)} responses, "
         f"{bundle.denominators.n_tokens:g} trained tokens, {len(bundle.ranks)} rank(s); {bundle.config.model}"
     ]
+    lines += [f"note: {sentence}" for sentence in replayed.unlike]
     if bundle.problem:
         lines.append(f"recorded    stopped: {bundle.problem}")
     if replayed.bad is not None:
-        rank, micro, token = replayed.bad
-        response = bundle.ranks[rank].responses[micro.rows[token.row]]
-        found = f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
-        lines.append(f"replayed    {found}: {token}")
+        found = _place(bundle, replayed.bad)
+        lines.append(f"replayed    {found}: {replayed.bad[-1]}")
         # with " of ": the record says "token 12 of 340", and token 1 must not agree with token 12
         return lines, bundle.problem is not None and bundle.problem.startswith(f"{found} of ")
+    if replayed.bad_gradient is not None:
+        lines.append(f"replayed    {_place(bundle, replayed.bad_gradient)}: {replayed.bad_gradient[-1]}")
     if bundle.problem:
         lines.append(f"replayed    loss {replayed.loss:.9g}, gradient norm {replayed.grad_norm:.9g}")
         # every term is finite here, so the run must have stopped at its gradient, and the replay must find it bad too
@@ -49,6 +52,13 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
     return lines, replayed.equals(bundle)
 
 
+def _place(bundle: Bundle, bad: tuple[int, MicroBatch, BadToken]) -> str:
+    """Puzzle, response and token of a bad token, as the run names them."""
+    rank, micro, token = bad
+    response = bundle.ranks[rank].responses[micro.rows[token.row]]
+    return f"puzzle {response['puzzle_id']}, response {response['response']}, token {token.position + 1}"
+
+
 def _beside(name: str, before: float | str, now: float | str) -> str:
     """A line with a recorded and a replayed value, and whether they are equal."""
     # bit for bit, and no tolerance: the same program on the same numbers
@@ -61,7 +71,7 @@ def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
     """The sums of the ledger in words. rows: of trainer.inspect.ledger. loss: of the float32 step."""
     exact = total_contribution(rows)  # float64
     by_clip = contributions_by(rows, "clip")
-    by_group = sorted(contributions_by(rows, "puzzle_id").items(), key=lambda item: -abs(item[1]))
+    by_group = sorted(contributions_by_group(rows).items(), key=lambda item: -abs(item[1]))
     return [
         f"ledger: {sum(row['mask'] for row in rows)} trained tokens, shares sum to {exact:.9g} in float64 (the float32 "
         f"step's own sum is {exact - loss:.2g} off)",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rollout import group_numbers
 from trainer.grpo import terms_of
 from trainer.objective import CLIPS, LossTerms
 from trainer.packing import MicroBatch, make_micro_batch
@@ -105,8 +106,26 @@ def total_contribution(rows: Iterable[dict[str, Any]]) -> float:
 
 
 def contributions_by(rows: Iterable[dict[str, Any]], key: str) -> dict[Any, float]:
-    """{value of column `key`: its share of the loss}, e.g. by "row", "puzzle_id" (a group) or "clip"."""
+    """{value of column `key`: its share of the loss}, e.g. by "row" or "clip"."""
     shares: dict[Any, list[float]] = defaultdict(list)
     for row in rows:
         shares[row[key]].append(row["contribution"])
     return {value: math.fsum(parts) for value, parts in shares.items()}
+
+
+def contributions_by_group(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """{puzzle: the share of the loss of its group}. A puzzle's second group is named "PUZZLE (again)".
+
+    rows: of all tokens, in order.
+    """
+    rows = list(rows)
+    responses = list({row["row"]: row for row in rows}.values())
+    group_of = dict(zip((row["row"] for row in responses), group_numbers(responses), strict=True))
+    names: dict[int, str] = {}
+    for response in responses:
+        name, number = response["puzzle_id"], group_of[response["row"]]
+        while number not in names and name in names.values():
+            name += " (again)"
+        names.setdefault(number, name)
+    shares = contributions_by([{**row, "group": group_of[row["row"]]} for row in rows], "group")
+    return {names[number]: share for number, share in shares.items()}

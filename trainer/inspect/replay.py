@@ -2,19 +2,24 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from data.errors import UserError
 from rollout.sync import adapter_hash
+from trainer.config import GrpoConfig
 from trainer.grpo import logprobs_before_update, loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
+from trainer.model.attention import why_no_flash
 from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 from trainer.policy import Policy
-from trainer.record.bundle import Bundle
-from trainer.record.nonfinite import BadToken, bad_term_of
+from trainer.record.bundle import Bundle, StepInputs
+from trainer.record.nonfinite import BadToken, bad_term_of, find_bad_gradient
 from trainer.start.parts import load_policy
+
+DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +37,15 @@ class Replayed:
     """terms[rank][micro-batch]"""
     bad: tuple[int, MicroBatch, BadToken] | None
     """(rank, micro-batch, token) of the first term that is not finite."""
+    bad_gradient: tuple[int, MicroBatch, BadToken] | None
+    """The same of the first token whose share of the gradient is not finite, where all terms are finite."""
     reference_difference: float | None
     """Largest |recorded - recomputed| of the reference log-probs in nats; more than rounding means that the base
     checkpoint has changed. None if beta is 0."""
     old_difference: float | None
     """The same for the old log-probs; None unless the batch's first update of several is replayed."""
+    unlike: list[str]
+    """Where the replay cannot compute as the run did, so that equal bytes are not promised: sentences."""
 
     def equals(self, bundle: Bundle) -> bool:
         """Are loss and gradient bit for bit those recorded?"""
@@ -52,7 +61,8 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     adapter does not fit it.
     """
     torch.set_num_threads(bundle.threads)
-    policy = policy_of(bundle, model)
+    config, unlike = settings_here(bundle, model)
+    policy = policy_of(bundle, config)
     parameters = list(policy.trainable().values())
     sums = [TokenSums() for _ in bundle.ranks]
     terms: list[list[LossTerms]] = [[] for _ in bundle.ranks]
@@ -78,6 +88,7 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
             p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
         ]
     norm = torch.nn.utils.get_total_norm(gradients)  # of the sum over ranks, as in grpo.sum_gradients
+    bad_gradient = None if bad or torch.isfinite(norm) else first_bad_share(bundle, policy)
     return Replayed(
         policy=policy,
         loss=sum(s.sums["loss"] for s in sums),  # in float64, as World.total
@@ -85,15 +96,42 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
         gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
         terms=terms,
         bad=bad,
+        bad_gradient=bad_gradient,
         reference_difference=_difference(policy, bundle, "ref_logprobs"),
         old_difference=_difference(policy, bundle, "old_logprobs"),
+        unlike=unlike,
     )
 
 
-def policy_of(bundle: Bundle, model: str | None) -> Policy:
-    """The policy as it was before the step, unsharded. model: as for replay()."""
-    config = bundle.config if model is None else dataclasses.replace(bundle.config, model=model)
-    policy = load_policy(config, torch.device("cpu"))  # unsharded, whatever the run was
+def first_bad_share(bundle: Bundle, policy: Policy) -> tuple[int, MicroBatch, BadToken] | None:
+    """(rank, micro-batch, token) of the first token with a gradient that is not finite; None if only sums overflow."""
+    parameters = list(policy.trainable().values())
+    for rank, inputs in enumerate(bundle.ranks):
+        terms_of = partial(_terms, policy, inputs, bundle)
+        if found := find_bad_gradient(inputs.micro_batches, terms_of, parameters):
+            return rank, *found
+    return None
+
+
+def _terms(policy: Policy, inputs: StepInputs, bundle: Bundle, micro: MicroBatch) -> LossTerms:
+    return loss_terms(policy, micro, inputs.denominators, bundle.config)
+
+
+def settings_here(bundle: Bundle, model: str | None) -> tuple[GrpoConfig, list[str]]:
+    """(the run's settings as this machine can follow them, sentences on what differs). model: as for replay()."""
+    config, unlike = bundle.config, []
+    if model is not None:
+        config = dataclasses.replace(config, model=model)
+    # not attention_name(): its refusal is for a run, whose user can leave the option out
+    if config.attn == "flash" and why_no_flash(DEVICE):
+        config = dataclasses.replace(config, attn="sdpa")
+        unlike.append("the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised")
+    return config, unlike
+
+
+def policy_of(bundle: Bundle, config: GrpoConfig) -> Policy:
+    """The policy as it was before the step, unsharded. config: of settings_here()."""
+    policy = load_policy(config, DEVICE)  # unsharded, whatever the run was
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
     if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
         raise UserError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")

@@ -9,6 +9,7 @@ import torch
 from data.errors import UserError
 from data.puzzles import Puzzle
 from reward.scoring import Scorer
+from rollout import group_numbers
 from trainer.advantages import group_advantages
 
 
@@ -17,8 +18,9 @@ def rescore(
 ) -> list[dict[str, Any]]:
     """Rows {step, puzzle_id, response, old_reward, reward, status, message, parts, old_advantage, advantage}, in order.
 
-    rollouts: rows of rollouts.jsonl. puzzles: by id. Advantages compare the responses to one puzzle within a step, as
-    in training; a response without a score has reward None and advantage 0. Raises UserError if a puzzle is missing.
+    rollouts: rows of rollouts.jsonl. puzzles: by id. Advantages compare the responses of a group, as in training, where
+    a puzzle may have several groups in a step; a response without a score has reward None and advantage 0. Raises
+    UserError if a puzzle is missing.
     """
     missing = [row["puzzle_id"] for row in rollouts if row["puzzle_id"] not in puzzles]
     if missing:
@@ -28,8 +30,7 @@ def rescore(
         [puzzles[row["puzzle_id"]] for row in rollouts],
         [row["finish_reason"] == "length" for row in rollouts],
     )
-    numbers: dict[tuple, int] = defaultdict(lambda: len(numbers))  # (step, puzzle) -> number of the group
-    groups = torch.tensor([numbers[row["step"], row["puzzle_id"]] for row in rollouts])
+    groups = torch.tensor(group_numbers(rollouts))
     totals = torch.tensor([reward.total for reward in rewards])  # float32, as in training
     # totals is nan where not scored, so those stay out of the group's mean
     scored = torch.tensor([reward.scored for reward in rewards])
@@ -60,9 +61,9 @@ def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
     changed = sum(a != b for a, b in zip(old, new, strict=True))
     # the sign decides whether a response is made likelier or less likely; the size only how fast
     signs = [(_sign(row["old_advantage"]), _sign(row["advantage"])) for row in rows]
-    groups: dict[tuple, list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[row["step"], row["puzzle_id"]].append(row)
+    groups: dict[int, list[dict]] = defaultdict(list)
+    for row, number in zip(rows, group_numbers(rows), strict=True):
+        groups[number].append(row)
     # a group whose rewards are all equal has advantages of 0, so it has no gradient
     teach = [
         sum(len({row[key] for row in group if row[key] is not None}) > 1 for group in groups.values())

@@ -359,11 +359,18 @@ def attention_name(attn: str, device: torch.device) -> str:
     """
     if attn != "flash":
         return ATTENTION
-    if device.type != "cuda":
-        raise UserError("--attn flash: needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise UserError("--attn flash: the package is not installed; pip install flash-attn, or leave it out")
+    if problem := why_no_flash(device):
+        raise UserError(f"--attn flash: {problem}")
     return FLASH_ATTENTION
+
+
+def why_no_flash(device: torch.device) -> str:
+    """Why the kernels of the flash-attn package cannot run on a device, and what to do; "" if they can."""
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package is not installed; pip install flash-attn, or leave it out"
+    return ""
 
 
 for name, function in ((ATTENTION, _attention), (FLASH_ATTENTION, partial(_attention, flash=True))):

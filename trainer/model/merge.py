@@ -40,8 +40,12 @@ def merged_weight(weight: Tensor, name: str, adapter: dict[str, Tensor], config:
     module = "base_model.model." + name.removesuffix(".weight")  # PEFT's name of it
     lora_a, lora_b = (adapter.get(f"{module}.lora_{side}.weight") for side in "AB")
     weight = weight.float()  # in bfloat16 a small update would be rounded away
-    if lora_a is None or lora_b is None:  # a norm, the embedding, the head
+    there = [part for part in MERGED if f"{module}.{part}" in adapter]
+    if not there:  # a norm, the embedding, the head
         return weight
+    if lora_a is None or lora_b is None:
+        missing = "lora_A.weight" if lora_a is None else "lora_B.weight"
+        raise UserError(f"the adapter has {module}.{there[0]} but no {module}.{missing}; copy the adapter again")
     if (lora_b.shape[0], lora_a.shape[1]) != tuple(weight.shape) or lora_b.shape[1] != lora_a.shape[0]:
         raise UserError(
             f"the adapter's {module} is {lora_b.shape[0]} x {lora_a.shape[1]}, the base's {name} "

@@ -79,8 +79,13 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     if not is_adapter(folder):
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
+    return OpenedModel(folder, base_under(folder, settings, base), adapter, settings)
+
+
+def base_under(folder: Path, settings: dict[str, Any], base: str | None = None) -> Path:
+    """The checkpoint under an adapter. settings: its adapter_config.json. base: given in place of the one named there."""
     # without a recorded base the adapter's own folder is named: load_tokenizer then says that it holds no checkpoint
-    return OpenedModel(folder, Path(base or settings.get("base_model_name_or_path") or folder), adapter, settings)
+    return Path(base or settings.get("base_model_name_or_path") or folder)
 
 
 def run_of(folder: Path) -> dict[str, Any]:
@@ -130,11 +135,11 @@ def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
     """
     folder = Path(folder)
     settings = served_settings(folder)
-    bases = [Path(base or settings["base_model_name_or_path"])] if settings else []
+    places = [folder] if settings is None else [folder, base_under(folder, settings, base)]
     # not by content: to read the 15 GB of a 7B model would take longer than the check is worth
     found = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for place in (folder, *bases)
+        for place in dict.fromkeys(places)
         for path in sorted(place.glob("*"))
         if path.is_file()
     ]

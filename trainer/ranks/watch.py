@@ -29,6 +29,10 @@ SILENT_SECONDS = 10.0
 """A rank without a heartbeat for this long counts as dead."""
 JOIN_SECONDS = 300.0
 """A rank that has sent no heartbeat this long after the start of this rank is named as missing."""
+MEET_SECONDS = 0.1
+"""Time between two looks at who has come to a meeting."""
+GOODBYE_SECONDS = 60.0
+"""How long rank 0, at the very end, waits for the others to leave the store."""
 GRACE_SECONDS = 8.0
 """Time from the verdict to the end of the process."""
 
@@ -130,7 +134,7 @@ class Watch:
         place = "meet/" + "-".join(what.split())
         self.store.add(place, 1)
         while self.store.add(place, 0) < self.size and not self.verdict:
-            time.sleep(0.1)
+            time.sleep(MEET_SECONDS)
         if self.verdict:
             raise RankLost(self.verdict)
 
@@ -143,6 +147,21 @@ class Watch:
             self.publish()
         except RuntimeError:
             pass  # the store is gone already, so no rank is left to read it
+
+    def leave_store(self) -> None:
+        """The last use of the store, after close(): rank 0 returns once no other rank will use it any more.
+
+        Where no launcher holds the store (Slurm's srun), rank 0 does, and it ends with rank 0's process.
+        """
+        deadline = time.monotonic() + GOODBYE_SECONDS  # a rank that died after its work must not keep this one
+        try:
+            if self.me.rank:
+                self.store.add("meet/gone", 1)
+                return
+            while self.store.add("meet/gone", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(MEET_SECONDS)
+        except RuntimeError:
+            pass  # the store is gone already, so there is nothing to wait for
 
     def explain(self, error: BaseException) -> str:
         """Why a collective raised: the verdict, or "" if no other rank is to blame. Waits some seconds for one."""

@@ -226,7 +226,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
 def leave_world() -> None:
     """Leave in order: wait for all ranks of the launch, then destroy the process groups, then end the watch.
 
-    A rank that destroyed its groups early would abort the others in gloo or NCCL, which then report a lost peer.
+    A rank that destroyed its groups early would abort the others in gloo or NCCL, which then report a lost peer. Rank 0
+    returns last: without a launcher, the store that the others still read is in its process.
     """
     global _joined
     if _joined is not None:
@@ -236,6 +237,7 @@ def leave_world() -> None:
         dist.destroy_process_group()
     if _joined is not None and _joined.watch is not None:
         _joined.watch.close()
+        _joined.watch.leave_store()
     _joined = None
 
 

@@ -195,7 +195,8 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{path}: written by another version of the trainer (setting '{unknown[0]}'); replay it with commit "
             f"{content['git_commit']}"
         )
-    config = GrpoConfig(**{**content["settings"], "tensorboard": False})  # its package may be missing here
+    # the packages of these two may be missing here, and a replay neither writes for TensorBoard nor steps an optimizer
+    config = GrpoConfig(**{**content["settings"], "tensorboard": False, "optimizer": "adamw"})
     adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
     return Bundle(
         path=path,

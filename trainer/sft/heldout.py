@@ -86,7 +86,7 @@ class BestEpoch:
     def compare(self, epoch: int, loss: float, policy: Policy, world: World) -> None:
         """Compare a new epoch (from 1) with the best. With --patience rank 0 keeps the weights of a better one."""
         self.latest = epoch
-        if loss >= self.loss:  # a tie keeps the earlier epoch
+        if not loss < self.loss:  # a tie keeps the earlier epoch; nan is not below anything, so it is never the best
             return
         self.epoch, self.loss = epoch, loss
         if self.patience and world.is_main:

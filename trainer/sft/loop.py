@@ -116,6 +116,7 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
         if ends_epoch and run.held_out:
             metrics |= evaluate(run, done)
             run.best.compare(epoch + 1, metrics["eval_loss"], run.policy, world)
+            refuse_a_useless_epoch(run, metrics)
         # ---- record
         log.write(metrics, timing)
         stopped = stop.requested()  # collective: all ranks stop after the same step
@@ -297,6 +298,24 @@ def evaluate_loss(policy: Policy, held_out: list[Example], cfg: SftConfig, world
     """Mean -log p per response token of the held-out traces, in nats. Collective."""
     total = sum(float(loss) for loss in token_losses(policy, held_out[world.rank :: world.size], cfg))
     return world.total(total)[0] / sum(len(e.response_ids) for e in held_out)
+
+
+def refuse_a_useless_epoch(run: Run, metrics: dict) -> None:
+    """Raises FloatingPointError if eval_loss is not finite, unless --patience kept an earlier epoch: on all ranks.
+
+    Then the run goes on to the end of its patience, and metrics gets None, since JSON has no nan.
+    """
+    loss, kept = metrics["eval_loss"], run.cfg.patience and run.best.epoch
+    if math.isfinite(loss):
+        return
+    found = f"SFT step {metrics['step']}: the eval_loss of epoch {metrics['epoch']} is {loss}"
+    if not kept:
+        raise FloatingPointError(
+            f"{found}; no checkpoint was made of its weights. Try a lower --lr, or keep --dtype float32"
+        )
+    metrics["eval_loss"] = None
+    if run.world.is_main:
+        tqdm.write(f"note: {found}; epoch {run.best.epoch} stays the best")
 
 
 def finish(run: Run, done: int) -> None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from data.processes import end_with_parent, module_environment
 from rollout import LocalEngine, Sampling
-from rollout.link import Address, join_store
+from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
 from trainer.config import GrpoConfig
@@ -45,6 +45,7 @@ def keep_sampler(cfg: GrpoConfig, world: World) -> None:
     store = join_store(address, f"sampler {engine}")
     for generation in range(cfg.restart_samplers + 1):
         lost = f"e{engine}/g{generation}/lost"
+        lost_text = partial(read_notice, store, lost, address.token)
         me = SamplerProcess(engine=engine, member=member, members=cfg.tensor_parallel, generation=generation)
         process = _start(cfg, address, me)
         reader = threading.Thread(target=_listen, args=(process.stdout, world), daemon=True)
@@ -52,25 +53,22 @@ def keep_sampler(cfg: GrpoConfig, world: World) -> None:
         if world.watch:
             world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # makes it print its stacks
         # until this process ends, or another keeper reports that its process of the same sampler has died
-        while process.poll() is None and not store.check([lost]):
+        while process.poll() is None and lost_text() is None:
             time.sleep(0.1)
         if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
             return  # it was told to stop, so a crash of a library during its exit does not matter
         process.kill()  # still alive if another process of the same sampler died: all of them restart together
         code = process.wait()
         reader.join(timeout=5)
-        if not store.check([lost]):
+        if lost_text() is None:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             where = f"phase '{world.watch.me.phase}'" if world.watch else "its work"
             step = f" of step {world.watch.me.step}" if world.watch and world.watch.me.step else ""
-            store.set(
-                lost,
-                f"sampler {engine} ({world.watch.me if world.watch else ''}, its process {process.pid}) {how} in "
-                f"{where}{step}",
-            )
+            who = f"sampler {engine} ({world.watch.me if world.watch else ''}, its process {process.pid})"
+            post_notice(store, lost, f"{who} {how} in {where}{step}", address.token)
     with world.waiting("the trainers to stop"):
         time.sleep(5)  # let the trainers print their error first: torchrun ends all ranks as soon as one fails
-    raise RunError(f"{store.get(lost).decode()}; --restart-samplers {cfg.restart_samplers} allows no further start")
+    raise RunError(f"{lost_text()}; --restart-samplers {cfg.restart_samplers} allows no further start")
 
 
 def _await(store: dist.Store, key: str) -> bytes:
