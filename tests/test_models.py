@@ -311,6 +311,18 @@ def test_a_resumed_run_shows_its_first_day(pipeline, tmp_path):
     assert shown.date == DAY
 
 
+def test_an_exported_model_stops_where_ours_does(pipeline, tmp_path):
+    """The base names another end than its template and its tokenizer: other servers read generation_config.json alone."""
+    base = variant(pipeline, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": 5}))
+    succeed("export", "--model", base, "--out", tmp_path / "m")
+    assert json.loads((tmp_path / "m/generation_config.json").read_text()) == {"eos_token_id": [2, 0], "top_k": 5}
+    (base / "generation_config.json").unlink()
+    succeed("export", "--model", base, "--out", tmp_path / "n")
+    settings = json.loads((tmp_path / "n/generation_config.json").read_text())
+    assert settings["eos_token_id"] == 2 and settings["pad_token_id"] == 0
+
+
 # ---- the table of a checkpoint
 
 

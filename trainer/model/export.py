@@ -52,8 +52,24 @@ def export_model(
         config=opened.settings,
         base_dtype=getattr(torch, settings["dtype"]) if "dtype" in settings else None,  # None: as in the file
         quantize=settings.get("quantize", "none"),
-        extra={"README.md": card},
+        extra={"README.md": card, "generation_config.json": generation_settings(opened)},
     )
+
+
+def generation_settings(opened: OpenedModel) -> str:
+    """The base's generation_config.json with every token at which our samplers end a response.
+
+    Another server knows this file alone: without the template's end of turn it would let responses run to the limit.
+    """
+    path = opened.base / "generation_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        shape = json.loads((opened.base / "config.json").read_text(encoding="utf-8"))
+        settings = {key: shape[key] for key in ("bos_token_id", "pad_token_id") if key in shape}
+    ends = [opened.chat.turn_end, *(token for token in opened.chat.stop_ids if token != opened.chat.turn_end)]
+    settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:
