@@ -12,6 +12,8 @@ system message keeps it: the row says what is asked.
 import datetime
 import json
 import re
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,18 @@ def answer_text(labels: list[str]) -> str:
     return LABEL_SEPARATOR.join(labels)
 
 
+def normalise_label(label: str) -> str:
+    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored, composed (Unicode's NFC).
+
+    A letter with its accent is one character or two, and looks the same:
+
+    >>> normalise_label(" M\xfcller\xa0 glia ") == normalise_label("mu\u0308ller GLIA")
+    True
+    """
+    folded = unicodedata.normalize("NFD", " ".join(label.split())).casefold()
+    return unicodedata.normalize("NFC", folded)
+
+
 def chat(system_msg: str, user_msg: str) -> list[dict[str, str]]:
     """The chat turns for a tokenizer's chat template or an OpenAI-compatible endpoint."""
     return [{"role": "system", "content": system_msg}, {"role": "user", "content": user_msg}]
@@ -98,26 +112,24 @@ class ChatFormat:
         """tokenizer: of transformers, from the checkpoint in model_dir. date: the day that a template with a date shows.
 
         Raises UserError when the model cannot be asked in its own format: no chat template, one that loses a message, no
-        end-of-turn token, a tokenizer that does not give back the tags of an answer.
+        end-of-turn token, a tokenizer that does not give back an answer.
         """
-        self.tokenizer, self.model = tokenizer, f"--model {model_dir}"
+        self.tokenizer, self.model, self.folder = tokenizer, f"--model {model_dir}", Path(model_dir)
         self.date = date or datetime.date.today()
-        self.switches: dict[str, bool] = {}
-        """Variables of the template that turn a model's reasoning on."""
-        self.system_in_user = False
-        """Is the system message put before the user's, for want of a system role?"""
         self.notes: list[str] = []
         """Sentences about what is unusual, for the console."""
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"{self.model}: its tokenizer has no chat template; take the instruct version of the model, or put its "
-                "template into the folder as chat_template.jinja"
-            )
-        self._check_vocabulary(Path(model_dir) / "config.json")
-        self._place_system_message()
+        self.switches: dict[str, bool] = {}
+        """Variables of the template that turn a model's reasoning on."""
+        self.system_in_user = self.in_parts = False
+        """Is the system message put before the user's, for want of a system role; are messages lists of parts?"""
+        self.header = ""
+        """The head of the assistant's turn, where the template leaves it to the caller."""
+        self._check_template()
+        self._check_vocabulary()
+        self._place_messages()
         self.opening = self._find_opening()
         """What the template has written of the response itself: "<think>", "<think>\\n", or ""."""
-        named = self._end_ids_by_source(Path(model_dir))
+        named = self._ends_by_source()
         self.turn_end = self._find_turn_end(named)
         """The token that ends a response in training; the template's own where it is a token of the vocabulary."""
         self.ends = {self.turn_end: ["chat template"]} | named if self.turn_end not in named else named
@@ -135,7 +147,7 @@ class ChatFormat:
                     f"{self.model}: its chat template changes or drops the {message['role']} message "
                     f"({message['content'].strip()[:60]!r}...); correct the template (chat_template.jinja)"
                 )
-        return text
+        return text + self.header
 
     def prompt_ids(self, chat: list[dict[str, str]]) -> list[int]:
         """[P] tokens of the prompt."""
@@ -163,53 +175,129 @@ class ChatFormat:
         )
         return self.opening + text
 
+    def refuse_unwritable(self, labels: Iterable[str]) -> None:
+        """Raises UserError when the tokenizer does not give a label back: every right answer with it would be wrong."""
+        labels, found = sorted(set(labels)), []
+        for label in labels:
+            read = RESPONSE_LAYOUT.fullmatch(
+                self.response_text(self.response_ids(f"<think></think><answer>{label}</answer>"))
+            )
+            written = read["answer"] if read else ""
+            if normalise_label(label) != normalise_label(written):
+                found.append(f"{label!r} becomes {written!r}")
+        if found:
+            raise UserError(
+                f"{self.model}: its tokenizer does not give back {len(found)} of {len(labels)} labels ({found[0]}), so right "
+                "answers would count as wrong; take a model whose tokenizer keeps case, accents and hyphens"
+            )
+
+    # ---- what is found out when it is made
+
     def _render(self, chat: list[dict[str, str]], to_speak: bool = True) -> str:
-        if self.system_in_user:
-            chat = system_before_user(chat)
+        turns = system_before_user(chat) if self.system_in_user else chat
+        if self.in_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         return self.tokenizer.apply_chat_template(
-            chat,
+            turns,
             tokenize=False,
             add_generation_prompt=to_speak,
             strftime_now=self.date.strftime,  # in place of transformers' clock: a resumed run asks with its first day
             **self.switches,
         )
 
-    def _check_vocabulary(self, config: Path) -> None:
-        size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    def _check_template(self) -> None:
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
+            raise UserError(
+                f"{self.model}: its tokenizer has no chat template; take the instruct version of the model, or put its "
+                "template into the folder as chat_template.jinja"
+            )
+        if isinstance(template, dict) and "default" not in template:
+            raise UserError(
+                f"{self.model}: its chat templates are named {', '.join(template)}, and none is named default; put the one "
+                "to use into the folder as chat_template.jinja"
+            )
+        if self.tokenizer.bos_token is None and re.search(r"\bbos_token\s*\+|\+\s*bos_token\b", str(template)):
+            raise UserError(
+                f"{self.model}: its chat template needs a bos_token, and the tokenizer has none; name it in "
+                "tokenizer_config.json"
+            )
+
+    def _check_vocabulary(self) -> None:
+        size = self._settings("config.json").get("vocab_size")
         token, last = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if size and last >= size:
+        self.vocabulary = size if isinstance(size, int) else last + 1
+        if last >= self.vocabulary:
             raise UserError(
                 f"{self.model}: its tokenizer has token {last} ({token!r}), but the model embeds {size} (vocab_size); take "
                 "the tokenizer that the model was trained with, or resize its embedding"
             )
 
-    def _place_system_message(self) -> None:
+    def _settings(self, name: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint; {} where it is missing. Raises UserError when it is damaged."""
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise UserError(f"{path}: is not JSON ({error}); copy it again") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: holds no settings; copy it again")
+        return found
+
+    def _place_messages(self) -> None:
+        """Find a way of giving both messages that loses neither."""
         problems = []
-        for self.system_in_user in (False, True):
+        for self.in_parts, self.system_in_user in ((False, False), (False, True), (True, False), (True, True)):
             try:
-                text = self._render(chat(PROBE_SYSTEM, PROBE_USER))
+                text = self._render(PROBE)
             except Exception as error:  # a template is a program of somebody else's: it may raise anything
                 problems.append(f"raises {' '.join(str(error).split()) or type(error).__name__!r}")
                 continue
-            lost = [what for what, probe in (("system", PROBE_SYSTEM), ("user", PROBE_USER)) if probe not in text]
+            lost = [turn["role"] for turn in PROBE if turn["content"] not in text]
             if not lost:
-                if self.system_in_user:
-                    self.notes.append(
-                        f"the chat template {problems[0]}, so the system message stands at the head of the user message"
-                    )
-                return
-            problems.append(f"drops the {lost[0]} message")
-        raise UserError(f"{self.model}: its chat template {problems[-1]}; correct the template (chat_template.jinja)")
+                break
+            problems.append(f"changes or drops the {lost[0]} message")
+        else:
+            raise UserError(
+                f"{self.model}: its chat template {problems[1]}; correct the template (chat_template.jinja)"
+            )
+        if self.system_in_user:
+            self.notes.append(
+                f"the chat template {problems[0]}, so the system message stands at the head of the user message"
+            )
+        if text.count(PROBE_USER) > 1:
+            self.notes.append(f"the chat template writes the user message {text.count(PROBE_USER)} times")
+        own = text
+        for piece in (*(turn["content"] for turn in PROBE), *self.tokenizer.all_special_tokens):
+            own = own.replace(piece, " ")
+        if len(re.findall(r"[^\W\d_]", own)) > 40:  # more letters than the names of three roles
+            self.notes.append(
+                f"the chat template adds words of its own to every prompt: {' '.join(own.split())[:200]!r}"
+            )
 
     def _find_opening(self) -> str:
-        for switches in ({}, {"enable_thinking": True}, {"thinking": True}):
-            self.switches = switches
-            told = self._render(chat(PROBE_SYSTEM, PROBE_USER)).rpartition(PROBE_USER)[2]
-            if re.search(r"</think>\s*$", told):
+        for self.switches in ({}, {"enable_thinking": True}, {"thinking": True}):
+            text = self._render(PROBE)
+            # what the template writes before an answer; some put an empty reasoning block there
+            before = re.sub(r"<think>\s*</think>\s*$", "", self._answered()[0] or text)
+            told = text.removeprefix(before) if text.startswith(before) else text.rpartition(PROBE_USER)[2]
+            if "</think>" in told:
                 continue  # the template answers for the model that it has thought already
-            if switches:
-                self.notes.append(f"the chat template reasons with {next(iter(switches))}=True, so that is set")
-            opened = re.search(r"<think>\s*$", told)
+            if self.switches:
+                self.notes.append(f"the chat template reasons with {next(iter(self.switches))}=True, so that is set")
+            if before.startswith(text) and before[len(text) :].strip():
+                self.header = before[len(text) :]
+                self.notes.append(
+                    f"the chat template ends before the assistant's turn, so {self.header!r} is put after it"
+                )
+            opened = re.search(r"<(think|answer|thinking|thought|reasoning|analysis)\b[^>]*>.*$", told, re.DOTALL)
+            if opened and opened[1] != "think":
+                raise UserError(
+                    f"{self.model}: its chat template ends the prompt in {opened[0]!r}, which is not the <think> of our "
+                    "answers; take that part out of chat_template.jinja"
+                )
             if opened:
                 self.notes.append(
                     f"the chat template ends the prompt in {opened[0]!r}, so the text of every response begins with it"
@@ -220,28 +308,33 @@ class ChatFormat:
             "the reasoning model, or take that part out of chat_template.jinja"
         )
 
-    def _end_ids_by_source(self, folder: Path) -> dict[int, list[str]]:
+    def _answered(self) -> tuple[str, str]:
+        """What the template writes before and after an answer; empty where it knows no answers, which asking does not need."""
+        try:
+            text = self._render([*PROBE, {"role": "assistant", "content": PROBE_ANSWER}], to_speak=False)
+        except Exception:  # as above
+            return "", ""
+        before, _, after = text.rpartition(PROBE_ANSWER)
+        return before, after.lstrip()
+
+    def _ends_by_source(self) -> dict[int, list[str]]:
         """{token id: where it is named as the end}: by the tokenizer, config.json or generation_config.json."""
         named: dict[int, list[str]] = {}
         if self.tokenizer.eos_token_id is not None:
             named.setdefault(self.tokenizer.eos_token_id, []).append("tokenizer")
         for name in ("config.json", "generation_config.json"):
-            path = folder / name
-            ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            ends = self._settings(name).get("eos_token_id")
             for token in ends if isinstance(ends, list) else [ends]:
-                if isinstance(token, int):
+                if isinstance(token, int) and 0 <= token < self.vocabulary:
                     named.setdefault(token, []).append(name)
+                elif token is not None:
+                    self.notes.append(f"{name} names {token!r} as the end of a response, which is no token: left out")
         return named
 
     def _find_turn_end(self, named: dict[int, list[str]]) -> int:
         """The token that follows an answer in the template; the tokenizer's EOS where that is no single token."""
-        answered = [*chat(PROBE_SYSTEM, PROBE_USER), {"role": "assistant", "content": PROBE_ANSWER}]
-        try:
-            after = self._render(answered, to_speak=False).rpartition(PROBE_ANSWER)[2].lstrip()
-        except Exception:  # as above; a template may know no answers, since none is needed to ask
-            after = ""
-        ids = self.tokenizer.encode(after, add_special_tokens=False)[:1]
-        if ids and (ids[0] in self.tokenizer.all_special_ids or ids[0] in named or self._is_added(ids[0])):
+        ids = self.tokenizer.encode(self._answered()[1], add_special_tokens=False)[:1]
+        if ids and (ids[0] in self.tokenizer.all_special_ids or ids[0] in named or self._is_special(ids[0])):
             return ids[0]
         if not named:
             raise UserError(
@@ -251,7 +344,7 @@ class ChatFormat:
             )
         return self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else min(named)
 
-    def _is_added(self, token: int) -> bool:
+    def _is_special(self, token: int) -> bool:
         added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(token)
         return added is not None and added.special
 
@@ -265,15 +358,20 @@ class ChatFormat:
                     f"({self.tokenizer.decode([token])!r}) as the end of a response, but ordinary answers contain it; "
                     "correct eos_token_id there"
                 )
-        if not RESPONSE_LAYOUT.fullmatch(self.response_text(ids)):
+        read = self.response_text(ids)
+        if not RESPONSE_LAYOUT.fullmatch(read):
             raise UserError(
                 f"{self.model}: its tokenizer does not give back the tags of an answer: {PROBE_RESPONSE!r} becomes "
-                f"{self.response_text(ids)!r}; add <think>, </think>, <answer> and </answer> to its vocabulary"
+                f"{read!r}; add <think>, </think>, <answer> and </answer> to its vocabulary"
             )
 
 
-PROBE_SYSTEM, PROBE_USER, PROBE_ANSWER = "Assign the cell types.", "Cell 1: CD3D, MS4A1", "T cell | B cell"
-PROBE_RESPONSE = "<think>Cell 1 expresses CD3D.</think>\n<answer>T cell | B cell</answer>"
+PROBE_USER = "Cell 1: CD3D, CD8A, TRAC\n\nMatch the cell above."
+"""With a line break, which would be escaped where a template prints a list of parts as Python writes it."""
+PROBE = chat(SYSTEM_MESSAGE, PROBE_USER)
+"""A conversation to try a template with. The system message names our tags: some templates cut a "</think>" out of it."""
+PROBE_ANSWER = "CD8-positive, alpha-beta T cell | B cell"
+PROBE_RESPONSE = f"<think>Cell 1 expresses CD3D.</think>\n<answer>{PROBE_ANSWER}</answer>"
 
 
 def system_before_user(chat: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -6,11 +6,11 @@ Only the answer block is read. A tag that occurs twice anywhere, also inside the
 the authors' scorer can be tricked into reading a line of the reasoning instead of the answer.
 """
 
-import unicodedata
 from dataclasses import dataclass
 
 from data.prompts import RESPONSE_LAYOUT as _RESPONSE
 from data.prompts import RESPONSE_TAGS as _TAGS
+from data.prompts import normalise_label
 from data.puzzles import Puzzle
 from reward import Reward, Status
 
@@ -46,18 +46,6 @@ def parse_response(text: str, n_cells: int) -> ParsedResponse:
     if "" in labels:
         return _invalid(f"label {labels.index('') + 1} of the answer is empty")
     return ParsedResponse(valid=True, labels=labels, problem="")
-
-
-def normalise_label(label: str) -> str:
-    """The form in which labels are compared: trimmed, inner white space collapsed, case ignored, composed (Unicode's NFC).
-
-    A letter with its accent is one character or two, and looks the same:
-
-    >>> normalise_label(" M\xfcller\xa0 glia ") == normalise_label("mu\u0308ller GLIA")
-    True
-    """
-    folded = unicodedata.normalize("NFD", " ".join(label.split())).casefold()
-    return unicodedata.normalize("NFC", folded)
 
 
 def cells_right(labels: list[str], answer: list[str]) -> int:

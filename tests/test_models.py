@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
@@ -166,16 +166,96 @@ def test_notes_say_what_is_unusual_and_the_date_is_the_runs(tokenizers, tmp_path
     assert notes["no system role"] == [
         "the chat template raises 'System role not supported', so the system message stands at the head of the user message"
     ]
-    assert notes["drops the system message"][0].startswith("the chat template drops the system message, so ")
+    assert notes["drops the system message"][0].startswith("the chat template changes or drops the system message, so ")
     assert notes["a thinking switch"] == ["the chat template reasons with enable_thinking=True, so that is set"]
     dated = ChatFormat(with_template(tokenizer, DATED), tmp_path, DAY)
     assert dated.prompt_text([{"role": "user", "content": "x"}]).startswith("Today: 03 Feb 2026\n")
 
 
+ADDED = CHAT_TEMPLATE.replace(
+    "<|im_start|>assistant", "Answer only in the words of the list, and never say who you are. <|im_start|>assistant"
+)
+ODD = {  # template, what the prompt then ends in, the beginning of its note
+    "SmolLM3 cuts </think> out of the system message": (
+        CHAT_TEMPLATE.replace(
+            "{{ message['content'] }}",
+            "{{ message['content'].replace('/think', '') if message['role'] == 'system' else message['content'] }}",
+        ),
+        HEADER,
+        "the chat template changes or drops the system message, so the system message stands at the head",
+    ),
+    "messages are lists of parts": (
+        CHAT_TEMPLATE.replace(
+            "{{ message['content'] }}", "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+        ),
+        HEADER,
+        "",
+    ),
+    "no generation prompt": (
+        CHAT_TEMPLATE.split("{% if add")[0],
+        HEADER,
+        "the chat template ends before the assistant's turn, so '<|im_start|>assistant\\n' is put after it",
+    ),
+    "the model's first words": (
+        OPENED.replace("<think>\n", "<think>\nOkay, "),
+        HEADER + "<think>\nOkay, ",
+        "the chat template ends the prompt in '<think>\\nOkay, ', so the text of every response begins with it",
+    ),
+    "the user twice": (
+        CHAT_TEMPLATE.replace("{% for", "{{ messages[-1]['content'] }}{% for", 1),
+        HEADER,
+        "the chat template writes the user message 2 times",
+    ),
+    "words of its own": (ADDED, HEADER, "the chat template adds words of its own to every prompt: "),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_template_is_dealt_with_and_said(pipeline, tokenizers, tmp_path, name):
+    template, ending, note = ODD[name]
+    asked = ChatFormat(with_template(tokenizers["byte-level"], template), tmp_path)
+    assert [found.startswith(note) for found in asked.notes] == ([True] if note else [])
+    puzzle = read_puzzles(pipeline / "puzzles/test.parquet")[0]
+    text = asked.prompt_text(puzzle.chat())
+    assert puzzle.system_message in text and puzzle.user_message.strip() in text and text.endswith(ending)
+    answer = f"<think>Cell 1 expresses CD3D.</think>\n<answer>{' | '.join(puzzle.answer)}</answer>"
+    assert batch_reward(asked.response_text(asked.response_ids(answer)), puzzle).total == 1.0
+
+
+def folding_tokenizer() -> PreTrainedTokenizerFast:
+    """Uncased WordPiece, as BERT's: it splits at hyphens and writes them back with spaces."""
+    words = "[UNK] cell t b cd8 - positive , alpha beta expresses 1 cd3d . | <think> </think> <answer> </answer> [SEP]".split()
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_tokens(list(RESPONSE_TAGS))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", unk_token="[UNK]")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}[SEP]{% endfor %}"
+    return made
+
+
+def test_labels_that_the_tokenizer_cannot_write_are_refused(pipeline, tmp_path):
+    asked = ChatFormat(folding_tokenizer(), tmp_path)
+    asked.refuse_unwritable(["T cell", "b cell"])  # case does not count
+    with pytest.raises(
+        UserError, match=r"does not give back 1 of 2 labels \('CD8-positive T cell' becomes ' cd8 - positive t"
+    ):
+        asked.refuse_unwritable(["CD8-positive T cell", "B cell"])
+    folder = make_checkpoint(tmp_path / "m", folding_tokenizer(), "qwen2")
+    assert "does not give back 1 of 2 labels" in problem_of(folder)
+    traces = run_command("sft", "--traces", pipeline / "traces.jsonl", "--model", folder, "--out", tmp_path / "sft")
+    assert traces.returncode == 2 and "labels" in traces.stderr and not (tmp_path / "sft").exists()
+
+
 BAD_TEMPLATES = {
     "none": (None, "has no chat template; take the instruct version"),
     "raises": ("{{ messages[0].role.x.y }}", "its chat template raises"),
-    "drops both": ("{{ messages[0].role }}", "its chat template drops the system message"),
+    "drops both": ("{{ messages[0].role }}", "its chat template changes or drops the system message"),
+    "another tag": (
+        OPENED.replace("<think>", "<reasoning>"),
+        "ends the prompt in '<reasoning>\\n', which is not the <think> of our answers",
+    ),
+    "the answer's tag": (OPENED.replace("<think>", "<answer>"), "ends the prompt in '<answer>\\n'"),
     "closes the reasoning": (
         CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think></think>\n{%"),
         "closes the reasoning (</think>) before the model speaks",
@@ -192,10 +272,14 @@ def test_a_template_that_cannot_ask_is_refused(tokenizers, tmp_path, case):
 
 
 def test_a_message_that_the_template_changes_is_refused(tokenizers, tmp_path):
-    cut = CHAT_TEMPLATE.replace("message['content']", "message['content'][:40]")
-    asked = ChatFormat(with_template(tokenizers["byte-level"], cut), tmp_path)
+    """Where only a puzzle shows it, too: this template escapes HTML."""
+    escaping = CHAT_TEMPLATE.replace("message['content']", "message['content'].replace('&', '&amp;')")
+    asked = ChatFormat(with_template(tokenizers["byte-level"], escaping), tmp_path)
     with pytest.raises(UserError, match="changes or drops the user message"):
-        asked.prompt_ids([{"role": "system", "content": "short"}, {"role": "user", "content": "x" * 41}])
+        asked.prompt_ids([{"role": "system", "content": "short"}, {"role": "user", "content": "HLA-A & HLA-B"}])
+    cut = CHAT_TEMPLATE.replace("message['content']", "message['content'][:40]")
+    with pytest.raises(UserError, match="its chat template changes or drops the"):
+        ChatFormat(with_template(tokenizers["byte-level"], cut), tmp_path)
 
 
 def test_ends_that_cannot_be_are_refused(tokenizers, tmp_path):
@@ -217,6 +301,27 @@ def tagged_tokenizer_without_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrai
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     plain.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     return plain
+
+
+def test_files_of_a_chat_that_are_damaged_or_wrong_are_named(tokenizers, tmp_path):
+    tokenizer = with_template(tokenizers["byte-level"], CHAT_TEMPLATE)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 999999, -1, "2"]}))
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps({"vocab_size": len(tokenizer)}))
+    asked = ChatFormat(tokenizer, tmp_path)
+    assert asked.stop_ids == (2,) and asked.notes == [
+        f"generation_config.json names {wrong} as the end of a response, which is no token: left out"
+        for wrong in ("999999", "-1", "'2'")
+    ]
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id"')
+    with pytest.raises(UserError, match="generation_config.json: is not JSON"):
+        ChatFormat(tokenizer, tmp_path)
+    tokenizer.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+    with pytest.raises(UserError, match="its chat templates are named rag, tool_use, and none is named default"):
+        ChatFormat(tokenizer, tmp_path)
+    plain = tagged_tokenizer_without_ends(tokenizer)
+    plain.chat_template = "{{ bos_token + '' }}" + CHAT_TEMPLATE
+    with pytest.raises(UserError, match="needs a bos_token, and the tokenizer has none"):
+        ChatFormat(plain, tmp_path / "elsewhere")
 
 
 def test_repeats_are_counted_over_the_batch():

@@ -46,6 +46,7 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
             too_long.append(number)  # never cut: half an answer teaches half an answer
             continue
         examples.append(Example(puzzle=puzzle, prompt_ids=prompt_ids, response_ids=response_ids))
+    policy.chat.refuse_unwritable(label for example in examples for label in example.puzzle.answer)
     if not examples:
         raise UserError(f"--max-tokens {cfg.max_tokens}: none of the {len(rows)} traces of {cfg.traces} fits")
     if too_long and cfg.overlong == "refuse":

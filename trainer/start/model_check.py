@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from data.errors import UserError
-from data.prompts import PROBE_RESPONSE, PROBE_SYSTEM, PROBE_USER, RESPONSE_TAGS, ChatFormat, chat
+from data.prompts import PROBE, PROBE_ANSWER, PROBE_RESPONSE, PROBE_USER, RESPONSE_TAGS, ChatFormat
 from data.puzzles import Puzzle
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
@@ -108,10 +108,11 @@ def find_tensor(folder: Path, ending: str) -> torch.Tensor | None:
 def chat_rows(asked: ChatFormat, config: dict[str, Any]) -> list[Row]:
     """How the model is asked, as its tokenizer and its chat template have it."""
     tokenizer = asked.tokenizer
-    prompt = asked.prompt_text(chat(PROBE_SYSTEM, PROBE_USER))
+    prompt = asked.prompt_text(PROBE)
     tags = [f"{tag} {len(tokenizer.encode(tag, add_special_tokens=False))}" for tag in RESPONSE_TAGS]
     ends = [f"{token} {tokenizer.decode([token])!r} ({', '.join(named)})" for token, named in asked.ends.items()]
     answer = asked.response_ids(PROBE_RESPONSE)
+    asked.refuse_unwritable(PROBE_ANSWER.split(" | "))
     return [
         Row(what="vocabulary", value=f"{len(tokenizer):,} tokens, embedding of {config.get('vocab_size', 0):,}"),
         Row(what="prompt ends in", value=repr(prompt.rpartition(PROBE_USER)[2])),

@@ -120,6 +120,7 @@ def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEng
 
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
     """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
+    policy.chat.refuse_unwritable(label for puzzle in puzzles for label in (*puzzle.answer, *puzzle.candidates))
     prompts = [Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:
@@ -129,6 +130,14 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world
         )
     if world.is_main:
         print_notes(policy)
+        unknown = policy.tokenizer.unk_token_id
+        lost = sum(prompt.ids.count(unknown) for prompt in fitting) if unknown is not None else 0
+        if lost:
+            print(
+                f"note: {lost} of {sum(len(prompt.ids) for prompt in fitting)} prompt tokens are unknown to the tokenizer "
+                f"({policy.tokenizer.unk_token}): the model cannot read those genes",
+                flush=True,
+            )
     if world.is_main and len(fitting) < len(prompts):
         print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
     return fitting
