@@ -147,6 +147,31 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
         assert not out.exists(), arguments
 
 
+def test_a_run_that_made_no_step_can_be_started_again(pipeline, tmp_path, length_reward):
+    """With the same command or with --resume, and with the setting corrected that was at fault."""
+    for again in ((), ("--resume",)):
+        out = tmp_path / f"run{len(again)}"
+        bad = tmp_path / "bad.py"
+        bad.write_text("def fn(completion, puzzle):\n    raise LookupError('no such table')\n")
+        arguments = (
+            "--model",
+            pipeline / "base",
+            "--puzzles",
+            pipeline / "puzzles/train.parquet",
+            "--out",
+            out,
+            *SMALL,
+        )
+        died = run_command("grpo", *arguments, "--engine", "torch", "--steps", 1, "--reward", f"{bad}:fn")
+        assert died.returncode == 2 and "no such table" in died.stderr and (out / "config.json").is_file()
+        succeed("grpo", *arguments, "--engine", "torch", "--steps", 1, "--reward", length_reward, *again)
+        assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+        assert json.loads((out / "config.json").read_text())["settings"]["reward"] == str(length_reward)
+    (out / "config.json").write_text('{"settings"')
+    done = run_command("grpo", *arguments, "--engine", "torch", "--steps", 2, "--reward", length_reward, "--resume")
+    assert done.returncode == 2 and "config.json: damaged, not JSON" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward):
     out = tmp_path / "run"
     grpo(pipeline, out, "--steps", 1, "--engine", "torch", "--reward", length_reward)

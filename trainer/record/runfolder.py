@@ -110,25 +110,31 @@ class Checkpoint:
 
 
 def check_run(config: Any, allow_resume: bool = True) -> None:
-    """Raises UserError if --out holds another run, or if --resume finds no run or a run with other settings or data."""
+    """Raises UserError if --out holds another run, or if --resume finds no run or a run with other settings or data.
+
+    A folder in which no step was made (vLLM would not start, a bad reward) is no run: any settings may begin there.
+    """
     out = Path(config.out)
     resume = allow_resume and config.resume
     recorded = out / "config.json"
     if resume and not recorded.is_file():
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
+    if not has_steps(out):
+        return
     if not resume and recorded.is_file():
         remedy = "add --resume to go on with it, or " if allow_resume else ""
         raise UserError(f"--out {out}: already holds a run; {remedy}name another folder")
     if resume:
         # through JSON, so that both sides have JSON's types
-        before, now = json.loads(recorded.read_text())["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
+        record = read_record(out)
+        before, now = record["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
         # a setting that an older version did not record had its default behaviour
         defaults = {field.name: field.default for field in dataclasses.fields(config)}
         free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
         changed = [key for key in now if key not in free and before.get(key, defaults[key]) != now[key]]
         if changed:
             raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
-        was, hashes = json.loads(recorded.read_text()).get("data", {}), data_hashes(config)
+        was, hashes = record.get("data", {}), data_hashes(config)
         if other := [key for key in hashes if was.get(key, hashes[key]) != hashes[key]]:
             raise UserError(
                 f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); "
@@ -136,10 +142,30 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
             )
 
 
+def has_steps(out: Path) -> bool:
+    """Has a run in this folder made a step, or saved one?"""
+    metrics = out / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or bool(list_checkpoints(out))
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """The run's config.json. Raises UserError when it is damaged."""
+    path = out / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}); put a copy back, or name another --out") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise UserError(f"{path}: is no record of a run (it has no settings); put a copy back, or name another --out")
+    return found
+
+
 def with_date(config: C, world: World) -> C:
     """The settings with the date that the run shows to chat templates: --date, the resumed run's, or today. Collective."""
     recorded = Path(config.out) / "config.json"
-    of_run = json.loads(recorded.read_text())["settings"].get("date") if config.resume else ""
+    of_run = (
+        read_record(recorded.parent)["settings"].get("date") if config.resume and has_steps(recorded.parent) else ""
+    )
     ours = config.date or of_run or datetime.date.today().isoformat()
     # rank 0 decides: another node may be in another time zone
     return dataclasses.replace(config, date=world.gather_in_rank_order(ours)[0])
