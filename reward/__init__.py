@@ -5,16 +5,18 @@ reward/scoring.py runs them in worker processes. reward/adapters.py adapts funct
 
 import importlib
 import inspect
+import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data.errors import UserError
 from reward.adapters import adapt
-from reward.result import Reward, RewardFn, Status, as_reward
+from reward.result import Reward, RewardFn, Status, as_reward, as_text
 
 __all__ = ["Reward", "RewardFn", "Status", "as_reward", "load_reward"]
 
@@ -54,20 +56,25 @@ def _load_function(path: str, function: str) -> Callable:
 def _load_module(path: str, module_name: str):
     if str(Path.cwd()) not in sys.path:  # `python launch/grpo.py` adds launch/ to the path, not the user's folder
         sys.path.append(str(Path.cwd()))
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's own code raises while it is imported
-        raise UserError(f"--reward {path}: cannot import {module_name} ({_what_happened(error)})") from error
+    return _import(path, module_name, module_name)
 
 
 def _load_file(path: str, file_name: str):
     if not Path(file_name).is_file():
         raise UserError(f"--reward {path}: no file {file_name}")
+    # "." separates the parts of a module's name
+    return _import(path, file_name, f"{__name__}." + quote(str(Path(file_name).resolve())).replace(".", "%2E"))
+
+
+def _import(path: str, shown: str, module_name: str):
     try:
-        # "." separates the parts of a module's name
-        return importlib.import_module(f"{__name__}." + quote(str(Path(file_name).resolve())).replace(".", "%2E"))
-    except Exception as error:  # whatever the user's own code raises while it is imported
-        raise UserError(f"--reward {path}: cannot import {file_name} ({_what_happened(error)})") from error
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises while it is imported
+        raise UserError(f"--reward {path}: cannot import {shown} ({_what_happened(error)})") from error
+
+
+class _FileSpec(ModuleSpec):
+    parent = ""  # the user's file is no part of our package: `from .result import x` must not find reward/result.py
 
 
 class _FileFinder:
@@ -79,13 +86,27 @@ class _FileFinder:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        package, _, file = name.partition(".")
-        return spec_from_file_location(name, unquote(file)) if package == __name__ and file.startswith("/") else None
+        package, _, quoted = name.partition(".")
+        if package != __name__ or not quoted.startswith("/"):
+            return None
+        file = unquote(quoted)
+        if os.path.dirname(file) not in sys.path:
+            sys.path.append(os.path.dirname(file))  # for files beside it; the last folder shadows nothing
+        spec = _FileSpec(name, SourceFileLoader(name, file), origin=file)
+        spec.has_location = True  # the module gets its __file__
+        return spec
 
 
-def _what_happened(error: Exception) -> str:
+def _what_happened(error: Exception | SystemExit) -> str:
     """In one line: an ImportError or SyntaxError speaks for itself, a KeyError('x') does not."""
-    return str(error) if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {error}"
+    text = " ".join(as_text(error).split())
+    if isinstance(error, SystemExit):
+        return f'it ends the program, SystemExit: {text}; put what a script does under `if __name__ == "__main__":`'
+    if isinstance(error, ImportError) and text.startswith("attempted relative import"):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        absolute = re.sub(r"from\s*\.+\s*", "from ", line).replace("from import", "import")
+        return f"a reward file cannot import relatively; write `{absolute}`"
+    return text if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {text}"
 
 
 sys.meta_path.append(_FileFinder)

@@ -12,7 +12,7 @@ from data.puzzles import Puzzle, read_puzzles
 from eval.metrics import score_one
 from reward import Reward, load_reward
 from reward.cellpuzzles import batch_reward, mixed_reward, normalise_label, parse_response, strict_reward
-from tests.helpers.commands import FIXTURES
+from tests.helpers.commands import FIXTURES, run_command
 
 REAL = FIXTURES / "cellpuzzles_sample.jsonl"
 PUZZLE = Puzzle(
@@ -127,6 +127,13 @@ def test_load_reward_says_what_is_wrong(path, says):
         ("def fn(:\n", "invalid syntax"),
         ("table = {}['labels']\n", "KeyError: 'labels'"),
         ("value = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
+        ("raise ValueError('half \\ud83d,\\n two lines')\n", "ValueError: half \\ud83d, two lines)"),
+        ("import sys\nsys.exit(4)\n", "it ends the program, SystemExit: 4; put what a script does under `if __name__"),
+        ("import argparse\nargparse.ArgumentParser(prog='x').parse_args(['--y'])\n", "SystemExit: 2"),
+        # `result` is also a file of the room reward/
+        ("from .result import Reward\n", "a reward file cannot import relatively; write `from result import Reward`"),
+        ("from . import helper\n", "a reward file cannot import relatively; write `import helper`"),
+        ("from ..beside.helper import (\n h)\n", "cannot import relatively; write `from beside.helper import (`"),
     ],
 )
 def test_a_reward_file_that_fails_while_it_is_imported_is_one_sentence(tmp_path, source, says):
@@ -135,3 +142,15 @@ def test_a_reward_file_that_fails_while_it_is_imported_is_one_sentence(tmp_path,
     with pytest.raises(UserError, match=re.escape(f"--reward {file}:fn: cannot import {file} (")) as caught:
         load_reward(f"{file}:fn")
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_reward_file_that_exits_is_refused_by_the_command(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    done = run_command("grpo", "--reward", f"{tmp_path}/mine.py:fn", "--dry-run")
+    assert done.returncode == 2 and "cannot import" in done.stderr and "SystemExit: 0" in done.stderr
+
+
+def test_an_interrupt_during_the_import_is_the_users(tmp_path):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_reward(f"{tmp_path}/mine.py:fn")
