@@ -9,31 +9,33 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data.errors import UserError
+from data.puzzles import Puzzle
 from reward.adapters import adapt
 from reward.result import Reward, RewardFn, Status, as_reward, as_text
 
 __all__ = ["Reward", "RewardFn", "Status", "as_reward", "load_reward"]
 
 
-def load_reward(path: str) -> RewardFn:
+def load_reward(path: str, puzzles: Iterable[Puzzle] = ()) -> RewardFn:
     """The reward function named by `package.module:function` or `path/to/file.py:function`.
 
     The prefixes `trl:` and `verl:` adapt a function written for those programs (reward/adapters.py).
-    Raises UserError, with the reason, when the module cannot be imported or has no such function.
+    Raises UserError, with the reason, when the module cannot be imported or has no such function, when the function does
+    not take the arguments with which it is called, or when one of the puzzles has no column that it needs.
 
     >>> load_reward("reward.cellpuzzles:batch_reward").__doc__.splitlines()[0]
     'Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.'
     """
     style, _, rest = path.partition(":")
     if style in ("trl", "verl") and ":" in rest:
-        return adapt(style, _load_function(path, rest))
-    return _load_function(path, path)
+        return adapt(style, _load_function(path, rest), path, puzzles)
+    return adapt("", _load_function(path, path), path)
 
 
 def _load_function(path: str, function: str) -> Callable:
