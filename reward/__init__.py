@@ -5,33 +5,37 @@ reward/scoring.py runs them in worker processes. reward/adapters.py adapts funct
 
 import importlib
 import inspect
+import os
+import re
 import sys
-from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+import traceback
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data.errors import UserError
+from data.puzzles import Puzzle
 from reward.adapters import adapt
-from reward.result import Reward, RewardFn, Status, as_reward
+from reward.result import Reward, RewardFn, Status, as_reward, as_text
 
 __all__ = ["Reward", "RewardFn", "Status", "as_reward", "load_reward"]
 
 
-def load_reward(path: str) -> RewardFn:
+def load_reward(path: str, puzzles: Iterable[Puzzle] = ()) -> RewardFn:
     """The reward function named by `package.module:function` or `path/to/file.py:function`.
 
     The prefixes `trl:` and `verl:` adapt a function written for those programs (reward/adapters.py).
-    Raises UserError, with the reason, when the module cannot be imported or has no such function.
+    Raises UserError, with the reason, when the module cannot be imported or has no such function, when the function does
+    not take the arguments with which it is called, or when one of the puzzles has no column that it needs.
 
     >>> load_reward("reward.cellpuzzles:batch_reward").__doc__.splitlines()[0]
     'Eq. (2): -1 for an invalid format, 1 when every label is right, else 0.'
     """
     style, _, rest = path.partition(":")
     if style in ("trl", "verl") and ":" in rest:
-        return adapt(style, _load_function(path, rest))
-    return _load_function(path, path)
+        return adapt(style, _load_function(path, rest), path, puzzles)
+    return adapt("", _load_function(path, path), path)
 
 
 def _load_function(path: str, function: str) -> Callable:
@@ -54,20 +58,25 @@ def _load_function(path: str, function: str) -> Callable:
 def _load_module(path: str, module_name: str):
     if str(Path.cwd()) not in sys.path:  # `python launch/grpo.py` adds launch/ to the path, not the user's folder
         sys.path.append(str(Path.cwd()))
-    try:
-        return importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's own code raises while it is imported
-        raise UserError(f"--reward {path}: cannot import {module_name} ({_what_happened(error)})") from error
+    return _import(path, module_name, module_name)
 
 
 def _load_file(path: str, file_name: str):
     if not Path(file_name).is_file():
         raise UserError(f"--reward {path}: no file {file_name}")
+    # "." separates the parts of a module's name
+    return _import(path, file_name, f"{__name__}." + quote(str(Path(file_name).resolve())).replace(".", "%2E"))
+
+
+def _import(path: str, shown: str, module_name: str):
     try:
-        # "." separates the parts of a module's name
-        return importlib.import_module(f"{__name__}." + quote(str(Path(file_name).resolve())).replace(".", "%2E"))
-    except Exception as error:  # whatever the user's own code raises while it is imported
-        raise UserError(f"--reward {path}: cannot import {file_name} ({_what_happened(error)})") from error
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises while it is imported
+        raise UserError(f"--reward {path}: cannot import {shown} ({_what_happened(error)})") from error
+
+
+class _FileSpec(ModuleSpec):
+    parent = ""  # the user's file is no part of our package: `from .result import x` must not find reward/result.py
 
 
 class _FileFinder:
@@ -79,13 +88,27 @@ class _FileFinder:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        package, _, file = name.partition(".")
-        return spec_from_file_location(name, unquote(file)) if package == __name__ and file.startswith("/") else None
+        package, _, quoted = name.partition(".")
+        if package != __name__ or not quoted.startswith("/"):
+            return None
+        file = unquote(quoted)
+        if os.path.dirname(file) not in sys.path:
+            sys.path.append(os.path.dirname(file))  # for files beside it; the last folder shadows nothing
+        spec = _FileSpec(name, SourceFileLoader(name, file), origin=file)
+        spec.has_location = True  # the module gets its __file__
+        return spec
 
 
-def _what_happened(error: Exception) -> str:
+def _what_happened(error: Exception | SystemExit) -> str:
     """In one line: an ImportError or SyntaxError speaks for itself, a KeyError('x') does not."""
-    return str(error) if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {error}"
+    text = " ".join(as_text(error).split())
+    if isinstance(error, SystemExit):
+        return f'it ends the program, SystemExit: {text}; put what a script does under `if __name__ == "__main__":`'
+    if isinstance(error, ImportError) and text.startswith("attempted relative import"):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        absolute = re.sub(r"from\s*\.+\s*", "from ", line).replace("from import", "import")
+        return f"a reward file cannot import relatively; write `{absolute}`"
+    return text if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {text}"
 
 
 sys.meta_path.append(_FileFinder)

@@ -3,9 +3,9 @@
 `--reward trl:module:fn`, `--reward verl:file.py:fn`:
 
 TRL   fn(prompts, completions, **columns) -> list of float or None. As TRL does for a chat dataset, a prompt is a list
-      of {"role", "content"} turns and a completion is a list with one such turn. columns: puzzle_id, answer,
+      of {"role", "content"} turns and a completion is a list with one such turn. columns: id, puzzle_id, answer,
       candidates, cells, context and the columns of the puzzle's row. The function is called with one response at a
-      time, so it cannot compare the responses of a group.
+      time, so it cannot compare the responses of a group. The list may be an array or a tensor.
 verl  fn(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float, ...}. ground_truth is the
       answer as published, "T cell | B cell". extra_info has puzzle_id, candidates and n_cells.
 """
@@ -16,13 +16,18 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from data.errors import UserError
 from data.prompts import answer_text
-from data.puzzles import Puzzle
-from reward.result import Reward, RewardFn, Status, as_reward, as_text, timed_out
+from data.puzzles import MESSAGE_COLUMNS, Puzzle
+from reward.result import Reward, RewardFn, Status, as_number, as_reward, as_text, real_number, timed_out
+
+VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+TRL = ("prompts", "completions", "trainer_state", "log_metric", "log_extra")
+COLUMNS = ("id", "puzzle_id", "answer", "candidates", "cells", "context", *MESSAGE_COLUMNS)
+"""What a function in TRL's style gets for every puzzle; the metadata of its puzzle come on top."""
 
 
 def is_async(fn: Callable) -> bool:
@@ -31,29 +36,104 @@ def is_async(fn: Callable) -> bool:
     return any(map(inspect.iscoroutinefunction, called)) or getattr(fn, "is_async", False) is True
 
 
-def adapt(style: str, fn: Callable) -> RewardFn:
-    """`fn` as a reward function of (completion, puzzle). Raises UserError when it needs an argument we do not have."""
+def adapt(style: str, fn: Callable, path: str, puzzles: Iterable[Puzzle] = ()) -> RewardFn:
+    """`fn` as a reward function of (completion, puzzle). style: "trl", "verl", or "" when it is one already.
+
+    Raises UserError when it cannot be called with what we have. path: the text that the user wrote, for messages.
+    puzzles: each must have the columns that a function in TRL's style needs.
+    """
+    if inspect.isclass(fn):
+        raise UserError(
+            f"--reward {path}: {fn.__name__} is a class; write an instance into the file, such as "
+            f"`reward = {fn.__name__}()`, and name that"
+        )
+    if style == "trl":
+        _check_trl(fn, path, puzzles)
+        return _from_trl(fn)
     if style == "verl":
+        _check_call(fn, path, f"the keywords {', '.join(VERL)}", **dict.fromkeys(VERL))
         return _from_verl(fn)
-    needed = [
-        name
-        for name, parameter in inspect.signature(fn).parameters.items()
-        if parameter.default is parameter.empty and name in ("completion_ids", "environments")
-    ]
-    if needed:
-        raise UserError(f"--reward trl:...:{fn.__name__}: it needs '{needed[0]}', which is not passed on here")
-    return _from_trl(fn)
+    _check_call(fn, path, "(completion, puzzle)", "", None)
+    return fn
+
+
+def _parameters(fn: Callable, wrapped: bool = False) -> inspect.Signature | None:
+    """What a call of `fn` takes; None when Python does not know. wrapped: what the function takes that `fn` decorates.
+
+    A decorator may itself pass an argument to the function, so only what `fn` itself takes can be a reason to refuse it.
+    """
+    for follow in (wrapped, True):  # functools.cache has no signature of its own
+        try:
+            return inspect.signature(fn, follow_wrapped=follow)
+        except (TypeError, ValueError):
+            pass
+    return None
+
+
+def _needed(fn: Callable) -> list[str]:
+    """The names of the arguments without which `fn` cannot be called."""
+    signature = _parameters(fn)
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = signature.parameters.values() if signature else ()
+    return [p.name for p in found if p.default is p.empty and p.kind not in several]
+
+
+def _check_call(fn: Callable, path: str, what: str, *args: object, **kwargs: object) -> None:
+    """Raise UserError when `fn` cannot be called with these arguments. what: how a message describes them."""
+    signature = _parameters(fn)
+    if signature is None:
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = signature.parameters
+        short = inspect.Signature([inspect.Parameter(p.name, p.kind) for p in names.values()])
+        meant = {"completions": "trl", "solution_str": "verl"}
+        style = next((style for name, style in meant.items() if args and name in names), "")
+        hint = f"; for a function written for {style.replace('trl', 'TRL')} write {style}:{path}" if style else ""
+        raise UserError(f"--reward {path}: it is called with {what}, and takes {short}: {error}{hint}") from None
+
+
+def _check_trl(fn: Callable, path: str, puzzles: Iterable[Puzzle]) -> None:
+    needed = _needed(fn)
+    for name in needed:
+        if name in ("completion_ids", "environments"):
+            raise UserError(
+                f"--reward {path}: it needs '{name}', which is not passed on here; what is: "
+                f"{', '.join(TRL + COLUMNS)} and the columns of the puzzles"
+            )
+    signature = _parameters(fn)
+    named = [name for name in TRL + COLUMNS if signature and name in signature.parameters]
+    what = f"keywords: {', '.join(TRL + COLUMNS)} and the columns of the puzzles"
+    _check_call(fn, path, what, **dict.fromkeys(["completions", *named, *needed]))
+    for puzzle in puzzles:
+        if lacking := _lacking(needed, puzzle):
+            raise UserError(f"--reward {path}: {lacking}")
+
+
+def _lacking(needed: list[str], puzzle: Puzzle) -> str:
+    """What is wrong when the puzzle has no column that a function in TRL's style needs; "" when it has all."""
+    known = {*TRL, *COLUMNS, *puzzle.meta} - {"context_tail"}
+    missing = [name for name in needed if name not in known]
+    if not missing:
+        return ""
+    columns = [*COLUMNS, *sorted(known - {*TRL, *COLUMNS})]
+    return f"it needs '{missing[0]}', and puzzle {puzzle.id} has no such column; it has {', '.join(columns)}"
 
 
 def _from_trl(fn: Callable) -> RewardFn:
     """A function in TRL's style as a reward function. What it logs with log_metric becomes parts of the reward."""
     # TRL passes every column as a keyword; a function without **kwargs can only take those it names
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(fn).parameters.values())
-    names = set(inspect.signature(fn).parameters)
+    signature, needed = _parameters(fn, wrapped=True), _needed(fn)
+    takes_all = signature is None or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    names = set(signature.parameters) if signature else set()
 
     def arguments(completion: str, puzzle: Puzzle, parts: dict[str, float]) -> dict[str, Any]:
+        if lacking := _lacking(needed, puzzle):
+            raise UserError(lacking)
         columns = {
             **puzzle.to_row(),
+            "id": puzzle.id,
             "puzzle_id": puzzle.id,
             "answer": puzzle.answer,
             "candidates": puzzle.candidates,
@@ -65,17 +145,19 @@ def _from_trl(fn: Callable) -> RewardFn:
             "completions": [[{"role": "assistant", "content": completion}]],
             **{name: [value] for name, value in columns.items()},
             "trainer_state": None,
-            "log_metric": lambda name, value: parts.update({name: float(value)}),
+            "log_metric": lambda name, value: parts.update({name: as_number(value, f"metric {name!r}")}),
             "log_extra": lambda name, values: None,
         }
         return given if takes_all else {name: value for name, value in given.items() if name in names}
 
-    def settle(results: list, parts: dict[str, float]) -> Reward:
+    def settle(results: Any, parts: dict[str, float]) -> Reward:
+        if callable(getattr(results, "tolist", None)):
+            results = results.tolist()
         if not isinstance(results, (list, tuple)) or len(results) != 1:
             raise UserError(f"a TRL-style reward returns one number per completion; for one it returned {results!r}")
         if results[0] is None:  # TRL: the function does not apply to this response
             return Reward(total=float("nan"), parts=parts, status=Status.DECLINED, message="the function returned None")
-        return Reward(total=float(results[0]), parts=parts)
+        return Reward(total=as_number(results[0], "the reward"), parts=parts)
 
     def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
         parts: dict[str, float] = {}
@@ -90,9 +172,13 @@ def _from_verl(fn: Callable) -> RewardFn:
 
     def settle(result: Any) -> Reward:
         if not isinstance(result, dict):
-            return Reward(total=float(result))
-        numbers = {k: float(v) for k, v in result.items() if k != "score" and isinstance(v, (bool, int, float))}
-        return Reward(total=float(result["score"]), parts=numbers)
+            return Reward(total=as_number(result, "the reward"))
+        if "score" not in result:
+            keys = ", ".join(map(as_text, result)) or "nothing"
+            raise UserError(f"a verl-style reward returns a number or a dict with 'score'; its dict has {keys}")
+        others = {name: value for name, value in result.items() if name != "score" and real_number(value) is not None}
+        parts = {name: as_number(value, f"{name!r} of the reward") for name, value in others.items()}
+        return Reward(total=as_number(result["score"], "'score' of the reward"), parts=parts)
 
     def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
         result = fn(
@@ -109,13 +195,22 @@ def _from_verl(fn: Callable) -> RewardFn:
 
 def _then(result: Any, settle: Callable[[Any], Reward]) -> Reward | Awaitable[Reward]:
     """settle(result); for an async function, an awaitable of it."""
-    if not inspect.isawaitable(result):
+    if not _is_awaitable(result):
         return settle(result)
 
     async def later() -> Reward:
         return settle(await result)
 
     return later()
+
+
+def _is_awaitable(result: object) -> bool:
+    """Raises UserError for a Future that nothing will complete: a plain function is called outside an event loop."""
+    if asyncio.isfuture(result) and not result.done():
+        raise UserError(
+            "the reward returned an asyncio Future of an event loop that does not run: write the function with `async def`"
+        )
+    return inspect.isawaitable(result)
 
 
 # ---- the call itself
@@ -135,7 +230,7 @@ def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | 
 
     try:
         result = fn(completion, puzzle)
-        outcome = as_reward(asyncio.run(within(result)) if inspect.isawaitable(result) else result)
+        outcome = as_reward(asyncio.run(within(result)) if _is_awaitable(result) else result)
     except BaseException as error:  # also SystemExit, GeneratorExit and CancelledError
         outcome = error
     return _settle(outcome, start, process, seconds)
@@ -166,6 +261,8 @@ def _settle(outcome: Reward | BaseException, start: float, process: int, seconds
         return timed_out(seconds)
     if isinstance(outcome, Reward):
         return outcome
+    if isinstance(outcome, UserError):  # about what the function returned: it has no line
+        return Reward(total=math.nan, status=Status.ERROR, message=as_text(outcome))
     where = traceback.extract_tb(outcome.__traceback__)[-1]
     message = f"{type(outcome).__name__}: {as_text(outcome)} ({os.path.basename(where.filename)}, line {where.lineno})"
     return Reward(total=math.nan, status=Status.ERROR, message=" ".join(message.split()))

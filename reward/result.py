@@ -68,10 +68,10 @@ def as_reward(result: object) -> Reward:
     number is above LARGEST.
     """
     if not isinstance(result, Reward):
-        return Reward(total=_as_number(result, "the reward"))
+        return Reward(total=as_number(result, "the reward"))
     status = Status(result.status)
-    total = math.nan if status in NOT_SCORED else _as_number(result.total, "the total of the reward")
-    parts = {as_text(name): _as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
+    total = math.nan if status in NOT_SCORED else as_number(result.total, "the total of the reward")
+    parts = {as_text(name): as_number(value, f"part {name!r} of the reward") for name, value in result.parts.items()}
     return Reward(total=total, parts=parts, status=status, message=as_text(result.message))
 
 
@@ -110,10 +110,25 @@ def as_text(value: object) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair is no character
 
 
-def _as_number(value: object, what: str) -> float:
-    # a bool is a number in Python; as a reward it is a comparison that was returned by mistake
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise UserError(f"{what} is {value!r}: return a finite number or a Reward")
-    if abs(value) > LARGEST:
-        raise UserError(f"{what} is {value!r}: its square must fit float32, so return at most {LARGEST:g} in size")
-    return float(value)
+def real_number(value: object) -> numbers.Real | None:
+    """The number that a user's value is: a real number, or the one element of an array or tensor. None: it is none.
+
+    A bool is 1 or 0, as for TRL and verl: a reward is often a comparison. A text is no number.
+    """
+    if not isinstance(value, numbers.Real) and callable(getattr(value, "item", None)):
+        try:
+            value = value.item()
+        except (TypeError, ValueError, RuntimeError):  # several elements
+            return None
+    return value if isinstance(value, numbers.Real) else None
+
+
+def as_number(value: object, what: str) -> float:
+    """A user's number as a float. Raises UserError, which calls it `what`, when it is no finite number up to LARGEST."""
+    number, shown = real_number(value), repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]} ..."
+    if number is not None and LARGEST < abs(number) != math.inf:
+        raise UserError(f"{what} is {shown}: its square must fit float32, so return at most {LARGEST:g} in size")
+    if number is None or not math.isfinite(number):
+        raise UserError(f"{what} is {shown}: return a finite number or a Reward")
+    return float(number)

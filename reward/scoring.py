@@ -168,6 +168,7 @@ class _Worker:
         self.process = subprocess.Popen(
             [
                 sys.executable,
+                "-P",  # no module of the current folder stands before ours, or before one beside a reward's file
                 "-m",
                 "reward.scoring",
                 self.path,
@@ -187,6 +188,9 @@ class _Worker:
         ready = self._receive(time.monotonic() + START_SECONDS)
         if isinstance(ready, Reward):
             why = ready.message if ready.status is Status.ERROR else f"it was not ready within {START_SECONDS:g} s"
+        else:
+            why = ready.get("refused", "").removeprefix(f"--reward {self.path}: ")
+        if why:
             self.stop()
             raise UserError(f"--reward {self.path}: its scoring process did not start: {why}")
         self.is_async = ready["is_async"]
@@ -245,7 +249,11 @@ def serve(path: str, seconds: float, jobs: int, replies: int) -> None:
     keep_from_children([jobs, replies])
     end_group_with_this_process()
     sys.stdout.reconfigure(line_buffering=True)  # a worker is killed without notice; what it printed must be seen
-    fn = load_reward(path)
+    try:
+        fn = load_reward(path)
+    except UserError as error:  # it could be loaded in the trainer: e.g. it reads sys.argv or the environment
+        _write(replies, {"refused": str(error)})
+        os._exit(1)
     _write(replies, {"ready": True, "is_async": is_async(fn)})
     if is_async(fn):
         asyncio.run(_serve_side_by_side(fn, seconds, jobs, replies))

@@ -2,17 +2,22 @@
 
 import asyncio
 import json
+import math
 import re
+from fractions import Fraction
 from itertools import permutations
 
+import numpy as np
 import pytest
+import torch
 
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from eval.metrics import score_one
-from reward import Reward, load_reward
+from reward import Reward, Status, as_reward, load_reward
+from reward.adapters import adapt, score_plain
 from reward.cellpuzzles import batch_reward, mixed_reward, normalise_label, parse_response, strict_reward
-from tests.helpers.commands import FIXTURES
+from tests.helpers.commands import FIXTURES, run_command
 
 REAL = FIXTURES / "cellpuzzles_sample.jsonl"
 PUZZLE = Puzzle(
@@ -127,6 +132,13 @@ def test_load_reward_says_what_is_wrong(path, says):
         ("def fn(:\n", "invalid syntax"),
         ("table = {}['labels']\n", "KeyError: 'labels'"),
         ("value = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
+        ("raise ValueError('half \\ud83d,\\n two lines')\n", "ValueError: half \\ud83d, two lines)"),
+        ("import sys\nsys.exit(4)\n", "it ends the program, SystemExit: 4; put what a script does under `if __name__"),
+        ("import argparse\nargparse.ArgumentParser(prog='x').parse_args(['--y'])\n", "SystemExit: 2"),
+        # `result` is also a file of the room reward/
+        ("from .result import Reward\n", "a reward file cannot import relatively; write `from result import Reward`"),
+        ("from . import helper\n", "a reward file cannot import relatively; write `import helper`"),
+        ("from ..beside.helper import (\n h)\n", "cannot import relatively; write `from beside.helper import (`"),
     ],
 )
 def test_a_reward_file_that_fails_while_it_is_imported_is_one_sentence(tmp_path, source, says):
@@ -135,3 +147,212 @@ def test_a_reward_file_that_fails_while_it_is_imported_is_one_sentence(tmp_path,
     with pytest.raises(UserError, match=re.escape(f"--reward {file}:fn: cannot import {file} (")) as caught:
         load_reward(f"{file}:fn")
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_reward_file_that_exits_is_refused_by_the_command(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    done = run_command("grpo", "--reward", f"{tmp_path}/mine.py:fn", "--dry-run")
+    assert done.returncode == 2 and "cannot import" in done.stderr and "SystemExit: 0" in done.stderr
+
+
+def test_an_interrupt_during_the_import_is_the_users(tmp_path):
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        load_reward(f"{tmp_path}/mine.py:fn")
+
+
+SIGNATURES = """
+import functools
+
+def one(completion): return 1.0
+def three(completion, puzzle, weight): return weight
+def keyword(completion, puzzle, *, weight): return 1.0
+def optional(completion, puzzle, weight=1.0, **more): return weight
+halved = functools.partial(three, weight=0.5)
+class Judge:
+    def __init__(self, completion, puzzle): pass
+    def __call__(self, completion, puzzle): return 1.0
+judge = Judge(None, None)
+class OneArgument:
+    def __call__(self, completion): return 1.0
+short = OneArgument()
+cached = functools.cache(one)
+
+def passes_a_weight(fn):
+    @functools.wraps(fn)
+    def inner(*args, **kwargs): return fn(*args, weight=0.25, **kwargs)
+    return inner
+
+decorated = passes_a_weight(three)
+
+def trl(prompts, completions, answer, **columns): return [1.0]
+def trl_narrow(completions, donor): return [float(donor[0] == "d1")]
+def trl_solution(completions, solution, **columns): return [1.0]
+def trl_default(completions, solution=None): return [1.0]
+def trl_position(completions, answer, /): return [1.0]
+@passes_a_weight
+def trl_decorated(completions, answer, weight): return [weight]
+def verl(data_source, solution_str, ground_truth, extra_info=None, address=None): return 1.0
+def verl_short(solution_str, ground_truth): return 1.0
+def verl_more(data_source, solution_str, ground_truth, extra_info, strict): return 1.0
+verl_strict = functools.partial(verl_more, strict=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def signatures(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("signatures") / "mine.py"
+    file.write_text(SIGNATURES)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (":one", "it is called with (completion, puzzle), and takes (completion): too many positional arguments"),
+        (":three", "and takes (completion, puzzle, weight): missing a required argument: 'weight'"),
+        (":keyword", "and takes (completion, puzzle, *, weight): missing a required argument: 'weight'"),
+        (":Judge", "Judge is a class; write an instance into the file, such as `reward = Judge()`, and name that"),
+        (":short", "and takes (completion): too many positional arguments"),
+        (":cached", "and takes (completion): too many positional arguments"),
+        (":trl", "for a function written for TRL write trl:FILE:trl"),
+        (":verl", "for a function written for verl write verl:FILE:verl"),
+        ("trl::trl_position", "it is called with keywords: prompts, completions, "),
+        ("trl::one", "and takes (completion): got an unexpected keyword argument 'completions'"),
+        ("trl::Judge", "Judge is a class"),
+        (
+            "verl::verl_short",
+            "the keywords data_source, solution_str, ground_truth, extra_info, and takes (solution_str, ",
+        ),
+        ("verl::verl_short", "got an unexpected keyword argument 'data_source'"),
+        ("verl::verl_more", "missing a required argument: 'strict'"),
+    ],
+)
+def test_a_function_that_takes_other_arguments_is_refused_at_the_start(signatures, name, says):
+    style, _, function = name.rpartition(":")
+    path = f"{style}{signatures}:{function}"
+    with pytest.raises(UserError) as caught:
+        load_reward(path)
+    assert str(caught.value).startswith(f"--reward {path}: ") and says.replace("FILE", signatures) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        (":optional", 1.0),
+        (":halved", 0.5),
+        (":judge", 1.0),
+        (":decorated", 0.25),
+        ("trl::trl", 1.0),
+        ("trl::trl_default", 1.0),
+        ("trl::trl_decorated", 0.25),
+        ("verl::verl", 1.0),
+        ("verl::verl_strict", 1.0),
+    ],
+)
+def test_a_function_that_can_be_called_is_not_refused(signatures, name, total):
+    style, _, function = name.rpartition(":")
+    assert as_reward(load_reward(f"{style}{signatures}:{function}")("abc", PUZZLE)).total == total
+
+
+def test_a_column_that_no_puzzle_has_is_named_with_those_there_are(signatures):
+    donor = Puzzle(id="q", context="", cells=[["A"]], candidates=["a"], answer=["a"], meta={"donor": "d1"})
+    path = f"trl:{signatures}:trl_solution"
+    says = (
+        "it needs 'solution', and puzzle q has no such column; it has id, puzzle_id, answer, .*, assistant_msg, donor$"
+    )
+    with pytest.raises(UserError, match=f"^--reward {re.escape(path)}: {says}"):
+        load_reward(path, [donor])
+    assert re.match(says, score_plain(load_reward(path), "abc", donor, None).message)
+    narrow = f"trl:{signatures}:trl_narrow"
+    assert load_reward(narrow, [donor])("abc", donor).total == 1.0
+    with pytest.raises(UserError, match="it needs 'donor', and puzzle p has no such column"):
+        load_reward(narrow, [donor, PUZZLE])
+
+
+def in_every_style(value: object) -> list[Reward]:
+    """What score_plain gives for a function that returns this: plain, as a part, for TRL, for verl, in verl's dict."""
+
+    def trl(completions, log_metric):
+        return [value]
+
+    def verl(data_source, solution_str, ground_truth, extra_info):
+        return value
+
+    def verl_dict(data_source, solution_str, ground_truth, extra_info):
+        return {"score": value}
+
+    functions = [
+        adapt("", lambda completion, puzzle: value, "x"),
+        lambda completion, puzzle: Reward(total=value, parts={"part": value}),
+        *(adapt(style, fn, "x") for style, fn in (("trl", trl), ("verl", verl), ("verl", verl_dict))),
+    ]
+    return [score_plain(fn, "abc", PUZZLE, None) for fn in functions]
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (2, 2.0),
+        (True, 1.0),
+        (Fraction(1, 4), 0.25),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (np.bool_(False), 0.0),
+        (np.array(0.5), 0.5),
+        (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (torch.tensor(1), 1.0),
+        (torch.tensor([0.5]), 0.5),
+    ],
+)
+def test_a_number_is_the_same_in_every_style(value, number):
+    for reward in in_every_style(value):
+        assert (reward.total, reward.message, type(reward.total)) == (number, "", float)
+        assert list(reward.parts.values()) in ([], [number])
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", 0.5 + 0j, math.nan, np.array(math.inf), np.array([0.5, 1.0]), torch.ones(2), [0.5], b"1"]
+)
+def test_what_is_no_number_is_none_in_any_style(value):
+    for reward in in_every_style(value):
+        assert math.isnan(reward.total) and reward.status is Status.ERROR
+        assert f"reward is {value!r}: return a finite number or a Reward" in reward.message
+
+
+@pytest.mark.parametrize("list_of", [list, tuple, np.array, torch.tensor])
+def test_trls_list_may_be_an_array(list_of):
+    def fn(completions):
+        return list_of([0.5])
+
+    def several(completions):
+        return list_of([0.5, 1.0])
+
+    assert score_plain(adapt("trl", fn, "x"), "abc", PUZZLE, None).total == 0.5
+    message = score_plain(adapt("trl", several, "x"), "abc", PUZZLE, None).message
+    assert message.startswith("a TRL-style reward returns one number per completion; for one it returned ")
+
+
+def test_verls_dict_needs_a_score_and_keeps_its_numbers():
+    def fn(data_source, solution_str, ground_truth, extra_info):
+        numbers = {"acc": True, "share": np.float32(0.5), "pred": "T cell", "lengths": [1, 2]}
+        return numbers | ({"score": 1} if solution_str == "score" else {})
+
+    scored = adapt("verl", fn, "x")
+    assert score_plain(scored, "score", PUZZLE, None).parts == {"acc": 1.0, "share": 0.5}
+    message = score_plain(scored, "none", PUZZLE, None).message
+    assert (
+        message == "a verl-style reward returns a number or a dict with 'score'; its dict has acc, share, pred, lengths"
+    )
+
+
+def test_a_future_that_nothing_completes_is_an_error_at_once():
+    loop = asyncio.new_event_loop()
+    future, done = loop.create_future(), loop.create_future()
+    done.set_result(0.5)
+    verl = lambda data_source, solution_str, ground_truth, extra_info: future  # noqa: E731
+    for fn in (lambda completion, puzzle: future, adapt("verl", verl, "x")):
+        message = score_plain(fn, "abc", PUZZLE, 5.0).message
+        assert message.startswith("the reward returned an asyncio Future of an event loop that does not run: write ")
+    assert score_plain(lambda completion, puzzle: done, "abc", PUZZLE, 5.0).total == 0.5
+    loop.close()

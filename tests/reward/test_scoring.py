@@ -171,7 +171,7 @@ def test_it_stops_at_the_first_failure_when_asked(rewards):
     scorer.close()
     assert again[0].total == 2.0
     with pytest.raises(
-        ValueError, match="its scoring process did not start: its scoring process ended with exit code 1"
+        ValueError, match="--reward nowhere.py:fn: its scoring process did not start: no file nowhere.py"
     ):
         score("nowhere.py:fn", ["a"])
 

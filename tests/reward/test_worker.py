@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from data.errors import UserError
+from data.processes import module_environment
 from data.puzzles import Puzzle
 from reward import Reward, Status, as_reward, load_reward
 from reward.scoring import Scorer
@@ -173,6 +175,60 @@ def test_a_reward_may_use_processes(folder, monkeypatch, path, how, kind):
     several = 20 if (kind, how) == ("executor", "fork") else 2
     got = score(f"verl:{name}:{kind}_{how}", [RIGHT, WRONG] * (several // 2))
     assert [(reward.total, reward.status) for reward in got] == [(1.0, Status.OK), (0.0, Status.OK)] * (several // 2)
+
+
+BESIDE = """
+import multiprocessing
+try:
+    from .helper_beside import worth
+except ImportError:
+    from helper_beside import worth
+
+def plain(completion, puzzle):
+    from helper_beside import again
+    return again()
+
+def spawned(completion, puzzle):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(worth) + pool.apply(plain, ("", None))
+"""
+
+
+@pytest.mark.slow(2)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_imports_those_beside_it_from_any_current_folder(tmp_path, workers):
+    """Also when the current folder has a file of that name, and one that is named like a room of ours."""
+    beside, current = tmp_path / "beside", tmp_path / "current"
+    for folder, number in ((beside, 0.5), (current, -1.0)):
+        folder.mkdir()
+        (folder / "helper_beside.py").write_text(f"def worth():\n    return {number}\nagain = worth\n")
+        (folder / "json.py").write_text("raise RuntimeError('this is not the json that is meant')\n")
+    (current / "reward.py").write_text("raise RuntimeError('this is not the room')\n")
+    (beside / "mine.py").write_text(BESIDE)
+    code = f"""
+from data.puzzles import Puzzle
+from reward.scoring import Scorer
+puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["B cell", "T cell"], answer=["T cell", "B cell"])
+for name in ("plain", "spawned"):
+    scorer = Scorer(f"{beside}/mine.py:{{name}}", {workers})
+    print([reward.total for reward in scorer.score(["a"], [puzzle], [False])])
+    scorer.close()
+"""
+    command = [sys.executable, "-P", "-c", code]  # -P: as a command, which does not search the current folder first
+    done = subprocess.run(command, cwd=current, capture_output=True, text=True, env=module_environment())
+    assert done.stdout == "[0.5]\n[1.0]\n", done.stderr
+
+
+def test_a_file_that_fails_only_in_the_worker_says_why(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import sys\nif 'scoring' in sys.argv[0]:\n    raise KeyError('k')\ndef fn(c, p):\n    return 1.0\n"
+    )
+    load_reward(f"{file}:fn")
+    with pytest.raises(UserError) as caught:
+        score(f"{file}:fn", ["a"])
+    says = f"--reward {file}:fn: its scoring process did not start: cannot import {file} (KeyError: 'k')"
+    assert str(caught.value) == says
 
 
 def test_also_in_the_trainer_itself(folder):
