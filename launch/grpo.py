@@ -43,6 +43,7 @@ def main(config: GrpoConfig) -> None:
     if config.placement == "colocate":  # under split, a rank that only samples may start when the folder exists already
         check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
+    load_reward(config.reward, puzzles)  # again: a function in the style of TRL may need a column that they have not
     launch = launch_of(config)
     refuse_problems(check_launch(config, launch))
     from trainer.start.model_check import check_model  # loads transformers: only once the settings are known to be good
