@@ -281,13 +281,14 @@ class ChatFormat:
         for self.switches in ({}, {"enable_thinking": True}, {"thinking": True}):
             text = self._render(PROBE)
             # what the template writes before an answer; some put an empty reasoning block there
-            before = re.sub(r"<think>\s*</think>\s*$", "", self._answered()[0] or text)
-            told = text.removeprefix(before) if text.startswith(before) else text.rpartition(PROBE_USER)[2]
+            before = re.sub(r"<think>\s*</think>\s*$", "", self._answered()[0])
+            told = text.removeprefix(before) if before and text.startswith(before) else text.rpartition(PROBE_USER)[2]
             if "</think>" in told:
                 continue  # the template answers for the model that it has thought already
             if self.switches:
                 self.notes.append(f"the chat template reasons with {next(iter(self.switches))}=True, so that is set")
-            if before.startswith(text) and before[len(text) :].strip():
+            ignores_turn = text == self._render(PROBE, to_speak=False)
+            if ignores_turn and before.startswith(text) and before[len(text) :].strip():
                 self.header = before[len(text) :]
                 self.notes.append(
                     f"the chat template ends before the assistant's turn, so {self.header!r} is put after it"

@@ -201,6 +201,13 @@ ODD = {  # template, what the prompt then ends in, the beginning of its note
         HEADER + "<think>\nOkay, ",
         "the chat template ends the prompt in '<think>\\nOkay, ', so the text of every response begins with it",
     ),
+    "no answers": (
+        OPENED.replace(
+            "{% for", "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('ask!') }}{% endif %}{% for", 1
+        ),
+        HEADER + "<think>\n",
+        "the chat template ends the prompt in '<think>\\n'",
+    ),
     "the user twice": (
         CHAT_TEMPLATE.replace("{% for", "{{ messages[-1]['content'] }}{% for", 1),
         HEADER,
