@@ -16,12 +16,16 @@ from data.build.contexts import CONTEXT_COLUMNS
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs, table_index, uns_text
 from data.errors import UserError
 from data.meaning.labels import (
+    clusters_among_words,
     columns_like_cell_types,
     hint_of_cell_types,
+    is_cluster,
     kept_label,
     names_no_cell_type,
-    numbers_among_words,
+    names_state,
+    only_clusters,
     only_codes,
+    same_name,
     transposed,
 )
 
@@ -52,7 +56,7 @@ POOLED = re.compile(r"pooled( (donors?|samples?|individuals?|subjects?|patients?
 SUSPENSIONS = {"cell": "cell", "cells": "cell", "nucleus": "nucleus", "nuclei": "nucleus"}
 """Value of suspension_type, in lower case -> value of --suspension. Any other value, or none, is "na"."""
 SUSPENSION_KINDS = ("cell", "nucleus", "na")
-NUMERIC_REFUSED = ("cell_type", "tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
+NUMERIC_REFUSED = ("tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
 """Columns whose values are words; a file in which one holds only numbers has lost the words."""
 FREE_TEXT = ("lung_condition", "harm_condition", "author_tumor_subsite", "harm_tumor.type")
 """Context columns without a flag whose value is quoted; numbers are left out of the context."""
@@ -130,6 +134,8 @@ def read_cells(
         cells["batch"] = constant_column("", n_read)
     if "is_primary_data" not in cells:
         notes.append("no obs column 'is_primary_data': all cells count as primary data")
+    if "cell_type" in columns and not rules.allow_numeric_labels:
+        _refuse_clusters(path, cells["cell_type"], columns["cell_type"], rules)
     unusable, remedies = _unusable(cells, rules)
     cells.pop("is_primary_data", None)
     if rules.organism and organisms is None:
@@ -151,9 +157,14 @@ def read_cells(
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     usable = {name: column[kept_rows] for name, column in cells.items()}
     if not rules.allow_numeric_labels:
+        if "cell_type" in columns:
+            _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
     notes += _notes_on_tissue_type(obs[name][kept_rows] for name in tissue_type)
     notes += _notes_on_kept_labels(usable["cell_type"], rules)
+    notes += _notes_on_states(usable["cell_type"])
+    if "donor_id" in columns:
+        notes += _notes_on_unknown_donors(cells["donor_id"])
     return Cells(
         rows=kept_rows,
         columns=usable,
@@ -194,9 +205,16 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     }
     remedies = {"no cell type": "--cell-type-key COLUMN (or annotate them first)", "no donor": ANOTHER_DONOR}
     is_kept = kept_label(rules.keep_label)
-    numbers = set() if rules.allow_numeric_labels else numbers_among_words(label)
-    if (set_aside := label.where(lambda n: (n in numbers or names_no_cell_type(n)) and not is_kept(n))).any():
+    clusters = set() if rules.allow_numeric_labels else clusters_among_words(label)
+    if (
+        set_aside := label.where(
+            lambda n: (n in clusters or not is_cluster(n) and names_no_cell_type(n)) and not is_kept(n)
+        )
+    ).any():
         unusable[NO_CELL_TYPE_LABEL] = set_aside
+    remedies[NO_CELL_TYPE_LABEL] = "--keep-label NAME" + (
+        ", or name another column with --cell-type-key COLUMN" if clusters & set(label[set_aside].counts()) else ""
+    )
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
         names = sorted({name.lower() for name in donor[pooled].counts()})
@@ -206,7 +224,6 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     remedies |= {
         of_suspension: f"--suspension {','.join(others)}",
         NON_PRIMARY: "--include-non-primary",
-        NO_CELL_TYPE_LABEL: "--keep-label NAME",
     }
     return unusable, remedies
 
@@ -227,6 +244,22 @@ def _notes_on_kept_labels(labels: Column, rules: CellRules) -> list[str]:
     return [f"--keep-label {name}: no cell has this label" for name in missing]
 
 
+def _notes_on_states(labels: Column) -> list[str]:
+    """A note on labels such as "cycling", which the build uses."""
+    states = {name: n for name, n in labels.counts().items() if names_state(name)}
+    listed = ", ".join(f"{name!r} ({n})" for name, n in sorted(states.items()))
+    return [f"labels that name a state rather than a cell type are used as they are: {listed}"] if states else []
+
+
+def _notes_on_unknown_donors(donors: Column) -> list[str]:
+    """A note when a text that may be somebody's code, such as "ND", was read as "not known"."""
+    doubtful = [text for text in donors.placeholders if text and text.isalpha() and text.lower() in ("nd", "na", "unk")]
+    return [
+        f'the donor {text!r} is read as "not known": rename it in the file if it is the code of a donor'
+        for text in doubtful
+    ]
+
+
 def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
     """A note when cells are of an organoid or a culture (tissue_type of CELLxGENE since schema 4)."""
     notes = []
@@ -238,6 +271,21 @@ def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
     return notes
 
 
+def _refuse_clusters(path: str | os.PathLike, labels: Column, key: str, rules: CellRules) -> None:
+    """Raise UserError when labels are only numbers, ids or names of clusters, unless --keep-label names one of them."""
+    what, shown = only_clusters(labels)
+    if what and not any(map(kept_label(rules.keep_label), labels.counts())):
+        only = what if what.startswith("hardly") else f"only {what}"
+        raise UserError(
+            f"{path}: the obs column {key!r} holds {only} ({_first(shown)}), which are no cell types; name the column of "
+            f"cell types with --cell-type-key ({hint_of_cell_types(path)}), or insist with --allow-numeric-labels"
+        )
+
+
+def _first(shown: Sequence[str]) -> str:
+    return ", ".join(shown) + (", ..." if len(shown) > 2 else "")
+
+
 def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: dict[str, str]) -> list[str]:
     """Raise UserError when a column of words holds only numbers. Returns notes on context columns that are left out.
 
@@ -247,13 +295,7 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
     for name in NUMERIC_REFUSED:
         what, shown = only_codes(cells[name]) if name in columns else ("", [])
         if shown:
-            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({', '.join(shown)}"
-            holds += ", ...)" if len(shown) > 2 else ")"
-            if name == "cell_type":
-                raise UserError(
-                    f"{holds}, which are no cell types; name the column of cell types with --cell-type-key "
-                    f"({hint_of_cell_types(path)}), or insist with --allow-numeric-labels"
-                )
+            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({_first(shown)})"
             raise UserError(
                 f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
                 f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
@@ -382,14 +424,15 @@ def check_labels(path: Path, labels: Iterable[str]) -> None:
     """Raise UserError for labels that an answer cannot tell apart.
 
     Such a label contains '|', which separates the labels of an answer, or a tag; or two labels differ only in case,
-    which rewards ignore.
+    which rewards ignore, or in how one name is written (T cell, T cells, T-cell).
     """
-    by_case: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for label in sorted(labels):
         if "|" in label:
             raise UserError(f"{path}: the cell type {label!r} holds '|', which separates answers; rename it")
         if "<" in label and ">" in label:
             raise UserError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
-        other = by_case.setdefault(label.lower(), label)
+        other = by_name.setdefault(same_name(label), label)
         if other != label:
-            raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in case; give them one name")
+            only = "case" if other.lower() == label.lower() else "case, blanks, hyphens or a plural s"
+            raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in {only}; give them one name")

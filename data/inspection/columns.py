@@ -11,7 +11,7 @@ from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_co
 from data.errors import UserError
 from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
-from data.meaning.labels import is_term_id, likeness
+from data.meaning.labels import is_cluster, is_term_id, likeness
 
 WHOLE = 200_000
 """A column without categories is read whole up to this many cells, else sampled."""
@@ -101,7 +101,7 @@ def _judged(
         kind = "true/false"
     elif numeric and (len(texts) > FEW or of_numbers and not CLUSTER_NAME.search(plain(name))):
         kind = "numbers"
-    elif numeric:
+    elif numeric or all(map(is_cluster, texts)):
         kind = "clusters"
     elif len(texts) > FEW and len(texts) > 0.2 * n_read:
         kind, pairs = "identifiers", []

@@ -14,7 +14,6 @@ import numpy as np
 
 from data.build import onefile
 from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
-from data.build.columns import is_number
 from data.build.h5ad import open_h5ad, table_index, uns_text
 from data.build.matrix import layer_names, open_matrix, other_layers
 from data.build.settings import BuildConfig
@@ -24,7 +23,7 @@ from data.inspection.columns import guessed_column, obs_facts
 from data.inspection.facts import ColumnFacts, FileFacts, GeneFacts, LayerFacts, Usable
 from data.inspection.genes import gene_facts, organism_of_names
 from data.inspection.layers import best_layer, layer_facts
-from data.meaning.labels import is_term_id, transposed
+from data.meaning.labels import is_cluster, is_term_id, transposed
 
 DEFAULT = BuildConfig()
 PLACEHOLDERS = {"tissue": "TISSUE", "disease": "DISEASE", "suspension_type": "cell", "donor_id": "donor1"}
@@ -210,9 +209,9 @@ def _usable(
         return None, config, [str(error).removeprefix(f"{path}: ")]
     usable = _counted(cells)
     problems = []
-    if usable.labels and all(map(is_number, usable.labels)):
+    if usable.labels and all(map(is_cluster, usable.labels)):
         problems.append(
-            f"the labels in {config.cell_type_key!r} are all numbers, so they are clusters without names; annotate "
+            f"the labels in {config.cell_type_key!r} are all numbers or names of clusters, so no cell types; annotate "
             "them, or name the column of cell types with --cell-type-key"
         )
     try:
