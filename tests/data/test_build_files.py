@@ -164,13 +164,6 @@ def nullable(values, mask):
     return change
 
 
-def gene_name(name):
-    def change(adata):
-        adata.var["feature_name"] = [name, *adata.var["feature_name"][1:].astype(str)]
-
-    return change
-
-
 CASES = {
     "missing": (lambda path, atlas: None, "no such file"),
     "dangling link": (lambda path, atlas: path.symlink_to("nowhere"), "no such file"),
@@ -236,7 +229,6 @@ CASES = {
     "label with a bar": (saved(rename_label("mast|cell")), "'mast|cell' holds '|'"),
     "label like a tag": (saved(rename_label("mast </answer>")), "looks like a tag"),
     "labels by case": (saved(rename_label("b cell")), "'B cell' and 'b cell' differ only in case"),
-    "gene with a comma": (saved(gene_name("A, B")), "the gene name 'A, B' is empty or holds the separator"),
     "shape of one number": (edited(lambda f: f["X"].attrs.update({"shape": 160})), "has no shape of two numbers"),
     "shape of text": (edited(lambda f: f["X"].attrs.update({"shape": "ab"})), "has no shape of two numbers"),
     "codes in two columns": (
