@@ -28,6 +28,7 @@ from data.meaning.labels import (
     same_name,
     transposed,
 )
+from data.meaning.words import NO, YES, ages_in_words, suspension_kind, with_usual_words
 
 COLUMN_FLAGS = {
     "cell_type": "--cell-type-key",
@@ -49,13 +50,12 @@ ORGANISMS = {
     for name in (organism, taxon)
 }
 """Name or taxon, in lower case -> name. Other organisms keep the name that the file gives them."""
-TRUE = frozenset({"true", "1", "1.0"})
-"""Values of is_primary_data, in lower case, that mean yes."""
 POOLED = re.compile(r"pooled( (donors?|samples?|individuals?|subjects?|patients?|cells))?", re.IGNORECASE)
 """CELLxGENE's donor_id for cells of several individuals that were not told apart. In other columns: not known."""
-SUSPENSIONS = {"cell": "cell", "cells": "cell", "nucleus": "nucleus", "nuclei": "nucleus"}
-"""Value of suspension_type, in lower case -> value of --suspension. Any other value, or none, is "na"."""
 SUSPENSION_KINDS = ("cell", "nucleus", "na")
+NO_COLUMN = "none"
+"""As the name of a column that a context states: the file's column is not read, and no context states it."""
+MAY_BE_ABSENT = ("tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
 NUMERIC_REFUSED = ("tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
 """Columns whose values are words; a file in which one holds only numbers has lost the words."""
 FREE_TEXT = ("lung_condition", "harm_condition", "author_tumor_subsite", "harm_tumor.type")
@@ -129,11 +129,18 @@ def read_cells(
     organisms = _organisms(path, obs[extra[0]] if extra else None, n_read)
     cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
     cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
+    absent = [name for name in MAY_BE_ABSENT if keys.get(name) == NO_COLUMN and name not in cells]
+    cells |= {name: Column(np.full(n_read, -1, dtype=np.int32), []) for name in absent}
+    for name in cells:
+        cells[name], more = with_usual_words(name, cells[name])
+        notes += more
     if "batch" not in cells:
         notes.append("no obs column for the experimental batch: cells are grouped by donor only")
         cells["batch"] = constant_column("", n_read)
     if "is_primary_data" not in cells:
         notes.append("no obs column 'is_primary_data': all cells count as primary data")
+    elif not rules.include_non_primary:
+        notes += _notes_on_primary(cells["is_primary_data"])
     if "cell_type" in columns and not rules.allow_numeric_labels:
         _refuse_clusters(path, cells["cell_type"], columns["cell_type"], rules)
     unusable, remedies = _unusable(cells, rules)
@@ -149,6 +156,8 @@ def read_cells(
         dropped[reason] = int((kept & bad).sum())
         if reason == NO_CELL_TYPE_LABEL:
             notes.append(_note_on_labels(cells["cell_type"][kept & bad]))
+        if reason.startswith("suspension_type") and bad.any() and not bad.all():
+            notes.append(_note_on_suspension(cells["suspension_type"][bad], remedies[reason]))
         kept &= ~bad
     batch, kept_rows = cells["batch"], np.flatnonzero(kept)
     # cells without a known batch of one donor form one group: their batch is "", the last name
@@ -159,6 +168,13 @@ def read_cells(
     if not rules.allow_numeric_labels:
         if "cell_type" in columns:
             _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
+        organism = _one_organism(path, organisms[kept_rows]) if organisms else None
+        if "development_stage" in usable and organism in (
+            None,
+            "Homo sapiens",
+        ):  # other animals are not counted in years
+            usable["development_stage"], more = ages_in_words(usable["development_stage"])
+            notes += more
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
     notes += _notes_on_tissue_type(obs[name][kept_rows] for name in tissue_type)
     notes += _notes_on_kept_labels(usable["cell_type"], rules)
@@ -190,14 +206,14 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     A cell counts under its first reason, and the report lists the reasons in this order.
     """
     suspension, label, donor = (cells[name] for name in ("suspension_type", "cell_type", "donor_id"))
-    kinds = [SUSPENSIONS.get(name.lower(), "na") for name in suspension.names]
+    kinds = [suspension_kind(name) for name in suspension.names]
     kind = np.array([*map(SUSPENSION_KINDS.index, kinds), SUSPENSION_KINDS.index("na")])[suspension.codes]
     right = np.isin(kind, [SUSPENSION_KINDS.index(name) for name in rules.suspension])
     of_suspension = f"suspension_type is not {' or '.join(map(repr, rules.suspension))}"
     others = [name for i, name in enumerate(SUSPENSION_KINDS) if name in rules.suspension or (kind == i).any()]
     not_primary = np.zeros(len(label.codes), dtype=bool)
     if "is_primary_data" in cells and not rules.include_non_primary:
-        not_primary = ~cells["is_primary_data"].where(lambda name: name.lower() in TRUE)
+        not_primary = ~cells["is_primary_data"].where(lambda name: name.lower() in YES)
     unusable = {
         of_suspension: ~right,
         NON_PRIMARY: not_primary,
@@ -242,6 +258,22 @@ def _notes_on_kept_labels(labels: Column, rules: CellRules) -> list[str]:
     used = {name.lower() for name in labels.counts()}
     missing = [name for name in rules.keep_label if name.strip().lower() not in used]
     return [f"--keep-label {name}: no cell has this label" for name in missing]
+
+
+def _note_on_suspension(suspension: Column, remedy: str) -> str:
+    """What was left out because of its suspension type. suspension: of the cells that were left out."""
+    counts = suspension.counts()
+    listed = [f"{name!r} ({n})" for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    n_unknown = len(suspension.codes) - sum(counts.values())
+    listed += [f"not known ({n_unknown})"] if n_unknown else []
+    return f"cells of another suspension type are left out: {', '.join(listed)}; {remedy} keeps them"
+
+
+def _notes_on_primary(flags: Column) -> list[str]:
+    """A note on values of is_primary_data that are neither true nor false."""
+    strange = {name: n for name, n in flags.counts().items() if name.lower() not in YES | NO}
+    listed = ", ".join(f"{name!r} ({n})" for name, n in sorted(strange.items()))
+    return [f"is_primary_data is not understood where it is {listed}: read as not True"] if strange else []
 
 
 def _notes_on_states(labels: Column) -> list[str]:
@@ -296,9 +328,12 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
         what, shown = only_codes(cells[name]) if name in columns else ("", [])
         if shown:
             holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({_first(shown)})"
+            flag = COLUMN_FLAGS[name]
+            # one word for all cells is right only where all cells have one value
+            constant = f"supply the value with --constant {name}=VALUE, " if len(cells[name].counts()) == 1 else ""
             raise UserError(
-                f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
-                f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
+                f"{holds}, so its words were lost; name another column with {flag}, {constant}leave it out of the context "
+                f"with {flag} {NO_COLUMN}, or insist with --allow-numeric-labels"
             )
     held = {name: only_codes(cells[name])[0] for name in FREE_TEXT if name in columns}
     lost = {name: what for name, what in held.items() if what}
@@ -326,6 +361,8 @@ def resolve_columns(
                 notes.append(f"--constant {name}={value} is used instead of the obs column {key!r}")
         elif key in present:
             columns[name] = key
+        elif name in MAY_BE_ABSENT and key == NO_COLUMN:
+            continue
         elif name == "cell_type" and key == name:
             raise UserError(_no_cell_types(path, present))
         elif name in REQUIRED_COLUMNS or key != name:

@@ -7,6 +7,7 @@ which obs column gives which words; the functions below look values up in them.
 import re
 
 from data.build.columns import Column, clean_text
+from data.meaning.words import NORMAL, usual_disease
 
 INTRO = {
     "sex": " a {}",
@@ -138,8 +139,8 @@ def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:
 
     A name may be 'a || b' too: the value must then contain both.
     """
-    parts = {part.lower() for part in several_values(disease or "")}
-    wanted = [{part.lower() for part in several_values(name)} for name in names]
+    parts = {usual_disease(part).lower() for part in several_values(disease or "")}
+    wanted = [{usual_disease(part).lower() for part in several_values(name)} for name in names]
     return any(name and name <= parts for name in wanted)
 
 
@@ -149,17 +150,27 @@ def in_words(value: str) -> str:
     return value if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def _known(facts: dict[str, str]) -> dict[str, str]:
+    return {name: text for name, value in facts.items() if (text := clean_text(value))}
+
+
+def _ill(disease: str) -> str:
+    """'normal || COVID-19' is COVID-19: who has a disease is not healthy."""
+    parts = several_values(disease)
+    return " || ".join(part for part in parts if part.lower() != NORMAL or len(parts) == 1)
+
+
 def context_sentence(facts: dict[str, str]) -> str:
     """The context for some facts {obs column: value}. Values that mean "not known" are left out. No trailing space.
 
     Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
     "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
     """
-    known = {name: in_words(text) for name, value in facts.items() if (text := clean_text(value))}
+    known = {name: in_words(_ill(text) if name == "disease" else text) for name, text in _known(facts).items()}
     intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
     sentences = [f"The cell is from{intro}."] if intro else []
     if "disease" in known:
-        healthy = known["disease"].lower() == "normal"
+        healthy = known["disease"].lower() == NORMAL
         diagnosis = "is healthy with no diagnosed disease" if healthy else f"has been diagnosed with {known['disease']}"
         sentences.append(f"The patient {diagnosis}.")
     extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known]

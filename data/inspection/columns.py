@@ -12,6 +12,7 @@ from data.errors import UserError
 from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
 from data.meaning.labels import is_cluster, is_term_id, likeness
+from data.meaning.words import suspension_kind
 
 WHOLE = 200_000
 """A column without categories is read whole up to this many cells, else sampled."""
@@ -123,7 +124,7 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
     if role in ("cell_type", "donor_id", "batch"):
         able = [c for c in able if c.n_values >= 2]
     if role == "suspension_type":
-        able = [c for c in able if {text for text, _ in c.most_common} <= {"cell", "nucleus", "na"}]
+        able = [c for c in able if all(_is_suspension(text) for text, _ in c.most_common)]
     for rank, pattern in enumerate(ROLE_NAMES[role]):
         named = [c for c in able if re.fullmatch(pattern, plain(c.name))]
         if role == "cell_type" and rank >= 3:  # names such as "type" say little: the values must, too
@@ -134,6 +135,10 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
         likely = [c for c in able if c.looks_like_cell_types]
         return max(likely, key=lambda c: c.n_values).name if likely else None
     return None
+
+
+def _is_suspension(text: str) -> bool:
+    return text.lower() == "na" or suspension_kind(text) != "na"
 
 
 def plain(name: str) -> str:

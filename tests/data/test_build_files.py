@@ -182,7 +182,7 @@ CASES = {
     ),
     "no var": (edited(lambda f: f.pop("var")), "holds no 'var' table"),
     "no index": (edited(no_index), "the obs table has no index ('barcodes')"),
-    "no matrix": (edited(lambda f: f.pop("X")), "has no layer 'X'; --layer can be one of none"),
+    "no matrix": (edited(lambda f: f.pop("X")), "has no layer 'X'; the file has no matrix, so add its counts"),
     "no indptr": (edited(lambda f: f.pop("X/indptr")), "is stored in a way that is not known here"),
     "coo": (edited(lambda f: f["X"].attrs.update({"encoding-type": "coo_matrix"})), "(encoding 'coo_matrix')"),
     "matrix of text": (
