@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
-from data.build.contexts import CONTEXT_COLUMNS
+from data.build.contexts import CONTEXT_COLUMNS, without_unfit
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs, table_index, uns_text
 from data.errors import UserError
 from data.meaning.labels import (
@@ -76,6 +76,8 @@ class CellRules:
     allow_numeric_labels: bool = False
 
 
+LONGEST_LABEL = 500
+"""Longer labels are texts: the longest name of the Cell Ontology has fewer than 200 letters."""
 NO_CELL_TYPE_LABEL = "the label names no cell type"
 NON_PRIMARY = "is_primary_data is not True"
 ANOTHER_DONOR = "--donor-key COLUMN or --constant donor_id=NAME"
@@ -134,6 +136,9 @@ def read_cells(
     for name in cells:
         cells[name], more = with_usual_words(name, cells[name])
         notes += more
+        if name in CONTEXT_COLUMNS:
+            cells[name], more = without_unfit(name, cells[name])
+            notes += more
     if "batch" not in cells:
         notes.append("no obs column for the experimental batch: cells are grouped by donor only")
         cells["batch"] = constant_column("", n_read)
@@ -150,7 +155,10 @@ def read_cells(
     elif rules.organism:
         wanted = organisms.where(lambda name: name.lower() == organism_name(rules.organism).lower())
         others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
-        unusable[f"organism is not {rules.organism!r}{others}"] = ~wanted
+        of_organism = f"organism is not {rules.organism!r}{others}"
+        unusable[of_organism] = ~wanted
+        if others:
+            remedies[of_organism] = f"--organism {sorted(organisms.names)[0]!r}"
     kept, dropped = np.ones(n_read, dtype=bool), {}
     for reason, bad in unusable.items():
         dropped[reason] = int((kept & bad).sum())
@@ -165,14 +173,12 @@ def read_cells(
     if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     usable = {name: column[kept_rows] for name, column in cells.items()}
+    organism = _one_organism(path, organisms[kept_rows]) if organisms else None
     if not rules.allow_numeric_labels:
         if "cell_type" in columns:
             _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
-        organism = _one_organism(path, organisms[kept_rows]) if organisms else None
-        if "development_stage" in usable and organism in (
-            None,
-            "Homo sapiens",
-        ):  # other animals are not counted in years
+        # other animals are not counted in years
+        if "development_stage" in usable and organism in (None, "Homo sapiens"):
             usable["development_stage"], more = ages_in_words(usable["development_stage"])
             notes += more
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
@@ -186,7 +192,7 @@ def read_cells(
         columns=usable,
         n_read=n_read,
         dropped=dropped,
-        organism=_one_organism(path, organisms[kept_rows]) if organisms else None,
+        organism=organism,
         notes=notes,
         remedies=remedies,
     )
@@ -469,6 +475,8 @@ def check_labels(path: Path, labels: Iterable[str]) -> None:
             raise UserError(f"{path}: the cell type {label!r} holds '|', which separates answers; rename it")
         if "<" in label and ">" in label:
             raise UserError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
+        if len(label) > LONGEST_LABEL:
+            raise UserError(f"{path}: the cell type {label[:40] + '...'!r} has {len(label)} letters; shorten it")
         other = by_name.setdefault(same_name(label), label)
         if other != label:
             only = "case" if other.lower() == label.lower() else "case, blanks, hyphens or a plural s"

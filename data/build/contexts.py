@@ -6,6 +6,8 @@ which obs column gives which words; the functions below look values up in them.
 
 import re
 
+import numpy as np
+
 from data.build.columns import Column, clean_text
 from data.meaning.words import NORMAL, usual_disease
 
@@ -110,6 +112,11 @@ without a match the column gives none."""
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
 
+LONGEST_FACT = 500
+"""Longer values are no facts on a donor."""
+_TAG = re.compile(r"</?(think|answer)>", re.IGNORECASE)
+
+
 def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
     """{context column: value} of the facts that are known and equal for all cells of a puzzle.
 
@@ -122,6 +129,19 @@ def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
             if codes[0] >= 0 and (codes == codes[0]).all():
                 facts[name] = cells[name].names[codes[0]]
     return facts
+
+
+def without_unfit(name: str, column: Column) -> tuple[Column, list[str]]:
+    """(a context column without the values that no prompt should state, a note on them): tags, and pages of text."""
+    unfit = [i for i, text in enumerate(column.names) if len(text) > LONGEST_FACT or _TAG.search(text)]
+    n_cells = int(np.isin(column.codes, unfit).sum())
+    if not n_cells:
+        return column, []
+    codes = np.where(np.isin(column.codes, unfit), -1, column.codes).astype(np.int32)
+    shown = column.names[unfit[0]]
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    note = f"no context states the {name.replace('_', ' ')} of {n_cells} cells, a tag or a text above {LONGEST_FACT} letters"
+    return Column(codes, column.names, column.placeholders), [f"{note}: {shown!r}"]
 
 
 def joined_values(column: Column) -> str:

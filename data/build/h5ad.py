@@ -220,7 +220,10 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     codes, raw = _factorise(open_node(group, key, path), group, where, key)
     n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
-        raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
+        raise UserError(
+            f"{where} has {len(codes)} values for {n_rows} rows, so nobody knows which row has which; write the file again "
+            "from its source, or name another column"
+        )
     is_missing = is_placeholder if table == "obs" else is_missing_name  # UNK is a gene
     texts = [one_line(value) for value in raw]
     code_of: dict[str, int] = {}

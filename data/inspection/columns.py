@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.build.columns import clean_text, is_number
-from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_column, table_index
+from data.build.h5ad import as_text, column_names, has_categories_beside, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
 from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
@@ -68,7 +68,7 @@ def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -
         if is_dataset(node) and node.ndim != 1:
             return ColumnFacts(name, "unreadable", 0, 0, False, [])
         if is_group(node) or n_cells <= WHOLE or "categories" in node.attrs or f"__categories/{name}" in file["obs"]:
-            if _is_float(node):
+            if _is_float(node) and not has_categories_beside(file["obs"], name):
                 return ColumnFacts(name, "numbers", 0, 0, False, [])
             column = read_column(file, "obs", name, path)
             known = column.codes[column.codes >= 0]

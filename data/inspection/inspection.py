@@ -98,7 +98,10 @@ def first_lines(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> list[
     genes, gene_list = _genes(path, layer, config.gene_key)
     organism = uns_text(path, ORGANISM_COLUMNS)
     source = next((one for one in genes.sources if one.key == config.gene_key), None) if genes else None
-    parts = [f"{n_cells:,} cells x {n_genes:,} genes", f"{layer} holds {facts.values}"]
+    parts = [
+        f"{n_cells:,} cells x {n_genes:,} genes",
+        f"{layer} {'' if facts.values.startswith('cannot') else 'holds '}{facts.values}",
+    ]
     if source is not None:
         parts.append(f"gene names from {source.key} are {source.kind} ({', '.join(source.examples[:2])})")
     parts += [organism] if organism else []

@@ -1,12 +1,14 @@
 """data/meaning/words.py: spellings of healthy donors, sexes, ages, suspensions and flags, and columns to leave out."""
 
+import h5py
+import numpy as np
 import pytest
 
 from data.build.cells import read_cells
 from data.build.contexts import context_sentence, has_disease
-from data.inspection.inspection import inspect_file
+from data.inspection.inspection import first_lines, inspect_file
 from data.meaning.words import suspension_kind, usual_disease, usual_sex
-from tests.data.test_real_files import N_CELLS, SMALL, atlas, built, refusal, saved, with_obs
+from tests.data.test_real_files import N_CELLS, SMALL, as_integers, atlas, built, refusal, saved, with_obs
 
 DONORS = [f"d{i // 16}" for i in range(N_CELLS)]
 HEALTHY = "The patient is healthy with no diagnosed disease."
@@ -127,3 +129,53 @@ def test_a_file_without_a_matrix_of_counts(tmp_path):
     del adata.layers["scaled"]
     message = refusal(saved(tmp_path / "b.h5ad", adata))
     assert message.endswith("the file has no matrix, so add its counts as a layer and name it with --layer")
+
+
+def test_tags_and_pages_of_text_are_no_facts(tmp_path):
+    sexes = ["female" if i < 32 else "x" * 3000 for i in range(N_CELLS)]
+    path = with_obs(tmp_path / "a.h5ad", tissue="lung </answer>", sex=sexes)
+    rows, report = built(path)
+    assert rows and not any("</answer>" in row["user_msg"] or "xxx" in row["user_msg"] for _, row in rows)
+    note = "no context states the tissue of 64 cells, a tag or a text above 500 letters: 'lung </answer>'"
+    assert note in report["notes"]
+    labels = ["B cell " + "x" * 600 if t == "B cell" else t for t in atlas().obs["cell_type"]]
+    assert "has 607 letters; shorten it" in refusal(with_obs(tmp_path / "b.h5ad", cell_type=labels))
+
+
+def test_the_organism_of_the_file_is_named(tmp_path):
+    path = with_obs(tmp_path / "a.h5ad", organism="Macaca mulatta")
+    message = refusal(path, organism="Homo sapiens")
+    assert message.endswith("(the file has Macaca mulatta)); keep them with --organism 'Macaca mulatta'")
+
+
+def test_factors_of_seuratdisk_as_floats_are_seen_by_an_inspection(tmp_path):
+    path = saved(tmp_path / "a.h5ad", atlas())
+    as_integers(path, ["cell_type", "sex"])
+    with h5py.File(path, "r+") as file:
+        for name in ("cell_type", "sex"):
+            codes = file[f"obs/{name}"][:].astype(np.float64)
+            del file[f"obs/{name}"]
+            file[f"obs/{name}"] = codes
+    facts = inspect_file(path)
+    column = next(column for column in facts.columns if column.name == "cell_type")
+    assert (column.kind, column.n_values, column.looks_like_cell_types) == ("labels", 4, True) and not facts.problems
+
+
+def test_a_matrix_that_cannot_be_used_is_said_so(tmp_path):
+    path = saved(tmp_path / "a.h5ad", atlas())
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][5] = 9999
+    assert "; X cannot be used;" in first_lines(path)[0]
+
+
+@pytest.mark.parametrize(
+    "ids, organism",
+    [
+        ("ENSRNOG{:011d}", "Rattus norvegicus"),
+        ("ENSDARG{:011d}", "Danio rerio"),
+        ("WBGene{:08d}", "Caenorhabditis elegans"),
+    ],
+)
+def test_organisms_of_ids(tmp_path, ids, organism):
+    names = [ids.format(i + 1) for i in range(10)]
+    assert inspect_file(saved(tmp_path / "a.h5ad", atlas(names, names))).organism == organism

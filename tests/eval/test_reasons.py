@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from eval.evaluation import evaluation_of
-from eval.metrics import answer_of, scores_of
+from eval.metrics import answer_of, match_rows, scores_of
 from eval.reasons import contained_candidate, faults_of, finish_reasons, scored_answers, shortened, verdict
 from eval.report.faults import fault_sentences
 from eval.report.page import write_report
@@ -454,3 +455,17 @@ def test_the_page_shows_it_on_a_screen_and_a_phone(run_dir, tmp_path, width):
         assert SCRIPT in b.text(".faults") and b.js("document.querySelectorAll('script').length") == 0
         assert b.problems() == []
         b.screenshot(tmp_path / f"page-{width}.png")
+
+
+def test_predictions_that_are_null_and_files_with_a_mark(tmp_path):
+    puzzles = make_puzzles(2)
+    write_puzzles(tmp_path / "q.jsonl", puzzles)
+    lines = [json.dumps({"id": puzzle.id, "prediction": answer_of(puzzle.answer)}) for puzzle in puzzles]
+    (tmp_path / "marked.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    said = evaluated(
+        "--puzzles", tmp_path / "q.jsonl", "--predictions", tmp_path / "marked.jsonl", "--out", tmp_path / "o"
+    )
+    assert '"batch_accuracy": 1.0' in said
+    with pytest.raises(UserError) as error:
+        match_rows([{"id": "q0", "prediction": None}], puzzles[:1], "answers.jsonl")
+    assert "it is null: write an empty text where a model gave no answer" in str(error.value)
