@@ -231,7 +231,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     try:
         if path.suffix == ".parquet":
             return _rows_of_parquet(path)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
     except OSError as error:

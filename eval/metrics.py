@@ -207,7 +207,12 @@ def _checked(row: dict, where: str) -> dict:
     if samples and row.get("prediction") is None:
         row = {**row, "prediction": samples[0]}
     if not isinstance(row.get("prediction"), str):
-        raise UserError(f"{where}: needs the text column 'prediction'; it has {', '.join(row)}")
+        held = f"it has {', '.join(row)}"
+        if "prediction" in row:
+            held = f"it is {str(row['prediction'])[:40]!r}, which is no text"
+            if row["prediction"] is None:
+                held = "it is null: write an empty text where a model gave no answer"
+        raise UserError(f"{where}: needs the text column 'prediction'; {held}")
     return row
 
 

@@ -21,6 +21,7 @@ from reward.cellpuzzles import normalise_label
 LENGTH_LIMITS = ("length", "max_tokens", "max_output_tokens", "model_length")
 """Names that servers give to the finish reason of a response that was cut, in lower case."""
 CUT_REASON = "the response was cut at the length limit"
+EMPTY_REASON = "the response is empty"
 REFUSED_REASON = "the endpoint refused the prompt"
 KEPT = 30
 """Most labels of a list in metrics.json; the counts beside the list are of all labels."""
@@ -74,7 +75,7 @@ def faults_of(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
 
     invalid_reasons: [{reason, count, example_id, example, remedy}], the commonest first; counts sum to the number of
         invalid answers. Problems that differ only in numbers are one reason, but a tag that is missing and a tag that
-        is repeated are two. example: the first characters of the response to example_id.
+        is repeated are two, and so are problems with two remedies. example: the first characters of the response to example_id.
     label_problems: counts over the labels of valid answers.
         answers, valid_answers, labels: the denominators.
         not_candidate: labels that are no candidate of their puzzle; None for open-ended puzzles, which have none.
@@ -110,22 +111,22 @@ def faults_of(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
 
 def invalid_reasons(answers: Iterable[ScoredAnswer]) -> list[dict[str, Any]]:
     """[{reason, count, example_id, example, remedy}] of the invalid answers, see `faults_of`."""
-    groups: dict[str, list[ScoredAnswer]] = {}
+    # by remedy, too: a reason with two causes would show the remedy of the one beside an example of the other
+    groups: dict[tuple[str, str], list[ScoredAnswer]] = {}
     for answer in answers:
         if not answer.score.valid:
             # "0 times" gets a kind of its own: a missing tag has another remedy than a repeated tag
             kind = re.sub(r"\d+", "#", _problem(answer).replace(" occurs 0 times", " occurs no times"))
-            groups.setdefault(kind, []).append(answer)
+            groups.setdefault((kind, _remedy(answer)), []).append(answer)
     found = []
-    for group in sorted(groups.values(), key=len, reverse=True):  # stable: of equal counts the first one seen
-        remedies = Counter(_remedy(answer) for answer in group)
+    for (_, remedy), group in sorted(groups.items(), key=lambda item: -len(item[1])):  # stable: else the first one seen
         found.append(
             {
                 "reason": _merged([_problem(answer) for answer in group]),
                 "count": len(group),
                 "example_id": str(group[0].puzzle.id),
                 "example": shortened(group[0].text),
-                "remedy": remedies.most_common(1)[0][0],
+                "remedy": remedy,
             }
         )
     return found
@@ -137,7 +138,18 @@ def _problem(answer: ScoredAnswer) -> str:
         return REFUSED_REASON
     if str(answer.finish_reason).lower() in LENGTH_LIMITS:
         return CUT_REASON
+    if not answer.text.strip():
+        return EMPTY_REASON
+    if block := _unfinished(answer.text):
+        return f"the response ends within its `<{block}>` block"
     return _TAG.sub(r"`\g<0>`", answer.score.problem)
+
+
+def _unfinished(text: str) -> str:
+    """The block in which a response ends, as one that was cut: its last tag opens it. "" when it ends otherwise."""
+    tags = re.findall(r"</?(?:think|answer)>", text)
+    last = tags[-1].strip("<>") if tags else ""
+    return last if last in ("think", "answer") and f"</{last}>" not in tags else ""
 
 
 def _merged(problems: Sequence[str]) -> str:
@@ -162,8 +174,10 @@ def _remedy(answer: ScoredAnswer) -> str:
         return "ask another endpoint: this one does not accept these prompts"
     if problem == CUT_REASON:
         return LONGER
-    if not text.strip():
+    if problem == EMPTY_REASON:
         return "the response is empty: look at what the server sends, or the file holds"
+    if _unfinished(text) and text.lstrip().startswith("<think>"):
+        return f"the last block has no end: if the responses were cut, {LONGER}"
     if "<think>" not in text:
         if "</think>" in text:
             return "put the opening `<think>` back in front of each response: the chat template or the server leaves it out"
@@ -171,15 +185,25 @@ def _remedy(answer: ScoredAnswer) -> str:
             "each response must be `<think>reasoning</think><answer>label | label</answer>`: put these tags around what "
             "you have (the reasoning may be empty), or train the model on the format with launch/sft.py"
         )
-    if "</think>" not in text or ("<answer>" in text and "</answer>" not in text):
-        return f"the last block has no end: if the responses were cut, {LONGER}"
+    if "</think>" not in text:
+        return "end the reasoning with `</think>` in front of `<answer>`"
+    if "<answer>" in text and "</answer>" not in text:
+        return "end the labels with `</answer>`"
     if "<answer>" not in text:
         return "put the labels into one `<answer>...</answer>` block after the reasoning"
     if " occurs " in problem:
         return "write each of the four tags once: a tag that the reasoning quotes counts too"
     if problem.startswith("the text "):
         return "write nothing before, between or after the two blocks"
+    if _separators(text) >= len(answer.puzzle.cells) - 1 and " | " not in text:
+        return "write ` | ` between two labels, not a comma, a semicolon or a new line"
     return "write one label per cell, in the order of the cells, with ` | ` between two labels"
+
+
+def _separators(text: str) -> int:
+    """The number of commas, semicolons or new lines within the answer, whichever is largest."""
+    inside = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    return max(inside.count(sign) for sign in (",", ";", "\n"))
 
 
 # ---- labels

@@ -190,7 +190,7 @@ def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfi
         elif sizes[best] < config.min_cells:
             problem = (
                 f"no donor and batch has {config.min_cells} cell types: the best, donor {best[0]!r} batch {best[1]!r}, "
-                f"has {sizes[best]}{_dropped(summary)}; lower --min-cells"
+                f"has {sizes[best]}{_dropped(summary)}; {_remedy_for_groups(summary)}"
             )
         else:
             continue
@@ -199,6 +199,17 @@ def _refuse_if_nothing_to_build(summaries: list[FileSummary], config: BuildConfi
     if len(problems) == len(summaries):
         others = f" (none of the other {len(problems) - 1} files gives a puzzle either)" if len(problems) > 1 else ""
         raise UserError(problems[0] + others)
+
+
+def _remedy_for_groups(summary: FileSummary) -> str:
+    """What to do when the cells of a file are spread over too many donors and batches."""
+    n_groups, n_cells = len(summary.group_sizes), summary.report["cells_kept"]
+    if max(summary.group_sizes.values()) > 1 and 2 * n_groups <= n_cells:
+        return "lower --min-cells"
+    return (
+        f"{n_cells} cells have {len(summary.donors)} donors: name the column of donors with --donor-key, and that of batches "
+        "with --batch-key"
+    )
 
 
 def _why_dropped(summary: FileSummary) -> tuple[str, str]:

@@ -12,18 +12,23 @@ from pathlib import Path
 import numpy as np
 
 from data.build.columns import Column, clean_text, constant_column
-from data.build.contexts import CONTEXT_COLUMNS
+from data.build.contexts import CONTEXT_COLUMNS, without_unfit
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs, table_index, uns_text
 from data.errors import UserError
 from data.meaning.labels import (
+    clusters_among_words,
     columns_like_cell_types,
     hint_of_cell_types,
+    is_cluster,
     kept_label,
     names_no_cell_type,
-    numbers_among_words,
+    names_state,
+    only_clusters,
     only_codes,
+    same_name,
     transposed,
 )
+from data.meaning.words import NO, YES, ages_in_words, suspension_kind, with_usual_words
 
 COLUMN_FLAGS = {
     "cell_type": "--cell-type-key",
@@ -45,14 +50,13 @@ ORGANISMS = {
     for name in (organism, taxon)
 }
 """Name or taxon, in lower case -> name. Other organisms keep the name that the file gives them."""
-TRUE = frozenset({"true", "1", "1.0"})
-"""Values of is_primary_data, in lower case, that mean yes."""
 POOLED = re.compile(r"pooled( (donors?|samples?|individuals?|subjects?|patients?|cells))?", re.IGNORECASE)
 """CELLxGENE's donor_id for cells of several individuals that were not told apart. In other columns: not known."""
-SUSPENSIONS = {"cell": "cell", "cells": "cell", "nucleus": "nucleus", "nuclei": "nucleus"}
-"""Value of suspension_type, in lower case -> value of --suspension. Any other value, or none, is "na"."""
 SUSPENSION_KINDS = ("cell", "nucleus", "na")
-NUMERIC_REFUSED = ("cell_type", "tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
+NO_COLUMN = "none"
+"""As the name of a column that a context states: the file's column is not read, and no context states it."""
+MAY_BE_ABSENT = ("tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
+NUMERIC_REFUSED = ("tissue", "disease", "sex", "development_stage", "self_reported_ethnicity")
 """Columns whose values are words; a file in which one holds only numbers has lost the words."""
 FREE_TEXT = ("lung_condition", "harm_condition", "author_tumor_subsite", "harm_tumor.type")
 """Context columns without a flag whose value is quoted; numbers are left out of the context."""
@@ -72,6 +76,8 @@ class CellRules:
     allow_numeric_labels: bool = False
 
 
+LONGEST_LABEL = 500
+"""Longer labels are texts: the longest name of the Cell Ontology has fewer than 200 letters."""
 NO_CELL_TYPE_LABEL = "the label names no cell type"
 NON_PRIMARY = "is_primary_data is not True"
 ANOTHER_DONOR = "--donor-key COLUMN or --constant donor_id=NAME"
@@ -125,11 +131,23 @@ def read_cells(
     organisms = _organisms(path, obs[extra[0]] if extra else None, n_read)
     cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
     cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
+    absent = [name for name in MAY_BE_ABSENT if keys.get(name) == NO_COLUMN and name not in cells]
+    cells |= {name: Column(np.full(n_read, -1, dtype=np.int32), []) for name in absent}
+    for name in cells:
+        cells[name], more = with_usual_words(name, cells[name])
+        notes += more
+        if name in CONTEXT_COLUMNS:
+            cells[name], more = without_unfit(name, cells[name])
+            notes += more
     if "batch" not in cells:
         notes.append("no obs column for the experimental batch: cells are grouped by donor only")
         cells["batch"] = constant_column("", n_read)
     if "is_primary_data" not in cells:
         notes.append("no obs column 'is_primary_data': all cells count as primary data")
+    elif not rules.include_non_primary:
+        notes += _notes_on_primary(cells["is_primary_data"])
+    if "cell_type" in columns and not rules.allow_numeric_labels:
+        _refuse_clusters(path, cells["cell_type"], columns["cell_type"], rules)
     unusable, remedies = _unusable(cells, rules)
     cells.pop("is_primary_data", None)
     if rules.organism and organisms is None:
@@ -137,12 +155,17 @@ def read_cells(
     elif rules.organism:
         wanted = organisms.where(lambda name: name.lower() == organism_name(rules.organism).lower())
         others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
-        unusable[f"organism is not {rules.organism!r}{others}"] = ~wanted
+        of_organism = f"organism is not {rules.organism!r}{others}"
+        unusable[of_organism] = ~wanted
+        if others:
+            remedies[of_organism] = f"--organism {sorted(organisms.names)[0]!r}"
     kept, dropped = np.ones(n_read, dtype=bool), {}
     for reason, bad in unusable.items():
         dropped[reason] = int((kept & bad).sum())
         if reason == NO_CELL_TYPE_LABEL:
             notes.append(_note_on_labels(cells["cell_type"][kept & bad]))
+        if reason.startswith("suspension_type") and bad.any() and not bad.all():
+            notes.append(_note_on_suspension(cells["suspension_type"][bad], remedies[reason]))
         kept &= ~bad
     batch, kept_rows = cells["batch"], np.flatnonzero(kept)
     # cells without a known batch of one donor form one group: their batch is "", the last name
@@ -150,16 +173,26 @@ def read_cells(
     if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     usable = {name: column[kept_rows] for name, column in cells.items()}
+    organism = _one_organism(path, organisms[kept_rows]) if organisms else None
     if not rules.allow_numeric_labels:
+        if "cell_type" in columns:
+            _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
+        # other animals are not counted in years
+        if "development_stage" in usable and organism in (None, "Homo sapiens"):
+            usable["development_stage"], more = ages_in_words(usable["development_stage"])
+            notes += more
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
     notes += _notes_on_tissue_type(obs[name][kept_rows] for name in tissue_type)
     notes += _notes_on_kept_labels(usable["cell_type"], rules)
+    notes += _notes_on_states(usable["cell_type"])
+    if "donor_id" in columns:
+        notes += _notes_on_unknown_donors(cells["donor_id"])
     return Cells(
         rows=kept_rows,
         columns=usable,
         n_read=n_read,
         dropped=dropped,
-        organism=_one_organism(path, organisms[kept_rows]) if organisms else None,
+        organism=organism,
         notes=notes,
         remedies=remedies,
     )
@@ -179,14 +212,14 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     A cell counts under its first reason, and the report lists the reasons in this order.
     """
     suspension, label, donor = (cells[name] for name in ("suspension_type", "cell_type", "donor_id"))
-    kinds = [SUSPENSIONS.get(name.lower(), "na") for name in suspension.names]
+    kinds = [suspension_kind(name) for name in suspension.names]
     kind = np.array([*map(SUSPENSION_KINDS.index, kinds), SUSPENSION_KINDS.index("na")])[suspension.codes]
     right = np.isin(kind, [SUSPENSION_KINDS.index(name) for name in rules.suspension])
     of_suspension = f"suspension_type is not {' or '.join(map(repr, rules.suspension))}"
     others = [name for i, name in enumerate(SUSPENSION_KINDS) if name in rules.suspension or (kind == i).any()]
     not_primary = np.zeros(len(label.codes), dtype=bool)
     if "is_primary_data" in cells and not rules.include_non_primary:
-        not_primary = ~cells["is_primary_data"].where(lambda name: name.lower() in TRUE)
+        not_primary = ~cells["is_primary_data"].where(lambda name: name.lower() in YES)
     unusable = {
         of_suspension: ~right,
         NON_PRIMARY: not_primary,
@@ -194,9 +227,16 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     }
     remedies = {"no cell type": "--cell-type-key COLUMN (or annotate them first)", "no donor": ANOTHER_DONOR}
     is_kept = kept_label(rules.keep_label)
-    numbers = set() if rules.allow_numeric_labels else numbers_among_words(label)
-    if (set_aside := label.where(lambda n: (n in numbers or names_no_cell_type(n)) and not is_kept(n))).any():
+    clusters = set() if rules.allow_numeric_labels else clusters_among_words(label)
+    if (
+        set_aside := label.where(
+            lambda n: (n in clusters or not is_cluster(n) and names_no_cell_type(n)) and not is_kept(n)
+        )
+    ).any():
         unusable[NO_CELL_TYPE_LABEL] = set_aside
+    remedies[NO_CELL_TYPE_LABEL] = "--keep-label NAME" + (
+        ", or name another column with --cell-type-key COLUMN" if clusters & set(label[set_aside].counts()) else ""
+    )
     unusable["no donor"] = donor.codes < 0
     if (pooled := donor.where(lambda name: POOLED.fullmatch(name) is not None)).any():
         names = sorted({name.lower() for name in donor[pooled].counts()})
@@ -206,7 +246,6 @@ def _unusable(cells: dict[str, Column], rules: CellRules) -> tuple[dict[str, np.
     remedies |= {
         of_suspension: f"--suspension {','.join(others)}",
         NON_PRIMARY: "--include-non-primary",
-        NO_CELL_TYPE_LABEL: "--keep-label NAME",
     }
     return unusable, remedies
 
@@ -227,6 +266,38 @@ def _notes_on_kept_labels(labels: Column, rules: CellRules) -> list[str]:
     return [f"--keep-label {name}: no cell has this label" for name in missing]
 
 
+def _note_on_suspension(suspension: Column, remedy: str) -> str:
+    """What was left out because of its suspension type. suspension: of the cells that were left out."""
+    counts = suspension.counts()
+    listed = [f"{name!r} ({n})" for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    n_unknown = len(suspension.codes) - sum(counts.values())
+    listed += [f"not known ({n_unknown})"] if n_unknown else []
+    return f"cells of another suspension type are left out: {', '.join(listed)}; {remedy} keeps them"
+
+
+def _notes_on_primary(flags: Column) -> list[str]:
+    """A note on values of is_primary_data that are neither true nor false."""
+    strange = {name: n for name, n in flags.counts().items() if name.lower() not in YES | NO}
+    listed = ", ".join(f"{name!r} ({n})" for name, n in sorted(strange.items()))
+    return [f"is_primary_data is not understood where it is {listed}: read as not True"] if strange else []
+
+
+def _notes_on_states(labels: Column) -> list[str]:
+    """A note on labels such as "cycling", which the build uses."""
+    states = {name: n for name, n in labels.counts().items() if names_state(name)}
+    listed = ", ".join(f"{name!r} ({n})" for name, n in sorted(states.items()))
+    return [f"labels that name a state rather than a cell type are used as they are: {listed}"] if states else []
+
+
+def _notes_on_unknown_donors(donors: Column) -> list[str]:
+    """A note when a text that may be somebody's code, such as "ND", was read as "not known"."""
+    doubtful = [text for text in donors.placeholders if text and text.isalpha() and text.lower() in ("nd", "na", "unk")]
+    return [
+        f'the donor {text!r} is read as "not known": rename it in the file if it is the code of a donor'
+        for text in doubtful
+    ]
+
+
 def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
     """A note when cells are of an organoid or a culture (tissue_type of CELLxGENE since schema 4)."""
     notes = []
@@ -238,6 +309,21 @@ def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
     return notes
 
 
+def _refuse_clusters(path: str | os.PathLike, labels: Column, key: str, rules: CellRules) -> None:
+    """Raise UserError when labels are only numbers, ids or names of clusters, unless --keep-label names one of them."""
+    what, shown = only_clusters(labels)
+    if what and not any(map(kept_label(rules.keep_label), labels.counts())):
+        only = what if what.startswith("hardly") else f"only {what}"
+        raise UserError(
+            f"{path}: the obs column {key!r} holds {only} ({_first(shown)}), which are no cell types; name the column of "
+            f"cell types with --cell-type-key ({hint_of_cell_types(path)}), or insist with --allow-numeric-labels"
+        )
+
+
+def _first(shown: Sequence[str]) -> str:
+    return ", ".join(shown) + (", ..." if len(shown) > 2 else "")
+
+
 def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: dict[str, str]) -> list[str]:
     """Raise UserError when a column of words holds only numbers. Returns notes on context columns that are left out.
 
@@ -247,16 +333,13 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
     for name in NUMERIC_REFUSED:
         what, shown = only_codes(cells[name]) if name in columns else ("", [])
         if shown:
-            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({', '.join(shown)}"
-            holds += ", ...)" if len(shown) > 2 else ")"
-            if name == "cell_type":
-                raise UserError(
-                    f"{holds}, which are no cell types; name the column of cell types with --cell-type-key "
-                    f"({hint_of_cell_types(path)}), or insist with --allow-numeric-labels"
-                )
+            holds = f"{path}: the obs column {columns[name]!r} holds only {what} ({_first(shown)})"
+            flag = COLUMN_FLAGS[name]
+            # one word for all cells is right only where all cells have one value
+            constant = f"supply the value with --constant {name}=VALUE, " if len(cells[name].counts()) == 1 else ""
             raise UserError(
-                f"{holds}, so its words were lost; name another column with {COLUMN_FLAGS[name]}, supply the value "
-                f"with --constant {name}=VALUE, or insist with --allow-numeric-labels"
+                f"{holds}, so its words were lost; name another column with {flag}, {constant}leave it out of the context "
+                f"with {flag} {NO_COLUMN}, or insist with --allow-numeric-labels"
             )
     held = {name: only_codes(cells[name])[0] for name in FREE_TEXT if name in columns}
     lost = {name: what for name, what in held.items() if what}
@@ -284,6 +367,8 @@ def resolve_columns(
                 notes.append(f"--constant {name}={value} is used instead of the obs column {key!r}")
         elif key in present:
             columns[name] = key
+        elif name in MAY_BE_ABSENT and key == NO_COLUMN:
+            continue
         elif name == "cell_type" and key == name:
             raise UserError(_no_cell_types(path, present))
         elif name in REQUIRED_COLUMNS or key != name:
@@ -382,14 +467,17 @@ def check_labels(path: Path, labels: Iterable[str]) -> None:
     """Raise UserError for labels that an answer cannot tell apart.
 
     Such a label contains '|', which separates the labels of an answer, or a tag; or two labels differ only in case,
-    which rewards ignore.
+    which rewards ignore, or in how one name is written (T cell, T cells, T-cell).
     """
-    by_case: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for label in sorted(labels):
         if "|" in label:
             raise UserError(f"{path}: the cell type {label!r} holds '|', which separates answers; rename it")
         if "<" in label and ">" in label:
             raise UserError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
-        other = by_case.setdefault(label.lower(), label)
+        if len(label) > LONGEST_LABEL:
+            raise UserError(f"{path}: the cell type {label[:40] + '...'!r} has {len(label)} letters; shorten it")
+        other = by_name.setdefault(same_name(label), label)
         if other != label:
-            raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in case; give them one name")
+            only = "case" if other.lower() == label.lower() else "case, blanks, hyphens or a plural s"
+            raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in {only}; give them one name")

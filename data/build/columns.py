@@ -1,6 +1,7 @@
 """A column of an obs or var table as categories of cleaned text. C is the number of cells (or genes) in the table."""
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,19 @@ MISSING_VALUES = frozenset(
     | {f"not {word}" for word in ("available", "applicable", "known", "specified", "provided", "reported", "recorded")}
     | {f"not {word}" for word in ("collected", "determined")}
 )
-"""Values, in lower case, that mean "not known" in obs tables."""
+"""Names of genes, in lower case, that mean "not known". Few words: UNK is a gene."""
+_PLACEHOLDER = re.compile(
+    r"unk|unkn|unknown( (donor|sample|patient|subject|individual|participant|batch|sex|gender|age|stage|tissue|organ"
+    r"|ethnicity|race|origin))?|nan?|n a|nd|n d|none( reported| given| stated)?|null|missing|empty|blank|tbd|tba"
+    r"|to be (determined|defined|announced)|undetermined|undefined|undisclosed|unspecified|unavailable|inapplicable"
+    r"|withheld|declined( to (answer|state|report))?|prefer not to (answer|say|state)|no (data|info|information|value)"
+    r"|not (available|applicable|known|specified|provided|reported|recorded|collected|determined|stated|given|disclosed"
+    r"|defined|assessed|measured|shared)"
+)
+"""Values of obs columns that mean "not known", in lower case, with one blank for each run of _SIGNS."""
+_SIGNS = re.compile(r"""[\s_\-\u2013\u2014./#?*<>()\[\]{}'"]+""")
+_INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")
+"""Characters without a width, which web pages and spreadsheets leave in texts."""
 _BYTES = re.compile(r"b(['\"])(.*)\1")
 """A text that Python made of bytes: b'T cell'."""
 _QUOTED = re.compile(r"(['\"])(.*)\1")
@@ -41,12 +54,14 @@ class Column:
     """A column as categories of cleaned text. An atlas repeats a few values for millions of cells."""
 
     codes: np.ndarray
-    """[C] int32 index into names; -1 where the value is not known (MISSING_VALUES)."""
+    """[C] int32 index into names; -1 where the value is not known (is_placeholder)."""
     names: list[str]
     """The distinct values."""
+    placeholders: tuple[str, ...] = ()
+    """The texts that were read as "not known", for messages."""
 
     def __getitem__(self, cells: Any) -> "Column":
-        return Column(self.codes[cells], self.names)
+        return Column(self.codes[cells], self.names, self.placeholders)
 
     def texts(self, missing: str | None = None) -> list[str | None]:
         """[C] the values as text, `missing` where a value is not known."""
@@ -79,16 +94,34 @@ def unwrapped(text: str) -> str:
     return found[2].strip() if found and found[1] not in found[2] else text
 
 
-def clean_text(value: Any) -> str | None:
-    """A value of an obs column as one line of text. None when it means "not known"."""
+def is_placeholder(text: str) -> bool:
+    """Whether a value of an obs column means "not known": n.d., Not_Applicable, (unknown), ???."""
+    words = _SIGNS.sub(" ", text.lower()).strip()
+    return not words or _PLACEHOLDER.fullmatch(words) is not None
+
+
+def is_missing_name(text: str) -> bool:
+    """Whether a gene's name means "not known". pandas writes <NA>, others put quotes or brackets around the word."""
+    return text.lower() in MISSING_VALUES or text.lower().strip("<>()[]{}'\"") in MISSING_VALUES
+
+
+def one_line(value: Any) -> str:
+    """A value of a table as one line of text, in the composed form of Unicode and without invisible characters."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
     # pandas stores whole numbers as floats when a value is missing: the batch 27.0 is the batch 27
     if isinstance(value, float | np.floating) and value.is_integer():
         value = int(value)
-    text = unwrapped(" ".join(str(value).split()))
-    # pandas writes <NA>, others put quotes or brackets around the word
-    return None if text.lower() in MISSING_VALUES or text.lower().strip("<>()[]{}'\"") in MISSING_VALUES else text
+    text = str(value)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    return unwrapped(" ".join(text.split()))
+
+
+def clean_text(value: Any, is_missing: Callable[[str], bool] = is_placeholder) -> str | None:
+    """A value of an obs column as one line of text. None when it means "not known"."""
+    text = one_line(value)
+    return None if is_missing(text) else text
 
 
 def is_number(text: str) -> bool:

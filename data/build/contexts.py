@@ -6,7 +6,10 @@ which obs column gives which words; the functions below look values up in them.
 
 import re
 
+import numpy as np
+
 from data.build.columns import Column, clean_text
+from data.meaning.words import NORMAL, usual_disease
 
 INTRO = {
     "sex": " a {}",
@@ -109,6 +112,11 @@ without a match the column gives none."""
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
 
+LONGEST_FACT = 500
+"""Longer values are no facts on a donor."""
+_TAG = re.compile(r"</?(think|answer)>", re.IGNORECASE)
+
+
 def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
     """{context column: value} of the facts that are known and equal for all cells of a puzzle.
 
@@ -121,6 +129,19 @@ def agreed_facts(cells: dict[str, Column]) -> dict[str, str]:
             if codes[0] >= 0 and (codes == codes[0]).all():
                 facts[name] = cells[name].names[codes[0]]
     return facts
+
+
+def without_unfit(name: str, column: Column) -> tuple[Column, list[str]]:
+    """(a context column without the values that no prompt should state, a note on them): tags, and pages of text."""
+    unfit = [i for i, text in enumerate(column.names) if len(text) > LONGEST_FACT or _TAG.search(text)]
+    n_cells = int(np.isin(column.codes, unfit).sum())
+    if not n_cells:
+        return column, []
+    codes = np.where(np.isin(column.codes, unfit), -1, column.codes).astype(np.int32)
+    shown = column.names[unfit[0]]
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    note = f"no context states the {name.replace('_', ' ')} of {n_cells} cells, a tag or a text above {LONGEST_FACT} letters"
+    return Column(codes, column.names, column.placeholders), [f"{note}: {shown!r}"]
 
 
 def joined_values(column: Column) -> str:
@@ -138,8 +159,8 @@ def has_disease(disease: str | None, names: tuple[str, ...]) -> bool:
 
     A name may be 'a || b' too: the value must then contain both.
     """
-    parts = {part.lower() for part in several_values(disease or "")}
-    wanted = [{part.lower() for part in several_values(name)} for name in names]
+    parts = {usual_disease(part).lower() for part in several_values(disease or "")}
+    wanted = [{usual_disease(part).lower() for part in several_values(name)} for name in names]
     return any(name and name <= parts for name in wanted)
 
 
@@ -149,17 +170,27 @@ def in_words(value: str) -> str:
     return value if len(parts) < 2 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def _known(facts: dict[str, str]) -> dict[str, str]:
+    return {name: text for name, value in facts.items() if (text := clean_text(value))}
+
+
+def _ill(disease: str) -> str:
+    """'normal || COVID-19' is COVID-19: who has a disease is not healthy."""
+    parts = several_values(disease)
+    return " || ".join(part for part in parts if part.lower() != NORMAL or len(parts) == 1)
+
+
 def context_sentence(facts: dict[str, str]) -> str:
     """The context for some facts {obs column: value}. Values that mean "not known" are left out. No trailing space.
 
     Example: {"sex": "male", "tissue": "lung", "disease": "normal"} ->
     "The cell is from a male, originating from the lung. The patient is healthy with no diagnosed disease."
     """
-    known = {name: in_words(text) for name, value in facts.items() if (text := clean_text(value))}
+    known = {name: in_words(_ill(text) if name == "disease" else text) for name, text in _known(facts).items()}
     intro = "".join(piece.format(known[name]) for name, piece in INTRO.items() if name in known)
     sentences = [f"The cell is from{intro}."] if intro else []
     if "disease" in known:
-        healthy = known["disease"].lower() == "normal"
+        healthy = known["disease"].lower() == NORMAL
         diagnosis = "is healthy with no diagnosed disease" if healthy else f"has been diagnosed with {known['disease']}"
         sentences.append(f"The patient {diagnosis}.")
     extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known]

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data.build.columns import Column, clean_text
+from data.build.columns import Column, clean_text, is_missing_name, is_placeholder, one_line
 from data.errors import UserError
 from data.formats.filters import ensure_filters, filter_sentence
 from data.formats.foreign import ForeignKind
@@ -220,11 +220,17 @@ def read_column(file: h5py.File, table: str, key: str, path: str | os.PathLike) 
     codes, raw = _factorise(open_node(group, key, path), group, where, key)
     n_rows = table_index(file, table, path).shape[0]
     if len(codes) != n_rows:
-        raise UserError(f"{where} has {len(codes)} values for {n_rows} rows; {RESAVE}")
-    text_of = {}
+        raise UserError(
+            f"{where} has {len(codes)} values for {n_rows} rows, so nobody knows which row has which; write the file again "
+            "from its source, or name another column"
+        )
+    is_missing = is_placeholder if table == "obs" else is_missing_name  # UNK is a gene
+    texts = [one_line(value) for value in raw]
+    code_of: dict[str, int] = {}
     # cleaning can make two values equal ("T  cell", "T cell"): they get one code
-    new = [text_of.setdefault(text, len(text_of)) if (text := clean_text(value)) else -1 for value in raw]
-    return Column(np.array([*new, -1], dtype=np.int32)[codes], list(text_of))
+    new = [-1 if is_missing(text) else code_of.setdefault(text, len(code_of)) for text in texts]
+    placeholders = tuple(dict.fromkeys(text for text, code in zip(texts, new, strict=True) if code < 0))
+    return Column(np.array([*new, -1], dtype=np.int32)[codes], list(code_of), placeholders)
 
 
 def _factorise(node: Any, group: h5py.Group, where: str, key: str | None = None) -> tuple[np.ndarray, list]:

@@ -102,8 +102,10 @@ def _resolve_layer(file: h5py.File | StoreGroup, layer: str, path) -> tuple[str,
         wanted = f"layers/{wanted}"
     if wanted not in present:
         empty = " (X is stored as null, which means no matrix)" if wanted == "X" and "X" in file else ""
-        remedy = f"--layer can be one of {', '.join(present) or 'none'}"
-        if wanted == "X" and (counts := likely_counts(present)):
+        remedy = f"--layer can be one of {', '.join(present)}"
+        if not present:
+            remedy = "the file has no matrix, so add its counts as a layer and name it with --layer"
+        elif wanted == "X" and (counts := named_counts(present)):
             remedy = f"take the counts with --layer {shlex.quote(counts)} ({remedy})"
         raise UserError(f"{path}: has no layer {wanted!r}{empty}; {remedy}")
     return wanted, present
@@ -121,9 +123,14 @@ def layer_names(file: h5py.File | StoreGroup, path: str | os.PathLike) -> list[s
 
 def likely_counts(layers: Sequence[str]) -> str | None:
     """The layer whose name says that it holds counts, or the only layer; else None."""
+    return named_counts(layers) or (layers[0] if len(layers) == 1 else None)
+
+
+def named_counts(layers: Sequence[str]) -> str | None:
+    """The layer whose name says that it holds counts, else None."""
     named = [name for name in layers if "count" in name.lower() or name.lower() in ("umi", "umis", "raw")]
     # of "counts" and "normalised_counts" the shorter name is the plain one
-    return min(named, key=len) if named else layers[0] if len(layers) == 1 else None
+    return min(named, key=len) if named else None
 
 
 def other_layers(matrix: Matrix, wanted: str = "values that can be ranked") -> str:

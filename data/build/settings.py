@@ -75,11 +75,13 @@ class BuildConfig:
     batch_key: str = cells(
         "batch", "obs column with the experimental batch; cells without one are grouped by donor only."
     )
-    tissue_key: str = cells("tissue", "obs column with the tissue.")
-    disease_key: str = cells("disease", "obs column with the disease.")
-    sex_key: str = cells("sex", "obs column with the sex.")
-    development_stage_key: str = cells("development_stage", "obs column with the development stage.")
-    ethnicity_key: str = cells("self_reported_ethnicity", "obs column with the ethnicity.")
+    tissue_key: str = cells("tissue", "obs column with the tissue; none: no context states it.")
+    disease_key: str = cells("disease", "obs column with the disease; none: no context states it.")
+    sex_key: str = cells("sex", "obs column with the sex; none: no context states it.")
+    development_stage_key: str = cells(
+        "development_stage", "obs column with the development stage; none: no context states it."
+    )
+    ethnicity_key: str = cells("self_reported_ethnicity", "obs column with the ethnicity; none: no context states it.")
     suspension_key: str = cells("suspension_type", "obs column with 'cell' or 'nucleus'; see --suspension.")
     constant: tuple[str, ...] = cells((), "NAME=VALUE: the value of an obs column for all cells; repeatable.")
 

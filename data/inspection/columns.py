@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from data.build.columns import clean_text, is_number
-from data.build.h5ad import as_text, column_names, open_h5ad, open_node, read_column, table_index
+from data.build.h5ad import as_text, column_names, has_categories_beside, open_h5ad, open_node, read_column, table_index
 from data.errors import UserError
 from data.formats.stores import is_dataset, is_group
 from data.inspection.facts import ColumnFacts
-from data.meaning.labels import is_term_id, likeness
+from data.meaning.labels import is_cluster, is_term_id, likeness
+from data.meaning.words import suspension_kind
 
 WHOLE = 200_000
 """A column without categories is read whole up to this many cells, else sampled."""
@@ -67,7 +68,7 @@ def _column_facts(file: Any, name: str, n_cells: int, path: str | os.PathLike) -
         if is_dataset(node) and node.ndim != 1:
             return ColumnFacts(name, "unreadable", 0, 0, False, [])
         if is_group(node) or n_cells <= WHOLE or "categories" in node.attrs or f"__categories/{name}" in file["obs"]:
-            if _is_float(node):
+            if _is_float(node) and not has_categories_beside(file["obs"], name):
                 return ColumnFacts(name, "numbers", 0, 0, False, [])
             column = read_column(file, "obs", name, path)
             known = column.codes[column.codes >= 0]
@@ -101,7 +102,7 @@ def _judged(
         kind = "true/false"
     elif numeric and (len(texts) > FEW or of_numbers and not CLUSTER_NAME.search(plain(name))):
         kind = "numbers"
-    elif numeric:
+    elif numeric or all(map(is_cluster, texts)):
         kind = "clusters"
     elif len(texts) > FEW and len(texts) > 0.2 * n_read:
         kind, pairs = "identifiers", []
@@ -123,7 +124,7 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
     if role in ("cell_type", "donor_id", "batch"):
         able = [c for c in able if c.n_values >= 2]
     if role == "suspension_type":
-        able = [c for c in able if {text for text, _ in c.most_common} <= {"cell", "nucleus", "na"}]
+        able = [c for c in able if all(_is_suspension(text) for text, _ in c.most_common)]
     for rank, pattern in enumerate(ROLE_NAMES[role]):
         named = [c for c in able if re.fullmatch(pattern, plain(c.name))]
         if role == "cell_type" and rank >= 3:  # names such as "type" say little: the values must, too
@@ -134,6 +135,10 @@ def guessed_column(role: str, columns: list[ColumnFacts], taken: set[str]) -> st
         likely = [c for c in able if c.looks_like_cell_types]
         return max(likely, key=lambda c: c.n_values).name if likely else None
     return None
+
+
+def _is_suspension(text: str) -> bool:
+    return text.lower() == "na" or suspension_kind(text) != "na"
 
 
 def plain(name: str) -> str:

@@ -65,7 +65,7 @@ class ColumnFacts:
 
     name: str
     kind: str
-    """labels, clusters (few values, all numbers), numbers, identifiers, true/false, empty or unreadable."""
+    """labels, clusters (few values, all numbers or names such as C12), numbers, identifiers, true/false, empty or unreadable."""
     n_values: int
     """Distinct known values; in the sample, when it is not exact."""
     n_missing: int

@@ -12,7 +12,20 @@ from data.inspection.facts import GeneFacts, GeneNames
 from data.meaning.genes import best_source, gene_table, name_sources
 
 EXAMPLES = 3
-ORGANISM_OF_PREFIX = {"ENSG": "Homo sapiens", "ENSMUSG": "Mus musculus", "FBgn": "Drosophila melanogaster"}
+ORGANISM_OF_PREFIX = {
+    "ENSG": "Homo sapiens",
+    "ENSMUSG": "Mus musculus",
+    "ENSRNOG": "Rattus norvegicus",
+    "ENSDARG": "Danio rerio",
+    "ENSSSCG": "Sus scrofa",
+    "ENSMMUG": "Macaca mulatta",
+    "ENSMFAG": "Macaca fascicularis",
+    "ENSGALG": "Gallus gallus",
+    "ENSBTAG": "Bos taurus",
+    "ENSPTRG": "Pan troglodytes",
+    "FBgn": "Drosophila melanogaster",
+    "WBGene": "Caenorhabditis elegans",
+}
 
 
 def gene_facts(matrix: Matrix, wanted: str) -> tuple[GeneFacts, list[str]]:
@@ -43,7 +56,7 @@ def organism_of_names(facts: GeneFacts, names: list[str]) -> str | None:
     """The organism that gene names look like: by the prefix of Ensembl ids, else by the case of symbols."""
     for source in facts.sources:
         if source.kind == "Ensembl ids":
-            prefix = re.match(r"ENS[A-Z]*G|FBgn", source.examples[0])
+            prefix = re.match(r"ENS[A-Z]*G|FBgn|WBGene", source.examples[0])
             if prefix and prefix[0] in ORGANISM_OF_PREFIX:
                 return ORGANISM_OF_PREFIX[prefix[0]]
     symbols = [name for name in names if re.match(r"[A-Za-z]{2,}\d*$", name)]

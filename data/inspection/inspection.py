@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 
 from data.build import onefile
-from data.build.cells import COLUMN_FLAGS, ORGANISM_COLUMNS, REQUIRED_COLUMNS, Cells, check_labels
-from data.build.columns import is_number
+from data.build.cells import (
+    COLUMN_FLAGS,
+    MAY_BE_ABSENT,
+    NO_COLUMN,
+    ORGANISM_COLUMNS,
+    REQUIRED_COLUMNS,
+    Cells,
+    check_labels,
+)
+from data.build.columns import Column
 from data.build.h5ad import open_h5ad, table_index, uns_text
 from data.build.matrix import layer_names, open_matrix, other_layers
 from data.build.settings import BuildConfig
@@ -24,7 +32,8 @@ from data.inspection.columns import guessed_column, obs_facts
 from data.inspection.facts import ColumnFacts, FileFacts, GeneFacts, LayerFacts, Usable
 from data.inspection.genes import gene_facts, organism_of_names
 from data.inspection.layers import best_layer, layer_facts
-from data.meaning.labels import is_term_id, transposed
+from data.meaning.labels import is_cluster, is_term_id, transposed
+from data.meaning.words import USUAL, ages_in_words
 
 DEFAULT = BuildConfig()
 PLACEHOLDERS = {"tissue": "TISSUE", "disease": "DISEASE", "suspension_type": "cell", "donor_id": "donor1"}
@@ -89,7 +98,10 @@ def first_lines(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> list[
     genes, gene_list = _genes(path, layer, config.gene_key)
     organism = uns_text(path, ORGANISM_COLUMNS)
     source = next((one for one in genes.sources if one.key == config.gene_key), None) if genes else None
-    parts = [f"{n_cells:,} cells x {n_genes:,} genes", f"{layer} holds {facts.values}"]
+    parts = [
+        f"{n_cells:,} cells x {n_genes:,} genes",
+        f"{layer} {'' if facts.values.startswith('cannot') else 'holds '}{facts.values}",
+    ]
     if source is not None:
         parts.append(f"gene names from {source.key} are {source.kind} ({', '.join(source.examples[:2])})")
     parts += [organism] if organism else []
@@ -154,9 +166,13 @@ def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfi
         field = flag[2:].replace("-", "_")
         key = getattr(config, field)
         bad_labels = name == "cell_type" and key in by_name and _no_labels(by_name[key])
-        if key != name or (key in by_name and not bad_labels) or name in given:
+        no_words = name in MAY_BE_ABSENT and key in by_name and _no_words(name, by_name[key])
+        if key != name or (key in by_name and not bad_labels and not no_words) or name in given:
             continue
         guess = guessed_column(name, columns, taken)
+        if no_words and guess is None and not config.allow_numeric_labels:
+            chosen[field] = NO_COLUMN
+            continue
         if guess is not None:
             chosen[field] = guess
             taken.add(guess)
@@ -169,6 +185,16 @@ def _no_labels(column: ColumnFacts) -> bool:
     """Whether a column of cell types cannot be one: all numbers or ids, nothing known, or one value."""
     ids = column.most_common and all(is_term_id(text) for text, _ in column.most_common)
     return bool(ids) or column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
+
+
+def _no_words(name: str, column: ColumnFacts) -> bool:
+    """Whether a build refuses a column of words, because it holds only numbers or ids."""
+    texts = [text for text, _ in column.most_common]
+    if name == "development_stage" and column.kind in ("numbers", "clusters"):
+        values = Column(np.arange(len(texts), dtype=np.int32), texts)
+        return not texts or not ages_in_words(values)[1]
+    usual = USUAL.get(name, str)
+    return column.kind in ("numbers", "clusters") or bool(texts) and all(is_term_id(usual(text)) for text in texts)
 
 
 def _used(config: BuildConfig, columns: list[ColumnFacts]) -> dict[str, str]:
@@ -210,9 +236,9 @@ def _usable(
         return None, config, [str(error).removeprefix(f"{path}: ")]
     usable = _counted(cells)
     problems = []
-    if usable.labels and all(map(is_number, usable.labels)):
+    if usable.labels and all(map(is_cluster, usable.labels)):
         problems.append(
-            f"the labels in {config.cell_type_key!r} are all numbers, so they are clusters without names; annotate "
+            f"the labels in {config.cell_type_key!r} are all numbers or names of clusters, so no cell types; annotate "
             "them, or name the column of cell types with --cell-type-key"
         )
     try:
@@ -223,7 +249,9 @@ def _usable(
         reasons = ", ".join(f"{n:,} because {reason}" for reason, n in usable.dropped.items() if n)
         problems.append(f"all {cells.n_read:,} cells would be dropped: {reasons}")
     elif usable.most_labels < 2:
-        problems.append("no donor and batch has two cell types, and a puzzle needs two")
+        problems.append(
+            "no donor and batch has two cell types, and a puzzle needs two; name the column of donors with --donor-key"
+        )
     elif usable.most_labels < config.min_cells:
         fewest = min(FEWEST_LABELS, usable.most_labels)
         config = dataclasses.replace(config, min_cells=fewest, max_cells=max(fewest, usable.most_labels))

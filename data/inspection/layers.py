@@ -16,6 +16,8 @@ BUDGET_BYTES = 100_000_000
 """A dense matrix is sampled by whole rows when this many bytes are enough; else by a part of its columns."""
 CALLED = {"fractional counts": "counts with fractions", "log counts": "log-normalised"}
 """Kind of values (data/meaning/values.py) -> its name in an inspection, where that is another."""
+PROBLEMS = {"one value only": "presence only", "looks scaled": "scaled"}
+"""Words of the sentence that refuses a layer -> what the layer holds."""
 BEST_FIRST = ("counts", "counts with fractions", "log-normalised", "normalised")
 
 
@@ -26,7 +28,7 @@ def layer_facts(path: str | os.PathLike, layer: str, gene_key: str = "feature_na
             try:
                 values = _kind(matrix, _is_gene(matrix, gene_key))
             except UserError as error:
-                kind = "scaled" if "scaled" in str(error) else "cannot be used"
+                kind = next((kind for words, kind in PROBLEMS.items() if words in str(error)), "cannot be used")
                 return LayerFacts(layer, kind, False, matrix.encoding, matrix.n_genes, _without_path(error, path))
             empty = int((np.diff(matrix.node["indptr"][:]) == 0).sum()) if matrix.encoding == "csr" else 0
             return LayerFacts(layer, values, values in BEST_FIRST, matrix.encoding, matrix.n_genes, "", empty)
@@ -70,6 +72,8 @@ def _kind(matrix: Matrix, is_gene: np.ndarray | None) -> str:
     if not stored.any():
         return "only zeros"
     if _rows_are_expensive(matrix):
+        if stored[stored > 0].min() == stored.max() and (stored > 0).sum() >= SPOT_VALUES:
+            return "presence only"
         kind = kind_of_stored(stored[stored > 0].astype(np.float64))
     else:
         kind = value_kind(matrix, np.arange(matrix.n_cells), is_gene=is_gene)

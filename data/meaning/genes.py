@@ -23,6 +23,8 @@ from data.meaning.names import (
     kind_of_names,
     nameless,
     no_genes,
+    note_on_shared,
+    notes_on_names,
     without_copies,
     without_genome,
     without_id,
@@ -180,14 +182,32 @@ def gene_table(matrix: Matrix, gene_key: str = "feature_name") -> GeneTable:
     is_gene, left_out, notes = _only_genes(var, names)
     _refuse_numbers(var, names, is_gene, gene_key)
     names, more = _symbols_for_ids(var, names, is_gene, gene_key)
+    if bad := _without_separator(var, names, is_gene):
+        left_out["name that no list can hold"] = sum(bad.values())
+        shown = ", ".join(map(repr, list(bad)[:3]))
+        n_rows = sum(bad.values())
+        rows = f"{n_rows} row{'' if n_rows == 1 else 's'} of var"
+        notes.append(f"{rows} left out for a name that is empty or has a comma, which ends a name in a list: {shown}")
+    genes = [name for name, wanted in zip(names, is_gene.tolist(), strict=True) if wanted]
+    more += [*notes_on_names(genes), *note_on_shared(genes)]
     names, of_copies = without_copies(names, is_gene.tolist())
-    used = (name for name, wanted in zip(names, is_gene.tolist(), strict=True) if wanted)
-    bad = next((name for name in used if ", " in name or "\n" in name or not name.strip()), None)
-    if bad is not None:
-        raise UserError(
-            f"{matrix.path}: the gene name {bad!r} is empty or holds the separator of the gene list; see --gene-key"
-        )
     return GeneTable(np.array(names, dtype=object), is_gene, notes + of_genome + more + of_copies, left_out)
+
+
+def _without_separator(var: _Var, names: list[str], is_gene: np.ndarray) -> dict[str, int]:
+    """{name that a list of genes cannot hold: its rows}, which are no genes in is_gene from now on.
+
+    Raises UserError when most names are such: they are sentences.
+    """
+    used = np.flatnonzero(is_gene).tolist()
+    bad = [i for i in used if ", " in names[i] or "\n" in names[i] or not names[i].strip()]
+    if len(bad) > MOST * len(used):
+        raise UserError(
+            f"{var.matrix.path}: the gene name {names[bad[0]]!r} is empty or holds the separator of the gene list; see "
+            "--gene-key"
+        )
+    is_gene[bad] = False
+    return dict(Counter(names[i] for i in bad))
 
 
 def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSource]:

@@ -1,6 +1,7 @@
 """Names of genes: of which kind they are, what programs add to them, and which of them are no genes."""
 
 import re
+from collections import Counter
 
 from data.build.columns import MISSING_VALUES, is_number
 from data.meaning.ensembl import known_symbols
@@ -18,12 +19,20 @@ _FLY = re.compile(r"CG\d+$|FBgn\d")
 """Names that many genes of Drosophila have."""
 FLY_SHARE = 0.02
 """Share of such names in a file of Drosophila, where nan and na are genes."""
+_SCAFFOLD = r"(chr[\w.]*|(GL|KI|KZ|KN|KQ|KV|ML|JH|KB|NW_|NT_)\d+(\.\d+)?)"
 _NO_GENE = re.compile(
-    r"(?P<spike_in>(gSpikein[_-])?ERCC[-_.]\d+\b)|(?P<antibody_tag>.*[_.-]TotalSeq)"
-    r"|(?P<peak>(chr[\w.]*|\d{1,2}|[XYM]T?)[:_-]\d{2,}[_-]\d{3,}$)"
+    r"(?P<spike_in>(gSpike-?in[_-]|spike[_-])?(ERCC([-_.]\d+|[ ]?\d{5})(?!\d)|SIRV[-_]?\d+)|gSpike-?in|spike-?(ins?)?[_-]?\d*$"
+    r"|phiX(174)?$|lambda[_-]?phage$)"
+    r"|(?P<hashtag>(((?-i:HTO)[_-]?|HTO_)\d+|HTO[_-](?=[A-Z]).+|(.*[_-])?hashtag([_ -]?\w+)?|CMO\d{3}|.+[_-]HTO)$)"
+    r"|(?P<antibody_tag>.*[_.-]TotalSeq|TotalSeq|(ADT|prot|protein|Ab)[_-](?=[A-Z])|.+[_-](ADT|protein)$"
+    r"|.*isotype([_ -]?(control|ctrl))?$|.*IgG\w*[_-](control|ctrl)$)"
+    rf"|(?P<peak>({_SCAFFOLD}[:_-]\d+[_-]\d+|(\d{{1,2}}|[XYM]T?)[:_-]\d{{2,}}[_-]\d{{3,}})$)"
     r"|(?P<control_probe>Neg(ative)?[_-]?Control|NegPrb\d|Negative\d+$|System[_-]?Control|Blank[_-]\d|FalseCode\d"
     r"|(Unassigned|Deprecated)[_-]?Codeword|Intergenic[_-]Region|antisense_)"
-    r"|(?P<CRISPR_guide>(NEG[_-]?CTRL|NON[_-]?TARGET(ING)?|SAFE[_-]?TARGET(ING)?|NO[_-]TARGET)([_-]|\d|$))",
+    r"|(?P<CRISPR_guide>(NEG[_-]?CTRL|NON[_-]?TARGET(ING)?|SAFE[_-]?TARGET(ING)?|NO[_-]TARGET)([_-]|\d|$)"
+    r"|(?-i:sg[A-Z][A-Z0-9]+)([_-]\w+)?$|(?-i:NTC)(_?\d*|[_-]\w+)$|.+[_-](sgRNA|gRNA|sg)[_-]?\d+$)"
+    r"|(?P<aligner_counter>__\w+$|N_(unmapped|multimapping|noFeature|ambiguous)$|Unassigned_[A-Z]\w+$"
+    r"|(no_feature|too_low_aQual|not_aligned|alignment_not_unique|unmapped)$)",
     re.IGNORECASE,
 )
 """The beginning of names that are no genes; the group says what they are."""
@@ -32,6 +41,16 @@ MOST = 0.5
 KIND_SAMPLE = 2000
 """About this many names, evenly spaced, are looked at to tell their kind."""
 LONGEST_SYMBOL = 25
+_OTHER_NAME = re.compile(
+    r"(?P<RefSeq_ids>[NX][MRP]_\d+(\.\d+)?)|(?P<numbers_of_genes>(gene|feature|var|row|probe|v|x)[_-]?\d+)",
+    re.IGNORECASE,
+)
+"""Names that are no symbols although they are short; the group says what they are."""
+_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec)"
+_DATE = re.compile(
+    rf"\d{{1,4}}-{_MONTH}|{_MONTH}-\d{{1,4}}|(19|20)\d\d-\d\d-\d\d( 00:00:00)?|\d\d?/\d\d?/\d{{2,4}}", re.IGNORECASE
+)
+"""What spreadsheets make of genes such as MARCH1, SEPT7 and DEC1: 1-Mar, Sep-07, 2023-09-02."""
 
 
 def kind_of_names(names: list[str]) -> str:
@@ -41,7 +60,26 @@ def kind_of_names(names: list[str]) -> str:
         return "Ensembl ids"
     if sum(map(is_number, sample)) > MOST * len(sample):
         return "numbers"
-    return "symbols" if sum(len(name) <= LONGEST_SYMBOL for name in sample) > MOST * len(sample) else "other names"
+    n_symbols = sum(len(name) <= LONGEST_SYMBOL and not _OTHER_NAME.fullmatch(name) for name in sample)
+    return "symbols" if n_symbols > MOST * len(sample) else "other names"
+
+
+def notes_on_names(names: list[str]) -> list[str]:
+    """Notes on names that are no symbols: dates of a spreadsheet, ids of RefSeq, numbers of genes."""
+    notes = []
+    if dates := [name for name in names if _DATE.fullmatch(name)]:
+        notes.append(
+            f"{len(dates)} gene names look like dates ({', '.join(dates[:3])}), which a spreadsheet makes of genes such as "
+            "MARCHF1 and SEPTIN7: they are listed as they are; export the names again without the spreadsheet"
+        )
+    kinds = Counter(match.lastgroup for name in names if (match := _OTHER_NAME.fullmatch(name)))
+    for kind, n in kinds.items():
+        if kind and n > MOST * len(names):
+            first = next(name for name in names if _OTHER_NAME.fullmatch(name))
+            notes.append(
+                f"the gene names are {kind.replace('_', ' ')} ({first}) and no symbols: they are listed as they are"
+            )
+    return notes
 
 
 def are_genes(names: list[str]) -> bool:
@@ -104,6 +142,18 @@ def without_copies(names: list[str], is_gene: list[bool]) -> tuple[list[str], li
         "a cell has the largest value of the rows with one name"
     )
     return [copies.get(name, name) for name in names], [note]
+
+
+def note_on_shared(names: list[str]) -> list[str]:
+    """A note when several rows have one name. names: of genes."""
+    counts = {name: n for name, n in Counter(names).items() if n > 1}
+    if not counts:
+        return []
+    first = min(counts)
+    return [
+        f"{sum(counts.values())} rows of var share {len(counts)} gene names, such as {first!r} ({counts[first]} rows): a cell "
+        "has the largest value of the rows with one name"
+    ]
 
 
 def no_genes(names: list[str]) -> list[str | None]:

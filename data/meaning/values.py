@@ -9,13 +9,12 @@ import numpy as np
 
 from data.build.matrix import Block, Matrix, other_layers, row_blocks
 from data.errors import UserError
+from data.meaning.scaled import Sample, why_no_order
 
 SAMPLE_RUNS, SAMPLE_RUN = 8, 16
 """Rows that are read to tell counts from log counts: 8 runs of 16 neighbouring rows, evenly spaced."""
 LARGEST_LOG = 25.0
 """Larger values are not logarithms of counts: exp(25) is 7e10."""
-UNIT_GENES, UNIT_CELLS, UNIT_SHARE, UNIT_WIDTH, DISTINCT_SHARE = 20, 64, 0.7, 0.1, 0.95
-"""Thresholds of _looks_scaled."""
 FEW_NEGATIVE = 0.05
 """Whole numbers of which at most this share is negative are counts with a fault; of scaled values about half are."""
 SAME_SUM = 0.01
@@ -62,26 +61,23 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
 
     "counts": whole numbers. "fractional counts": counts that were corrected for ambient RNA or divided over genes.
     "log counts": logarithms. "normalised": all others, such as CPM or roots. Raises UserError for values that cannot be
-    ranked by expression: see check_values and _looks_scaled.
+    ranked by expression: see check_values and data/meaning/scaled.py.
     """
     # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
     runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
     sample = np.concatenate([run[:SAMPLE_RUN] for run in runs])
-    cells, moments = [], np.zeros((3, matrix.n_genes))
+    cells, columns_of, moments = [], [], np.zeros((3, matrix.n_genes))
     for block in gene_blocks(matrix, sample, is_gene):
         check_values(matrix, block, allow_scaled)
         for i in range(len(block.rows)):
             columns, values = block.row(i)
             cells.append(values)
+            columns_of.append(columns)
             moments[:, columns] += [np.ones(len(values)), values, values**2]
+    if not allow_scaled and (why := why_no_order(Sample(columns_of, cells, moments))):
+        raise UserError(f"{matrix} {why} and gives no order of expression; {_unscaled(matrix)}")
     if all(_are_whole(values) for values in cells):
         return "counts"
-    distinct = [len(np.unique(values)) / max(1, len(values)) for values in cells]
-    if not allow_scaled and _looks_scaled(distinct, moments):
-        raise UserError(
-            f"{matrix} looks scaled (its genes have the variance 1 and no cell has a value twice) and gives no order "
-            f"of expression; {_unscaled(matrix)}"
-        )
     return _kind_of_cells([values for values in cells if len(values)], moments)
 
 
@@ -206,23 +202,6 @@ def are_negative_counts(values: np.ndarray) -> bool:
     """Whether values are counts of which a few are negative. https://github.com/broadinstitute/CellBender/issues/306"""
     n_negative = int((values < 0).sum())
     return 0 < n_negative <= FEW_NEGATIVE * np.count_nonzero(values) and _are_whole(values)
-
-
-def _looks_scaled(distinct: list[float], moments: np.ndarray) -> bool:
-    """Whether genes were scaled to variance 1 without being centred, so that no value is negative.
-
-    Two signs must hold together. First, values do not repeat within a cell. (Counts repeat; log TPM do not, so this
-    sign alone is not enough.) Second, nearly all genes that half of the cells express have standard deviation 1; genes
-    on a log scale do not.
-    distinct: per cell, number of distinct values / number of values. moments: [3, G] number, sum and sum of squares of
-    the values > 0 of each gene.
-    """
-    n_cells, often = len(distinct), 2 * moments[0] >= len(distinct)
-    if n_cells < UNIT_CELLS or often.sum() < UNIT_GENES or np.median(distinct) < DISTINCT_SHARE:
-        return False
-    _, total, squares = moments[:, often]
-    deviation = np.sqrt(np.maximum(squares - total**2 / n_cells, 0) / (n_cells - 1))
-    return float((np.abs(deviation - 1) <= UNIT_WIDTH).mean()) >= UNIT_SHARE
 
 
 def _unscaled(matrix: Matrix) -> str:

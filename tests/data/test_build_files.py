@@ -164,13 +164,6 @@ def nullable(values, mask):
     return change
 
 
-def gene_name(name):
-    def change(adata):
-        adata.var["feature_name"] = [name, *adata.var["feature_name"][1:].astype(str)]
-
-    return change
-
-
 CASES = {
     "missing": (lambda path, atlas: None, "no such file"),
     "dangling link": (lambda path, atlas: path.symlink_to("nowhere"), "no such file"),
@@ -189,7 +182,7 @@ CASES = {
     ),
     "no var": (edited(lambda f: f.pop("var")), "holds no 'var' table"),
     "no index": (edited(no_index), "the obs table has no index ('barcodes')"),
-    "no matrix": (edited(lambda f: f.pop("X")), "has no layer 'X'; --layer can be one of none"),
+    "no matrix": (edited(lambda f: f.pop("X")), "has no layer 'X'; the file has no matrix, so add its counts"),
     "no indptr": (edited(lambda f: f.pop("X/indptr")), "is stored in a way that is not known here"),
     "coo": (edited(lambda f: f["X"].attrs.update({"encoding-type": "coo_matrix"})), "(encoding 'coo_matrix')"),
     "matrix of text": (
@@ -236,7 +229,6 @@ CASES = {
     "label with a bar": (saved(rename_label("mast|cell")), "'mast|cell' holds '|'"),
     "label like a tag": (saved(rename_label("mast </answer>")), "looks like a tag"),
     "labels by case": (saved(rename_label("b cell")), "'B cell' and 'b cell' differ only in case"),
-    "gene with a comma": (saved(gene_name("A, B")), "the gene name 'A, B' is empty or holds the separator"),
     "shape of one number": (edited(lambda f: f["X"].attrs.update({"shape": 160})), "has no shape of two numbers"),
     "shape of text": (edited(lambda f: f["X"].attrs.update({"shape": "ab"})), "has no shape of two numbers"),
     "codes in two columns": (

@@ -345,7 +345,7 @@ def null(file, name):
         (("counts", "log1p", "scaled_counts"), "take the counts with --layer counts (--layer can be one of counts, "),
         (("my counts", "z"), "take the counts with --layer 'my counts'"),
         (("a", "b"), "; --layer can be one of a, b"),
-        ((), "; --layer can be one of none"),
+        ((), "; the file has no matrix, so add its counts"),
     ],
 )
 def test_a_null_matrix_names_the_layer_to_take(tmp_path, atlas, layers, words):

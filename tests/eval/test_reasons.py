@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from eval.evaluation import evaluation_of
-from eval.metrics import answer_of, scores_of
+from eval.metrics import answer_of, match_rows, scores_of
 from eval.reasons import contained_candidate, faults_of, finish_reasons, scored_answers, shortened, verdict
 from eval.report.faults import fault_sentences
 from eval.report.page import write_report
@@ -124,6 +125,44 @@ def test_reasons_are_counted_the_commonest_first():
     assert reasons([right] * 3) == []
 
 
+def test_each_reason_has_an_example_of_its_remedy():
+    puzzle = make_puzzles(1)[0]
+    labels = " | ".join(puzzle.answer)
+    texts = [
+        "",
+        f"x</think><answer>{labels}</answer>",
+        "  ",
+        labels,
+        "<think>and then",
+        "<think>x</think><answer>T cell | B",
+    ]
+    texts += [
+        f"<think>x<answer>{labels}</answer>",
+        f"<think>x</think><answer>{labels.replace(' | ', chr(10))}</answer>",
+    ]
+    rows = [{"prediction": text} for text in texts]
+    found = faults(rows, make_puzzles(len(rows)))["invalid_reasons"]
+    assert [(one["reason"], one["count"], one["example_id"], one["remedy"].split(":")[0]) for one in found] == [
+        ("the response is empty", 2, "q0", "the response is empty"),
+        ("`<think>` occurs 0 times, not once", 1, "q1", OPENING.split(":")[0]),
+        (
+            "`<think>` occurs 0 times, not once",
+            1,
+            "q3",
+            "each response must be `<think>reasoning</think><answer>label | label</answer>`",
+        ),
+        ("the response ends within its `<think>` block", 1, "q4", "the last block has no end"),
+        ("the response ends within its `<answer>` block", 1, "q5", "the last block has no end"),
+        ("`</think>` occurs 0 times, not once", 1, "q6", "end the reasoning with `</think>` in front of `<answer>`"),
+        (
+            "the answer has 1 labels for 4 cells",
+            1,
+            "q7",
+            "write ` | ` between two labels, not a comma, a semicolon or a new line",
+        ),
+    ]
+
+
 def test_every_reason_has_its_remedy():
     puzzle = make_puzzles(1)[0]
     labels = " | ".join(puzzle.answer)
@@ -136,6 +175,8 @@ def test_every_reason_has_its_remedy():
         f"<think>x</think>{labels}": "put the labels into one `<answer>...</answer>` block after the reasoning",
         f"<think><answer></think><answer>{labels}</answer>": "write each of the four tags once",
         f"<think>x</think>So: <answer>{labels}</answer>": "write nothing before, between or after the two blocks",
+        f"<think>x<answer>{labels}</answer>": "end the reasoning with `</think>` in front of `<answer>`",
+        "<think>x</think><answer>T cell\nB cell\nmonocyte\nB cell</answer>": "write ` | ` between two labels, not a comma",
         "<think>x</think><answer>T cell, B cell</answer>": "write one label per cell, in the order of the cells, with ` | `",
     }.items():
         (one,) = faults([{"prediction": text}], [puzzle])["invalid_reasons"]
@@ -148,7 +189,7 @@ def test_a_response_that_was_cut_or_refused_is_its_own_reason():
     assert reasons(["<think>a", "<think>b</think>", right], "length") == cut  # q2 is whole, whatever was cut
     assert reasons(["<think>a", "<think>b</think>"], "max_tokens") == reasons(["a", "b"], "MAX_TOKENS") == cut
     assert reasons([""], "refused") == [("the endpoint refused the prompt", 1, "q0")]
-    assert reasons(["<think>a"], "stop") == [("`</think>` occurs 0 times, not once", 1, "q0")]
+    assert reasons(["<think>a"], "stop") == [("the response ends within its `<think>` block", 1, "q0")]
     (one,) = faults([{"prediction": "<think>", "finish_reason": "length"}], make_puzzles(1))["invalid_reasons"]
     assert one["remedy"] == "allow longer responses (--max-response-tokens)"
 
@@ -414,3 +455,17 @@ def test_the_page_shows_it_on_a_screen_and_a_phone(run_dir, tmp_path, width):
         assert SCRIPT in b.text(".faults") and b.js("document.querySelectorAll('script').length") == 0
         assert b.problems() == []
         b.screenshot(tmp_path / f"page-{width}.png")
+
+
+def test_predictions_that_are_null_and_files_with_a_mark(tmp_path):
+    puzzles = make_puzzles(2)
+    write_puzzles(tmp_path / "q.jsonl", puzzles)
+    lines = [json.dumps({"id": puzzle.id, "prediction": answer_of(puzzle.answer)}) for puzzle in puzzles]
+    (tmp_path / "marked.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    said = evaluated(
+        "--puzzles", tmp_path / "q.jsonl", "--predictions", tmp_path / "marked.jsonl", "--out", tmp_path / "o"
+    )
+    assert '"batch_accuracy": 1.0' in said
+    with pytest.raises(UserError) as error:
+        match_rows([{"id": "q0", "prediction": None}], puzzles[:1], "answers.jsonl")
+    assert "it is null: write an empty text where a model gave no answer" in str(error.value)
