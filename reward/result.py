@@ -80,21 +80,26 @@ def timed_out(seconds: float) -> Reward:
 
 
 def nothing_usable(rows: list[dict]) -> str:
-    """What is wrong when every response has an invalid format or was cut, and the commonest reasons; "" otherwise.
+    """What is wrong when every response has an invalid format, was cut or was not scored, and the commonest reasons.
 
-    rows: of rollouts.jsonl.
+    rows: of rollouts.jsonl. "" if one response can be learned from.
     """
-    if any(row["status"] not in (Status.INVALID_FORMAT, Status.TRUNCATED) for row in rows):
+    if any(row["status"] == Status.OK for row in rows):
         return ""
     cut = "it was cut at --max-response-tokens"
+    unscored = [row for row in rows if row["status"] in NOT_SCORED]
     reasons = Counter(
-        cut if row["status"] == Status.TRUNCATED else row.get("message", "its format is invalid") for row in rows
+        cut if row["status"] == Status.TRUNCATED else row.get("message") or f"its status is {row['status']}"
+        for row in rows
     )
     commonest = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    first = min(rows, key=lambda row: row["status"] == Status.TRUNCATED)  # a whole response says more than a cut one
+    order = (Status.INVALID_FORMAT, *NOT_SCORED, Status.TRUNCATED)
+    first = min(rows, key=lambda row: order.index(row["status"]))  # a whole response says more than a cut one
     text = first["completion"]
     shown = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
     what = "was cut at the length limit" if list(reasons) == [cut] else "has an invalid format or was cut"
+    if unscored:
+        what = "was not scored" if len(unscored) == len(rows) else f"{what}, or was not scored"
     return (
         f"each of the {len(rows)} responses {what}, so there is nothing to learn from: {commonest}. Puzzle "
         f"{first['puzzle_id']} was answered {shown!r}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
+from data.prompts import RESPONSE_LAYOUT
 from data.puzzles import Puzzle
 from reward import Reward
 from reward.result import nothing_usable
@@ -233,13 +234,28 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
 
 
 def refuse_a_useless_start(now: Step, sampled: list[ScoredGroup]) -> None:
-    """Raises UserError, with the reasons, when every response of the first step, on all ranks, is invalid or cut. Collective."""
-    problem = nothing_usable([row for group in sampled for row in group.rows])  # every rank has all rows
+    """Raises UserError, with the reasons, when no response of the first step, on any rank, can be learned from. Collective.
+
+    A reward of the user's own may know no layout: that no response has the puzzle's is then said, and the run goes on.
+    """
+    rows = [row for group in sampled for row in group.rows]  # every rank has all rows
+    problem, chat = nothing_usable(rows), now.policy.chat
+    prompt = now.policy.tokenizer.decode(sampled[0].rollouts[0].prompt_ids[-16:])
+    asked = f"The prompt ends in {prompt[-40:]!r}" + "".join(f", and {note}" for note in chat.notes)
     now.world.largest(0.0)  # rank 0 has written them before any rank ends the run
     if problem:
+        scored = any(row["reward"] is not None for row in rows)
+        hint = "Is the cold start missing (launch/sft.py), or is --max-response-tokens too small?"
         raise UserError(
-            f"step 1: {problem}; all are in {now.out / 'rollouts.jsonl'}. Is the cold start missing (launch/sft.py), or is "
-            "--max-response-tokens too small? To go on all the same: --resume --insist"
+            f"step 1: {problem}; all are in {now.out / 'rollouts.jsonl'}. {asked}. "
+            f"{hint if scored else f'Does --reward {now.cfg.reward} score such responses?'} To go on all the same: "
+            "--resume --insist"
+        )
+    if now.world.is_main and not any(RESPONSE_LAYOUT.fullmatch(row["completion"]) for row in rows):
+        print(
+            f"note: none of the {len(rows)} responses of step 1 has the layout <think>...</think> <answer>...</answer> that "
+            f"the prompt asks for and launch/evaluate.py reads, although --reward {now.cfg.reward} scored them. {asked}",
+            flush=True,
         )
 
 

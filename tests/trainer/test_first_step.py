@@ -1,8 +1,12 @@
 """A run whose first step has no usable response stops and says why."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from reward import Status
 from reward.result import nothing_usable
@@ -36,11 +40,22 @@ def test_the_reasons_are_counted_and_one_response_is_shown():
     )
 
 
-@pytest.mark.parametrize("status", [Status.OK, Status.ERROR, Status.DECLINED])
-def test_one_other_response_is_enough(status):
+def test_one_other_response_is_enough():
     """Also where a reward of the user's own knows no format: then every status is OK."""
-    assert nothing_usable([row(Status.INVALID_FORMAT, NO_TAG), row(status)]) == ""
-    assert nothing_usable([row(status)] * 4) == ""
+    assert nothing_usable([row(Status.INVALID_FORMAT, NO_TAG), row(Status.OK)]) == ""
+    assert nothing_usable([row(Status.DECLINED), row(Status.OK)]) == ""
+    assert nothing_usable([row(Status.OK)] * 4) == ""
+
+
+def test_a_step_that_was_not_scored_is_as_useless():
+    none = "the function returned None"
+    assert nothing_usable([row(Status.DECLINED, none)] * 3 + [row(Status.TIMEOUT)]) == (
+        "each of the 4 responses was not scored, so there is nothing to learn from: the function returned None (3); its "
+        "status is timeout (1). Puzzle p1 was answered 'no tags'"
+    )
+    assert nothing_usable([row(Status.ERROR, "KeyError"), row(Status.TRUNCATED)]).startswith(
+        "each of the 2 responses has an invalid format or was cut, or was not scored, so "
+    )
 
 
 @pytest.mark.slow(12)
@@ -60,3 +75,52 @@ def test_the_run_stops_on_all_ranks_and_goes_on_when_told_to(pipeline, tmp_path,
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / "finished.json").exists()
     assert len((out / "rollouts.jsonl").read_text().splitlines()) == 12
+
+
+REWARDS = """
+def shorter(completion, puzzle):
+    return -len(completion) / 1000
+
+
+def no_opinion(completions, **columns):
+    return [None] * len(completions)
+
+
+def broken(completion, puzzle):
+    return None
+"""
+
+
+def ends_soon(base: Path, folder: Path) -> Path:
+    """The checkpoint with weights that end a response at about every second token, so that none is cut."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 50.0  # the same large number in every hidden state
+    tensors["lm_head.weight"] = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    tensors["lm_head.weight"][2, 0] = 1.0  # <|im_end|>
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    return folder
+
+
+@pytest.mark.slow(8)
+@pytest.mark.parametrize("name", ["shorter", "trl no_opinion", "broken"])
+def test_a_reward_of_the_users_own_does_not_make_the_alarm_deaf(pipeline, tmp_path, name):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    style, _, function = name.rpartition(" ")
+    reward = f"{f'{style}:' if style else ''}{tmp_path / 'mine.py'}:{function}"
+    base = ends_soon(pipeline / "base", tmp_path / "base")
+    given = ("--model", base, "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run")
+    given = (*given, *SMALL, "--reward", reward, "--on-reward-error", "drop")
+    done = run_command("grpo", *given)
+    asked = r"<|im_end|>\n<|im_start|>assistant\n'"
+    if name == "shorter":  # -len() is what it was asked for: said once, and no reason to stop
+        assert done.returncode == 0
+        (said,) = {line for line in done.stdout.splitlines() if line.startswith("note: none of the 12 responses")}
+        assert f"although --reward {reward} scored them" in said and "The prompt ends in" in said and asked in said
+        return
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "Error: step 1: each of the 12 responses was not scored, so there is nothing to learn" in done.stderr
+    assert f"Does --reward {reward} score such responses?" in done.stderr and asked in done.stderr
+    assert run_command("grpo", *given, "--resume", "--insist").returncode == 0
