@@ -1,14 +1,19 @@
-"""Files that are written completely or not at all, their hash, and the wording of disk errors."""
+"""Files that are written completely or not at all, their hash, settings in JSON, and the wording of disk errors."""
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+
+POINTER = b"version https://git-lfs.github.com/"
+"""How a file begins that Git LFS has left in place of a large one."""
 
 
 @contextlib.contextmanager
@@ -37,6 +42,32 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that came with a model. Raises UserError that names the file and what is wrong with it."""
+    refuse_pointer(path)
+    text = path.read_bytes()
+    if text.startswith(b"\xef\xbb\xbf"):  # a text editor's mark, which other programs do not expect in JSON
+        raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); copy the file again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object; copy the file again")
+    return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError if a file is a pointer of Git LFS, as a clone leaves it where git-lfs is not installed."""
+    try:
+        with open(path, "rb") as handle:
+            begins = handle.read(len(POINTER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); copy it again") from None
+    if begins == POINTER:
+        raise UserError(f"{path}: is a pointer of Git LFS in place of the file; run `git lfs pull` in {path.parent}")
 
 
 def flush(path: Path) -> None:

@@ -10,7 +10,6 @@ system message keeps it: the row says what is asked.
 """
 
 import datetime
-import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import read_settings
 
 SYSTEM_MESSAGE = (
     "You are an expert assistant specialized in cell type annotation. You will be given a batch of N cells from the "
@@ -236,15 +236,7 @@ class ChatFormat:
     def _settings(self, name: str) -> dict[str, Any]:
         """A JSON file of the checkpoint; {} where it is missing. Raises UserError when it is damaged."""
         path = self.folder / name
-        if not path.is_file():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8-sig"))
-        except ValueError as error:
-            raise UserError(f"{path}: is not JSON ({error}); copy it again") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{path}: holds no settings; copy it again")
-        return found
+        return read_settings(path) if path.is_file() else {}
 
     def _place_messages(self) -> None:
         """Find a way of giving both messages that loses neither."""

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,29 +123,36 @@ class VLLMEngine(LocalEngine):
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op; restored below
-        self.llm = LLM(
-            model_dir,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=0,  # generate() seeds each call itself
-            enforce_eager=not on_gpu,  # CUDA graphs exist on GPUs only
-            distributed_executor_backend="external_launcher",  # this process is the worker; vLLM starts none
-            tensor_parallel_size=tensor_parallel,
-            enable_sleep_mode=self.may_sleep,
-            worker_extension_cls="rollout.vllm_engine.SyncWorker",
-            # "processed" is after temperature and top-p, "raw" before both. The trainer scores with the temperature and the
-            # whole vocabulary, so a nucleus needs raw, which is right at temperature 1 only (GrpoConfig refuses others)
-            logprobs_mode="raw_logprobs" if nucleus else "processed_logprobs",
-            generation_config="vllm",  # nothing from the model's generation_config.json: no top-k, no penalty
-            skip_tokenizer_init=True,
-            use_tqdm_on_load=False,
-            disable_log_stats=True,
-            enable_prefix_caching=True,  # a group's responses share the keys of their prompt
-            **memory,
-            **adapter,
-        )
-        torch.set_num_threads = set_num_threads
+        try:
+            self.llm = LLM(
+                model_dir,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                seed=0,  # generate() seeds each call itself
+                enforce_eager=not on_gpu,  # CUDA graphs exist on GPUs only
+                distributed_executor_backend="external_launcher",  # this process is the worker; vLLM starts none
+                tensor_parallel_size=tensor_parallel,
+                enable_sleep_mode=self.may_sleep,
+                worker_extension_cls="rollout.vllm_engine.SyncWorker",
+                # "processed" is after temperature and top-p, "raw" before both. The trainer scores with the temperature and the
+                # whole vocabulary, so a nucleus needs raw, which is right at temperature 1 only (GrpoConfig refuses others)
+                logprobs_mode="raw_logprobs" if nucleus else "processed_logprobs",
+                generation_config="vllm",  # nothing from the model's generation_config.json: no top-k, no penalty
+                skip_tokenizer_init=True,
+                use_tqdm_on_load=False,
+                disable_log_stats=True,
+                enable_prefix_caching=True,  # a group's responses share the keys of their prompt
+                **memory,
+                **adapter,
+            )
+        except Exception as error:  # whatever vLLM raises about a model that it has not the code for
+            # of other ranks: a rank that is gone shows itself by a collective that fails, and the watch explains it
+            if size > 1 and (isinstance(error, torch.distributed.DistError) or type(error) is RuntimeError):
+                raise
+            raise UserError(why_not_started(model_dir, error)) from error
+        finally:
+            torch.set_num_threads = set_num_threads
         leave_other_models_alone()
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
@@ -243,6 +251,19 @@ class VLLMEngine(LocalEngine):
         """Stop the engine. Its process groups must be destroyed before torch.distributed's own."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
+
+
+def why_not_started(model_dir: str, error: Exception) -> str:
+    """One sentence for an exception of vLLM's constructor. Its traceback is printed under VLLM_LOGGING_LEVEL=DEBUG."""
+    if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
+        traceback.print_exception(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if "validation error for" not in line), lines[0])  # pydantic's heading
+    said = said if len(said) <= 300 else f"{said[:300]}..."
+    return (
+        f"--model {model_dir}: vLLM does not start with this model ({type(error).__name__}: {said}); use --engine torch where "
+        "the command has it, or a model that vLLM serves (VLLM_LOGGING_LEVEL=DEBUG shows the traceback)"
+    )
 
 
 def vllm_rank(rank: int) -> int:

@@ -26,6 +26,7 @@ from trainer.model.opening import open_checkpoint
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
 from trainer.start.model_check import check_model
+from trainer.start.preflight import context_of
 
 DAY = datetime.date(2026, 2, 3)
 HEADER = "<|im_start|>assistant\n"
@@ -313,7 +314,7 @@ def tagged_tokenizer_without_ends(tokenizer: PreTrainedTokenizerFast) -> PreTrai
 def test_files_of_a_chat_that_are_damaged_or_wrong_are_named(tokenizers, tmp_path):
     tokenizer = with_template(tokenizers["byte-level"], CHAT_TEMPLATE)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 999999, -1, "2"]}))
-    (tmp_path / "config.json").write_text("\ufeff" + json.dumps({"vocab_size": len(tokenizer)}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(tokenizer)}))
     asked = ChatFormat(tokenizer, tmp_path)
     assert asked.stop_ids == (2,) and asked.notes == [
         f"generation_config.json names {wrong} as the end of a response, which is no token: left out"
@@ -519,6 +520,304 @@ def test_files_that_cannot_be_read_are_named(pipeline, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "model_type": "martian"}))
     assert "config.json cannot be used" in problem_of(folder)
+
+
+# ---- weights, files and kinds of checkpoints that cannot be trained
+
+
+def with_tensors(folder: Path, change) -> Path:
+    """The checkpoint with other tensors. change: takes and returns {name: tensor}."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def with_settings(folder: Path, **settings: object) -> Path:
+    """The checkpoint with other settings in config.json; None takes one out."""
+    path = folder / "config.json"
+    merged = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({key: value for key, value in merged.items() if value is not None}))
+    return folder
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def policy_of(folder: Path) -> Policy:
+    return Policy(str(folder), lora_rank=4, lora_alpha=8, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def without(name: str):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def spoiled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors[UP][3, 5] = torch.nan
+    return tensors
+
+
+DIFFERENT = {
+    "a tensor is missing": (without(UP), {}, f"the weight files lack the tensor {UP}; copy the files again"),
+    "PEFT's names": (
+        lambda tensors: {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+        {},
+        "and 26 more; they hold base_model.model.model.embed_tokens.weight",
+    ),
+    "a layer too many": (
+        dict,
+        {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3},
+        "lack the tensor model.layers.2.self_attn.q_proj.weight and 11 more",
+    ),
+    "other shapes": (
+        dict,
+        {"intermediate_size": 96},
+        "mlp.down_proj.weight is 64 x 128 in the weight files and 64 x 96",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_weights_that_config_json_does_not_describe_are_refused(pipeline, tmp_path, case):
+    change, settings, says = DIFFERENT[case]
+    folder = with_settings(with_tensors(variant(pipeline, tmp_path / "m"), change), **settings)
+    assert says in problem_of(folder)
+    with pytest.raises(UserError) as refused:
+        policy_of(folder)
+    assert says in str(refused.value)
+
+
+def refused_by_all(pipeline: Path, tmp_path: Path, folder: Path | str, says: str) -> None:
+    """One sentence and exit code 2 from the model check, GRPO and SFT, before anything is written."""
+    rank = ("--lora-rank", 4, "--lora-alpha", 8)
+    grpo = ("--puzzles", pipeline / "puzzles/train.parquet", "--engine", "torch", *SMALL_GRPO)
+    for done in (
+        run_command("check_model", folder),
+        run_command("grpo", "--model", folder, "--out", tmp_path / "g", *grpo),
+        run_command("sft", "--traces", pipeline / "traces.jsonl", "--model", folder, "--out", tmp_path / "s", *rank),
+    ):
+        assert done.returncode == 2 and says in done.stdout + done.stderr, done.stderr[-2000:]
+        assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 1
+    assert not (tmp_path / "g").exists() and not (tmp_path / "s").exists()
+
+
+def test_a_missing_tensor_stops_every_command(pipeline, tmp_path):
+    folder = with_tensors(variant(pipeline, tmp_path / "m"), without(UP))
+    refused_by_all(pipeline, tmp_path, folder, f"the weight files lack the tensor {UP}")
+
+
+def test_a_weight_that_is_not_finite_stops_every_command(pipeline, tmp_path):
+    folder = with_tensors(variant(pipeline, tmp_path / "m"), spoiled)
+    refused_by_all(pipeline, tmp_path, folder, f"the weight {UP} holds a value that is no finite number")
+
+
+def test_a_tensor_too_many_is_a_note(pipeline, tmp_path):
+    more = UP.replace(".1.", ".2.")
+    folder = with_tensors(variant(pipeline, tmp_path / "m"), lambda tensors: tensors | {more: tensors[UP].clone()})
+    assert problem_of(folder) == ""
+    assert rows_of(folder)["note"] == f"the weight files hold {more}, which the model has no place for"
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_names_that_transformers_converts_are_no_difference(pipeline, tmp_path, name):
+    kind, more = TYPES[name]
+    folder = make_checkpoint(tmp_path / "m", load_tokenizer(str(pipeline / "base")), kind, **more)
+    assert problem_of(folder) == ""
+
+
+def saved_as_base_model(folder: Path) -> None:
+    with_tensors(folder, lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()})
+    with_settings(folder, architectures=["Qwen2Model"])
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def cut_pickle(folder: Path) -> None:
+    pickled(folder)
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[:5000])
+
+
+def test_how_the_weights_were_saved(pipeline, tmp_path):
+    folder = variant(pipeline, tmp_path / "base-model")
+    saved_as_base_model(folder)
+    assert "saved without their head, as embed_tokens.weight" in problem_of(folder)
+    folder = variant(pipeline, tmp_path / "bin")
+    pickled(folder)
+    assert problem_of(folder) == "" and "need safetensors; convert it: M = transf" in rows_of(folder)["note"]
+    given = ("--traces", pipeline / "traces.jsonl", "--model", folder, "--lora-rank", 4)
+    done = run_command("sft", *given, "--out", tmp_path / "s")
+    assert done.returncode == 2 and "its weights are in .bin files" in done.stderr and not (tmp_path / "s").exists()
+    folder = variant(pipeline, tmp_path / "cut")
+    cut_pickle(folder)
+    assert "a weight file is damaged (pytorch_model.bin: it has no end); copy it again" in problem_of(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(pipeline, tmp_path, name):
+    folder = variant(pipeline, tmp_path / "m")
+    (folder / name).write_text(POINTER)
+    refused_by_all(
+        pipeline, tmp_path, folder, f"{folder / name}: is a pointer of Git LFS in place of the file; run `git lfs pull`"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"])
+def test_broken_json_is_named(pipeline, tmp_path, name):
+    folder = variant(pipeline, tmp_path / "m")
+    whole = (folder / name).read_text()
+    (folder / name).write_text(whole[: len(whole) // 2])
+    refused_by_all(pipeline, tmp_path, folder, f"{folder / name}: is not JSON (")
+
+
+def test_other_files_that_cannot_be_used_are_named(pipeline, tmp_path):
+    folder = variant(pipeline, tmp_path / "m")
+    whole = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + whole)
+    refused_by_all(
+        pipeline, tmp_path, folder, "config.json: begins with a byte order mark; save it as UTF-8 without one"
+    )
+    (folder / "config.json").write_bytes(whole)
+    tokenizer = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "martian"}}))
+    refused_by_all(pipeline, tmp_path, folder, "its tokenizer cannot be loaded (")
+    (folder / "tokenizer.json").unlink()
+    refused_by_all(pipeline, tmp_path, folder, "no tokenizer there (tokenizer.json is missing)")
+    (folder / "tokenizer.json").write_text(tokenizer)
+    with_settings(folder, eos_token_id="2")
+    assert "config.json cannot be used (Validation error for field 'eos_token_id': " in problem_of(folder)
+
+
+KINDS = {
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "(quantization_config in config.json: awq)"),
+    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "with --quantize nf4 to hold it in 4 bits"),
+    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised"),
+    "unknown": ({"quantization_config": {"quant_method": "xyz"}}, "its weights are quantised"),
+    "reward model": (
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        "is a Qwen2ForSequenceClassification, a model that scores texts",
+    ),
+    "multimodal": (
+        {"model_type": "gemma3", "text_config": {}, "vision_config": {}},
+        "is a multimodal checkpoint (text and images or sound); take a text-only one, such as gemma-3-1b-it",
+    ),
+    "own code": (
+        {"model_type": "xmodel", "auto_map": {"AutoConfig": "configuration_x.XConfig"}},
+        "a xmodel needs Python code of its own (auto_map in config.json), which is never run here",
+    ),
+    "no language model": ({"model_type": "t5"}, "a t5 is no causal language model; use a Qwen2.5"),
+    "no attention": ({"model_type": "mamba", "layer_types": None}, "a mamba has no attention that can be chosen"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_checkpoint_that_cannot_be_trained_is_named(pipeline, tmp_path, kind):
+    settings, says = KINDS[kind]
+    folder = with_settings(variant(pipeline, tmp_path / "m"), **settings)
+    problem = problem_of(folder)
+    assert says in problem and len(problem) < 350
+    with pytest.raises(UserError):
+        policy_of(folder)
+    if kind in ("gptq", "own code"):  # own code: nobody is asked whether it may run
+        refused_by_all(pipeline, tmp_path, folder, says)
+
+
+def test_gpt_oss_and_falcon_h1_are_refused_in_a_sentence(pipeline, tmp_path):
+    """One by its experts, the other since PEFT refuses its state space layers."""
+    tokenizer = load_tokenizer(str(pipeline / "base"))
+    folder = make_checkpoint(tmp_path / "gpt", tokenizer, "gpt_oss", num_local_experts=4, head_dim=32)
+    assert "a mixture of experts (num_" in problem_of(folder) and len(problem_of(folder)) < 250
+    folder = make_checkpoint(tmp_path / "falcon", tokenizer, "falcon_h1")
+    assert "PEFT cannot put an adapter on a falcon_h1 (" in problem_of(folder)
+    assert problem_of(folder, lora=False) == ""
+    with pytest.raises(UserError, match="PEFT cannot put an adapter on a falcon_h1"):
+        policy_of(folder)
+
+
+def test_what_is_no_checkpoint_is_refused_by_what_it_is(pipeline, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    refused_by_all(
+        pipeline, tmp_path, tmp_path / "adapter", "this is an adapter (adapter_config.json is there); merge it"
+    )
+    hub = "Qwen/Qwen2.5-0.5B-Instruct"
+    refused_by_all(
+        pipeline, tmp_path, hub, f"nothing is downloaded from a hub; fetch the model (hf download {hub} --local"
+    )
+    refused_by_all(pipeline, tmp_path, pipeline / "base/config.json", "is a file; name the folder of the checkpoint")
+    refused_by_all(pipeline, tmp_path, tmp_path, "no Hugging Face checkpoint there (config.json is missing)")
+
+
+def test_a_lora_rank_above_the_hidden_size_is_refused(pipeline, tmp_path):
+    says = "Error: --lora-rank 65: more than the model's hidden size 64"
+    small = [option if option != 8 else 65 for option in SMALL_GRPO]
+    grpo = ("--puzzles", pipeline / "puzzles/train.parquet", *small)
+    sft = ("--traces", pipeline / "traces.jsonl", "--lora-rank", 65)
+    for verb, given in (("grpo", grpo), ("sft", sft)):
+        done = run_command(verb, "--model", pipeline / "base", "--out", tmp_path / verb, *given)
+        assert done.returncode == 2 and done.stderr.startswith(says) and not (tmp_path / verb).exists()
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
+CONTEXTS = {
+    "no scaling": ({}, 512),
+    "llama3": ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, 512),
+    "llama3, new": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 512),
+    "longrope": ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, 512),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+    "linear, new": ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, 2048),
+    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 1024),
+    "dynamic, new": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 1024),
+    "yarn, number before": ({"rope_scaling": {"type": "yarn", **YARN}}, 2048),
+    "yarn, scaled number": ({"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "yarn", **YARN}}, 2048),
+    "by kind of layer": ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}}}, 2048),
+    "Gemma 3": ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 512),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_the_context_is_read_in_both_spellings(name):
+    settings, positions = CONTEXTS[name]
+    assert context_of({"max_position_embeddings": 512, **settings}) == positions
+
+
+def test_prompts_beyond_the_scaled_context_are_refused(pipeline, tmp_path):
+    """And within it they are not; of YaRN vLLM wants the scaled number in config.json."""
+    base = variant(pipeline, tmp_path / "m")
+
+    def problem(*given: object, **settings: object) -> str:
+        folder = with_settings(base, max_position_embeddings=256, rope_scaling=None, **settings)
+        small = ("--prompts-per-step", 4, "--max-prompt-tokens", 1000, "--max-response-tokens", 16, "--lora-rank", 4)
+        printed = run_command("grpo", "--model", folder, "--dry-run", *small, *given).stdout
+        return next((line.strip() for line in printed.splitlines() if "PROBLEM: --max-prompt" in line), "")
+
+    for kind in ("linear", "dynamic"):
+        assert problem(rope_parameters={"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}) == ""
+    assert "more than the model's 256 positions" in problem(rope_parameters={"rope_type": "llama3", "factor": 8.0})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
+    assert problem("--engine", "torch", rope_parameters=yarn) == ""
+    assert (
+        "vLLM takes max_position_embeddings 256 of config.json as the end of YaRN's positions; set it to 1024"
+        in problem(rope_parameters=yarn)
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(10)
+def test_a_model_that_vllm_cannot_start_is_refused_in_a_sentence(pipeline, tmp_path):
+    """LFM2: transformers' class runs here, and vLLM wants a setting that its config.json lacks."""
+    folder = make_checkpoint(tmp_path / "lfm2", load_tokenizer(str(pipeline / "base")), "lfm2")
+    assert problem_of(folder) == "" and "vLLM may not load it" in rows_of(folder)["architecture"]
+    given = ("--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run", *SMALL_GRPO)
+    done = run_command("grpo", "--model", folder, *given)
+    assert done.returncode == 2 and f"Error: --model {folder}: vLLM does not start with this model (" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- every architecture

@@ -139,6 +139,15 @@ def test_dry_run_prints_a_table_and_loads_nothing(pipeline, tmp_path):
     done = run_command("grpo", "--recipe", "paper", "--dry-run", *machine)
     assert done.returncode == 2 and "name launch/recipes/qwen2.5-7b" in done.stderr and "Traceback" not in done.stderr
     here = succeed(
-        "grpo", "--dry-run", "--model", pipeline / "base", "--max-prompt-tokens", 400, "--max-response-tokens", 64
+        "grpo",
+        "--dry-run",
+        "--model",
+        pipeline / "base",
+        "--max-prompt-tokens",
+        400,
+        "--max-response-tokens",
+        64,
+        "--lora-rank",
+        8,
     )
     assert "1 nodes x 1 ranks on cpu" in here

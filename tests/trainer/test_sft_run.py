@@ -274,7 +274,7 @@ def test_settings_that_contradict(pipeline, tmp_path):
             {"eval_engine": "vllm", "eval_response_tokens": 100_000},
             "--eval-response-tokens 100000: with prompts of up to",
         ),
-        ({"model": str(without_safetensors(pipeline, tmp_path))}, "no .safetensors file there"),
+        ({"model": str(without_safetensors(pipeline, tmp_path))}, "its weights are in .bin files"),
     ):
         with pytest.raises(ValueError, match=says):
             run(pipeline, tmp_path / "x", **more)

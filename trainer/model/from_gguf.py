@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from trainer.model.sharding import first_line
+from trainer.model.loading import first_line
 
 transformers_logging.disable_progress_bar()
 

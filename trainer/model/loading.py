@@ -1,15 +1,22 @@
-"""Load the policy's model, quantize it and give it its adapter. All of this happens once, before the first step."""
+"""Load the policy's model, quantize it and give it its adapter. All of this happens once, before the first step.
 
-import json
+What cannot be trained is refused here, with a sentence: the libraries would train random weights in its place, or say why
+in a hundred lines.
+"""
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -21,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from trainer.model.sharding import empty_model, first_line, read_config
+from data.files import read_settings, refuse_pointer
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard, on every rank
 
@@ -30,6 +37,132 @@ SHARES_PROMPTS = tuple("qwen2 qwen3 llama mistral smollm3 gemma phi3 olmo2 grani
 RUNS_TOO = ("gemma2", "gemma3_text")
 """Model types whose attention is their own, so each response gets a row. Tests run each."""
 INSTEAD = "use a Qwen2.5, Qwen3, Llama, SmolLM, Mistral, Gemma, Phi-3, OLMo 2, Granite or GLM-4"
+
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Files that hold a tokenizer's vocabulary; a model has one of them."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+
+
+def first_sentence(error: Exception) -> str:
+    """The beginning of a library's message: at most its first sentence, and at most 200 characters."""
+    text = first_line(error).split(". ")[0]
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def read_config(model_dir: str) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises UserError for a model that is not known here, or of a kind with no text."""
+    settings = read_settings(Path(model_dir) / "config.json")
+    if kind := wrong_kind(settings):
+        raise UserError(f"--model {model_dir}: {kind}")
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)  # else transformers asks on the terminal
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, StrictDataclassError) as error:
+        if settings.get("auto_map"):
+            raise UserError(
+                f"--model {model_dir}: a {settings.get('model_type')} needs Python code of its own (auto_map in "
+                f"config.json), which is never run here; {INSTEAD}"
+            ) from None
+        raise UserError(f"--model {model_dir}: config.json cannot be used ({first_sentence(error)})") from None
+
+
+def wrong_kind(settings: dict[str, Any]) -> str:
+    """Why a checkpoint is of a kind that cannot be trained here; "" if nothing says so. settings: its config.json."""
+    (architecture,) = (settings.get("architectures") or [""])[:1]
+    if (quantised := settings.get("quantization_config") or settings.get("compression_config")) is not None:
+        method = quantised.get("quant_method", "no quant_method") if isinstance(quantised, dict) else quantised
+        return (
+            f"its weights are quantised (quantization_config in config.json: {method}), which neither training nor export "
+            "can use; take the model that is not quantised, with --quantize nf4 to hold it in 4 bits"
+        )
+    if "text_config" in settings and any(key.startswith(("vision", "audio")) for key in settings):
+        return (
+            "is a multimodal checkpoint (text and images or sound); take a text-only one, such as gemma-3-1b-it or "
+            "Qwen2.5-7B-Instruct"
+        )
+    if architecture.endswith(("Classification", "RewardModel", "QuestionAnswering")):
+        return (
+            f"is a {architecture}, a model that scores texts and writes none; take the chat model that it was made from"
+        )
+    return ""
+
+
+def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model of a checkpoint without its weights: parameters on the meta device; buffers are computed."""
+    config = read_config(model_dir)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except ValueError as error:
+        # the two of the library's messages that are long and say little to a user
+        known = {
+            "Unrecognized configuration": "is no causal language model",
+            "attention implementation": "has no attention that can be chosen (PyTorch's, or ours)",
+        }
+        short = next((say for word, say in known.items() if word in str(error)), "")
+        if short:
+            raise UserError(f"--model {model_dir}: a {config.model_type} {short}; {INSTEAD}") from None
+        raise UserError(f"--model {model_dir}: config.json cannot be used ({first_sentence(error)})") from None
+    model.tie_weights()
+    return model
+
+
+def load_weights(model_dir: str, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+    """(the checkpoint's model, names of tensors in its files that it has no place for).
+
+    settings: of from_pretrained; device_map "meta" reads names and shapes alone. Raises UserError where the files lack a
+    weight, which transformers would replace by random numbers, or have one of another shape.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its table of the same differences, which the sentences below say
+    try:
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            model_dir,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=False,
+            **settings,
+        )
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {model_dir}: the weights cannot be loaded ({first_sentence(error)})") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    unexpected, missing = sorted(found["unexpected_keys"]), set(found["missing_keys"])
+    if missing:
+        first = next((name for name in causal_lm.state_dict() if name in missing), min(missing))
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        instead, remedy = "", "copy the files again, or take the config.json that belongs to them"
+        if unexpected:
+            instead = f"; they hold {unexpected[0]}, which the model has no place for"
+        if unexpected and unexpected[0].startswith("base_model."):
+            remedy = "these are PEFT's names: save the model again after merge_and_unload()"
+        raise UserError(f"--model {model_dir}: the weight files lack the tensor {first}{others}{instead}; {remedy}")
+    for name, stored, wanted in sorted(found["mismatched_keys"], key=lambda entry: entry[0]):
+        shapes = [" x ".join(map(str, shape)) for shape in (stored, wanted)]
+        raise UserError(
+            f"--model {model_dir}: the tensor {name} is {shapes[0]} in the weight files and {shapes[1]} by config.json; "
+            "take the config.json that belongs to them"
+        )
+    return causal_lm, unexpected
+
+
+def refuse_not_finite(weight: torch.Tensor, name: str, model_dir: str | Path) -> None:
+    """Raises UserError if a weight holds a value that is no finite number: training would only see what it spoils."""
+    if not weight.is_floating_point() or not weight.numel():  # held in 4 bits; a rank without rows of it
+        return
+    # aminmax makes no copy of the weight, and gives nan where any value is
+    if not all(bool(value.isfinite()) for value in torch.aminmax(weight.detach())):
+        raise UserError(
+            f"--model {model_dir}: the weight {name} holds a value that is no finite number; copy the files again, or take "
+            "an earlier checkpoint of the model"
+        )
 
 
 def why_not_shared(config: PretrainedConfig) -> str:
@@ -76,7 +209,7 @@ def load_base(
     attention_name: the name of our attention (trainer/model/attention.py).
     quantize: "none", or "nf4" to hold linear layers in 4 bits and multiply in `dtype` (QLoRA, arXiv:2305.14314;
     bitsandbytes). sharded: the model is made without weights (meta device); sharding.shard fills it. Raises UserError
-    for a model with an unknown head.
+    for a model with an unknown head, and for weights that are missing, of another shape or not finite.
     """
     config = read_config(model_dir)
     attention = {} if why_not_shared(config) else {"attn_implementation": attention_name}
@@ -90,10 +223,9 @@ def load_base(
     if sharded:
         causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
     else:
-        try:
-            causal_lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, **attention)
-        except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"--model {model_dir}: the weights cannot be loaded ({first_line(error)})") from None
+        causal_lm, _ = load_weights(model_dir, dtype=dtype, **attention)
+        for name, weight in causal_lm.named_parameters():
+            refuse_not_finite(weight, name, model_dir)
     head_of(causal_lm, model_dir)
     return causal_lm
 
@@ -118,7 +250,14 @@ def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
-        return get_peft_model(causal_lm, config, low_cpu_mem_usage=sharded)
+        try:
+            return get_peft_model(causal_lm, config, low_cpu_mem_usage=sharded)
+        except (ValueError, NotImplementedError) as error:
+            model = causal_lm.config
+            raise UserError(
+                f"--model {model.name_or_path}: PEFT cannot put an adapter on a {model.model_type} "
+                f"({first_sentence(error)}); {INSTEAD}"
+            ) from error
 
 
 def recompute_layers(causal_lm: PreTrainedModel) -> None:
@@ -129,14 +268,33 @@ def recompute_layers(causal_lm: PreTrainedModel) -> None:
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises UserError if the folder has no checkpoint."""
-    if not (Path(model_dir) / "config.json").is_file():
-        raise UserError(f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing)")
-    settings = Path(model_dir) / "tokenizer_config.json"
-    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
-        # for a Qwen2 model AutoTokenizer would use Qwen2's own tokenizer class, which drops our word pattern
-        return PreTrainedTokenizerFast.from_pretrained(model_dir)
-    return AutoTokenizer.from_pretrained(model_dir)
+    """The tokenizer of a checkpoint folder. Raises UserError if the folder has no checkpoint, or a damaged file."""
+    folder = Path(model_dir)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing), and nothing is downloaded"
+        )
+    # also those that others read later (ChatFormat): a damaged file is named before a library stumbles over it
+    found = {
+        name: read_settings(folder / name)
+        for name in ("config.json", "generation_config.json", *TOKENIZER_SETTINGS)
+        if (folder / name).is_file()
+    }
+    vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
+    if not vocabularies:
+        raise UserError(
+            f"--model {model_dir}: no tokenizer there (tokenizer.json is missing); copy it from the model's page"
+        )
+    for path in vocabularies:
+        refuse_pointer(path)
+    # for a Qwen2 model AutoTokenizer would use Qwen2's own tokenizer class, which drops our word pattern
+    own = found.get("tokenizer_config.json", {}).get("tokenizer_class") == "TokenizersBackend"
+    try:
+        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(model_dir, trust_remote_code=False)
+    except Exception as error:  # the library tokenizers raises plain Exception for a file that it cannot read
+        raise UserError(
+            f"--model {model_dir}: its tokenizer cannot be loaded ({first_sentence(error)}); copy its files again"
+        ) from error
 
 
 def linear_weights(model_dir: str) -> set[str]:

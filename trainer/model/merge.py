@@ -127,11 +127,21 @@ def weight_files(base: Path) -> list[Path]:
         # not all files at once: some checkpoints hold the same weights twice, once in their authors' own format
         single = base / "model.safetensors"
         files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
+    if not files and any(base.glob("pytorch_model*.bin")):
+        raise UserError(f"{base}: its weights are in .bin files, and safetensors are needed; {how_to_convert(base)}")
     if not files:
         raise UserError(f"{base}: no .safetensors file there; name a Hugging Face checkpoint folder")
     if missing := [path for path in files if not path.is_file()]:
         raise UserError(f"{missing[0]}: is missing, though {INDEX} names it; download the checkpoint again")
     return files
+
+
+def how_to_convert(model: str | Path) -> str:
+    """How to save a checkpoint again, with transformers' names, as safetensors."""
+    return (
+        f"convert it: M = transformers.AutoModelForCausalLM.from_pretrained('{model}'); M.save_pretrained('NEW'), with the "
+        "tokenizer's files beside it"
+    )
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -13,41 +13,16 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from data.errors import UserError
+from trainer.model.loading import refuse_not_finite
 from trainer.ranks.world import rows_of, shard_from_rows
-
-
-def read_config(model_dir: str) -> PretrainedConfig:
-    """The checkpoint's configuration. Raises UserError for a model that transformers does not know."""
-    try:
-        return AutoConfig.from_pretrained(model_dir)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"--model {model_dir}: config.json cannot be used ({first_line(error)})") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model of a checkpoint without its weights: parameters on the meta device; buffers are computed."""
-    config = read_config(model_dir)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except ValueError as error:  # no causal language model, or a configuration that contradicts itself
-        raise UserError(f"--model {model_dir}: is no causal language model ({first_line(error)})") from None
-    model.tie_weights()
-    return model
 
 
 def shard(causal_lm: PreTrainedModel, model_dir: str, seed: int, device: torch.device, called_with: Callable) -> None:
@@ -88,7 +63,9 @@ def _fill_base(causal_lm: PreTrainedModel, model_dir: Path, device: torch.device
         with safe_open(path, "pt") as handle:
             if stored not in handle.keys():  # noqa: SIM118 (no mapping)
                 raise UserError(f"--model {model_dir}: the checkpoint has no tensor {stored}")
-            _put(causal_lm, name, param, handle.get_slice(stored)[rows_of(param)], device)
+            rows = handle.get_slice(stored)[rows_of(param)]
+            refuse_not_finite(rows, stored, model_dir)
+            _put(causal_lm, name, param, rows, device)
 
 
 def _fill_adapter(causal_lm: PreTrainedModel, seed: int, device: torch.device) -> None:

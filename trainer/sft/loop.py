@@ -37,7 +37,9 @@ from trainer.record.runfolder import (
 )
 from trainer.sft.examples import Example, encode_traces, split_by_puzzle
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
+from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy, make_optimizer, print_notes
+from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems
 
 BETAS = (0.9, 0.95)
 """AdamW's decay rates."""
@@ -138,6 +140,10 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
     check_run(cfg)
     cfg = with_date(cfg, world)
+    check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
+    refuse_problems(check)
+    if problem := rank_problem(cfg.lora_rank, model_config(str(cfg.model))):
+        raise UserError(problem)
     if cfg.lora_rank:
         weight_files(Path(cfg.model))  # refuse now what the adapter could not be merged into at the end
     policy = load_policy(cfg, world.device)
@@ -174,7 +180,7 @@ def check_held_out(held_out: list[Example], policy: Policy, cfg: SftConfig) -> N
     if not held_out and (cfg.patience or cfg.eval_engine != "none"):
         raise UserError(f"--traces {cfg.traces}: too few puzzles to hold one out for --patience or --eval-engine")
     longest = max((len(example.prompt_ids) for example in held_out), default=0)
-    context = getattr(policy.causal_lm.config, "max_position_embeddings", math.inf)
+    context = context_of(policy.causal_lm.config.to_dict()) or math.inf
     if cfg.eval_engine != "none" and longest + cfg.eval_response_tokens > context:
         raise UserError(
             f"--eval-response-tokens {cfg.eval_response_tokens}: with prompts of up to {longest} tokens more than the "

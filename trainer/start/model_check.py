@@ -3,20 +3,35 @@
 Reads config.json, the tokenizer and the names of the tensors: seconds, whatever the size of the model.
 """
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data.errors import UserError
+from data.files import refuse_pointer
 from data.prompts import PROBE, PROBE_ANSWER, PROBE_RESPONSE, PROBE_USER, RESPONSE_TAGS, ChatFormat
 from data.puzzles import Puzzle
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
-from trainer.model.loading import RUNS_TOO, SHARES_PROMPTS, Head, head_of, load_tokenizer, why_not_shared
-from trainer.model.sharding import empty_model
+from trainer.model.loading import (
+    RUNS_TOO,
+    SHARES_PROMPTS,
+    Head,
+    add_adapter,
+    empty_model,
+    first_sentence,
+    head_of,
+    load_tokenizer,
+    load_weights,
+    read_config,
+    why_not_shared,
+)
+from trainer.model.merge import INDEX, how_to_convert, weight_files
 from trainer.policy import Policy
 from trainer.start.preflight import Row, model_config
 
@@ -24,54 +39,62 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings that a mixture of experts has, each named by some model."""
 
 
-def check_model(model_dir: str, vllm: bool = True) -> list[Row]:
-    """The table of a checkpoint, each row with its problem. vllm: it will also be sampled by vLLM."""
-    config = model_config(model_dir)
+def check_model(model_dir: str, vllm: bool = True, lora: bool = True) -> list[Row]:
+    """The table of a checkpoint, each row with its problem.
+
+    vllm: it will also be sampled by vLLM. lora: it will get an adapter.
+    """
+    settings = model_config(model_dir)
     try:
+        refuse_unservable(model_dir, read_config(model_dir), vllm)
         base = empty_model(model_dir, torch.float32, "sdpa")  # the structure alone, without weights
         head = head_of(base, model_dir)
-        rows = [architecture_row(model_dir, base, vllm), head_row(model_dir, base, head), adapter_row(base)]
+        files = readable_files(Path(model_dir))
+        rows = [architecture_row(base), head_row(model_dir, base, head)]
+        if not rows[-1].problem:  # it would be said twice
+            rows += weights_rows(model_dir, files)
         why = why_not_shared(base.config)
-        rows.append(
-            Row(what="packing", value=f"one row per response, since {why}" if why else "responses share a prompt")
-        )
+        value = f"one row per response, since {why}" if why else "responses share a prompt"
+        rows += [Row(what="packing", value=value), adapter_row(base, lora)]
     except UserError as error:
-        rows = [Row(what="architecture", value=str(config.get("model_type")), problem=str(error))]
+        rows = [Row(what="architecture", value=str(settings.get("model_type")), problem=str(error))]
     try:
-        return rows + chat_rows(ChatFormat(load_tokenizer(model_dir), model_dir), config)
+        return rows + chat_rows(ChatFormat(load_tokenizer(model_dir), model_dir), settings)
     except UserError as error:
         return [*rows, Row(what="chat", value="", problem=str(error))]
 
 
-def architecture_row(model_dir: str, base: PreTrainedModel, vllm: bool) -> Row:
-    shape, problem = base.config, ""
-    value = f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()):,} weights"
-    if shape.model_type not in (*SHARES_PROMPTS, *RUNS_TOO):
-        value += (
-            f" ({shape.model_type} is none of the types that our tests run; the canary proves it, or stops the run)"
-        )
+def refuse_unservable(model_dir: str, shape: PretrainedConfig, vllm: bool) -> None:
+    """Raises UserError for a mixture of experts, and for what vLLM is known to refuse."""
     windowed = {kind == "sliding_attention" for kind in getattr(shape, "layer_types", None) or []}
     if experts := next((name for name in EXPERTS if getattr(shape, name, None)), None):
-        problem = (
+        raise UserError(
             f"--model {model_dir}: a mixture of experts ({experts} {getattr(shape, experts)}), whose experts an adapter "
             "does not reach; use a dense model"
         )
-    elif vllm and len(windowed) == 2 and getattr(shape, "use_sliding_window", False):
-        problem = (
+    if vllm and len(windowed) == 2 and getattr(shape, "use_sliding_window", False):
+        raise UserError(
             f"--model {model_dir}: only some layers attend in a sliding window (use_sliding_window, max_window_layers "
             f"{shape.max_window_layers}), which vLLM refuses; where prompt and response fit the window of "
             f"{shape.sliding_window} tokens set use_sliding_window to false in its config.json, else use --engine torch"
         )
-    return Row(what="architecture", value=value, problem=problem)
+
+
+def architecture_row(base: PreTrainedModel) -> Row:
+    kind = base.config.model_type
+    value = f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()):,} weights"
+    if kind not in (*SHARES_PROMPTS, *RUNS_TOO):
+        value += (
+            f" ({kind} is none of the types that our tests run, and vLLM may not load it; the canary proves that it is "
+            "sampled as it is trained, or stops the run)"
+        )
+    return Row(what="architecture", value=value)
 
 
 def head_row(model_dir: str, base: PreTrainedModel, head: Head) -> Row:
     """Does config.json say the truth about the head? A wrong one would be trained and served as two different models."""
     tied, problem = base.config.tie_word_embeddings, ""
-    try:
-        stored, embedding = (find_tensor(Path(model_dir), name) for name in ("lm_head.weight", "embed_tokens.weight"))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--model {model_dir}: a weight file is damaged ({error}); copy it again") from None
+    stored, embedding = (find_tensor(Path(model_dir), name) for name in ("lm_head.weight", "embed_tokens.weight"))
     if embedding is not None and not tied and stored is None:
         problem = (
             f"--model {model_dir}: config.json says that the head is a weight of its own (tie_word_embeddings false), but "
@@ -88,11 +111,74 @@ def head_row(model_dir: str, base: PreTrainedModel, head: Head) -> Row:
     return Row(what="head", value=value, problem=problem)
 
 
-def adapter_row(base: PreTrainedModel) -> Row:
-    """The linear layers that get an adapter."""
+def readable_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint. Raises UserError for one that is missing, cut, or a pointer of Git LFS."""
+    pickled = not any(folder.glob("*.safetensors")) and not (folder / INDEX).is_file()
+    files = sorted(folder.glob("pytorch_model*.bin")) if pickled else weight_files(folder)
+    if not files:
+        raise UserError(
+            f"--model {folder}: no weights there (model.safetensors is missing); copy all files of the model"
+        )
+    for path in files:
+        refuse_pointer(path)
+        try:
+            if pickled and not zipfile.is_zipfile(path):  # PyTorch's files have been zip archives since 2020
+                raise UserError(
+                    f"--model {folder}: a weight file is damaged ({path.name}: it has no end); copy it again"
+                )
+            if not pickled:
+                with safe_open(path, "pt"):
+                    pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"--model {folder}: a weight file is damaged ({path.name}: {first_sentence(error)}); copy it again"
+            ) from None
+    return files
+
+
+def weights_rows(model_dir: str, files: list[Path]) -> list[Row]:
+    """Do the files hold the weights that config.json asks for? Compares names and shapes as transformers will load them."""
+    value, unexpected, problem = f"in {len(files)} file(s), {files[0].name}", [], ""
+    try:
+        _, unexpected = load_weights(model_dir, device_map="meta")
+    except UserError as error:
+        problem = str(error)
+    pickled, names = files[0].suffix == ".bin", set()
+    if not pickled:
+        for path in files:
+            with safe_open(path, "pt") as handle:
+                names |= set(handle.keys())
+    if (
+        not problem and "embed_tokens.weight" in names
+    ):  # transformers finds it all the same; vLLM and the merge of an adapter do not
+        problem = (
+            f"--model {model_dir}: its weights were saved without their head, as embed_tokens.weight and not "
+            f"model.embed_tokens.weight, which vLLM and the export cannot use; {how_to_convert(model_dir)}"
+        )
+    rows = [Row(what="weights", value=value, problem=problem)]
+    if pickled:
+        rows.append(
+            Row(what="note", value=f"the cold start and the export need safetensors; {how_to_convert(model_dir)}")
+        )
+    if unexpected:
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        rows.append(
+            Row(what="note", value=f"the weight files hold {unexpected[0]}{more}, which the model has no place for")
+        )
+    return rows
+
+
+def adapter_row(base: PreTrainedModel, lora: bool) -> Row:
+    """The linear layers that get an adapter. Changes base: it then has one."""
     layers = base.model.layers
     linear = [name for name, module in layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
-    return Row(what="LoRA", value=f"on {', '.join(name.rpartition('.')[2] for name in linear)} of {len(layers)} layers")
+    value = f"on {', '.join(name.rpartition('.')[2] for name in linear)} of {len(layers)} layers"
+    try:
+        if lora:
+            add_adapter(base, rank=1, alpha=1.0, seed=0, sharded=True)  # sharded: without values
+    except UserError as error:
+        return Row(what="LoRA", value=value, problem=str(error))
+    return Row(what="LoRA", value=value)
 
 
 def find_tensor(folder: Path, ending: str) -> torch.Tensor | None:
@@ -129,5 +215,16 @@ def greedy_answer(model_dir: str, puzzle: Puzzle, tokens: int) -> str:
     policy = Policy(model_dir, lora_rank=0, lora_alpha=0.0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
     greedy = Sampling(n=1, max_tokens=tokens, temperature=0.0, top_p=1.0, seed=0, stop_ids=policy.chat.stop_ids)
     engine = TorchEngine(policy.model, policy.decoding)
-    ((rollout,),) = engine.generate([puzzle.id], [policy.chat.prompt_ids(puzzle.chat())], greedy)
+    try:
+        ((rollout,),) = engine.generate([puzzle.id], [policy.chat.prompt_ids(puzzle.chat())], greedy)
+    except RuntimeError as error:  # shapes that do not fit each other: of the model's own code, given its config.json
+        raise UserError(
+            f"--model {model_dir}: the model cannot be run as its config.json has it ({first_sentence(error)}); take the "
+            "config.json that belongs to it"
+        ) from error
+    if not all(map(math.isfinite, rollout.sampler_logprobs)):
+        raise UserError(
+            f"--model {model_dir}: its answer has log-probs that are no finite numbers, although every weight is one; a "
+            "weight is far too large, or config.json is of another model"
+        )
     return policy.chat.response_text(rollout.response_ids)

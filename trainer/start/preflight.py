@@ -7,6 +7,7 @@ keeps).
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 import torch
 
 from data.errors import UserError
+from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
 from trainer.config import GrpoConfig
 from trainer.model.cost import head_size
@@ -64,14 +66,52 @@ def launch_of(cfg: GrpoConfig) -> Launch:
 
 
 def model_config(model_dir: str) -> dict[str, Any]:
-    """The checkpoint's config.json. Raises UserError if there is none."""
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
+    """The checkpoint's config.json. Raises UserError if there is none, and for an adapter in place of a checkpoint."""
+    folder = Path(model_dir)
+    if (folder / "adapter_config.json").is_file():  # transformers would load it too, over whatever base it names
+        raise UserError(
+            f"--model {model_dir}: this is an adapter (adapter_config.json is there); merge it into its base with "
+            f"launch/export.py --model {model_dir} --out MERGED, and name MERGED"
+        )
+    if folder.is_file():
+        raise UserError(f"--model {model_dir}: is a file; name the folder of the checkpoint")
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model_dir):  # a name on a hub
+            raise UserError(
+                f"--model {model_dir}: no such folder, and nothing is downloaded from a hub; fetch the model (hf download "
+                f"{model_dir} --local-dir FOLDER) and name its folder"
+            )
+        raise UserError(
+            f"--model {model_dir}: no such folder; name the folder of a checkpoint, or, to check the paper's shape without "
+            "one, name launch/recipes/qwen2.5-7b"
+        )
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing); to check the paper's "
             "shape without one, name launch/recipes/qwen2.5-7b"
         )
-    return json.loads(path.read_text())
+    return read_settings(folder / "config.json")
+
+
+SCALED = ("linear", "dynamic", "yarn")
+"""Kinds of RoPE scaling whose factor is not yet in max_position_embeddings; in the others (llama3, longrope) it is."""
+
+
+def context_of(model: dict[str, Any]) -> int | None:
+    """Positions that a model has; None if its config.json names none. model: config.json, of any age of transformers."""
+    positions = model.get("max_position_embeddings")
+    # transformers 5 writes rope_parameters, earlier versions rope_scaling; some models have one per kind of layer
+    scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    scaling = scaling.get("full_attention") or scaling
+    kind = scaling.get("rope_type") or scaling.get("type")
+    if (
+        not positions or kind not in SCALED or str(model.get("model_type")).startswith("gemma3")
+    ):  # its 131,072 are scaled
+        return positions
+    factor = scaling.get("factor") or 1
+    if kind == "yarn":  # some checkpoints give the scaled number of positions, some the one before
+        return max(positions, int((scaling.get("original_max_position_embeddings") or positions) * factor))
+    return int(positions * factor)
 
 
 def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
@@ -80,8 +120,8 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     split = cfg.placement == "split"
     trainers = launch.ranks - cfg.ranks_apart
     tp, longest = cfg.tensor_parallel, cfg.max_prompt_tokens + cfg.max_response_tokens
-    scaling = (model.get("rope_scaling") or {}).get("factor", 1)
-    context = int(model.get("max_position_embeddings", longest) * scaling)
+    context = context_of(model) or longest
+    told = model.get("max_position_embeddings") or longest
     heads = model.get("num_attention_heads", tp)
     kv_heads = model.get("num_key_value_heads", heads)
     share = max(trainers, 1) * cfg.updates_per_batch
@@ -131,9 +171,20 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
                 f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: "
                 f"more than the model's {context} positions",
             ),
+            (
+                # of YaRN vLLM expects the scaled number in max_position_embeddings
+                cfg.engine != "vllm" or longest <= told or not _is_yarn(model),
+                f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: vLLM takes "
+                f"max_position_embeddings {told} of config.json as the end of YaRN's positions; set it to {context} there, "
+                "or use --engine torch",
+            ),
         ),
-        _adapter_row(cfg, launch),
+        _adapter_row(cfg, launch, model),
     ]
+
+
+def _is_yarn(model: dict[str, Any]) -> bool:
+    return '"yarn"' in json.dumps([model.get("rope_parameters"), model.get("rope_scaling")])
 
 
 def _row(what: str, value: str, *conditions: tuple[bool, str]) -> Row:
@@ -141,10 +192,23 @@ def _row(what: str, value: str, *conditions: tuple[bool, str]) -> Row:
     return Row(what=what, value=value, problem=next((problem for holds, problem in conditions if not holds), ""))
 
 
-def _adapter_row(cfg: GrpoConfig, launch: Launch) -> Row:
+def rank_problem(lora_rank: int, model: dict[str, Any]) -> str:
+    """What is wrong with a LoRA rank for a model (its config.json); "" if nothing is."""
+    size = model.get("hidden_size") or lora_rank
+    if lora_rank <= size:
+        return ""
+    return (
+        f"--lora-rank {lora_rank}: more than the model's hidden size {size}, so the adapter would be larger than the weights "
+        f"that it changes; use at most {size}, or 0 to train every weight"
+    )
+
+
+def _adapter_row(cfg: GrpoConfig, launch: Launch, model: dict[str, Any]) -> Row:
     if not cfg.lora_rank:
         return Row(what="LoRA", value="none: every weight is trained and sent to the sampler")
     value = f"rank {cfg.lora_rank}"
+    if problem := rank_problem(cfg.lora_rank, model):
+        return Row(what="LoRA", value=value, problem=problem)
     if cfg.engine != "vllm":
         return Row(what="LoRA", value=value)
     try:
@@ -179,7 +243,7 @@ class SamplerMemory:
 
 def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit."""
-    from trainer.model.sharding import empty_model  # loads transformers, and check_launch() must answer at once
+    from trainer.model.loading import empty_model  # loads transformers, and check_launch() must answer at once
 
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
     split = cfg.placement == "split"
