@@ -242,6 +242,7 @@ def folding_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+@pytest.mark.slow(2)
 def test_labels_that_the_tokenizer_cannot_write_are_refused(pipeline, tmp_path):
     asked = ChatFormat(folding_tokenizer(), tmp_path)
     asked.refuse_unwritable(["T cell", "b cell"])  # case does not count
@@ -357,6 +358,7 @@ def variant(pipeline: Path, folder: Path, template: str | None = None) -> Path:
     return folder
 
 
+@pytest.mark.slow(4)
 def test_the_opened_tag_is_in_every_text(pipeline, tmp_path):
     """SFT targets, rollouts.jsonl and the prompt of an opened checkpoint, through the real commands."""
     base = variant(pipeline, tmp_path / "r1", OPENED)
@@ -406,6 +408,7 @@ def test_the_opened_tag_is_in_every_text(pipeline, tmp_path):
     assert policy.tokenizer.decode(example.response_ids) == f"x</think>\n<answer>{labels}</answer><|im_end|>"
 
 
+@pytest.mark.slow(8)
 def test_a_resumed_run_shows_its_first_day(pipeline, tmp_path):
     base = variant(pipeline, tmp_path / "dated", DATED)
     asked = (
@@ -424,6 +427,7 @@ def test_a_resumed_run_shows_its_first_day(pipeline, tmp_path):
     assert shown.date == DAY
 
 
+@pytest.mark.slow(4)
 def test_an_exported_model_stops_where_ours_does(pipeline, tmp_path):
     """The base names another end than its template and its tokenizer: other servers read generation_config.json alone."""
     base = variant(pipeline, tmp_path / "base")
@@ -447,6 +451,7 @@ def problem_of(folder: Path, **more) -> str:
     return " ".join(row.problem for row in check_model(str(folder), **more) if row.problem)
 
 
+@pytest.mark.slow(4)
 def test_check_model_shows_how_a_model_is_asked(pipeline):
     printed = succeed("check_model", pipeline / "base", "--answer-tokens", 4, fresh=True)
     for line in (
@@ -478,6 +483,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_an_architecture_that_cannot_run_is_refused_by_name(pipeline, tmp_path, kind):
     more, says = REFUSED[kind]
@@ -640,6 +646,7 @@ def cut_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(whole[:5000])
 
 
+@pytest.mark.slow(2)
 def test_how_the_weights_were_saved(pipeline, tmp_path):
     folder = variant(pipeline, tmp_path / "base-model")
     saved_as_base_model(folder)
@@ -754,6 +761,7 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_is(pipeline, tmp_path):
     refused_by_all(pipeline, tmp_path, tmp_path, "no Hugging Face checkpoint there (config.json is missing)")
 
 
+@pytest.mark.slow(2)
 def test_a_lora_rank_above_the_hidden_size_is_refused(pipeline, tmp_path):
     says = "Error: --lora-rank 65: more than the model's hidden size 64"
     small = [option if option != 8 else 65 for option in SMALL_GRPO]
@@ -787,6 +795,7 @@ def test_the_context_is_read_in_both_spellings(name):
     assert context_of({"max_position_embeddings": 512, **settings}) == positions
 
 
+@pytest.mark.slow(2)
 def test_prompts_beyond_the_scaled_context_are_refused(pipeline, tmp_path):
     """And within it they are not; of YaRN vLLM wants the scaled number in config.json."""
     base = variant(pipeline, tmp_path / "m")
