@@ -1,8 +1,8 @@
 # make setup   virtual environment .venv with everything (CUDA vLLM when an NVIDIA driver is there, CPU vLLM otherwise)
 # make demo    simulate an atlas, build puzzles, distill, SFT, GRPO with vLLM, evaluate, report: runs/demo/report.html
 # make pbmc    the same on real cells (PBMC 68k, shipped inside scanpy): runs/pbmc/report.html
-# make test    the whole test suite: 8 minutes on 2 idle cores
-# make test-fast   what needs neither vLLM nor several seconds: about 70 seconds
+# make test    the whole test suite: 10 to 12 minutes on 2 cores
+# make test-fast   what needs neither vLLM nor several seconds: about 80 seconds
 # make lint    ruff
 PYTHON ?= python3
 VENV := .venv

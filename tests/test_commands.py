@@ -118,6 +118,7 @@ def test_a_forked_script_ends_as_a_real_process_ends(script, line):
     assert (real.stdout, real.stderr) == (forked.stdout, forked.stderr)
 
 
+@pytest.mark.slow(6)
 @forked_here
 def test_a_forked_command_can_be_watched_and_killed(script):
     running = start_command(script("import time\nprint('at work', flush=True)\ntime.sleep(1000)\n"))

@@ -623,6 +623,7 @@ def test_a_tensor_too_many_is_a_note(pipeline, tmp_path):
     assert rows_of(folder)["note"] == f"the weight files hold {more}, which the model has no place for"
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", TYPES)
 def test_names_that_transformers_converts_are_no_difference(pipeline, tmp_path, name):
     kind, more = TYPES[name]
@@ -665,6 +666,7 @@ def test_how_the_weights_were_saved(pipeline, tmp_path):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_pointer_of_git_lfs_is_named(pipeline, tmp_path, name):
     folder = variant(pipeline, tmp_path / "m")
@@ -674,6 +676,7 @@ def test_a_pointer_of_git_lfs_is_named(pipeline, tmp_path, name):
     )
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "tokenizer.json"])
 def test_broken_json_is_named(pipeline, tmp_path, name):
     folder = variant(pipeline, tmp_path / "m")
@@ -682,6 +685,7 @@ def test_broken_json_is_named(pipeline, tmp_path, name):
     refused_by_all(pipeline, tmp_path, folder, f"{folder / name}: is not JSON (")
 
 
+@pytest.mark.slow(2)
 def test_other_files_that_cannot_be_used_are_named(pipeline, tmp_path):
     folder = variant(pipeline, tmp_path / "m")
     whole = (folder / "config.json").read_bytes()
@@ -723,6 +727,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_of_checkpoint_that_cannot_be_trained_is_named(pipeline, tmp_path, kind):
     settings, says = KINDS[kind]
@@ -747,6 +752,7 @@ def test_gpt_oss_and_falcon_h1_are_refused_in_a_sentence(pipeline, tmp_path):
         policy_of(folder)
 
 
+@pytest.mark.slow(2)
 def test_what_is_no_checkpoint_is_refused_by_what_it_is(pipeline, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")

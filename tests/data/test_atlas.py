@@ -91,6 +91,7 @@ def test_filler_genes_have_invented_names_and_stay_out_of_the_top(streamed):
     assert is_filler[top].mean() < 0.01
 
 
+@pytest.mark.slow(2)
 def test_without_sizes_the_streamed_numbers_are_those_of_the_atlas_in_memory(tmp_path):
     stream_atlas(tmp_path / "a.h5ad", 6, 5, cells_per_type=2, encoding="csc", compression="lzf")
     stream_atlas(tmp_path / "b.h5ad", 6, 5, cells_per_type=2, genes=1500)
@@ -103,6 +104,7 @@ def test_without_sizes_the_streamed_numbers_are_those_of_the_atlas_in_memory(tmp
         assert found.var["feature_name"].tolist() == expected.var["feature_name"].tolist()
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize("encoding", ["csr", "csc", "dense"])
 def test_a_streamed_file_is_the_same_bytes_again(tmp_path, encoding):
     for name in ("a", "b"):
@@ -149,6 +151,7 @@ def test_command_streams_and_refuses_in_one_sentence(tmp_path):
     assert refused.stderr == "Error: --cells-per-type 3.0 and --cells 300 both set how many cells there are; give one\n"
 
 
+@pytest.mark.slow(2)
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting needs root")
 def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(tmp_path):
     """HDF5 crashes the process when it cannot write its buffered chunks, so the disk is never filled completely."""

@@ -240,6 +240,7 @@ def test_the_same_file_twice_leaks_altogether(files):
     assert "the same file is given more than once" in done.stdout
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -270,6 +271,7 @@ def test_without_files_the_usage_is_shown():
     assert run_command("audit").returncode == 2
 
 
+@pytest.mark.slow(1)
 def test_two_files_of_one_name_are_told_apart_by_their_hashes(tmp_path):
     """Two builds of other files called atlas.h5ad, whose cells have the same names."""
     for folder, start, digest in (("x", 0, "ab12"), ("y", 1000, "cd34"), ("z", 2000, "ab12")):

@@ -161,6 +161,7 @@ def test_puzzles_with_an_empty_cell_are_left_out_and_counted(tmp_path, atlas):
     assert all(all(p.cells) for p in splits["train"])
 
 
+@pytest.mark.slow(2)
 def test_command_exits_with_2_and_leaves_nothing(tmp_path, atlas):
     (tmp_path / "text.h5ad").write_text("hello")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -182,6 +183,7 @@ def command(*arguments, cwd=ROOT):
     return subprocess.run(words, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
 
 
+@pytest.mark.slow(2)
 def test_the_folder_one_stands_in_and_none(tmp_path, atlas):
     here = tmp_path / "here"
     here.mkdir()
@@ -253,6 +255,7 @@ def test_a_pipe_that_is_closed_ends_the_build_quietly(tmp_path, atlas):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow(1)
 def test_options_that_do_nothing_are_told(tmp_path, atlas):
     def told(**options):
         return [note.split()[0] for note in without_effect(BuildConfig(**options))]

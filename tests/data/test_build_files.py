@@ -251,6 +251,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", CASES)
 def test_one_sentence_and_no_output(tmp_path, atlas, name):
     make, sentence = CASES[name]
@@ -312,6 +313,7 @@ def test_an_organism_is_kept_by_name(tmp_path, atlas):
     assert code == 2 and "160 because organism is not 'cat' (the file has Homo sapiens, Mus musculus)" in output
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("table", ["obs", "uns"])
 def test_files_of_another_organism_are_skipped(tmp_path, atlas, table):
     for donors, organism in (("h", "Homo sapiens"), ("m", "Mus musculus"), ("t", "NCBITaxon:9606")):
@@ -381,6 +383,7 @@ def test_a_disk_that_is_full(tmp_path, atlas):
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow(1)
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting needs root")
 def test_a_small_disk(tmp_path, atlas):
     disk = tmp_path / "disk"
@@ -395,6 +398,7 @@ def test_a_small_disk(tmp_path, atlas):
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow(2)
 def test_folders_and_files_without_permission(tmp_path, atlas):
     if os.geteuid() == 0:
         words = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]

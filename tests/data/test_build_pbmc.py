@@ -82,6 +82,7 @@ def test_ribosomal_and_mitochondrial_genes_can_be_left_out(pbmc, tmp_path):
     assert "--drop-genes mytochondrial" in build(pbmc, tmp_path / "no", {"drop-genes": "mytochondrial"})[1]
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("rank", ["expression", "hvg", "deg"])
 @pytest.mark.parametrize("profile", ["cell", "cluster"])
 def test_ranks_and_profiles(pbmc, tmp_path, rank, profile):
@@ -107,6 +108,7 @@ def test_ranks_and_profiles(pbmc, tmp_path, rank, profile):
             assert genes == expected
 
 
+@pytest.mark.slow(2)
 def test_cluster_lists_are_means_of_the_cells_of_the_split(pbmc, tmp_path):
     code, output = build(pbmc, tmp_path / "out", {"profile": "cluster", "test-fraction": 0, "split": "donor"})
     assert code == 0, output
@@ -161,6 +163,7 @@ def test_splits(pbmc, tmp_path):
     assert code == 0 and all(p.candidates == sorted(p.answer) for p in puzzles(tmp_path / "authors"))
 
 
+@pytest.mark.slow(1)
 def test_columns_layers_and_primary_data(pbmc, tmp_path):
     batches = {"split": "donor", "batch-key": "lane", "cell-type-key": "author_label"}
     assert build(pbmc, tmp_path / "lanes", batches, **DONORS)[0] == 0
@@ -178,6 +181,7 @@ def test_columns_layers_and_primary_data(pbmc, tmp_path):
     assert "no layer 'counts'" in build(pbmc, tmp_path / "no", {"layer": "counts"})[1]
 
 
+@pytest.mark.slow(2)
 def test_scaled_values_that_are_not_negative(pbmc, tmp_path):
     """scanpy.pp.scale(zero_center=False) of real log counts is refused; the log counts, and log TPM, are not."""
     import scanpy

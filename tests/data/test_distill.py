@@ -433,6 +433,7 @@ def test_the_table_says_what_was_spent_though_the_endpoint_counted_no_token():
     assert "cost 0.25 (without token counts: 1, at the worst case), and at most 0.5 lost" in said
 
 
+@pytest.mark.slow(1)
 def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tmp_path):
     puzzles, out = tmp_path / "p.jsonl", tmp_path / "t.jsonl"
     write_puzzles(puzzles, [made_up(number) for number in range(30)])
@@ -462,6 +463,7 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
     succeed("distill", *given, "--seed", 1)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

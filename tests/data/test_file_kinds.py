@@ -448,6 +448,7 @@ def stores(request, atlas, tmp_path_factory):
     return folder / "same.h5ad", store
 
 
+@pytest.mark.slow(1)
 def test_a_zarr_store_reads_like_the_h5ad(stores):
     file, store = stores
     assert obs_columns(store) == obs_columns(file)
@@ -463,6 +464,7 @@ def test_a_zarr_store_reads_like_the_h5ad(stores):
     assert summarise_file(store, SMALL).donors == summarise_file(file, SMALL).donors
 
 
+@pytest.mark.slow(1)
 def test_puzzles_of_a_zarr_store_are_those_of_the_h5ad(stores, tmp_path, monkeypatch):
     file, store = stores
     monkeypatch.setattr("data.build.onefile.sha256", content_sha256, raising=False)

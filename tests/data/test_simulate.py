@@ -298,6 +298,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "launch/simulate.py", *arguments], cwd=root, capture_output=True, text=True)
 
 
+@pytest.mark.slow(2)
 def test_command_writes_and_summarises(tmp_path):
     out = tmp_path / "atlas.h5ad"
     result = _run("--out", str(out), "--donors", "12", "--seed", "2", "--cells-per-type", "2", "--noise", "0.5")
@@ -309,6 +310,7 @@ def test_command_writes_and_summarises(tmp_path):
     )
 
 
+@pytest.mark.slow(2)
 def test_command_refuses_a_wrong_file_name(tmp_path):
     result = _run("--out", str(tmp_path / "atlas.h5"))
     assert result.returncode == 2 and "the file name must end in .h5ad" in result.stderr
@@ -318,6 +320,7 @@ def test_command_refuses_a_wrong_file_name(tmp_path):
 # --- the demo's atlas stays what it is ---
 
 
+@pytest.mark.slow(2)
 def test_an_atlas_without_new_options_is_the_one_the_published_demo_numbers_come_from(tmp_path):
     """The digest was taken before data.atlas.stream existed: counts, obs and var of a small atlas."""
     adata = write_atlas(tmp_path / "a.h5ad", 6, 3, cells_per_type=2)

@@ -54,6 +54,7 @@ def counts(request):
     return counts_of(genes, depth)
 
 
+@pytest.mark.slow(2)
 def test_counts_and_fractional_counts(tmp_path, counts):
     assert kind_of(tmp_path, counts) == "counts"
     rng = np.random.default_rng(6)
@@ -67,6 +68,7 @@ def test_counts_and_fractional_counts(tmp_path, counts):
         assert kind_of(tmp_path, ambient) == "fractional counts"
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("of", [lambda counts: counts, to_one_depth, lambda counts: to_one_depth(counts, 1e6)])
 def test_logarithms_of_any_base(tmp_path, counts, of):
     for log in (np.log1p, lambda x: np.log2(1 + x), lambda x: np.log10(1 + x), np.arcsinh, lambda x: np.arcsinh(x / 5)):
@@ -92,6 +94,7 @@ def test_logarithms_of_some_of_the_genes(tmp_path):
         assert kind_of(tmp_path, logged) == "log counts"
 
 
+@pytest.mark.slow(1)
 def test_roots_are_neither_counts_nor_logarithms(tmp_path, counts):
     """Their squares are whole, or multiples of one unit in each cell."""
     assert kind_of(tmp_path, np.sqrt(counts)) == "normalised"
@@ -99,6 +102,7 @@ def test_roots_are_neither_counts_nor_logarithms(tmp_path, counts):
     assert kind_of(tmp_path, np.sqrt(to_one_depth(counts))) == "normalised"
 
 
+@pytest.mark.slow(2)
 def test_values_of_one_depth(tmp_path, counts):
     by_median = to_one_depth(counts, np.median(counts.sum(axis=1)))
     for normalised in (to_one_depth(counts), to_one_depth(counts, 1e6), by_median, to_one_depth(counts, 1)):

@@ -18,6 +18,7 @@ def contexts(path, **options):
     return {row["user_msg"].split("\n")[0] for _, row in built(path, **options)[0]}
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     "word",
     ["Healthy", "healthy control", "control", "Controls", "HC", "unaffected", "no disease", "wild type", "Wild-type"]

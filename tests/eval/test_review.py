@@ -397,6 +397,7 @@ def test_an_expert_clicks_through_reloads_exports_and_imports(files, width):
     assert "2 judgements of 2 of 5 cases" in text
 
 
+@pytest.mark.slow(1)
 @needs_chromium
 def test_the_keys(files):
     page, key = made(files)

@@ -408,6 +408,7 @@ def test_command_draws_labels_that_look_like_mathematics(tmp_path):
     assert (tmp_path / "out/steps-p.png").is_file() and (tmp_path / "out/traces.png").is_file()
 
 
+@pytest.mark.slow(1)
 def test_command_on_predictions_and_on_rollouts(tmp_path):
     asked = Puzzle(
         **{**vars(PUZZLE), "id": "q/2", "meta": {"system_msg": "Begin with the cell that is simplest to determine."}}

@@ -174,6 +174,7 @@ def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
     assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] is not None
 
 
+@pytest.mark.slow(1)
 def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pipeline, tmp_path):
     succeed(
         "sft",
@@ -231,6 +232,7 @@ def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_pat
         assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
+@pytest.mark.slow(1)
 def test_what_cannot_be_exported(pipeline, trained, tmp_path):
     for words, says in (
         (("--model", tmp_path, "--out", tmp_path / "x"), "neither a checkpoint (config.json) nor an adapter"),

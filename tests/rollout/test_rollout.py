@@ -43,6 +43,7 @@ def test_stable_seed_is_stable():
     assert stable_seed(0, "sample", 4) != SEED
 
 
+@pytest.mark.slow(2)
 def test_torch_engine_logprobs_are_the_trainers_and_do_not_depend_on_the_batch(pipeline):
     policy = Policy(
         str(pipeline / "base"), lora_rank=4, lora_alpha=8, seed=0, device=torch.device("cpu"), dtype=torch.float32

@@ -126,6 +126,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_0(pipeline, tmp_path, length_
     assert (tmp_path / f"run/checkpoints/step-{step:06d}/state.json").is_file()
 
 
+@pytest.mark.slow(1)
 def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
     out = tmp_path / "run"
     recipe = tmp_path / "r.yaml"
@@ -147,6 +148,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
         assert not out.exists(), arguments
 
 
+@pytest.mark.slow(2)
 def test_a_run_that_made_no_step_can_be_started_again(pipeline, tmp_path, length_reward):
     """With the same command or with --resume, and with the setting corrected that was at fault."""
     for again in ((), ("--resume",)):

@@ -91,6 +91,7 @@ def test_four_bits_and_eight_bit_moments_are_counted():
     assert values["weights"] == "5.45 GiB" and values["AdamW moments"] == "1.20 GiB"
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_the_activation_estimate_is_near_what_autograd_keeps(pipeline, dtype, checkpointing):
     config = GrpoConfig(
@@ -129,6 +130,7 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(pipeline, dtype, ch
     assert loss.requires_grad and 0.5 < estimate / sum(kept.values()) < 2.0, estimate / sum(kept.values())
 
 
+@pytest.mark.slow(1)
 def test_dry_run_prints_a_table_and_loads_nothing(pipeline, tmp_path):
     machine = ["--nodes", 2, "--ranks-per-node", 8, "--rank-gib", 40]
     text = succeed("grpo", "--recipe", "paper", "--dry-run", *machine, "--model", SHAPE)

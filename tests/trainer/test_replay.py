@@ -213,6 +213,7 @@ def test_a_bad_bundle_is_one_sentence(on_policy, tmp_path):
         assert code == 2 and says in error, error
 
 
+@pytest.mark.slow(1)
 def test_a_nan_stops_the_run_names_the_token_and_leaves_a_bundle(pipeline, tmp_path, length_reward):
     """A checkpoint that is finite, and fine until a response holds a token that no prompt has.
 

@@ -203,6 +203,7 @@ def test_other_ways_to_train_learn_too(pipeline, tmp_path, more):
         assert evaluate_loss(policy, examples, cfg, world) < losses[0] * 0.8, "the merged model is the trained one"
 
 
+@pytest.mark.slow(1)
 def test_the_answer_alone(pipeline, tmp_path):
     cfg = config(pipeline, target="answer")
     policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=CPU, dtype=torch.float32)

@@ -102,6 +102,7 @@ print("left", flush=True)
 """
 
 
+@pytest.mark.slow(16)
 @pytest.mark.parametrize("samplers", [0, 1])
 def test_without_a_launchers_store_rank_0_leaves_last(samplers, tmp_path):
     """Two plain processes, as srun starts them: rank 0 holds the store that the other still reads."""
