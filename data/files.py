@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, their hash, settings in JSON, and the wording of disk errors."""
+"""Files written completely or not at all, their hash, the files of a checkpoint, and the wording of disk errors."""
 
 import contextlib
 import errno
@@ -14,6 +14,9 @@ from data.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/"
 """How a file begins that Git LFS has left in place of a large one."""
+
+INDEX = "model.safetensors.index.json"
+"""Lists the weight files of a checkpoint that has several, and which tensor lies in which."""
 
 
 @contextlib.contextmanager
@@ -68,6 +71,34 @@ def refuse_pointer(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); copy it again") from None
     if begins == POINTER:
         raise UserError(f"{path}: is a pointer of Git LFS in place of the file; run `git lfs pull` in {path.parent}")
+
+
+def weight_files(base: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the files of its index, else model.safetensors, else all.
+
+    Raises UserError if there is none, or if one is missing.
+    """
+    if (base / INDEX).is_file():
+        files = sorted({base / name for name in read_settings(base / INDEX)["weight_map"].values()})
+    else:
+        # not all files at once: some checkpoints hold the same weights twice, once in their authors' own format
+        single = base / "model.safetensors"
+        files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
+    if not files and any(base.glob("pytorch_model*.bin")):
+        raise UserError(f"{base}: its weights are in .bin files, and safetensors are needed; {how_to_convert(base)}")
+    if not files:
+        raise UserError(f"{base}: no .safetensors file there; name a Hugging Face checkpoint folder")
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(f"{missing[0]}: is missing, though {INDEX} names it; download the checkpoint again")
+    return files
+
+
+def how_to_convert(model: str | Path) -> str:
+    """How to save a checkpoint again, with transformers' names, as safetensors."""
+    return (
+        f"convert it: M = transformers.AutoModelForCausalLM.from_pretrained('{model}'); M.save_pretrained('NEW'), with the "
+        "tokenizer's files beside it"
+    )
 
 
 def flush(path: Path) -> None:

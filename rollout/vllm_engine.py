@@ -6,7 +6,6 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import weight_files
 from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
 
@@ -72,8 +72,9 @@ def leave_other_models_alone() -> None:
 
 
 def _call_by_owner(model: Any, *args: Any, **kwargs: Any) -> Any:
-    owned_by_vllm = "do_not_compile" in vars(model)  # set by vLLM's __init__
-    return (model.call_of_vllm if owned_by_vllm else partial(torch.nn.Module.__call__, model))(*args, **kwargs)
+    if "do_not_compile" in vars(model):  # set by vLLM's __init__
+        return model.call_of_vllm(*args, **kwargs)
+    return torch.nn.Module.__call__(model, *args, **kwargs)
 
 
 class VLLMEngine(LocalEngine):
@@ -362,7 +363,7 @@ class SyncWorker:
         used = []
 
         def each():
-            for path in sorted(Path(base).glob("*.safetensors")):
+            for path in weight_files(Path(base)):
                 with safe_open(path, "pt") as handle:
                     for name in handle.keys():  # noqa: SIM118 (no mapping)
                         weight = handle.get_tensor(name)

@@ -12,9 +12,13 @@ from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command,
 SMALL = (*SMALL_GRPO, "--save-every", 2)
 
 
+def words(pipeline: Path, out: Path) -> tuple:
+    """The options that every run here has."""
+    return ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out, *SMALL)
+
+
 def grpo(pipeline: Path, out: Path, *more: object, **kwargs) -> str:
-    base, puzzles = pipeline / "base", pipeline / "puzzles/train.parquet"
-    return succeed("grpo", "--model", base, "--puzzles", puzzles, "--out", out, *SMALL, *more, **kwargs)
+    return succeed("grpo", *words(pipeline, out), *more, **kwargs)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -155,15 +159,7 @@ def test_a_run_that_made_no_step_can_be_started_again(pipeline, tmp_path, length
         out = tmp_path / f"run{len(again)}"
         bad = tmp_path / "bad.py"
         bad.write_text("def fn(completion, puzzle):\n    raise LookupError('no such table')\n")
-        arguments = (
-            "--model",
-            pipeline / "base",
-            "--puzzles",
-            pipeline / "puzzles/train.parquet",
-            "--out",
-            out,
-            *SMALL,
-        )
+        arguments = words(pipeline, out)
         died = run_command("grpo", *arguments, "--engine", "torch", "--steps", 1, "--reward", f"{bad}:fn")
         assert died.returncode == 2 and "no such table" in died.stderr and (out / "config.json").is_file()
         succeed("grpo", *arguments, "--engine", "torch", "--steps", 1, "--reward", length_reward, *again)
@@ -178,7 +174,7 @@ def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward)
     out = tmp_path / "run"
     grpo(pipeline, out, "--steps", 1, "--engine", "torch", "--reward", length_reward)
     before = (out / "metrics.jsonl").read_bytes()
-    arguments = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out, *SMALL)
+    arguments = words(pipeline, out)
     again = run_command("grpo", *arguments, "--engine", "torch")
     assert again.returncode == 2 and "already holds a run; add --resume" in again.stderr
     other = run_command("grpo", *arguments, "--engine", "torch", "--resume", "--reward", length_reward, "--beta", 0.5)

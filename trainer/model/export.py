@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from data.files import read_settings
 from trainer.model.merge import write_checkpoint
 from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, run_of
 from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
@@ -63,9 +64,9 @@ def generation_settings(opened: OpenedModel) -> str:
     """
     path = opened.base / "generation_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_settings(path)
     else:
-        shape = json.loads((opened.base / "config.json").read_text(encoding="utf-8"))
+        shape = read_settings(opened.base / "config.json")
         settings = {key: shape[key] for key in ("bos_token_id", "pad_token_id") if key in shape}
     ends = [opened.chat.turn_end, *(token for token in opened.chat.stop_ids if token != opened.chat.turn_end)]
     settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import INDEX, weight_files
 from trainer.model.loading import linear_weights, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
 SAMPLER_BASE = "sampler_base"
-INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", INDEX, "README.md", "state.json")
 """Files that are not copied from the base: they are written anew, or belong to a run."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -113,35 +113,6 @@ def write_checkpoint(
         partial.rename(folder)  # last: a reader never sees a folder without all its files
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def weight_files(base: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the files of its index, else model.safetensors, else all.
-
-    Raises UserError if there is none, or if one is missing.
-    """
-    if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-        files = sorted({base / name for name in index["weight_map"].values()})
-    else:
-        # not all files at once: some checkpoints hold the same weights twice, once in their authors' own format
-        single = base / "model.safetensors"
-        files = [single] if single.is_file() else sorted(base.glob("*.safetensors"))
-    if not files and any(base.glob("pytorch_model*.bin")):
-        raise UserError(f"{base}: its weights are in .bin files, and safetensors are needed; {how_to_convert(base)}")
-    if not files:
-        raise UserError(f"{base}: no .safetensors file there; name a Hugging Face checkpoint folder")
-    if missing := [path for path in files if not path.is_file()]:
-        raise UserError(f"{missing[0]}: is missing, though {INDEX} names it; download the checkpoint again")
-    return files
-
-
-def how_to_convert(model: str | Path) -> str:
-    """How to save a checkpoint again, with transformers' names, as safetensors."""
-    return (
-        f"convert it: M = transformers.AutoModelForCausalLM.from_pretrained('{model}'); M.save_pretrained('NEW'), with the "
-        "tokenizer's files beside it"
-    )
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -162,10 +162,8 @@ def read_record(out: Path) -> dict[str, Any]:
 
 def with_date(config: C, world: World) -> C:
     """The settings with the date that the run shows to chat templates: --date, the resumed run's, or today. Collective."""
-    recorded = Path(config.out) / "config.json"
-    of_run = (
-        read_record(recorded.parent)["settings"].get("date") if config.resume and has_steps(recorded.parent) else ""
-    )
+    out = Path(config.out)
+    of_run = read_record(out)["settings"].get("date") if config.resume and has_steps(out) else ""
     ours = config.date or of_run or datetime.date.today().isoformat()
     # rank 0 decides: another node may be in another time zone
     return dataclasses.replace(config, date=world.gather_in_rank_order(ours)[0])

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
+from data.files import weight_files
 from data.puzzles import read_rows
 from trainer.config import SftConfig
-from trainer.model.merge import weight_files, write_checkpoint
+from trainer.model.merge import write_checkpoint
 from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world

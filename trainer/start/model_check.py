@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data.errors import UserError
-from data.files import refuse_pointer
+from data.files import INDEX, how_to_convert, refuse_pointer, weight_files
 from data.prompts import PROBE, PROBE_ANSWER, PROBE_RESPONSE, PROBE_USER, RESPONSE_TAGS, ChatFormat
 from data.puzzles import Puzzle
 from rollout import Sampling
@@ -31,7 +31,6 @@ from trainer.model.loading import (
     read_config,
     why_not_shared,
 )
-from trainer.model.merge import INDEX, how_to_convert, weight_files
 from trainer.policy import Policy
 from trainer.start.preflight import Row, model_config
 
@@ -148,9 +147,8 @@ def weights_rows(model_dir: str, files: list[Path]) -> list[Row]:
         for path in files:
             with safe_open(path, "pt") as handle:
                 names |= set(handle.keys())
-    if (
-        not problem and "embed_tokens.weight" in names
-    ):  # transformers finds it all the same; vLLM and the merge of an adapter do not
+    # transformers finds the weights under these names too; vLLM and the merge of an adapter do not
+    if not problem and "embed_tokens.weight" in names:
         problem = (
             f"--model {model_dir}: its weights were saved without their head, as embed_tokens.weight and not "
             f"model.embed_tokens.weight, which vLLM and the export cannot use; {how_to_convert(model_dir)}"
