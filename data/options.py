@@ -10,6 +10,8 @@ from data.errors import UserError
 
 COLDEST = 0.01
 """vLLM's lowest temperature above 0."""
+DTYPES = ("auto", "bfloat16", "float32")
+"""Values of --dtype: how weights are held, and in what precision is computed."""
 _HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 _BOUND = re.compile(rf"({'|'.join(_HOLDS)}) (\d\S*)")
 
@@ -54,6 +56,32 @@ def check_temperature(temperature: float | None) -> None:
         raise UserError(
             f"--temperature {temperature}: vLLM samples at {COLDEST} what is below; give 0 (greedy), or at least {COLDEST}"
         )
+
+
+def resolved_dtype(dtype: str, *, every_weight: bool = False, on_gpu: bool | None = None) -> str:
+    """--dtype with "auto" resolved: "bfloat16" on a GPU, "float32" on a CPU, whose bfloat16 is slower.
+
+    every_weight: all weights are trained, and not an adapter: then auto is float32 on a GPU too. A step of the optimizer
+    changes a weight by about the learning rate, 1e-6, and bfloat16 numbers lie 0.4 % apart: the sum would be the old
+    weight. (An adapter is held in float32 whatever its base is.) on_gpu: None looks for a GPU.
+    """
+    if dtype != "auto":
+        return dtype
+    if every_weight:
+        return "float32"
+    if on_gpu is None:
+        import torch  # takes a second, which commands without a model need not wait for
+
+        on_gpu = torch.cuda.is_available()
+    return "bfloat16" if on_gpu else "float32"
+
+
+def settle_dtype(config: Any, **how: bool | None) -> None:
+    """Replace "auto" in a config's dtype by what it is here, from __post_init__: so it is recorded, and --resume compares it.
+
+    how: see resolved_dtype.
+    """
+    object.__setattr__(config, "dtype", resolved_dtype(config.dtype, **how))
 
 
 def flag_of(name: str) -> str:

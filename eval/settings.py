@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data.errors import UserError
-from data.options import check_numbers, check_temperature, option
+from data.options import DTYPES, check_numbers, check_temperature, option, settle_dtype
 from data.puzzles import Puzzle
 from eval.baselines import BASELINES
 from eval.evaluation import puzzles_digest
@@ -46,8 +46,13 @@ class EvaluateConfig:
     base: str | None = option(
         None, "Checkpoint under an adapter; default: the one that the adapter names.", section=MODEL
     )
-    dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"), section=MODEL)
+    dtype: str = option(
+        "auto", "Weights and compute; auto: bfloat16 on a GPU, float32 on a CPU.", DTYPES, section=MODEL
+    )
     memory_fraction: float = option(0.85, "Share of a GPU's memory that vLLM may use.", section=MODEL)
+    eager: bool = option(
+        False, "vLLM on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.", section=MODEL
+    )
     chunk: int = option(256, "Puzzles that vLLM answers between two saves.", section=MODEL)
     endpoint: str | None = option(
         None, "Base URL of an OpenAI-compatible server that serves --model.", section=ENDPOINT
@@ -109,6 +114,8 @@ class EvaluateConfig:
             raise UserError("--endpoint holds a key or a password, which would be written down: use --key-env instead")
         if self.model is None and (self.samples > 1 or self.resume):
             raise UserError("--samples and --resume are for a --model; leave them out")
+        if self.model and not self.endpoint:
+            settle_dtype(self)
         check_numbers(self, RANGES)
         check_temperature(self.temperature)
         if self.samples > 1 and self.temperature == 0:

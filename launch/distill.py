@@ -121,7 +121,8 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
         longest=longest,
         dtype=config.dtype,
         memory_fraction=config.memory_fraction,
-        max_num_seqs=min(batch, 256),
+        sequences=batch,
+        eager=config.eager,
     )
     top_p = 1.0 if config.top_p is None else config.top_p
     sampling = Sampling(

@@ -109,6 +109,8 @@ def load_model(config: EvaluateConfig, sets: list[PuzzleSet]) -> Loaded:
         longest=longest + config.max_response_tokens,
         dtype=config.dtype,
         memory_fraction=config.memory_fraction,
+        sequences=min(config.chunk, max(len(puzzle_set.puzzles) for puzzle_set in sets)) * config.samples,
+        eager=config.eager,
     )
     sampling = Sampling(
         n=config.samples,

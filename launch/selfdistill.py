@@ -10,6 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import write_whole
+from data.options import DTYPES, settle_dtype
 from data.puzzles import read_puzzles
 from launch.options import command, flag, option
 from launch.stages import begun, run_stage
@@ -55,9 +56,20 @@ class SelfDistillConfig:
     lr: float = option(5e-5, "Peak learning rate of a round.", section=TRAINING)
     lora_rank: int = option(256, "LoRA rank; 0 trains every weight.", section=TRAINING)
     lora_alpha: float = option(512.0, "LoRA alpha.", section=TRAINING)
-    dtype: str = option("float32", "Weights and compute.", ("float32", "bfloat16"), section=TRAINING)
+    dtype: str = option(
+        "auto",
+        "Weights and compute; auto: bfloat16 on a GPU, float32 on a CPU or where every weight is trained.",
+        DTYPES,
+        section=TRAINING,
+    )
+    eager: bool = option(
+        False, "vLLM on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.", section=ANSWERS
+    )
     eval_limit: int | None = option(None, "Evaluate on the first EVAL_LIMIT held-out puzzles only.", section=FILES)
     seed: int = option(0, "Seed of every random choice.", section=FILES)
+
+    def __post_init__(self) -> None:
+        settle_dtype(self, every_weight=not self.lora_rank)
 
 
 @command(SelfDistillConfig)
@@ -86,7 +98,7 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
 
     Raises UserError when an earlier call had another setting (--rounds may grow).
     """
-    settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds")}
+    settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds", "eager")}
     recorded = out / "config.json"
     if recorded.is_file():
         before = json.loads(recorded.read_text(encoding="utf-8"))
@@ -105,6 +117,7 @@ def run_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: in
     traces, seed = folder / "traces.jsonl", config.seed + number  # every round draws other answers
     words = ["--resume"] if (folder / "traces.raw.jsonl").is_file() else []
     words += ["--hint"] if config.hint else []
+    words += ["--eager"] if config.eager else []
     answers = {name: getattr(config, name) for name in OF_ANSWERS}
     answers |= {"teacher": "vllm", "model": teacher, "puzzles": config.puzzles, "out": traces, "seed": seed}
     run_stage(f"round {number}: answer", traces, "distill", *words, **answers)
@@ -122,7 +135,8 @@ def evaluate(config: SelfDistillConfig, model: Path, folder: Path) -> dict[str, 
         return {}
     settings = {name: getattr(config, name) for name in ("max_response_tokens", "dtype")}
     settings |= {"model": model, "out": folder, "puzzles": config.test, "limit": config.eval_limit}
-    run_stage(f"evaluate {folder.parent.name}/{folder.name}", folder / "metrics.json", "evaluate", **settings)
+    words = ["--eager"] if config.eager else []
+    run_stage(f"evaluate {folder.parent.name}/{folder.name}", folder / "metrics.json", "evaluate", *words, **settings)
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 

@@ -1,9 +1,7 @@
 """Sampling with vLLM inside every rank: the engine shares process and torch.distributed world with the trainer."""
 
 import os
-import secrets
 import traceback
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,71 +15,22 @@ from data.errors import UserError
 from data.files import weight_files
 from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
-
-
-def prepare_environment(kv_cache_bytes: int) -> None:
-    """Set the variables that vLLM reads when it is imported. Called only where an engine starts."""
-    # run the engine core in this process: a debugger and torch's random generators then reach it
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
-        # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
-
-
-def name_shared_memory_apart() -> None:
-    """Make the names of vLLM's shared memory on a CPU unique to a sampler.
-
-    Under an external launcher vLLM 0.32 names it by the ranks alone. Two runs on a machine would then meet in one piece of
-    memory, and one that a killed run left behind would make every later run fail (errno 17).
-    """
-    from vllm.distributed.device_communicators import cpu_communicator
-
-    distributed = cpu_communicator._CPUSHMDistributed
-    if not hasattr(distributed, "name_by_ranks"):
-        distributed.name_by_ranks = staticmethod(distributed.make_group_name)
-        distributed.make_group_name = staticmethod(_name_with_token)
-
-
-def _name_with_token(communicator: Any) -> str:
-    """vLLM's own name and a random number, which the sampler's first rank draws. Collective over the sampler's ranks."""
-    token = torch.tensor([secrets.randbits(62)])
-    torch.distributed.broadcast(token, src=communicator.ranks[0], group=communicator.device_group)
-    from vllm.distributed.device_communicators import cpu_communicator
-
-    # at the end: the name begins with slashes, which may stand nowhere else
-    return f"{cpu_communicator._CPUSHMDistributed.name_by_ranks(communicator)}-{token.item():x}"
-
-
-def leave_other_models_alone() -> None:
-    """Make vLLM's change to a class of transformers hold for vLLM's own instance only.
-
-    For a model that it has no code for (SmolLM3, OLMo 2) vLLM runs transformers' class, and replaces its __call__ by one
-    that expects vLLM's attributes. The trainer's instance of the same class has none.
-    """
-    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-
-    for changed in TorchCompileWithNoGuardsWrapper.__subclasses__():
-        if changed.__module__.startswith("transformers.") and not hasattr(changed, "call_of_vllm"):
-            changed.call_of_vllm = changed.__call__
-            changed.__call__ = _call_by_owner
-
-
-def _call_by_owner(model: Any, *args: Any, **kwargs: Any) -> Any:
-    if "do_not_compile" in vars(model):  # set by vLLM's __init__
-        return model.call_of_vllm(*args, **kwargs)
-    return torch.nn.Module.__call__(model, *args, **kwargs)
+from rollout.vllm_versions import (
+    MOST_SEQUENCES,
+    drawing_from,
+    gpu_settings,
+    leave_other_models_alone,
+    name_shared_memory_apart,
+    prepare_environment,
+)
 
 
 class VLLMEngine(LocalEngine):
     """A vLLM engine inside the rank, or over `tensor_parallel` neighbouring ranks. It gets its adapter in memory.
 
     model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter.
-    max_model_len: prompt + response tokens. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
+    max_model_len: prompt + response tokens. sequences: responses that one generate() asks for at most; eager: see
+    gpu_settings. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
     memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
     2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1. sampler_lora: see
     merges_adapter.
@@ -94,7 +43,8 @@ class VLLMEngine(LocalEngine):
         lora: dict[str, Any] | None,
         max_model_len: int,
         dtype: str = "float32",
-        max_num_seqs: int = 256,
+        sequences: int = 256,
+        eager: bool = False,
         kv_cache_bytes: int = 1 << 30,
         memory_fraction: float = 0.4,
         rank: int = 0,
@@ -115,7 +65,11 @@ class VLLMEngine(LocalEngine):
         self.merges = bool(lora) and merges_adapter(sampler_lora, model_dir, dtype, on_gpu)
         """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
         self.merged: tuple[Parcel, Manifest] | None = None
-        memory = {"gpu_memory_utilization": memory_fraction} if on_gpu else {"kv_cache_memory_bytes": kv_cache_bytes}
+        sequences = min(sequences, MOST_SEQUENCES["cuda" if on_gpu else "cpu"])
+        device = {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True}  # CUDA graphs exist on GPUs only
+        if on_gpu:
+            total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            device = {"gpu_memory_utilization": memory_fraction, **gpu_settings(sequences, total, eager)}
         adapter = {}
         if lora and not self.merges:
             adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(lora["r"])}
@@ -129,9 +83,8 @@ class VLLMEngine(LocalEngine):
                 model_dir,
                 dtype=dtype,
                 max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
+                max_num_seqs=sequences,
                 seed=0,  # generate() seeds each call itself
-                enforce_eager=not on_gpu,  # CUDA graphs exist on GPUs only
                 distributed_executor_backend="external_launcher",  # this process is the worker; vLLM starts none
                 tensor_parallel_size=tensor_parallel,
                 enable_sleep_mode=self.may_sleep,
@@ -144,7 +97,7 @@ class VLLMEngine(LocalEngine):
                 use_tqdm_on_load=False,
                 disable_log_stats=True,
                 enable_prefix_caching=True,  # a group's responses share the keys of their prompt
-                **memory,
+                **device,
                 **adapter,
             )
         except Exception as error:  # whatever vLLM raises about a model that it has not the code for
@@ -184,6 +137,7 @@ class VLLMEngine(LocalEngine):
     def wake(self) -> None:
         """See LocalEngine."""
         if self.asleep:
+            torch.cuda.empty_cache()  # torch keeps what the trainer has freed, and vLLM's allocator cannot take it from there
             self.llm.wake_up()
             self.asleep = False
 
@@ -197,7 +151,7 @@ class VLLMEngine(LocalEngine):
     def generate(
         self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
     ) -> list[list[Rollout]]:
-        """See LocalEngine. Equal prompts, adapter and seed give equal responses: vLLM uses torch's generator."""
+        """See LocalEngine. Equal prompts, adapter and seed give equal responses."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -211,9 +165,8 @@ class VLLMEngine(LocalEngine):
         )
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         self.wake()
-        with torch.random.fork_rng():
-            # samplers get different prompts and different draws; the ranks of one sampler must draw the same tokens
-            torch.manual_seed(sampling.seed + self.rank // self.tensor_parallel)
+        # samplers get different prompts and different draws; the ranks of one sampler must draw the same tokens
+        with drawing_from(sampling.seed + self.rank // self.tensor_parallel):
             outputs = self.llm.generate(requests, params, lora_request=self.request, use_tqdm=False)
         return [
             [self._rollout(puzzle_id, ids, completion) for completion in output.outputs]
@@ -230,7 +183,7 @@ class VLLMEngine(LocalEngine):
             self._merge(*self.merged)
             return logprobs
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        with torch.random.fork_rng():
+        with drawing_from(0):  # greedy: nothing is drawn
             (output,) = self.llm.generate(
                 [{"prompt_token_ids": ids}], params, lora_request=self.request if adapter else None, use_tqdm=False
             )

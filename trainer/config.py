@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from data.errors import UserError
-from data.options import check_numbers, option
+from data.options import DTYPES, check_numbers, option, settle_dtype
 from trainer.objective import AGGREGATIONS, CORRECTIONS
 
 # --help lists the settings under these headings
@@ -97,7 +97,12 @@ class TrainingConfig:
     grad_clip: float = optimizing(1.0, "Largest gradient norm.")
     optimizer: str = optimizing("adamw", "AdamW, or with its moments in 8 bits (bitsandbytes).", ("adamw", "adamw8bit"))
     micro_tokens: int = speed(16384, "Packed tokens per forward pass.")
-    dtype: str = weights("float32", "Base weights and compute; LoRA weights stay float32.", ("float32", "bfloat16"))
+    dtype: str = weights(
+        "auto",
+        "Base weights and compute; LoRA weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU or where every "
+        "weight is trained.",
+        DTYPES,
+    )
     autocast: bool = weights(
         False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
     )
@@ -109,8 +114,16 @@ class TrainingConfig:
     )
     checkpointing: bool = speed(False, "Compute activations again in backward instead of keeping them.")
     memory_fraction: float = sampling(0.4, "Share of GPU memory given to vLLM.")
+    eager: bool = sampling(
+        False, "vLLM on a GPU: do not compile the model nor capture CUDA graphs; it starts sooner and samples slower."
+    )
     keep_checkpoints: int = run(2, "Newest checkpoints kept.")
     hang_seconds: float = run(1800.0, "A rank without progress for so long is named, and the run ends.")
+
+    @property
+    def described_gpu(self) -> bool | None:
+        """True for a machine with GPUs that --dry-run describes; None: the machine is this one."""
+        return None
 
     @property
     def compute_dtype(self) -> str:
@@ -119,6 +132,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a setting out of range, or settings of weights and optimizer that exclude one another."""
+        settle_dtype(self, every_weight=not self.lora_rank, on_gpu=self.described_gpu)
         check_numbers(self, RANGES)
         if self.date:
             try:
@@ -290,9 +304,19 @@ class GrpoConfig(TrainingConfig):
         self.keeps_step(1)  # a value that cannot be read is refused here, and not in step 1
 
     @property
+    def described_gpu(self) -> bool | None:
+        """See TrainingConfig. Memory of a rank is given for GPUs only."""
+        return True if self.dry_run and self.rank_gib else None
+
+    @property
     def ranks_apart(self) -> int:
         """Ranks of the launch that only sample."""
         return self.sampler_ranks if self.placement == "split" else 0
+
+    def sequences(self, trainers: int) -> int:
+        """Responses that one sampler samples in a step. trainers: ranks that train."""
+        samplers = (self.sampler_ranks if self.placement == "split" else trainers) // self.tensor_parallel
+        return -(-self.prompts_per_step // max(1, samplers)) * self.group_size
 
     def _check_placement(self) -> None:
         """Raises UserError for settings that exclude one another."""

@@ -10,7 +10,7 @@ from typing import Any
 from data.distill.distill import KEEP_RULES
 from data.distill.responses import prompts_hash
 from data.errors import UserError
-from data.options import check_numbers, check_temperature, flag_of, option
+from data.options import DTYPES, check_numbers, check_temperature, flag_of, option, settle_dtype
 from data.puzzles import Puzzle
 
 TEACHERS = ("embedded", "openai", "vllm")
@@ -20,6 +20,7 @@ OF_TEACHER = {
     "base": ("vllm",),
     "dtype": ("vllm",),
     "memory_fraction": ("vllm",),
+    "eager": ("vllm",),
     "base_url": ("openai",),
     "key_env": ("openai",),
     "temperature": ("openai", "vllm"),
@@ -68,8 +69,13 @@ class DistillConfig:
     base: str | None = option(
         None, "vllm: checkpoint under an adapter; default: the one that the adapter names.", section=TEACHER
     )
-    dtype: str = option("float32", "vllm: weights and compute.", ("float32", "bfloat16"), section=TEACHER)
+    dtype: str = option(
+        "auto", "vllm: weights and compute; auto: bfloat16 on a GPU, float32 on a CPU.", DTYPES, section=TEACHER
+    )
     memory_fraction: float = option(0.85, "vllm: share of a GPU's memory that the engine may use.", section=TEACHER)
+    eager: bool = option(
+        False, "vllm on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.", section=TEACHER
+    )
     base_url: str = option("https://api.openai.com/v1", "URL of the endpoint, up to /v1.", section=ENDPOINT)
     key_env: str = option("OPENAI_API_KEY", "Environment variable that holds the key.", section=ENDPOINT)
     candidates: int = option(8, "Traces drawn per puzzle before giving up (k of the paper).", section=CANDIDATES)
@@ -143,6 +149,8 @@ class DistillConfig:
             raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
         if self.budget is not None and (self.price_in is None or not self.price_out):
             raise UserError("--budget needs --price-in and --price-out, per million tokens")
+        if self.teacher == "vllm":
+            settle_dtype(self)
         check_numbers(self, RANGES)
         check_temperature(self.temperature)
 

@@ -215,11 +215,12 @@ def load_base(
     attention = {} if why_not_shared(config) else {"attn_implementation": attention_name}
     if getattr(config, "attn_logit_softcapping", None):
         attention["attn_implementation"] = "eager"  # PyTorch's kernel would leave Gemma 2's cap of the scores out
+    if quantize == "nf4" or device.type == "cuda":
+        attention["device_map"] = {"": device}  # read, round and check the weights on the device that will hold them
     if quantize == "nf4":
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-        attention["device_map"] = {"": device}  # quantize on the device that will hold the layers
     if sharded:
         causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
     else:
@@ -315,3 +316,51 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     # the same block size as bitsandbytes' layers (its default, 64), or the values would differ
     packed, state = quantize_4bit(weight, quant_type="nf4")
     return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+# ---- how much work a forward pass is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Floating-point operations of a forward pass, per unit of work: to balance the ranks, and for the benchmarks.
+
+    A product of an [a,b] and a [b,c] matrix counts 2abc. Norms, activations and softmax are a small and constant share.
+    """
+
+    token: float
+    """Of one token, in all linear layers."""
+    pair: float
+    """Of one query and one key that it sees, in the attention of all layers."""
+    target: float
+    """Of one response token, in the LM head."""
+
+    def of(self, prompt: int, responses: list[int]) -> float:
+        """Operations of a prompt and the responses that share it. prompt, responses: numbers of tokens."""
+        # a response sees itself causally, and all of the prompt; prompt tokens are not scored, so the head skips them
+        pairs = _causal(prompt) + sum(_causal(n) + n * prompt for n in responses)
+        return self.token * (prompt + sum(responses)) + self.pair * pairs + self.target * sum(responses)
+
+
+def _causal(n: int) -> float:
+    """(query, key) pairs of n tokens that see each other causally."""
+    return n * (n + 1) / 2
+
+
+def cost_of(causal_lm: Any, lora_rank: int) -> Cost:
+    """The cost of a model with a LoRA adapter on every linear layer (lora_rank 0: none)."""
+    shape = causal_lm.config
+    linear = [m for layer in causal_lm.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    # W x is in * out weights; B (A x) adds rank * (in + out) (arXiv:2106.09685)
+    weights = sum(m.in_features * m.out_features + lora_rank * (m.in_features + m.out_features) for m in linear)
+    return Cost(
+        token=2.0 * weights,  # a multiplication and an addition per weight
+        # q k and p v: two products of head_size per head, 2 operations each
+        pair=4.0 * shape.num_attention_heads * head_size(shape) * shape.num_hidden_layers,
+        target=2.0 * shape.vocab_size * shape.hidden_size,
+    )
+
+
+def head_size(shape: Any) -> int:
+    """Channels of one attention head. shape: the model's configuration; some say it, else it is hidden / heads."""
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads

@@ -147,12 +147,12 @@ def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
 
 
 def start_engine(
-    opened: OpenedModel, *, longest: int, dtype: str, memory_fraction: float, max_num_seqs: int = 256
+    opened: OpenedModel, *, longest: int, dtype: str, memory_fraction: float, sequences: int = 256, eager: bool = False
 ) -> "VLLMEngine":
     """A vLLM engine in this process that holds the model. Joins the world: after engine.close(), call leave_world().
 
     longest: most tokens of prompt and response together. memory_fraction: share of a GPU's memory that the engine may
-    use. max_num_seqs: sequences sampled at a time.
+    use. sequences: responses asked for at a time. eager: see rollout/vllm_versions.py.
     """
     from rollout.sync import Parcel
     from rollout.vllm_engine import VLLMEngine
@@ -164,7 +164,8 @@ def start_engine(
         lora=opened.lora,
         max_model_len=longest,
         dtype=dtype,
-        max_num_seqs=max_num_seqs,
+        sequences=sequences,
+        eager=eager,
         memory_fraction=memory_fraction,
     )
     if opened.adapter:

@@ -50,6 +50,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "out",
     "memory_fraction",
+    "eager",
     "reward_workers",
     "reward_seconds",
     "on_reward_error",

@@ -40,6 +40,8 @@ class HeldOutAnswers:
             lora=policy.lora,
             max_model_len=longest + cfg.eval_response_tokens,
             dtype=cfg.dtype,
+            sequences=-(-len(self.examples) // world.size),
+            eager=cfg.eager,
             memory_fraction=cfg.memory_fraction,
             rank=world.rank,
             size=world.size,

@@ -73,8 +73,8 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
     return make_vllm_engine(cfg, policy.lora, rank=world.rank, size=world.size, may_sleep=True)
 
 
-def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) -> Engine:
-    """vLLM in this process, with the run's base model. lora and place: keyword arguments of VLLMEngine."""
+def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, size: int = 1, **place: int | bool) -> Engine:
+    """vLLM in this process, with the run's base model. lora, size and place: keyword arguments of VLLMEngine."""
     from rollout.vllm_engine import VLLMEngine  # takes seconds to import, and the torch engine does not need it
 
     return VLLMEngine(
@@ -82,10 +82,13 @@ def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, **place: int | bool) ->
         lora=lora,
         max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
         dtype=cfg.dtype,
+        sequences=cfg.sequences(size),
+        eager=cfg.eager,
         memory_fraction=cfg.memory_fraction,
         tensor_parallel=cfg.tensor_parallel,
         nucleus=cfg.top_p < 1,
         sampler_lora=cfg.sampler_lora,
+        size=size,
         **place,
     )
 

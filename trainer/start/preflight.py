@@ -1,8 +1,8 @@
 """Checks before a model is loaded: do settings and launch fit together, and does a rank have enough memory?
 
-The memory is exact for weights, adapter, gradients and AdamW. For activations it is an estimate: a count of the tensors
-that autograd keeps of one packed row at its longest (tests/trainer/test_preflight.py compares it with what autograd
-keeps).
+The memory is exact for weights, adapter, gradients and AdamW. For activations it is a count of the tensors that autograd
+keeps of one packed row at its longest. tests/trainer/test_preflight.py holds it to what autograd keeps, and to what runs
+of the 7B shape took on a GPU (within 15 %).
 """
 
 import json
@@ -18,10 +18,15 @@ import torch
 from data.errors import UserError
 from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
+from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import GrpoConfig
-from trainer.model.cost import head_size
 
 GIB = 1 << 30
+OVERHEAD = 1.2 * GIB
+"""Of a process on a GPU beside torch's tensors: CUDA context and libraries (about 0.7 GiB), and the CUDA graphs and
+workspaces that vLLM keeps while it sleeps (about 0.5 GiB)."""
+GAPS = 0.03
+"""Memory that torch's allocator holds beyond the tensors, as a share of them: blocks are rounded up, and have gaps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +236,9 @@ class SamplerMemory:
     """Bytes of one rank of a vLLM sampler."""
 
     weights: float
+    """With the slots of the adapter."""
+    work: float
+    """Activations of the largest batch of prompt tokens, and the logits of all responses."""
     cache: float
     """KV cache; not above 0 if the weights leave no room for it."""
     response: float
@@ -238,31 +246,62 @@ class SamplerMemory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.cache
+        return self.weights + self.work + self.cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes of a rank that trains."""
+
+    kept: dict[str, float]
+    """{what: bytes} that is there all the time, also while the sampler works."""
+    gathered: float
+    """Whole tensors that a hand-over makes of sharded ones."""
+    backward: dict[str, float]
+    """{what: bytes} of the largest packed row, when its backward pass begins."""
+    one_row: bool
+    """Does an optimizer step have a single packed row? Then there are no gradients yet when its backward begins."""
+    optimizer: float
+    """What the optimizer step holds besides."""
+
+    @property
+    def peak(self) -> float:
+        """Of a training step. This is what torch.cuda.max_memory_allocated() reports."""
+        backward = sum(self.backward.values()) - (self.kept["gradients"] if self.one_row else 0.0)
+        return sum(self.kept.values()) + max(backward, self.optimizer)
 
 
 def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
-    """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit."""
+    """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit.
+
+    On a GPU a rank takes more than what torch has allocated: OVERHEAD, and the gaps between blocks (GAPS).
+    """
     from trainer.model.loading import empty_model  # loads transformers, and check_launch() must answer at once
 
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
-    split = cfg.placement == "split"
-    parts = training_bytes(cfg, launch, base)
-    training = sum(parts.values())
-    kept = parts["weights"] + parts["adapter"] + parts["gradients"] + parts["AdamW moments"]
-    handed_over = 2.0 * trained_bytes(cfg, base)  # the gathered tensors, and their copy in a parcel
-    sampler = sampler_bytes(cfg, launch, base)
+    split, on_gpu = cfg.placement == "split", launch.device == "cuda"
+    memory = training_memory(cfg, launch, base)
+    sampler = sampler_memory(cfg, launch, base)
     here = 0.0 if split or cfg.engine == "torch" else sampler.total
+    beside = OVERHEAD + GAPS * memory.peak if on_gpu else 0.0
+    training, kept = memory.peak + beside, sum(memory.kept.values())
     # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory
-    peak = max(training, kept + handed_over + here) if launch.device == "cuda" else training + handed_over + here
-    rows = [Row(what=f"  {name}", value=gib(value)) for name, value in parts.items() if value]
+    sampling = kept + memory.gathered + here + (OVERHEAD if on_gpu else 0.0)
+    peak = max(training, sampling) if on_gpu else training + memory.gathered + here
+    rows = [
+        Row(what=f"  {name}", value=gib(value)) for name, value in {**memory.kept, **memory.backward}.items() if value
+    ]
+    if on_gpu:
+        rows.append(
+            Row(what="  CUDA and gaps", value=f"{gib(beside)} (context, libraries, graphs, unused parts of blocks)")
+        )
     rows.append(Row(what="while training", value=gib(training)))
-    rows.append(Row(what="kept while sampling", value=f"{gib(kept)}, and {gib(handed_over)} at a hand-over"))
+    rows.append(Row(what="while sampling", value=f"{gib(sampling)}, of which the trainer keeps {gib(kept)}"))
     if cfg.engine == "vllm":
         rows.append(
             _row(
                 "sampler" + (" (its own ranks)" if split else ""),
-                f"{gib(sampler.total)}: weights {gib(sampler.weights)}, KV cache for "
+                f"{gib(sampler.total)}: weights {gib(sampler.weights)}, batches {gib(sampler.work)}, KV cache for "
                 f"{max(sampler.cache, 0) / sampler.response:.1f} responses at full length",
                 (
                     sampler.cache > sampler.response,
@@ -277,47 +316,76 @@ def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
             (
                 peak <= launch.rank_bytes and not (split and sampler.total > launch.rank_bytes),
                 "a rank needs more memory than it has: use --shard fsdp, --checkpointing, a smaller --micro-tokens or "
-                "--lora-rank, or --dtype bfloat16",
+                "--lora-rank, or --dtype bfloat16"
+                if training >= sampling or not on_gpu
+                else "a rank needs more memory than it has for trainer and sampler together: use a smaller "
+                "--memory-fraction, --quantize nf4, --optimizer adamw8bit or --shard fsdp",
             ),
         )
     )
     return rows
 
 
-def training_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> dict[str, float]:
-    """{what: bytes} of a rank while it trains. base: the model without its weights."""
+def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> TrainingMemory:
+    """The memory of a rank while it trains. base: the model without its weights."""
     from trainer.logprobs import CHUNK_LOGITS
 
     size = getattr(torch, cfg.dtype).itemsize
-    shards = launch.ranks - cfg.ranks_apart if cfg.shard == "fsdp" else 1
+    trainers = max(1, launch.ranks - cfg.ranks_apart)
+    shards = trainers if cfg.shard == "fsdp" else 1
     n_base, n_layer, n_layers = n_weights(base), n_weights(base.model.layers[0]), len(base.model.layers)
     copies = 1 if cfg.lora_rank or not cfg.beta else 2  # without an adapter the reference is a second, frozen copy
     weights = float(n_base * size)
     if cfg.quantize == "nf4":  # 4 bits per weight, and a float32 scale per block of 64 (QLoRA, arXiv:2305.14314)
         weights -= sum(m.weight.numel() for m in linear_layers(base)) * (size - 0.5 - 4 / 64)
     trained = trained_bytes(cfg, base)
-    moment = 1 / trained_itemsize(cfg) if cfg.optimizer == "adamw8bit" else 1  # 8 bits: one byte per moment
-    return {
-        "weights": copies * weights / shards,
-        # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
-        "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
-        "adapter": trained / shards if cfg.lora_rank else 0.0,  # else it is part of the weights
-        "gradients": trained / shards,
-        "AdamW moments": 2 * trained * moment / shards,
-        "activations": activation_bytes(cfg, base.config),
-        "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * 4.0,  # float32; 1024 tokens: a chunk of them
-    }
+    eight_bits = cfg.optimizer == "adamw8bit"
+    moment = 1 / trained_itemsize(cfg) if eight_bits else 1  # 8 bits: one byte per moment
+    of_step = cfg.prompts_per_step / (trainers * cfg.updates_per_batch)
+    of_step *= cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
+    tokens = max(min(cfg.micro_tokens, of_step), cfg.max_prompt_tokens + cfg.max_response_tokens)
+    return TrainingMemory(
+        kept={
+            "weights": copies * weights / shards,
+            "adapter": trained / shards if cfg.lora_rank else 0.0,  # else it is part of the weights
+            "gradients": trained / shards,
+            "AdamW moments": 2 * trained * moment / shards,
+            "copy to hand over": float(trained),  # rollout/sync.py, Parcel: made once and filled again
+        },
+        gathered=float(trained) if shards > 1 else 0.0,
+        backward={
+            # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
+            "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
+            "activations": activation_bytes(cfg, base.config, tokens) + autocast_bytes(cfg, trained),
+            # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head
+            "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * (4.0 + (size if size < 4 else 0)),
+        },
+        one_row=of_step <= cfg.micro_tokens,
+        # the roots of the second moments, of all weights at once on a GPU
+        optimizer=trained / shards if launch.device == "cuda" and not eight_bits else 0.0,
+    )
 
 
-def sampler_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
+def sampler_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
-    size, shape = getattr(torch, cfg.dtype).itemsize, base.config
-    weights = n_weights(base) * size / cfg.tensor_parallel  # vLLM's copy; nf4 is written out in full
+    from trainer.model.loading import head_size
+
+    size, shape, on_gpu = getattr(torch, cfg.dtype).itemsize, base.config, launch.device == "cuda"
+    tp = cfg.tensor_parallel
+    weights = n_weights(base) * size / tp  # vLLM's copy; nf4 is written out in full
+    work = 0.0
+    if on_gpu:
+        weights += trained_bytes(cfg, base) / trained_itemsize(cfg) * size / tp if cfg.lora_rank else 0.0
+        sequences = min(cfg.sequences(launch.ranks - cfg.ranks_apart), MOST_SEQUENCES["cuda"])
+        batch = prompt_batch(sequences, launch.rank_bytes)
+        work = batch * (3 * shape.intermediate_size / tp + 4 * shape.hidden_size) * size
+        work += 2 * 4 * sequences * shape.vocab_size / tp  # float32 logits, and their log-probs
     token = 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape) * size  # keys and values
     return SamplerMemory(
         weights=weights,
-        cache=cfg.memory_fraction * launch.rank_bytes - weights if launch.device == "cuda" else float(GIB),
-        response=token * ((cfg.max_prompt_tokens + cfg.max_response_tokens) / cfg.tensor_parallel),
+        work=work,
+        cache=cfg.memory_fraction * launch.rank_bytes - weights - work if on_gpu else float(GIB),
+        response=token * ((cfg.max_prompt_tokens + cfg.max_response_tokens) / tp),
     )
 
 
@@ -336,26 +404,34 @@ def trained_bytes(cfg: GrpoConfig, base: torch.nn.Module) -> int:
     return (n_adapter if cfg.lora_rank else n_weights(base)) * trained_itemsize(cfg)
 
 
-def activation_bytes(cfg: GrpoConfig, shape: Any) -> float:
-    """Bytes of the activations that autograd keeps of the longest packed row. shape: the model's configuration."""
-    tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
-    size = getattr(torch, cfg.dtype).itemsize
-    layer = layer_bytes_per_token(cfg, shape, size)
-    if cfg.checkpointing:  # the input of every layer, and all of the one layer that is computed again
-        return tokens * ((shape.num_hidden_layers + 3) * shape.hidden_size * size + layer)
-    return tokens * (shape.num_hidden_layers * layer + 3 * shape.hidden_size * size)
+def activation_bytes(cfg: GrpoConfig, shape: Any, tokens: float) -> float:
+    """Bytes that a packed row of `tokens` tokens takes when its backward pass begins. shape: the model's configuration."""
+    h, size = shape.hidden_size, getattr(torch, cfg.dtype).itemsize
+    # with --checkpointing the input of every layer, and all of the one layer that is computed again
+    layer, n_layers = layer_bytes_per_token(cfg, shape, size), shape.num_hidden_layers
+    kept = n_layers * h * size + layer if cfg.checkpointing else n_layers * layer
+    # gradients of the three large tensors of the last MLP; what the last norm and the head keep, and two gradients
+    return tokens * (kept + 3 * size * shape.intermediate_size + 5 * size * h)
 
 
 def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
+    from trainer.model.loading import head_size
+
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
-    norms = 2 * (2 * 4 * h + size * h)  # two norms; each keeps its input twice in float32, and once scaled
-    attention = size * (q + 2 * kv + q)  # q, k, v and the output
+    norms = 2 * (4 * h + size * h)  # two norms: the input in float32, and the output, which is the linear layers' input
+    attention = size * (q + 2 * kv + q) + 4 * shape.num_attention_heads  # q, k, v, output; float32 logsumexp
     mlp = size * 4 * i  # gate, its activation, up, and their product
-    linear_inputs = size * (h + q + h + i)
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
-    return norms + attention + mlp + linear_inputs + lora
+    weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
+    return norms + attention + mlp + lora + weights_of_norms
+
+
+def autocast_bytes(cfg: GrpoConfig, trained: float) -> float:
+    """Bytes of the adapter rounded to bfloat16, which autocast keeps for backward; with checkpointing for a layer only."""
+    rounded = cfg.lora_rank and cfg.compute_dtype == "bfloat16" and not cfg.checkpointing
+    return trained / 2 if rounded else 0.0
 
 
 def n_weights(module: torch.nn.Module) -> int:

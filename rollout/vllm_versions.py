@@ -1,0 +1,134 @@
+"""What is set and changed in vLLM where an engine starts, and where its versions differ: in one place.
+
+The ranges of setup.cfg were read and tried at both ends: vLLM 0.26 with torch 2.11 (on a GPU), 0.32 with torch 2.13 (on
+a CPU). What else we use of vLLM is alike in them.
+"""
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+MOST_SEQUENCES = {"cuda": 512, "cpu": 256}
+"""Responses sampled side by side at most. More wait: their keys and values, and their logits, would take the memory."""
+
+
+def prepare_environment(kv_cache_bytes: int) -> None:
+    """Set the variables that vLLM reads when it is imported. Called only where an engine starts."""
+    # run the engine core in this process: a debugger and torch's random generators then reach it
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
+        # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
+
+
+def gpu_settings(sequences: int, gpu_bytes: int, eager: bool) -> dict[str, Any]:
+    """Arguments of vLLM's LLM that make it start sooner on a GPU.
+
+    sequences: max_num_seqs. gpu_bytes: memory of the GPU. eager: neither compile the model nor capture CUDA graphs.
+
+    By default vLLM captures 172 graphs for 256 sequences: for each of 51 batch sizes up to 512 tokens, with and without
+    an adapter, and for decoding once more. A step starts all its prompts at once, in batches of thousands of tokens that
+    no graph is made for, and then only decodes: so graphs of decoding suffice, for as many sequences as a step has.
+    """
+    settings: dict[str, Any] = {"enforce_eager": eager}
+    settings["max_num_batched_tokens"] = prompt_batch(sequences, gpu_bytes)
+    if not eager:
+        sizes = graph_sizes(sequences)
+        settings["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    return settings
+
+
+def prompt_batch(sequences: int, gpu_bytes: float) -> int:
+    """Prompt tokens that vLLM computes at a time; it sets memory aside for them, which its KV cache then lacks.
+
+    As vLLM's own choice for offline work on a card of 70 GiB or more, and on a smaller one; of a 24 GB card 8,192 tokens
+    of a 7B model would take as much as the whole KV cache.
+    """
+    tokens = 16384 if gpu_bytes >= 70 << 30 else 8192 if gpu_bytes >= 40 << 30 else 2048
+    return max(tokens, sequences)
+
+
+def graph_sizes(sequences: int) -> list[int]:
+    """Batch sizes of decoding that get a CUDA graph; a smaller batch is padded to the next one.
+
+    As sequences end, a step goes through all sizes from `sequences` to 1. Above 32 sizes grow by a quarter at most, and
+    below decoding takes the same time whatever the size. graph_sizes(40) is [1, 2, 4, 8, 16, 24, 32, 40].
+    """
+    sizes, size = [1, 2, 4, 8, 16, 24, 32], 32
+    while size < sequences:
+        size += max(8, 1 << (size.bit_length() - 3))  # a quarter of the power of two below
+        sizes.append(size)
+    return sorted({min(size, sequences) for size in sizes})
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """A context in which vLLM draws its tokens from a seed. The global random generators are as before afterwards.
+
+    vLLM has two model runners. The one for CPUs draws from torch's generator. The one for GPUs, in all versions of our
+    range, draws a seed per request from numpy's, which vLLM itself seeds with 0 once: without this, samplers of several
+    ranks would draw alike, and a resumed run other tokens than an unbroken one.
+    """
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % (1 << 32))
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+
+
+def name_shared_memory_apart() -> None:
+    """Make the names of vLLM's shared memory on a CPU unique to a sampler.
+
+    Under an external launcher vLLM names it by the ranks alone. Two runs on a machine would then meet in one piece of
+    memory, and one that a killed run left behind would make every later run fail (errno 17).
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    distributed = cpu_communicator._CPUSHMDistributed
+    if not hasattr(distributed, "name_by_ranks"):
+        distributed.name_by_ranks = staticmethod(distributed.make_group_name)
+        distributed.make_group_name = staticmethod(_name_with_token)
+
+
+def _name_with_token(communicator: Any) -> str:
+    """vLLM's own name and a random number, which the sampler's first rank draws. Collective over the sampler's ranks."""
+    token = torch.tensor([secrets.randbits(62)])
+    torch.distributed.broadcast(token, src=communicator.ranks[0], group=communicator.device_group)
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    # at the end: the name begins with slashes, which may stand nowhere else
+    return f"{cpu_communicator._CPUSHMDistributed.name_by_ranks(communicator)}-{token.item():x}"
+
+
+def leave_other_models_alone() -> None:
+    """Make vLLM's change to a class of transformers hold for vLLM's own instance only.
+
+    For a model that it has no code for (SmolLM3, OLMo 2) vLLM runs transformers' class, and replaces its __call__ by one
+    that expects vLLM's attributes. The trainer's instance of the same class has none.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
+    for changed in TorchCompileWithNoGuardsWrapper.__subclasses__():
+        if changed.__module__.startswith("transformers.") and not hasattr(changed, "call_of_vllm"):
+            changed.call_of_vllm = changed.__call__
+            changed.__call__ = _call_by_owner
+
+
+def _call_by_owner(model: Any, *args: Any, **kwargs: Any) -> Any:
+    if "do_not_compile" in vars(model):  # set by vLLM's __init__
+        return model.call_of_vllm(*args, **kwargs)
+    return torch.nn.Module.__call__(model, *args, **kwargs)

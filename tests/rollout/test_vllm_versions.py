@@ -1,0 +1,67 @@
+"""What an engine is started with on a GPU, and that its draws depend on the seed alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from rollout.vllm_versions import drawing_from, gpu_settings, graph_sizes
+
+
+def test_sizes_of_cuda_graphs():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    assert graph_sizes(320) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    for most in range(1, 513):
+        sizes = graph_sizes(most)
+        assert sizes[-1] == most and sizes == sorted(set(sizes))
+        assert all(b - a <= max(8, a // 4) for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_what_a_gpu_gets():
+    large, small = 80 << 30, 24 << 30
+    assert gpu_settings(40, large, eager=True) == {"enforce_eager": True, "max_num_batched_tokens": 16384}
+    assert gpu_settings(8, large, eager=False) == {
+        "enforce_eager": False,
+        "max_num_batched_tokens": 16384,
+        "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
+    }
+    assert gpu_settings(40, small, eager=True) == {"enforce_eager": True, "max_num_batched_tokens": 2048}
+
+
+@pytest.mark.slow(5)
+def test_vllm_takes_them():
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    made = CompilationConfig(**gpu_settings(40, 80 << 30, eager=False)["compilation_config"])
+    assert made.cudagraph_mode is CUDAGraphMode.FULL_DECODE_ONLY
+    assert made.cudagraph_mode.decode_mode() is CUDAGraphMode.FULL
+    assert made.cudagraph_mode.mixed_mode() is CUDAGraphMode.NONE
+    assert made.cudagraph_capture_sizes == [1, 2, 4, 8, 16, 24, 32, 40]
+
+
+def draws() -> tuple:
+    """A number of each generator that a model runner of vLLM may use, and of Python's, which none does."""
+    return torch.rand(1).item(), int(np.random.randint(1 << 40))
+
+
+def test_draws_are_those_of_the_seed_and_leave_the_generators_as_they_were():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before, expected = draws(), draws()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert draws() == before
+    state = random.getstate()
+    found = []
+    for seed in (7, 8, (1 << 62) + 9):
+        with drawing_from(seed):
+            found.append(draws())
+    with drawing_from(7):
+        assert draws() == found[0]
+    assert len({torch_draw for torch_draw, _ in found}) == len({numpy_draw for _, numpy_draw in found}) == 3
+    with pytest.raises(KeyError), drawing_from(9):
+        raise KeyError
+    assert draws() == expected and random.getstate() == state
