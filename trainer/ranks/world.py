@@ -9,8 +9,10 @@ orders, they read each other's data.
 """
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -164,14 +166,43 @@ def shard_from_rows(rows: Tensor, param: DTensor) -> DTensor:
 
 
 def own_device(local_rank: int, local_size: int) -> torch.device:
-    """This rank's GPU, made the current device; or the CPU, with this rank's share of the cores as its threads."""
+    """This rank's GPU, made the current device; or the CPU, with this rank's share of the cores as its threads.
+
+    Raises UserError where there is a GPU that torch cannot use.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # NCCL and vLLM work on the current device
         return device
+    if problem := gpu_problem():
+        raise UserError(problem)
     # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return torch.device("cpu")
+
+
+def gpu_problem() -> str:
+    """Why torch does not use the GPU of this machine, and what to do, in one sentence; "" if it does, or there is none.
+
+    Without this a run would go on for days on the CPU. CUDA_VISIBLE_DEVICES= (empty) says that this is meant.
+    """
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return ""
+    listed = ""
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    if not listed.startswith("GPU "):
+        return ""
+    remedy = "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+    if torch.version.cuda is None:
+        return f"nvidia-smi lists a GPU, but this torch {torch.__version__} is a build for CPUs: make setup again, {remedy}"
+    try:
+        torch.cuda.init()
+        why = "it says nothing more"
+    except RuntimeError as error:  # "The NVIDIA driver on your system is too old (found version 12020). Please ..."
+        why = first_line(error).partition(". ")[0]
+    built = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+    return f"nvidia-smi lists a GPU that {built} cannot use: {why}; update the driver, {remedy}"
 
 
 _joined: World | None = None

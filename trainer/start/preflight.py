@@ -20,6 +20,7 @@ from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import GrpoConfig
+from trainer.ranks.world import gpu_problem
 
 GIB = 1 << 30
 OVERHEAD = 1.2 * GIB
@@ -56,11 +57,16 @@ class Row:
 
 
 def launch_of(cfg: GrpoConfig) -> Launch:
-    """The launch, from torchrun's variables; or the machine of --nodes, --ranks-per-node and --rank-gib."""
+    """The launch, from torchrun's variables; or the machine of --nodes, --ranks-per-node and --rank-gib.
+
+    Raises UserError where this machine has a GPU that torch cannot use.
+    """
     per_node = cfg.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = cfg.nodes or max(1, int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     elsewhere = bool(cfg.nodes or cfg.ranks_per_node or cfg.rank_gib)
     device = "cuda" if torch.cuda.is_available() or (elsewhere and cfg.rank_gib) else "cpu"
+    if device == "cpu" and not elsewhere and (problem := gpu_problem()):
+        raise UserError(problem)
     if cfg.rank_gib:
         available = cfg.rank_gib * GIB
     elif device == "cuda":
