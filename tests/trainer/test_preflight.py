@@ -168,6 +168,22 @@ def test_the_table_is_right_for_a_run_on_a_gpu():
     assert training + sampler.total == pytest.approx(94e9, rel=0.15)
 
 
+@pytest.mark.parametrize(("recipe", "gib"), [("one_gpu_80gb", 79), ("one_gpu_24gb", 22.5)])
+def test_the_recipes_for_one_gpu_fit_and_their_headers_say_what_the_dry_run_says(recipe, gib):
+    """79 GiB: an H100 or A100 of 80 GB as its driver reports it; 22.5: an A10 or L4 of 24 GB."""
+    header = (ROOT / f"launch/recipes/{recipe}.yaml").read_text()
+    for size in ("7b", "3b", "1.5b"):
+        shape = f"launch/recipes/qwen2.5-{size}"
+        config = GrpoConfig(**{**read_recipe(GrpoConfig, recipe), "model": str(ROOT / shape)})
+        machine = launch(nodes=1, ranks=1, gib=gib)
+        rows = check_launch(config, machine) + estimate_memory(config, machine)
+        assert not problems(rows)
+        values = {row.what: row.value for row in rows}
+        training, sampling = (float(values[f"while {what}"].split()[0]) for what in ("training", "sampling"))
+        responses = float(values["sampler"].rpartition("for ")[2].split()[0])
+        assert f"#             qwen2.5-{size:<8}  {training:8.1f}  {sampling:8.1f}  {responses:9.1f}\n" in header
+
+
 @pytest.mark.slow(1)
 def test_dry_run_prints_a_table_and_loads_nothing(pipeline, tmp_path):
     machine = ["--nodes", 2, "--ranks-per-node", 8, "--rank-gib", 40]

@@ -23,9 +23,10 @@ from trainer.config import GrpoConfig
 from trainer.ranks.world import gpu_problem
 
 GIB = 1 << 30
-OVERHEAD = 1.2 * GIB
-"""Of a process on a GPU beside torch's tensors: CUDA context and libraries (about 0.7 GiB), and the CUDA graphs and
-workspaces that vLLM keeps while it sleeps (about 0.5 GiB)."""
+CONTEXT = 0.7 * GIB
+"""Of a process on a GPU beside torch's tensors: CUDA's context and libraries (a common value; not measured apart)."""
+ASLEEP = 0.5 * GIB
+"""What vLLM keeps on a GPU while it sleeps: CUDA graphs and workspaces (an upper estimate; not measured apart)."""
 GAPS = 0.03
 """Memory that torch's allocator holds beyond the tensors, as a share of them: blocks are rounded up, and have gaps."""
 
@@ -280,7 +281,7 @@ class TrainingMemory:
 def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit.
 
-    On a GPU a rank takes more than what torch has allocated: OVERHEAD, and the gaps between blocks (GAPS).
+    On a GPU a rank takes more than what torch has allocated: CONTEXT, ASLEEP, and the gaps between blocks (GAPS).
     """
     from trainer.model.loading import empty_model  # loads transformers, and check_launch() must answer at once
 
@@ -289,10 +290,11 @@ def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     memory = training_memory(cfg, launch, base)
     sampler = sampler_memory(cfg, launch, base)
     here = 0.0 if split or cfg.engine == "torch" else sampler.total
-    beside = OVERHEAD + GAPS * memory.peak if on_gpu else 0.0
-    training, kept = memory.peak + beside, sum(memory.kept.values())
+    kept = sum(memory.kept.values())
+    beside = CONTEXT + GAPS * memory.peak + (ASLEEP if here else 0.0) if on_gpu else 0.0
+    training = memory.peak + beside
     # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory
-    sampling = kept + memory.gathered + here + (OVERHEAD if on_gpu else 0.0)
+    sampling = kept + memory.gathered + here + (CONTEXT + GAPS * kept if on_gpu else 0.0)
     peak = max(training, sampling) if on_gpu else training + memory.gathered + here
     rows = [
         Row(what=f"  {name}", value=gib(value)) for name, value in {**memory.kept, **memory.backward}.items() if value
