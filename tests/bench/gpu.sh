@@ -1,0 +1,77 @@
+#!/bin/sh
+# All that a GPU should be asked, on one rented GPU in at most 9 minutes, from the root of the repository:
+#   sh tests/bench/gpu.sh OUT [PIECE ...]
+# Prints RESULT lines and keeps them in OUT/results.txt, with the whole output of each piece in OUT/PIECE.log. A piece that
+# fails, or runs past its limit, is one RESULT line, and the next begins. README.md beside this file says what the pieces are.
+#
+# From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
+# fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
+# (530); TINY=1 for the smallest shapes, on a CPU.
+set -u
+[ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
+OUT=$1
+shift
+PYTHON="${PYTHON:-python3}"
+SMOLLM2="${SMOLLM2:-runs/smollm2}"
+WORK="${WORK:-/dev/shm}/cellpuzzles-gpu"
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1
+SMALL="${TINY:+--small}" SHAPE="${TINY:+--tiny}"
+END=$(($(date +%s) + ${SECONDS_IN_ALL:-530}))
+mkdir -p "$OUT" "$WORK" || exit 1
+
+result() { echo "RESULT $*" | tee -a "$OUT/results.txt"; }
+
+# piece NAME LIMIT COMMAND ...: run it for at most LIMIT seconds, and not beyond the end of all
+piece() {
+    name=$1 limit=$2
+    shift 2
+    left=$((END - $(date +%s)))
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -lt 20 ]; then
+        result "${name}_skipped no time left"
+        return
+    fi
+    start=$(date +%s)
+    # KILL 10 s after TERM: a step of GRPO is finished before it obeys
+    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
+    grep "^RESULT " "$OUT/$name.log" | tee -a "$OUT/results.txt"
+    if [ $code -ne 0 ]; then
+        result "${name}_failed exit $code after $(($(date +%s) - start)) s: $(grep -v '^RESULT ' "$OUT/$name.log" | tail -n 1)"
+    fi
+    result "${name}_wall_s $(($(date +%s) - start))"
+}
+
+# run NAME LIMIT MODEL ...: a GRPO run
+run() {
+    name=$1 limit=$2 model=$3
+    shift 3
+    # shellcheck disable=SC2086
+    piece "$name" "$limit" "$PYTHON" -m tests.bench.gpu_run "$model" $SHAPE --name "$name" --out "$OUT" --work "$WORK" "$@"
+}
+
+smollm2() {
+    if [ ! -f "$SMOLLM2/sft/model/config.json" ] || [ ! -f launch/recipes/smollm2_grpo.yaml ]; then
+        result "smollm2_skipped no cold start in $SMOLLM2 (make smollm2 makes one)"
+        return
+    fi
+    puzzles="$SMOLLM2/puzzles/train.parquet"
+    SHAPE='' run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps "${TINY:+1}${TINY:-20}"
+}
+
+[ $# -gt 0 ] || set -- kernels shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_eager
+for wanted in "$@"; do
+    case $wanted in
+    kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head policy ;;
+    quantized) piece quantized 40 "$PYTHON" -m tests.bench.kernels $SMALL quantized ;;
+    small_bfloat16) run small_bfloat16 110 small --dtype bfloat16 ;;
+    small_float32) run small_float32 90 small --dtype float32 -- --eager ;;
+    smollm2) smollm2 ;;
+    # three steps; then one with the compile cache of the first, and one without compiling
+    shape_7b) run shape_7b 240 qwen2.5-7b --dtype bfloat16 ;;
+    shape_7b_warm) run shape_7b_warm 140 qwen2.5-7b --dtype bfloat16 -- --steps 1 ;;
+    shape_7b_eager) run shape_7b_eager 120 qwen2.5-7b --dtype bfloat16 -- --steps 1 --eager ;;
+    *) result "${wanted}_skipped no piece has this name" ;;
+    esac
+done
+rm -rf "$WORK"

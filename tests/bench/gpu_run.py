@@ -1,0 +1,169 @@
+"""A GRPO run with its seconds taken apart: start, sample, update, hand over, sleep, wake; and its memory beside the table's.
+
+    python -m tests.bench.gpu_run small --out OUT --work FOLDER            # 40 M weights, 8 x 8 responses of 256 tokens
+    python -m tests.bench.gpu_run qwen2.5-7b --out OUT --work /dev/shm/w   # the shape, random weights, r = 256
+    python -m tests.bench.gpu_run small --tiny --out OUT --work FOLDER     # a million weights, for a CPU
+    python -m tests.bench.gpu_run FOLDER --out OUT --work FOLDER -- --recipe smollm2_grpo --puzzles train.parquet
+
+What follows `--` goes to launch/grpo.py, and wins. Shapes get the 8 real puzzles of tests/fixtures, and a tokenizer made of
+them. The run folder and a made checkpoint are in --work (the 7B shape takes 25 GB there). Prints `RESULT <name> <value>`.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import launch.grpo  # first: it sets variables that torch and vLLM read when they are imported
+
+import torch  # isort: skip
+
+from data.puzzles import read_puzzles
+from rollout.vllm_engine import VLLMEngine
+from tests.bench.kernels import say
+from tests.bench.update import MODELS, Task, make_checkpoint, shape_of
+from trainer import grpo
+from trainer.config import GrpoConfig
+from trainer.model.embedded import make_tokenizer
+from trainer.record.runfolder import read_record
+from trainer.start.preflight import estimate_memory, launch_of
+
+FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/cellpuzzles_sample.jsonl"
+COMMON = ["--insist", "--save-every", "100", "--max-prompt-tokens", "3072"]
+"""--insist: random weights give no valid answer."""
+SMALL = [*("--prompts-per-step", "8", "--group-size", "8", "--max-response-tokens", "256", "--steps", "4")]
+SMALL += [*("--lora-rank", "8", "--lora-alpha", "16", "--lr", "1e-4", "--memory-fraction", "0.3")]
+TINY = [*("--prompts-per-step", "2", "--group-size", "2", "--max-response-tokens", "8", "--steps", "3")]
+LARGE = [*("--prompts-per-step", "8", "--group-size", "5", "--max-response-tokens", "1024", "--steps", "3")]
+LARGE += [*("--lora-rank", "256", "--lora-alpha", "512", "--checkpointing", "--memory-fraction", "0.4")]
+
+
+class Watch:
+    """Takes the times of a run from outside: of vLLM's sleep and wake, and of the first step; and looks at the GPU's memory."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {"sleep": [], "wake": []}
+        self.first_step = 0.0
+        """Seconds from the start of this process to the first step."""
+        self.most_used = 0
+        """Bytes of the GPU in use at most, by whomever."""
+        self.engine_start = 0.0
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while torch.cuda.is_available():
+            if torch.cuda.is_initialized():
+                free, total = torch.cuda.mem_get_info()
+                self.most_used = max(self.most_used, total - free)
+            time.sleep(0.05)
+
+    def attach(self) -> None:
+        """Put clocks around what the run calls."""
+        VLLMEngine.sleep = self._timed("sleep", VLLMEngine.sleep, lambda engine: engine.may_sleep and not engine.asleep)
+        VLLMEngine.wake = self._timed("wake", VLLMEngine.wake, lambda engine: engine.asleep)
+        make_engine, clock = grpo.make_engine, grpo.Clock
+
+        def timed_engine(*args: Any) -> Any:
+            start = time.perf_counter()
+            engine = make_engine(*args)
+            self.engine_start = time.perf_counter() - start
+            return engine
+
+        def first(*args: Any) -> Any:
+            self.first_step = self.first_step or time.time() - psutil.Process().create_time()
+            return clock(*args)
+
+        grpo.make_engine, grpo.Clock = timed_engine, first
+
+    def _timed(self, name: str, method: Callable, happens: Callable[[VLLMEngine], bool]) -> Callable:
+        def call(engine: VLLMEngine) -> None:
+            counts, start = happens(engine), time.perf_counter()
+            method(engine)
+            if counts:
+                self.seconds[name].append(time.perf_counter() - start)
+
+        return call
+
+
+def make_model(model: str, folder: Path, dtype: str) -> None:
+    """A checkpoint of a shape with random weights, and a tokenizer that knows the words of the fixture."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    make_checkpoint(Task(model=model, folder=str(folder), dtype=dtype), folder)
+    texts = sorted({text for puzzle in read_puzzles(FIXTURE) for text in (puzzle.system_message, puzzle.user_message)})
+    # not more tokens than the shape's embedding has rows
+    make_tokenizer(texts, vocab_size=min(8192, shape_of(model)["vocab_size"] - 64)).save_pretrained(folder)
+
+
+def report(name: str, out: Path, watch: Watch) -> None:
+    """Print the figures of a finished run."""
+    steps = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settled = steps[1:] or steps  # the first step warms up
+    say(f"{name}_before_step_1_s", watch.first_step)
+    say(f"{name}_engine_start_s", watch.engine_start)
+    say(f"{name}_first_step_s", steps[0]["timing_s/step"])
+    for phase in ("sample", "score", "update", "sync", "step"):
+        say(f"{name}_{phase}_s", statistics.median(step[f"timing_s/{phase}"] for step in settled))
+    for what, seconds in watch.seconds.items():
+        if seconds:
+            say(f"{name}_{what}_first_s", seconds[0])
+            say(f"{name}_{what}_s", statistics.median(seconds[1:] or seconds))
+    say(f"{name}_tokens_per_s", statistics.median(step["tokens_per_second"] for step in settled))
+    say(f"{name}_sampled_tokens_per_s", statistics.median(step["sampling/tokens_per_second"] for step in settled))
+    say(f"{name}_logp_difference", max(row["sampling/logp_difference/mean"] for row in metrics))
+    say(f"{name}_effective_sample_size", min(row["sampling/effective_sample_size"] for row in metrics))
+    settings = read_record(out)["settings"]
+    say(f"{name}_dtype", settings["dtype"])
+    if torch.cuda.is_available():
+        config = GrpoConfig(**settings)
+        table = {row.what: row.value.split()[0] for row in estimate_memory(config, launch_of(config))}
+        say(f"{name}_trainer_most_gib", torch.cuda.max_memory_allocated() / (1 << 30))
+        say(f"{name}_trainer_most_gib_in_the_table", table["while training"])
+        say(f"{name}_gpu_most_gib", watch.most_used / (1 << 30))
+        say(f"{name}_gpu_most_gib_in_the_table", table["peak memory"])
+
+
+def main() -> None:
+    given = sys.argv[1:]
+    ours = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="small, a shape of launch/recipes (qwen2.5-7b), or a checkpoint folder")
+    parser.add_argument("--name", help="of the figures; default: the model's")
+    parser.add_argument("--out", type=Path, required=True, help="where timing.jsonl and metrics.jsonl are copied to")
+    parser.add_argument("--work", type=Path, required=True, help="for the checkpoint and the run; on a fast disk")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tiny", action="store_true", help="a million weights in place of the shape, short responses")
+    arguments = parser.parse_args(given[:ours])
+    name = arguments.name or Path(arguments.model).name
+    words = [*COMMON, "--dtype", arguments.dtype, "--puzzles", str(FIXTURE)]
+    shape = {"small": "40M"}.get(arguments.model, arguments.model)
+    if Path(shape).is_dir():
+        model = Path(shape)
+    else:
+        words += SMALL if arguments.model == "small" else LARGE
+        words += TINY if arguments.tiny else []
+        shape = "embedded" if arguments.tiny else shape
+        model = arguments.work / f"model-{shape}"
+        make_model(shape, model, "float32" if shape in MODELS else "bfloat16")
+    run = arguments.work / f"run-{name}"
+    shutil.rmtree(run, ignore_errors=True)
+    watch = Watch()
+    watch.attach()
+    launch.grpo.main([*words, "--model", str(model), "--out", str(run), *given[ours + 1 :]], standalone_mode=False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for file in ("timing.jsonl", "metrics.jsonl", "config.json"):
+        shutil.copy(run / file, arguments.out / f"{name}.{file}")
+    report(name, run, watch)
+
+
+if __name__ == "__main__":
+    main()
