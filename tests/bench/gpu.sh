@@ -6,7 +6,7 @@
 #
 # From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
 # fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
-# (530); TINY=1 for the smallest shapes, on a CPU.
+# (490); SLOWER (1), a factor of all limits; TINY=1 for the smallest shapes, on a CPU.
 set -u
 [ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 OUT=$1
@@ -16,14 +16,14 @@ SMOLLM2="${SMOLLM2:-runs/smollm2}"
 WORK="${WORK:-/dev/shm}/cellpuzzles-gpu"
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1
 SMALL="${TINY:+--small}" SHAPE="${TINY:+--tiny}"
-END=$(($(date +%s) + ${SECONDS_IN_ALL:-530}))
+END=$(($(date +%s) + ${SECONDS_IN_ALL:-490}))
 mkdir -p "$OUT" "$WORK" || exit 1
 
 result() { echo "RESULT $*" | tee -a "$OUT/results.txt"; }
 
 # piece NAME LIMIT COMMAND ...: run it for at most LIMIT seconds, and not beyond the end of all
 piece() {
-    name=$1 limit=$2
+    name=$1 limit=$(($2 * ${SLOWER:-1}))
     shift 2
     left=$((END - $(date +%s)))
     [ "$left" -lt "$limit" ] && limit=$left
@@ -32,8 +32,8 @@ piece() {
         return
     fi
     start=$(date +%s)
-    # KILL 10 s after TERM: a step of GRPO is finished before it obeys
-    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    # at TERM a run of GRPO finishes its step, and its figures are printed; so it gets 40 s before KILL
+    timeout -k 40 "$limit" "$@" >"$OUT/$name.log" 2>&1
     code=$?
     grep "^RESULT " "$OUT/$name.log" | tee -a "$OUT/results.txt"
     if [ $code -ne 0 ]; then
@@ -56,7 +56,9 @@ smollm2() {
         return
     fi
     puzzles="$SMOLLM2/puzzles/train.parquet"
-    SHAPE='' run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps "${TINY:+1}${TINY:-20}"
+    steps=20
+    [ -z "${TINY:-}" ] || steps=1
+    run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps $steps
 }
 
 [ $# -gt 0 ] || set -- kernels shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_eager

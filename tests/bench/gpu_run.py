@@ -42,6 +42,7 @@ COMMON = ["--insist", "--save-every", "100", "--max-prompt-tokens", "3072"]
 SMALL = [*("--prompts-per-step", "8", "--group-size", "8", "--max-response-tokens", "256", "--steps", "4")]
 SMALL += [*("--lora-rank", "8", "--lora-alpha", "16", "--lr", "1e-4", "--memory-fraction", "0.3")]
 TINY = [*("--prompts-per-step", "2", "--group-size", "2", "--max-response-tokens", "8", "--steps", "3")]
+TINY += ["--lora-rank", "8", "--lora-alpha", "16"]
 LARGE = [*("--prompts-per-step", "8", "--group-size", "5", "--max-response-tokens", "1024", "--steps", "3")]
 LARGE += [*("--lora-rank", "256", "--lora-alpha", "512", "--checkpointing", "--memory-fraction", "0.4")]
 
@@ -53,8 +54,10 @@ class Watch:
         self.seconds: dict[str, list[float]] = {"sleep": [], "wake": []}
         self.first_step = 0.0
         """Seconds from the start of this process to the first step."""
-        self.most_used = 0
-        """Bytes of the GPU in use at most, by whomever."""
+        self.most: dict[str, int] = {}
+        """{phase of a step, or "start": bytes of the GPU in use at most, by whomever}"""
+        # torch's own figures would not do: they count vLLM's tensors, also while they sleep
+        self.clock: Any = None
         self.engine_start = 0.0
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -62,7 +65,8 @@ class Watch:
         while torch.cuda.is_available():
             if torch.cuda.is_initialized():
                 free, total = torch.cuda.mem_get_info()
-                self.most_used = max(self.most_used, total - free)
+                phase = self.clock.phase if self.clock else "start"
+                self.most[phase] = max(self.most.get(phase, 0), total - free)
             time.sleep(0.05)
 
     def attach(self) -> None:
@@ -79,7 +83,8 @@ class Watch:
 
         def first(*args: Any) -> Any:
             self.first_step = self.first_step or time.time() - psutil.Process().create_time()
-            return clock(*args)
+            self.clock = clock(*args)
+            return self.clock
 
         grpo.make_engine, grpo.Clock = timed_engine, first
 
@@ -126,10 +131,10 @@ def report(name: str, out: Path, watch: Watch) -> None:
     if torch.cuda.is_available():
         config = GrpoConfig(**settings)
         table = {row.what: row.value.split()[0] for row in estimate_memory(config, launch_of(config))}
-        say(f"{name}_trainer_most_gib", torch.cuda.max_memory_allocated() / (1 << 30))
-        say(f"{name}_trainer_most_gib_in_the_table", table["while training"])
-        say(f"{name}_gpu_most_gib", watch.most_used / (1 << 30))
-        say(f"{name}_gpu_most_gib_in_the_table", table["peak memory"])
+        for phase, most in watch.most.items():
+            say(f"{name}_most_gib_in_{phase or 'start'}", most / (1 << 30))
+        say(f"{name}_table_gib_while_training", table["while training"])
+        say(f"{name}_table_gib_while_sampling", table["while sampling"])
 
 
 def main() -> None:
@@ -144,12 +149,12 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a million weights in place of the shape, short responses")
     arguments = parser.parse_args(given[:ours])
     name = arguments.name or Path(arguments.model).name
-    words = [*COMMON, "--dtype", arguments.dtype, "--puzzles", str(FIXTURE)]
+    words = ["--dtype", arguments.dtype]
     shape = {"small": "40M"}.get(arguments.model, arguments.model)
     if Path(shape).is_dir():
         model = Path(shape)
     else:
-        words += SMALL if arguments.model == "small" else LARGE
+        words += [*COMMON, "--puzzles", str(FIXTURE), *(SMALL if arguments.model == "small" else LARGE)]
         words += TINY if arguments.tiny else []
         shape = "embedded" if arguments.tiny else shape
         model = arguments.work / f"model-{shape}"

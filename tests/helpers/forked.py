@@ -24,7 +24,7 @@ SET_BEFORE_IMPORT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-"""What our commands set before they import torch and vLLM (launch/__init__.py, rollout/vllm_engine.py)."""
+"""What our commands set before they import torch and vLLM (launch/__init__.py, rollout/vllm_versions.py)."""
 READ_AT_IMPORT = (
     "CUDA_",
     "HF_",
