@@ -50,15 +50,14 @@ LARGE += [*("--lora-rank", "256", "--lora-alpha", "512", "--checkpointing", "--m
 class Watch:
     """Takes the times of a run from outside: of vLLM's sleep and wake, and of the first step; and looks at the GPU's memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, run: Path) -> None:
+        """name: of the figures. run: the run folder."""
+        self.name, self.run = name, run
         self.seconds: dict[str, list[float]] = {"sleep": [], "wake": []}
-        self.first_step = 0.0
-        """Seconds from the start of this process to the first step."""
         self.most: dict[str, int] = {}
         """{phase of a step, or "start": bytes of the GPU in use at most, by whomever}"""
         # torch's own figures would not do: they count vLLM's tensors, also while they sleep
         self.clock: Any = None
-        self.engine_start = 0.0
         threading.Thread(target=self._look, daemon=True).start()
 
     def _look(self) -> None:
@@ -78,15 +77,18 @@ class Watch:
         def timed_engine(*args: Any) -> Any:
             start = time.perf_counter()
             engine = make_engine(*args)
-            self.engine_start = time.perf_counter() - start
+            say(f"{self.name}_engine_start_s", time.perf_counter() - start)
             return engine
 
-        def first(*args: Any) -> Any:
-            self.first_step = self.first_step or time.time() - psutil.Process().create_time()
-            self.clock = clock(*args)
+        def next_step(world: Any, step: int) -> Any:
+            if step == 1:
+                say(f"{self.name}_before_step_1_s", time.time() - psutil.Process().create_time())
+            else:  # printed now: a run that is killed has said what its steps took
+                say_step(self.name, read_lines(self.run / "timing.jsonl")[-1])
+            self.clock = clock(world, step)
             return self.clock
 
-        grpo.make_engine, grpo.Clock = timed_engine, first
+        grpo.make_engine, grpo.Clock = timed_engine, next_step
 
     def _timed(self, name: str, method: Callable, happens: Callable[[VLLMEngine], bool]) -> Callable:
         def call(engine: VLLMEngine) -> None:
@@ -108,16 +110,22 @@ def make_model(model: str, folder: Path, dtype: str) -> None:
     make_tokenizer(texts, vocab_size=min(8192, shape_of(model)["vocab_size"] - 64)).save_pretrained(folder)
 
 
-def report(name: str, out: Path, watch: Watch) -> None:
-    """Print the figures of a finished run."""
-    steps = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    settled = steps[1:] or steps  # the first step warms up
-    say(f"{name}_before_step_1_s", watch.first_step)
-    say(f"{name}_engine_start_s", watch.engine_start)
-    say(f"{name}_first_step_s", steps[0]["timing_s/step"])
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def say_step(name: str, row: dict) -> None:
+    """Print a line of timing.jsonl."""
     for phase in ("sample", "score", "update", "sync", "step"):
-        say(f"{name}_{phase}_s", statistics.median(step[f"timing_s/{phase}"] for step in settled))
+        say(f"{name}_step_{row['step']}_{phase}_s", row[f"timing_s/{phase}"])
+
+
+def report(watch: Watch) -> None:
+    """Print the figures of a finished run that its steps have not printed."""
+    name, out = watch.name, watch.run
+    steps, metrics = read_lines(out / "timing.jsonl"), read_lines(out / "metrics.jsonl")
+    settled = steps[1:] or steps  # the first step warms up
+    say_step(name, steps[-1])
     for what, seconds in watch.seconds.items():
         if seconds:
             say(f"{name}_{what}_first_s", seconds[0])
@@ -161,13 +169,13 @@ def main() -> None:
         make_model(shape, model, "float32" if shape in MODELS else "bfloat16")
     run = arguments.work / f"run-{name}"
     shutil.rmtree(run, ignore_errors=True)
-    watch = Watch()
+    watch = Watch(name, run)
     watch.attach()
     launch.grpo.main([*words, "--model", str(model), "--out", str(run), *given[ours + 1 :]], standalone_mode=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for file in ("timing.jsonl", "metrics.jsonl", "config.json"):
         shutil.copy(run / file, arguments.out / f"{name}.{file}")
-    report(name, run, watch)
+    report(watch)
 
 
 if __name__ == "__main__":
