@@ -83,6 +83,7 @@ def main(config: DemoConfig) -> None:
     if (out / "summary.json").is_file():
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
+    refuse_missing_files(config)
     seconds = prepare(config)
     train = training_files(config)[0]
     seconds |= evaluate(config, "base", base_model(config))
@@ -160,10 +161,17 @@ def write_both(sources: Iterable[Path], out: Path) -> None:
         write_rows(out, [row for source in sources for row in read_rows(source)])
 
 
-def base_model(config: DemoConfig) -> Path:
-    """The checkpoint before any training."""
+def refuse_missing_files(config: DemoConfig) -> None:
+    """Raises UserError, before anything is made, when a file or the checkpoint of the settings is not there."""
     if config.model and not (Path(config.model) / "config.json").is_file():
         raise UserError(f"--model {config.model}: no checkpoint there; `make smollm2` brings SmolLM2's")
+    for name, file in (("--h5ad", config.h5ad), ("--cells-h5ad", config.cells_h5ad)):
+        if file and not Path(file).exists():
+            raise UserError(f"{name} {file}: no such file; `make pbmc` and `make smollm2` bring the real cells")
+
+
+def base_model(config: DemoConfig) -> Path:
+    """The checkpoint before any training."""
     return Path(config.model or Path(config.out) / "base")
 
 
