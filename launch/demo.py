@@ -10,6 +10,7 @@ SFT and GRPO go on from their newest checkpoint: the same command continues a ru
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     if config.cells_h5ad:
         write_both((out / "puzzles/train.parquet", out / "cells/train.parquet"), train)
         write_both((out / "traces.jsonl", out / "traces_cells.jsonl"), traces)
-        write_both([out / "cells/test.parquet"], out / "puzzles/cells.parquet")  # where the report looks for puzzles
+        shutil.copyfile(out / "cells/test.parquet", out / "puzzles/cells.parquet")  # where the report looks for puzzles
     if not config.model:
         # genes and diseases that only held-out donors have get tokens too, instead of letters that the model never saw
         words = ["--puzzles", traces, *(word for file in held_out_files(out) for word in ("--words-of", file))]
@@ -155,10 +156,16 @@ def training_files(config: DemoConfig) -> tuple[Path, Path]:
     return out / "puzzles/train.parquet", out / "traces.jsonl"
 
 
-def write_both(sources: Iterable[Path], out: Path) -> None:
-    """Write the rows of all files, one file after another, unless `out` exists. The trainers shuffle them."""
+def write_both(sources: tuple[Path, Path], out: Path) -> None:
+    """Write the rows of two files, one file after the other, unless `out` exists. The trainers shuffle them.
+
+    Both number their puzzles from 0, so the ids of the second file get a prefix.
+    """
     if not out.is_file():
-        write_rows(out, [row for source in sources for row in read_rows(source)])
+        first, second = map(read_rows, sources)
+        for row in second:
+            row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}
+        write_rows(out, [*first, *second])
 
 
 def refuse_missing_files(config: DemoConfig) -> None:

@@ -45,7 +45,7 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     settings = {"out": str(tmp_path / "run"), "h5ad": str(atlas), "cells_h5ad": str(cells), "build": BUILD}
     settings |= {
         "cells_build": [*BUILD, "split=cell", "test-fraction=0.3"],
-        "hidden": 16,
+        "hidden": 128,
         "layers": 1,
         "eval_puzzles": 4,
     }
@@ -56,7 +56,9 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     run = tmp_path / "run"
     train, traces = run / "train_both.parquet", run / "traces_both.jsonl"
     halves = [read_puzzles(run / folder / "train.parquet") for folder in ("puzzles", "cells")]
-    assert read_puzzles(train) == [*halves[0], *halves[1]] and len(halves[1]) == 24
+    both = read_puzzles(train)
+    assert [puzzle.cells for puzzle in both] == [puzzle.cells for half in halves for puzzle in half]
+    assert [puzzle.id for puzzle in both[23:26]] == ["train-000023", "cells-train-000000", "cells-train-000001"]
     assert {row["assistant_msg"].split("\n")[0] for row in read_rows(traces)} == {
         "<think>At first sight:",
         "<think>By their marker genes:",
