@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+
 from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import read_rows
@@ -56,6 +58,12 @@ def summary_text(run_dir: str | os.PathLike) -> str:
             texts = (f"{'-':>17}" if number is None else f"{number:17.3f}" for number in numbers)
             lines.append(f"{name:{wide}}{split:8}" + "".join(texts))
     return "\n".join(lines)
+
+
+def held_out_files(run_dir: Path) -> list[str]:
+    """The files of RUN/puzzles/SPLIT.parquet that hold a puzzle; the builder writes those of empty splits too."""
+    files = [run_dir / "puzzles" / f"{split}.parquet" for split in SPLITS]
+    return [str(file) for file in files if file.is_file() and pyarrow.parquet.read_metadata(file).num_rows > 0]
 
 
 def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:

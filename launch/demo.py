@@ -15,14 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet
 import yaml
 
 from data.errors import UserError
 from data.puzzles import read_rows, write_rows
 from eval.baselines import BASELINES
 from eval.report.faults import fault_sentences
-from eval.run_files import SPLITS, summary_text, write_summary
+from eval.run_files import held_out_files, summary_text, write_summary
 from launch.options import command, option
 from launch.stages import LAUNCH, begun, run_stage
 from trainer.record.runfolder import list_checkpoints, provenance
@@ -216,12 +215,6 @@ def evaluate_files(config: DemoConfig, stage: str, files: list[str], **settings:
     settings["out"] = folder if len(files) > 1 else folder / Path(files[0]).stem
     last = folder / Path(files[-1]).stem / "metrics.json"
     return run_stage(f"evaluate {stage}", last, "evaluate", *words, **settings)
-
-
-def held_out_files(out: Path) -> list[str]:
-    """The files of held-out puzzles that hold a puzzle."""
-    files = [out / "puzzles" / f"{split}.parquet" for split in SPLITS]
-    return [str(file) for file in files if file.is_file() and pyarrow.parquet.read_metadata(file).num_rows > 0]
 
 
 def response_tokens(config: DemoConfig) -> int:
