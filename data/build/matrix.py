@@ -25,6 +25,7 @@ from data.build.h5ad import (
     table_index,
 )
 from data.errors import UserError
+from data.formats.memory import InMemory
 from data.formats.stores import StoreArray, StoreGroup, is_dataset, is_group
 
 NONZEROS_PER_BLOCK = 4_000_000
@@ -69,7 +70,7 @@ def _summed(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nda
 class Matrix:
     """One layer of an open file."""
 
-    path: Path
+    path: Path | InMemory
     layer: str
     node: h5py.Group | h5py.Dataset | StoreGroup | StoreArray
     encoding: str
@@ -84,12 +85,13 @@ class Matrix:
 
 
 @contextlib.contextmanager
-def open_matrix(path: str | os.PathLike, layer: str = "auto") -> Iterator[Matrix]:
+def open_matrix(path: str | os.PathLike | InMemory, layer: str = "auto") -> Iterator[Matrix]:
     """Open a layer and check its format. Raises UserError, with file and layer, when it cannot be read."""
     with open_h5ad(path, CACHE_BYTES) as file:  # a block may end within a chunk, which the next block needs again
         layer, layers = _resolve_layer(file, layer, path)
         node = open_node(file, _element(layer), path)
-        matrix = Matrix(Path(path), layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
+        place = path if isinstance(path, InMemory) else Path(path)
+        matrix = Matrix(place, layer, node, _encoding(node, f"{path}: layer {layer!r}"), *_shape(node), layers)
         _check_shape(file, matrix)
         yield matrix
 
@@ -119,6 +121,18 @@ def layer_names(file: h5py.File | StoreGroup, path: str | os.PathLike) -> list[s
     named = [n for n in layers if isinstance(n, str)] if is_group(layers) else []
     named = [leaf for n in named for leaf in nested_names(layers, n) if not is_null(layers, leaf)]
     return present + [f"layers/{n}" if n in ("X", "raw") else n for n in sorted(named)]
+
+
+def note_on_raw(matrix: Matrix, asked: str) -> list[str]:
+    """A note when the layer that --layer auto takes, raw, has fewer genes than X. asked: the value of --layer."""
+    if asked != "auto" or matrix.layer != "raw" or "X" not in matrix.layers:
+        return []
+    n_genes = table_index(matrix.node.file, "var", matrix.path).shape[0]
+    if matrix.n_genes >= n_genes:
+        return []
+    return [
+        f"the layer raw is read and has {matrix.n_genes} genes, fewer than the {n_genes} of X; --layer X reads those"
+    ]
 
 
 def likely_counts(layers: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ from data.build.build import BuildProgress, build_puzzles
 from data.build.cells import groups_of, read_cells
 from data.build.draw import draw_puzzle_cells
 from data.build.matrix import open_matrix
-from data.build.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
+from data.build.rank import RankSettings, Reader, genes_of, highly_variable, top_genes
 from data.build.staging import Staging
 from data.folder import write_build
 from data.puzzles import read_puzzles
@@ -309,7 +309,7 @@ def test_highly_variable_genes_are_those_of_scanpy(tmp_path):
     adata.write_h5ad(tmp_path / "pbmc.h5ad")
     with open_matrix(tmp_path / "pbmc.h5ad", "X") as matrix:
         genes = genes_of(matrix, RankSettings(top_genes=50, gene_key="index"))
-        reader = _Reader(matrix, False, lambda n: None)
+        reader = Reader(matrix, False, lambda n: None)
         ours = highly_variable(reader, genes, np.arange(adata.n_obs), "log counts", 200)
     adata.uns["log1p"] = {"base": None}
     scanpy.pp.highly_variable_genes(adata, n_top_genes=200, flavor="seurat")

@@ -1,0 +1,153 @@
+"""The labels and genes that a model was trained on: labels.json beside puzzles, cell_types.json beside a model's weights.
+
+{"labels": {label: {"ontology_term_id": "CL:0000084" or null, "tissues": [...], "n": cells}}, "genes": [...]}
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import read_settings
+
+LABELS = "labels.json"
+"""Written by a build beside train.parquet."""
+CELL_TYPES = "cell_types.json"
+"""The same content in the folder of a model."""
+ADAPTER_CONFIG = "adapter_config.json"
+SHARE_KNOWN = 0.5
+"""Share of the genes in common below which a model is not asked."""
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class KnownLabel:
+    """A label of the training puzzles."""
+
+    ontology_term_id: str | None
+    """Of the Cell Ontology; None when the training files state none."""
+    tissues: tuple[str, ...]
+    """The tissues in which the training files have it, sorted."""
+    n: int
+    """Its cells in the training files."""
+
+
+@dataclass(frozen=True)
+class KnownLabels:
+    """What a model was trained on."""
+
+    labels: dict[str, KnownLabel]
+    """By label, sorted."""
+    genes: list[str]
+    """The symbols that occur in the training puzzles, sorted."""
+    path: Path | None = None
+    """The file that says so."""
+
+    def in_tissue(self, tissue: str) -> list[str]:
+        """The labels of a tissue, sorted; case is ignored. [] when the model knows none there."""
+        wanted = tissue.strip().lower()
+        return [label for label, known in self.labels.items() if wanted in map(str.lower, known.tissues)]
+
+    def ontology_term_id(self, label: str) -> str | None:
+        """The Cell Ontology id of a label, or None."""
+        known = self.labels.get(label)
+        return known.ontology_term_id if known else None
+
+    @property
+    def tissues(self) -> list[str]:
+        """The tissues of the training files, sorted."""
+        return sorted({tissue for known in self.labels.values() for tissue in known.tissues})
+
+    def to_json(self) -> str:
+        """The content of labels.json."""
+        labels = {
+            label: {"ontology_term_id": known.ontology_term_id, "tissues": list(known.tissues), "n": known.n}
+            for label, known in sorted(self.labels.items())
+        }
+        return json.dumps({"labels": labels, "genes": sorted(self.genes)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_labels(path: Path) -> KnownLabels:
+    """The labels of a labels.json or cell_types.json. Raises UserError, with the file's name, for another file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; launch/build.py writes {LABELS} beside train.parquet")
+    found = read_settings(path)
+    labels, genes = found.get("labels"), found.get("genes")
+    if not isinstance(labels, dict) or not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        raise UserError(
+            f"{path}: is no {LABELS} of launch/build.py (it lacks labels or genes); build the puzzles again"
+        )
+    return KnownLabels({label: _known(path, label, labels[label]) for label in sorted(labels)}, sorted(genes), path)
+
+
+def _known(path: Path, label: str, value: Any) -> KnownLabel:
+    value = value if isinstance(value, dict) else {}
+    term, tissues, n = value.get("ontology_term_id"), value.get("tissues"), value.get("n")
+    fits = isinstance(term, str | None) and isinstance(tissues, list) and isinstance(n, int)
+    if not fits or not all(isinstance(tissue, str) for tissue in tissues):
+        raise UserError(f"{path}: the label {label!r} lacks ontology_term_id, tissues or n; build the puzzles again")
+    return KnownLabel(term, tuple(tissues), n)
+
+
+def labels_file_of(model: str | Path) -> Path | None:
+    """The file that says which labels a model knows, or None.
+
+    It is the model's own cell_types.json; for a checkpoint of a run, labels.json beside the run's puzzles; for an adapter,
+    or a run whose puzzles have none, that of the model it was trained from.
+    """
+    seen: set[Path] = set()
+    waiting = [Path(model)]
+    while waiting:
+        folder = waiting.pop(0)
+        if folder in seen or not folder.is_dir():
+            continue
+        seen.add(folder)
+        if (folder / CELL_TYPES).is_file():
+            return folder / CELL_TYPES
+        settings = _run_settings(folder)
+        puzzles = settings.get("puzzles")
+        if puzzles and (beside := Path(puzzles).parent / LABELS).is_file():
+            return beside
+        adapter = folder / ADAPTER_CONFIG
+        base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+        waiting += [Path(place) for place in (base, settings.get("model")) if isinstance(place, str)]
+    return None
+
+
+def _run_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that a checkpoint belongs to; {} without a run."""
+    # config.json of a run is one level above OUT/model, and two above OUT/checkpoints/step-000010
+    for place in (folder.parent, folder.parent.parent):
+        if (place / "config.json").is_file():
+            settings = read_settings(place / "config.json").get("settings")
+            if isinstance(settings, dict):  # else it is the config.json of a model
+                return settings
+    return {}
+
+
+def read_known_labels(model: str | Path) -> KnownLabels | None:
+    """The labels and genes that a model was trained on; None when no file says so (see labels_file_of)."""
+    path = labels_file_of(model)
+    return read_labels(path) if path is not None else None
+
+
+def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float = SHARE_KNOWN) -> float:
+    """The share of genes in common, of the smaller of the two sets. Raises UserError when it is below `share`.
+
+    genes: symbols of the user's file. known: symbols that the model was trained on. Of the smaller set, because a small
+    panel is known to a model of all genes, and a model of a few thousand genes knows the cells of a whole genome.
+    """
+    genes, known = set(genes), set(known)
+    assert genes and known
+    common = genes & known
+    found = len(common) / min(len(genes), len(known))
+    if found < share:
+        unknown = ", ".join(sorted(genes - known)[:SHOWN])
+        raise UserError(
+            f"the model knows {len(common):,} of the {len(genes):,} genes of these cells (such as not {unknown}), a share of "
+            f"{found:.2f} where {share:.2f} is needed; name the column of human gene symbols with --gene-key, or use a model "
+            "that was trained on such genes"
+        )
+    return found
