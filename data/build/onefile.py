@@ -26,6 +26,7 @@ from data.build.matrix import note_on_raw, open_matrix
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
 from data.build.splits import SPLITS, split_items
+from data.clusters.labels import LabelCounts, count_labels
 from data.formats.stores import content_sha256
 from data.meaning.values import value_kind
 from data.puzzles import Puzzle
@@ -51,6 +52,7 @@ class FileSummary:
     """The file's part of report.json so far."""
     remedies: dict[str, str]
     """{reason of the report's cells_dropped: the option that keeps these cells}."""
+    labels: LabelCounts
 
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
@@ -91,7 +93,7 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         "notes": notes,
     }
     sizes = {group: len(types) for group, types in groups.items()}
-    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies)
+    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies, count_labels(path, cells))
 
 
 def read_usable_cells(path: Path, config: BuildConfig) -> Cells:

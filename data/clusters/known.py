@@ -92,11 +92,14 @@ def _known(path: Path, label: str, value: Any) -> KnownLabel:
 
 
 def labels_file_of(model: str | Path) -> Path | None:
-    """The file that says which labels a model knows, or None.
+    """The file that says which labels a model knows, or None. model: its folder, or a file of puzzles or traces.
 
-    It is the model's own cell_types.json; for a checkpoint of a run, labels.json beside the run's puzzles; for an adapter,
-    or a run whose puzzles have none, that of the model it was trained from.
+    Beside a file it is labels.json. Of a model it is its own cell_types.json; for a checkpoint of a run, labels.json beside
+    the run's puzzles; for an adapter, or a run whose puzzles have none, that of the model it was trained from.
     """
+    if Path(model).is_file():
+        beside = Path(model).parent / LABELS
+        return beside if beside.is_file() else None
     seen: set[Path] = set()
     waiting = [Path(model)]
     while waiting:
@@ -108,7 +111,7 @@ def labels_file_of(model: str | Path) -> Path | None:
             return folder / CELL_TYPES
         settings = _run_settings(folder)
         puzzles = settings.get("puzzles")
-        if puzzles and (beside := Path(puzzles).parent / LABELS).is_file():
+        if isinstance(puzzles, str) and (beside := Path(puzzles).parent / LABELS).is_file():
             return beside
         adapter = folder / ADAPTER_CONFIG
         base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
@@ -125,6 +128,16 @@ def _run_settings(folder: Path) -> dict[str, Any]:
             if isinstance(settings, dict):  # else it is the config.json of a model
                 return settings
     return {}
+
+
+def cell_types_file(labels: str | None, *places: str | Path) -> dict[str, str]:
+    """{"cell_types.json": its text} for the folder of a trained model; {} when no file says what it knows.
+
+    labels: a labels.json that the user names. Otherwise places: models, or files beside which labels.json may lie, the
+    best first. Raises UserError for a file that is no labels.json.
+    """
+    found = [Path(labels)] if labels else [path for place in places if (path := labels_file_of(place))]
+    return {CELL_TYPES: read_labels(found[0]).to_json()} if found else {}
 
 
 def read_known_labels(model: str | Path) -> KnownLabels | None:

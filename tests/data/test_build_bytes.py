@@ -65,7 +65,7 @@ def test_workers_file_order_and_hash_seed_do_not_matter(atlases, expected, tmp_p
     out = tmp_path / "out"
     done = build(*words(atlases[::-1]), "--out", out, *SIZES, "--format", "both", "--workers", 3, hash_seed="2")
     assert done.returncode == 0, done.stderr
-    assert contents(out) == expected and len(expected) == 7
+    assert contents(out) == expected and len(expected) == 8
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert read_puzzles(out / "train.parquet") == read_puzzles(out / "train.jsonl")
 
@@ -386,7 +386,7 @@ def test_a_build_takes_the_place_of_one_in_another_format(atlases, tmp_path):
         done = build(*words(atlases[:1]), "--out", out, *SIZES, "--format", form)
         assert done.returncode == 0, done.stderr
         expected = {f"{split}{end}" for split in ("train", "test", "unseen") for end in ends}
-        assert set(os.listdir(out)) == expected | {"notes.jsonl", "report.json"}
+        assert set(os.listdir(out)) == expected | {"notes.jsonl", "report.json", "labels.json"}
 
 
 def test_an_empty_split_has_the_columns_and_types_of_a_filled_one(tmp_path, atlases):
