@@ -13,9 +13,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem, write_elem
+from anndata.io import write_elem
 
-from data.build.h5ad import open_h5ad, table_index
+from data.build.h5ad import column_names, open_h5ad, table_index
 from data.errors import UserError
 from data.files import reason_of, replacing, require_free_space
 from data.formats.filters import load_plugins
@@ -26,8 +26,6 @@ ROOM = 64_000_000
 """Bytes that stay free on the disk. HDF5 cannot always close a file on a full disk."""
 BYTES_PER_VALUE = 16
 """At most, of a written column."""
-TABLE_VERSION = "0.2.0"
-"""Encoding version of obs whose columns may be groups; anndata 0.7 wrote an earlier one."""
 LARGEST_INT = 2**63 - 1
 
 
@@ -79,12 +77,8 @@ def _refuse_places(source: Path, out: Path) -> None:
 def _write_columns(file: h5py.File, columns: dict[str, np.ndarray]) -> list[str]:
     """Write the columns to obs. Returns a note for those that were replaced."""
     obs = file["obs"]
-    if obs.attrs.get("encoding-version") != TABLE_VERSION:  # of anndata 0.7: columns as groups are unknown there
-        frame = read_elem(obs)
-        del file["obs"]
-        write_elem(file, "obs", _frame_for_0_10(frame))
-        obs = file["obs"]
-    order = [name.decode() if isinstance(name, bytes) else str(name) for name in obs.attrs["column-order"]]
+    stated = obs.attrs.get("column-order", column_names(obs))
+    order = [name.decode() if isinstance(name, bytes) else str(name) for name in stated]
     replaced = [name for name in columns if name in obs]
     for name, values in columns.items():
         if name in obs:
@@ -94,12 +88,6 @@ def _write_columns(file: h5py.File, columns: dict[str, np.ndarray]) -> list[str]
             order.append(name)
     obs.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
     return _note_on_replaced("obs columns", replaced)
-
-
-def _frame_for_0_10(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table without the texts of later versions of pandas, which anndata 0.10 cannot read."""
-    texts = [name for name, dtype in frame.dtypes.items() if isinstance(dtype, pd.StringDtype)]
-    return frame.astype({name: "category" for name in texts})
 
 
 def _storable_column(values: Any) -> np.ndarray | pd.Categorical:

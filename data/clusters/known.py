@@ -157,10 +157,10 @@ def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float =
     common = genes & known
     found = len(common) / min(len(genes), len(known))
     if found < share:
-        unknown = ", ".join(sorted(genes - known)[:SHOWN])
+        here, there = (", ".join(sorted(names - common)[:SHOWN]) for names in (genes, known))
         raise UserError(
-            f"the model knows {len(common):,} of the {len(genes):,} genes of these cells (such as not {unknown}), a share of "
-            f"{found:.2f} where {share:.2f} is needed; name the column of human gene symbols with --gene-key, or use a model "
-            "that was trained on such genes"
+            f"the file has {len(genes):,} genes ({here}, ...) and the model was trained on {len(known):,} ({there}, ...), but "
+            f"only {len(common):,} are in both, a share of {found:.2f} where {share:.2f} is needed; name the column of gene "
+            "symbols with --gene-key, or use a model that was trained on such genes"
         )
     return found

@@ -5,7 +5,7 @@ It becomes `labels` of report.json and the file labels.json (data/clusters/known
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +58,19 @@ def _count_terms(path: str | os.PathLike, cells: Cells) -> Counter[tuple[str, st
     return counts
 
 
-def _distinct(columns: list[Column]) -> Iterable[tuple[tuple[int, ...], int]]:
+def _distinct(columns: list[Column]) -> Iterator[tuple[tuple[int, ...], int]]:
     """(codes, number of cells) of each combination of values."""
-    codes = np.stack([column.codes for column in columns])
-    keys, counts = np.unique(codes, axis=1, return_counts=True)
-    return zip(map(tuple, keys.T.tolist()), counts.tolist(), strict=True)
+    # one number for each combination: np.unique is slow on several rows of a million
+    keys = np.zeros(len(columns[0].codes), dtype=np.int64)
+    for column in columns:
+        keys = keys * (len(column.names) + 1) + column.codes + 1
+    found, counts = np.unique(keys, return_counts=True)
+    for key, n in zip(found.tolist(), counts.tolist(), strict=True):
+        codes = []
+        for column in reversed(columns):
+            key, code = divmod(key, len(column.names) + 1)
+            codes.append(code - 1)
+        yield tuple(reversed(codes)), n
 
 
 def _texts(columns: list[Column], codes: tuple[int, ...]) -> tuple[str, ...]:

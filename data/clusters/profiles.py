@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data.build.cells import ORGANISMS, organism_name
 from data.build.contexts import context_sentence
 from data.build.matrix import Matrix, note_on_raw, open_matrix
 from data.build.rank import (
@@ -137,6 +138,7 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
         notes.append(_note_on_values(matrix, kind))
         reader = Reader(matrix, None, lambda n_rows: advance(n_rows, len(used)), genes.is_gene)
         lists = _lists(reader, genes, groups, level_for(kind), settings.top_genes)
+        kept = _named_by_a_gene(genes)
         profiles = [
             ClusterProfile(
                 sample=group.sample,
@@ -146,7 +148,7 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
                 by_difference=by_difference,
                 context=context_sentence(facts[group.sample_code]),
                 tissue=tissue_of(cells, group.rows),
-                mean=mean,
+                mean=mean[kept],
             )
             for group, (by_expression, by_difference, mean) in zip(groups, lists, strict=True)
         ]
@@ -154,7 +156,7 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
     for number, group in enumerate(groups):
         profile_of_cell[group.rows] = number
     return Profiles(
-        genes=genes.names.tolist(),
+        genes=genes.names[kept].tolist(),
         profiles=profiles,
         profile_of_cell=profile_of_cell,
         cluster_of_cell=np.array(cells.clusters.texts(missing=""), dtype=object),
@@ -231,14 +233,20 @@ def _genes(matrix: Matrix, stated: str | None, settings: ProfileSettings) -> tup
     notes = list(genes.notes)
     if key != wanted:
         notes.insert(0, f"gene names are taken from the {'index of var' if key == 'index' else f'var column {key!r}'}")
-    looks_like = organism_of_names(facts, names)
+    looks_like, wanted_organism = organism_of_names(facts, names), organism_name(settings.organism)
     organism = stated or looks_like
-    if looks_like and looks_like.lower() != settings.organism.lower():
+    # symbols of a rat look like those of a mouse, so the names decide between these two organisms only
+    if looks_like and looks_like != wanted_organism and wanted_organism in ORGANISMS.values():
         raise UserError(
             f"{matrix.path}: its gene names look like those of {looks_like} ({', '.join(names[:3])}); "
             f"{remedy_for_organism(looks_like, settings.organism)}"
         )
     return genes, organism, notes
+
+
+def _named_by_a_gene(genes: Genes) -> np.ndarray:
+    """Indices of the names that a column of a gene has; tags and spike-ins have names too."""
+    return np.arange(len(genes.names)) if genes.is_gene is None else np.unique(genes.ids[genes.is_gene])
 
 
 def level_for(kind: str) -> Scale:
