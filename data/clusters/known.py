@@ -162,9 +162,8 @@ def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float =
     panel is known to a model of all genes, and a model of a few thousand genes knows the cells of a whole genome.
     """
     genes, known = set(genes), set(known)
-    assert genes and known
     common = genes & known
-    found = len(common) / min(len(genes), len(known))
+    found = len(common) / max(1, min(len(genes), len(known)))
     if found < share:
         here, there = (", ".join(sorted(names - common)[:SHOWN]) for names in (genes, known))
         raise UserError(
