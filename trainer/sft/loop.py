@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clusters.known import cell_types_file
 from data.errors import UserError
 from data.files import weight_files
 from data.puzzles import read_rows
@@ -139,6 +140,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     rows = read_rows(cfg.traces)
     if not rows:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
+    cell_types_file(cfg.labels)  # refuse a bad file now, not after the training
     check_run(cfg)
     cfg = with_date(cfg, world)
     check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
@@ -343,10 +345,18 @@ def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
     """Write a plain checkpoint (adapter merged in float32) under a temporary name, then rename it."""
     shutil.rmtree(folder, ignore_errors=True)
     dtype = getattr(torch, cfg.dtype)
+    known = cell_types_file(cfg.labels, cfg.traces, cfg.model)  # what launch/annotate.py may offer as candidates
     if policy.lora:
         adapter = {name: t.cpu() for name, t in policy.adapter_tensors().items()}
         write_checkpoint(
-            cfg.model, folder, dtype, adapter=adapter, config=policy.lora, quantize=cfg.quantize, base_dtype=dtype
+            cfg.model,
+            folder,
+            dtype,
+            adapter=adapter,
+            config=policy.lora,
+            quantize=cfg.quantize,
+            base_dtype=dtype,
+            extra=known,
         )
         return
     model, attention = policy.causal_lm, policy.causal_lm.config._attn_implementation
@@ -355,4 +365,6 @@ def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
     model.save_pretrained(partial)
     model.config._attn_implementation = attention
     policy.tokenizer.save_pretrained(partial)
+    for name, text in known.items():
+        (partial / name).write_text(text, encoding="utf-8")
     partial.rename(folder)
