@@ -117,6 +117,7 @@ RANGES = {
         ("price_out", [-1.0], "must be at least 0", [0.0]),
         ("budget", [-1.0], "must be at least 0", [0.0]),
         ("teacher_noise", [-1.0], "must be at least 0", [0.0]),
+        ("teacher_glance", [-0.1, 1.5], "must be at least 0 and at most 1", [0.0, 1.0]),
     ],
 }
 UNBOUNDED = {"seed", "accept_at"}
@@ -128,7 +129,7 @@ def made(config: type, name: str, value: object):
     needed = NEEDED[config]
     if name in ("retries", "timeout_seconds", "backoff_seconds", "price_in", "price_out", "budget"):
         needed = {**needed, **OPENAI}
-    if name == "teacher_noise":
+    if name in ("teacher_noise", "teacher_glance"):
         needed = {**needed, "teacher": "embedded", "model": None}
     return config(**{**needed, name: value})
 
