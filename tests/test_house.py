@@ -85,7 +85,7 @@ def test_what_a_step_runs_through_is_short():
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
     assert sum(map(lines, step)) <= 3500  # of which a tenth is comments
-    assert len(reach("trainer.grpo")) <= 36
+    assert len(reach("trainer.grpo")) <= 40
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,1 +1,1 @@
-"""The language model of the policy: attention, loading, the cost of a pass, merging, sharding."""
+"""The language model of the policy: attention, loading, merging, sharding, and the cost of a pass."""

@@ -20,6 +20,7 @@ from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import GrpoConfig
+from trainer.model.cost import head_size
 from trainer.ranks.world import gpu_problem
 
 GIB = 1 << 30
@@ -376,7 +377,6 @@ def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> T
 
 def sampler_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
-    from trainer.model.loading import head_size
 
     size, shape, on_gpu = getattr(torch, cfg.dtype).itemsize, base.config, launch.device == "cuda"
     tp = cfg.tensor_parallel
@@ -424,7 +424,6 @@ def activation_bytes(cfg: GrpoConfig, shape: Any, tokens: float) -> float:
 
 def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
-    from trainer.model.loading import head_size
 
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
