@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet
 import yaml
 
+from data.files import lock_folder
 from eval.report.faults import fault_sentences
 from eval.run_files import summary_text, write_summary
 from launch.options import command, option
@@ -60,6 +61,7 @@ def main(config: DemoConfig) -> None:
     if (out / "summary.json").is_file():
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
+    lock_folder(out)
     seconds = prepare(config)
     train = out / "puzzles/train.parquet"
     seconds |= evaluate(config, "base", out / "base")

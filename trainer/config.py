@@ -112,6 +112,11 @@ class TrainingConfig:
     keep_checkpoints: int = run(2, "Newest checkpoints kept.")
     hang_seconds: float = run(1800.0, "A rank without progress for so long is named, and the run ends.")
 
+    notify: str = run(
+        "",
+        "Shell command for the end of the run, also a failed or killed one; it gets RUN_OUT, RUN_STATE, RUN_ERROR, ...",
+    )
+
     @property
     def compute_dtype(self) -> str:
         """Of matrix products in the trainer."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import weight_files
+from data.files import append_rows, weight_files
 from data.puzzles import read_rows
 from trainer.config import SftConfig
 from trainer.model.merge import write_checkpoint
@@ -28,7 +28,6 @@ from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
 from trainer.record.runfolder import (
-    append_jsonl,
     check_run,
     open_run,
     restore_training,
@@ -266,7 +265,7 @@ class StepLog:
     """Rank 0's record of a run: metrics.jsonl, timing.jsonl, and a progress bar or plain lines."""
 
     def __init__(self, run: Run) -> None:
-        self.out, self.n_steps, self.is_main = run.out, run.n_steps, run.world.is_main
+        self.out, self.n_steps, self.world, self.is_main = run.out, run.n_steps, run.world, run.world.is_main
         # disable None: tqdm shows the bar on a terminal only
         hidden = None if self.is_main else True
         self.bar = tqdm(total=run.n_steps, initial=run.first_step, desc="SFT", unit="step", disable=hidden)
@@ -275,8 +274,9 @@ class StepLog:
         """Append a step to the run folder and show it. On other ranks than 0: nothing."""
         if not self.is_main:
             return
-        append_jsonl(self.out / "metrics.jsonl", [metrics])
-        append_jsonl(self.out / "timing.jsonl", [timing])
+        append_rows(self.out / "metrics.jsonl", [metrics])
+        append_rows(self.out / "timing.jsonl", [timing])
+        self.world.step_made(metrics["step"], self.n_steps, timing["seconds"])
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
         self.bar.update()
         # without a terminal: ten lines per run, and one per evaluation
