@@ -129,7 +129,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         clock.enter("update")
         rows = rollout_rows(step + 1, policy.chat, rollouts, rewards, advantages, cfg.group_size)
         # every rank sees all groups, in prompt order, so that update() can deal them out evenly by cost
-        sampled = world.gather(scored_groups(groups, rows, advantages, trained), ScoredGroup, Rollout)
+        sampled = world.gather(scored_groups(groups, rows, advantages, trained))
         sums, figures = update(now, sampled)
         # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")

@@ -213,8 +213,16 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     cut.kill()
     resumed = start(torchrun(*words(tmp_path / "cut"), *ahead, "--resume", ranks=2), tmp_path / "resumed.log")
     assert resumed.end() == 0, resumed.output
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    last = "checkpoints/step-000040/"
+    for name in (
+        *("metrics.jsonl", "rollouts.jsonl"),
+        *(last + "adapter_model.safetensors", last + "training/optimizer.safetensors"),
+    ):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "restarted" / name).read_bytes()
+    assert min(row["grad_norm"] for row in metrics(tmp_path / "cut")) > 1e-4, (
+        "equal although every step changed the adapter"
+    )
+    assert len({row["adapter_hash"] for row in metrics(tmp_path / "cut")}) == 40
 
 
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path):

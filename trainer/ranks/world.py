@@ -9,7 +9,6 @@ orders, they read each other's data.
 """
 
 import base64
-import dataclasses
 import json
 import os
 import signal
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
+from rollout import Rollout
 from rollout.link import all_gather_bytes
 from trainer.ranks.watch import RankLost, RunStatus, Watch, first_line
 
@@ -111,23 +111,23 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
-    def gather(self, items: list, *kinds: type) -> list:
+    def gather(self, items: list) -> list:
         """The items of all ranks, on every rank. Collective.
 
         Undoes a split by [rank::size], even or uneven: item k of rank r comes back at place k * size + r. The items are what
-        JSON can hold, tensors, and dataclasses of `kinds`. Tuples come back as lists.
+        JSON can hold, tensors, and dataclasses that are marked with `travels`. Tuples come back as lists.
         """
         if self.size == 1:
             return items
         with self.waiting("the rollouts of all ranks"):
-            per_rank = [from_bytes(data, *kinds) for data in all_gather_bytes(to_bytes(items))]
+            per_rank = [from_bytes(data) for data in all_gather_bytes(to_bytes(items))]
         nothing = object()  # fills up the last ranks, which have an item less after an uneven split
         return [
             item for items_k in zip_longest(*per_rank, fillvalue=nothing) for item in items_k if item is not nothing
         ]
 
     def gather_in_rank_order(self, item: Any) -> list[Any]:
-        """[item of rank 0, item of rank 1, ...] on every rank, as `gather` without kinds. Collective."""
+        """[item of rank 0, item of rank 1, ...] on every rank; what an item may be is said in `gather`. Collective."""
         if self.size == 1:
             return [item]
         with self.waiting("a message of every rank"):
@@ -146,6 +146,16 @@ class World:
             p.grad.copy_(part.view_as(p))
 
 
+KINDS: dict[str, type] = {Rollout.__name__: Rollout}
+"""The dataclasses that ranks may send one another, by name."""
+
+
+def travels(kind: type[T]) -> type[T]:
+    """Decorates a dataclass that ranks may send one another."""
+    KINDS[kind.__name__] = kind
+    return kind
+
+
 def to_bytes(value: Any) -> bytes:
     """JSON of a value; a tensor in it is written as its dtype, shape and bytes, a dataclass as its name and fields.
 
@@ -157,15 +167,14 @@ def to_bytes(value: Any) -> bytes:
             content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             dtype = str(part.dtype).removeprefix("torch.")
             return {TENSOR: [dtype, list(part.shape), base64.b64encode(content).decode()]}
-        assert dataclasses.is_dataclass(part), type(part)
+        assert type(part) in KINDS.values(), type(part)
         return {KIND: [type(part).__name__, {name: getattr(part, name) for name in part.__dataclass_fields__}]}
 
     return json.dumps(value, default=special).encode()
 
 
-def from_bytes(data: bytes, *kinds: type) -> Any:
-    """The value of to_bytes. kinds: the dataclasses that may be in it."""
-    known = {kind.__name__: kind for kind in kinds}
+def from_bytes(data: bytes) -> Any:
+    """The value of to_bytes. Nothing in the data decides what code runs: other kinds than those of KINDS are a KeyError."""
 
     def special(part: dict[str, Any]) -> Any:
         if part.keys() == {TENSOR}:
@@ -175,7 +184,7 @@ def from_bytes(data: bytes, *kinds: type) -> Any:
             return torch.frombuffer(raw, dtype=empty.dtype).view(shape) if raw else empty
         if part.keys() == {KIND}:
             name, fields = part[KIND]
-            return known[name](**fields)
+            return KINDS[name](**fields)
         return part
 
     return json.loads(data, object_hook=special)
