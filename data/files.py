@@ -208,7 +208,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
     descriptors = [handle]
     keep_from_children(descriptors)  # a child that outlives this process must not hold the lock
     if not _locked:
-        atexit.register(lambda: [unlock_folder(held) for held in list(_locked)])
+        atexit.register(unlock_folders)
     _locked[path.parent] = (os.getpid(), descriptors)
 
 
@@ -222,6 +222,12 @@ def unlock_folder(folder: str | os.PathLike) -> None:
         (path / LOCK).unlink()  # before the lock is free, or it could be another's by then
     del _locked[path]
     os.close(descriptors.pop())
+
+
+def unlock_folders() -> None:
+    """unlock_folder of all folders that this process holds."""
+    for folder in list(_locked):
+        unlock_folder(folder)
 
 
 # ---- JSON that names its faults

@@ -208,6 +208,24 @@ def test_a_read_only_disk_is_one_sentence(run, small_disk):
     refused(done, f"Error: {disk / 'other'}: cannot be written (Read-only file system); make room")
 
 
+@pytest.mark.slow(6)
+@pytest.mark.parametrize(("rank", "kib"), [(4, 1400), (0, 3800)])
+def test_a_cold_start_whose_model_does_not_fit_goes_on_when_there_is_room(pipeline, small_disk, rank, kib):
+    """Its checkpoint fits and OUT/model does not; --resume then makes no step again."""
+    disk = small_disk(kib)
+    given = ("--traces", pipeline / "traces.jsonl", "--model", pipeline / "base", "--out", disk / "run", "--epochs", 1)
+    given = (*given, "--batch-size", 32, "--lora-rank", rank)
+    refused(run_command("sft", *given), f"Error: {disk / 'run/model'}: cannot be written (No space left on device)")
+    assert not (disk / "run/model").exists() and not list(disk.rglob("*partial*"))
+    before = (disk / "run/metrics.jsonl").read_bytes()
+    status = status_of(disk / "run")
+    assert (status["state"], status["exit_code"], status["step"]) == ("failed", 2, status["steps"])
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    succeed("sft", *given, "--resume")
+    assert (disk / "run/metrics.jsonl").read_bytes() == before
+    assert set(load_file(disk / "run/model/model.safetensors")) == set(load_file(pipeline / "base/model.safetensors"))
+
+
 # ---- what the owner is told
 
 

@@ -365,12 +365,12 @@ class RunStatus:
         text = " ".join(f"{type(error).__name__ + ': ' if code == 1 else ''}{error}".split()) if error else ""
         with suppress(UserError):
             self.write(state=state, error=text, exit_code=code, waiting_for="", seconds_left=None if error else 0.0)
+        unlock_folder(self.path.parent)  # before the command, which may start the run again
         if self.messenger is not None:
             self.tell({name: self.shown[name] for name in ("state", "error", "exit_code", "step", "steps")})
             with suppress(subprocess.TimeoutExpired):
                 self.messenger.wait(timeout=NOTIFY_SECONDS)
             self.messenger = None
-        unlock_folder(self.path.parent)
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a line to the process that runs the command."""

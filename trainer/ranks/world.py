@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
+from data.files import unlock_folders
 from rollout import Rollout
 from rollout.link import all_gather_bytes
 from trainer.ranks.watch import RankLost, RunStatus, Watch, first_line
@@ -314,14 +315,14 @@ def guarded(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # also an exit or Ctrl-C: the others must not wait for this rank
-        if world.watch is None:
-            world.ended(error)
-            raise
-        # an error of our own code needs no waiting for a verdict: this rank is the one to blame
-        verdict = world.watch.explain(error) if is_collective_failure(error) else ""
-        world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
-        lost = RankLost(f"{world.watch.me} stops in {world.watch.me.place()}: {verdict}") if verdict else None
+        lost = None
+        if world.watch is not None:
+            # an error of our own code needs no waiting for a verdict: this rank is the one to blame
+            verdict = world.watch.explain(error) if is_collective_failure(error) else ""
+            world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
+            lost = RankLost(f"{world.watch.me} stops in {world.watch.me.place()}: {verdict}") if verdict else None
         world.ended(lost or error)
+        unlock_folders()  # of a process that goes on, such as a notebook
         if lost:
             raise lost from None
         raise

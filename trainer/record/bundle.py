@@ -166,6 +166,10 @@ def read_bundle(path: str | Path) -> Bundle:
         content = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'bundle.json'}: damaged ({error.msg}, line {error.lineno})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path / 'bundle.json'}: damaged ({error.reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path / 'bundle.json'}: damaged (it holds no JSON object)")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: bundle format {content.get('format')}, this version reads {FORMAT}")
     file = path / "tensors.safetensors"

@@ -10,6 +10,7 @@ On --resume a damaged checkpoint is set aside, and the one before it used. The .
 the rows after the checkpoint, are dropped on --resume (rewind).
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -319,9 +321,16 @@ def rewind(out: Path, step: int) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file. Raises OSError when it cannot be written."""
-    try:
+    with disk_errors(path):
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata)
-    except SafetensorError as error:  # its own error, also where the disk is full
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the error that safetensors has of its own where a disk is full, and of its own kind, into an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
@@ -397,6 +406,10 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
     if there and found is None:
         raise UserError(f"{problems[0]}, of which {out} has none; put a copy of the file back, or name another --out")
     steps = world.gather_in_rank_order(found[1][0] if found else 0)  # each node reads its own copy of the disk
+    if min(steps) == 0 < max(steps):
+        raise UserError(
+            f"--resume: rank {steps.index(0)} finds no checkpoint in {out}; all nodes must see the same folder"
+        )
     if found is None or found[1][0] == min(steps) == steps_saved(out):
         return found
     if found[1][0] != min(steps):
@@ -418,29 +431,6 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
 def training_file(checkpoint: Path, name: str) -> Path:
     """The path of MOMENTS or PENDING of a checkpoint; runs of older versions have these files beside the weights."""
     return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
-
-
-def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, PEFT config) of an adapter folder in PEFT's format.
-
-    Raises UserError that names a missing or damaged file; with for_vllm also for an adapter that vLLM cannot serve.
-    """
-    for name in (ADAPTER, "adapter_config.json"):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: no adapter there ({name} is missing)")
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
-    if for_vllm and config.get("use_dora"):
-        raise UserError(
-            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
-            "LoRA"
-        )
-    try:
-        return load_file(path / ADAPTER), config
-    except SafetensorError as error:
-        raise UserError(f"{path / ADAPTER}: damaged ({error})") from None
 
 
 def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ an answer.
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.errors import UserError
-from data.files import append_rows, weight_files
+from data.files import append_rows, replacing_folder, weight_files
 from data.puzzles import read_rows
 from trainer.config import SftConfig
 from trainer.model.merge import write_checkpoint
@@ -29,6 +28,7 @@ from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
 from trainer.record.runfolder import (
     check_run,
+    disk_errors,
     open_run,
     restore_training,
     save_training,
@@ -341,7 +341,6 @@ def finish(run: Run, done: int) -> None:
 
 def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
     """Write a plain checkpoint (adapter merged in float32) under a temporary name, then rename it."""
-    shutil.rmtree(folder, ignore_errors=True)
     dtype = getattr(torch, cfg.dtype)
     if policy.lora:
         adapter = {name: t.cpu() for name, t in policy.adapter_tensors().items()}
@@ -350,9 +349,10 @@ def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
         )
         return
     model, attention = policy.causal_lm, policy.causal_lm.config._attn_implementation
-    partial = folder.with_name(folder.name + ".partial")
-    model.config._attn_implementation = "sdpa"  # the saved config must not name our attention, which others do not have
-    model.save_pretrained(partial)
-    model.config._attn_implementation = attention
-    policy.tokenizer.save_pretrained(partial)
-    partial.rename(folder)
+    with replacing_folder(folder) as partial, disk_errors(folder):
+        model.config._attn_implementation = (
+            "sdpa"  # the saved config must not name our attention: others do not have it
+        )
+        model.save_pretrained(partial)
+        model.config._attn_implementation = attention
+        policy.tokenizer.save_pretrained(partial)
