@@ -170,6 +170,8 @@ def test_a_killed_trainer_is_named_on_the_other_node_within_30_seconds(words, st
         "rank 0 on node 0" in said and f"rank 1 on node 1 ({nodes[1].host}, process {rank_1.pid}) died in phase" in said
     )
     assert "of step" in said.split("died in phase")[1]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1) and f"process {rank_1.pid}) died" in status["error"]
 
 
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(words, start, tmp_path):
