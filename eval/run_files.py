@@ -5,24 +5,40 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
+
 from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import read_rows
 
 STAGES = ("base", "sft", "grpo")
-SPLITS = ("test", "unseen")
+SPLITS = ("test", "unseen", "cells")
+"""Held-out puzzles; those of unseen diseases; those of held-out cells of a second file (launch/demo.py --cells-h5ad)."""
+BASELINE = "baseline-"
+"""How the folder of a baseline under OUT/eval begins."""
 HEADLINE = ("batch_accuracy", "cell_accuracy", "format_validity", "uniqueness", "response_length")
 """The metrics that a table on the terminal shows."""
 
 
 def write_summary(out: Path, run: dict[str, Any]) -> None:
-    """Write OUT/summary.json: {stage: {split: metrics}} from OUT/eval/STAGE/SPLIT/metrics.json; "run": `run`."""
-    summary: dict[str, dict] = {}
-    for stage in STAGES:
-        files = sorted((out / "eval" / stage).glob("*/metrics.json"))
-        summary[stage] = {file.parent.name: without_breakdowns(read_result(file)) for file in files}
+    """Write OUT/summary.json from OUT/eval/STAGE/SPLIT/metrics.json.
+
+    It is {stage: {split: metrics}, "baselines": {name: {split: metrics}}, "run": `run`}.
+    """
+    summary: dict[str, dict] = {stage: _metrics_of_splits(out / "eval" / stage) for stage in STAGES}
+    folders = sorted((out / "eval").glob(f"{BASELINE}*"))
+    summary["baselines"] = {folder.name.removeprefix(BASELINE): _metrics_of_splits(folder) for folder in folders}
+    for of_split in summary["baselines"].values():
+        for metrics in of_split.values():
+            metrics.pop("response_length", None)  # of an answer without reasoning: no length to compare with a model's
     summary["run"] = run
     write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def _metrics_of_splits(folder: Path) -> dict[str, Any]:
+    """{split: metrics} of the metrics.json files below a folder."""
+    files = sorted(folder.glob("*/metrics.json"))
+    return {file.parent.name: without_breakdowns(read_result(file)) for file in files}
 
 
 def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:
@@ -33,11 +49,21 @@ def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:
 def summary_text(run_dir: str | os.PathLike) -> str:
     """The headline metrics of a summary.json as a table."""
     summary = read_summary(run_dir)
-    lines = [f"{'stage':6}{'split':8}" + "".join(f"{name:>17}" for name in HEADLINE)]
-    for stage in STAGES:
-        for split, metrics in summary[stage].items():
-            lines.append(f"{stage:6}{split:8}" + "".join(f"{metrics[name]:17.3f}" for name in HEADLINE))
+    rows = {stage: summary[stage] for stage in STAGES} | (summary.get("baselines") or {})
+    wide = max(map(len, rows)) + 2
+    lines = [f"{'stage':{wide}}{'split':8}" + "".join(f"{name:>17}" for name in HEADLINE)]
+    for name, of_split in rows.items():
+        for split, metrics in of_split.items():
+            numbers = (metrics.get(column) for column in HEADLINE)
+            texts = (f"{'-':>17}" if number is None else f"{number:17.3f}" for number in numbers)
+            lines.append(f"{name:{wide}}{split:8}" + "".join(texts))
     return "\n".join(lines)
+
+
+def held_out_files(run_dir: Path) -> list[str]:
+    """The files of RUN/puzzles/SPLIT.parquet that hold a puzzle; the builder writes those of empty splits too."""
+    files = [run_dir / "puzzles" / f"{split}.parquet" for split in SPLITS]
+    return [str(file) for file in files if file.is_file() and pyarrow.parquet.read_metadata(file).num_rows > 0]
 
 
 def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:

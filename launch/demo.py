@@ -2,21 +2,27 @@
 
     python launch/demo.py                                       # what `make demo` runs
     python launch/demo.py --recipe launch/recipes/pbmc.yaml     # the same on real PBMCs
+    python launch/demo.py --recipe launch/recipes/smollm2.yaml  # a pretrained model on both (make smollm2)
 
-Each stage is one of the commands of launch/, printed before it runs. A stage whose result exists is not run again.
+Each stage is one of the commands of launch/, printed before it runs. A stage whose result exists is not run again, and
+SFT and GRPO go on from their newest checkpoint: the same command continues a run that was stopped.
 """
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet
 import yaml
 
+from data.errors import UserError
 from data.files import lock_folder
+from data.puzzles import read_rows, write_rows
+from eval.baselines import BASELINES
 from eval.report.faults import fault_sentences
-from eval.run_files import summary_text, write_summary
+from eval.run_files import held_out_files, summary_text, write_summary
 from launch.options import command, option
 from launch.stages import LAUNCH, begun, run_stage
 from trainer.record.runfolder import list_checkpoints, provenance
@@ -36,10 +42,27 @@ class DemoConfig:
     build: tuple[str, ...] = option(
         (), "Options for launch/build.py as name=value, instead of those for the simulated atlas.", section=ATLAS
     )
-    traces_from: int | None = option(None, "Training puzzles that the teacher answers; default: all.", section=TRAINING)
+    cells_h5ad: str | None = option(
+        None,
+        "A second file: trained on too, and its held-out puzzles are evaluated as the split 'cells'.",
+        section=ATLAS,
+    )
+    cells_build: tuple[str, ...] = option((), "Options for launch/build.py with the second file.", section=ATLAS)
+    model: str | None = option(
+        None,
+        "Checkpoint to start from; default: a small policy made from scratch (--hidden, --layers).",
+        section=TRAINING,
+    )
+    distill: tuple[str, ...] = option((), "Options for launch/distill.py as name=value.", section=TRAINING)
+    traces_from: int | None = option(
+        None, "Training puzzles (of each file) that the teacher answers; default: all.", section=TRAINING
+    )
     hidden: int = option(128, "Hidden size of the embedded policy.", section=TRAINING)
     layers: int = option(3, "Layers of the embedded policy.", section=TRAINING)
-    sft_epochs: int = option(3, "Epochs of the cold start (all weights).", section=TRAINING)
+    sft: tuple[str, ...] = option(
+        (), "Options for launch/sft.py as name=value, instead of those that train all weights.", section=TRAINING
+    )
+    sft_epochs: int = option(3, "Epochs of the cold start.", section=TRAINING)
     sft_lr: float = option(3e-3, "Peak learning rate of the cold start.", section=TRAINING)
     grpo_recipe: str = option(str(LAUNCH / "recipes/demo.yaml"), "Recipe of the GRPO stage.", section=TRAINING)
     grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.", section=TRAINING)
@@ -51,7 +74,7 @@ SIMULATED_BUILD = (
     *("puzzles-per-n=4000", "test-puzzles-per-n=150"),
     *("unseen-disease=systemic lupus erythematosus", "unseen-disease=Crohn disease"),
 )
-COLD_START = {"lora_rank": 0, "batch_size": 8, "warmup_steps": 20, "weight_decay": 0.01, "holdout": 0.02}
+COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
 @command(DemoConfig)
@@ -61,15 +84,17 @@ def main(config: DemoConfig) -> None:
     if (out / "summary.json").is_file():
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
+    refuse_missing_files(config)
     lock_folder(out)
     seconds = prepare(config)
-    train = out / "puzzles/train.parquet"
-    seconds |= evaluate(config, "base", out / "base")
+    train = training_files(config)[0]
+    seconds |= evaluate(config, "base", base_model(config))
     seconds |= evaluate(config, "sft", out / "sft/model")
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "seed": config.seed}
     grpo |= {"model": out / "sft/model", "puzzles": train, "out": out / "grpo"}
     seconds |= run_stage("grpo", out / "grpo/finished.json", "grpo", *begun(out / "grpo"), **grpo)
-    seconds |= evaluate(config, "grpo", list_checkpoints(out / "grpo")[-1])
+    seconds |= evaluate(config, "grpo", list_checkpoints(out / "grpo")[-1], compare=out / "eval/sft")
+    seconds |= evaluate_baselines(config)
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
@@ -90,39 +115,108 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     if not config.h5ad:
         atlas = {"donors": config.donors, "types": config.types, "noise": config.noise}
         seconds |= run_stage("simulate", h5ad, "simulate", out=h5ad, **atlas, **seed)
-    build = [word for item in config.build or SIMULATED_BUILD for word in ("--" + item).split("=", 1)]
-    seconds |= run_stage("build", out / "puzzles/report.json", "build", *build, h5ad=h5ad, out=out / "puzzles", **seed)
-    train, traces = out / "puzzles/train.parquet", out / "traces.jsonl"
-    seconds |= run_stage("distill", traces, "distill", puzzles=train, out=traces, limit=config.traces_from, **seed)
-    # genes and diseases that only held-out donors have get tokens too, instead of letters that the model never saw
-    words = ["--puzzles", traces, *(word for file in held_out_files(out) for word in ("--words-of", file))]
-    policy = {"puzzles": train, "out": out / "base", "hidden": config.hidden, "layers": config.layers, **seed}
-    seconds |= run_stage("create policy", out / "base/config.json", "create_policy", *words, **policy)
-    cold_start = {"traces": traces, "model": out / "base", "out": out / "sft"}
-    cold_start |= {**COLD_START, "epochs": config.sft_epochs, "lr": config.sft_lr, **seed}
-    ranks = min(2, len(os.sched_getaffinity(0)))  # small matrices: two processes are faster than two threads
-    finished = out / "sft/model/config.json"
-    return seconds | run_stage("sft", finished, "sft", *begun(out / "sft"), ranks=ranks, **cold_start)
+    sources = {"": (h5ad, config.build or SIMULATED_BUILD)}
+    if config.cells_h5ad:
+        sources["cells"] = (Path(config.cells_h5ad), config.cells_build)
+    for name, (file, options) in sources.items():
+        puzzles, traces = out / (name or "puzzles"), out / f"traces{name and '_'}{name}.jsonl"
+        build = {"h5ad": file, "out": puzzles, **seed}
+        seconds |= run_stage(_stage("build", name), puzzles / "report.json", "build", *flags(options), **build)
+        ask = {"puzzles": puzzles / "train.parquet", "out": traces, "limit": config.traces_from, **seed}
+        seconds |= run_stage(_stage("distill", name), traces, "distill", *flags(config.distill), **ask)
+    train, traces = training_files(config)
+    if config.cells_h5ad:
+        write_both((out / "puzzles/train.parquet", out / "cells/train.parquet"), train)
+        write_both((out / "traces.jsonl", out / "traces_cells.jsonl"), traces)
+        shutil.copyfile(out / "cells/test.parquet", out / "puzzles/cells.parquet")  # where the report looks for puzzles
+    if not config.model:
+        # genes and diseases that only held-out donors have get tokens too, instead of letters that the model never saw
+        words = ["--puzzles", traces, *(word for file in held_out_files(out) for word in ("--words-of", file))]
+        policy = {"puzzles": train, "out": out / "base", "hidden": config.hidden, "layers": config.layers, **seed}
+        seconds |= run_stage("create policy", out / "base/config.json", "create_policy", *words, **policy)
+    cold_start = {"traces": traces, "model": base_model(config), "out": out / "sft"}
+    cold_start |= {"epochs": config.sft_epochs, "lr": config.sft_lr, **seed}
+    words, finished = [*begun(out / "sft"), *flags(config.sft or COLD_START)], out / "sft/model/config.json"
+    return seconds | run_stage("sft", finished, "sft", *words, ranks=training_ranks(), **cold_start)
 
 
-def evaluate(config: DemoConfig, stage: str, model: Path) -> dict[str, float]:
-    """Evaluate a model on the held-out splits, into OUT/eval/STAGE/SPLIT.
+def _stage(verb: str, name: str) -> str:
+    return f"{verb} {name}".rstrip()
 
-    Returns the seconds of the stage, if it ran.
-    """
+
+def flags(options: Iterable[str]) -> list[str]:
+    """name=value options as words of a command line; a name alone is a switch."""
+    return [word for item in options for word in ("--" + item).split("=", 1)]
+
+
+def training_files(config: DemoConfig) -> tuple[Path, Path]:
+    """(training puzzles, traces), of both files where there are two."""
     out = Path(config.out)
-    folder, files = out / "eval" / stage, held_out_files(out)
+    if config.cells_h5ad:
+        return out / "train_both.parquet", out / "traces_both.jsonl"
+    return out / "puzzles/train.parquet", out / "traces.jsonl"
+
+
+def write_both(sources: tuple[Path, Path], out: Path) -> None:
+    """Write the rows of two files, one file after the other, unless `out` exists. The trainers shuffle them.
+
+    Both number their puzzles from 0, so the ids of the second file get a prefix.
+    """
+    if not out.is_file():
+        first, second = map(read_rows, sources)
+        for row in second:
+            row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}
+        write_rows(out, [*first, *second])
+
+
+def refuse_missing_files(config: DemoConfig) -> None:
+    """Raises UserError, before anything is made, when a file or the checkpoint of the settings is not there."""
+    if config.model and not (Path(config.model) / "config.json").is_file():
+        raise UserError(f"--model {config.model}: no checkpoint there; `make smollm2` brings SmolLM2's")
+    for name, file in (("--h5ad", config.h5ad), ("--cells-h5ad", config.cells_h5ad)):
+        if file and not Path(file).exists():
+            raise UserError(f"{name} {file}: no such file; `make pbmc` and `make smollm2` bring the real cells")
+
+
+def base_model(config: DemoConfig) -> Path:
+    """The checkpoint before any training."""
+    return Path(config.model or Path(config.out) / "base")
+
+
+def training_ranks() -> int:
+    """Processes of the cold start: one per GPU; on a CPU two, which are faster than two threads."""
+    import torch  # seconds, which `--help` need not wait for
+
+    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+
+
+def evaluate(config: DemoConfig, stage: str, model: Path, **more: object) -> dict[str, float]:
+    """Evaluate a model on all held-out splits; see `evaluate_files`."""
+    files = held_out_files(Path(config.out))
+    return evaluate_files(config, stage, files, model=model, max_response_tokens=response_tokens(config), **more)
+
+
+def evaluate_baselines(config: DemoConfig) -> dict[str, float]:
+    """Evaluate every baseline. For each of two files it learns from the training puzzles of that file alone."""
+    out, seconds = Path(config.out), {}
+    for name in BASELINES:
+        for train in ("puzzles", "cells"):
+            files = [file for file in held_out_files(out) if (Path(file).stem == "cells") == (train == "cells")]
+            if files:
+                learns = {"baseline": name, "train": out / train / "train.parquet"}
+                seconds |= evaluate_files(config, f"baseline-{name}", files, **learns)
+    return seconds
+
+
+def evaluate_files(config: DemoConfig, stage: str, files: list[str], **settings: object) -> dict[str, float]:
+    """Evaluate a model, or a baseline, on puzzle files, into OUT/eval/STAGE/SPLIT. Returns its seconds, if it ran."""
+    folder = Path(config.out) / "eval" / stage
     words = [word for file in files for word in ("--puzzles", file)]
-    settings = {"model": model, "limit": config.eval_puzzles, "max_response_tokens": response_tokens(config)}
+    settings["limit"] = config.eval_puzzles
     # launch/evaluate.py makes a folder per file only when there are several files
-    settings["out"] = folder if len(files) > 1 else folder / "test"
-    return run_stage(f"evaluate {stage}", folder / "test/metrics.json", "evaluate", *words, **settings)
-
-
-def held_out_files(out: Path) -> list[str]:
-    """The files of test and unseen puzzles that hold a puzzle."""
-    files = (out / "puzzles/test.parquet", out / "puzzles/unseen.parquet")
-    return [str(file) for file in files if file.is_file() and pyarrow.parquet.read_metadata(file).num_rows > 0]
+    settings["out"] = folder if len(files) > 1 else folder / Path(files[0]).stem
+    last = folder / Path(files[-1]).stem / "metrics.json"
+    return run_stage(f"evaluate {stage}", last, "evaluate", *words, **settings)
 
 
 def response_tokens(config: DemoConfig) -> int:

@@ -80,7 +80,8 @@ def make_teacher(
     puzzles: of the whole file, from which the embedded teacher learns markers. chosen: the puzzles that will be asked.
     """
     if config.teacher == "embedded":
-        return EmbeddedTeacher(marker_table(puzzles), config.seed, TeacherConfig(noise=config.teacher_noise))
+        writes = TeacherConfig(noise=config.teacher_noise, voice=config.teacher_voice, glance=config.teacher_glance)
+        return EmbeddedTeacher(marker_table(puzzles), config.seed, writes)
     if config.teacher == "vllm":
         return vllm_teacher(config, chosen, meter)
     from rollout.teachers.openai import Endpoint, OpenAITeacher

@@ -7,6 +7,9 @@ It writes in two styles: "by the markers" (each label after the genes that led t
 (only a label per cell; one of several openings). Both pass rejection sampling, so a cold start learns both. Which of
 them earns more reward is left for GRPO to find out.
 
+`voice` chooses the words. "notes" are the keywords that the embedded policy, a model from scratch, can learn. "plain" are
+English sentences for a pretrained language model, with one opening per style.
+
 The bytes for a seed are pinned by tests: never change the number or the order of random draws.
 """
 
@@ -40,10 +43,15 @@ class TeacherConfig:
     """Largest number of markers cited per cell."""
     glance: float = 0.78
     """Probability that a trace names one label per cell and cites no marker."""
+    voice: str = "notes"
+    """How a trace is worded: one of VOICES."""
 
 
 GLANCE_OPENINGS = ("At a glance.", "In short.", "Offhand.", "Quickly.", "No genes named.", "Straight away.")
 MARKERS_OPENING = "By the markers."
+PLAIN_GLANCE, PLAIN_MARKERS = "At first sight:", "By their marker genes:"
+"""The openings of the plain voice. Their first words differ, so the first word decides the style."""
+VOICES = ("notes", "plain")
 
 
 def marker_table(puzzles: Iterable[Puzzle]) -> MarkerTable:
@@ -86,16 +94,44 @@ def write_trace(
     """Write one candidate trace: a line per cell with a label, with or without its markers, then the answer block."""
     labels = _assign(puzzle, markers, rng, config.noise)
     at_a_glance = rng.random() < config.glance
-    lines = [rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING]
+    plain = config.voice == "plain"
+    opening = rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING  # always drawn: see the bytes, above
+    lines = [(PLAIN_GLANCE if at_a_glance else PLAIN_MARKERS) if plain else opening]
+    sentence = plain_sentence if plain else note
     for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
         cited = [gene for gene in genes if gene in markers.get(label, ())][: config.cited]
-        evidence = f"{', '.join(cited) if cited else 'no marker left'}, so "
-        lines.append(f"Cell {number}: {'' if at_a_glance else evidence}{label}")
+        lines.append(sentence(number, label, None if at_a_glance else cited))
     if rng.random() < config.slip:
         i, j = rng.sample(range(len(labels)), 2)
         labels[i], labels[j] = labels[j], labels[i]
     end = "" if rng.random() < config.bad_format else "</answer>"
     return "<think>" + "\n".join(lines) + f"</think>\n<answer>{answer_text(labels)}{end}"
+
+
+def note(number: int, label: str, cited: list[str] | None) -> str:
+    """A line about a cell in the voice "notes".
+
+    cited: its markers of the label; None when the trace cites none anyway.
+
+    >>> note(2, "B cell", ["MS4A1", "CD79A"])
+    'Cell 2: MS4A1, CD79A, so B cell'
+    """
+    evidence = "" if cited is None else f"{', '.join(cited) or 'no marker left'}, so "
+    return f"Cell {number}: {evidence}{label}"
+
+
+def plain_sentence(number: int, label: str, cited: list[str] | None) -> str:
+    """The same in the voice "plain".
+
+    >>> plain_sentence(2, "B cell", ["MS4A1", "CD79A"])
+    'Cell 2 expresses MS4A1 and CD79A, which mark B cell.'
+    """
+    if cited is None:
+        return f"Cell {number} looks like {label}."
+    if not cited:
+        return f"Cell {number} shows no marker of its own, so {label} is left for it."
+    genes = " and ".join([", ".join(cited[:-1]), cited[-1]] if cited[1:] else cited)
+    return f"Cell {number} expresses {genes}, which mark{'' if cited[1:] else 's'} {label}."
 
 
 def _assign(puzzle: Puzzle, markers: MarkerTable, rng: random.Random, noise: float) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.distill.distill import KEEP_RULES
+from data.distill.embedded_teacher import VOICES
 from data.distill.responses import prompts_hash
 from data.errors import UserError
 from data.options import check_numbers, check_temperature, flag_of, option
@@ -16,6 +17,8 @@ from data.puzzles import Puzzle
 TEACHERS = ("embedded", "openai", "vllm")
 OF_TEACHER = {
     "teacher_noise": ("embedded",),
+    "teacher_voice": ("embedded",),
+    "teacher_glance": ("embedded",),
     "model": ("openai", "vllm"),
     "base": ("vllm",),
     "dtype": ("vllm",),
@@ -36,6 +39,8 @@ OF_TEACHER = {
 }
 """{setting: the teachers that have it}; all teachers have the settings that are not listed."""
 MEANING = ("model", "base", "dtype", "temperature", "top_p", "max_response_tokens", "teacher_noise")
+NEWER = {"teacher_voice": "notes", "teacher_glance": 0.78}
+"""More of them, with the values that raw files from before there were such settings were made with."""
 """Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
 RANGES = {
     "at least 1": ("candidates", "hint_candidates", "max_response_tokens", "concurrency", "limit", "reward_workers"),
@@ -44,6 +49,7 @@ RANGES = {
     ),
     "above 0": ("timeout_seconds", "reward_seconds"),
     "above 0 and at most 1": ("top_p", "memory_fraction"),
+    "at least 0 and at most 1": ("teacher_glance",),
 }
 """What a number may be -> the settings."""
 FILES, TEACHER, ENDPOINT = "Puzzles and traces", "The teacher", "An endpoint (--teacher openai)"
@@ -127,6 +133,12 @@ class DistillConfig:
     teacher_noise: float = option(
         0.5, "embedded: noise of its judgement; one specific marker counts about 1.", section=TEACHER
     )
+    teacher_voice: str = option(
+        "notes", "embedded: keywords for a model from scratch, or plain English.", VOICES, section=TEACHER
+    )
+    teacher_glance: float = option(
+        0.78, "embedded: share of traces that name the labels and cite no marker.", section=TEACHER
+    )
     seed: int = option(0, "Seed of every random choice.", section=SAMPLING)
 
     def __post_init__(self) -> None:
@@ -178,4 +190,5 @@ class DistillConfig:
     def meaning(self, puzzles: list[Puzzle]) -> dict[str, Any]:
         """What decides the content of a response: the first line of the raw file. puzzles: of the whole file."""
         used = {name: getattr(self, name) for name in MEANING if self.teacher in OF_TEACHER[name]}
+        used |= {name: getattr(self, name) for name, before in NEWER.items() if getattr(self, name) != before}
         return {"teacher": self.teacher, **used, "seed": self.seed, "prompts": prompts_hash(puzzles)}

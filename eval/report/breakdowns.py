@@ -12,7 +12,7 @@ from reward.cellpuzzles import normalise_label
 GROUPS_SHOWN = 12
 TYPES_SHOWN = 25
 CONFUSIONS_SHOWN = 12
-SECTION_OF = {"test": "where", "unseen": "where-unseen"}
+SECTION_OF = {"test": "where", "unseen": "where-unseen", "cells": "where-cells"}
 """{split: end of the link to its section}"""
 INTERVAL = "The thin line is the 95 % interval for this number of puzzles (bootstrap over puzzles)"
 

@@ -180,6 +180,8 @@ def split_name(summary: dict[str, Any], split: str) -> str:
 
     summary["run"]["split"] is the build's --split; donors when it is not stated.
     """
+    if split == "cells":
+        return "held-out real cells"
     return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
 
 

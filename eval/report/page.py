@@ -68,6 +68,12 @@ COLUMNS = {
     "response_length": "response length",
     "n_puzzles": "puzzles",
 }
+BASELINE_NAMES = {
+    "random": "labels at random",
+    "markers": "marker table, one to one",
+    "nearest": "nearest training profile",
+    "nearest-assigned": "nearest training profile, one to one",
+}
 GLOSSARY = {
     "Puzzle, batch": "N cells of one donor, each of a different type, and the list of those N types. The annotator "
     "sees the most expressed genes of every cell and has to match cells and types.",
@@ -96,6 +102,7 @@ LINKS = {
     "results": "Results",
     "where": "Where it is right",
     "where-unseen": "Unseen diseases",
+    "where-cells": "Held-out cells",
     "reasoning": "The reasoning",
     "puzzles": "Puzzles to read",
     "grpo": "GRPO training",
@@ -193,10 +200,12 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
     for split in SPLITS:
         name = split_name(summary, split)
         if not any(summary[stage].get(split) for stage in STAGES):
-            lacking += missing(f"This run was not evaluated on {name}.")
+            # few runs have a second file, so its absence says nothing
+            lacking += missing(f"This run was not evaluated on {name}.") if split != "cells" else ""
             continue
         rows.append(f"This run: {name}")
-        rows += [_result_row(stage, summary[stage].get(split)) for stage in STAGES]
+        rows += [_result_row(STAGE_NAMES[stage], summary[stage].get(split)) for stage in STAGES]
+        rows += _baseline_rows(summary, split)
         of_stage = evaluations.get(split, {})
         lacking += "".join(
             missing(f"{name}, {STAGE_NAMES[s]}: {said}.")
@@ -249,13 +258,20 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     ).strip()
 
 
-def _result_row(stage: str, scores: dict[str, Any] | None) -> list[str]:
+def _baseline_rows(summary: dict[str, Any], split: str) -> list[str | list[str]]:
+    """The rows of the baselines that were evaluated on the split, under a heading."""
+    found = {name: of_split[split] for name, of_split in (summary.get("baselines") or {}).items() if split in of_split}
+    rows = [_result_row(BASELINE_NAMES.get(name, name), scores) for name, scores in found.items()]
+    return ["Without a language model, on the same puzzles", *rows] if rows else []
+
+
+def _result_row(name: str, scores: dict[str, Any] | None) -> list[str]:
     if not scores:
-        return [STAGE_NAMES[stage], '<span class="missing">not evaluated in this run</span>', *[EMPTY] * 6]
+        return [name, '<span class="missing">not evaluated in this run</span>', *[EMPTY] * 6]
     limits = scores.get("intervals") or {}
     cells = [share(scores.get(key), limits.get(key)) for key in list(COLUMNS)[:5]]
     length = number(scores.get("response_length"), limits.get("response_length"))
-    return [STAGE_NAMES[stage], *cells, length, number(scores.get("n_puzzles"))]
+    return [name, *cells, length, number(scores.get("n_puzzles"))]
 
 
 def _published_row(row: dict[str, Any], among: list[dict[str, Any]]) -> list[str]:

@@ -12,7 +12,7 @@ from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_coun
 from eval.published import comparable, published_rows
 from eval.reasons import ScoredAnswer, faults_of
 from eval.report.html import count
-from eval.run_files import SPLITS, STAGES, read_result, read_summary
+from eval.run_files import SPLITS, STAGES, held_out_files, read_result, read_summary
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_evaluations(run_dir: Path, summary: dict[str, Any] | None = None) -> Ev
     found: Evaluations = {}
     for split in SPLITS:
         puzzles_file = run_dir / "puzzles" / f"{split}.parquet"
-        puzzles = read_puzzles(puzzles_file) if puzzles_file.is_file() else []
+        puzzles = read_puzzles(puzzles_file) if str(puzzles_file) in held_out_files(run_dir) else []
         for stage in STAGES:
             folder, stated = (
                 evaluation_folder(run_dir, stage, split),
@@ -233,7 +233,7 @@ def published_beside(split: str, of_stage: dict[str, Evaluation]) -> tuple[str, 
     """
     if variant_of_split(of_stage) != "batch":
         return "", []
-    if split == "test":
+    if split != "unseen":
         return "Table 2, the paper's test set", [row.to_dict() for row in published_rows("Table 2")]
     known = next(evaluation for evaluation in reversed(of_stage.values()) if evaluation.variant)
     diseases = [str(group["value"]) for group in known.found.get("disease", [])]

@@ -1,5 +1,6 @@
 """Distillation without a network: embedded teacher, choice of requests, hints, verdicts, raw file, report."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -75,6 +76,27 @@ def test_a_sure_teacher_cites_the_markers_and_is_right():
         "<think>By the markers.\nCell 1: CD3D, IL7R, so T cell\nCell 2: MS4A1, so B cell</think>\n"
         "<answer>T cell | B cell</answer>"
     )
+
+
+def test_the_plain_voice_writes_sentences():
+    plain = dataclasses.replace(SURE, voice="plain")
+    assert write_trace(PUZZLE, TABLE, random.Random(0), plain) == (
+        "<think>By their marker genes:\nCell 1 expresses CD3D and IL7R, which mark T cell.\n"
+        "Cell 2 expresses MS4A1, which marks B cell.</think>\n<answer>T cell | B cell</answer>"
+    )
+    assert write_trace(PUZZLE, TABLE, random.Random(0), dataclasses.replace(plain, glance=1.0)) == (
+        "<think>At first sight:\nCell 1 looks like T cell.\nCell 2 looks like B cell.</think>\n"
+        "<answer>T cell | B cell</answer>"
+    )
+
+
+def test_the_voice_changes_words_only():
+    """The same draws: the same labels, mistakes and styles for a seed, whatever the words are."""
+    for seed in range(50):
+        notes, plain = (
+            write_trace(PUZZLE, TABLE, random.Random(seed), TeacherConfig(voice=voice)) for voice in ("notes", "plain")
+        )
+        assert notes.split("</think>")[1] == plain.split("</think>")[1]
 
 
 def test_the_most_common_opening_is_the_markers_and_first_words_differ():

@@ -17,6 +17,7 @@ from eval.metrics import score, wilson_interval
 from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
+from eval.run_files import summary_text
 from tests.helpers.commands import run_command
 
 pytestmark = pytest.mark.slow(1)
@@ -507,3 +508,33 @@ def test_a_cell_split_is_not_called_donors(run_dir):
     (run_dir / "summary.json").write_text(json.dumps(summary))
     page = write_report(run_dir).read_text()
     assert "of the puzzles of held-out cells" in page and "held-out donors" not in page.split("Words used here")[0]
+
+
+def test_a_split_without_puzzles_is_no_error(run_dir):
+    """The builder writes unseen.parquet without a row when no disease is held out."""
+    write_rows(run_dir / "puzzles/unseen.parquet", [])
+    assert "This run was not evaluated on unseen diseases." in read(write_report(run_dir).read_text(), "results")
+
+
+def test_held_out_cells_of_a_second_file_are_a_split_of_their_own(run_dir):
+    assert "held-out real cells" not in write_report(run_dir).read_text()  # few runs have a second file
+    write_metrics(run_dir, "grpo")
+    shutil.copytree(run_dir / "eval/grpo/test", run_dir / "eval/grpo/cells")
+    shutil.copy(run_dir / "puzzles/test.parquet", run_dir / "puzzles/cells.parquet")
+    page = write_report(run_dir).read_text()
+    assert "This run: held-out real cells" in read(page, "results") and 'href="#where-cells"' in page
+    assert page.count("Published, on other puzzles: Table 2") == 2 and "other puzzles: Table 3" not in page
+
+
+def test_baselines_stand_beside_the_stages(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    numbers = {**summary["sft"]["test"], "batch_accuracy": 0.123}
+    del numbers["response_length"]  # as launch/demo.py writes it
+    summary["baselines"] = {"markers": {"test": numbers}, "random": {"unseen": numbers}}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    results = read(write_report(run_dir).read_text(), "results")
+    row = cells_of(row_of(results, "marker table, one to one"))
+    assert row[0].startswith("12.3") and "labels at random" not in results
+    printed = summary_text(run_dir).splitlines()
+    assert printed[-2].split()[:3] == ["markers", "test", "0.123"] and printed[-2].split()[-1] == "-"
+    assert printed[-1].split()[:2] == ["random", "unseen"]
