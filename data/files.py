@@ -386,6 +386,14 @@ def reason_of(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
 
 
+def full_disk(error: OSError) -> str:
+    """The sentence for a disk that is full or read-only, whatever was being written, standard output too; "" otherwise."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return ""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}cannot be written ({reason_of(error)}); make room or give permission"
+
+
 def require_free_space(folder: Path, n_bytes: int) -> None:
     """Raise OSError when the disk of `folder` has less than `n_bytes` bytes free.
 

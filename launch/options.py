@@ -7,7 +7,6 @@ recipe key that is no field is refused with the nearest name.
 
 import dataclasses
 import difflib
-import errno
 import functools
 import os
 import sys
@@ -21,6 +20,7 @@ import click
 import yaml
 
 from data.errors import RunError, UserError
+from data.files import full_disk
 from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +28,6 @@ RECIPES = ROOT / "launch/recipes"
 RECIPE_HELP = "YAML file of values, or the name of one in launch/recipes; flags win over it."
 OTHER = "Other options"
 """Heading of the options without a section, in a command whose other options have one."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""Error numbers of a disk that is full or read-only."""
 __all__ = ["argument", "command", "option", "read_recipe", "resolve"]
 
 
@@ -97,11 +95,9 @@ class Command(click.Command):
             # other processes are gone or stuck, so groups and engines cannot be taken down in order any more
             os._exit(1)
         except OSError as error:
-            if error.errno not in FULL:
+            if not (sentence := full_disk(error)):
                 raise
-            # whatever was being written, standard output too: a full disk is no bug
-            place = f"{error.filename}: " if error.filename else ""
-            raise _InputError(f"{place}cannot be written ({error.strerror}); make room or give permission") from error
+            raise _InputError(sentence) from error
         except FloatingPointError as error:
             # not the user's mistake: exit code 1; the message names sample and bundle
             raise click.ClickException(str(error)) from error

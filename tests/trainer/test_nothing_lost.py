@@ -5,13 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.commands import SMALL_GRPO, run_command, start_command, succeed
+from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command, succeed
 
 SMALL = (*SMALL_GRPO, "--engine", "torch", "--save-every", 2, "--reward-workers", 0)
 REWARD = """
@@ -206,6 +207,17 @@ def test_a_read_only_disk_is_one_sentence(run, small_disk):
     refused(done, f"Error: {disk / 'run'}: cannot be written (Read-only file system); make room")
     done = run_command("grpo", *words(run), "--out", disk / "other", "--steps", 1)
     refused(done, f"Error: {disk / 'other'}: cannot be written (Read-only file system); make room")
+
+
+@pytest.mark.slow(2)
+def test_standard_output_on_a_full_disk_is_one_sentence_too(run, small_disk):
+    disk = small_disk(4)
+    (disk / "full").write_bytes(b"0" * 4096)
+    with open(disk / "log", "w") as log:
+        command = [sys.executable, ROOT / "launch/grpo.py", *words(run), "--out", run / "logged", "--steps", 1]
+        done = subprocess.run(list(map(str, command)), stdout=log, stderr=subprocess.PIPE, text=True, check=False)
+    assert "cannot be written (No space left on device); make room or give permission" in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 @pytest.mark.slow(6)
