@@ -1,6 +1,6 @@
 """A folder of puzzles on disk: a file per split and report.json. A build writes it whole; other commands read it back.
 
-puzzles/train.parquet  test.parquet  unseen.parquet  report.json
+puzzles/train.parquet  test.parquet  unseen.parquet  report.json  labels.json
 .puzzles.building/     finished files of a build that is running, or was stopped (data/build/staging.py)
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.build.staging import Staging
+from data.clusters.known import LABELS, KnownLabel, KnownLabels
 from data.errors import UserError
 from data.files import flush, reason_of
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
@@ -136,7 +137,7 @@ def fits_shape(value: Any, shape: Any) -> bool:
 def write_build(
     out: Path, splits: dict[str, list[Puzzle]], report: dict[str, Any], formats: tuple[str, ...] = ("parquet",)
 ) -> None:
-    """Write a file per split, and report.json, into the folder `out`.
+    """Write a file per split, report.json, and the labels of the train puzzles, into the folder `out`.
 
     All files go into a sibling folder first, so that none is ever half-written. Files that an older build wrote in
     another format are removed, because the new report does not describe them.
@@ -149,6 +150,8 @@ def write_build(
             for ending in formats:
                 rows = [puzzle.to_row() for puzzle in puzzles]
                 save_rows(partial / f"{split}.{ending}", rows, like=[puzzle.to_row() for puzzle in example])
+        if "labels" in report:
+            (partial / LABELS).write_text(labels_text(report["labels"], splits["train"]), encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):
@@ -159,6 +162,12 @@ def write_build(
                 (out / f"{split}.{ending}").unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle]) -> str:
+    """labels.json: the labels of the report, and the genes that occur in the train puzzles."""
+    genes = {gene for puzzle in train for cell in puzzle.cells for gene in cell}
+    return KnownLabels({label: KnownLabel(**of_label) for label, of_label in labels.items()}, sorted(genes)).to_json()
 
 
 @contextlib.contextmanager

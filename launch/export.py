@@ -27,6 +27,7 @@ class ExportConfig:
     )
     adapter_only: bool = option(False, "Write the adapter in PEFT's format instead of merged weights.")
     metrics: tuple[str, ...] = option((), "metrics.json of an evaluation, for the model card; repeatable.")
+    labels: str | None = option(None, "labels.json of the training puzzles; default: beside the run's puzzles.")
 
 
 @command(ExportConfig)
@@ -44,8 +45,9 @@ def main(config: ExportConfig) -> None:
 
     from trainer.model.export import export_model  # transformers takes seconds to load: not before a refusal
 
+    chosen = {"dtype": config.dtype, "adapter_only": config.adapter_only, "labels": config.labels}
     try:
-        export_model(opened, out, dtype=config.dtype, adapter_only=config.adapter_only, metrics=metrics)
+        export_model(opened, out, **chosen, metrics=metrics)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written ({reason_of(error)}); make room, or name another folder"

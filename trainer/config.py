@@ -149,6 +149,7 @@ class SftConfig(TrainingConfig):
     traces: str = run(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
     model: str = run(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
     out: str = run(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
+    labels: str | None = run(None, "labels.json of the traces' puzzles, kept with OUT/model; default: beside --traces.")
     target: str = examples(
         "trace",
         "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",

@@ -1,5 +1,6 @@
 """The marker table data/atlas/markers.tsv: the marker genes of each cell type, its tissues, and the sources."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from data.errors import UserError
 
 MARKERS_FILE = Path(__file__).with_name("markers.tsv")
 COLUMNS = ("cell_type", "lineage", "tissues", "markers", "source")
+TERM_COLUMN = "ontology_term_id"
+"""A last column that a table may have."""
 
 
 @dataclass(frozen=True)
@@ -24,30 +27,32 @@ class MarkerEntry:
     """HGNC gene symbols, strongest first."""
     source: str
     """DOIs of the atlases or databases that list these markers."""
+    ontology_term_id: str | None = None
+    """Id of the type in the Cell Ontology; None in a table without the column."""
 
 
 def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntry]:
     """{cell type: entry} of a marker table, in file order. Empty lines and lines that begin with `#` are skipped.
 
-    Raises UserError, with file and line, for a missing or wrong header, a line without five filled columns, a cell type
-    that occurs twice, or a line that lists a gene or a tissue twice.
+    Raises UserError, with file and line, for a missing or wrong header, a line without all columns filled, a cell type
+    that occurs twice, or a line that lists a gene or a tissue twice. The columns are COLUMNS, and TERM_COLUMN after them.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such marker table")
     entries: dict[str, MarkerEntry] = {}
-    header_seen = False
+    columns: tuple[str, ...] = ()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         fields = [field.strip() for field in line.split("\t")]
-        if not header_seen:
-            if tuple(fields) != COLUMNS:
+        if not columns:
+            columns = tuple(fields)
+            if columns not in (COLUMNS, (*COLUMNS, TERM_COLUMN)):
                 raise UserError(f"{path}, line {number}: the header must be, tab separated, {', '.join(COLUMNS)}")
-            header_seen = True
             continue
         try:
-            entry = _entry(fields)
+            entry = _entry(columns, fields)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
         if entry.cell_type in entries:
@@ -58,16 +63,22 @@ def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntr
     return entries
 
 
-def _entry(fields: list[str]) -> MarkerEntry:
+@functools.cache
+def ontology_term_ids() -> dict[str, str]:
+    """{cell type: its id in the Cell Ontology}, of the types of markers.tsv."""
+    return {name: entry.ontology_term_id for name, entry in read_markers().items() if entry.ontology_term_id}
+
+
+def _entry(columns: tuple[str, ...], fields: list[str]) -> MarkerEntry:
     """The entry for the fields of one line."""
-    if len(fields) != len(COLUMNS):
-        raise UserError(f"has {len(fields)} tab-separated columns, needs {len(COLUMNS)}: {', '.join(COLUMNS)}")
-    for column, field in zip(COLUMNS, fields, strict=True):
+    if len(fields) != len(columns):
+        raise UserError(f"has {len(fields)} tab-separated columns, needs {len(columns)}: {', '.join(columns)}")
+    for column, field in zip(columns, fields, strict=True):
         if not field:
             raise UserError(f"column {column} is empty")
-    cell_type, lineage, tissue_text, marker_text, source = fields
+    cell_type, lineage, tissue_text, marker_text, source, *term = fields
     tissues, markers = _split("tissues", tissue_text), _split("markers", marker_text)
-    return MarkerEntry(cell_type, lineage, tissues, markers, source)
+    return MarkerEntry(cell_type, lineage, tissues, markers, source, *term)
 
 
 def _split(column: str, text: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ import pandas as pd
 import scipy.sparse
 
 from data.atlas.h5ad_writer import ROOM
-from data.atlas.markers import MarkerEntry, read_markers
+from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
 
@@ -417,4 +417,6 @@ def batch_obs(rng: np.random.Generator, batch: DonorBatch, rows: slice) -> pd.Da
     obs = pd.DataFrame(constant, index=range(n_cells))
     obs["cell_type"] = np.where(rng.random(n_cells) < 0.03, "unknown", types)
     obs["is_primary_data"] = rng.random(n_cells) >= 0.04
+    terms = ontology_term_ids()
+    obs["cell_type_ontology_term_id"] = [terms.get(name, "unknown") for name in obs["cell_type"]]
     return obs

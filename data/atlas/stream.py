@@ -19,7 +19,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS, ROOM, GrowingH5ad
-from data.atlas.markers import MarkerEntry, read_markers
+from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.atlas.simulate import (
     Donor,
     DonorBatch,
@@ -281,4 +281,6 @@ def obs_categories(donors: Sequence[Donor], entries: dict[str, MarkerEntry]) -> 
     ]
     rows = pd.concat([batch_obs(np.random.default_rng(0), batch, slice(None)) for batch in batches])
     categories = {name: sorted(set(rows[name])) if rows[name].dtype == object else None for name in rows.columns}
-    return {**categories, "cell_type": sorted(types | {"unknown"})}
+    terms = {ontology_term_ids().get(name, "unknown") for name in types}
+    known = {"cell_type": types, "cell_type_ontology_term_id": terms}
+    return categories | {column: sorted(values | {"unknown"}) for column, values in known.items()}

@@ -26,6 +26,7 @@ from data.build.onefile import FileSummary, build_file, split_summary, summarise
 from data.build.settings import BuildConfig, check_config
 from data.build.splits import SPLITS, choose_test_donors
 from data.build.staging import Staging, run_all
+from data.clusters.labels import known_labels
 from data.errors import UserError
 from data.puzzles import Puzzle
 
@@ -92,7 +93,8 @@ def build_puzzles(
     _refuse_leaks(leaks, config, len(paths))
     if not splits["train"]:
         raise UserError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
-    return splits, _report(splits, summaries, reports, leaks, config)
+    labels = _labels(splits["train"], summaries, assignment)
+    return splits, _report(splits, summaries, reports, leaks, config) | {"labels": labels}
 
 
 def _refuse_names_not_in_utf8(paths: list[Path]) -> None:
@@ -308,6 +310,14 @@ def _report(
         "splits": {split: split_summary(puzzles) for split, puzzles in splits.items()},
         "audit": leaks.to_dict(),
     }
+
+
+def _labels(train: list[Puzzle], summaries: list[FileSummary], assignment: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """{label of the train puzzles: its Cell Ontology id, tissues and cells}: what a model can learn here."""
+    donors = {donor for donor, split in assignment.items() if split == "train"}
+    wanted = {label for puzzle in train for label in puzzle.answer}
+    known = known_labels((summary.labels for summary in summaries), donors, wanted)
+    return {label: dataclasses.asdict(of_label) for label, of_label in known.items()}
 
 
 def _command(summaries: list[FileSummary], config: BuildConfig) -> str:

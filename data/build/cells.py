@@ -123,22 +123,12 @@ def read_cells(
     only numbers, or when the cells are of several organisms.
     """
     columns, supplied, notes = resolve_columns(path, keys, constants)
-    present = obs_columns(path)
-    extra = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
-    tissue_type = [name for name in ("tissue_type",) if name in present]
-    obs = read_obs(path, [*columns.values(), *extra, *tissue_type])
-    n_read = _n_cells(path)
-    organisms = _organisms(path, obs[extra[0]] if extra else None, n_read)
-    cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
-    cells |= {name: constant_column(value, n_read) for name, value in supplied.items()}
+    n_read = count_cells(path)
+    organisms = read_organisms(path, n_read)
+    cells, more = read_in_words(path, columns, supplied, n_read)
+    notes += more
     absent = [name for name in MAY_BE_ABSENT if keys.get(name) == NO_COLUMN and name not in cells]
     cells |= {name: Column(np.full(n_read, -1, dtype=np.int32), []) for name in absent}
-    for name in cells:
-        cells[name], more = with_usual_words(name, cells[name])
-        notes += more
-        if name in CONTEXT_COLUMNS:
-            cells[name], more = without_unfit(name, cells[name])
-            notes += more
     if "batch" not in cells:
         notes.append("no obs column for the experimental batch: cells are grouped by donor only")
         cells["batch"] = constant_column("", n_read)
@@ -173,7 +163,7 @@ def read_cells(
     if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     usable = {name: column[kept_rows] for name, column in cells.items()}
-    organism = _one_organism(path, organisms[kept_rows]) if organisms else None
+    organism = one_organism(path, organisms[kept_rows]) if organisms else None
     if not rules.allow_numeric_labels:
         if "cell_type" in columns:
             _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
@@ -182,7 +172,7 @@ def read_cells(
             usable["development_stage"], more = ages_in_words(usable["development_stage"])
             notes += more
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
-    notes += _notes_on_tissue_type(obs[name][kept_rows] for name in tissue_type)
+    notes += notes_on_tissue_type(path, kept_rows)
     notes += _notes_on_kept_labels(usable["cell_type"], rules)
     notes += _notes_on_states(usable["cell_type"])
     if "donor_id" in columns:
@@ -196,6 +186,25 @@ def read_cells(
         notes=notes,
         remedies=remedies,
     )
+
+
+def read_in_words(
+    path: str | os.PathLike, columns: dict[str, str], supplied: dict[str, str], n_cells: int
+) -> tuple[dict[str, Column], list[str]]:
+    """({CELLxGENE name: column of the file, in the usual words and without what no context states}, notes).
+
+    columns, supplied: as resolve_columns gives them.
+    """
+    obs, notes = read_obs(path, list(columns.values())), []
+    cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
+    cells |= {name: constant_column(value, n_cells) for name, value in supplied.items()}
+    for name in cells:
+        cells[name], more = with_usual_words(name, cells[name])
+        notes += more
+        if name in CONTEXT_COLUMNS:
+            cells[name], more = without_unfit(name, cells[name])
+            notes += more
+    return cells, notes
 
 
 def _without_pooled(column: Column) -> Column:
@@ -298,15 +307,15 @@ def _notes_on_unknown_donors(donors: Column) -> list[str]:
     ]
 
 
-def _notes_on_tissue_type(columns: Iterable[Column]) -> list[str]:
+def notes_on_tissue_type(path: str | os.PathLike, rows: np.ndarray) -> list[str]:
     """A note when cells are of an organoid or a culture (tissue_type of CELLxGENE since schema 4)."""
-    notes = []
-    for column in columns:
-        counts = column.counts()
-        if counts.keys() - {"tissue"}:
-            listed = ", ".join(f"{n} {name!r}" for name, n in sorted(counts.items()))
-            notes.append(f"tissue_type of the cells kept: {listed}; the context names the tissue as the file does")
-    return notes
+    if "tissue_type" not in obs_columns(path):
+        return []
+    counts = read_obs(path, ["tissue_type"])["tissue_type"][rows].counts()
+    if not counts.keys() - {"tissue"}:
+        return []
+    listed = ", ".join(f"{n} {name!r}" for name, n in sorted(counts.items()))
+    return [f"tissue_type of the cells kept: {listed}; the context names the tissue as the file does"]
 
 
 def _refuse_clusters(path: str | os.PathLike, labels: Column, key: str, rules: CellRules) -> None:
@@ -349,13 +358,16 @@ def _check_numbers(path: str | os.PathLike, cells: dict[str, Column], columns: d
 
 
 def resolve_columns(
-    path: str | os.PathLike, keys: dict[str, str], constants: dict[str, str]
+    path: str | os.PathLike,
+    keys: dict[str, str],
+    constants: dict[str, str],
+    required: Sequence[str] = REQUIRED_COLUMNS,
 ) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Find the columns that a build uses. Returns ({CELLxGENE name: obs column}, {CELLxGENE name: constant}, notes).
 
     keys: {CELLxGENE name: obs column}, as the flags of COLUMN_FLAGS give it. constants: {CELLxGENE name or obs column:
-    value}, used instead of a column. Raises UserError for a missing column that is required or that a flag
-    names.
+    value}, used instead of a column. required: CELLxGENE names that the file must have. Raises UserError for a missing
+    column that is required or that a flag names.
     """
     present, columns, supplied, notes = obs_columns(path), {}, {}, []
     optional = {name: name for name in (*CONTEXT_COLUMNS, "is_primary_data") if name not in keys}
@@ -371,7 +383,7 @@ def resolve_columns(
             continue
         elif name == "cell_type" and key == name:
             raise UserError(_no_cell_types(path, present))
-        elif name in REQUIRED_COLUMNS or key != name:
+        elif name in required or key != name:
             raise UserError(
                 f"{path}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column with "
                 f"{COLUMN_FLAGS[name]} COLUMN, or supply its value with --constant {name}=VALUE"
@@ -412,7 +424,8 @@ def parse_constants(items: Iterable[str], keys: dict[str, str]) -> dict[str, str
     return constants
 
 
-def _n_cells(path: str | os.PathLike) -> int:
+def count_cells(path: str | os.PathLike) -> int:
+    """The number of cells of a file. Raises UserError when it holds none."""
     with open_h5ad(path) as file:
         n_cells = table_index(file, "obs", path).shape[0]
     if not n_cells:
@@ -425,8 +438,11 @@ def organism_name(text: str) -> str:
     return ORGANISMS.get(text.lower(), text)
 
 
-def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> Column | None:
+def read_organisms(path: str | os.PathLike, n_cells: int) -> Column | None:
     """The organism of each cell, from obs or, as in later CELLxGENE schemas, from uns. None when neither states it."""
+    present = obs_columns(path)
+    named = [name for name in ORGANISM_COLUMNS if name in present][:1]  # the name is preferred to the id
+    column = read_obs(path, named)[named[0]] if named else None
     if column is None or (column.codes < 0).all():
         stated = uns_text(path, ORGANISM_COLUMNS)  # of the whole file
         return constant_column(organism_name(stated), n_cells) if stated else None
@@ -435,7 +451,7 @@ def _organisms(path: str | os.PathLike, column: Column | None, n_cells: int) -> 
     return Column(code_of[column.codes], names)
 
 
-def _one_organism(path: str | os.PathLike, column: Column) -> str | None:
+def one_organism(path: str | os.PathLike, column: Column) -> str | None:
     """The organism of the usable cells, or None. Raises UserError when there are several."""
     names = sorted(column.names[code] for code in np.unique(column.codes) if code >= 0)
     if len(names) > 1:

@@ -22,6 +22,7 @@ from data.formats.filters import ensure_filters, filter_sentence
 from data.formats.foreign import ForeignKind
 from data.formats.hdf5_kinds import foreign_layout
 from data.formats.kinds import foreign_file, foreign_folder
+from data.formats.memory import InMemory
 from data.formats.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 
 VALUES_PER_BLOCK = 200_000
@@ -54,13 +55,16 @@ class OtherKind(UserError):
 
 
 @contextlib.contextmanager
-def open_h5ad(path: str | os.PathLike, cache_bytes: int = 1 << 20) -> Iterator[h5py.File | Store]:
-    """Open an .h5ad file or a zarr store of anndata (a folder, or a .zip of it).
+def open_h5ad(path: str | os.PathLike | InMemory, cache_bytes: int = 1 << 20) -> Iterator[h5py.File | StoreGroup]:
+    """Open an .h5ad file or a zarr store of anndata (a folder, or a .zip of it). An AnnData in memory is open already.
 
     Damage that is found while the file is read also raises UserError with the file's name.
     cache_bytes: memory for decompressed chunks, per dataset. Raises UserError when the file is missing, not readable,
     empty or incomplete, and OtherKind when it is something else.
     """
+    if isinstance(path, InMemory):
+        yield path.file
+        return
     path = Path(path)
     _check_is_there(path)
     root = store_root(path)

@@ -22,11 +22,11 @@ from data.build import h5ad
 from data.build.cells import Cells, Groups, check_labels, groups_of, read_cells
 from data.build.contexts import agreed_facts, context_sentence, has_disease, joined_values
 from data.build.draw import PuzzleCells, draw_puzzle_cells, split_groups
-from data.build.h5ad import table_index
-from data.build.matrix import Matrix, open_matrix
+from data.build.matrix import note_on_raw, open_matrix
 from data.build.rank import Profile, genes_of, ranked_genes
 from data.build.settings import BuildConfig
 from data.build.splits import SPLITS, split_items
+from data.clusters.labels import LabelCounts, count_labels
 from data.formats.stores import content_sha256
 from data.meaning.values import value_kind
 from data.puzzles import Puzzle
@@ -52,6 +52,7 @@ class FileSummary:
     """The file's part of report.json so far."""
     remedies: dict[str, str]
     """{reason of the report's cells_dropped: the option that keeps these cells}."""
+    labels: LabelCounts
 
 
 def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
@@ -68,7 +69,7 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         donors.setdefault(donor, Counter())[tissue, disease] += count
     with open_matrix(path, config.layer) as matrix:
         layer, kind = matrix.layer, None
-        notes = [*cells.notes, *_note_on_raw(matrix, config)]
+        notes = [*cells.notes, *note_on_raw(matrix, config.layer)]
         if len(cells):  # also called for its errors: a bad gene column must show before hours of work
             genes = genes_of(matrix, config.rank_settings)
             notes += genes.notes
@@ -92,19 +93,7 @@ def summarise_file(path: Path, config: BuildConfig) -> FileSummary:
         "notes": notes,
     }
     sizes = {group: len(types) for group, types in groups.items()}
-    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies)
-
-
-def _note_on_raw(matrix: Matrix, config: BuildConfig) -> list[str]:
-    """A note when the layer that --layer auto takes, raw, has fewer genes than X."""
-    if config.layer != "auto" or matrix.layer != "raw" or "X" not in matrix.layers:
-        return []
-    n_genes = table_index(matrix.node.file, "var", matrix.path).shape[0]
-    if matrix.n_genes >= n_genes:
-        return []
-    return [
-        f"the layer raw is read and has {matrix.n_genes} genes, fewer than the {n_genes} of X; --layer X reads those"
-    ]
+    return FileSummary(path, donors, sizes, cells.organism, report, cells.remedies, count_labels(path, cells))
 
 
 def read_usable_cells(path: Path, config: BuildConfig) -> Cells:

@@ -143,7 +143,7 @@ def ranked_genes(
     assert kind is not None
     with open_matrix(path, settings.layer) as matrix:
         genes = genes_of(matrix, settings)
-        reader = _Reader(matrix, settings.allow_scaled, advance, genes.is_gene)
+        reader = Reader(matrix, settings.allow_scaled, advance, genes.is_gene)
         if settings.rank == "hvg":
             genes.listed[~highly_variable(reader, genes, train_rows, kind, settings.hvg_genes)] = False
         if all(len(profile.rows) == 1 for profile in profiles) and (peers or settings.rank != "deg"):
@@ -184,11 +184,12 @@ def _compose(outer: Scale, inner: Scale) -> Scale:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """Reads rows of a layer, refuses values that cannot be ranked, and reports progress."""
 
     matrix: Matrix
-    allow_scaled: bool
+    allow_scaled: bool | None
+    """As data.meaning.values.check_values takes it."""
     advance: Advance
     is_gene: np.ndarray | None = None
     """[G] bool: the columns that are read. None: all."""
@@ -206,7 +207,7 @@ class _Reader:
 
 
 def _rank_cells(
-    reader: _Reader,
+    reader: Reader,
     genes: Genes,
     profiles: Sequence[Profile],
     peers: Sequence[np.ndarray],
@@ -248,18 +249,31 @@ def _above_mean(mean: np.ndarray, ids: np.ndarray, levels: np.ndarray) -> tuple[
     return ids[above], differences[above]
 
 
-def _group_means(reader: _Reader, genes: Genes, peers: dict[int, np.ndarray], level: Scale) -> dict[int, np.ndarray]:
+def _group_means(reader: Reader, genes: Genes, peers: dict[int, np.ndarray], level: Scale) -> dict[int, np.ndarray]:
     """{group: [U] mean level of expression over its peer cells}."""
-    group_of = {row: group for group, rows in peers.items() for row in rows.tolist()}
-    means = {group: np.zeros(len(genes.names)) for group in peers}
-    for row, columns, values in reader.rows(np.array(sorted(group_of), dtype=np.int64)):
+    rows = np.concatenate(list(peers.values()))
+    owner = np.repeat(np.arange(len(peers)), [len(of_group) for of_group in peers.values()])
+    order = np.argsort(rows, kind="stable")
+    return dict(zip(peers, mean_levels(reader, genes, rows[order], owner[order], len(peers), level), strict=True))
+
+
+def mean_levels(
+    reader: Reader, genes: Genes, rows: np.ndarray, owner: np.ndarray, n_groups: int, level: Scale
+) -> np.ndarray:
+    """[n_groups, U] float64 mean level of expression of groups of cells, in one pass over their rows.
+
+    rows: increasing. owner: [len(rows)] the group of each row. level: from a cell's values to those that are averaged.
+    """
+    means = np.zeros((n_groups, len(genes.names)))
+    n_cells = np.bincount(owner, minlength=n_groups)
+    for group, (_, columns, values) in zip(owner.tolist(), reader.rows(rows), strict=True):
         ids, levels = genes.of_cell(columns, level(values))
-        means[group_of[row]][ids] += levels / len(peers[group_of[row]])  # genes that are not stored count as 0
+        means[group][ids] += levels / n_cells[group]  # genes that are not stored count as 0
     return means
 
 
 def _rank_means(
-    reader: _Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
+    reader: Reader, genes: Genes, profiles: Sequence[Profile], kind: str, settings: RankSettings
 ) -> list[list[str]]:
     """Gene lists of mean profiles, for as many groups at a time as fit in memory."""
     scale, log = scale_for(kind), log_for(kind)
@@ -308,7 +322,7 @@ def _blocks_of_groups(profiles: Sequence[Profile], most: int) -> Iterator[list[i
     yield block
 
 
-def highly_variable(reader: _Reader, genes: Genes, rows: np.ndarray, kind: str, n_genes: int) -> np.ndarray:
+def highly_variable(reader: Reader, genes: Genes, rows: np.ndarray, kind: str, n_genes: int) -> np.ndarray:
     """[U] bool: the n_genes genes with the largest normalised dispersion over the cells `rows`.
 
     As scanpy's flavor 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): dispersion is log(variance / mean) of the

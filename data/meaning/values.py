@@ -56,12 +56,14 @@ def _of_genes(block: Block, is_gene: np.ndarray) -> Block:
     return Block(block.rows, before[block.starts], before[block.stops], block.columns[kept], block.values[kept])
 
 
-def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_gene: np.ndarray | None = None) -> str:
+def value_kind(
+    matrix: Matrix, rows: np.ndarray, allow_scaled: bool | None = False, is_gene: np.ndarray | None = None
+) -> str:
     """The kind of the values of a layer's genes, judged from a sample of `rows`.
 
     "counts": whole numbers. "fractional counts": counts that were corrected for ambient RNA or divided over genes.
     "log counts": logarithms. "normalised": all others, such as CPM or roots. Raises UserError for values that cannot be
-    ranked by expression: see check_values and data/meaning/scaled.py.
+    ranked by expression: see check_values and data/meaning/scaled.py. allow_scaled: as check_values takes it.
     """
     # spread over the file: an atlas of several studies may mix kinds of values, and neighbours are cheap to read
     runs = np.array_split(rows, min(SAMPLE_RUNS, len(rows)))
@@ -75,7 +77,7 @@ def value_kind(matrix: Matrix, rows: np.ndarray, allow_scaled: bool = False, is_
             columns_of.append(columns)
             moments[:, columns] += [np.ones(len(values)), values, values**2]
     if not allow_scaled and (why := why_no_order(Sample(columns_of, cells, moments))):
-        raise UserError(f"{matrix} {why} and gives no order of expression; {_unscaled(matrix)}")
+        raise UserError(f"{matrix} {why} and gives no order of expression; {_unscaled(matrix, allow_scaled)}")
     if all(_are_whole(values) for values in cells):
         return "counts"
     return _kind_of_cells([values for values in cells if len(values)], moments)
@@ -177,8 +179,11 @@ def _unit(values: np.ndarray, inverse: Callable[[np.ndarray], np.ndarray] | None
 # ---- values that cannot be ranked
 
 
-def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
-    """Raise UserError, with the layer's name, for a NaN, an infinity or a negative value in the rows of a block."""
+def check_values(matrix: Matrix, block: Block, allow_scaled: bool | None) -> None:
+    """Raise UserError, with the layer's name, for a NaN, an infinity or a negative value in the rows of a block.
+
+    allow_scaled: accept negative values. None: they are refused, and the command has no option to accept them.
+    """
     stored = block.values  # one test for the whole block first: it nearly always passes
     if np.isfinite(stored).all() and (allow_scaled or not stored.size or stored.min() >= 0):
         return
@@ -194,7 +199,7 @@ def check_values(matrix: Matrix, block: Block, allow_scaled: bool) -> None:
         if not allow_scaled and values.size and values.min() < 0:
             raise UserError(
                 f"{matrix} holds negative values, so it looks scaled and gives no order of expression; "
-                f"{_unscaled(matrix)}"
+                f"{_unscaled(matrix, allow_scaled)}"
             )
 
 
@@ -204,6 +209,7 @@ def are_negative_counts(values: np.ndarray) -> bool:
     return 0 < n_negative <= FEW_NEGATIVE * np.count_nonzero(values) and _are_whole(values)
 
 
-def _unscaled(matrix: Matrix) -> str:
+def _unscaled(matrix: Matrix, allow_scaled: bool | None) -> str:
     """The remedies for scaled values, for a message."""
-    return f"{other_layers(matrix, 'unscaled values')}, or go on with --allow-scaled"
+    others = other_layers(matrix, "unscaled values")
+    return others if allow_scaled is None else f"{others}, or go on with --allow-scaled"

@@ -532,7 +532,7 @@ def test_an_existing_folder_gets_the_new_files_and_keeps_others(tmp_path):
     write_build(out, splits, report)
     (out / "notes.txt").write_text("mine")
     write_build(out, {**splits, "train": splits["train"][:2]}, report)
-    names = ["notes.txt", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    names = ["labels.json", "notes.txt", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert read_puzzles(out / "train.parquet") == splits["train"][:2]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -546,7 +546,7 @@ def test_command_gives_the_same_bytes_whatever_the_hash_seed_and_file_order(tmp_
     for number, (files, hash_seed) in enumerate(runs):
         done = build(*files, "--out", tmp_path / f"out{number}", *options, hash_seed=hash_seed)
         assert done.returncode == 0, done.stderr
-    names = ["report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    names = ["labels.json", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
     assert sorted(p.name for p in (tmp_path / "out0").iterdir()) == names
     for name in names:
         assert (tmp_path / "out0" / name).read_bytes() == (tmp_path / "out1" / name).read_bytes()

@@ -22,7 +22,7 @@ from data.build.build import BuildProgress, build_puzzles
 from data.build.cells import groups_of, read_cells
 from data.build.draw import draw_puzzle_cells
 from data.build.matrix import open_matrix
-from data.build.rank import RankSettings, _Reader, genes_of, highly_variable, top_genes
+from data.build.rank import RankSettings, Reader, genes_of, highly_variable, top_genes
 from data.build.staging import Staging
 from data.folder import write_build
 from data.puzzles import read_puzzles
@@ -65,7 +65,7 @@ def test_workers_file_order_and_hash_seed_do_not_matter(atlases, expected, tmp_p
     out = tmp_path / "out"
     done = build(*words(atlases[::-1]), "--out", out, *SIZES, "--format", "both", "--workers", 3, hash_seed="2")
     assert done.returncode == 0, done.stderr
-    assert contents(out) == expected and len(expected) == 7
+    assert contents(out) == expected and len(expected) == 8
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert read_puzzles(out / "train.parquet") == read_puzzles(out / "train.jsonl")
 
@@ -309,7 +309,7 @@ def test_highly_variable_genes_are_those_of_scanpy(tmp_path):
     adata.write_h5ad(tmp_path / "pbmc.h5ad")
     with open_matrix(tmp_path / "pbmc.h5ad", "X") as matrix:
         genes = genes_of(matrix, RankSettings(top_genes=50, gene_key="index"))
-        reader = _Reader(matrix, False, lambda n: None)
+        reader = Reader(matrix, False, lambda n: None)
         ours = highly_variable(reader, genes, np.arange(adata.n_obs), "log counts", 200)
     adata.uns["log1p"] = {"base": None}
     scanpy.pp.highly_variable_genes(adata, n_top_genes=200, flavor="seurat")
@@ -386,7 +386,7 @@ def test_a_build_takes_the_place_of_one_in_another_format(atlases, tmp_path):
         done = build(*words(atlases[:1]), "--out", out, *SIZES, "--format", form)
         assert done.returncode == 0, done.stderr
         expected = {f"{split}{end}" for split in ("train", "test", "unseen") for end in ends}
-        assert set(os.listdir(out)) == expected | {"notes.jsonl", "report.json"}
+        assert set(os.listdir(out)) == expected | {"notes.jsonl", "report.json", "labels.json"}
 
 
 def test_an_empty_split_has_the_columns_and_types_of_a_filled_one(tmp_path, atlases):

@@ -189,7 +189,7 @@ def test_the_folder_one_stands_in_and_none(tmp_path, atlas):
     here.mkdir()
     done = command("--h5ad", atlas, "--out", ".", *SIZES, cwd=here)
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(here)) == ["report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+    assert sorted(os.listdir(here)) == ["labels.json", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
     assert os.listdir(tmp_path) == ["here"]
     for out in ("", "/"):
         done = command("--h5ad", atlas, "--out", out, *SIZES, cwd=here)

@@ -1,6 +1,7 @@
 """The marker table and the simulated atlas: schema, reproducibility, biology of the top genes."""
 
 import hashlib
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,7 @@ OBS_COLUMNS = {
     "assay",
     "is_primary_data",
     "smoking_status",
+    "cell_type_ontology_term_id",
 }
 
 
@@ -98,6 +100,30 @@ def test_read_markers_parses_a_line(tmp_path):
     path.write_text("# a comment\n\n" + HEADER + GOOD)
     entry = read_markers(path)["B cell"]
     assert (entry.lineage, entry.tissues, entry.markers) == ("B cells", ("lung", "blood"), ("MS4A1", "CD79A"))
+
+
+def test_a_marker_table_may_have_the_ids_of_the_cell_ontology(tmp_path):
+    path = tmp_path / "m.tsv"
+    path.write_text(HEADER.strip() + "\tontology_term_id\n" + GOOD.strip() + "\tCL:0000236\n")
+    assert read_markers(path)["B cell"].ontology_term_id == "CL:0000236"
+    path.write_text(HEADER + GOOD)
+    assert read_markers(path)["B cell"].ontology_term_id is None
+    path.write_text(HEADER.strip() + "\tontology_term_id\n" + GOOD)
+    with pytest.raises(ValueError, match="line 2: has 5 tab-separated columns, needs 6"):
+        read_markers(path)
+
+
+def test_the_shipped_ids_are_distinct_and_stand_beside_their_type(adata):
+    terms = {name: entry.ontology_term_id for name, entry in read_markers().items()}
+    assert len(set(terms.values())) == len(terms) and all(re.fullmatch(r"CL:\d{7}", term) for term in terms.values())
+    # from the Cell Ontology's own pages
+    assert (terms["B cell"], terms["natural killer cell"], terms["platelet"]) == (
+        "CL:0000236",
+        "CL:0000623",
+        "CL:0000233",
+    )
+    pairs = set(zip(adata.obs["cell_type"], adata.obs["cell_type_ontology_term_id"], strict=True))
+    assert pairs <= {*terms.items(), ("unknown", "unknown")} and len(pairs) > 10
 
 
 @pytest.mark.parametrize(
@@ -322,12 +348,16 @@ def test_command_refuses_a_wrong_file_name(tmp_path):
 
 @pytest.mark.slow(2)
 def test_an_atlas_without_new_options_is_the_one_the_published_demo_numbers_come_from(tmp_path):
-    """The digest was taken before data.atlas.stream existed: counts, obs and var of a small atlas."""
+    """The digest was taken before data.atlas.stream existed: counts, obs and var of a small atlas.
+
+    obs has had the ids of the Cell Ontology since; they add no random draw.
+    """
     adata = write_atlas(tmp_path / "a.h5ad", 6, 3, cells_per_type=2)
     digest = hashlib.sha256()
     for part in (adata.X.indptr, adata.X.indices, adata.X.data):
         digest.update(part.astype("<i8").tobytes())
-    digest.update((adata.obs.to_csv() + adata.var.to_csv()).encode())
+    obs = adata.obs.drop(columns="cell_type_ontology_term_id")
+    digest.update((obs.to_csv() + adata.var.to_csv()).encode())
     assert digest.hexdigest() == "c881b3eeccaf9956a867344339b8feef41f7af386c241d5602812514fe6253d0"
     adata.write_h5ad(tmp_path / "b.h5ad", compression="gzip")
     done = _run("--out", str(tmp_path / "c.h5ad"), "--donors", "6", "--seed", "3", "--cells-per-type", "2.0")

@@ -33,7 +33,8 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow(60)
+@pytest.mark.slow(100)
+@pytest.mark.timeout(3600)  # twenty processes, one after the other
 def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     """A policy from scratch stands for the pretrained one: the path is the same, and it answers badly in seconds."""
     atlas, cells = tmp_path / "atlas.h5ad", tmp_path / "cells.h5ad"
@@ -52,7 +53,7 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     settings |= {"distill": ["teacher-voice=plain", "teacher-glance=0.5"], "grpo_recipe": str(tmp_path / "grpo.yaml")}
     settings |= {"sft": ["lora-rank=0", "batch-size=16"], "sft_epochs": 1}
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(settings))
-    printed = succeed("demo", "--recipe", tmp_path / "demo.yaml")
+    printed = succeed("demo", "--recipe", tmp_path / "demo.yaml", timeout=3000)
     run = tmp_path / "run"
     train, traces = run / "train_both.parquet", run / "traces_both.jsonl"
     halves = [read_puzzles(run / folder / "train.parquet") for folder in ("puzzles", "cells")]

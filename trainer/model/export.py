@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from data.clusters.known import cell_types_file
 from data.files import read_settings
 from trainer.model.merge import write_checkpoint
 from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, run_of
@@ -27,20 +28,28 @@ METRICS = {
 
 
 def export_model(
-    opened: OpenedModel, out: Path, *, dtype: str, adapter_only: bool, metrics: list[dict[str, Any]]
+    opened: OpenedModel,
+    out: Path,
+    *,
+    dtype: str,
+    adapter_only: bool,
+    metrics: list[dict[str, Any]],
+    labels: str | None = None,
 ) -> None:
     """Write the model to a new folder, whole or not at all.
 
     dtype: of the merged weights on disk; the merge itself is computed in float32. adapter_only: write the adapter in
-    PEFT's format instead. metrics: for the card, the content of metrics.json files with a "name" each. Raises UserError
-    when the adapter does not fit its base, and OSError when the folder cannot be written.
+    PEFT's format instead. metrics: for the card, the content of metrics.json files with a "name" each. labels: the
+    labels.json of the training puzzles, if it is not the one that the run names; it becomes cell_types.json. Raises
+    UserError when the adapter does not fit its base, and OSError when the folder cannot be written.
     """
     run = run_of(opened.folder)
     what = "an adapter (PEFT)" if adapter_only else f"merged in float32, saved in {dtype}"
     library = "peft" if adapter_only else "transformers"
     card = model_card(out.name, what, library, opened, run, metrics)
+    files = {"README.md": card, **cell_types_file(labels, opened.folder, opened.base)}
     if adapter_only:
-        write_adapter(out, opened, card)
+        write_adapter(out, opened, files)
         return
     # the base as it was held in training: its dtype there, and through 4 bits where it was quantised
     # a checkpoint of trained weights has no base below it, so it is only converted
@@ -53,7 +62,7 @@ def export_model(
         config=opened.settings,
         base_dtype=getattr(torch, settings["dtype"]) if "dtype" in settings else None,  # None: as in the file
         quantize=settings.get("quantize", "none"),
-        extra={"README.md": card, "generation_config.json": generation_settings(opened)},
+        extra=files | {"generation_config.json": generation_settings(opened)},
     )
 
 
@@ -73,8 +82,8 @@ def generation_settings(opened: OpenedModel) -> str:
     return json.dumps(settings, indent=2) + "\n"
 
 
-def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:
-    """Write the adapter as PEFT reads it, with tokenizer, chat template and card."""
+def write_adapter(out: Path, opened: OpenedModel, files: dict[str, str]) -> None:
+    """Write the adapter as PEFT reads it, with tokenizer and chat template. files: {file name: text} of more files."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -92,7 +101,8 @@ def write_adapter(out: Path, opened: OpenedModel, card: str) -> None:
         for path in sorted(opened.base.iterdir()):
             if path.is_file() and path.name.startswith(TOKENIZER) and path.suffix not in WEIGHT_FILES:
                 shutil.copy(path, partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, text in files.items():
+            (partial / name).write_text(text, encoding="utf-8")
         partial.rename(out)  # last: OUT is there with all its files, or not at all
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it after the rename

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.clusters.known import cell_types_file
 from data.errors import UserError
 from data.files import append_rows, replacing_folder, weight_files
 from data.puzzles import read_rows
@@ -138,6 +139,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     rows = read_rows(cfg.traces)
     if not rows:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
+    cell_types_file(cfg.labels)  # refuse a bad file now, not after the training
     check_run(cfg)
     cfg = with_date(cfg, world)
     check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
@@ -342,17 +344,25 @@ def finish(run: Run, done: int) -> None:
 def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
     """Write a plain checkpoint (adapter merged in float32) under a temporary name, then rename it."""
     dtype = getattr(torch, cfg.dtype)
+    known = cell_types_file(cfg.labels, cfg.traces, cfg.model)  # what launch/annotate.py may offer as candidates
     if policy.lora:
         adapter = {name: t.cpu() for name, t in policy.adapter_tensors().items()}
         write_checkpoint(
-            cfg.model, folder, dtype, adapter=adapter, config=policy.lora, quantize=cfg.quantize, base_dtype=dtype
+            cfg.model,
+            folder,
+            dtype,
+            adapter=adapter,
+            config=policy.lora,
+            quantize=cfg.quantize,
+            base_dtype=dtype,
+            extra=known,
         )
         return
     model, attention = policy.causal_lm, policy.causal_lm.config._attn_implementation
     with replacing_folder(folder) as partial, disk_errors(folder):
-        model.config._attn_implementation = (
-            "sdpa"  # the saved config must not name our attention: others do not have it
-        )
+        model.config._attn_implementation = "sdpa"  # ours is nobody else's, so the saved config must not name it
         model.save_pretrained(partial)
         model.config._attn_implementation = attention
         policy.tokenizer.save_pretrained(partial)
+        for name, text in known.items():
+            (partial / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,174 @@
+"""The labels and genes that a model was trained on: labels.json beside puzzles, cell_types.json beside a model's weights.
+
+{"labels": {label: {"ontology_term_id": "CL:0000084" or null, "tissues": [...], "n": cells}}, "genes": [...]}
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import read_settings
+
+LABELS = "labels.json"
+"""Written by a build beside train.parquet."""
+CELL_TYPES = "cell_types.json"
+"""The same content in the folder of a model."""
+ADAPTER_CONFIG = "adapter_config.json"
+SHARE_KNOWN = 0.5
+"""Share of the genes in common below which a model is not asked."""
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class KnownLabel:
+    """A label of the training puzzles."""
+
+    ontology_term_id: str | None
+    """Of the Cell Ontology; None when the training files state none."""
+    tissues: tuple[str, ...]
+    """The tissues in which the training files have it, sorted."""
+    n: int
+    """Its cells in the training files."""
+
+
+@dataclass(frozen=True)
+class KnownLabels:
+    """What a model was trained on."""
+
+    labels: dict[str, KnownLabel]
+    """By label, sorted."""
+    genes: list[str]
+    """The symbols that occur in the training puzzles, sorted."""
+    path: Path | None = None
+    """The file that says so."""
+
+    def in_tissue(self, tissue: str) -> list[str]:
+        """The labels of a tissue, sorted; case is ignored. [] when the model knows none there."""
+        wanted = tissue.strip().lower()
+        return [label for label, known in self.labels.items() if wanted in map(str.lower, known.tissues)]
+
+    def ontology_term_id(self, label: str) -> str | None:
+        """The Cell Ontology id of a label, or None."""
+        known = self.labels.get(label)
+        return known.ontology_term_id if known else None
+
+    @property
+    def tissues(self) -> list[str]:
+        """The tissues of the training files, sorted."""
+        return sorted({tissue for known in self.labels.values() for tissue in known.tissues})
+
+    def to_json(self) -> str:
+        """The content of labels.json."""
+        labels = {
+            label: {"ontology_term_id": known.ontology_term_id, "tissues": list(known.tissues), "n": known.n}
+            for label, known in sorted(self.labels.items())
+        }
+        return json.dumps({"labels": labels, "genes": sorted(self.genes)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_labels(path: Path) -> KnownLabels:
+    """The labels of a labels.json or cell_types.json. Raises UserError, with the file's name, for another file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; launch/build.py writes {LABELS} beside train.parquet")
+    found = read_settings(path)
+    labels, genes = found.get("labels"), found.get("genes")
+    if not isinstance(labels, dict) or not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        raise UserError(
+            f"{path}: is no {LABELS} of launch/build.py (it lacks labels or genes); build the puzzles again"
+        )
+    return KnownLabels({label: _known(path, label, labels[label]) for label in sorted(labels)}, sorted(genes), path)
+
+
+def _known(path: Path, label: str, value: Any) -> KnownLabel:
+    value = value if isinstance(value, dict) else {}
+    term, tissues, n = value.get("ontology_term_id"), value.get("tissues"), value.get("n")
+    fits = isinstance(term, str | None) and isinstance(tissues, list) and isinstance(n, int)
+    if not fits or not all(isinstance(tissue, str) for tissue in tissues):
+        raise UserError(f"{path}: the label {label!r} lacks ontology_term_id, tissues or n; build the puzzles again")
+    return KnownLabel(term, tuple(tissues), n)
+
+
+def labels_file_of(model: str | Path) -> Path | None:
+    """The file that says which labels a model knows, or None. model: its folder, or a file of puzzles or traces.
+
+    Beside a file it is labels.json. Of a model it is its own cell_types.json; for a checkpoint of a run, the run's --labels,
+    or labels.json beside its puzzles or traces; for an adapter, or a run that has none, that of the model it was trained
+    from.
+    """
+    if Path(model).is_file():
+        beside = Path(model).parent / LABELS
+        return beside if beside.is_file() else None
+    seen: set[Path] = set()
+    waiting = [Path(model)]
+    while waiting:
+        folder = waiting.pop(0)
+        if folder in seen or not folder.is_dir():
+            continue
+        seen.add(folder)
+        if (folder / CELL_TYPES).is_file():
+            return folder / CELL_TYPES
+        settings = _run_settings(folder)
+        named = [Path(settings["labels"])] if settings.get("labels") else []
+        named += [Path(settings[key]).parent / LABELS for key in ("puzzles", "traces") if settings.get(key)]
+        for path in (_seen_from(folder, path) for path in named):
+            if path.is_file():
+                return path
+        adapter = folder / ADAPTER_CONFIG
+        base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
+        waiting += [_seen_from(folder, Path(place)) for place in (base, settings.get("model")) if place]
+    return None
+
+
+def _seen_from(folder: Path, path: Path) -> Path:
+    """A path of a run's settings: as it stands, or from a folder above the checkpoint, as the run was started there."""
+    found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
+    return next(found, path)
+
+
+def _run_settings(folder: Path) -> dict[str, str]:
+    """The settings, those that are texts, of the run that a checkpoint belongs to; {} without a run."""
+    # config.json of a run is one level above OUT/model, and two above OUT/checkpoints/step-000010
+    for place in (folder.parent, folder.parent.parent):
+        if (place / "config.json").is_file():
+            settings = read_settings(place / "config.json").get("settings")
+            if isinstance(settings, dict):  # else it is the config.json of a model
+                return {key: value for key, value in settings.items() if isinstance(value, str)}
+    return {}
+
+
+def cell_types_file(labels: str | None, *places: str | Path) -> dict[str, str]:
+    """{"cell_types.json": its text} for the folder of a trained model; {} when no file says what it knows.
+
+    labels: a labels.json that the user names. Otherwise places: models, or files beside which labels.json may lie, the
+    best first. Raises UserError for a file that is no labels.json.
+    """
+    found = [Path(labels)] if labels else [path for place in places if (path := labels_file_of(place))]
+    return {CELL_TYPES: read_labels(found[0]).to_json()} if found else {}
+
+
+def read_known_labels(model: str | Path) -> KnownLabels | None:
+    """The labels and genes that a model was trained on; None when no file says so (see labels_file_of)."""
+    path = labels_file_of(model)
+    return read_labels(path) if path is not None else None
+
+
+def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float = SHARE_KNOWN) -> float:
+    """The share of genes in common, of the smaller of the two sets. Raises UserError when it is below `share`.
+
+    genes: symbols of the user's file. known: symbols that the model was trained on. Of the smaller set, because a small
+    panel is known to a model of all genes, and a model of a few thousand genes knows the cells of a whole genome.
+    """
+    genes, known = set(genes), set(known)
+    common = genes & known
+    found = len(common) / max(1, min(len(genes), len(known)))
+    if found < share:
+        here, there = (", ".join(sorted(names - common)[:SHOWN]) for names in (genes, known))
+        raise UserError(
+            f"the file has {len(genes):,} genes ({here}, ...) and the model was trained on {len(known):,} ({there}, ...), but "
+            f"only {len(common):,} are in both, a share of {found:.2f} where {share:.2f} is needed; name the column of gene "
+            "symbols with --gene-key, or use a model that was trained on such genes"
+        )
+    return found
