@@ -1,22 +1,50 @@
-"""Files written completely or not at all, their hash, the files of a checkpoint, and the wording of disk errors."""
+"""Files and folders written completely or not at all, .jsonl files that grow, the lock of a folder, hashes, and the wording
+of disk errors."""
 
+import atexit
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.processes import keep_from_children
 
 POINTER = b"version https://git-lfs.github.com/"
 """How a file begins that Git LFS has left in place of a large one."""
 
 INDEX = "model.safetensors.index.json"
 """Lists the weight files of a checkpoint that has several, and which tensor lies in which."""
+LOCK = ".lock"
+"""The file in a folder that the process which writes the folder holds locked."""
+SEAL = "checksum"
+"""The last key of a JSON file that was written with `sealed`."""
+WHOLE = 64 << 20
+"""`weights_hash` reads a file of weights up to this many bytes whole."""
+READ_WITH_WEIGHTS = (
+    *(
+        "config.",
+        "generation_config.",
+        "tokenizer",
+        "special_tokens",
+        "added_tokens",
+        "vocab",
+        "merges",
+        "chat_template",
+    ),
+)
+"""How the names of the other files of a model begin on which a run depends."""
+BLOCK = 4096
+"""Bytes of each of the three places that `weights_hash` reads of a tensor in a larger file."""
 
 
 @contextlib.contextmanager
@@ -29,15 +57,51 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        flush(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or name another place") from None
+        with naming_what_cannot_be_written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield NAME.partial, an empty folder beside `path`, to write files to.
+
+    When the block ends without an exception, every file is flushed to disk and the folder takes the place of `path`, whose
+    old content goes. Otherwise it is removed, which frees a full disk. After a kill NAME.partial stays; readers must ignore
+    that name. Raises UserError, with the folder's name, when something cannot be written.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(f"{path.name}.{ending}") for ending in ("partial", "old"))
+    try:
+        with naming_what_cannot_be_written(path):
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
+            partial.mkdir(parents=True)
+            yield partial
+            # before the rename, or a power cut could leave a visible folder of empty files
+            for file in sorted(partial.rglob("*")):
+                flush(file)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)  # a folder with files in it cannot be replaced
+            os.replace(partial, path)
+            flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_what_cannot_be_written(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({reason_of(error)}); make room or name another place") from None
 
 
 def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
@@ -45,6 +109,156 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
+
+
+def append_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]], sync: bool = False) -> None:
+    """Append rows to a .jsonl file, one JSON object per line: all of them, or none when the disk is full.
+
+    sync: return only when they are on disk, not just handed to the operating system; a power cut may else lose or tear
+    them, which `appended_rows` sees. Raises UserError, with the file's name, when they cannot be written.
+    """
+    # half of a surrogate pair is no character in UTF-8; backslashreplace writes it as JSON does, \\ud800
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    left = text.encode("utf-8", "backslashreplace")
+    with naming_what_cannot_be_written(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        before = os.fstat(handle).st_size
+        try:
+            while left:  # os.write may take only a part
+                left = left[os.write(handle, left) :]
+            if sync:
+                os.fsync(handle)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, before)  # a file gets shorter on a full disk too
+            raise
+        finally:
+            os.close(handle)
+
+
+def appended_rows(
+    path: str | os.PathLike, is_row: Callable[[dict[str, Any]], bool] = lambda row: True
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line with its end, row) of each line of a .jsonl file to which a process appended that may have been killed.
+
+    A last line that is cut off or cannot be read is left out, and a note on standard error says so. is_row(row): is the
+    object one that the process writes? Raises UserError that names a damaged line before the last.
+    """
+    with open(path, "rb") as handle:  # bytes: a cut can leave half a character
+        for number, line in enumerate(handle, start=1):
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and is_row(row):
+                yield line if line.endswith(b"\n") else line + b"\n", row
+            elif handle.peek(1):
+                raise UserError(
+                    f"{path}, line {number}: is damaged; put a copy of the file back, or remove that line to go on without it"
+                )
+            else:
+                print(f"note: {path}: its last line was cut off, and is left out", file=sys.stderr, flush=True)
+
+
+# ---- one writer per folder
+
+_locked: dict[Path, tuple[int, list[int]]] = {}
+"""{folder: (id of the process that holds it, [descriptor of its lock]; in a fork of that process [])}"""
+
+
+def lock_folder(folder: str | os.PathLike) -> None:
+    """Make this process the only one that writes a folder, until it ends or calls `unlock_folder`. A missing folder is made.
+
+    The operating system drops the lock when the process dies, however it dies. Raises UserError when another process has
+    it. Where a network disk knows no locks (NFS mounted with nolock, Lustre without flock), a note says so.
+    """
+    folder = Path(folder)
+    path = folder.resolve() / LOCK
+    if path.parent in _locked and _locked[path.parent][0] == os.getpid():
+        return
+    with naming_what_cannot_be_written(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.read(handle, 300).decode(errors="replace").strip()
+                os.close(handle)
+                raise UserError(
+                    f"{folder}: another run is writing there ({who or 'it has just begun'}); wait for its end, or name "
+                    "another folder"
+                ) from None
+            except OSError as error:
+                os.close(handle)
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                print(
+                    f"note: {folder}: this disk knows no locks ({reason_of(error)}), so nothing keeps a second run out",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(path)):
+                    break
+            os.close(handle)  # its holder removed the file between our open and our lock: that lock keeps nobody out
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    descriptors = [handle]
+    keep_from_children(descriptors)  # a child that outlives this process must not hold the lock
+    if not _locked:
+        atexit.register(unlock_folders)
+    _locked[path.parent] = (os.getpid(), descriptors)
+
+
+def unlock_folder(folder: str | os.PathLike) -> None:
+    """Let others write a folder that this process holds. Without a lock: nothing."""
+    path = Path(folder).resolve()
+    owner, descriptors = _locked.get(path, (0, []))
+    if owner != os.getpid():  # a fork has the table of its parent
+        return
+    with contextlib.suppress(OSError):
+        (path / LOCK).unlink()  # before the lock is free, or it could be another's by then
+    del _locked[path]
+    os.close(descriptors.pop())
+
+
+def unlock_folders() -> None:
+    """unlock_folder of all folders that this process holds."""
+    for folder in list(_locked):
+        unlock_folder(folder)
+
+
+# ---- JSON that names its faults
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The value with a checksum of itself as its last key, so that `read_sealed` sees a change made later."""
+    return {**value, SEAL: _seal_of(value)}
+
+
+def _seal_of(value: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def read_sealed(path: Path, remedy: str = "put a copy back, or name another --out") -> dict[str, Any]:
+    """The JSON object of a file of ours. A file of an older version has no checksum, and is read as it is.
+
+    Raises UserError that names the file when it is missing, damaged, no JSON object, or was changed later.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({reason_of(error)}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object; {remedy}")
+    rest = {name: value for name, value in found.items() if name != SEAL}
+    if SEAL in found and found[SEAL] != _seal_of(rest):
+        raise UserError(f"{path}: was changed or damaged after it was written (its {SEAL} is another); {remedy}")
+    return rest
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -93,6 +307,18 @@ def weight_files(base: Path) -> list[Path]:
     return files
 
 
+def model_hashes(model: str | Path) -> dict[str, str]:
+    """{file name: hash} of a checkpoint's weights (`weights_hash`), settings, tokenizer and chat template.
+
+    {} where there is no such folder. Raises UserError as weight_files does.
+    """
+    base = Path(model)
+    if not base.is_dir():
+        return {}
+    others = [path for path in sorted(base.iterdir()) if path.is_file() and path.name.startswith(READ_WITH_WEIGHTS)]
+    return {path.name: weights_hash(path) for path in weight_files(base)} | {path.name: sha256(path) for path in others}
+
+
 def how_to_convert(model: str | Path) -> str:
     """How to save a checkpoint again, with transformers' names, as safetensors."""
     return (
@@ -102,9 +328,12 @@ def how_to_convert(model: str | Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until everything that was written to a file is on disk."""
-    with open(path, "rb") as handle:
-        os.fsync(handle.fileno())
+    """Wait until everything that was written to a file, or the list of a folder's files, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:
@@ -113,10 +342,56 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def crc32_of(path: Path) -> int:
+    """CRC-32 of a file. The file is read in blocks."""
+    crc = 0
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def weights_hash(path: Path) -> str:
+    """SHA-256 that tells a .safetensors file of weights from another, in well under a second for any size.
+
+    It is that of the whole file up to WHOLE bytes; of a larger one, of its size, its header (names, shapes and places of
+    the tensors) and three blocks of BLOCK bytes of every tensor: its first, its middle, its last. Weights that were trained
+    on differ in nearly every number, so other weights are seen. A change of a few numbers between the blocks is not.
+    Raises UserError when the header of a large file cannot be read.
+    """
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return sha256(path)
+    digest = hashlib.sha256(f"sampled {size} ".encode())
+    with open(path, "rb") as handle:
+        length = handle.read(8)  # little-endian, of the JSON header that follows
+        header = handle.read(min(int.from_bytes(length, "little"), WHOLE))
+        digest.update(length + header)
+        try:
+            tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
+            places = [tensors[name]["data_offsets"] for name in sorted(tensors)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: damaged, its header cannot be read; copy the file again") from None
+        for start, end in places:
+            for place in (start, (start + end) // 2, end - BLOCK):
+                place = max(start, place)
+                handle.seek(8 + len(header) + place)
+                digest.update(handle.read(min(BLOCK, end - place)))
+    return digest.hexdigest()
+
+
 def reason_of(error: OSError) -> str:
     """Why a file operation failed, on one line."""
     # HDF5 appends a page of its own to the message; strerror is the operating system's part
     return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+
+
+def full_disk(error: OSError) -> str:
+    """The sentence for a disk that is full or read-only, whatever was being written, standard output too; "" otherwise."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        return ""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}cannot be written ({reason_of(error)}); make room or give permission"
 
 
 def require_free_space(folder: Path, n_bytes: int) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
-from data.files import write_whole
+from data.files import append_rows, appended_rows, lock_folder, unlock_folder, write_whole
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
 from eval.run_files import read_result
@@ -169,9 +169,11 @@ class Partial:
         """settings: everything the answers depend on. resume: read the rows that a run with the same settings left.
 
         The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
-        settings, or when a line before the last one is damaged.
+        settings, when a line before the last one is damaged, or when another process writes the folder.
         """
         self.path = Path(folder) / PARTIAL
+        if self.path.parent.is_dir():  # a folder is made with the first answer: a refused command leaves none
+            lock_folder(self.path.parent)
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
@@ -184,6 +186,8 @@ class Partial:
 
         The first call rewrites the file, with the rows that were read from it.
         """
+        if not self.started:
+            lock_folder(self.path.parent)
         # a row that is answered again replaces the old one
         for row in rows:
             self.rows[row["id"]] = row
@@ -192,16 +196,13 @@ class Partial:
             write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
             self.started = True
             return
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(row) + "\n" for row in rows))
-            handle.flush()
-            # an answer must survive a crash of the machine: it may have cost money
-            os.fsync(handle.fileno())
+        append_rows(self.path, rows, sync=True)  # an answer must survive a crash of the machine: it may have cost money
 
     def remove(self) -> None:
-        """Remove the file, once the results are written."""
+        """Remove the file, once the results are written, and let others write the folder."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
+        unlock_folder(self.path.parent)
 
     def _rows_left(self) -> list[dict]:
         """The rows that an earlier run left; [] when there are none."""
@@ -212,14 +213,10 @@ class Partial:
                 return []
             self._refuse_other_settings(read_result(finished).get("run") or {}, finished)
             return read_rows(predictions)
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        whole = lines[:-1]  # what follows the last line break was cut off when that run ended
-        try:
-            parsed = [json.loads(line) for line in whole]
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"--resume: {self.path} is damaged ({error.msg}); leave --resume out to start again"
-            ) from None
+        parsed = [
+            row
+            for _, row in appended_rows(self.path, lambda row: "settings" in row or {"id", "prediction"} <= row.keys())
+        ]
         if not parsed:
             return []
         self._refuse_other_settings(parsed[0].get("settings", {}), self.path)

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from data.errors import UserError
+from data.files import lock_folder
 from data.puzzles import read_rows, write_rows
 from eval.baselines import BASELINES
 from eval.report.faults import fault_sentences
@@ -84,6 +85,7 @@ def main(config: DemoConfig) -> None:
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)
+    lock_folder(out)
     seconds = prepare(config)
     train = training_files(config)[0]
     seconds |= evaluate(config, "base", base_model(config))

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from data.errors import UserError
+from data.files import lock_folder, unlock_folder
 from data.puzzles import read_puzzles
 from launch.options import command
 from reward import load_reward
@@ -89,7 +90,9 @@ def build_embedded(config: GrpoConfig) -> None:
         if world.is_main and not (DEMO / "sft/model/config.json").is_file():
             from launch.demo import DemoConfig, prepare
 
+            lock_folder(DEMO)
             prepare(DemoConfig(out=str(DEMO)))
+            unlock_folder(DEMO)
         world.meet("the embedded default to be built")
 
 

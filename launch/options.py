@@ -20,6 +20,7 @@ import click
 import yaml
 
 from data.errors import RunError, UserError
+from data.files import full_disk
 from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,10 @@ class Command(click.Command):
             sys.stdout.flush()
             # other processes are gone or stuck, so groups and engines cannot be taken down in order any more
             os._exit(1)
+        except OSError as error:
+            if not (sentence := full_disk(error)):
+                raise
+            raise _InputError(sentence) from error
         except FloatingPointError as error:
             # not the user's mistake: exit code 1; the message names sample and bundle
             raise click.ClickException(str(error)) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import write_whole
+from data.files import lock_folder, write_whole
 from data.options import DTYPES, settle_dtype
 from data.puzzles import read_puzzles
 from launch.options import command, flag, option
@@ -81,6 +81,7 @@ def main(config: SelfDistillConfig) -> None:
     out, teacher = Path(config.out), Path(config.model)
     if not (teacher / "config.json").is_file():
         raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
+    lock_folder(out)
     record_settings(config, out)
     rows = [round_row(0, evaluate(config, teacher, out / "start"), None)]
     for number in range(1, config.rounds + 1):

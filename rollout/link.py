@@ -200,6 +200,22 @@ def _sign(token: str, key: str, data: bytes = b"") -> str:
     return hmac.new(token.encode(), key.encode() + b"\0" + data, "sha256").hexdigest()
 
 
+def all_gather_bytes(data: bytes) -> list[bytes]:
+    """[bytes of rank 0, bytes of rank 1, ...] on every rank of the process group. Collective.
+
+    torch's own collectives of objects send pickles, which can run code where they are read.
+    """
+    size = dist.get_world_size()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(data)]))  # CPU tensors: gloo carries them, also beside NCCL
+    longest = max(int(length) for length in lengths)
+    mine = torch.zeros(max(longest, 1), dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+    theirs = [torch.zeros_like(mine) for _ in range(size)]
+    dist.all_gather(theirs, mine)
+    return [part[: int(length)].numpy().tobytes() for part, length in zip(theirs, lengths, strict=True)]
+
+
 def make_group(store: dist.Store, rank: int, size: int, host: str, device: torch.device) -> dist.ProcessGroup:
     """The process group of the adapter's broadcast; rank 0 is the trainer. NCCL on GPUs, else gloo on interface `host`.
 

@@ -27,6 +27,7 @@ from rollout.link import (
     JOIN_SECONDS,
     Address,
     address_facing,
+    all_gather_bytes,
     drop,
     join_store,
     make_group,
@@ -133,9 +134,8 @@ class SplitEngine:
         parcel = Parcel.of(tensors)
         manifest = parcel.manifest()
         # hashes travel, not tensors: rank 0 alone sends the adapter, and the others only have to hold the same
-        hashes: list[str] = [""] * self.size
         with self.waiting("the adapter hashes of all ranks"):
-            dist.all_gather_object(hashes, manifest_hash(manifest))
+            hashes = [found.decode() for found in all_gather_bytes(manifest_hash(manifest).encode())]
         if len(set(hashes)) > 1:
             raise SyncError(f"LoRA sync: the training ranks hold different adapters ({', '.join(hashes)})")
         self.version, self.hash = version, hashes[0]

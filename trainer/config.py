@@ -120,6 +120,11 @@ class TrainingConfig:
     keep_checkpoints: int = run(2, "Newest checkpoints kept.")
     hang_seconds: float = run(1800.0, "A rank without progress for so long is named, and the run ends.")
 
+    notify: str = run(
+        "",
+        "Shell command for the end of the run, also a failed or killed one; it gets RUN_OUT, RUN_STATE, RUN_ERROR, ...",
+    )
+
     @property
     def described_gpu(self) -> bool | None:
         """True for a machine with GPUs that --dry-run describes; None: the machine is this one."""

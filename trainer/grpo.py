@@ -46,10 +46,10 @@ from trainer.record.bundle import StepInputs, StepRecord, write_bundle
 from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
 from trainer.record.runfolder import (
     check_run,
-    list_checkpoints,
     open_run,
     restore_training,
     save_training,
+    steps_saved,
     with_date,
     write_json,
 )
@@ -152,7 +152,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
 
     if log is not None:
         log.close()
-        if list_checkpoints(out)[-1].name == f"step-{cfg.steps:06d}":  # else SIGTERM ended it early
+        if steps_saved(out) == cfg.steps:  # else SIGTERM ended it early
             write_json(out / "finished.json", {"steps": cfg.steps})
     scorer.close()
     engine.close()

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import append_rows
 from data.prompts import ChatFormat
 from reward import Reward
 from rollout import Rollout
 from trainer.config import GrpoConfig
 from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
 from trainer.ranks.world import World
-from trainer.record.runfolder import append_jsonl
 
 SUMMED = (
     "loss",
@@ -263,7 +263,8 @@ class StepLog:
             **figures,
         }
         for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
-            append_jsonl(self.out / f"{name}.jsonl", lines)
+            append_rows(self.out / f"{name}.jsonl", lines)
+        clock.world.step_made(step, self.cfg.steps, seconds)
         if self.board is not None:
             for name, value in {**metrics, **times}.items():
                 if isinstance(value, (int, float)) and name != "step":

@@ -18,7 +18,7 @@ from torch import Tensor
 from rollout import Rollout
 from trainer.model.attention import Layout, Segments
 from trainer.model.cost import Cost
-from trainer.ranks.world import World
+from trainer.ranks.world import World, travels
 
 Group = tuple[list[int], list[list[int]]]
 """(prompt token ids, the responses' token ids)"""
@@ -221,6 +221,7 @@ def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
     return Denominators(*world.total(n_rows, n_tokens))
 
 
+@travels
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
     """A prompt's rollouts with their advantages, ready to train on. Ranks exchange these."""

@@ -21,7 +21,7 @@ from data.distill.meter import Meter
 from data.distill.report import acceptance_table, headline, make_report, write_report
 from data.distill.responses import RawFile
 from data.distill.settings import DistillConfig
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles, write_rows
 
 MakeTeacher = Callable[[list[Puzzle], list[Puzzle], Meter, RawFile], Teacher]
@@ -103,7 +103,7 @@ def worst_cost(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Ca
 def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str, seconds: float) -> None:
     """Write the report and the accepted traces, and print both in short.
 
-    Raises UserError when no trace was accepted.
+    Raises UserError when no trace was accepted, RunError when no request was answered.
     """
     rows = draws.rows(config.keep, config.seed)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
@@ -117,6 +117,7 @@ def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str,
             file=sys.stderr,
         )
     if not rows:
+        refuse_without_an_answer(config, draws)
         reasons = ", ".join(report["rejected"]) or "nothing was drawn"
         easier = "lower --teacher-noise" if config.teacher == "embedded" else "change the teacher"
         raise UserError(
@@ -124,6 +125,16 @@ def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str,
         )
     write_rows(config.out, rows)
     print(json.dumps(headline(draws, config.seed)))
+
+
+def refuse_without_an_answer(config: DistillConfig, draws: Draws) -> None:
+    """Raises RunError with the last error when requests were made and none was answered."""
+    drawn = [completion for judged in draws.judged.values() for completion, _ in judged.values()]
+    if drawn and all(completion.error for completion in drawn):
+        raise RunError(
+            f"--teacher {config.teacher}: none of {len(drawn)} requests was answered, the last with {drawn[-1].error}; all are "
+            f"in {config.raw_file}; mend that, then go on with --resume"
+        )
 
 
 class Interruptible:

@@ -29,7 +29,7 @@ from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
 from data.errors import RunError
 from rollout import stable_seed
-from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after
+from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after, spellings_of
 
 LONGEST_WAIT = 60.0
 """Longest wait between two tries, in seconds, when the endpoint does not ask for another."""
@@ -94,6 +94,7 @@ class OpenAITeacher:
         self.ended = self.fatal = ""
         self.stopping, self.abandoned = threading.Event(), threading.Event()
         """stopping: send no new request. abandoned: nobody reads the completions, so cancel the requests in flight."""
+        self.secret = spellings_of(endpoint.key)
         self.token_field, self.send_seed = "max_tokens", True
         self.not_before = 0.0
         """Time, as time.monotonic(), from which the endpoint takes requests again."""
@@ -347,8 +348,8 @@ class OpenAITeacher:
             await self._sleep(pause)
 
     def _clean(self, text: str) -> str:
-        """The text without the key: some endpoints quote it in an error message."""
-        return text.replace(self.endpoint.key, "[key]") if len(self.endpoint.key) >= SECRET_LENGTH else text
+        """The text without the key: some endpoints quote it in an error message, as it is or escaped."""
+        return self.secret.sub("[key]", text) if len(self.endpoint.key) >= SECRET_LENGTH else text
 
 
 def is_loopback(base_url: str) -> bool:

@@ -1,6 +1,8 @@
 """Read the replies of an OpenAI-compatible endpoint: a completion with its token counts, or the reason of a refusal."""
 
+import html.entities
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +88,35 @@ def refusal_text(error: openai.APIStatusError) -> str:
     if isinstance(body, dict) and body.get("message"):
         body = " ".join(str(body[name]) for name in ("message", "code") if body.get(name))
     return " ".join(str(body).split())
+
+
+def spellings_of(secret: str) -> re.Pattern:
+    """Matches a text as it is and escaped, whole or in part: as JSON, Python, C, HTML or a URL write it, also twice.
+
+    So a page of HTML and JSON that does not parse do not show it. An endpoint that means to show the key it was sent can
+    write it in ways that no pattern knows.
+
+    >>> [bool(spellings_of("sk-a").search(text)) for text in ("sk-a", "sk&#45;a", r"s\\u006b-a", "sk%2Da", "sk-b")]
+    [True, True, True, True, False]
+    """
+    names: dict[str, list[str]] = {}
+    for name, char in html.entities.html5.items():
+        names.setdefault(char, []).append(re.escape(name))
+
+    def spellings(char: str) -> str:
+        code = ord(char)
+        # the counts are bounded, or a reply of a million backslashes could keep the pattern busy for hours
+        forms = [
+            rf"\\{{0,8}}{re.escape(char)}",
+            rf"\\{{1,8}}(?i:u\{{?0{{0,6}}{code:x}\}}?|x{code:02x}|0{{0,1}}{code:o})",
+            rf"&(?:amp;){{0,3}}#(?i:0{{0,6}}{code}|x0{{0,6}}{code:x})(?![0-9a-fA-F]);?",
+            rf"%(?:25){{0,3}}(?i:{code:02x})",
+        ]
+        if char in names:
+            forms.append(rf"&(?:amp;){{0,3}}(?:{'|'.join(sorted(names[char], key=len, reverse=True))})")
+        return f"(?:{'|'.join(forms)})"
+
+    return re.compile("".join(map(spellings, secret)))
 
 
 def retry_after(headers: Any) -> float | None:

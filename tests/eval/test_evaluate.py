@@ -1,6 +1,9 @@
 """launch/evaluate.py: saved predictions, baselines, vLLM, an endpoint; comparing, resuming, and what it says."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from contextlib import nullcontext
@@ -19,7 +22,7 @@ from eval.settings import EvaluateConfig, settings_of
 from launch.evaluate import fingerprint_of, main
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
-from tests.helpers.commands import run_command, succeed
+from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.model.loading import load_tokenizer
 from trainer.model.opening import files_fingerprint, served_settings
 
@@ -421,8 +424,37 @@ def test_other_settings_or_a_damaged_file_are_not_resumed(tmp_path):
         Partial(tmp_path, {"model": "m", "seed": 2}, resume=True)
     path = tmp_path / "predictions.partial.jsonl"
     path.write_text('{"settings": {}}\n{"id": \n{"id": "p1", "prediction": "x"}\n')
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="predictions.partial.jsonl, line 2: is damaged"):
         Partial(tmp_path, {}, resume=True)
+    path.write_bytes(b'{"settings": {}}\n{"id": "p1", "prediction": "x"}\n{"id": "p2", "prediction": "\xc3')
+    assert list(Partial(tmp_path, {}, resume=True).rows) == ["p1"]
+
+
+HOLDER = """
+import sys, time
+from eval.predict import Partial
+partial = Partial(sys.argv[1], {"model": "m"}, resume=False)
+partial.add([{"id": "p0", "prediction": "x"}])
+print("holds it", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_two_evaluations_do_not_answer_into_one_folder(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert holder.stdout.readline() == b"holds it\n"
+        with pytest.raises(ValueError, match=f"out: another run is writing there .process {holder.pid} on"):
+            Partial(tmp_path / "out", {"model": "m"}, resume=True)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert list(Partial(tmp_path / "out", {"model": "m"}, resume=True).rows) == ["p0"]
 
 
 def test_an_id_of_two_different_puzzles_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from data.errors import RunError
 from data.puzzles import Puzzle, read_rows, write_puzzles
 from data.variants import convert
 from rollout.teachers.openai import Endpoint, OpenAITeacher, is_loopback
-from rollout.teachers.replies import retry_after, token_counts
+from rollout.teachers.replies import retry_after, spellings_of, token_counts
 from tests.helpers.commands import ROOT, run_command
 from tests.helpers.endpoints import (
     KEY,
@@ -572,6 +572,53 @@ def test_no_part_of_the_key_is_kept_that_a_cut_or_an_escape_would_leave(serve):
     assert KEY[:8] not in str(done)
     assert [done[f"p{i}"].error.count("[key]") for i in (0, 1, 3)] == [1, 1, 1]
     assert (done["p2"].finish_reason, done["p2"].model) == ("stop [key]", "m [key]")
+
+
+ESCAPES = (
+    lambda char: f"&#{ord(char)};",
+    lambda char: f"&#X00{ord(char):x};",
+    lambda char: f"&amp;#{ord(char)};",
+    lambda char: f"\\\\u{ord(char):04X}",
+    lambda char: f"\\x{ord(char):02x}",
+    lambda char: f"%{ord(char):02x}",
+    lambda char: f"%25{ord(char):02X}",
+    lambda char: {"_": "&lowbar;", "/": "\\/", "+": "&plus;"}.get(char, char),
+)
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_the_key_is_known_however_it_is_escaped(serve, escape):
+    """In a page of HTML that comes with a refusal, and in a reply that is no JSON and is quoted as an error."""
+    key = "sk-Ab_9/" + KEY.removeprefix("sk-") + "+="
+    shown = "".join(map(escape, key))
+    server = serve(2, lambda number, of, asked: {"mood": ({}, 400, f"<html><p>{shown}</p>".encode())})
+    served_raw(server)
+    done = ask(teacher(server, concurrency=1, retries=0, key=key), 2)
+    assert [of.error for of in done.values()] == ["status 400: <html><p>[key]</p> (1 try)"] * 2
+    assert spellings_of(key).sub("[key]", f"a{shown}b") == "a[key]b"
+    other = "".join(map(escape, key[:-1]))
+    assert spellings_of(key).sub("[key]", other) == other
+
+
+def test_what_an_endpoint_writes_keeps_the_pattern_of_the_key_from_looping():
+    """Without bounds on what is repeated each of these would take hours."""
+    pattern = spellings_of("\\\\&%00sk-" + KEY)
+    for text in ("\\" * 50_000, "&amp;" * 10_000, "%25" * 10_000, "&#" + "0" * 50_000):
+        assert pattern.sub("[key]", text) == text
+
+
+def test_a_distillation_in_which_nothing_was_answered_names_the_status(serve, tmp_path):
+    server = serve(2, lambda number, of, asked: "500 out of memory")
+    done = run_command(
+        "distill", *words(tmp_path, server, "--retries", 0, "--candidates", 1), env={"OPENAI_API_KEY": KEY}
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert (
+        "none of 2 requests was answered, the last with status 500: out of memory (1 try)" in said
+        and "--resume" in said
+    )
+    assert "--candidates" not in said
 
 
 def test_a_full_disk_ends_the_run_and_leaves_whole_lines_behind(tmp_path):

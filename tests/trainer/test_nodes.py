@@ -170,6 +170,8 @@ def test_a_killed_trainer_is_named_on_the_other_node_within_30_seconds(words, st
         "rank 0 on node 0" in said and f"rank 1 on node 1 ({nodes[1].host}, process {rank_1.pid}) died in phase" in said
     )
     assert "of step" in said.split("died in phase")[1]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1) and f"process {rank_1.pid}) died" in status["error"]
 
 
 def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(words, start, tmp_path):
@@ -213,8 +215,16 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     cut.kill()
     resumed = start(torchrun(*words(tmp_path / "cut"), *ahead, "--resume", ranks=2), tmp_path / "resumed.log")
     assert resumed.end() == 0, resumed.output
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    last = "checkpoints/step-000040/"
+    for name in (
+        *("metrics.jsonl", "rollouts.jsonl"),
+        *(last + "adapter_model.safetensors", last + "training/optimizer.safetensors"),
+    ):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "restarted" / name).read_bytes()
+    assert min(row["grad_norm"] for row in metrics(tmp_path / "cut")) > 1e-4, (
+        "equal although every step changed the adapter"
+    )
+    assert len({row["adapter_hash"] for row in metrics(tmp_path / "cut")}) == 40
 
 
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path):

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import resource
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from trainer.record.runfolder import (
     Checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_newest,
     rewind,
     save_checkpoint,
     training_file,
@@ -44,6 +48,7 @@ def test_a_checkpoint_of_an_older_run_is_read(tmp_path):
         (path / "training" / file).rename(path / file)
     state = json.loads((path / "state.json").read_text())
     state["crc32"] = {Path(name).name: crc for name, crc in state["crc32"].items()}
+    del state["checksum"]
     (path / "state.json").write_text(json.dumps(state))
     torch.testing.assert_close(load_checkpoint(path)[2], MOMENTS, rtol=0, atol=0)
     assert training_file(path, PENDING) == path / "pending.json"
@@ -59,11 +64,102 @@ def test_a_half_written_checkpoint_is_not_seen_and_a_damaged_one_is_named(tmp_pa
         load_checkpoint(path)
 
 
-def test_rewind_drops_later_rows_and_a_torn_last_line(tmp_path):
+def test_rewind_drops_later_rows_and_a_torn_last_line(tmp_path, capsys):
     lines = [json.dumps({"step": step}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4, "rew']))
+    rows = [
+        json.dumps({"step": step, "completion": "\u2028", "parts": {"a": 1}}, ensure_ascii=False) for step in (1, 2, 2)
+    ]
+    (tmp_path / "rollouts.jsonl").write_bytes(
+        "\n".join([*rows, ""]).encode() + '{"step": 3, "completion": "\u2028'.encode()[:-1]
+    )
     rewind(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == "".join(f"{row}\n" for row in rows).encode()
+    said = capsys.readouterr().err
+    assert said.count("its last line was cut off, and is left out") == 2 and "no line of" not in said
+    before = (tmp_path / "rollouts.jsonl").read_bytes()
+    (tmp_path / "rollouts.jsonl").write_bytes(b"{}\n" + before)
+    with pytest.raises(ValueError, match="rollouts.jsonl, line 1: is damaged; put a copy"):
+        rewind(tmp_path, 2)
+    assert (tmp_path / "rollouts.jsonl").read_bytes() == b"{}\n" + before
+
+
+def test_rewind_says_which_steps_a_file_lacks_or_holds_twice(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 3, 3, 5, 6)))
+    (tmp_path / "rollouts.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in (1, 1, 2, 2, 3, 4)))
+    rewind(tmp_path, 5)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"note: {tmp_path / 'metrics.jsonl'} has no line of 2 steps, the first is 2; the run itself lacks nothing",
+        f"note: {tmp_path / 'metrics.jsonl'} has more than one line of step 3; the run itself lacks nothing",
+        f"note: {tmp_path / 'rollouts.jsonl'} has no line of step 5; the run itself lacks nothing",
+    ]
+
+
+ALONE = SimpleNamespace(is_main=True, gather_in_rank_order=lambda item: [item])
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("adapter_model.safetensors", lambda text: text[:-1], "damaged or missing"),
+        ("training/optimizer.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "damaged or missing"),
+        (
+            "state.json",
+            lambda text: text.replace(b'"step": 6', b'"step": 7'),
+            "was changed or damaged after it was written",
+        ),
+        ("state.json", lambda text: text[:40], "damaged, not JSON"),
+        ("state.json", lambda text: b"{}", "is no record of a checkpoint"),
+        ("state.json", lambda text: b"[]", "holds no JSON object"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, file, change, says, capsys):
+    for step in (4, 6):
+        save(tmp_path, step)
+    place = tmp_path / "checkpoints/step-000006" / file
+    place.write_bytes(change(place.read_bytes()))
+    path, (step, adapter, _) = load_newest(tmp_path, ALONE)
+    assert (path.name, step) == ("step-000004", 4)
+    torch.testing.assert_close(adapter, ADAPTER, rtol=0, atol=0)
+    said = capsys.readouterr().err
+    assert said.startswith(f"note: {place}: {says}") and said.endswith("; --resume goes on from step-000004\n")
+    assert list_checkpoints(tmp_path) == [path] and (tmp_path / "checkpoints/step-000006.damaged").is_dir()
+    save(tmp_path, 6)  # made again
+    assert load_newest(tmp_path, ALONE)[1][0] == 6 and capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):
+    path = save(tmp_path, 4)
+    path.rename(path.with_name("step-000006"))
+    with pytest.raises(ValueError, match="step-000006/state.json: is of step 4, and so not of this folder"):
+        load_newest(tmp_path, ALONE)
+    assert (tmp_path / "checkpoints/step-000006").is_dir()  # the only one is left as it is
+
+
+def test_checkpoints_are_ordered_by_their_number(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_a_full_disk_leaves_no_checkpoint_behind_and_the_old_one_whole(tmp_path):
+    """RLIMIT_FSIZE stands for the full disk; safetensors reports it with an error of its own."""
+    save(tmp_path, 2)
+    large = Checkpoint(step=4, adapter={"m": torch.zeros(1000)}, adapter_config={"r": 2}, moments=MOMENTS)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        with pytest.raises(
+            ValueError, match=r"checkpoints/step-000004: cannot be written \(File too large\); make room"
+        ):
+            save_checkpoint(tmp_path, large, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert load_newest(tmp_path, ALONE)[1][0] == 2
 
 
 def test_tensorboard_gets_every_number_or_says_what_is_missing(tmp_path):

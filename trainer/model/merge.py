@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import INDEX, weight_files
+from data.files import INDEX, replacing_folder, weight_files
 from trainer.model.loading import linear_weights, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
@@ -80,14 +80,12 @@ def write_checkpoint(
     complete or not at all. Raises UserError if the base has no safetensors file or a damaged one, if the adapter does
     not fit it or has settings that cannot be merged here, or if the folder cannot be written.
     """
-    base, partial = Path(base), folder.with_name(folder.name + ".partial")
+    base = Path(base)
     files = weight_files(base)
     if unknown := [key for key in UNSUPPORTED if (config or {}).get(key)]:
         raise UserError(f"the adapter's {unknown[0]} cannot be merged here; merge it with PEFT (merge_and_unload)")
     four_bit = linear_weights(str(base)) if quantize == "nf4" else set()
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir(parents=True)
+    with replacing_folder(folder) as partial:
         used: set[str] = set()  # names of adapter tensors that found their weight
         size = 0
         for path in files:
@@ -110,9 +108,6 @@ def write_checkpoint(
         _write_settings(base, partial, dtype, size)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)  # last: a reader never sees a folder without all its files
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,11 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import read_settings
 from data.prompts import ChatFormat
-from trainer.record.runfolder import read_adapter
+from trainer.record.runfolder import ADAPTER
 
 if TYPE_CHECKING:  # both take seconds to load
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +85,29 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     return OpenedModel(folder, base_under(folder, settings, base), adapter, settings)
 
 
+def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, PEFT config) of an adapter folder in PEFT's format.
+
+    Raises UserError that names a missing or damaged file; with for_vllm also for an adapter that vLLM cannot serve.
+    """
+    for name in (ADAPTER, "adapter_config.json"):
+        if not (path / name).is_file():
+            raise UserError(f"{path}: no adapter there ({name} is missing)")
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
+    if for_vllm and config.get("use_dora"):
+        raise UserError(
+            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
+            "LoRA"
+        )
+    try:
+        return load_file(path / ADAPTER), config
+    except SafetensorError as error:
+        raise UserError(f"{path / ADAPTER}: damaged ({error})") from None
+
+
 def base_under(folder: Path, settings: dict[str, Any], base: str | None = None) -> Path:
     """The checkpoint under an adapter. settings: its adapter_config.json. base: given in place of the one named there."""
     # without a recorded base the adapter's own folder is named: load_tokenizer then says that it holds no checkpoint
@@ -93,7 +119,7 @@ def run_of(folder: Path) -> dict[str, Any]:
     # config.json of the run is one level above OUT/model, and two above OUT/checkpoints/step-000010
     for place in (folder.parent, folder.parent.parent):
         if (place / "config.json").is_file():
-            found = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            found = read_settings(place / "config.json")
             if "settings" in found:  # else it is the config.json of a model
                 return found
     return {}

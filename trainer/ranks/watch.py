@@ -3,24 +3,32 @@
 A thread per rank writes its heartbeat once a second and reads the heartbeats of the others. If a rank died, failed or
 hangs, the others reach a verdict: one sentence with rank, node and phase. The main thread then has a few seconds to
 stop by itself (a collective with a dead peer usually raises), and the process ends. Without the watch the other ranks
-would wait for a collective's time-out of half an hour, which does not name the rank.
+would wait for a collective's time-out of half an hour, which does not name the rank. `RunStatus` tells the owner of the run.
 """
 
+import datetime
 import faulthandler
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from data.errors import UserError
+from data.files import unlock_folder, write_whole
+from data.processes import module_environment
 from rollout import RunError
 
 BEAT_SECONDS = 1.0
@@ -35,6 +43,10 @@ GOODBYE_SECONDS = 60.0
 """How long rank 0, at the very end, waits for the others to leave the store."""
 GRACE_SECONDS = 8.0
 """Time from the verdict to the end of the process."""
+WAITING_SECONDS = 10.0
+"""A wait for another rank that lasts so long is written to status.json."""
+NOTIFY_SECONDS = 60.0
+"""How long a run that is over waits for the command of --notify, which goes on after that."""
 
 
 class RankLost(RunError):
@@ -98,6 +110,11 @@ class Watch:
         self.since = self.began = time.monotonic()
         self.on_hang: Callable[[], None] = lambda: None
         """Called on a hang, to let a process of this rank (its sampler) print its stacks too."""
+        self.on_wait: Callable[[str], None] = lambda who: None
+        """Called, at most every WAITING_SECONDS, with whom this rank has been waiting for as long."""
+        self.on_lost: Callable[[BaseException], None] = lambda error: None
+        """Called before the process is ended because the main thread is stuck."""
+        self.last_told = self.began
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
         self.over = threading.Event()
         # kill -USR1 prints where a process is, even while it runs native code
@@ -181,6 +198,7 @@ class Watch:
                 beats = self.read()
                 if not self.verdict:
                     self.verdict = self.judge(beats, time.monotonic())
+                self.tell_who_is_waited_for(beats)
             except RuntimeError as error:  # the base of every error of torch.distributed
                 self.verdict = (
                     f"the store of the launch does not answer: the launcher of node 0 is gone ({first_line(error)})"
@@ -236,6 +254,15 @@ class Watch:
             f"{self.hang_seconds:g})" + (f", waiting for {first.waiting}" if first.waiting else "")
         )
 
+    def tell_who_is_waited_for(self, beats: list[Beat]) -> None:
+        """Call on_wait when this rank has been waiting for long. beats: of the other ranks."""
+        what, seconds = self.me.waiting, time.monotonic() - self.since
+        if not what or min(seconds, time.monotonic() - self.last_told) < WAITING_SECONDS:
+            return
+        self.last_told = time.monotonic()
+        working = [f"{beat} in {beat.place()}" for beat in beats if not (beat.done or beat.waiting)]
+        self.on_wait(f"{', '.join(working) or what}, for {seconds:.0f} s")
+
     def give_up(self) -> None:
         """Print the stacks of a hang, and end the process with the verdict unless the main thread ends first."""
         if " hangs in " in self.verdict:
@@ -243,6 +270,7 @@ class Watch:
         # os._exit and not sys.exit: the main thread may be blocked in native code for ever
         if not self.over.wait(GRACE_SECONDS):
             say(f"{self.me} stops in {self.me.place()}: {self.verdict}")
+            self.on_lost(RankLost(self.verdict))
             os._exit(1)
 
     def show_stacks(self) -> None:
@@ -285,3 +313,71 @@ def first_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+# ---- what a run tells its owner
+
+
+class RunStatus:
+    """OUT/status.json, which rank 0 rewrites whole after every step, and --notify. The keys are in trainer/README.md."""
+
+    def __init__(self, out: Path, notify: str) -> None:
+        """notify: a shell command to run at the end, or ""."""
+        self.path, self.lock, self.stopping = out / "status.json", threading.Lock(), False
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
+        self.shown: dict[str, Any] = {"state": "running", "step": None, "steps": None, "seconds_per_step": None}
+        self.shown |= {"seconds_left": None, "waiting_for": "", "error": "", "exit_code": None}
+        self.shown |= {"host": socket.gethostname(), "process": os.getpid(), "began": utc_now()}
+        self.write()
+        self.messenger = None
+        if notify:
+            self.messenger = subprocess.Popen(
+                [sys.executable, "-m", "trainer.record.notify"],
+                stdin=subprocess.PIPE,
+                env=module_environment(),
+                start_new_session=True,  # what ends this run must not end it
+            )
+            self.tell({"command": notify, "status": str(self.path.resolve())})
+
+    def write(self, **changes: Any) -> None:
+        """Change some values and rewrite the file. Any thread may call it."""
+        with self.lock:
+            self.shown |= {**changes, "updated": utc_now()}
+            write_whole(self.path, json.dumps(self.shown, indent=1, ensure_ascii=False) + "\n")
+
+    def step(self, step: int, steps: int, seconds: float) -> None:
+        """A step, counted from 1, took so many seconds."""
+        self.recent.append(seconds)
+        mean = sum(self.recent) / len(self.recent)
+        rate = {"seconds_per_step": round(mean, 3), "seconds_left": round(mean * (steps - step), 1)}
+        self.write(step=step, steps=steps, **rate, waiting_for="")
+
+    def waits(self, who: str) -> None:
+        """The watch says for whom this rank has been waiting."""
+        with suppress(UserError):  # the disk is full: the run itself will say so
+            self.write(waiting_for=who)
+
+    def end(self, error: BaseException | None) -> None:
+        """The run is over. Waits for the command of --notify."""
+        cut = self.stopping and self.shown["step"] != self.shown["steps"]
+        state = "failed" if error else "stopped" if cut else "finished"
+        code = 0 if error is None else 2 if isinstance(error, UserError) else 1
+        text = " ".join(f"{type(error).__name__ + ': ' if code == 1 else ''}{error}".split()) if error else ""
+        with suppress(UserError):
+            self.write(state=state, error=text, exit_code=code, waiting_for="", seconds_left=None if error else 0.0)
+        unlock_folder(self.path.parent)  # before the command, which may start the run again
+        if self.messenger is not None:
+            self.tell({name: self.shown[name] for name in ("state", "error", "exit_code", "step", "steps")})
+            with suppress(subprocess.TimeoutExpired):
+                self.messenger.wait(timeout=NOTIFY_SECONDS)
+            self.messenger = None
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a line to the process that runs the command."""
+        with suppress(OSError):  # it is gone
+            self.messenger.stdin.write((json.dumps(message) + "\n").encode())
+            self.messenger.stdin.flush()
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

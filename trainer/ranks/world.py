@@ -8,6 +8,8 @@ rank skips it, the others hang in it until the watch ends the run; if ranks make
 orders, they read each other's data.
 """
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -26,9 +28,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
-from trainer.ranks.watch import RankLost, Watch, first_line
+from data.files import unlock_folders
+from rollout import Rollout
+from rollout.link import all_gather_bytes
+from trainer.ranks.watch import RankLost, RunStatus, Watch, first_line
 
 HANG_SECONDS = 1800.0
+TENSOR, KIND = "\0tensor", "\0kind"
+"""Keys that stand for a tensor and a dataclass in JSON. No text of a user begins with a zero byte."""
 T = TypeVar("T")
 
 
@@ -49,6 +56,8 @@ class World:
     """Number of this rank among those that only sample; None if it trains."""
     keep_alive: list = field(default_factory=list)
     """Objects that must exist until every rank is done: a store that others still read."""
+    listeners: list[RunStatus] = field(default_factory=list)
+    """On rank 0: what is told of every step, of a request to stop and of the end."""
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +83,16 @@ class World:
             yield item
             self.advance()
 
+    def step_made(self, step: int, steps: int, seconds: float) -> None:
+        """Tell the run's owner that step `step` of `steps` (from 1) took so long."""
+        for listener in self.listeners:
+            listener.step(step, steps, seconds)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Tell the run's owner that it is over, and why. Once."""
+        while self.listeners:
+            self.listeners.pop().end(error)
+
     def meet(self, what: str) -> None:
         """A barrier over all ranks of the launch, including those that sample. what: what this rank waits for."""
         if self.watch is not None:
@@ -98,24 +117,24 @@ class World:
     def gather(self, items: list) -> list:
         """The items of all ranks, on every rank. Collective.
 
-        Undoes a split by [rank::size], even or uneven: item k of rank r comes back at place k * size + r.
+        Undoes a split by [rank::size], even or uneven: item k of rank r comes back at place k * size + r. The items are what
+        JSON can hold, tensors, and dataclasses that are marked with `travels`. Tuples come back as lists.
         """
         if self.size == 1:
             return items
-        per_rank: list[list] = [[]] * self.size  # places that all_gather_object fills
         with self.waiting("the rollouts of all ranks"):
-            dist.all_gather_object(per_rank, items)
+            per_rank = [from_bytes(data) for data in all_gather_bytes(to_bytes(items))]
         nothing = object()  # fills up the last ranks, which have an item less after an uneven split
         return [
             item for items_k in zip_longest(*per_rank, fillvalue=nothing) for item in items_k if item is not nothing
         ]
 
     def gather_in_rank_order(self, item: Any) -> list[Any]:
-        """[item of rank 0, item of rank 1, ...] on every rank. Collective."""
-        per_rank: list[Any] = [None] * self.size
+        """[item of rank 0, item of rank 1, ...] on every rank; what an item may be is said in `gather`. Collective."""
+        if self.size == 1:
+            return [item]
         with self.waiting("a message of every rank"):
-            dist.all_gather_object(per_rank, item)
-        return per_rank
+            return [from_bytes(data) for data in all_gather_bytes(to_bytes(item))]
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Sum .grad over the ranks, in place. Sharded gradients are already summed (sharding.shard). Collective."""
@@ -128,6 +147,50 @@ class World:
             dist.all_reduce(flat)  # sync point of every optimizer step
         for p, part in zip(replicated, flat.split([p.numel() for p in replicated]), strict=True):
             p.grad.copy_(part.view_as(p))
+
+
+KINDS: dict[str, type] = {Rollout.__name__: Rollout}
+"""The dataclasses that ranks may send one another, by name."""
+
+
+def travels(kind: type[T]) -> type[T]:
+    """Decorates a dataclass that ranks may send one another."""
+    KINDS[kind.__name__] = kind
+    return kind
+
+
+def to_bytes(value: Any) -> bytes:
+    """JSON of a value; a tensor in it is written as its dtype, shape and bytes, a dataclass as its name and fields.
+
+    Not a pickle, which can run code where it is read: the ranks' network has no authentication.
+    """
+
+    def special(part: Any) -> dict[str, Any]:
+        if isinstance(part, Tensor):
+            content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            dtype = str(part.dtype).removeprefix("torch.")
+            return {TENSOR: [dtype, list(part.shape), base64.b64encode(content).decode()]}
+        assert type(part) in KINDS.values(), type(part)
+        return {KIND: [type(part).__name__, {name: getattr(part, name) for name in part.__dataclass_fields__}]}
+
+    return json.dumps(value, default=special).encode()
+
+
+def from_bytes(data: bytes) -> Any:
+    """The value of to_bytes. Nothing in the data decides what code runs: other kinds than those of KINDS are a KeyError."""
+
+    def special(part: dict[str, Any]) -> Any:
+        if part.keys() == {TENSOR}:
+            dtype, shape, content = part[TENSOR]
+            raw = bytearray(base64.b64decode(content))  # a tensor may be written to, and so must its bytes
+            empty = torch.zeros(shape, dtype=getattr(torch, dtype))
+            return torch.frombuffer(raw, dtype=empty.dtype).view(shape) if raw else empty
+        if part.keys() == {KIND}:
+            name, fields = part[KIND]
+            return KINDS[name](**fields)
+        return part
+
+    return json.loads(data, object_hook=special)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -234,7 +297,7 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     watch = Watch(dist.PrefixStore("cellpuzzles", store), rank, size, hang_seconds) if size > 1 else None
     trainers = size - samplers
     if rank < trainers:
-        # gloo beside NCCL: it carries CPU tensors and Python objects (all_gather_object)
+        # gloo beside NCCL: it carries CPU tensors, such as the bytes of all_gather_bytes
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("trainers", store),
@@ -269,6 +332,8 @@ def leave_world() -> None:
     if _joined is not None and _joined.watch is not None:
         _joined.watch.close()
         _joined.watch.leave_store()
+    if _joined is not None:
+        _joined.ended(None)
     _joined = None
 
 
@@ -281,13 +346,16 @@ def guarded(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # also an exit or Ctrl-C: the others must not wait for this rank
-        if world.watch is None:
-            raise
-        # an error of our own code needs no waiting for a verdict: this rank is the one to blame
-        verdict = world.watch.explain(error) if is_collective_failure(error) else ""
-        world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
-        if verdict:
-            raise RankLost(f"{world.watch.me} stops in {world.watch.me.place()}: {verdict}") from None
+        lost = None
+        if world.watch is not None:
+            # an error of our own code needs no waiting for a verdict: this rank is the one to blame
+            verdict = world.watch.explain(error) if is_collective_failure(error) else ""
+            world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
+            lost = RankLost(f"{world.watch.me} stops in {world.watch.me.place()}: {verdict}") if verdict else None
+        world.ended(lost or error)
+        unlock_folders()  # of a process that goes on, such as a notebook
+        if lost:
+            raise lost from None
         raise
 
 
@@ -313,4 +381,7 @@ class StopRequest:
     def requested(self) -> bool:
         """True on every rank if any rank has received SIGTERM. Collective."""
         # a rank that stopped alone would leave the others hanging in their next collective
-        return self.world.largest(float(self.asked)) > 0
+        found = self.world.largest(float(self.asked)) > 0
+        for listener in self.world.listeners:
+            listener.stopping = found
+        return found

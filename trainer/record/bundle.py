@@ -8,23 +8,21 @@ has changed since.
 
 import dataclasses
 import json
-import os
-import shutil
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import crc32_of, replacing_folder
 from trainer.config import GrpoConfig
 from trainer.packing import Denominators, Group, MicroBatch, make_micro_batch
 from trainer.ranks.world import World
-from trainer.record.runfolder import provenance, write_json
+from trainer.record.runfolder import provenance, save_tensors, write_json
 
 FORMAT = 1
 """Raise it when an older version of the trainer could misread a bundle."""
@@ -115,34 +113,25 @@ def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, wor
         for number, micro in enumerate(plan):
             tensors |= {f"{rank}.{number}.{name}": tensor for name, tensor in micro.pop("tensors").items()}
         layout.append({"micro_batches": plan, "responses": responses})
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that died while it wrote
-    partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, partial / "tensors.safetensors"
-    )
-    with open(partial / "tensors.safetensors", "rb") as handle:
-        crc = zlib.crc32(handle.read())  # of the file as a reader will find it
-        os.fsync(handle.fileno())  # before the rename, or a power cut could leave a visible folder with empty files
-    content = {
-        "format": FORMAT,
-        "step": record.step,
-        "update": inputs.update,
-        "settings": dataclasses.asdict(record.config),
-        "world_size": world.size,
-        "threads": torch.get_num_threads(),
-        "device": world.device.type,
-        "n_rows": inputs.denominators.n_rows,
-        "n_tokens": inputs.denominators.n_tokens,
-        "recorded": record.recorded,
-        "problem": record.problem,
-        "crc32": crc,
-        "ranks": layout,
-        **provenance(),  # a later version that cannot read it names the commit
-    }
-    write_json(partial / "bundle.json", content)
-    shutil.rmtree(final, ignore_errors=True)  # of the same step before a resume
-    os.replace(partial, final)
+    with replacing_folder(final) as partial:
+        save_tensors(tensors, partial / "tensors.safetensors")
+        content = {
+            "format": FORMAT,
+            "step": record.step,
+            "update": inputs.update,
+            "settings": dataclasses.asdict(record.config),
+            "world_size": world.size,
+            "threads": torch.get_num_threads(),
+            "device": world.device.type,
+            "n_rows": inputs.denominators.n_rows,
+            "n_tokens": inputs.denominators.n_tokens,
+            "recorded": record.recorded,
+            "problem": record.problem,
+            "crc32": crc32_of(partial / "tensors.safetensors"),  # of the file as a reader will find it
+            "ranks": layout,
+            **provenance(),  # a later version that cannot read it names the commit
+        }
+        write_json(partial / "bundle.json", content)
 
 
 def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
@@ -177,11 +166,15 @@ def read_bundle(path: str | Path) -> Bundle:
         content = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path / 'bundle.json'}: damaged ({error.msg}, line {error.lineno})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path / 'bundle.json'}: damaged ({error.reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path / 'bundle.json'}: damaged (it holds no JSON object)")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: bundle format {content.get('format')}, this version reads {FORMAT}")
     file = path / "tensors.safetensors"
     # safetensors checks its header only: a flipped bit in a weight would load, and show as a gradient that differs
-    if not file.is_file() or zlib.crc32(file.read_bytes()) != content["crc32"]:
+    if not file.is_file() or crc32_of(file) != content["crc32"]:
         raise UserError(f"{file}: damaged or missing")
     try:
         tensors = load_file(file)

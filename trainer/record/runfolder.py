@@ -1,21 +1,27 @@
-"""A run folder: config.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/, steps/.
+"""A run folder: config.json, status.json, metrics.jsonl, timing.jsonl, rollouts.jsonl, checkpoints/, steps/.
 
 metrics.jsonl has only values that the seed determines, so two runs can be compared byte for byte; seconds go to
 timing.jsonl.
 
-A crash at any moment leaves no half-written checkpoint. A folder is written as NAME.partial, its files are flushed to
-disk (fsync), state.json with their checksums comes last, and a rename makes the folder visible at once. Readers ignore
-.partial folders and folders without state.json. The .jsonl files only grow; a torn last line, and the rows after the
-newest checkpoint, are dropped on --resume (rewind).
+One process writes it: rank 0, which holds OUT/.lock locked (data/files.py). A crash at any moment leaves no half-written
+checkpoint. A folder is written as NAME.partial, its files are flushed to disk (fsync), state.json with their checksums
+comes last, and a rename makes the folder visible at once. Readers ignore .partial folders and folders without state.json.
+On --resume a damaged checkpoint is set aside, and the one before it used. The .jsonl files only grow; a torn last line, and
+the rows after the checkpoint, are dropped on --resume (rewind).
 """
 
+import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
-import zlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +32,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, tensor
 
 from data.errors import UserError
-from data.files import sha256, write_whole
+from data.files import (
+    appended_rows,
+    crc32_of,
+    flush,
+    lock_folder,
+    model_hashes,
+    naming_what_cannot_be_written,
+    read_sealed,
+    replacing,
+    replacing_folder,
+    sealed,
+    sha256,
+    write_whole,
+)
+from trainer.ranks.watch import RunStatus
 from trainer.ranks.world import World, full_tensor, shard_like
 
 if TYPE_CHECKING:  # these import transformers, which eval/report does not need
@@ -68,6 +88,7 @@ FREE_ON_RESUME = {
     "nodes",
     "ranks_per_node",
     "rank_gib",
+    "notify",
 }
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
@@ -111,35 +132,63 @@ class Checkpoint:
 
 
 def check_run(config: Any, allow_resume: bool = True) -> None:
-    """Raises UserError if --out holds another run, or if --resume finds no run or a run with other settings or data.
+    """Raises UserError if --out holds another run, if --resume finds no run or one with other settings, data or model, or
+    if another process is writing there. Rank 0 then holds the folder's lock, if there is a folder.
 
     A folder in which no step was made (vLLM would not start, a bad reward) is no run: any settings may begin there.
     """
     out = Path(config.out)
     resume = allow_resume and config.resume
-    recorded = out / "config.json"
-    if resume and not recorded.is_file():
+    if resume and not (out / "config.json").is_file():
         raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
+    if out.is_dir() and os.environ.get("RANK", "0") == "0":
+        lock_folder(out)
     if not has_steps(out):
         return
-    if not resume and recorded.is_file():
-        remedy = "add --resume to go on with it, or " if allow_resume else ""
-        raise UserError(f"--out {out}: already holds a run; {remedy}name another folder")
-    if resume:
-        # through JSON, so that both sides have JSON's types
-        record = read_record(out)
-        before, now = record["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
-        # a setting that an older version did not record had its default behaviour
-        defaults = {field.name: field.default for field in dataclasses.fields(config)}
-        free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
-        changed = [key for key in now if key not in free and before.get(key, defaults[key]) != now[key]]
-        if changed:
-            raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
-        was, hashes = record.get("data", {}), data_hashes(config)
-        if other := [key for key in hashes if was.get(key, hashes[key]) != hashes[key]]:
+    if not resume:
+        raise UserError(holds_a_run(out, allow_resume))
+    # through JSON, so that both sides have JSON's types
+    record = read_record(out)
+    before, now = record["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
+    # a setting that an older version did not record had its default behaviour
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
+    changed = [key for key in now if key not in free and before.get(key, defaults[key]) != now[key]]
+    if changed:
+        raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
+    refuse_other_files(config, record)
+    made = steps_saved(out)
+    if made > now.get("steps", made):
+        raise UserError(f"--steps {now['steps']}: {out} has made {made} steps already; give at least as many")
+
+
+def holds_a_run(out: Path, allow_resume: bool = True) -> str:
+    """The sentence that refuses to begin a run in this folder."""
+    if not (out / "config.json").is_file():
+        return f"--out {out}: holds the steps of a run, though not its config.json; name another folder"
+    return f"--out {out}: already holds a run; {'add --resume to go on with it, or ' if allow_resume else ''}name another folder"
+
+
+def refuse_other_files(config: Any, record: dict[str, Any]) -> None:
+    """Raises UserError that names the first file of data or model that is not what the run began with.
+
+    A record of an older version names fewer files, or none; those are not compared.
+    """
+    was, hashes = record.get("data", {}), data_hashes(config)
+    if other := [key for key in hashes if was.get(key, hashes[key]) != hashes[key]]:
+        raise UserError(
+            f"--resume: {getattr(config, other[0])} is not the file that {config.out} began with (other SHA-256); "
+            "put that one back, or name another --out"
+        )
+    was = record.get("model", {})
+    now = model_hashes(str(config.model)) if was else {}
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            path = Path(str(config.model)) / name
+            what = "is missing" if name not in now else "is new" if name not in was else "is another file"
             raise UserError(
-                f"--resume: {getattr(config, other[0])} is not the file that {out} began with (other SHA-256); "
-                "put that one back, or name another --out"
+                f"--resume: {path} {what}: {config.out} began with other files of the model (other SHA-256); put them back, or "
+                "name another --out"
             )
 
 
@@ -149,14 +198,16 @@ def has_steps(out: Path) -> bool:
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(list_checkpoints(out))
 
 
+def steps_saved(out: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max(map(step_of, list_checkpoints(out)), default=0)
+
+
 def read_record(out: Path) -> dict[str, Any]:
-    """The run's config.json. Raises UserError when it is damaged."""
+    """The run's config.json. Raises UserError when it is damaged, or was changed after the run wrote it."""
     path = out / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not JSON ({error}); put a copy back, or name another --out") from None
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+    found = read_sealed(path)
+    if not isinstance(found.get("settings"), dict):
         raise UserError(f"{path}: is no record of a run (it has no settings); put a copy back, or name another --out")
     return found
 
@@ -171,21 +222,62 @@ def with_date(config: C, world: World) -> C:
 
 
 def open_run(config: Any, world: World) -> Path:
-    """Make the run folder and write config.json. Call it after every check of settings and data. Collective."""
+    """Make the run folder, lock it and write config.json. Call it after every check of settings and data. Collective."""
     out = Path(config.out)
     # a barrier: check_run of a slower rank would otherwise find config.json and refuse the folder as another run's
     world.total(0)
     if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
-        write_json(out / "config.json", {**settings, **provenance()})
+        lock_folder(out)
+        if not config.resume and has_steps(out):  # of a run that began and ended after check_run had looked
+            raise UserError(holds_a_run(out))
+        if config.resume and has_steps(out):
+            say_what_changed(config, read_record(out), world)
+        (out / "finished.json").unlink(missing_ok=True)  # --resume with more --steps
+        record = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
+        record |= {"model": model_hashes(str(config.model)), "reward": reward_hash(config), **provenance()}
+        write_json(out / "config.json", sealed(record))
+        status = RunStatus(out, config.notify)
+        world.listeners.append(status)
+        if world.watch is not None:
+            world.watch.on_wait, world.watch.on_lost = status.waits, status.end
     return out
+
+
+def say_what_changed(config: Any, record: dict[str, Any], world: World) -> None:
+    """Print what is other than when the run was last begun, and is no reason to refuse it."""
+    out, steps = config.out, steps_saved(Path(config.out))
+    ranks = record.get("world_size", world.size)
+    if ranks != world.size:
+        print(
+            f"note: {out} had {ranks} ranks that train and now has {world.size}: sums are rounded in another order, so the "
+            "numbers can differ in their last digits from those of the unbroken run",
+            flush=True,
+        )
+    if record.get("reward", now := reward_hash(config)) != now:
+        print(f"note: the file of --reward {config.reward} was changed since {out} was last begun", flush=True)
+    if steps and steps == getattr(config, "steps", None):
+        print(
+            f"note: {out} has made all of its {steps} steps already; --steps with a larger number goes on", flush=True
+        )
 
 
 def data_hashes(config: Any) -> dict[str, str]:
     """{setting of DATA: SHA-256 of the file that it names}."""
     paths = {key: Path(getattr(config, key)) for key in DATA if getattr(config, key, None)}
     return {key: sha256(path) for key, path in paths.items() if path.is_file()}
+
+
+def reward_hash(config: Any) -> str:
+    """SHA-256 of the file that holds the reward function; "" for the cold start, and where no file is found."""
+    module = re.sub("^(trl|verl):", "", getattr(config, "reward", "")).rpartition(":")[0]
+    place: str | None = module if module.endswith(".py") else None
+    if module and not place:
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError:
+            found = None
+        place = found.origin if found is not None and found.has_location else None
+    return sha256(Path(place)) if place and Path(place).is_file() else ""
 
 
 def provenance() -> dict[str, Any]:
@@ -206,99 +298,140 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def append_jsonl(path: Path, rows: list[dict]) -> None:
-    """Append rows, one JSON object per line. Not flushed: rewind() drops the rows that a crash can lose or tear."""
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def rewind(out: Path, step: int) -> None:
-    """Drop the rows of steps after `step`, which a run wrote that died before its next checkpoint."""
+    """Drop the rows of steps after `step`, which a run wrote that died before its next checkpoint, and a torn last line.
+
+    Says which of the steps up to `step` a file lacks or holds twice. Raises UserError that names a damaged line.
+    """
     for name in STREAMS:
-        path = out / name
-        if path.is_file():
-            kept = [
-                line
-                for line in path.read_text().split("\n")  # splitlines() would also split at U+2028 inside a text
-                if line.endswith("}") and json.loads(line)["step"] <= step  # the last line may be cut off
-            ]
-            write_whole(path, "".join(line + "\n" for line in kept))
+        path, seen = out / name, Counter()
+        if not path.is_file():
+            continue
+        with replacing(path) as partial, open(partial, "wb") as kept:
+            for line, row in appended_rows(path, lambda row: type(row.get("step")) is int):
+                if row["step"] <= step:
+                    seen[row["step"]] += 1
+                    kept.write(line)
+        lost = [number for number in range(1, step + 1) if not seen[number]]
+        twice = [number for number in seen if name != "rollouts.jsonl" and seen[number] > 1]
+        for steps, what in ((lost, "has no line of"), (twice, "has more than one line of")):
+            if steps:
+                several = f"{len(steps)} steps, the first is {min(steps)}" if len(steps) > 1 else f"step {steps[0]}"
+                print(f"note: {path} {what} {several}; the run itself lacks nothing", file=sys.stderr, flush=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file. Raises OSError when it cannot be written."""
+    with disk_errors(path):
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the error that safetensors has of its own where a disk is full, and of its own kind, into an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: str = "") -> Path:
     """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, training/, and state.json with all checksums.
 
     newest_kept: how many checkpoints stay on disk. model_dir: where every weight is trained, the folder whose other
-    files make the checkpoint one that transformers loads.
+    files make the checkpoint one that transformers loads. Raises UserError that names the folder when it cannot be written.
     """
     final = out / "checkpoints" / f"step-{saved.step:06d}"
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that died while it wrote
-    (partial / MOMENTS).parent.mkdir(parents=True)
-    weights = ADAPTER if saved.adapter_config else WEIGHTS
-    save_file({name: t.contiguous().cpu() for name, t in saved.adapter.items()}, partial / weights, {"format": "pt"})
-    save_file({name: t.contiguous().cpu() for name, t in saved.moments.items()}, partial / MOMENTS)
-    write_json(partial / PENDING, saved.pending)
-    if saved.adapter_config:
-        write_json(partial / "adapter_config.json", saved.adapter_config)
-    else:
-        for path in Path(model_dir).iterdir():
-            if path.is_file() and ".safetensors" not in path.name:
-                shutil.copy(path, partial)
-    written = sorted(path for path in partial.rglob("*") if path.is_file())
-    files = {str(path.relative_to(partial)): zlib.crc32(path.read_bytes()) for path in written}
-    for name in files:
-        with open(partial / name, "rb") as handle:
-            os.fsync(handle.fileno())  # before the rename, or a power cut could leave a visible folder of empty files
-    write_json(partial / "state.json", {"step": saved.step, "crc32": files})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    with replacing_folder(final) as partial:
+        (partial / MOMENTS).parent.mkdir()
+        save_tensors(saved.adapter, partial / (ADAPTER if saved.adapter_config else WEIGHTS), {"format": "pt"})
+        save_tensors(saved.moments, partial / MOMENTS)
+        write_json(partial / PENDING, saved.pending)
+        if saved.adapter_config:
+            write_json(partial / "adapter_config.json", saved.adapter_config)
+        else:
+            for path in Path(model_dir).iterdir():
+                if path.is_file() and ".safetensors" not in path.name:
+                    shutil.copy(path, partial)
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {str(path.relative_to(partial)): crc32_of(path) for path in written}
+        write_json(partial / "state.json", sealed({"step": saved.step, "crc32": files}))
     for old in list_checkpoints(out)[:-newest_kept]:  # only after the new one is complete
-        shutil.rmtree(old)
+        with naming_what_cannot_be_written(old):
+            shutil.rmtree(old)
     return final
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in (out / "checkpoints").glob("step-*") if (p / "state.json").is_file() and not p.suffix)
+    """Complete checkpoints, oldest first. Those that were set aside as damaged are left out."""
+    there = [path for path in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted((path for path in there if (path / "state.json").is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps, by the name of the folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
     """(step, adapter or every weight, optimizer state). Raises UserError that names a damaged or missing file."""
-    state = json.loads((path / "state.json").read_text())
-    for name, crc in state["crc32"].items():
-        if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != crc:
-            raise UserError(f"{path / name}: damaged or missing; delete the folder {path} to go on from the one before")
+    state = read_sealed(path / "state.json", "use another checkpoint")
+    step, files = state.get("step"), state.get("crc32")
+    if type(step) is not int or not isinstance(files, dict):
+        raise UserError(f"{path / 'state.json'}: is no record of a checkpoint; use another one")
+    if step != step_of(path):
+        raise UserError(f"{path / 'state.json'}: is of step {step}, and so not of this folder; use another checkpoint")
+    for name, crc in files.items():
+        if not (path / name).is_file() or crc32_of(path / name) != crc:
+            raise UserError(f"{path / name}: damaged or missing; use another checkpoint")
     weights = ADAPTER if (path / ADAPTER).is_file() else WEIGHTS
-    return state["step"], load_file(path / weights), load_file(training_file(path, MOMENTS))
+    return step, load_file(path / weights), load_file(training_file(path, MOMENTS))
+
+
+def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Tensor], dict[str, Tensor]]] | None:
+    """(folder, load_checkpoint of it) of the newest checkpoint that is whole on every rank; None without one. Collective.
+
+    Newer ones are renamed to NAME.damaged, and a note says so. Raises UserError when there are some and none is whole.
+    """
+    there, found = list_checkpoints(out), None
+    problems: list[str] = []
+    for path in reversed(there):
+        try:
+            found = (path, load_checkpoint(path))
+            break
+        except UserError as error:
+            problems.append(str(error))
+    if there and found is None:
+        raise UserError(f"{problems[0]}, of which {out} has none; put a copy of the file back, or name another --out")
+    steps = world.gather_in_rank_order(found[1][0] if found else 0)  # each node reads its own copy of the disk
+    if min(steps) == 0 < max(steps):
+        raise UserError(
+            f"--resume: rank {steps.index(0)} finds no checkpoint in {out}; all nodes must see the same folder"
+        )
+    if found is None or found[1][0] == min(steps) == steps_saved(out):
+        return found
+    if found[1][0] != min(steps):
+        found = next((path, load_checkpoint(path)) for path in there if step_of(path) == min(steps))
+    if world.is_main:
+        for problem in problems:
+            print(
+                f"note: {problem.partition(';')[0]}; --resume goes on from {found[0].name}", file=sys.stderr, flush=True
+            )
+        for path in there:
+            if step_of(path) > min(steps):
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                with naming_what_cannot_be_written(path):
+                    os.replace(path, aside)
+    return found
 
 
 def training_file(checkpoint: Path, name: str) -> Path:
     """The path of MOMENTS or PENDING of a checkpoint; runs of older versions have these files beside the weights."""
     return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
-
-
-def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, PEFT config) of an adapter folder in PEFT's format.
-
-    Raises UserError that names a missing or damaged file; with for_vllm also for an adapter that vLLM cannot serve.
-    """
-    for name in (ADAPTER, "adapter_config.json"):
-        if not (path / name).is_file():
-            raise UserError(f"{path}: no adapter there ({name} is missing)")
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
-    if for_vllm and config.get("use_dora"):
-        raise UserError(
-            f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
-            "LoRA"
-        )
-    try:
-        return load_file(path / ADAPTER), config
-    except SafetensorError as error:
-        raise UserError(f"{path / ADAPTER}: damaged ({error})") from None
 
 
 def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> None:
@@ -327,6 +460,9 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
     if policy.lora is not None:
         kind = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": cfg.model}
         adapter_config = {**kind, **policy.lora}
+    for name in STREAMS:  # on disk before the checkpoint that stands behind these lines
+        if (now.out / name).is_file():
+            flush(now.out / name)
     saved = Checkpoint(step=step, adapter=adapter, adapter_config=adapter_config, moments=moments, pending=pending)
     save_checkpoint(now.out, saved, cfg.keep_checkpoints, model_dir=str(cfg.model))
 
@@ -334,14 +470,13 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
 def restore_training(
     out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World
 ) -> tuple[int, dict[str, Any]]:
-    """Load the newest checkpoint into policy and optimizer. Returns (its step, its unused rollouts).
+    """Load the newest whole checkpoint into policy and optimizer. Returns (its step, its unused rollouts). Collective.
 
     The step is 0 if the run died before its first checkpoint. Every rank reads the files and keeps its shard.
     """
-    checkpoints = list_checkpoints(out)
     step, pending = 0, {}
-    if checkpoints:
-        step, adapter, moments = load_checkpoint(checkpoints[-1])
+    if (newest := load_newest(out, world)) is not None:
+        path, (step, adapter, moments) = newest
         policy.load_adapter(adapter)
         of_name: dict[str, dict[str, Tensor]] = {}
         for key, value in moments.items():
@@ -358,7 +493,7 @@ def restore_training(
         }
         # groups of this run: lr is set before every step, and check_run has refused any other change
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        pending = json.loads(training_file(checkpoints[-1], PENDING).read_text())
+        pending = json.loads(training_file(path, PENDING).read_text())
     if world.is_main:  # the only rank that appends to these files
         rewind(out, step)
     return step, pending

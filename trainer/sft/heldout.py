@@ -1,13 +1,12 @@
 """What the cold start does with the held-out puzzles beside their loss: answers them, and keeps the best epoch."""
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from data.files import read_sealed, replacing_folder
 from data.puzzles import Puzzle
 from rollout import Canary, Engine, Sampling
 from trainer.config import SftConfig
@@ -15,7 +14,7 @@ from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
 from trainer.model.merge import sampler_model
 from trainer.policy import Policy
 from trainer.ranks.world import World
-from trainer.record.runfolder import write_json
+from trainer.record.runfolder import save_tensors, write_json
 from trainer.sft.examples import Example
 
 Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
@@ -80,7 +79,7 @@ class BestEpoch:
         self.epoch, self.loss = 0, math.inf  # epochs count from 1; 0: none evaluated yet
         record = self.folder / "best.json"
         if self.patience and record.is_file():
-            found = json.loads(record.read_text())
+            found = read_sealed(record)
             # a later epoch is of a run that died after it, before its checkpoint; it will be trained again
             if found["epoch"] <= epochs_done:
                 self.epoch, self.loss = found["epoch"], found["eval_loss"]
@@ -92,17 +91,9 @@ class BestEpoch:
             return
         self.epoch, self.loss = epoch, loss
         if self.patience and world.is_main:
-            # the rename comes last, so a crash never leaves a folder without its weights
-            partial = self.folder.with_name("best.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            save_file(
-                {name: t.contiguous().cpu() for name, t in policy.adapter_tensors().items()},
-                partial / "best.safetensors",
-            )
-            write_json(partial / "best.json", {"epoch": epoch, "eval_loss": loss})
-            shutil.rmtree(self.folder, ignore_errors=True)
-            partial.rename(self.folder)
+            with replacing_folder(self.folder) as partial:
+                save_tensors(policy.adapter_tensors(), partial / "best.safetensors")
+                write_json(partial / "best.json", {"epoch": epoch, "eval_loss": loss})
 
     def patience_is_over(self) -> bool:
         """Have --patience epochs passed since the best one? The same on every rank, since eval_loss is."""

@@ -9,7 +9,6 @@ an answer.
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from data.clusters.known import cell_types_file
 from data.errors import UserError
-from data.files import weight_files
+from data.files import append_rows, replacing_folder, weight_files
 from data.puzzles import read_rows
 from trainer.config import SftConfig
 from trainer.model.merge import write_checkpoint
@@ -29,8 +28,8 @@ from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
 from trainer.record.runfolder import (
-    append_jsonl,
     check_run,
+    disk_errors,
     open_run,
     restore_training,
     save_training,
@@ -268,7 +267,7 @@ class StepLog:
     """Rank 0's record of a run: metrics.jsonl, timing.jsonl, and a progress bar or plain lines."""
 
     def __init__(self, run: Run) -> None:
-        self.out, self.n_steps, self.is_main = run.out, run.n_steps, run.world.is_main
+        self.out, self.n_steps, self.world, self.is_main = run.out, run.n_steps, run.world, run.world.is_main
         # disable None: tqdm shows the bar on a terminal only
         hidden = None if self.is_main else True
         self.bar = tqdm(total=run.n_steps, initial=run.first_step, desc="SFT", unit="step", disable=hidden)
@@ -277,8 +276,9 @@ class StepLog:
         """Append a step to the run folder and show it. On other ranks than 0: nothing."""
         if not self.is_main:
             return
-        append_jsonl(self.out / "metrics.jsonl", [metrics])
-        append_jsonl(self.out / "timing.jsonl", [timing])
+        append_rows(self.out / "metrics.jsonl", [metrics])
+        append_rows(self.out / "timing.jsonl", [timing])
+        self.world.step_made(metrics["step"], self.n_steps, timing["seconds"])
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
         self.bar.update()
         # without a terminal: ten lines per run, and one per evaluation
@@ -343,7 +343,6 @@ def finish(run: Run, done: int) -> None:
 
 def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
     """Write a plain checkpoint (adapter merged in float32) under a temporary name, then rename it."""
-    shutil.rmtree(folder, ignore_errors=True)
     dtype = getattr(torch, cfg.dtype)
     known = cell_types_file(cfg.labels, cfg.traces, cfg.model)  # what launch/annotate.py may offer as candidates
     if policy.lora:
@@ -360,11 +359,10 @@ def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
         )
         return
     model, attention = policy.causal_lm, policy.causal_lm.config._attn_implementation
-    partial = folder.with_name(folder.name + ".partial")
-    model.config._attn_implementation = "sdpa"  # the saved config must not name our attention, which others do not have
-    model.save_pretrained(partial)
-    model.config._attn_implementation = attention
-    policy.tokenizer.save_pretrained(partial)
-    for name, text in known.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    partial.rename(folder)
+    with replacing_folder(folder) as partial, disk_errors(folder):
+        model.config._attn_implementation = "sdpa"  # ours is nobody else's, so the saved config must not name it
+        model.save_pretrained(partial)
+        model.config._attn_implementation = attention
+        policy.tokenizer.save_pretrained(partial)
+        for name, text in known.items():
+            (partial / name).write_text(text, encoding="utf-8")

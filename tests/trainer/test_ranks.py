@@ -1,0 +1,104 @@
+"""What ranks send one another, and what the owner of a run is told while a rank waits."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from rollout import Rollout
+from trainer.packing import ScoredGroup, scored_groups
+from trainer.ranks.watch import WAITING_SECONDS, Beat, RunStatus, Watch
+from trainer.ranks.world import from_bytes, to_bytes
+
+ROLLOUT = Rollout(
+    puzzle_id="p\u2028 \ud800",
+    prompt_ids=[1, 2],
+    response_ids=[3],
+    sampler_logprobs=[-0.1],
+    finish_reason="stop",
+    adapter_version=7,
+    adapter_hash="ab",
+)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor([0.1, -0.0, float("nan"), float("-inf"), 3e38]),
+        torch.tensor([True, False]),
+        torch.tensor([[1, -(2**62)]]),
+        torch.tensor([[0.1], [-7.0]]).to(torch.bfloat16).t(),  # not contiguous
+        torch.tensor(4.0, dtype=torch.float64),
+        torch.zeros(0, 3),
+    ],
+)
+def test_a_tensor_arrives_bit_for_bit(tensor):
+    (found,) = from_bytes(to_bytes([tensor]))
+    assert found.dtype == tensor.dtype and found.shape == tensor.shape
+    assert found.contiguous().flatten().view(torch.uint8).equal(tensor.contiguous().flatten().view(torch.uint8))
+    found.zero_()  # it may be written to
+
+
+def test_groups_arrive_as_they_were_sent():
+    rows = [{"step": 1, "parts": {"a": 1 / 3}, "reward": None, "message": "\u00e9"}]
+    (group,) = scored_groups([[ROLLOUT]], rows, torch.tensor([0.1]), torch.tensor([True]))
+    (found,) = from_bytes(to_bytes([group]))
+    assert isinstance(found, ScoredGroup) and found.rollouts == [ROLLOUT] and found.rows == rows
+    assert found.advantages.equal(group.advantages) and found.trained.equal(group.trained)
+    assert json.dumps(found.rows[0]) == json.dumps(rows[0])  # the order of the keys too: rows are written as they come
+
+
+class Runs:
+    """Unpickling it would run code."""
+
+    def __reduce__(self):
+        return pytest.fail, ("code of a peer was run",)
+
+
+def test_nothing_of_a_peer_is_run():
+    with pytest.raises(ValueError, match="Expecting value|codec|invalid"):
+        from_bytes(pickle.dumps(Runs()))
+    with pytest.raises(KeyError, match="Popen"):
+        from_bytes(to_bytes([{"\0kind": ["Popen", {"args": "true"}]}]))
+    with pytest.raises(AssertionError):
+        to_bytes([Runs()])
+
+
+# ---- whom a rank waits for
+
+
+def beat(rank: int, waiting: str = "", **more) -> Beat:
+    return Beat(rank=rank, node="0", host="h|b", pid=10 + rank, phase="sample", step=3, waiting=waiting, **more)
+
+
+def test_the_owner_is_told_for_whom_a_rank_waits(monkeypatch):
+    watch, told, now = Watch.__new__(Watch), [], [100.0]
+    monkeypatch.setattr("trainer.ranks.watch.time.monotonic", lambda: now[0])
+    watch.me, watch.since, watch.last_told, watch.on_wait = beat(0), 100.0, 90.0, told.append
+    others = [beat(1), beat(2, "a sum over the ranks"), beat(3, done=True)]
+    now[0] += WAITING_SECONDS + 1
+    watch.tell_who_is_waited_for(others)  # it works itself
+    watch.me.waiting = "the sum of gradients"
+    watch.tell_who_is_waited_for(others)
+    now[0] += WAITING_SECONDS - 1
+    watch.tell_who_is_waited_for(others)  # too soon after the last time
+    now[0] += 1
+    watch.tell_who_is_waited_for([beat(1, "x")])  # everybody waits
+    assert told == [
+        "rank 1 on node 0 (h, process 11) in phase 'sample' of step 3, for 11 s",
+        "the sum of gradients, for 21 s",
+    ]
+
+
+def test_status_has_the_mean_of_the_last_steps_and_the_wait(tmp_path):
+    status = RunStatus(tmp_path, "")
+    for step in range(1, 26):
+        status.step(step, 30, 100.0 if step <= 5 else float(step))  # the last 20: 6 to 25
+    status.waits("rank 1")
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["seconds_per_step"], found["seconds_left"], found["waiting_for"]) == (15.5, 77.5, "rank 1")
+    status.end(RuntimeError("two\nlines"))
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["error"], found["exit_code"]) == ("failed", "RuntimeError: two lines", 1)
+    assert (found["step"], found["waiting_for"], found["seconds_left"]) == (25, "", None)
