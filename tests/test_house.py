@@ -109,7 +109,7 @@ def test_recipes_parse():
 
 
 def test_launch_is_thin():
-    assert sum(lines(path) for path in (ROOT / "launch").glob("*.py")) < 2000
+    assert sum(lines(path) for path in (ROOT / "launch").glob("*.py")) < 2200
 
 
 def test_the_formatter_is_hardly_ever_off():
