@@ -220,7 +220,7 @@ def _check_shape(file: h5py.File, matrix: Matrix) -> None:
         return
     n_major = n_obs if matrix.encoding == "csr" else n_var
     indptr, n_values = matrix.node["indptr"], matrix.node["data"].shape[0]
-    # only the first and the last number are read here; _indptr checks the rest when it is needed
+    # only the first and the last number are read here; indptr_of checks the rest when it is needed
     ends = indptr[:: max(1, n_major)] if indptr.shape[0] == n_major + 1 else [-1]
     if matrix.node["indices"].shape[0] != n_values or ends[0] != 0 or ends[-1] != n_values:
         raise UserError(f"{matrix} is inconsistent (indptr, indices and data do not fit each other); {RESAVE}")
@@ -240,7 +240,7 @@ def row_blocks(matrix: Matrix, rows: Sequence[int]) -> Iterator[Block]:
         yield block
 
 
-def _indptr(matrix: Matrix) -> np.ndarray:
+def indptr_of(matrix: Matrix) -> np.ndarray:
     """Where each row (CSR) or column (CSC) begins. Raises UserError when the numbers decrease."""
     indptr = matrix.node["indptr"][:].astype(np.int64)
     if (np.diff(indptr) < 0).any():
@@ -250,7 +250,7 @@ def _indptr(matrix: Matrix) -> np.ndarray:
 
 def _csr_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
     """Blocks of a CSR matrix. Rows close to each other are read together, with what lies between them."""
-    data, indices, indptr = matrix.node["data"], matrix.node["indices"], _indptr(matrix)
+    data, indices, indptr = matrix.node["data"], matrix.node["indices"], indptr_of(matrix)
     # HDF5 decompresses whole chunks: reading a gap shorter than a chunk costs less than a second read
     gap = max(1 << 16, *(dataset.chunks[0] if dataset.chunks else 0 for dataset in (data, indices)))
     starts, stops = indptr[rows], indptr[rows + 1]
@@ -289,21 +289,21 @@ def _csc_blocks(matrix: Matrix, rows: np.ndarray) -> Iterator[Block]:
 
     When the requested rows have too many entries to be in memory at once, all columns are read several times.
     """
-    indptr = _indptr(matrix)
+    indptr = indptr_of(matrix)
     per_row = max(1.0, indptr[-1] / matrix.n_cells)  # stored values of an average row
     n_walks = int(np.ceil(len(rows) * per_row / (2 * NONZEROS_PER_BLOCK)))
     for part in np.array_split(rows, max(1, n_walks)):
         # position[row] is the row's place in `part`, -1 for rows that were not requested
         position = np.full(matrix.n_cells, -1, dtype=np.int32)
         position[part] = np.arange(len(part))
-        kept = [_csc_entries(matrix, indptr, position, *span) for span in _column_spans(indptr)]
+        kept = [column_entries(matrix, indptr, position, *span) for span in column_spans(indptr)]
         owners, columns, values = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
         by_row = np.argsort(owners, kind="stable")  # stable: the columns of a row stay increasing
         starts = np.searchsorted(owners[by_row], np.arange(len(part) + 1))
         yield Block(part, starts[:-1], starts[1:], columns[by_row], values[by_row])
 
 
-def _column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
+def column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, last) of spans of columns with at most NONZEROS_PER_BLOCK values, or of one column that has more."""
     first = 0
     while first < len(indptr) - 1:
@@ -312,7 +312,7 @@ def _column_spans(indptr: np.ndarray) -> Iterator[tuple[int, int]]:
         first = max(last, first + 1)
 
 
-def _csc_entries(matrix: Matrix, indptr: np.ndarray, position: np.ndarray, first: int, last: int):
+def column_entries(matrix: Matrix, indptr: np.ndarray, position: np.ndarray, first: int, last: int):
     """(position of the row, column, value) of the entries of the requested rows in the columns first to last - 1."""
     lo, hi = indptr[first], indptr[last]
     cells = matrix.node["indices"][lo:hi]

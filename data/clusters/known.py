@@ -110,13 +110,19 @@ def labels_file_of(model: str | Path) -> Path | None:
         if (folder / CELL_TYPES).is_file():
             return folder / CELL_TYPES
         settings = _run_settings(folder)
-        puzzles = settings.get("puzzles")
-        if isinstance(puzzles, str) and (beside := Path(puzzles).parent / LABELS).is_file():
+        puzzles, start = settings.get("puzzles"), settings.get("model")
+        if isinstance(puzzles, str) and (beside := _seen_from(folder, Path(puzzles).parent / LABELS)).is_file():
             return beside
         adapter = folder / ADAPTER_CONFIG
         base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
-        waiting += [Path(place) for place in (base, settings.get("model")) if isinstance(place, str)]
+        waiting += [_seen_from(folder, Path(place)) for place in (base, start) if isinstance(place, str)]
     return None
+
+
+def _seen_from(folder: Path, path: Path) -> Path:
+    """A path of a run's settings: as it stands, or from a folder above the checkpoint, as the run was started there."""
+    found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
+    return next(found, path)
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from data.build.rank import (
     mean_levels,
     scale_for,
 )
+from data.clusters.by_genes import MeansByGenes
 from data.clusters.columns import (
     ClusteredCells,
     Source,
@@ -136,8 +137,8 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
         # None: scaled values are refused, and there is no option to insist
         kind = value_kind(matrix, used, allow_scaled=None, is_gene=genes.is_gene)
         notes.append(_note_on_values(matrix, kind))
-        reader = Reader(matrix, None, lambda n_rows: advance(n_rows, len(used)), genes.is_gene)
-        lists = _lists(reader, genes, groups, level_for(kind), settings.top_genes)
+        averaged = _averages(matrix, genes, used, kind, lambda n_rows: advance(n_rows, len(used)))
+        lists = _lists(averaged, genes, groups, settings.top_genes)
         kept = _named_by_a_gene(genes)
         profiles = [
             ClusterProfile(
@@ -265,15 +266,27 @@ def _note_on_values(matrix: Matrix, kind: str) -> str:
     return f"the layer {matrix.layer} holds {kind}: the mean is that of log(1 + x), x scaled to {COUNTS_PER_CELL:,.0f} a cell"
 
 
+Averages = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""(rows, the group of each, number of groups) -> [groups, U] float64 means."""
+
+
+def _averages(matrix: Matrix, genes: Genes, used: np.ndarray, kind: str, advance: Callable[[int], None]) -> Averages:
+    """The function that averages groups of the used rows, in the way that suits how the matrix is stored."""
+    if matrix.encoding == "csc":
+        return MeansByGenes(matrix, genes, used, kind == "log counts", advance).means
+    reader, level = Reader(matrix, None, advance, genes.is_gene), level_for(kind)
+    return lambda rows, owner, n_groups: mean_levels(reader, genes, rows, owner, n_groups, level)
+
+
 def _lists(
-    reader: Reader, genes: Genes, groups: list[_Group], level: Scale, n_top: int
+    averaged: Averages, genes: Genes, groups: list[_Group], n_top: int
 ) -> Iterator[tuple[list[str], list[str], np.ndarray]]:
     """(by expression, by difference, float32 mean) of each group, in order; whole samples are read together."""
     for members in _whole_samples(groups, max(1, SUMS_AT_ONCE // len(genes.names))):
         rows = np.concatenate([group.rows for group in members])
         owner = np.repeat(np.arange(len(members)), [len(group.rows) for group in members])
         order = np.argsort(rows, kind="stable")
-        means = mean_levels(reader, genes, rows[order], owner[order], len(members), level)
+        means = averaged(rows[order], owner[order], len(members))
         samples = np.array([group.sample_code for group in members])
         for number, mean in enumerate(means):
             others = means[(samples == samples[number]) & (np.arange(len(members)) != number)]

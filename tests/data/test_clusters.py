@@ -189,6 +189,28 @@ def test_blocks_and_passes_do_not_matter(tmp_path, monkeypatch, encoding):
         assert profile.mean[order] == pytest.approx(by_hand[cells].mean(axis=0), rel=1e-5, abs=1e-7)
 
 
+def test_a_matrix_stored_by_genes_gives_the_same_bytes(tmp_path):
+    """Names that occur twice, tags, entries in any order, and several entries of one gene in a cell: they add up."""
+    rng = np.random.default_rng(5)
+    matrix = rng.poisson(0.8, (60, 12)).astype(np.float32)
+    names = ["A", "B", "C", "A", "D", "ERCC-00002", "B", "E", "F", "G", "H", "A"]
+    obs = pd.DataFrame({"k": rng.integers(0, 3, 60).astype(str)}, index=[f"c{i}" for i in range(60)])
+    by_cells = anndata.AnnData(sparse.csr_matrix(matrix), obs=obs, var=pd.DataFrame({"feature_name": names}))
+    parts = sparse.coo_matrix(matrix)
+    order = rng.permutation(2 * parts.nnz)
+    order = order[np.argsort(np.tile(parts.col, 2)[order], kind="stable")]  # by gene; its cells in any order
+    halves, cells = np.tile(parts.data / 2, 2)[order], np.tile(parts.row, 2)[order]
+    indptr = np.searchsorted(np.tile(parts.col, 2)[order], np.arange(13))
+    by_genes = anndata.AnnData(np.zeros((60, 12), np.float32), obs=obs, var=by_cells.var)
+    by_genes.X = sparse.csc_matrix((halves, cells, indptr), shape=(60, 12))
+    assert not by_genes.X.has_canonical_format
+    expected = profiles_of(by_cells, "k")
+    assert same(profiles_of(by_genes, "k"), expected) and len(expected.profiles) == 3
+    by_genes.X.data[7] = np.nan
+    with pytest.raises(UserError, match="holds NaN or infinite values"):
+        profiles_of(by_genes, "k")
+
+
 # --- contexts
 
 

@@ -1,6 +1,7 @@
 """The marker table and the simulated atlas: schema, reproducibility, biology of the top genes."""
 
 import hashlib
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,30 @@ def test_read_markers_parses_a_line(tmp_path):
     path.write_text("# a comment\n\n" + HEADER + GOOD)
     entry = read_markers(path)["B cell"]
     assert (entry.lineage, entry.tissues, entry.markers) == ("B cells", ("lung", "blood"), ("MS4A1", "CD79A"))
+
+
+def test_a_marker_table_may_have_the_ids_of_the_cell_ontology(tmp_path):
+    path = tmp_path / "m.tsv"
+    path.write_text(HEADER.strip() + "\tontology_term_id\n" + GOOD.strip() + "\tCL:0000236\n")
+    assert read_markers(path)["B cell"].ontology_term_id == "CL:0000236"
+    path.write_text(HEADER + GOOD)
+    assert read_markers(path)["B cell"].ontology_term_id is None
+    path.write_text(HEADER.strip() + "\tontology_term_id\n" + GOOD)
+    with pytest.raises(ValueError, match="line 2: has 5 tab-separated columns, needs 6"):
+        read_markers(path)
+
+
+def test_the_shipped_ids_are_distinct_and_stand_beside_their_type(adata):
+    terms = {name: entry.ontology_term_id for name, entry in read_markers().items()}
+    assert len(set(terms.values())) == len(terms) and all(re.fullmatch(r"CL:\d{7}", term) for term in terms.values())
+    # from the Cell Ontology's own pages
+    assert (terms["B cell"], terms["natural killer cell"], terms["platelet"]) == (
+        "CL:0000236",
+        "CL:0000623",
+        "CL:0000233",
+    )
+    pairs = set(zip(adata.obs["cell_type"], adata.obs["cell_type_ontology_term_id"], strict=True))
+    assert pairs <= {*terms.items(), ("unknown", "unknown")} and len(pairs) > 10
 
 
 @pytest.mark.parametrize(
