@@ -6,11 +6,9 @@
 """
 
 import functools
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from data.clusters.known import read_known_labels
 from eval.annotate.heldout import CLUSTER, count_right, write_held_out
@@ -71,19 +69,14 @@ def open_endpoint(name: str) -> Model:
 # ---- the last stage of the two stories (launch/demo.py)
 
 
-def annotate_stage(
-    file: Path, labelled: Path, model: Path, build: dict[str, Any], response_tokens: int, **flags: object
-) -> dict[str, float]:
-    """Run this command as a stage, unless it has run: the clusters of `file` to `labelled`, asked as a build trained.
+def annotate_stage(file: Path, labelled: Path, model: Path, response_tokens: int, **flags: object) -> dict[str, float]:
+    """Run this command as a stage, unless it has run: the clusters of `file` to `labelled`. Returns {stage: seconds}.
 
-    build: the options in report.json of the puzzles. flags: more options, such as cluster_key="louvain". Returns {stage:
-    seconds}.
+    flags: more options, such as cluster_key="louvain".
     """
-    trained = {"max_cells": build["max_cells"], "top_genes": build["top_genes"], "max_response_tokens": response_tokens}
-    words = [word for name in build["drop_genes"] for word in ("--drop-genes", name)]
     # a stage that was stopped has left answers
-    words += ["--resume"] if labelled.with_suffix(".answers").is_dir() else []
-    flags = {"out": labelled, "model": model, **trained, **flags}
+    words = ["--resume"] if labelled.with_suffix(".answers").is_dir() else []
+    flags = {"out": labelled, "model": model, "max_response_tokens": response_tokens, **flags}
     return run_stage("annotate", labelled.with_suffix(".csv"), "annotate", file, *words, **flags)
 
 
@@ -97,8 +90,7 @@ def annotate_held_out(out: Path, model: Path, response_tokens: int, seed: int) -
     report = out / "puzzles/report.json"
     if not blind.with_suffix(".types.json").is_file():
         write_held_out(out / "atlas.h5ad", report, blind, seed)
-    build = json.loads(report.read_text(encoding="utf-8"))["options"]
-    seconds = annotate_stage(blind, labelled, model, build, response_tokens, cluster_key=CLUSTER, seed=seed)
+    seconds = annotate_stage(blind, labelled, model, response_tokens, cluster_key=CLUSTER, seed=seed)
     right, n = count_right(labelled.with_suffix(".csv"), blind.with_suffix(".types.json"))
     return (
         seconds,

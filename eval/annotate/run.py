@@ -127,6 +127,7 @@ def annotate(
                 "launch.annotate.open_model"
             )
         model = Model(model)
+    asked = asked.as_trained(model.known)
     adata = adata.copy() if copy else adata
     profiles = profiles_of(adata, cluster_key, asked)
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,6 +151,7 @@ def annotate_file(
     command: the command line, for the record. watch: makes what shows how far the reading of the matrix is. Raises
     UserError for what cannot be used, before the model is asked; RunError when the endpoint fails (then --resume goes on).
     """
+    config = config.as_trained(model.known)
     source, out = Path(config.file), Path(config.out)
     refuse_places(out)
     truth = read_truth(source, config.truth_key)

@@ -1,10 +1,11 @@
 """The settings of an annotation (launch/annotate.py, eval.annotate.annotate), and which of them exclude one another."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
-from data.clusters.known import SHARE_KNOWN
+from data.clusters.known import SHARE_KNOWN, KnownLabels
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
 from data.options import argument, check_numbers, option
@@ -20,6 +21,8 @@ RANGES = {
     "at least 0 and at most 1": ("min_confidence", "min_known_genes"),
     "at least 0": ("temperature",),
 }
+UNTRAINED = {"max_cells": 12, "top_genes": 50, "drop_genes": ()}
+"""How a model is asked of which no training puzzles are known: near the paper's puzzles of 8 to 15 cells and 50 genes."""
 files, model, questions, labels = (partial(option, section=name) for name in (FILES, MODEL, QUESTIONS, LABELS))
 
 
@@ -39,8 +42,12 @@ class QuestionSettings(ProfileSettings):
     refused: str = model("stop", "As in launch/evaluate.py.", ("stop", "invalid"))
     max_response_tokens: int = model(3000, "Longest response.")
     temperature: float = model(1.0, "Of sampling; 0 is greedy (each vote still has an order of its own).")
-    max_cells: int = questions(
-        12, "Most clusters in a puzzle: as many cells as the model saw in training, 8 to 15 in the paper."
+    max_cells: int | None = questions(None, "Most clusters in a puzzle; default: as the model was trained, else 12.")
+    top_genes: int | None = questions(None, "Genes listed per cluster; default: as the model was trained, else 50.")
+    drop_genes: tuple[str, ...] | None = questions(
+        None,
+        "Gene class never listed: ribosomal or mitochondrial; repeatable, or several with commas; default: as the model was "
+        "trained, else none.",
     )
     genes_by: str = questions(
         "difference",
@@ -74,6 +81,12 @@ class QuestionSettings(ProfileSettings):
             raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
         if self.truth_key == self.cluster_key:
             raise UserError(f"--truth-key {self.truth_key}: is the column of clusters; name the column of known labels")
+
+    def as_trained(self, known: KnownLabels | None) -> Self:
+        """The settings with what was left out filled in: from the puzzles that the model was trained on, else defaults."""
+        trained = UNTRAINED | (known.puzzles if known else {})
+        trained["drop_genes"] = tuple(trained["drop_genes"])
+        return replace(self, **{name: value for name, value in trained.items() if getattr(self, name) is None})
 
     def asked(self, model: str, out: Path, resume: bool) -> EvaluateConfig:
         """How a model is asked, in the terms of an evaluation. out: folder of the answers."""

@@ -185,7 +185,7 @@ def main() -> None:
         print(f"{'CellTypist':24} right {np.mean(right):.3f}  clusters {len(right)}")
         return  # once its libraries are loaded, vLLM does not start in this process
     engine = Engine(model)
-    default = QuestionSettings(**DEMO)
+    default = QuestionSettings(**DEMO).as_trained(None)
     if given.calibrate:
         fitted = measured(engine, adata, held_out_donors(report, "unseen"), train, default, given.divisions)
         write_table(fit_calibration(fitted.shares, fitted.right, SHARES), len(fitted.right))

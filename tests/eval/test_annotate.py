@@ -59,7 +59,7 @@ def of_types(names: list[str], sample: str = "d1") -> list[ClusterProfile]:
 
 
 def settings(**more) -> QuestionSettings:
-    return QuestionSettings(**{"cluster_key": "leiden", "max_cells": 3, "samples": 4, **more})
+    return QuestionSettings(**{"cluster_key": "leiden", "max_cells": 3, "samples": 4, **more}).as_trained(None)
 
 
 # ---- questions
@@ -479,6 +479,26 @@ def test_agreement_and_doubts(annotation):
     assert of.cells_right == sum(c != wrong for c in clusters) and of.n_cells == len(clusters)
     said = doubts_of(found.clusters[wrong], found, {"t cell": ["FOXP3"], "b cell": ["FOXP3"], "monocyte": ["FOXP3"]})
     assert any("None of the 1 marker genes" in sentence for sentence in said)
+
+
+def test_a_model_is_asked_as_it_was_trained_unless_told_otherwise():
+    trained = KnownLabels(
+        KNOWN.labels, KNOWN.genes, None, {"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal"]}
+    )
+    given = QuestionSettings(cluster_key="leiden", top_genes=20)
+    as_trained, untrained = given.as_trained(trained), given.as_trained(None)
+    assert (as_trained.max_cells, as_trained.top_genes, as_trained.drop_genes) == (4, 20, ("ribosomal",))
+    assert (untrained.max_cells, untrained.top_genes, untrained.drop_genes) == (12, 20, ())
+    adata = clustered(list(TYPES), parts=1)
+    few = KnownLabels(
+        {label: KnownLabel(None, ("blood",), 9) for label in TYPES}, ["CD3D", "LYZ"], None, trained.puzzles
+    )
+    model = model_that(reads_markers, known=few)
+    annotate(adata, cluster_key="leiden", model=model)
+    assert all(
+        len(line.split(", ")) <= 12 for text in model.prompts for line in text.splitlines() if line.startswith("Cell ")
+    )
+    assert {text.count("\nCell ") for text in model.prompts} == {4}
 
 
 @pytest.mark.parametrize(
