@@ -134,9 +134,9 @@ def annotate_profiles(
     voting = questions.voting(screened)
     readings = ask(voting, "votes")
     if not any(any(reading.labels) for reading in readings):
-        problems = sorted({reading.problem or "it names no candidate" for reading in readings})
+        (problem, _), *_ = Counter(reading.problem or "it names no candidate" for reading in readings).most_common(1)
         raise RunError(
-            f"none of {len(readings)} answers can be used ({problems[0]}); see them in the folder of answers, and check "
+            f"none of {len(readings)} answers can be used (mostly: {problem}); see them in the folder of answers, and check "
             "--model, --max-response-tokens and --max-cells"
         )
     asked_about = list(dict.fromkeys(profile.cluster for profile in questions.profiles))

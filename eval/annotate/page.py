@@ -40,9 +40,16 @@ mark { background: #ffe08a; color: #1c2126; border-radius: 3px; padding: 0 .15em
 .legend { columns: 3 14rem; list-style: none; margin: .6rem 0 0; padding: 0; font-size: .9rem; }
 .umap text { fill: var(--ink); stroke: var(--card); stroke-width: 3px; paint-order: stroke; font-size: 13px; font-weight: 600;
   text-anchor: middle; }
-.doubts li { margin: .15rem 0; } blockquote { border-left: 3px solid var(--line); margin: .4rem 0; padding: .1rem .9rem; }
+.doubts { margin: .2rem 0; padding-left: 1.4rem; } .doubts li { margin: .15rem 0; }
+@media screen and (max-width: 820px) { .votes td:first-of-type { width: auto; } }
+blockquote { border-left: 3px solid var(--line); margin: .4rem 0; padding: .1rem .9rem; }
 article h3 small { font-weight: 400; } .left td, .left th { text-align: left; }
 """
+CALIBRATED = (
+    "How a share of votes became a confidence: eval/annotate/calibration.tsv, a table of shares and of how often the label "
+    "was right, fitted on simulated cells with one small model. Another model, or real cells, may be right less often at the "
+    "same share: compare with cells of known type (--truth-key)."
+)
 SHOWN_MISSING = 8
 """Marker genes that are not listed, and are named."""
 MOST_POINTS = 12_000
@@ -96,7 +103,7 @@ def annotation_page(annotation: Annotation, shown: Shown) -> str:
 
 def _lead(annotation: Annotation, shown: Shown) -> str:
     text = (
-        f"A language model read the most expressed genes of every cluster, several times and in different company "
+        f"A language model read the genes of every cluster, several times and in different company "
         f"({count(annotation.n_answers, 'answer')}), and its answers voted. It can be wrong: read the reasons and the "
         "doubts before you use a label."
     )
@@ -113,12 +120,9 @@ def _overview(annotation: Annotation, shown: Shown) -> str:
     rows = []
     for place, cluster in enumerate(annotation.clusters.values()):
         found, tally = cluster.found, cluster.found.tally
-        best = (
-            f" <small>(best guess: {escape(found.label)})</small>" if cluster.label == UNCERTAIN and found.label else ""
-        )
         row = [
             f'<a href="#cluster-{place}">{escape(cluster.cluster)}</a>',
-            f"{_swatch(colours[cluster.label])}{escape(cluster.label)}{best}",
+            f"{_swatch(colours[cluster.label])}{escape(cluster.label)}{best_guess(cluster)}",
             share(cluster.confidence),
             f"{tally.votes[found.label]} of {tally.valid}" if found.label else EMPTY,
             escape(found.second) if found.second else EMPTY,
@@ -135,6 +139,12 @@ def _overview(annotation: Annotation, shown: Shown) -> str:
         "end of the page). Below the limit a cluster is uncertain."
     )
     return html_table(columns, rows, "left") + says
+
+
+def best_guess(cluster: Annotated) -> str:
+    """The label with most votes of an uncertain cluster, in brackets; "" for another cluster."""
+    uncertain = cluster.label == UNCERTAIN and cluster.found.label
+    return f" <small>(best guess: {escape(str(cluster.found.label))})</small>" if uncertain else ""
 
 
 def _swatch(colour: str) -> str:
@@ -187,10 +197,9 @@ def _truth(annotation: Annotation, shown: Shown) -> str:
 def _article(cluster: Annotated, annotation: Annotation, shown: Shown) -> str:
     place = list(annotation.clusters).index(cluster.cluster)
     samples = f", asked about in {count(len(cluster.profiles), 'sample')}" if len(cluster.profiles) > 1 else ""
-    head = (
-        f"<h3>{escape(cluster.cluster)}: {escape(cluster.label)} <small>{count(cluster.n_cells, 'cell')}{samples}, "
-        f"confidence {share(cluster.confidence)}</small></h3>"
-    )
+    size = f"{count(cluster.n_cells, 'cell')}{samples}, confidence {share(cluster.confidence)}"
+    label = f"{escape(cluster.cluster)}: {escape(cluster.label)}{best_guess(cluster)}"
+    head = f"<h3>{label} <small>{size}</small></h3>"
     doubts = doubts_of(cluster, annotation, shown.table)
     shown_doubts = "".join(f"<li>{escape(doubt)}</li>" for doubt in doubts)
     body = (
@@ -211,7 +220,9 @@ def _votes(cluster: Annotated) -> str:
         ]
         for label, n in tally.votes.most_common()
     ]
-    return html_table(["label", "share", "votes"], rows, "votes") if rows else missing("No answer gave it a label.")
+    return (
+        html_table(["label", "share", "votes"], rows, "votes left") if rows else missing("No answer gave it a label.")
+    )
 
 
 def _reasons(cluster: Annotated) -> str:
@@ -286,7 +297,7 @@ def _candidates(annotation: Annotation) -> str:
 def _settings(annotation: Annotation, shown: Shown) -> str:
     rows = [[escape(name), escape(str(value))] for name, value in shown.settings.items()]
     rows.append(["answers", f"{annotation.n_answers:,}, of which {annotation.n_invalid:,} of an invalid format"])
-    return html_table(["", "value"], rows, "settings left")
+    return html_table(["", "value"], rows, "settings left") + note(CALIBRATED)
 
 
 # ---- the cells on their UMAP

@@ -413,7 +413,7 @@ def test_answers_in_a_folder_are_not_asked_again(tmp_path):
 def test_a_model_that_names_no_candidate_ends_without_labels():
     adata = clustered(["T cell", "B cell"], parts=1)
     never = model_that(lambda puzzle: answer_of(["neuron"] * len(puzzle.cells)))
-    with pytest.raises(RunError, match="none of .* answers can be used .it names no candidate"):
+    with pytest.raises(RunError, match="none of .* answers can be used .mostly: it names no candidate"):
         annotate(adata, cluster_key="leiden", model=never, candidates=list(TYPES))
     assert "cell_type_llm" not in adata.obs
 
