@@ -109,8 +109,9 @@ def _known(path: Path, label: str, value: Any) -> KnownLabel:
 def labels_file_of(model: str | Path) -> Path | None:
     """The file that says which labels a model knows, or None. model: its folder, or a file of puzzles or traces.
 
-    Beside a file it is labels.json. Of a model it is its own cell_types.json; for a checkpoint of a run, labels.json beside
-    the run's puzzles; for an adapter, or a run whose puzzles have none, that of the model it was trained from.
+    Beside a file it is labels.json. Of a model it is its own cell_types.json; for a checkpoint of a run, the run's --labels,
+    or labels.json beside its puzzles or traces; for an adapter, or a run that has none, that of the model it was trained
+    from.
     """
     if Path(model).is_file():
         beside = Path(model).parent / LABELS
@@ -125,12 +126,14 @@ def labels_file_of(model: str | Path) -> Path | None:
         if (folder / CELL_TYPES).is_file():
             return folder / CELL_TYPES
         settings = _run_settings(folder)
-        puzzles, start = settings.get("puzzles"), settings.get("model")
-        if isinstance(puzzles, str) and (beside := _seen_from(folder, Path(puzzles).parent / LABELS)).is_file():
-            return beside
+        named = [Path(settings["labels"])] if settings.get("labels") else []
+        named += [Path(settings[key]).parent / LABELS for key in ("puzzles", "traces") if settings.get(key)]
+        for path in (_seen_from(folder, path) for path in named):
+            if path.is_file():
+                return path
         adapter = folder / ADAPTER_CONFIG
         base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
-        waiting += [_seen_from(folder, Path(place)) for place in (base, start) if isinstance(place, str)]
+        waiting += [_seen_from(folder, Path(place)) for place in (base, settings.get("model")) if place]
     return None
 
 
@@ -140,14 +143,14 @@ def _seen_from(folder: Path, path: Path) -> Path:
     return next(found, path)
 
 
-def _run_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run that a checkpoint belongs to; {} without a run."""
+def _run_settings(folder: Path) -> dict[str, str]:
+    """The settings, those that are texts, of the run that a checkpoint belongs to; {} without a run."""
     # config.json of a run is one level above OUT/model, and two above OUT/checkpoints/step-000010
     for place in (folder.parent, folder.parent.parent):
         if (place / "config.json").is_file():
             settings = read_settings(place / "config.json").get("settings")
             if isinstance(settings, dict):  # else it is the config.json of a model
-                return settings
+                return {key: value for key, value in settings.items() if isinstance(value, str)}
     return {}
 
 
@@ -174,9 +177,8 @@ def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float =
     panel is known to a model of all genes, and a model of a few thousand genes knows the cells of a whole genome.
     """
     genes, known = set(genes), set(known)
-    assert genes and known
     common = genes & known
-    found = len(common) / min(len(genes), len(known))
+    found = len(common) / max(1, min(len(genes), len(known)))
     if found < share:
         here, there = (", ".join(sorted(names - common)[:SHOWN]) for names in (genes, known))
         raise UserError(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.build.cells import ORGANISMS, organism_name
+from data.build.columns import Column
 from data.build.contexts import context_sentence
 from data.build.matrix import Matrix, note_on_raw, open_matrix
 from data.build.rank import (
@@ -88,7 +89,7 @@ class Profiles:
     profile_of_cell: np.ndarray
     """[C] int32 index into profiles, -1 for a cell without a profile."""
     cluster_of_cell: np.ndarray
-    """[C] object: the cluster's name, "" where it is not known."""
+    """[C] object: the cluster's name, "" where it is not known, and for a cell of another organism."""
     sample_of_cell: np.ndarray
     """[C] object: the sample's name, "" where it is not known."""
     values: str
@@ -156,11 +157,12 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
     profile_of_cell = np.full(len(cells.usable), -1, dtype=np.int32)
     for number, group in enumerate(groups):
         profile_of_cell[group.rows] = number
+    named = np.where(cells.usable, cells.clusters.codes, -1)
     return Profiles(
         genes=genes.names[kept].tolist(),
         profiles=profiles,
         profile_of_cell=profile_of_cell,
-        cluster_of_cell=np.array(cells.clusters.texts(missing=""), dtype=object),
+        cluster_of_cell=np.array(Column(named, cells.clusters.names).texts(missing=""), dtype=object),
         sample_of_cell=np.array(cells.samples.texts(missing=""), dtype=object),
         values=kind,
         organism=organism,

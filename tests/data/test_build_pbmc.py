@@ -206,8 +206,9 @@ def test_formats_hold_the_same_rows(pbmc, tmp_path):
     for name in ("parquet", "jsonl", "both"):
         assert build(pbmc, tmp_path / name, {"format": name})[0] == 0
     endings = {name: sorted(p.suffix for p in (tmp_path / name).iterdir()) for name in ("parquet", "jsonl", "both")}
-    assert endings["parquet"] == [".json", *[".parquet"] * 3] and endings["jsonl"] == [".json", *[".jsonl"] * 3]
-    assert endings["both"] == [".json", *[".jsonl"] * 3, *[".parquet"] * 3]
+    report = [".json", ".json"]  # report.json and labels.json
+    assert endings["parquet"] == [*report, *[".parquet"] * 3] and endings["jsonl"] == [*report, *[".jsonl"] * 3]
+    assert endings["both"] == [*report, *[".jsonl"] * 3, *[".parquet"] * 3]
     assert read_puzzles(tmp_path / "parquet/test.parquet") == read_puzzles(tmp_path / "jsonl/test.jsonl")
 
 

@@ -294,6 +294,7 @@ def test_other_organisms():
     found = profiles_of(both, "leiden", TWO)
     assert found.profile_of_cell.tolist() == [1, 1, 0, 0, 2, 2, -1, -1] and found.organism == "Homo sapiens"
     assert "1 cells of Mus musculus get no profile" in found.notes, "the other mouse cell has no cluster"
+    assert found.cluster_of_cell.tolist() == ["10", "10", "2", "2", "2", "2", "", ""]
 
 
 # --- what is refused, in one sentence

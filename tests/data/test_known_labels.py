@@ -169,4 +169,6 @@ def test_genes_in_common():
         UserError, match=r"3 genes \(Cd3d, Lyz2, .*only 1 are in both, a share of 0.33 where 0.50 is needed"
     ):
         check_genes_known(["ACTB", "Cd3d", "Lyz2"], ["ACTB", "CD3D", "LYZ"])
+    with pytest.raises(UserError, match="the model was trained on 0 "):
+        check_genes_known(["ACTB"], [])
     assert check_genes_known(["ACTB", "Cd3d", "Lyz2"], ["ACTB", "CD3D", "LYZ"], share=0.3) == pytest.approx(1 / 3)

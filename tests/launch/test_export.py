@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from data.clusters.known import read_known_labels
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from rollout import Sampling
@@ -174,6 +175,21 @@ def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
     assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] is not None
 
 
+def test_what_the_model_knows_is_exported_too(pipeline, trained, tmp_path):
+    """cell_types.json is the labels.json of the training puzzles; without one the export has none."""
+    checkpoint, labels = sorted((trained / "checkpoints").iterdir())[-1], pipeline / "puzzles/labels.json"
+    assert read_known_labels(checkpoint) is None and not (trained / "model/cell_types.json").exists()
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "a", "--adapter-only", "--labels", labels)
+    succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--labels", labels)
+    for name in "am":
+        assert (tmp_path / name / "cell_types.json").read_bytes() == labels.read_bytes()
+    known = read_known_labels(tmp_path / "a")
+    assert known.ontology_term_id("B cell") == "CL:0000236" and "lung" in known.tissues and "CD79A" in known.genes
+    refused = run_command("export", "--model", checkpoint, "--out", tmp_path / "x", "--labels", tmp_path / "no.json")
+    assert refused.returncode == 2 and "no.json: no such file; launch/build.py writes labels.json" in refused.stderr
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow(1)
 def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pipeline, tmp_path):
     succeed(
@@ -184,6 +200,8 @@ def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pip
         pipeline / "base",
         "--out",
         tmp_path / "sft",
+        "--labels",
+        pipeline / "puzzles/labels.json",
         "--lora-rank",
         0,
         "--epochs",
@@ -198,7 +216,12 @@ def test_a_checkpoint_of_every_weight_is_exported_without_the_runs_own_files(pip
         "vLLM takes all for weights"
     )
     succeed("export", "--model", checkpoint, "--out", tmp_path / "m", "--dtype", "float32")
-    names = {path.name for path in (pipeline / "base").iterdir()} | {"README.md", "generation_config.json"}
+    names = {path.name for path in (pipeline / "base").iterdir()}
+    names |= {"README.md", "generation_config.json", "cell_types.json"}
+    labels = (pipeline / "puzzles/labels.json").read_bytes()
+    assert (
+        (tmp_path / "sft/model/cell_types.json").read_bytes() == (tmp_path / "m/cell_types.json").read_bytes() == labels
+    )
     assert {path.name for path in (tmp_path / "m").iterdir()} == names
     ours, theirs = load_file(tmp_path / "m/model.safetensors"), load_file(tmp_path / "sft/model/model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
