@@ -69,7 +69,7 @@ class Questions:
 
     def __init__(self, profiles: Profiles, candidates: dict[str, Candidates], settings: QuestionSettings) -> None:
         self.settings = settings
-        self.profiles = chosen_profiles(profiles.profiles, settings.max_samples)
+        self.profiles = chosen_profiles(profiles.profiles, settings.max_donors)
         layout = Layout(
             max_cells=settings.max_cells,
             genes_by=settings.genes_by,

@@ -79,4 +79,4 @@ def halves(confidence: Sequence[float], right: Sequence[bool]) -> tuple[float, f
         taken = min(left, inside.sum())
         upper += correct[inside].mean() * taken
         left -= taken
-    return upper / (n / 2), (correct.sum() - upper) / (n / 2)
+    return float(upper / (n / 2)), float((correct.sum() - upper) / (n / 2))

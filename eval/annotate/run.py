@@ -110,8 +110,8 @@ def annotate(
 
     cluster_key: the obs column of clusters. model: an opened checkpoint, `launch.annotate.open_model("FOLDER")`, which can
         annotate several objects; or, with endpoint="URL", the name of a model there.
-    answers: a folder that keeps the model's answers, so that with resume=True nothing is asked twice; default: they are
-        not kept.
+    answers: a folder that keeps the model's answers, so that with resume=True nothing is asked twice. Needed with an
+        endpoint, whose answers may cost money; for a checkpoint the default keeps none.
     settings: the options of launch/annotate.py with underscores: candidates, samples, max_cells, one_to_one, ...
         candidates may be a list of labels.
 
@@ -125,6 +125,10 @@ def annotate(
             raise UserError(
                 f"model={model!r}: give endpoint= too for the name of a model, or open the folder of a checkpoint with "
                 "launch.annotate.open_model"
+            )
+        if answers is None:
+            raise UserError(
+                "answers: name a folder that keeps the endpoint's answers, so that none is paid for twice (resume=True)"
             )
         model = Model(model)
     asked = asked.as_trained(model.known)

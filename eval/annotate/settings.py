@@ -16,7 +16,7 @@ from eval.settings import EvaluateConfig
 FILES, MODEL, QUESTIONS, LABELS = "File and clusters", "Who answers", "What is asked", "Labels"
 """Headings of --help; those of the profiles follow."""
 RANGES = {
-    "at least 1": ("samples", "screens", "max_samples", "min_cells", "top_genes"),
+    "at least 1": ("samples", "screens", "max_donors", "min_cells", "top_genes"),
     "at least 2: a puzzle compares": ("max_cells",),
     "at least 0 and at most 1": ("min_confidence", "min_known_genes"),
     "at least 0": ("temperature",),
@@ -56,9 +56,7 @@ class QuestionSettings(ProfileSettings):
     )
     screens: int = questions(2, "Times that every cluster meets every candidate before the votes.")
     samples: int = questions(8, "Votes for a cluster in each donor or sample.")
-    max_samples: int = questions(
-        8, "Donors or samples in which a cluster is asked about: those with most of its cells."
-    )
+    max_donors: int = questions(8, "Donors or samples in which a cluster is asked about: those with most of its cells.")
     seed: int = questions(0, "Seed of orders, sets and sampling.")
     candidates: str | None = labels(
         None,

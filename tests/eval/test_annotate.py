@@ -425,6 +425,8 @@ def test_known_genes_and_a_name_without_endpoint_are_checked():
         annotate(adata, cluster_key="leiden", model=model_that(reads_markers, known=stranger))
     with pytest.raises(UserError, match="give endpoint= too"):
         annotate(adata, cluster_key="leiden", model="runs/demo/sft/model")
+    with pytest.raises(UserError, match="answers: name a folder that keeps the endpoint's answers"):
+        annotate(adata, cluster_key="leiden", model="m", endpoint="http://127.0.0.1:9/v1")
 
 
 # ---- what is written
