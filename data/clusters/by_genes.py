@@ -34,7 +34,7 @@ class MeansByGenes:
     def factors(self) -> np.ndarray:
         """[cells of the file] by what a cell's values are multiplied."""
         totals = np.zeros(self.matrix.n_cells)
-        for rows, _, values in self._entries(self.used):
+        for rows, _, values, _ in self._entries(self.used):
             totals += np.bincount(self.used[rows], weights=values, minlength=len(totals))
         return np.divide(COUNTS_PER_CELL, totals, out=np.ones_like(totals), where=totals > 0)
 
@@ -44,26 +44,29 @@ class MeansByGenes:
         means = np.zeros((n_groups, len(self.genes.names)))
         n_cells = np.bincount(owner, minlength=n_groups)
         several: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # entries of names that several columns have
-        for at, columns, values in self._entries(rows):
+        for at, columns, values, span in self._entries(rows):
             levels = values if factors is None else np.log1p(values * factors[at])
-            ids = self.genes.ids[columns]
-            shared = self.genes.shared[ids]
+            ids = self.genes.ids[span]
+            shared = self.genes.shared[ids]  # [columns of the span]
             if shared.any():
-                several.append((ids[shared], at[shared], levels[shared]))
-                ids, at, levels = ids[~shared], at[~shared], levels[~shared]
-            _add(means, ids, owner[at], levels / n_cells[owner[at]])
+                apart = shared[columns - span.start]
+                several.append((self.genes.ids[columns[apart]], at[apart], levels[apart]))
+            groups = owner[at]
+            cells = groups * len(ids) + (columns - span.start)
+            sums = np.bincount(cells, weights=levels / n_cells[groups], minlength=n_groups * len(ids))
+            means[:, ids[~shared]] = sums.reshape(n_groups, len(ids))[:, ~shared]
         if several:
             ids, at, levels = (np.concatenate(parts) for parts in zip(*several, strict=True))
             order = np.lexsort((-levels, at, ids))  # of a cell's columns with one name, the largest value comes first
             ids, at, levels = ids[order], at[order], levels[order]
             first = np.r_[True, (np.diff(ids) != 0) | (np.diff(at) != 0)]
-            ids, at, levels = ids[first], at[first], levels[first]
-            _add(means, ids, owner[at], levels / n_cells[owner[at]])
+            ids, groups, levels = ids[first], owner[at[first]], levels[first]
+            np.add.at(means, (groups, ids), levels / n_cells[groups])
         self.advance(len(rows))
         return means
 
-    def _entries(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(index into rows, column, float64 value) of the expressed genes of some rows, in spans of columns."""
+    def _entries(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, slice]]:
+        """(index into rows, column, float64 value) of the expressed genes of some rows, and the columns of this span."""
         indptr = indptr_of(self.matrix)
         position = np.full(self.matrix.n_cells, -1, dtype=np.int32)
         position[rows] = np.arange(len(rows))
@@ -76,17 +79,12 @@ class MeansByGenes:
             whole = Block(rows[:1], np.array([0]), np.array([len(values)]), columns, values)
             check_values(self.matrix, whole, allow_scaled=None)
             values = values.astype(np.float64)
-            keys = columns.astype(np.int64) * len(rows) + at
-            if not (np.diff(keys) > 0).all():  # the format allows unsorted cells, and several entries of one
+            # the format allows unsorted cells in a column, and several entries of one
+            if not ((at[1:] > at[:-1]) | (columns[1:] > columns[:-1])).all():
+                keys = columns.astype(np.int64) * len(rows) + at
                 keys, back = np.unique(keys, return_inverse=True)
                 values = np.bincount(back, weights=values, minlength=len(keys))
                 columns, at = keys // len(rows), keys % len(rows)
-            expressed = values > 0
-            yield at[expressed], columns[expressed], values[expressed]
-
-
-def _add(means: np.ndarray, ids: np.ndarray, groups: np.ndarray, parts: np.ndarray) -> None:
-    """Add the parts of the entries to means[group, id]."""
-    distinct, place = np.unique(ids, return_inverse=True)
-    sums = np.bincount(groups * len(distinct) + place, weights=parts, minlength=len(means) * len(distinct))
-    means[:, distinct] += sums.reshape(len(means), len(distinct))
+            if not (expressed := values > 0).all():
+                at, columns, values = at[expressed], columns[expressed], values[expressed]
+            yield at, columns, values, slice(first, last)
