@@ -107,7 +107,9 @@ class Questions:
             labels = sorted(of.labels, key=lambda label: -len(label))
             most = max(of.size, min(self.settings.max_cells, len(labels)))
             context = max((profile.context for profile in of.profiles), key=len)
-            puzzle = Puzzle(id="", context=context, cells=cells[: of.size], candidates=labels[:most], answer=[])
+            # the longest cell and label twice: a text with fewer letters may have more tokens
+            cells, labels = [cells[0], *cells[: of.size]], [*labels[:1], *labels[:most]]
+            puzzle = Puzzle(id="", context=context, cells=cells, candidates=labels, answer=[])
             found.append(puzzle)
         return found
 

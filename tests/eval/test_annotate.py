@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from data.clusters.known import KnownLabel, KnownLabels
-from data.clusters.profiles import ClusterProfile
+from data.clusters.profiles import ClusterProfile, profiles_of
 from data.errors import RunError, UserError
 from eval.annotate import annotate
 from eval.annotate.annotation import UNCERTAIN, Questions, annotate_profiles, chosen_profiles
@@ -164,6 +164,17 @@ def test_similar_clusters_meet_in_even_rounds():
 def test_a_cluster_is_asked_about_in_its_largest_samples():
     some = [profile("a", ["G"], [1], sample=f"d{i}", n_cells=n) for i, n in enumerate((5, 9, 7))]
     assert [p.sample for p in chosen_profiles([*some, profile("b", ["G"], [1], sample="d0")], 2)] == ["d1", "d2", "d0"]
+
+
+def test_room_is_made_for_the_longest_prompt():
+    adata = clustered(list(TYPES), parts=2)
+    asked = settings(candidates=",".join(TYPES))
+    profiles = profiles_of(adata, "leiden", asked)
+    questions = Questions(profiles, candidates_of(profiles.profiles, asked.candidates, None), asked)
+    (longest,) = questions.longest()
+    every = questions.screening() + questions.voting([])
+    assert len(longest.user_message) > max(len(question.puzzle.user_message) for question in every)
+    assert len(longest.cells) == 4 and longest.candidates.count(max(TYPES, key=len)) == 2
 
 
 # ---- votes
@@ -442,8 +453,6 @@ def annotation():
         return answer.replace("T cell |", "monocyte |") if "round 3" in puzzle.id else answer
 
     asked = settings(candidates=",".join(TYPES))
-    from data.clusters.profiles import profiles_of
-
     profiles = profiles_of(adata, "leiden", asked)
     candidates = candidates_of(profiles.profiles, asked.candidates, KNOWN)
     questions = Questions(profiles, candidates, asked)
