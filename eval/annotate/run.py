@@ -5,6 +5,7 @@ Answers are kept in the file of eval/predict.py: nothing is asked, or bought, tw
 """
 
 import datetime
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -189,6 +190,9 @@ def ask_and_decide(
     Raises UserError when the model has no candidates for a sample, or does not know the genes.
     """
     candidates = candidates_of(profiles.profiles, given, model.known)
+    # said before minutes or money are spent: a forgotten list of labels makes every question open-ended
+    for source in sorted({some.source for some in candidates.values()}):
+        print(f"candidates: {source}", file=sys.stderr)
     questions = Questions(profiles, candidates, settings)
     if model.known is not None:
         listed = {gene for profile in questions.profiles for gene in questions.genes_of(profile)}
