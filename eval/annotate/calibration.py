@@ -32,7 +32,7 @@ def fit_calibration(shares: Sequence[float], right: Sequence[bool], at: Sequence
     """The accuracy at each share of `at`, by isotonic regression of right (0 or 1) on share.
 
     Two imagined clusters, one right and one wrong, stand at share 1, and two at the lowest share that was seen: so a
-    small sample gives no confidence of exactly 0 or 1.
+    small sample gives no confidence of exactly 0 or 1. Below the lowest share the accuracy falls to 0 at share 0.
 
     The regression is scipy's (pool adjacent violators).
     """
@@ -42,7 +42,7 @@ def fit_calibration(shares: Sequence[float], right: Sequence[bool], at: Sequence
     levels, back, counts = np.unique(xs, return_inverse=True, return_counts=True)
     means = np.bincount(back, weights=ys) / counts
     fitted = isotonic_regression(means, weights=counts.astype(float)).x
-    return np.interp(at, levels, fitted).tolist()
+    return np.interp(at, [0.0, *levels], [0.0, *fitted]).tolist()
 
 
 def expected_calibration_error(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> float:

@@ -114,8 +114,8 @@ def decide(votes: np.ndarray, sharing: str) -> list[int | None]:
     - "never": each cluster its favourite (most votes; ties go to the smaller column).
     - "always": the one-to-one assignment with most votes; a cluster that it gives a label without a vote gets none.
     - "auto": a cluster with more than half of its votes for one label keeps it, whoever else has it. The others are
-      undecided: they are matched one-to-one to the labels that no decided cluster has, and a cluster that gets no label
-      so which it voted for keeps its favourite.
+      undecided: they are matched one-to-one to the labels that no decided cluster has. A cluster takes the label that it
+      gets so if it has at least half as many votes as its favourite; otherwise it keeps its favourite.
 
     >>> votes = np.array([[6, 2, 0], [5, 3, 0], [3, 0, 3]])  # clusters 0 and 1 are both of type 0
     >>> decide(votes, "never"), decide(votes, "always"), decide(votes, "auto")
@@ -133,7 +133,8 @@ def decide(votes: np.ndarray, sharing: str) -> list[int | None]:
     if open_rows and free:
         rows, columns = linear_sum_assignment(votes[np.ix_(open_rows, free)], maximize=True)
         for i, j in zip(rows, columns, strict=True):
-            if votes[open_rows[i], free[j]] > 0:
+            row, own = votes[open_rows[i]], votes[open_rows[i], free[j]]
+            if own > 0 and (sharing == "always" or 2 * own >= row.max()):
                 found[open_rows[i]] = free[j]
     return found
 

@@ -224,6 +224,10 @@ def test_sharing_of_labels():
     assert decide(votes, "auto") == [0, 0, 2, None]
     # an undecided cluster without votes for a free label keeps its favourite
     assert decide(np.array([[6, 0], [0, 6], [3, 3]]), "auto") == [0, 1, 0]
+    # label 2 is free: 2 votes are half of the favourite's 4, and 1 vote is less
+    assert decide(np.array([[6, 0, 0, 0], [4, 0, 2, 2]]), "auto") == [0, 2]
+    assert decide(np.array([[6, 0, 0, 0], [4, 2, 1, 1]]), "auto") == [0, 1]
+    assert decide(np.array([[6, 0, 0, 0], [0, 6, 0, 0], [4, 3, 1, 0]]), "auto") == [0, 1, 0]
 
 
 def test_share_and_second_choice(question):
@@ -264,7 +268,7 @@ def test_halves_do_not_depend_on_the_order_of_ties():
 def test_fit_is_monotone_and_by_hand():
     # share 0.5: 1 of 4 right, and two imagined (one right): 2 of 6; share 1: 4 of 4 and two imagined: 5 of 6
     shares, right = [0.5] * 4 + [1.0] * 4, [True, False, False, False] + [True] * 4
-    assert fit_calibration(shares, right, [0.5, 0.75, 1.0]) == pytest.approx([1 / 3, 7 / 12, 5 / 6])
+    assert fit_calibration(shares, right, [0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1 / 6, 1 / 3, 7 / 12, 5 / 6])
     # a higher share that was right less often is pooled: 5 of 6 and 1 of 6
     turned = fit_calibration([0.5] * 4 + [1.0] * 4, [True] * 4 + [False] * 4, [0.5, 1.0])
     assert turned == pytest.approx([0.5, 0.5])
@@ -272,7 +276,12 @@ def test_fit_is_monotone_and_by_hand():
 
 def test_the_shipped_calibration_is_monotone_from_0_to_1():
     shares, confidences = read_calibration()
-    assert shares[0] == 0 and shares[-1] == 1 and (np.diff(shares) > 0).all() and (np.diff(confidences) >= 0).all()
+    assert (
+        shares[0] == confidences[0] == 0
+        and shares[-1] == 1
+        and (np.diff(shares) > 0).all()
+        and (np.diff(confidences) >= 0).all()
+    )
     assert ((confidences >= 0) & (confidences <= 1)).all() and confidences[-1] > 0.8
     assert calibrated(0.0, (shares, confidences)) == 0
     table = (np.array([0.0, 0.5, 1.0]), np.array([0.2, 0.4, 0.9]))
