@@ -11,8 +11,6 @@ import numpy as np
 from data.errors import UserError
 from data.formats.stores import StoreArray, StoreGroup
 
-Node = "MemoryArray | MemoryGroup"
-
 
 class MemoryArray(StoreArray):
     """An array in memory, read like an h5py.Dataset."""
