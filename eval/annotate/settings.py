@@ -114,6 +114,7 @@ class AnnotateConfig(QuestionSettings):
             raise UserError(f"--out {self.out}: must end in .h5ad")
         if Path(self.out).resolve() == Path(self.file).resolve():
             raise UserError(f"--out {self.out}: is the input, which is never changed; name another file")
+        self.asked(self.model, self.answers, self.resume)  # refuses what an evaluation refuses, before a file is read
 
     @property
     def answers(self) -> Path:
