@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.build.staging import Staging
-from data.clusters.known import LABELS, KnownLabel, KnownLabels
+from data.clusters.known import LABELS, PUZZLE_OPTIONS, KnownLabel, KnownLabels
 from data.errors import UserError
 from data.files import flush, reason_of
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
@@ -151,7 +151,8 @@ def write_build(
                 rows = [puzzle.to_row() for puzzle in puzzles]
                 save_rows(partial / f"{split}.{ending}", rows, like=[puzzle.to_row() for puzzle in example])
         if "labels" in report:
-            (partial / LABELS).write_text(labels_text(report["labels"], splits["train"]), encoding="utf-8")
+            text = labels_text(report["labels"], splits["train"], report["options"])
+            (partial / LABELS).write_text(text, encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):
@@ -164,10 +165,12 @@ def write_build(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle]) -> str:
-    """labels.json: the labels of the report, and the genes that occur in the train puzzles."""
+def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle], options: dict[str, Any]) -> str:
+    """labels.json: the labels of the report, the genes that occur in the train puzzles, the options of their build."""
     genes = {gene for puzzle in train for cell in puzzle.cells for gene in cell}
-    return KnownLabels({label: KnownLabel(**of_label) for label, of_label in labels.items()}, sorted(genes)).to_json()
+    known = {label: KnownLabel(**of_label) for label, of_label in labels.items()}
+    puzzles = {name: options[name] for name in PUZZLE_OPTIONS}
+    return KnownLabels(known, sorted(genes), puzzles=puzzles).to_json()
 
 
 @contextlib.contextmanager

@@ -37,6 +37,20 @@ def watching() -> Iterator[BuildProgress]:
             bar.close()
 
 
+@contextlib.contextmanager
+def watching_cells(phase: str) -> Iterator[Callable[[int, int], None]]:
+    """advance(cells read now, cells in all) of one phase, shown as `watching` does."""
+    done = 0
+    with watching() as shown:
+
+        def advance(read: int, total: int) -> None:
+            nonlocal done
+            done += read
+            shown.progress(phase, done, total)
+
+        yield advance
+
+
 def unit_of(phase: str) -> str:
     """What a phase of a build counts."""
     return "file" if phase == "looking at files" else "cell"

@@ -1,11 +1,12 @@
 """The labels and genes that a model was trained on: labels.json beside puzzles, cell_types.json beside a model's weights.
 
-{"labels": {label: {"ontology_term_id": "CL:0000084" or null, "tissues": [...], "n": cells}}, "genes": [...]}
+{"labels": {label: {"ontology_term_id": "CL:0000084" or null, "tissues": [...], "n": cells}}, "genes": [...],
+ "puzzles": {"max_cells": 15, "top_genes": 50, "drop_genes": [...]}}
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ LABELS = "labels.json"
 """Written by a build beside train.parquet."""
 CELL_TYPES = "cell_types.json"
 """The same content in the folder of a model."""
+PUZZLE_OPTIONS = {"max_cells": int, "top_genes": int, "drop_genes": list}
+"""Options of a build on which the look of a prompt depends, with their types in JSON."""
 ADAPTER_CONFIG = "adapter_config.json"
 SHARE_KNOWN = 0.5
 """Share of the genes in common below which a model is not asked."""
@@ -44,6 +47,8 @@ class KnownLabels:
     """The symbols that occur in the training puzzles, sorted."""
     path: Path | None = None
     """The file that says so."""
+    puzzles: dict[str, Any] = field(default_factory=dict)
+    """How the training puzzles were built, of PUZZLE_OPTIONS; a model is best asked in the same way. {} if not recorded."""
 
     def in_tissue(self, tissue: str) -> list[str]:
         """The labels of a tissue, sorted; case is ignored. [] when the model knows none there."""
@@ -66,7 +71,8 @@ class KnownLabels:
             label: {"ontology_term_id": known.ontology_term_id, "tissues": list(known.tissues), "n": known.n}
             for label, known in sorted(self.labels.items())
         }
-        return json.dumps({"labels": labels, "genes": sorted(self.genes)}, indent=1, ensure_ascii=False) + "\n"
+        content = {"labels": labels, "genes": sorted(self.genes)} | ({"puzzles": self.puzzles} if self.puzzles else {})
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_labels(path: Path) -> KnownLabels:
@@ -79,7 +85,16 @@ def read_labels(path: Path) -> KnownLabels:
         raise UserError(
             f"{path}: is no {LABELS} of launch/build.py (it lacks labels or genes); build the puzzles again"
         )
-    return KnownLabels({label: _known(path, label, labels[label]) for label in sorted(labels)}, sorted(genes), path)
+    known = {label: _known(path, label, labels[label]) for label in sorted(labels)}
+    return KnownLabels(known, sorted(genes), path, _puzzles(path, found.get("puzzles", {})))
+
+
+def _puzzles(path: Path, value: Any) -> dict[str, Any]:
+    """The options of the puzzles; files of earlier builds have none. Raises UserError for values of another kind."""
+    fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in PUZZLE_OPTIONS.items())
+    if value and not fits:
+        raise UserError(f"{path}: its puzzles lack {', '.join(PUZZLE_OPTIONS)}; build the puzzles again")
+    return {name: value[name] for name in PUZZLE_OPTIONS} if value else {}
 
 
 def _known(path: Path, label: str, value: Any) -> KnownLabel:

@@ -9,12 +9,12 @@ EMPTY = "&ndash;"
 """A missing value in a table."""
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """The whole page. The template holds the style.
+def page(title: str, parts: Iterable[str], style: str = "") -> str:
+    """The whole page. The template holds the style; `style` is added to it.
 
     The body is inserted last, so text of a model is never a place holder.
     """
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8").replace("</style>", f"{style}</style>")
     return template.replace("{{title}}", escape(title)).replace("{{body}}", "\n".join(parts))
 
 

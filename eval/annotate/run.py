@@ -1,0 +1,261 @@
+"""One annotation from a file, or from an AnnData in memory, to the labels on its cells; who answers, and where answers are kept.
+
+This room does not import the trainer, so a checkpoint comes as a `Model`, which launch/annotate.py makes (`open_model`).
+Answers are kept in the file of eval/predict.py: nothing is asked, or bought, twice.
+"""
+
+import datetime
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs
+from data.clusters.known import KnownLabels, check_genes_known
+from data.clusters.profiles import Advance, Profiles, profiles_of, read_profiles
+from data.errors import UserError
+from data.puzzles import Puzzle
+from eval.annotate.annotation import Annotation, Questions, annotate_profiles
+from eval.annotate.candidates import candidates_of
+from eval.annotate.doubts import Agreement, agreement_of
+from eval.annotate.page import Shown, annotation_page
+from eval.annotate.questions import Question
+from eval.annotate.settings import AnnotateConfig, QuestionSettings
+from eval.annotate.votes import Reading, read_answer
+from eval.annotate.writing import add_to, obs_columns_of, record_of, refuse_places, write_all
+from eval.baselines import known_markers
+from eval.predict import PARTIAL, Partial, answer_all
+from eval.settings import EvaluateConfig, settings_of
+from eval.sources import Loaded, LocalModel, PuzzleSet, RemoteModel
+
+UMAP = "X_umap"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be asked."""
+
+    name: str
+    load: Callable[[EvaluateConfig, list[PuzzleSet]], Loaded] | None = None
+    """Opens a checkpoint with room for the longest of some puzzles; None for a model behind an endpoint."""
+    known: KnownLabels | None = None
+    """What it was trained on, where that is recorded."""
+    hashes: dict[str, str] = field(default_factory=dict)
+    """{"model": SHA-256 of its weights, "adapter": of its adapter}, as far as there are any."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages that answer."""
+    files: str | None = None
+    """A fingerprint that changes with the files of a local model."""
+
+
+class Answers:
+    """The answers to questions, from a model or from the file that keeps them."""
+
+    def __init__(self, model: Model, asked: EvaluateConfig, first: Sequence[Question], longest: list[Puzzle]) -> None:
+        """asked: how the model is asked; its `out` is the folder of the file. first: the questions of the first stage, on
+        which all others depend. longest: a puzzle at least as long as any that will be asked, for each sample.
+
+        Raises UserError when the folder holds answers and --resume is not given, or was made with other settings.
+        """
+        self.asked, self.is_local = asked, model.load is not None
+        settings = settings_of(asked, [question.puzzle for question in first], model.files)
+        # under a name that says more than "puzzles_digest" where another run's answers are refused
+        settings["questions (clusters, candidates, options)"] = settings.pop("puzzles_digest")
+        path = Path(asked.out) / PARTIAL
+        if path.is_file() and not asked.resume:
+            raise UserError(
+                f"{path}: holds answers of an earlier run, which may have cost money; add --resume to use them, or remove "
+                "the folder"
+            )
+        self.partial = Partial(asked.out, settings, asked.resume)
+        puzzles = [question.puzzle for question in first] + longest
+        load = model.load
+        if load is not None:
+            self.source = LocalModel(lambda: load(asked, [PuzzleSet("clusters", "", puzzles, puzzles)]))
+        else:
+            self.source = RemoteModel(asked)
+        self.source.resume(self.partial)
+
+    def of(self, questions: Sequence[Question], name: str) -> list[Reading]:
+        """The answers to some questions, in their order. name: for the progress bar."""
+        puzzles = [question.puzzle for question in questions]
+        chunk = self.asked.chunk if self.is_local else max(1, len(puzzles))
+        rows = answer_all(puzzles, self.source.ask, self.partial, chunk=chunk, whole_chunks=self.is_local, name=name)
+        return [read_answer(question, row["prediction"]) for question, row in zip(questions, rows, strict=True)]
+
+    def close(self) -> None:
+        """Free the model. The file of answers stays."""
+        self.source.close()
+
+
+def annotate(
+    adata: Any,
+    *,
+    cluster_key: str,
+    model: Model | str,
+    copy: bool = False,
+    answers: str | Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Any:
+    """Label the clusters of an AnnData; returns it, or a labelled copy of it (copy=True).
+
+    Adds the obs columns cell_type_llm, cell_type_llm_confidence, cell_type_llm_second and
+    cell_type_llm_ontology_term_id, and uns["cell_type_llm"]. `adata.X` and everything else stay as they are.
+
+    cluster_key: the obs column of clusters. model: an opened checkpoint, `launch.annotate.open_model("FOLDER")`, which can
+        annotate several objects; or, with endpoint="URL", the name of a model there.
+    answers: a folder that keeps the model's answers, so that with resume=True nothing is asked twice. Needed with an
+        endpoint, whose answers may cost money; for a checkpoint the default keeps none.
+    settings: the options of launch/annotate.py with underscores: candidates, samples, max_cells, one_to_one, ...
+        candidates may be a list of labels.
+
+    Raises UserError for a column, values, genes or settings that cannot be used.
+    """
+    given = settings.pop("candidates", None)
+    as_text = given if isinstance(given, str) else None
+    asked = QuestionSettings(cluster_key=cluster_key, candidates=as_text, **settings)
+    if isinstance(model, str):
+        if asked.endpoint is None:
+            raise UserError(
+                f"model={model!r}: give endpoint= too for the name of a model, or open the folder of a checkpoint with "
+                "launch.annotate.open_model"
+            )
+        if answers is None:
+            raise UserError(
+                "answers: name a folder that keeps the endpoint's answers, so that none is paid for twice (resume=True)"
+            )
+        model = Model(model)
+    asked = asked.as_trained(model.known)
+    adata = adata.copy() if copy else adata
+    profiles = profiles_of(adata, cluster_key, asked)
+    with tempfile.TemporaryDirectory() as scratch:
+        annotation = ask_and_decide(profiles, model, asked, Path(answers or scratch), resume, given)
+    for sentence in annotation.notes:
+        print(f"note: {sentence}")
+    columns = obs_columns_of(annotation, profiles.cluster_of_cell)
+    add_to(adata, columns, record_of(annotation, provenance(model, asked, "eval.annotate.annotate")))
+    return adata
+
+
+def annotate_file(
+    config: AnnotateConfig,
+    model: Model,
+    command: str,
+    watch: Callable[[], AbstractContextManager[Advance]] = lambda: nullcontext(lambda read, total: None),
+) -> tuple[Annotation, Agreement | None, list[str]]:
+    """Label the clusters of a file; write OUT, its .csv and its .html. Returns (annotation, agreement with --truth-key,
+    notes on what was replaced in the copy).
+
+    command: the command line, for the record. watch: makes what shows how far the reading of the matrix is. Raises
+    UserError for what cannot be used, before the model is asked; RunError when the endpoint fails (then --resume goes on).
+    """
+    config = config.as_trained(model.known)
+    source, out = Path(config.file), Path(config.out)
+    refuse_places(out)
+    truth = read_truth(source, config.truth_key)
+    with watch() as advance:
+        profiles = read_profiles(source, config.cluster_key, config, advance)
+    annotation = ask_and_decide(profiles, model, config, config.answers, config.resume, config.candidates)
+    agreement = None
+    if truth is not None:
+        agreement = agreement_of(annotation, str(config.truth_key), profiles.cluster_of_cell.tolist(), truth)
+    table = known_markers(())
+    record = provenance(model, config, command)
+    shown = Shown(
+        title=source.name,
+        table=table,
+        settings=record,
+        clusters=profiles.cluster_of_cell,
+        places=read_umap(source),
+        agreement=agreement,
+    )
+    columns = obs_columns_of(annotation, profiles.cluster_of_cell)
+    page = annotation_page(annotation, shown)
+    replaced = write_all(source, out, annotation, columns, record_of(annotation, record), table, page)
+    return annotation, agreement, replaced
+
+
+def ask_and_decide(
+    profiles: Profiles, model: Model, settings: QuestionSettings, folder: Path, resume: bool, given: Any
+) -> Annotation:
+    """The annotation of some profiles. folder: keeps the answers. given: candidates, as a text or a list.
+
+    Raises UserError when the model has no candidates for a sample, or does not know the genes.
+    """
+    candidates = candidates_of(profiles.profiles, given, model.known)
+    # said before minutes or money are spent: a forgotten list of labels makes every question open-ended
+    for source in sorted({some.source for some in candidates.values()}):
+        print(f"candidates: {source}", file=sys.stderr)
+    questions = Questions(profiles, candidates, settings)
+    if model.known is not None:
+        listed = {gene for profile in questions.profiles for gene in questions.genes_of(profile)}
+        check_genes_known(listed, model.known.genes, settings.min_known_genes)
+    asked = settings.asked(model.name, folder, resume)
+    answers = Answers(model, asked, questions.screening() or questions.voting([]), questions.longest())
+    try:
+        annotation = annotate_profiles(profiles, candidates, questions, answers.of, settings)
+    finally:
+        answers.close()
+    annotation.notes.extend(profiles.notes)
+    return annotation
+
+
+def provenance(model: Model, settings: QuestionSettings, command: str) -> dict[str, Any]:
+    """What made the labels: model, hashes, versions, command, day, settings. It holds no key."""
+    where = {"endpoint": settings.endpoint} if settings.endpoint else {}
+    return {
+        "model": model.name,
+        **where,
+        **{f"{name}_hash": value for name, value in model.hashes.items()},
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        "versions": model.versions,
+        "settings": {name: value for name, value in asdict(settings).items() if name not in ("file", "out", "resume")},
+    }
+
+
+def read_truth(source: Path, key: str | None) -> list[str] | None:
+    """[C] the known label of each cell, "" where there is none. Raises UserError for a column that is missing."""
+    if key is None:
+        return None
+    present = obs_columns(source)
+    if key not in present:
+        raise UserError(
+            f"{source}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column of known labels "
+            "with --truth-key"
+        )
+    return read_obs(source, [key])[key].texts(missing="")
+
+
+def read_umap(source: Path) -> np.ndarray | None:
+    """[C, 2] obsm["X_umap"], where the file has it as an array of two or more columns."""
+    with open_h5ad(source) as file:
+        name = f"obsm/{UMAP}"
+        if name not in file or len(getattr(file[name], "shape", ())) != 2 or file[name].shape[1] < 2:
+            return None
+        return np.asarray(file[name][:, :2], dtype=float)
+
+
+def summary_lines(annotation: Annotation, agreement: Agreement | None) -> Iterable[str]:
+    """What the command prints: a line per cluster, then how many are right, where that is known."""
+    width = max(len(name) for name in annotation.clusters)
+    for cluster in annotation.clusters.values():
+        second = f", then {cluster.found.second}" if cluster.found.second else ""
+        guess = (
+            f" ({cluster.found.label}?)" if cluster.label != str(cluster.found.label) and cluster.found.label else ""
+        )
+        votes = f"{cluster.found.tally.votes[cluster.found.label]} of {cluster.found.tally.valid} votes"
+        yield f"{cluster.cluster:{width}}  {cluster.confidence:.2f}  {cluster.label}{guess}: {votes}{second}"
+    labels = Counter(cluster.label for cluster in annotation.clusters.values())
+    yield f"{len(annotation.clusters)} clusters, {len(labels)} labels, {annotation.n_answers:,} answers"
+    if annotation.n_invalid:
+        yield f"{annotation.n_invalid:,} answers have an invalid format and count for nothing"
+    if agreement is not None:
+        yield f"{agreement.clusters_right} of {agreement.n_clusters} clusters have their commonest {agreement.key}"

@@ -1,0 +1,128 @@
+"""What an annotation leaves: columns of obs, a record in uns, a CSV row per cluster; the three files, all or none."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data.clusters.annotated import storable, write_annotated
+from data.errors import UserError
+from data.files import replacing
+from eval.annotate.annotation import UNCERTAIN, UNKNOWN_TERM, Annotated, Annotation
+from eval.annotate.evidence import markers_of
+
+KEY = "cell_type_llm"
+COLUMNS = (KEY, f"{KEY}_confidence", f"{KEY}_second", f"{KEY}_ontology_term_id")
+"""The obs columns."""
+NONE = "none"
+"""The second choice of a cluster whose votes all went to one label."""
+CSV_COLUMNS = (
+    *("cluster", "cells", "label", "best_label", "confidence", "share_of_votes", "second", "second_share"),
+    *("ontology_term_id", "votes", "answers", "samples", "cited_genes", "marker_genes_found", "shared_with"),
+)
+
+
+def obs_columns_of(annotation: Annotation, cluster_of_cell: np.ndarray) -> dict[str, Any]:
+    """{obs column: [C] values}: categories of text, and the confidence as float64.
+
+    A cell without a cluster is UNCERTAIN with confidence 0.
+    """
+    codes, names = pd.factorize(cluster_of_cell)
+    found = [annotation.clusters.get(name) for name in names]
+
+    def column(of: Callable[[Annotated], str], missing: str) -> pd.Categorical:
+        values = np.array([of(cluster) if cluster else missing for cluster in found], dtype=object)
+        return pd.Categorical(values[codes], categories=sorted(set(values)))
+
+    confidence = np.array([cluster.confidence if cluster else 0.0 for cluster in found])
+    return {
+        KEY: column(lambda cluster: cluster.label, UNCERTAIN),
+        f"{KEY}_confidence": confidence[codes],
+        f"{KEY}_second": column(lambda cluster: cluster.found.second or NONE, NONE),
+        f"{KEY}_ontology_term_id": column(lambda cluster: cluster.ontology, UNKNOWN_TERM),
+    }
+
+
+def record_of(annotation: Annotation, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The content of uns["cell_type_llm"]: JSON-able values.
+
+    provenance: model, hashes, versions, command, settings.
+    """
+    candidates = {sample: some.labels for sample, some in annotation.candidates.items()}
+    sources = sorted({some.source for some in annotation.candidates.values()})
+    alike = len({tuple(labels) for labels in candidates.values()}) == 1
+    votes = {name: dict(cluster.found.tally.votes.most_common()) for name, cluster in annotation.clusters.items()}
+    return {
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in provenance.items()},
+        # of one list or, where samples differ, of each sample
+        "candidates": json.dumps(next(iter(candidates.values())) if alike else candidates),
+        "candidates_from": "; ".join(sources),
+        # as text: cluster and label names are no names for HDF5 ("CD4+/CD8+")
+        "votes": json.dumps(votes),
+        "answers": annotation.n_answers,
+        "invalid_answers": annotation.n_invalid,
+        "notes": json.dumps(annotation.notes),
+    }
+
+
+def csv_of(annotation: Annotation, table: dict[str, list[str]]) -> str:
+    """A CSV with a row per cluster. table: {normalised label: marker genes}, to count those that a cluster lists."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for cluster in annotation.clusters.values():
+        found, tally = cluster.found, cluster.found.tally
+        best = found.label or ""
+        shared = [
+            c.cluster for c in annotation.clusters.values() if best and c.found.label == best and c is not cluster
+        ]
+        second_share = tally.votes[found.second] / tally.valid if found.second else 0.0
+        row = (
+            *(cluster.cluster, cluster.n_cells, cluster.label, best, f"{cluster.confidence:.3f}", f"{found.share:.3f}"),
+            *(found.second or "", f"{second_share:.3f}", cluster.ontology, tally.valid, tally.asked),
+            "; ".join(profile.sample for profile in cluster.profiles),
+            " ".join(cluster.rationale.cited) if cluster.rationale else "",
+            " ".join(markers_of(best, cluster.genes, table).found),
+            "; ".join(shared),
+        )
+        writer.writerow([_harmless(value) for value in row])
+    return out.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A text that a spreadsheet does not take for a formula: names come from a file, labels from a model."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "@", "\t") else value
+
+
+def write_all(
+    source: Path, out: Path, annotation: Annotation, columns: dict, record: dict, table: dict, page: str
+) -> list[str]:
+    """Write OUT, and beside it .csv and .html: all three or none. Returns notes on what was replaced in the copy.
+
+    columns: of obs_columns_of. record: of record_of. table: of markers. page: HTML. Raises UserError that names the file
+    when one cannot be written.
+    """
+    with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
+        rows.write_text(csv_of(annotation, table), encoding="utf-8")
+        html.write_text(page, encoding="utf-8")
+        # last and largest: where it cannot be written, the other two keep their temporary names and go
+        return write_annotated(source, out, columns, {KEY: record})
+
+
+def add_to(adata: Any, columns: dict[str, Any], record: dict[str, Any]) -> None:
+    """Put the columns and the record into an AnnData in memory."""
+    for name, values in columns.items():
+        adata.obs[name] = values
+    adata.uns[KEY] = {name: storable(value) for name, value in record.items()}
+
+
+def refuse_places(out: Path) -> None:
+    """Raises UserError when a folder stands where a file is to be written, before a model is asked."""
+    for path in (out, out.with_suffix(".csv"), out.with_suffix(".html")):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, and a file is to be written there; name another --out")

@@ -1,0 +1,552 @@
+"""Annotating a user's clusters: questions, votes, confidence, what is written. Hand-computed, without a model."""
+
+import csv
+import io
+import json
+import random
+from collections import Counter
+from itertools import combinations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.clusters.known import KnownLabel, KnownLabels
+from data.clusters.profiles import ClusterProfile, profiles_of
+from data.errors import RunError, UserError
+from eval.annotate import annotate
+from eval.annotate.annotation import UNCERTAIN, Questions, annotate_profiles, chosen_profiles
+from eval.annotate.calibration import (
+    calibrated,
+    expected_calibration_error,
+    fit_calibration,
+    halves,
+    read_calibration,
+)
+from eval.annotate.candidates import OPEN, candidates_of
+from eval.annotate.doubts import agreement_of, doubts_of
+from eval.annotate.evidence import cited, markers_of, rationales, sentences_about
+from eval.annotate.page import highlighted
+from eval.annotate.questions import SCREEN, VOTE, Layout, SampleQuestions, deal, divide
+from eval.annotate.settings import AnnotateConfig, QuestionSettings
+from eval.annotate.votes import Reading, beliefs, count_votes, decide, label_clusters, read_answer
+from eval.annotate.writing import csv_of, obs_columns_of, record_of
+from eval.metrics import answer_of
+from tests.helpers.clusters import GENES, TYPES, clustered, model_that, reads_markers
+
+
+def profile(cluster: str, genes: list[str], mean: list[float], sample: str = "d1", n_cells: int = 30, tissue="blood"):
+    return ClusterProfile(
+        sample=sample,
+        cluster=cluster,
+        n_cells=n_cells,
+        by_expression=genes,
+        by_difference=genes[::-1],
+        context=f"The cell is from {sample}.",
+        tissue=tissue,
+        mean=np.array(mean, dtype=np.float32),
+    )
+
+
+def of_types(names: list[str], sample: str = "d1") -> list[ClusterProfile]:
+    """A profile per name; clusters of one type are nearly equal."""
+    found = []
+    for i, name in enumerate(names):
+        mean = [5.0 if gene in GENES[name] else 0.1 * (i % 3) for label in TYPES for gene in GENES[label]]
+        found.append(profile(f"{i}", [*GENES[name], "ACTB"], mean, sample))
+    return found
+
+
+def settings(**more) -> QuestionSettings:
+    return QuestionSettings(**{"cluster_key": "leiden", "max_cells": 3, "samples": 4, **more}).as_trained(None)
+
+
+# ---- questions
+
+
+def test_sets_cover_all_clusters_and_the_nearest_meet():
+    near = np.full((6, 6), 0.1)
+    for i, j in ((0, 3), (1, 4), (2, 5)):
+        near[i, j] = near[j, i] = 0.9
+    nobody = np.zeros((6, 6), bool)
+    for seed in range(10):
+        assert sorted(map(sorted, divide(2, near, nobody, random.Random(seed)))) == [[0, 3], [1, 4], [2, 5]]
+    # 5 clusters in sets of 2: the last one is completed with its nearest, which has had its turn
+    sets = divide(2, near[:5, :5], nobody[:5, :5], random.Random(0))
+    assert len(sets) == 3 and all(len(of) == 2 for of in sets) and {c for of in sets for c in of} == set(range(5))
+
+
+def test_pairs_that_must_not_meet_do_not_unless_nobody_else_is_there():
+    apart = np.zeros((4, 4), bool)
+    apart[:2, :2] = apart[2:, 2:] = True
+    np.fill_diagonal(apart, False)
+    alike = apart.astype(float)  # those that must not meet are the nearest
+    for seed in range(10):
+        for members in divide(3, alike, apart, random.Random(seed)):
+            assert len(members) == 2 and not apart[members[0], members[1]]  # a third would meet its like
+    both = ~np.eye(2, dtype=bool)
+    assert sorted(divide(2, np.zeros((2, 2)), both, random.Random(0))[0]) == [0, 1]  # better than a puzzle of one
+
+
+def test_dealt_hands_hold_every_label():
+    hands = deal(7, 3, random.Random(1))
+    assert [len(hand) for hand in hands] == [3, 3, 3] and {i for hand in hands for i in hand} == set(range(7))
+    assert all(len(set(hand)) == 3 for hand in hands)
+    assert deal(2, 4, random.Random(0)) in ([[0, 1]], [[1, 0]])
+
+
+def test_puzzles_have_the_trained_format_and_no_cluster_name():
+    names = ["CD8 T, treated (old label)", "<b>x</b>", "7", "leiden-3", "monocytes of the atlas"]
+    some = of_types(["T cell", "B cell", "monocyte", "T cell", "NK cell"])
+    some = [profile(name, p.by_expression, p.mean.tolist()) for name, p in zip(names, some, strict=True)]
+    of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=3))
+    asked = of.screening(2) + of.voting(range(4), np.full((5, len(TYPES)), 0.25))
+    for question in asked:
+        puzzle = question.puzzle
+        assert len(puzzle.cells) == len(puzzle.candidates) == len(set(puzzle.candidates)) and puzzle.variant == "batch"
+        text = json.dumps(puzzle.chat())
+        assert not [name for name in names if name in text and name != "7"] and " 7" not in text
+        genes = {p.cluster: p.by_difference for p in some}
+        assert puzzle.cells == [genes[cluster] for cluster in question.clusters]
+    screened = Counter(
+        (c, label) for q in asked if q.stage == SCREEN for c in set(q.clusters) for label in q.puzzle.candidates
+    )
+    assert all(screened[p.cluster, label] >= 2 for p in some for label in TYPES)
+    voted = Counter(cluster for q in asked if q.stage == VOTE for cluster in q.clusters)
+    assert all(voted[p.cluster] >= 4 for p in some)
+    assert len({q.puzzle.id for q in asked}) == len(asked)
+
+
+def test_order_differs_from_vote_to_vote_and_repeats_with_the_seed():
+    some = of_types(["T cell", "B cell", "monocyte"])
+    belief = np.eye(3, len(TYPES))
+
+    def orders(seed: int) -> list:
+        of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=3, seed=seed))
+        return [(q.clusters, tuple(q.puzzle.candidates)) for q in of.voting(range(8), belief)]
+
+    assert orders(0) == orders(0) != orders(1)
+    assert len({clusters for clusters, _ in orders(0)}) >= 3 and len({labels for _, labels in orders(0)}) >= 3
+
+
+def test_voting_offers_each_cluster_its_favourite_and_separates_equal_favourites():
+    some = of_types(["T cell", "T cell", "B cell", "monocyte"])
+    belief = np.array([[0.9, 0.1, 0.1, 0.1], [0.8, 0.1, 0.3, 0.1], [0.1, 0.9, 0.1, 0.1], [0.1, 0.1, 0.9, 0.1]])
+    of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=3))
+    for question in of.voting(range(6), belief):
+        members = [int(cluster) for cluster in question.clusters]
+        assert {list(TYPES)[belief[i].argmax()] for i in members} <= set(question.puzzle.candidates)
+        assert not {0, 1} <= set(members)
+    together = SampleQuestions(0, some, list(TYPES), Layout(max_cells=4, keep_apart=False)).voting(range(2), belief)
+    assert all(set(question.clusters) == {"0", "1", "2", "3"} for question in together)
+
+
+def test_a_single_cluster_is_asked_as_a_single_cell_and_open_questions_have_no_candidates():
+    (one,) = of_types(["B cell"])
+    alone = SampleQuestions(0, [one], list(TYPES), Layout(max_cells=3))
+    belief = np.array([[0.1, 0.9, 0.2, 0.3]])
+    (question,) = alone.voting([0], belief)
+    assert question.puzzle.variant == "cell" and set(question.puzzle.candidates) == {"B cell", "monocyte", "NK cell"}
+    some = of_types(["T cell", "B cell", "monocyte", "NK cell"])
+    free = SampleQuestions(0, some, [], Layout(max_cells=3))
+    assert free.screening(2) == []
+    assert {q.puzzle.variant for q in free.voting(range(2), np.zeros((4, 0)))} == {"open"}
+
+
+def test_similar_clusters_meet_in_even_rounds():
+    some = of_types(["T cell", "B cell", "T cell", "B cell"])
+    of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=2, keep_apart=False))
+    pairs = [tuple(sorted(q.clusters)) for q in of.voting([0, 2], np.full((4, 4), 0.25))]
+    assert Counter(pairs) == {("0", "2"): 2, ("1", "3"): 2}
+
+
+def test_a_cluster_is_asked_about_in_its_largest_samples():
+    some = [profile("a", ["G"], [1], sample=f"d{i}", n_cells=n) for i, n in enumerate((5, 9, 7))]
+    assert [p.sample for p in chosen_profiles([*some, profile("b", ["G"], [1], sample="d0")], 2)] == ["d1", "d2", "d0"]
+
+
+def test_room_is_made_for_the_longest_prompt():
+    adata = clustered(list(TYPES), parts=2)
+    asked = settings(candidates=",".join(TYPES))
+    profiles = profiles_of(adata, "leiden", asked)
+    questions = Questions(profiles, candidates_of(profiles.profiles, asked.candidates, None), asked)
+    (longest,) = questions.longest()
+    every = questions.screening() + questions.voting([])
+    assert len(longest.user_message) > max(len(question.puzzle.user_message) for question in every)
+    assert len(longest.cells) == 4 and longest.candidates.count(max(TYPES, key=len)) == 2
+
+
+# ---- votes
+
+
+def reading(question, *labels: str) -> Reading:
+    return read_answer(question, answer_of(labels, "why"))
+
+
+@pytest.fixture
+def question():
+    some = of_types(["T cell", "B cell"])
+    (found,) = SampleQuestions(0, some, list(TYPES), Layout(max_cells=2)).voting([0], np.eye(2, 4) + 0.1)
+    assert set(found.puzzle.candidates) == {"T cell", "B cell"}
+    return found
+
+
+def test_only_offered_labels_of_valid_answers_count(question):
+    first = question.clusters[0]
+    answers = [
+        reading(question, " t  CELL", "B cell"),  # compared as in the reward, spelled as in the puzzle
+        reading(question, "T cell", "neuron"),  # no candidate: the other cell's vote stays
+        read_answer(question, "T cell | B cell"),  # no valid format
+        reading(question, "T cell", "nk cell"),  # a candidate of the sample that this puzzle does not offer
+    ]
+    assert [answer.labels for answer in answers[:3]] == [("T cell", "B cell"), ("T cell", None), ()]
+    tallies = count_votes(answers, question.clusters)
+    assert tallies[first].votes == {"T cell": 3} and tallies[first].asked == 4 and tallies[first].valid == 3
+    second = tallies[question.clusters[1]]
+    assert second.votes == {"B cell": 1, "NK cell": 1} and second.by_sample == {"d1": second.votes}
+
+
+def test_belief_is_the_share_of_wins_among_offers(question):
+    answers = [reading(question, "T cell", "B cell")] * 3 + [reading(question, "B cell", "T cell")]
+    found = beliefs(answers, question.clusters, ["T cell", "B cell", "monocyte"])
+    # 3 of 4 and 1 of 4, with one puzzle of two labels imagined beside them; a label never offered has chance
+    assert found.tolist() == [[3.5 / 5, 1.5 / 5, 0.5], [1.5 / 5, 3.5 / 5, 0.5]]
+    unasked = beliefs([reading(question, "monocyte", "B cell")], question.clusters, ["T cell", "B cell", "monocyte"])
+    assert unasked.tolist() == [[0.25, 0.25, 0.75], [0.25, 0.75, 0.5]]  # got without an offer: 1 of 1
+
+
+def test_sharing_of_labels():
+    votes = np.array([[6, 2, 0], [5, 3, 0], [4, 0, 4], [0, 0, 0]])
+    assert decide(votes, "never") == [0, 0, 0, None]
+    assert decide(votes, "always") == [0, 1, 2, None]  # 6 + 3 + 4 votes
+    # clusters 0 and 1 have more than half of their votes for label 0; cluster 2 is undecided and gets the free label
+    assert decide(votes, "auto") == [0, 0, 2, None]
+    # an undecided cluster without votes for a free label keeps its favourite
+    assert decide(np.array([[6, 0], [0, 6], [3, 3]]), "auto") == [0, 1, 0]
+    # label 2 is free: 2 votes are half of the favourite's 4, and 1 vote is less
+    assert decide(np.array([[6, 0, 0, 0], [4, 0, 2, 2]]), "auto") == [0, 2]
+    assert decide(np.array([[6, 0, 0, 0], [4, 2, 1, 1]]), "auto") == [0, 1]
+    assert decide(np.array([[6, 0, 0, 0], [0, 6, 0, 0], [4, 3, 1, 0]]), "auto") == [0, 1, 0]
+
+
+def test_share_and_second_choice(question):
+    answers = [reading(question, "T cell", "B cell")] * 3 + [reading(question, "B cell", "T cell")]
+    found = label_clusters(count_votes(answers, question.clusters), "auto")[question.clusters[0]]
+    assert (found.label, found.second, found.share) == ("T cell", "B cell", 0.75)
+
+
+def test_open_ended_labels_are_put_together():
+    some = of_types(["T cell", "B cell"])
+    (asked,) = SampleQuestions(0, some, [], Layout(max_cells=2)).voting([0], np.zeros((2, 0)))
+    answers = [
+        reading(asked, "T Cell", "B cell"),
+        reading(asked, "T cell", "B  cell"),
+        reading(asked, "T cell", "plasma cell"),
+    ]
+    tallies = count_votes(answers, asked.clusters)
+    assert tallies[asked.clusters[0]].votes == {"T cell": 3}
+    assert tallies[asked.clusters[1]].votes == {"B cell": 2, "plasma cell": 1}
+
+
+# ---- confidence
+
+
+def test_expected_calibration_error_by_hand():
+    # bins (0.7, 0.8]: confidence 0.75, right 0.5; (0.2, 0.3]: confidence 0.3, right 1: (2 * 0.25 + 1 * 0.7) / 3
+    assert expected_calibration_error([0.75, 0.75, 0.3], [True, False, True]) == pytest.approx((0.5 + 0.7) / 3)
+    assert expected_calibration_error([1.0, 0.0], [True, False]) == 0
+
+
+def test_halves_do_not_depend_on_the_order_of_ties():
+    confidence, right = [0.9, 0.5, 0.5, 0.5], [True, True, False, False]
+    # of the upper two, one is the 0.9 and one an average 0.5: (1 + 1/3) / 2
+    assert halves(confidence, right) == pytest.approx((2 / 3, 1 / 3))
+    assert halves([0.5, 0.5, 0.9, 0.5], [False, True, True, False]) == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_fit_is_monotone_and_by_hand():
+    # share 0.5: 1 of 4 right, and two imagined (one right): 2 of 6; share 1: 4 of 4 and two imagined: 5 of 6
+    shares, right = [0.5] * 4 + [1.0] * 4, [True, False, False, False] + [True] * 4
+    assert fit_calibration(shares, right, [0, 0.25, 0.5, 0.75, 1.0]) == pytest.approx([0, 1 / 6, 1 / 3, 7 / 12, 5 / 6])
+    # a higher share that was right less often is pooled: 5 of 6 and 1 of 6
+    turned = fit_calibration([0.5] * 4 + [1.0] * 4, [True] * 4 + [False] * 4, [0.5, 1.0])
+    assert turned == pytest.approx([0.5, 0.5])
+
+
+def test_the_shipped_calibration_is_monotone_from_0_to_1():
+    shares, confidences = read_calibration()
+    assert (
+        shares[0] == confidences[0] == 0
+        and shares[-1] == 1
+        and (np.diff(shares) > 0).all()
+        and (np.diff(confidences) >= 0).all()
+    )
+    assert ((confidences >= 0) & (confidences <= 1)).all() and confidences[-1] > 0.8
+    assert calibrated(0.0, (shares, confidences)) == 0
+    table = (np.array([0.0, 0.5, 1.0]), np.array([0.2, 0.4, 0.9]))
+    assert calibrated(0.75, table) == pytest.approx(0.65)
+
+
+# ---- candidates
+
+
+KNOWN = KnownLabels(
+    {
+        "B cell": KnownLabel("CL:0000236", ("blood", "lung"), 9),
+        "T cell": KnownLabel("CL:0000084", ("blood",), 9),
+        "club cell": KnownLabel(None, ("lung",), 9),
+    },
+    ["CD3D"],
+)
+
+
+def test_candidates_come_from_the_list_else_from_the_model_else_are_open(tmp_path):
+    blood, lung = profile("1", ["G"], [1]), profile("1", ["G"], [1], sample="d2", tissue="Lung")
+    found = candidates_of([blood, lung], None, KNOWN)
+    assert found["d1"].labels == ["B cell", "T cell"] and found["d2"].labels == ["B cell", "club cell"]
+    assert found["d1"].ontology == {"b cell": "CL:0000236", "t cell": "CL:0000084"}
+    listed = tmp_path / "labels.txt"
+    listed.write_text("# mine\nB cell\n mast  cell \tCL:0000097\n\n")
+    own = candidates_of([blood], str(listed), KNOWN)["d1"]
+    assert own.labels == ["B cell", "mast cell"] and own.ontology["mast cell"] == "CL:0000097"
+    assert candidates_of([blood], "a, b", None)["d1"].labels == ["a", "b"]
+    assert candidates_of([blood], ["a", "b"], None)["d1"].labels == ["a", "b"]
+    assert candidates_of([blood], OPEN, KNOWN)["d1"].labels == []
+    assert candidates_of([blood], None, None)["d1"].labels == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("no-such-file.txt", "no such file, and no list of labels with commas"),
+        ("T cell,t  CELL", "lists 't CELL' twice"),
+        ("T cell,", "lists 1 label, so there is nothing to choose"),
+        ("T cell,B | cell", "separates answers"),
+        ("T cell,<answer>", "looks like a tag"),
+        ("T cell,T cells", "differ only in case, blanks, hyphens or a plural s"),
+    ],
+)
+def test_lists_that_cannot_be_used_are_refused(given, said):
+    with pytest.raises(UserError, match="--candidates") as refused:
+        candidates_of([profile("1", ["G"], [1])], given, None)
+    assert said in str(refused.value)
+
+
+def test_a_tissue_that_the_model_does_not_know_is_refused_by_name():
+    with pytest.raises(UserError, match="knows 0 label for the tissue 'brain'.*trained on blood, lung.*--candidates"):
+        candidates_of([profile("1", ["G"], [1], tissue="brain")], None, KNOWN)
+
+
+# ---- evidence
+
+
+def test_what_a_reasoning_says_of_one_cell():
+    text = "By the markers.\nCell 1: CD3D, IL7R, so T cell\nCell 2 has MS4A1. It is a B cell. Cell 1 keeps T cell."
+    assert sentences_about(text, 1, 2) == "Cell 1: CD3D, IL7R, so T cell Cell 1 keeps T cell."
+    assert sentences_about(text, 2, 2) == "Cell 2 has MS4A1. It is a B cell."
+    assert cited("Cell 1: CD3D, (IL7R); not CD3E or HLA-DRA.", ["HLA-DRA", "CD3D", "CD3", "IL7R"]) == (
+        "CD3D",
+        "IL7R",
+        "HLA-DRA",
+    )
+
+
+def test_the_rationale_is_the_answer_that_cites_most_genes(question):
+    first, second = question.clusters
+    genes = dict(zip(question.clusters, question.puzzle.cells, strict=True))[first]
+    texts = ["Cell 1: T cell", f"Cell 1 has {genes[1]} and {genes[0]}, so T cell", f"Cell 1 has {genes[0]}, so T cell"]
+    answers = [read_answer(question, answer_of(["T cell", "B cell"], text)) for text in texts]
+    answers.append(read_answer(question, answer_of(["B cell", "T cell"], f"Cell 1 has {', '.join(genes)}")))
+    found = rationales(answers, {first: "T cell", second: None})
+    assert list(found) == [first] and found[first].cited == (genes[1], genes[0]) and found[first].cell == 1
+
+
+def test_markers_for_and_against():
+    found = markers_of("B Cell", ["MS4A1", "ACTB"], {"b cell": ["CD79A", "MS4A1", "CD19"]})
+    assert found.found == ("MS4A1",) and found.missing == ("CD79A", "CD19") and found.known
+    assert not markers_of("neuron", ["MS4A1"], {}).known
+
+
+def test_text_of_a_model_is_escaped_where_genes_are_marked():
+    assert highlighted("<img src=x> CD3D, CD3", ["CD3D"]) == "&lt;img src=x&gt; <mark>CD3D</mark>, CD3"
+
+
+# ---- the whole, in memory
+
+
+def test_over_clustered_types_share_labels_and_every_cell_gets_one(tmp_path):
+    adata = clustered(["T cell", "B cell", "monocyte", "NK cell"], parts=2)
+    before = adata.copy()
+    found = annotate(adata, cluster_key="leiden", model=model_that(reads_markers), max_cells=3, candidates=list(TYPES))
+    assert found is adata and (adata.X != before.X).nnz == 0
+    assert (adata.obs["cell_type_llm"].astype(str) == adata.obs["cell_type"].astype(str)).all()
+    assert adata.obs["cell_type_llm_confidence"].between(0.8, 1).all()
+    assert set(adata.obs["cell_type_llm_ontology_term_id"]) == {"unknown"}
+    votes = json.loads(adata.uns["cell_type_llm"]["votes"])
+    assert set(votes) == set(adata.obs["leiden"].astype(str)) and all(sum(v.values()) >= 8 for v in votes.values())
+    adata.write_h5ad(tmp_path / "out.h5ad")
+    again = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert isinstance(again.obs["cell_type_llm"].dtype, pd.CategoricalDtype)
+    assert again.uns["cell_type_llm"]["model"] == "a model"
+
+
+def test_copy_leaves_the_input_alone():
+    adata = clustered(["T cell", "B cell"], parts=1)
+    found = annotate(
+        adata, cluster_key="leiden", model=model_that(reads_markers), copy=True, candidates="T cell,B cell"
+    )
+    assert "cell_type_llm" in found.obs and "cell_type_llm" not in adata.obs and "cell_type_llm" not in adata.uns
+
+
+def test_labels_and_names_in_obs_change_no_prompt():
+    asked: list[list[str]] = []
+    for changed in (False, True):
+        adata = clustered(["T cell", "B cell", "monocyte"], parts=2)
+        if changed:
+            adata.obs["cell_type"] = "a secret label"
+            names = {str(i): f"secret {i}" for i in range(6)}
+            adata.obs["leiden"] = adata.obs["leiden"].astype(str).map(names).astype("category")
+        model = model_that(reads_markers)
+        annotate(adata, cluster_key="leiden", model=model, max_cells=3, candidates=list(TYPES))
+        asked.append(model.prompts)
+        assert "secret" not in "".join(model.prompts)
+    assert asked[0] == asked[1]
+
+
+def test_answers_in_a_folder_are_not_asked_again(tmp_path):
+    adata = clustered(["T cell", "B cell", "monocyte"], parts=1)
+    given = {"cluster_key": "leiden", "candidates": list(TYPES), "max_cells": 3, "answers": tmp_path}
+    first, second = model_that(reads_markers), model_that(reads_markers)
+    one = annotate(adata, model=first, copy=True, **given)
+    with pytest.raises(UserError, match="holds answers of an earlier run.*--resume"):
+        annotate(adata, model=second, copy=True, **given)
+    two = annotate(adata, model=second, copy=True, resume=True, **given)
+    assert first.prompts and not second.prompts
+    assert two.obs.equals(one.obs)
+    with pytest.raises(UserError, match="--resume: .* was made with temperature 1.0, and this run has 0.5"):
+        annotate(adata, model=second, copy=True, resume=True, temperature=0.5, **given)
+    with pytest.raises(UserError, match="--resume: .* was made with questions .clusters, candidates, options. "):
+        annotate(adata, model=second, copy=True, resume=True, seed=1, **given)
+
+
+def test_a_model_that_names_no_candidate_ends_without_labels():
+    adata = clustered(["T cell", "B cell"], parts=1)
+    never = model_that(lambda puzzle: answer_of(["neuron"] * len(puzzle.cells)))
+    with pytest.raises(RunError, match="none of .* answers can be used .mostly: it names no candidate"):
+        annotate(adata, cluster_key="leiden", model=never, candidates=list(TYPES))
+    assert "cell_type_llm" not in adata.obs
+
+
+def test_known_genes_and_a_name_without_endpoint_are_checked():
+    adata = clustered(["T cell", "B cell"], parts=1)
+    stranger = KnownLabels(KNOWN.labels, [f"X{i}" for i in range(500)])
+    with pytest.raises(UserError, match="only 0 are in both"):
+        annotate(adata, cluster_key="leiden", model=model_that(reads_markers, known=stranger))
+    with pytest.raises(UserError, match="give endpoint= too"):
+        annotate(adata, cluster_key="leiden", model="runs/demo/sft/model")
+    with pytest.raises(UserError, match="answers: name a folder that keeps the endpoint's answers"):
+        annotate(adata, cluster_key="leiden", model="m", endpoint="http://127.0.0.1:9/v1")
+
+
+# ---- what is written
+
+
+@pytest.fixture
+def annotation():
+    """Clusters 0 (T cell, 3 of 4 votes), 1 (B cell, all), and "tiny", which was not asked about."""
+    adata = clustered(["T cell", "B cell", "monocyte"], parts=1)
+
+    def unsure(puzzle):
+        answer = reads_markers(puzzle)
+        return answer.replace("T cell |", "monocyte |") if "round 3" in puzzle.id else answer
+
+    asked = settings(candidates=",".join(TYPES))
+    profiles = profiles_of(adata, "leiden", asked)
+    candidates = candidates_of(profiles.profiles, asked.candidates, KNOWN)
+    questions = Questions(profiles, candidates, asked)
+
+    def ask(some, name):
+        return [read_answer(q, unsure(q.puzzle)) for q in some]
+
+    return annotate_profiles(profiles, candidates, questions, ask, asked), profiles
+
+
+def test_columns_csv_and_record(annotation):
+    found, profiles = annotation
+    cells = np.array([*profiles.cluster_of_cell.tolist(), "", "never seen"], dtype=object)
+    columns = obs_columns_of(found, cells)
+    assert list(columns["cell_type_llm"])[-2:] == [UNCERTAIN, UNCERTAIN]
+    assert columns["cell_type_llm_confidence"][-2:].tolist() == [0, 0]
+    by_label = dict(zip(columns["cell_type_llm"], columns["cell_type_llm_ontology_term_id"], strict=True))
+    assert by_label["B cell"] == "CL:0000236" and by_label["monocyte"] == by_label[UNCERTAIN] == "unknown"
+    rows = list(csv.DictReader(io.StringIO(csv_of(found, {"b cell": ["CD79A", "MS4A1"]}))))
+    assert [row["cluster"] for row in rows] == list(found.clusters)
+    (b_cell,) = [row for row in rows if row["label"] == "B cell"]
+    assert b_cell["marker_genes_found"] == "CD79A MS4A1" and float(b_cell["share_of_votes"]) == 1
+    record = record_of(found, {"model": "m", "versions": {"a": "1"}})
+    assert json.loads(record["candidates"]) == list(TYPES) and json.loads(record["versions"]) == {"a": "1"}
+
+
+def test_agreement_and_doubts(annotation):
+    found, profiles = annotation
+    clusters = profiles.cluster_of_cell.tolist()
+    truth = [found.clusters[c].label for c in clusters]
+    wrong = clusters[0]
+    truth = ["neuron" if c == wrong else t for c, t in zip(clusters, truth, strict=True)]
+    of = agreement_of(found, "cell_type", clusters, truth)
+    assert (of.clusters_right, of.n_clusters) == (2, 3) and of.of_cluster[wrong] == ("neuron", 1.0)
+    assert of.cells_right == sum(c != wrong for c in clusters) and of.n_cells == len(clusters)
+    said = doubts_of(found.clusters[wrong], found, {"t cell": ["FOXP3"], "b cell": ["FOXP3"], "monocyte": ["FOXP3"]})
+    assert any("None of the 1 marker genes" in sentence for sentence in said)
+
+
+def test_a_model_is_asked_as_it_was_trained_unless_told_otherwise():
+    trained = KnownLabels(
+        KNOWN.labels, KNOWN.genes, None, {"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal"]}
+    )
+    given = QuestionSettings(cluster_key="leiden", top_genes=20)
+    as_trained, untrained = given.as_trained(trained), given.as_trained(None)
+    assert (as_trained.max_cells, as_trained.top_genes, as_trained.drop_genes) == (4, 20, ("ribosomal",))
+    assert (untrained.max_cells, untrained.top_genes, untrained.drop_genes) == (12, 20, ())
+    adata = clustered(list(TYPES), parts=1)
+    few = KnownLabels(
+        {label: KnownLabel(None, ("blood",), 9) for label in TYPES}, ["CD3D", "LYZ"], None, trained.puzzles
+    )
+    model = model_that(reads_markers, known=few)
+    annotate(adata, cluster_key="leiden", model=model)
+    assert all(
+        len(line.split(", ")) <= 12 for text in model.prompts for line in text.splitlines() if line.startswith("Cell ")
+    )
+    assert {text.count("\nCell ") for text in model.prompts} == {4}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"max_cells": 1}, "--max-cells 1: must be at least 2"),
+        ({"min_confidence": 1.5}, "--min-confidence 1.5: must be at least 0 and at most 1"),
+        ({"samples": 0}, "--samples 0: must be at least 1"),
+        ({"truth_key": "leiden"}, "is the column of clusters"),
+        ({"endpoint": "http://x/v1", "base": "b"}, "--base is for an adapter folder"),
+        ({"out": "a.csv"}, "must end in .h5ad"),
+        ({"out": "in.h5ad"}, "is the input"),
+    ],
+)
+def test_settings_that_cannot_be(changed, said):
+    given = {"file": "in.h5ad", "out": "out.h5ad", "model": "m", "cluster_key": "leiden", **changed}
+    with pytest.raises(UserError) as refused:
+        AnnotateConfig(**given)
+    assert said in str(refused.value)
+
+
+def test_all_pairs_of_clusters_meet_or_share_a_favourite():
+    """Four types, two clusters each, puzzles of 4: over 8 rounds every two clusters of different types meet."""
+    some = of_types([name for name in TYPES for _ in range(2)])
+    belief = np.kron(np.eye(4), np.ones((2, 1)))
+    of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=4))
+    met = Counter()
+    for question in of.voting(range(8), belief):
+        met.update(map(tuple, map(sorted, combinations(question.clusters, 2))))
+    wanted = {(str(i), str(j)) for i, j in combinations(range(8), 2) if i // 2 != j // 2}
+    assert set(met) == wanted
