@@ -69,13 +69,15 @@ def open_endpoint(name: str) -> Model:
 # ---- the last stage of the two stories (launch/demo.py)
 
 
-def annotate_stage(file: Path, labelled: Path, model: Path, response_tokens: int, **flags: object) -> dict[str, float]:
+def annotate_stage(
+    file: Path, labelled: Path, model: Path, response_tokens: int, *words: str, **flags: object
+) -> dict[str, float]:
     """Run this command as a stage, unless it has run: the clusters of `file` to `labelled`. Returns {stage: seconds}.
 
-    flags: more options, such as cluster_key="louvain".
+    words and flags: more options, such as cluster_key="louvain".
     """
     # a stage that was stopped has left answers
-    words = ["--resume"] if labelled.with_suffix(".answers").is_dir() else []
+    words += ("--resume",) if labelled.with_suffix(".answers").is_dir() else ()
     flags = {"out": labelled, "model": model, "max_response_tokens": response_tokens, **flags}
     return run_stage("annotate", labelled.with_suffix(".csv"), "annotate", file, *words, **flags)
 

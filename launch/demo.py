@@ -19,12 +19,13 @@ import yaml
 
 from data.errors import UserError
 from data.files import lock_folder
-from data.puzzles import read_rows, write_rows
 from eval.baselines import BASELINES
 from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
+from launch.annotate import annotate_held_out, annotate_stage
 from launch.options import command, option
 from launch.stages import LAUNCH, begun, run_stage
+from launch.together import write_both, write_labels
 from trainer.record.runfolder import list_checkpoints, provenance
 
 RUN, ATLAS, TRAINING = "The run", "Atlas and puzzles", "Model and training"
@@ -66,6 +67,11 @@ class DemoConfig:
     sft_lr: float = option(3e-3, "Peak learning rate of the cold start.", section=TRAINING)
     grpo_recipe: str = option(str(LAUNCH / "recipes/demo.yaml"), "Recipe of the GRPO stage.", section=TRAINING)
     grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.", section=TRAINING)
+    annotate: tuple[str, ...] = option(
+        (),
+        "Options for launch/annotate.py as name=value: the last stage labels the clusters of the real file.",
+        section=RUN,
+    )
     eval_puzzles: int = option(300, "Puzzles per held-out split that are evaluated.", section=RUN)
 
 
@@ -93,13 +99,24 @@ def main(config: DemoConfig) -> None:
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "seed": config.seed}
     grpo |= {"model": out / "sft/model", "puzzles": train, "out": out / "grpo"}
     seconds |= run_stage("grpo", out / "grpo/finished.json", "grpo", *begun(out / "grpo"), **grpo)
-    seconds |= evaluate(config, "grpo", list_checkpoints(out / "grpo")[-1], compare=out / "eval/sft")
+    trained = list_checkpoints(out / "grpo")[-1]
+    seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
     seconds |= evaluate_baselines(config)
+    took, annotated = annotate(config, trained)
+    seconds |= took
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
     print(
-        "\n".join(["", summary_text(out), *filter(None, [fault_sentences(out)]), "", f"report: {out / 'report.html'}"])
+        "\n".join(
+            [
+                "",
+                summary_text(out),
+                *filter(None, [fault_sentences(out), annotated]),
+                "",
+                f"report: {out / 'report.html'}",
+            ]
+        )
     )
 
 
@@ -125,6 +142,7 @@ def prepare(config: DemoConfig) -> dict[str, float]:
         ask = {"puzzles": puzzles / "train.parquet", "out": traces, "limit": config.traces_from, **seed}
         seconds |= run_stage(_stage("distill", name), traces, "distill", *flags(config.distill), **ask)
     train, traces = training_files(config)
+    write_labels(out, list(sources))
     if config.cells_h5ad:
         write_both((out / "puzzles/train.parquet", out / "cells/train.parquet"), train)
         write_both((out / "traces.jsonl", out / "traces_cells.jsonl"), traces)
@@ -157,16 +175,21 @@ def training_files(config: DemoConfig) -> tuple[Path, Path]:
     return out / "puzzles/train.parquet", out / "traces.jsonl"
 
 
-def write_both(sources: tuple[Path, Path], out: Path) -> None:
-    """Write the rows of two files, one file after the other, unless `out` exists. The trainers shuffle them.
+def annotate(config: DemoConfig, model: Path) -> tuple[dict[str, float], str]:
+    """({stage: seconds}, a sentence) of the last stage: clusters of a file, labelled as a biologist would have them.
 
-    Both number their puzzles from 0, so the ids of the second file get a prefix.
+    With --annotate those of the real file, else those of a held-out donor of the simulated atlas.
     """
-    if not out.is_file():
-        first, second = map(read_rows, sources)
-        for row in second:
-            row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}
-        write_rows(out, [*first, *second])
+    out = Path(config.out)
+    if config.annotate:
+        file, labelled = Path(config.cells_h5ad or config.h5ad or out / "atlas.h5ad"), out / "annotate/labelled.h5ad"
+        seconds = annotate_stage(
+            file, labelled, model, response_tokens(config), *flags(config.annotate), seed=config.seed
+        )
+        return seconds, f"annotation of the clusters of {file}: see {labelled.with_suffix('.html')}"
+    if config.h5ad:
+        return {}, ""
+    return annotate_held_out(out, model, response_tokens(config), config.seed)
 
 
 def refuse_missing_files(config: DemoConfig) -> None:

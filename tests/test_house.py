@@ -136,7 +136,7 @@ def test_recipes_parse():
 def test_launch_is_thin():
     commands = list((ROOT / "launch").glob("*.py"))
     assert sum(map(lines, commands)) < 85 * len(commands)
-    assert max(map(lines, commands)) <= 240
+    assert max(map(lines, commands)) <= 260
 
 
 def test_the_formatter_is_hardly_ever_off():

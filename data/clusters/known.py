@@ -65,6 +65,23 @@ class KnownLabels:
         """The tissues of the training files, sorted."""
         return sorted({tissue for known in self.labels.values() for tissue in known.tissues})
 
+    def joined(self, other: "KnownLabels") -> "KnownLabels":
+        """What a model knows that was trained on the puzzles of both.
+
+        A label of both has the tissues and cells of both, and the id that one of them states first. Puzzles have the
+        sizes of the larger ones, and the gene classes that both leave out.
+        """
+        labels = dict(self.labels)
+        for label, theirs in other.labels.items():
+            ours = labels.get(label, KnownLabel(None, (), 0))
+            tissues = tuple(sorted({*ours.tissues, *theirs.tissues}))
+            labels[label] = KnownLabel(ours.ontology_term_id or theirs.ontology_term_id, tissues, ours.n + theirs.n)
+        puzzles = dict(self.puzzles or other.puzzles)
+        if self.puzzles and other.puzzles:
+            puzzles |= {name: max(self.puzzles[name], other.puzzles[name]) for name in ("max_cells", "top_genes")}
+            puzzles["drop_genes"] = [name for name in self.puzzles["drop_genes"] if name in other.puzzles["drop_genes"]]
+        return KnownLabels(dict(sorted(labels.items())), sorted({*self.genes, *other.genes}), None, puzzles)
+
     def to_json(self) -> str:
         """The content of labels.json."""
         labels = {

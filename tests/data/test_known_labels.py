@@ -172,3 +172,24 @@ def test_genes_in_common():
     with pytest.raises(UserError, match="the model was trained on 0 "):
         check_genes_known(["ACTB"], [])
     assert check_genes_known(["ACTB", "Cd3d", "Lyz2"], ["ACTB", "CD3D", "LYZ"], share=0.3) == pytest.approx(1 / 3)
+
+
+def test_what_a_model_knows_that_was_trained_on_two_builds():
+    blood = KnownLabels(
+        {"B cell": KnownLabel("CL:0000236", ("blood",), 5), "T cell": KnownLabel(None, ("blood",), 2)},
+        ["CD3D", "MS4A1"],
+        puzzles={"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal", "mitochondrial"]},
+    )
+    lung = KnownLabels(
+        {"T cell": KnownLabel("CL:0000084", ("lung",), 3)},
+        ["CD3D", "IL7R"],
+        puzzles={"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]},
+    )
+    both = blood.joined(lung)
+    assert both.labels == {
+        "B cell": KnownLabel("CL:0000236", ("blood",), 5),
+        "T cell": KnownLabel("CL:0000084", ("blood", "lung"), 5),
+    }
+    assert both.genes == ["CD3D", "IL7R", "MS4A1"]
+    assert both.puzzles == {"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]}
+    assert KnownLabels({}, []).joined(lung) == KnownLabels(lung.labels, lung.genes, None, lung.puzzles)
