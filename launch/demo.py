@@ -85,9 +85,10 @@ COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.
 
 @command(DemoConfig)
 def main(config: DemoConfig) -> None:
-    """Run every stage, then write summary.json and report.html."""
+    """Run every stage, write summary.json and report.html, and annotate a file."""
     out = Path(config.out)
-    if (out / "summary.json").is_file():
+    labelled = out / "annotate/labelled.csv"
+    if (out / "summary.json").is_file() and (labelled.is_file() or (config.h5ad and not config.annotate)):
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)
@@ -102,11 +103,12 @@ def main(config: DemoConfig) -> None:
     trained = list_checkpoints(out / "grpo")[-1]
     seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
     seconds |= evaluate_baselines(config)
-    took, annotated = annotate(config, trained)
-    seconds |= took
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
+    annotated = annotate(
+        config, trained
+    )  # last: a model that cannot annotate has its numbers and its page all the same
     print(
         "\n".join(
             [
@@ -175,21 +177,19 @@ def training_files(config: DemoConfig) -> tuple[Path, Path]:
     return out / "puzzles/train.parquet", out / "traces.jsonl"
 
 
-def annotate(config: DemoConfig, model: Path) -> tuple[dict[str, float], str]:
-    """({stage: seconds}, a sentence) of the last stage: clusters of a file, labelled as a biologist would have them.
+def annotate(config: DemoConfig, model: Path) -> str:
+    """A sentence on the last stage: clusters of a file, labelled as a biologist would have them; "" if there is none.
 
     With --annotate those of the real file, else those of a held-out donor of the simulated atlas.
     """
     out = Path(config.out)
     if config.annotate:
         file, labelled = Path(config.cells_h5ad or config.h5ad or out / "atlas.h5ad"), out / "annotate/labelled.h5ad"
-        seconds = annotate_stage(
-            file, labelled, model, response_tokens(config), *flags(config.annotate), seed=config.seed
-        )
-        return seconds, f"annotation of the clusters of {file}: see {labelled.with_suffix('.html')}"
+        annotate_stage(file, labelled, model, response_tokens(config), *flags(config.annotate), seed=config.seed)
+        return f"annotation of the clusters of {file}: see {labelled.with_suffix('.html')}"
     if config.h5ad:
-        return {}, ""
-    return annotate_held_out(out, model, response_tokens(config), config.seed)
+        return ""
+    return annotate_held_out(out, model, response_tokens(config), config.seed)[1]
 
 
 def refuse_missing_files(config: DemoConfig) -> None:

@@ -73,7 +73,7 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     assert all(set(of_split) == {"test", "cells"} for of_split in summary["baselines"].values())
     assert "markers           cells" in printed
     compared = json.loads((run / "eval/grpo/cells/metrics.json").read_text())
-    assert "compared" in compared or "differences" in compared or "paired" in json.dumps(compared)
+    assert {"difference", "interval"} <= set(compared["compare"]["metrics"]["batch_accuracy"])
     page = (run / "report.html").read_text()
     assert "This run: held-out real cells" in page and "marker table, one to one" in page
     # the same command finds all stages done
