@@ -8,7 +8,7 @@ from typing import Self
 from data.clusters.known import SHARE_KNOWN, KnownLabels
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
-from data.options import argument, check_numbers, option
+from data.options import DTYPES, argument, check_numbers, option
 from eval.annotate.questions import GENES_BY
 from eval.annotate.votes import SHARING
 from eval.settings import EvaluateConfig
@@ -33,7 +33,8 @@ class QuestionSettings(ProfileSettings):
     cluster_key: str = files(MISSING, "obs column with the clusters, such as leiden.")
     truth_key: str | None = files(None, "obs column with known labels, to compare with; never shown to the model.")
     base: str | None = model(None, "Checkpoint under an adapter; default: the one that the adapter names.")
-    dtype: str = model("float32", "Weights and compute.", ("float32", "bfloat16"))
+    dtype: str = model("auto", "Weights and compute; auto: bfloat16 on a GPU, float32 on a CPU.", DTYPES)
+    eager: bool = model(False, "vLLM on a GPU: do not compile the model nor capture CUDA graphs; it starts sooner.")
     memory_fraction: float = model(0.85, "Share of a GPU's memory that vLLM may use.")
     chunk: int = model(256, "Puzzles that vLLM answers between two saves.")
     endpoint: str | None = model(None, "Base URL of an OpenAI-compatible server that serves --model.")
@@ -88,9 +89,7 @@ class QuestionSettings(ProfileSettings):
 
     def asked(self, model: str, out: Path, resume: bool) -> EvaluateConfig:
         """How a model is asked, in the terms of an evaluation. out: folder of the answers."""
-        names = (
-            "base dtype memory_fraction chunk endpoint key_env concurrency refused max_response_tokens temperature seed"
-        )
+        names = "base dtype eager memory_fraction chunk endpoint key_env concurrency refused max_response_tokens temperature seed"
         same = {name: getattr(self, name) for name in names.split()}
         return EvaluateConfig(puzzles=("clusters",), out=str(out), model=model, resume=resume, **same)
 
