@@ -13,7 +13,8 @@ import yaml
 from launch.demo import DemoConfig
 from launch.options import read_recipe
 from tests.helpers.commands import ROOT
-from trainer.config import GrpoConfig, SftConfig
+from trainer.config import GrpoConfig
+from trainer.sft.settings import SftConfig
 
 MAY_IMPORT = {
     "data": {"data"},

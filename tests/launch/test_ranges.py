@@ -10,7 +10,8 @@ from data.errors import UserError
 from data.options import check_numbers
 from eval.settings import EvaluateConfig
 from tests.helpers.commands import run_command
-from trainer.config import GrpoConfig, SftConfig
+from trainer.config import GrpoConfig
+from trainer.sft.settings import SftConfig
 
 NEEDED = {
     GrpoConfig: {},

@@ -18,7 +18,7 @@ import torch
 from data.errors import UserError
 from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
-from trainer.config import GrpoConfig
+from trainer.config import OnlineConfig
 from trainer.model.cost import head_size
 
 GIB = 1 << 30
@@ -50,7 +50,7 @@ class Row:
     """One sentence with the remedy; "" if there is none."""
 
 
-def launch_of(cfg: GrpoConfig) -> Launch:
+def launch_of(cfg: OnlineConfig) -> Launch:
     """The launch, from torchrun's variables; or the machine of --nodes, --ranks-per-node and --rank-gib."""
     per_node = cfg.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = cfg.nodes or max(1, int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -114,7 +114,7 @@ def context_of(model: dict[str, Any]) -> int | None:
     return int(positions * factor)
 
 
-def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     """Check world, placement, lengths and LoRA rank against each other. Reads config.json only."""
     model = model_config(str(cfg.model))
     split = cfg.placement == "split"
@@ -124,7 +124,11 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     told = model.get("max_position_embeddings") or longest
     heads = model.get("num_attention_heads", tp)
     kv_heads = model.get("num_key_value_heads", heads)
-    share = max(trainers, 1) * cfg.updates_per_batch
+    # into how many parts a batch is cut, one for each optimizer step
+    parts, by = (
+        (cfg.minibatches, "minibatches") if cfg.algorithm == "PPO" else (cfg.updates_per_batch, "updates-per-batch")
+    )
+    share = max(trainers, 1) * parts
     samplers = (cfg.sampler_ranks if split else launch.ranks) // tp
     who = f"{max(trainers, 0)} train, {samplers} samplers of {tp}" + ("" if split else " (the same ranks)")
     return [
@@ -160,7 +164,7 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
                 # so that every rank scores as many groups, and gets at least one in every update
                 cfg.prompts_per_step % share == 0,
                 f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of ranks that train "
-                f"x --updates-per-batch ({trainers} x {cfg.updates_per_batch})",
+                f"x --{by} ({trainers} x {parts})",
             ),
         ),
         _row(
@@ -203,7 +207,7 @@ def rank_problem(lora_rank: int, model: dict[str, Any]) -> str:
     )
 
 
-def _adapter_row(cfg: GrpoConfig, launch: Launch, model: dict[str, Any]) -> Row:
+def _adapter_row(cfg: OnlineConfig, launch: Launch, model: dict[str, Any]) -> Row:
     if not cfg.lora_rank:
         return Row(what="LoRA", value="none: every weight is trained and sent to the sampler")
     value = f"rank {cfg.lora_rank}"
@@ -241,7 +245,7 @@ class SamplerMemory:
         return self.weights + self.cache
 
 
-def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+def estimate_memory(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit."""
     from trainer.model.loading import empty_model  # loads transformers, and check_launch() must answer at once
 
@@ -284,7 +288,7 @@ def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     return rows
 
 
-def training_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> dict[str, float]:
+def training_bytes(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> dict[str, float]:
     """{what: bytes} of a rank while it trains. base: the model without its weights."""
     from trainer.logprobs import CHUNK_LOGITS
 
@@ -309,7 +313,7 @@ def training_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> di
     }
 
 
-def sampler_bytes(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
+def sampler_bytes(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
     size, shape = getattr(torch, cfg.dtype).itemsize, base.config
     weights = n_weights(base) * size / cfg.tensor_parallel  # vLLM's copy; nf4 is written out in full
@@ -325,18 +329,18 @@ def linear_layers(base: torch.nn.Module) -> list[torch.nn.Linear]:
     return [m for layer in base.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def trained_itemsize(cfg: GrpoConfig) -> int:
+def trained_itemsize(cfg: OnlineConfig) -> int:
     """Bytes of one trained weight: LoRA weights are float32 whatever the base is."""
     return 4 if cfg.lora_rank else getattr(torch, cfg.dtype).itemsize
 
 
-def trained_bytes(cfg: GrpoConfig, base: torch.nn.Module) -> int:
+def trained_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> int:
     """Bytes of all trained weights, unsharded: the adapter, or every weight."""
     n_adapter = sum(cfg.lora_rank * (m.in_features + m.out_features) for m in linear_layers(base))
     return (n_adapter if cfg.lora_rank else n_weights(base)) * trained_itemsize(cfg)
 
 
-def activation_bytes(cfg: GrpoConfig, shape: Any) -> float:
+def activation_bytes(cfg: OnlineConfig, shape: Any) -> float:
     """Bytes of the activations that autograd keeps of the longest packed row. shape: the model's configuration."""
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
     size = getattr(torch, cfg.dtype).itemsize
@@ -346,7 +350,7 @@ def activation_bytes(cfg: GrpoConfig, shape: Any) -> float:
     return tokens * (shape.num_hidden_layers * layer + 3 * shape.hidden_size * size)
 
 
-def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
+def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
