@@ -52,7 +52,8 @@ class KlControl:
 class Critic:
     """The critic with its optimizer. Saved in the run's checkpoints (runfolder.Companion), with beta, which is steered."""
 
-    def __init__(self, policy: Policy, cfg: PpoConfig, world: World) -> None:
+    def __init__(self, policy: Policy, cfg: PpoConfig, world: World | None = None) -> None:
+        """world: of the run; a replay needs none, since it saves nothing."""
         self.world, self.cfg, self.kl = world, cfg, KlControl(cfg)
         # where every weight of the policy is trained there is no frozen base to share
         own = cfg.critic or (None if cfg.lora_rank else cfg.model)
@@ -108,6 +109,7 @@ class Critic:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps of the critic, on rank 0. Collective."""
+        assert self.world is not None
         moments = moments_of(self.optimizer, list(self.parameters), self.world)
         weights = {f"weight/{name}": value for name, value in self.weights().items()}
         return {**weights, **moments, "kl_beta": torch.tensor(self.kl.beta, dtype=torch.float64)}

@@ -160,10 +160,10 @@ def estimate(now: Step, groups: list[ScoredGroup]) -> tuple[list[ScoredGroup], d
         # 1: the values say all that can be known; 0: no more than a constant; below: they mislead
         "critic/vf_explained_var": 1 - (left.var() / (returns[mask].var() + 1e-5)).item() if len(left) > 1 else 0.0,
         # a mean over responses of means over tokens, as verl's
-        "actor/reward_kl_penalty": (kl.sum(1) / mask.sum(1).clamp(min=1)).mean().item(),
+        "actor/reward_kl_penalty": (kl.sum(1) / mask.sum(1))[mask.any(1)].mean().item() if mask.any() else 0.0,
         "actor/reward_kl_penalty_coeff": kl_control.beta,
     }
-    kl_control.steer(numbers["actor/reward_kl_penalty"], len(lengths))
+    kl_control.steer(numbers["actor/reward_kl_penalty"], int(mask.any(1).sum()))
     if len(left) > 1:
         advantages = whiten(advantages, mask)
     made, first = [], 0
