@@ -116,10 +116,9 @@ class Critic:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what tensors() gave."""
-        self.load_weights(
-            {name.removeprefix("weight/"): t for name, t in tensors.items() if name.startswith("weight/")}
-        )
-        load_moments(self.optimizer, self.parameters, tensors)
+        weights = {name.removeprefix("weight/"): t for name, t in tensors.items() if name.startswith("weight/")}
+        self.load_weights(weights)
+        load_moments(self.optimizer, self.parameters, {n: t for n, t in tensors.items() if not n.startswith("weight/")})
         self.kl.beta = tensors["kl_beta"].item()
 
 
@@ -134,8 +133,11 @@ def add_critic_adapter(policy: Policy, seed: int) -> None:
 
 def load_critic(folder: str, policy: Policy, cfg: PpoConfig) -> Policy:
     """The checkpoint of a critic with weights of its own. Raises UserError when it reads other tokens than the policy."""
-    # beta 0: no frozen copy beside it
-    backbone = load_policy(replace(cfg, model=folder, beta=0.0, kl_control="fixed"), policy.device)
+    try:
+        # beta 0: no frozen copy beside it
+        backbone = load_policy(replace(cfg, model=folder, beta=0.0, kl_control="fixed"), policy.device)
+    except UserError as error:
+        raise UserError(str(error).replace(f"--model {folder}", f"--critic {folder}")) from error
     if backbone.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise UserError(
             f"--critic {folder}: its tokenizer has another vocabulary than that of --model {cfg.model}; name a checkpoint of "

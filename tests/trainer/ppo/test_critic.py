@@ -119,6 +119,9 @@ def test_what_is_saved_is_loaded_again(pipeline):
     assert second.kl.beta == 0.0625
     for critic in (first, second):
         learn(critic, 2)
+    assert (second.weights()["value_head.weight"] != saved["weight/value_head.weight"]).any(), "it went on learning"
+    # and so does what the second one saves: not what it was given
+    torch.testing.assert_close(second.tensors(), first.tensors(), rtol=0, atol=0)
     torch.testing.assert_close(second.weights(), first.weights(), rtol=0, atol=0)
 
 
