@@ -62,7 +62,7 @@ RANGES = {
             "eval_puzzles",
             "eval_response_tokens",
         ),
-        *("steps", "prompts_per_step", "updates_per_batch", "max_prompt_tokens", "max_response_tokens"),
+        *("steps", "prompts_per_step", "max_prompt_tokens", "max_response_tokens"),
         *("sampler_ranks", "tensor_parallel"),
     ),
     "above 0": ("lr", "grad_clip", "hang_seconds", "reward_seconds", "correction_cap"),
@@ -292,7 +292,7 @@ class GrpoConfig(OnlineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         alone = "at least 2: a response alone has none to be compared with, and nothing would be learnt"
-        check_numbers(self, {alone: ("group_size",)})
+        check_numbers(self, {alone: ("group_size",), "at least 1": ("updates_per_batch",)})
         if self.prompts_per_step % self.updates_per_batch:
             raise UserError(
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "

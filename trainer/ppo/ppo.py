@@ -166,21 +166,20 @@ def estimate(now: Step, groups: list[ScoredGroup]) -> tuple[list[ScoredGroup], d
     kl_control.steer(numbers["actor/reward_kl_penalty"], int(mask.any(1).sum()))
     if len(left) > 1:
         advantages = whiten(advantages, mask)
-    made, first = [], 0
-    for group in groups:
-        rows = range(first, first + len(group.rows))
-        first = rows.stop
-        tokens = {
-            "advantages": [advantages[row, : lengths[row]] for row in rows],
-            "returns": [returns[row, : lengths[row]] for row in rows],
-            **{name: numbers for name, numbers in group.tokens.items() if name != "old_logprobs"},
-        }
-        if cfg.updates_per_batch > 1:  # else old = stop_gradient(new), and the ratio is exactly 1
-            tokens["old_logprobs"] = group.tokens["old_logprobs"]
-        means = [float(advantages[row, : lengths[row]].mean()) for row in rows]
-        said = [{**row, "advantage": mean} for row, mean in zip(group.rows, means, strict=True)]
-        made.append(replace(group, rows=said, tokens=tokens))
+    made = []
+    for group, of_group, to_learn in zip(groups, by_group(advantages, groups), by_group(returns, groups), strict=True):
+        tokens = {**group.tokens, "advantages": of_group, "returns": to_learn}
+        if cfg.updates_per_batch == 1:  # then old = stop_gradient(new), and the ratio is exactly 1
+            tokens.pop("old_logprobs", None)
+        rows = [{**row, "advantage": float(own.mean())} for row, own in zip(group.rows, of_group, strict=True)]
+        made.append(replace(group, rows=rows, tokens=tokens))
     return made, numbers
+
+
+def by_group(values: Tensor, groups: list[ScoredGroup]) -> list[list[Tensor]]:
+    """[N,T] -> per group the numbers of each response, without padding."""
+    rows = iter(values)
+    return [[next(rows)[: len(rollout.response_ids)] for rollout in group.rollouts] for group in groups]
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
