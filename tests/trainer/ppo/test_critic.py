@@ -99,7 +99,8 @@ def test_the_value_of_a_token_is_read_before_it(pipeline):
     with torch.no_grad(), critic.active():
         before, after = critic.values(micro.packed), critic.values(changed.packed)
         # the same from one row per response, in PyTorch's own order
-        (hidden,) = policy.causal_lm.model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state
+        with policy.decoding():
+            (hidden,) = policy.causal_lm.model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
     expected = hidden[1:4] @ critic.weight + critic.bias  # at the tokens 6, 7 and 8, which predict 7, 8 and 9
     torch.testing.assert_close(before[0, :3], expected, rtol=0, atol=1e-5)
