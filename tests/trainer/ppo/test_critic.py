@@ -136,3 +136,13 @@ def test_weights_of_its_own(pipeline):
         learn(critic, 3)
         assert all(p.grad is not None for p in critic.parameters.values()), "a parameter without a part in a value"
         torch.testing.assert_close(dict(policy.model.named_parameters()), before, rtol=0, atol=0)
+
+
+def test_layers_that_run_again_in_backward_run_with_the_critics_adapter(pipeline):
+    """--checkpointing: with the policy's adapter in the second run the critic's own would get no gradient."""
+    settings = config(pipeline, lr=1e-2, value_clip=10.0)
+    made = [Critic(policy_of(pipeline, checkpointing=again), settings) for again in (False, True)]
+    for critic in made:
+        learn(critic, 3)
+    torch.testing.assert_close(made[1].weights(), made[0].weights(), rtol=0, atol=1e-6)
+    assert all(p.grad.abs().sum() > 0 for name, p in made[1].parameters.items() if ".lora_B." in name)
