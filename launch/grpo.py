@@ -13,10 +13,10 @@ import click
 
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
-from data.puzzles import read_puzzles
+from data.puzzles import Puzzle, read_puzzles
 from launch.options import command
 from reward import load_reward
-from trainer.config import GrpoConfig
+from trainer.config import GrpoConfig, OnlineConfig
 from trainer.record.runfolder import check_run
 from trainer.start.preflight import check_launch, estimate_memory, format_rows, launch_of, refuse_problems
 
@@ -31,10 +31,21 @@ def main(config: GrpoConfig) -> None:
 
     Without --model the embedded default is trained (recipe demo.yaml), and built if it is missing.
     """
+    if (ready := prepare(config)) is not None:
+        from trainer.grpo import train
+
+        say_where(train(*ready))
+
+
+def prepare(config: OnlineConfig) -> tuple[OnlineConfig, list[Puzzle]] | None:
+    """(settings with the model's and the puzzles' paths, the puzzles) of a run of GRPO or PPO; None after a dry run.
+
+    Builds the embedded default where no model is named. Refuses what cannot work before a model is loaded.
+    """
     load_reward(config.reward)  # the workers load it again; here a bad path is refused before anything is built
     if config.dry_run:
         dry_run(config)
-        return
+        return None
     if config.model and not config.puzzles:
         raise UserError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
@@ -54,15 +65,15 @@ def main(config: GrpoConfig) -> None:
         for row in estimate_memory(config, launch):  # an estimate: a note, not a refusal
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
+    return config, puzzles
 
-    from trainer.grpo import train
 
-    out = train(config, puzzles)
+def say_where(out: Path) -> None:
     if os.environ["RANK"] == "0":
         print(f"wrote {out}")
 
 
-def dry_run(config: GrpoConfig) -> None:
+def dry_run(config: OnlineConfig) -> None:
     """Print what a run would need, without loading a model. Exit code 2 when it cannot work."""
     if os.environ.get("RANK", "0") != "0":
         return
@@ -81,7 +92,7 @@ def dry_run(config: GrpoConfig) -> None:
         raise SystemExit(2)
 
 
-def build_embedded(config: GrpoConfig) -> None:
+def build_embedded(config: OnlineConfig) -> None:
     """Simulate, build, distill and cold-start the embedded default on rank 0 while the other ranks wait."""
     from trainer.ranks.world import guarded, join_world
 

@@ -62,10 +62,10 @@ def command(
 
 
 def _in_order_of_help(config_class: type) -> list[dataclasses.Field]:
-    """The fields of the class itself, then inherited ones: what a command is about comes first in --help."""
+    """The fields of the class itself, then those of each class above it: what a command is about comes first in --help."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    own = [fields[name] for name in config_class.__annotations__ if name in fields]
-    return [*own, *(field for field in fields.values() if field not in own)]
+    names = [name for above in config_class.__mro__ for name in above.__dict__.get("__annotations__", {})]
+    return [fields[name] for name in dict.fromkeys(names) if name in fields]
 
 
 class Command(click.Command):

@@ -13,7 +13,10 @@ from data.errors import UserError
 from data.files import write_whole
 from launch.options import argument, command, option
 
-SETTINGS_SHOWN = ("advantage", "clip_low", "clip_high", "dual_clip", "beta", "kl_kind", "aggregation", "correction")
+SETTINGS_SHOWN = (
+    *("advantage", "gamma", "lam", "kl_in", "clip_low", "clip_high", "dual_clip", "beta", "kl_kind", "aggregation"),
+    "correction",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,43 +28,62 @@ class ReplayConfig:
         None, "Write a page with every token coloured by advantage, ratio, KL or share of the loss."
     )
     ledger: str | None = option(None, "Write the loss ledger, one row per token, as .csv.")
+    value_ledger: str | None = option(None, "Write the ledger of the critic's loss (PPO), one row per token, as .csv.")
 
 
 @command(ReplayConfig)
 def main(config: ReplayConfig) -> None:
     """Compute a recorded step again. Exit code 1 unless loss and gradient equal the record bit for bit."""
-    if config.ledger and not config.ledger.endswith(".csv"):
-        raise UserError(f"--ledger {config.ledger}: name a file that ends in .csv")
+    for flag, path in (("--ledger", config.ledger), ("--value-ledger", config.value_ledger)):
+        if path and not path.endswith(".csv"):
+            raise UserError(f"{flag} {path}: name a file that ends in .csv")
 
     # torch and transformers take seconds to load: not before the options are known to be good
     from eval.report.stepview import step_page
-    from trainer.inspect.comparison import compare_with_recorded, ledger_lines, prompts_of, write_ledger
+    from trainer.config import GrpoConfig
+    from trainer.inspect.comparison import (
+        compare_with_recorded,
+        ledger_lines,
+        prompts_of,
+        value_ledger_lines,
+        write_ledger,
+    )
     from trainer.inspect.explain import explain_response
-    from trainer.inspect.ledger import ledger
+    from trainer.inspect.ledger import ledger, value_ledger
     from trainer.inspect.replay import replay
+    from trainer.ppo.settings import PpoConfig
     from trainer.record.bundle import read_bundle
 
-    bundle = read_bundle(config.bundle)
+    bundle = read_bundle(config.bundle, (GrpoConfig, PpoConfig))
+    if config.value_ledger and not bundle.critic:
+        raise UserError(f"--value-ledger {config.value_ledger}: {config.bundle} is a step of GRPO, which has no critic")
     if config.row is not None and not 0 <= config.row < len(bundle.responses):
         raise UserError(f"--row {config.row}: the step has responses 0 to {len(bundle.responses) - 1}")
     replayed = replay(bundle, config.model)
     lines, equal = compare_with_recorded(bundle, replayed)
     print("\n".join(lines))
-    if replayed.bad is None:
-        rows = ledger(bundle, replayed.terms, replayed.policy.tokenizer)
-        print("\n".join(ledger_lines(rows, replayed.loss)))
+    if replayed.first("bad") is None:
+        rows = ledger(bundle, replayed.of_policy.terms, replayed.policy.tokenizer)
+        print("\n".join(ledger_lines(rows, replayed.of_policy.loss)))
+        of_values = []
+        if replayed.of_critic:
+            of_values = value_ledger(bundle, replayed.of_critic.terms, replayed.policy.tokenizer)
+            print("\n".join(value_ledger_lines(of_values, replayed.of_critic.loss)))
         if config.row is not None:
-            print("\n" + explain_response(bundle, rows, config.row))
+            print("\n" + explain_response(bundle, rows, config.row, of_values))
         if config.ledger:
             write_ledger(Path(config.ledger), rows)
             print(f"wrote {config.ledger}")
+        if config.value_ledger:
+            write_ledger(Path(config.value_ledger), of_values)
+            print(f"wrote {config.value_ledger}")
         if config.html:
             prompts = prompts_of(bundle, replayed.policy.tokenizer)
-            settings = {name: getattr(bundle.config, name) for name in SETTINGS_SHOWN}
+            settings = {name: getattr(bundle.config, name) for name in SETTINGS_SHOWN if hasattr(bundle.config, name)}
             write_whole(config.html, step_page(bundle.step, settings, bundle.responses, rows, prompts))
             print(f"wrote {config.html}")
-    elif config.row is not None or config.html or config.ledger:
-        print("--row, --html and --ledger need terms that are finite: nothing was written for them")
+    elif config.row is not None or config.html or config.ledger or config.value_ledger:
+        print("--row, --html and the ledgers need terms that are finite: nothing was written for them")
     if not equal:
         raise SystemExit(1)
 

@@ -8,7 +8,7 @@
 from data.puzzles import Puzzle
 from eval.metrics import score
 from launch.options import command
-from trainer.config import SftConfig
+from trainer.sft.settings import SftConfig
 
 METRICS = ("cell_accuracy", "batch_accuracy", "format_validity", "uniqueness")
 

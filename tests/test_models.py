@@ -19,12 +19,12 @@ from rollout import count_repeats
 from rollout.torch_engine import TorchEngine
 from tests.helpers.architectures import TYPES, make_checkpoint, trained_policy
 from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
-from trainer.config import SftConfig
 from trainer.model.embedded import CHAT_TEMPLATE
 from trainer.model.loading import load_tokenizer
 from trainer.model.opening import open_checkpoint
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
+from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.preflight import context_of
 

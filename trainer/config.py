@@ -1,6 +1,5 @@
 """Settings of the training loops: flat frozen dataclasses; launch/options.py makes flags and recipe keys of the fields."""
 
-import dataclasses
 import datetime
 import importlib.util
 import re
@@ -14,7 +13,6 @@ from trainer.objective import AGGREGATIONS, CORRECTIONS
 
 # --help lists the settings under these headings
 run = partial(option, section="Run")
-examples = partial(option, section="Traces")
 sampling = partial(option, section="Sampling")
 rewarding = partial(option, section="Reward")
 objective = partial(option, section="Objective")
@@ -64,7 +62,7 @@ RANGES = {
             "eval_puzzles",
             "eval_response_tokens",
         ),
-        *("steps", "prompts_per_step", "updates_per_batch", "max_prompt_tokens", "max_response_tokens"),
+        *("steps", "prompts_per_step", "max_prompt_tokens", "max_response_tokens"),
         *("sampler_ranks", "tensor_parallel"),
     ),
     "above 0": ("lr", "grad_clip", "hang_seconds", "reward_seconds", "correction_cap"),
@@ -72,7 +70,6 @@ RANGES = {
     "at least 0 and below 1": ("holdout",),
     "at least 0 and at most 65535": ("sync_port",),
     "above 0: the adapter's update is multiplied by it": ("lora_alpha",),
-    "at least 2: a response alone has none to be compared with, and nothing would be learnt": ("group_size",),
     "at least 0.01: vLLM samples at 0.01 what is lower, and the trainer's log-probs would be others": ("temperature",),
     "at least 1e-12: a group of equal rewards would divide 0 by 0": ("advantage_eps",),
     "at least 0 and at most 1: no ratio is below 0": ("clip_low",),
@@ -157,61 +154,10 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(TrainingConfig):
-    """Supervised cold start on accepted traces."""
+class OnlineConfig(TrainingConfig):
+    """What GRPO and PPO share: both train on responses that the policy samples, scored by a reward."""
 
-    traces: str = run(dataclasses.MISSING, "JSONL of accepted traces (launch/distill.py).")
-    model: str = run(dataclasses.MISSING, "Folder of the Hugging Face checkpoint to start from.")
-    out: str = run(dataclasses.MISSING, "Run folder; the trained checkpoint is OUT/model.")
-    labels: str | None = run(None, "labels.json of the traces' puzzles, kept with OUT/model; default: beside --traces.")
-    target: str = examples(
-        "trace",
-        "What is learned: the whole trace, or the answer alone with nothing thought (the paper's instruction tuning).",
-        ("trace", "answer"),
-    )
-    dora: bool = weights(
-        False, "Weight-decomposed LoRA (DoRA), as the authors' script has it; vLLM cannot serve it unmerged."
-    )
-    epochs: int = run(10, "Passes over the traces.")
-    batch_size: int = optimizing(128, "Traces per optimizer step.")
-    lr: float = optimizing(5e-5, "Peak learning rate; linear warm-up, then cosine to a tenth.")
-    weight_decay: float = optimizing(0.0, "AdamW weight decay.")
-    max_tokens: int = examples(8192, "Longest prompt + response; a longer trace is never cut.")
-    overlong: str = examples(
-        "skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse")
-    )
-    micro_tokens: int = speed(8192, "Packed tokens per forward pass.")
-    holdout: float = examples(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
-    eval_engine: str = examples(
-        "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
-    )
-    eval_puzzles: int = examples(100, "Held-out puzzles answered at most.")
-    eval_response_tokens: int = examples(3000, "Longest answer to them.")
-    patience: int = examples(
-        0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
-    )
-    save_every: int = run(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
-    seed: int = run(0, "Order of the traces and LoRA initialisation.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dora and not self.lora_rank:
-            raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
-        if self.dora and self.eval_engine == "vllm":
-            raise UserError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
-        if not self.holdout and (self.patience or self.eval_engine != "none"):
-            raise UserError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrpoConfig(TrainingConfig):
-    """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
-
-    presets: ClassVar = staticmethod(preset_values)  # for launch/options.py
-
-    preset: str = run(
-        "paper", "Sets the whole objective at once; other flags and recipe keys win.", ("paper", "verl", "trl")
-    )
+    algorithm: ClassVar[str]
 
     model: str | None = run(
         None, "Checkpoint folder to start from, and the reference policy; default: the embedded one."
@@ -253,7 +199,6 @@ class GrpoConfig(TrainingConfig):
     insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
     group_size: int = sampling(5, "Responses per prompt (G).")
-    updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
     temperature: float = sampling(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
     top_p: float = sampling(1.0, "Nucleus sampling mass.")
     sampler_lora: str = sampling(
@@ -265,8 +210,6 @@ class GrpoConfig(TrainingConfig):
     max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")
     lr: float = optimizing(1e-6, "Learning rate, constant after warm-up.")
     weight_decay: float = optimizing(0.01, "AdamW weight decay.")
-    advantage: str = objective("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
-    advantage_eps: float = objective(1e-6, "Added to the group's standard deviation.")
     clip_low: float = objective(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = objective(0.2, "Ratios are clipped at 1 + clip_high.")
     dual_clip: float | None = objective(None, "Bound c of dual clip for negative advantages; default off.")
@@ -294,11 +237,6 @@ class GrpoConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, {"at least 1": ("save_every",)})
-        if self.prompts_per_step % self.updates_per_batch:
-            raise UserError(
-                f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
-                "the second must divide the first"
-            )
         self._check_placement()
         if self.correction_floor > self.correction_cap:
             raise UserError(
@@ -313,6 +251,11 @@ class GrpoConfig(TrainingConfig):
     def described_gpu(self) -> bool | None:
         """See TrainingConfig. Memory of a rank is given for GPUs only."""
         return True if self.dry_run and self.rank_gib else None
+
+    @property
+    def loss_beta(self) -> float:
+        """Weight of the KL in the loss."""
+        return self.beta
 
     @property
     def ranks_apart(self) -> int:
@@ -359,3 +302,28 @@ class GrpoConfig(TrainingConfig):
         if re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.save_steps):
             return str(step) in self.save_steps.split(",")
         raise UserError(f"--save-steps {self.save_steps}: write never, every:10 or a list of steps such as 3,17")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(OnlineConfig):
+    """Group relative policy optimisation; the defaults of the objective are the paper's (Cell-o1 Eq. 1, appendix B.3)."""
+
+    presets: ClassVar = staticmethod(preset_values)  # for launch/options.py
+    algorithm: ClassVar[str] = "GRPO"
+
+    preset: str = run(
+        "paper", "Sets the whole objective at once; other flags and recipe keys win.", ("paper", "verl", "trl")
+    )
+    updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
+    advantage: str = objective("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
+    advantage_eps: float = objective(1e-6, "Added to the group's standard deviation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = "at least 2: a response alone has none to be compared with, and nothing would be learnt"
+        check_numbers(self, {alone: ("group_size",), "at least 1": ("updates_per_batch",)})
+        if self.prompts_per_step % self.updates_per_batch:
+            raise UserError(
+                f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "
+                "the second must divide the first"
+            )

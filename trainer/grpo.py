@@ -11,23 +11,24 @@ Every rank samples whole groups, so advantages need no communication between ran
 "Collective" in a docstring means that all ranks must make the call, in the same order, or the others wait for ever.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.prompts import RESPONSE_LAYOUT
 from data.puzzles import Puzzle
 from reward import Reward
-from reward.result import nothing_usable
 from reward.scoring import Scorer
 from rollout import Ahead, Engine, Rollout, Sampling, stable_seed
 from rollout.sync import Canary, adapter_hash
 from trainer.advantages import group_advantages
-from trainer.config import GrpoConfig
-from trainer.metrics import Clock, StepLog, TokenSums, rollout_rows, step_metrics
+from trainer.config import GrpoConfig, OnlineConfig, TrainingConfig
+from trainer.metrics import Clock, TokenSums, rollout_rows, step_metrics
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
 from trainer.packing import (
     Denominators,
@@ -41,19 +42,11 @@ from trainer.packing import (
     scored_groups,
 )
 from trainer.policy import Policy, Prompt, prompts_of_step
-from trainer.ranks.world import StopRequest, World, full_tensor, guarded, join_world, leave_world, local_shard
+from trainer.ranks.world import World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
 from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
-from trainer.record.runfolder import (
-    check_run,
-    open_run,
-    restore_training,
-    save_training,
-    steps_saved,
-    with_date,
-    write_json,
-)
-from trainer.start.parts import encode_prompts, load_policy, make_engine, make_optimizer
+from trainer.record.runfolder import save_training, write_json
+from trainer.start.parts import Run, Step, finish, prepare, refuse_a_useless_start
 from trainer.start.sampler import keep_sampler
 
 CANARY_TOKENS = 16  # of the run's first prompt
@@ -62,21 +55,21 @@ CANARY_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What the functions of an optimizer step share. Nothing here is replaced while it runs."""
+class Learner:
+    """What an optimizer step changes and the loss that it lowers: the policy's; in PPO there is the critic's too."""
 
-    step: int
-    """From 0; files, messages and metrics count from 1."""
-    cfg: GrpoConfig
-    policy: Policy
     optimizer: torch.optim.Optimizer
-    world: World
-    out: Path
-    """The run folder."""
+    parameters: dict[str, torch.nn.Parameter]
+    lr: float
+    """After warm-up."""
+    terms: Callable[[MicroBatch, Denominators], Any]
+    """Forwards a micro-batch and names every term of its loss, [N,T] each (LossTerms)."""
 
 
-def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
+def train(cfg: OnlineConfig, puzzles: list[Puzzle], rank_work: Callable | None = None) -> Path:
     """Train a LoRA adapter with GRPO; returns the run folder. Every rank of the launch calls this.
+
+    rank_work: another loop than train_rank (PPO's).
 
     Raises UserError for settings or data that the user must change, and when the reward function fails under
     --on-reward-error stop; FloatingPointError before an optimizer step that would not be finite; RunError when a rank, a
@@ -87,43 +80,28 @@ def train(cfg: GrpoConfig, puzzles: list[Puzzle]) -> Path:
         if world.sampler is not None:
             keep_sampler(cfg, world)
         else:
-            train_rank(cfg, puzzles, world)
+            (rank_work or train_rank)(cfg, puzzles, world)
     leave_world()  # not in a finally: after an error the ranks cannot meet any more
     return Path(cfg.out)
 
 
 def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
     """All the work of a rank that trains: prepare, then the loop over steps."""
-    check_run(cfg)  # before a model is loaded
-    cfg = with_date(cfg, world)
-    stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
-    policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
-    prompts = encode_prompts(policy, puzzles, cfg, world)
-    scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
-    out = open_run(cfg, world)  # only now: settings and data are checked
-    parameters = list(policy.trainable().values())
-    optimizer = make_optimizer(cfg, parameters)
-    first_step, pending = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
-    engine = make_engine(cfg, policy, world)
-    canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
-    hand_over(engine, policy, canary, version=first_step)  # the sampler starts from the trainer's adapter, proven
-    ahead = Ahead(
-        engine, lambda step: ask(engine, policy, prompts, cfg, step), cfg.max_staleness, first_step, cfg.steps
-    )
-    ahead.restore(pending, world.rank, world.size)
-    log = StepLog(out, cfg, first_step) if world.is_main else None
+    run = prepare(cfg, puzzles, world)
+    canary, ahead = begin(run)
+    cfg, policy, engine, log = run.start.cfg, run.start.policy, run.engine, run.log
 
-    for step in range(first_step, cfg.steps):
+    for step in range(run.start.step, cfg.steps):
         clock = Clock(world, step + 1)
-        now = Step(step=step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out)
+        now = replace(run.start, step=step)
         # ---- sample G responses to each of this rank's prompts (they were requested --max-staleness steps ago)
         clock.enter("sample")
-        batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
+        batch = prompts_of_step(run.prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
         groups = ahead.groups(step)
         rollouts = [rollout for group in groups for rollout in group]
         # ---- score each response, and compare it with the others of its group
         clock.enter("score")
-        rewards = score(now, scorer, batch, rollouts)
+        rewards = score(now, run.scorer, batch, rollouts)
         advantages, trained = compare(rewards, cfg)  # [N], [N]
         # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
@@ -140,25 +118,41 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
             all_rows = [row for group in sampled for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, sums, cfg, identity)
             log.write(metrics, all_rows, clock, engine.seconds, figures)
-        if step == 0 and not cfg.insist:  # a wrong chat template, or no cold start, must not cost days
-            refuse_a_useless_start(now, sampled)
-        # requested() is collective: the left side is the same on all ranks, so all of them call it or none does
-        last = step + 1 == cfg.steps or stop.requested()
-        if last or (step + 1) % cfg.save_every == 0:
-            # unused() waits for what was already asked for: a resumed run then trains on the very same rollouts
-            save_training(now, step + 1, ahead.unused(world.gather))
-        if last:
+        if is_last(run, ahead, now, sampled):
             break
-
-    if log is not None:
-        log.close()
-        if steps_saved(out) == cfg.steps:  # else SIGTERM ended it early
-            write_json(out / "finished.json", {"steps": cfg.steps})
-    scorer.close()
-    engine.close()
+    finish(run)
 
 
-def ask(engine: Engine, policy: Policy, prompts: list[Prompt], cfg: GrpoConfig, step: int) -> None:
+def begin(run: Run) -> tuple[Canary, Ahead]:
+    """Give the sampler the trainer's adapter, with proof, and request the first rollouts. Collective.
+
+    Returns (the text of every later proof; what gives the rollouts of a step).
+    """
+    first, engine, prompts = run.start, run.engine, run.prompts
+    cfg, policy, world = first.cfg, first.policy, first.world
+    canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
+    hand_over(engine, policy, canary, version=first.step)
+    ahead = Ahead(
+        engine, lambda step: ask(engine, policy, prompts, cfg, step), cfg.max_staleness, first.step, cfg.steps
+    )
+    ahead.restore(run.pending, world.rank, world.size)
+    return canary, ahead
+
+
+def is_last(run: Run, ahead: Ahead, now: Step, sampled: list[ScoredGroup]) -> bool:
+    """The end of a step: save a checkpoint where one is due; was it the run's last step? Collective."""
+    step, cfg, world = now.step, now.cfg, now.world
+    if step == 0 and not cfg.insist:  # a wrong chat template, or no cold start, must not cost days
+        refuse_a_useless_start(cfg, now.policy, world, now.out, sampled)
+    # requested() is collective: the left side is the same on all ranks, so all of them call it or none does
+    last = step + 1 == cfg.steps or run.stop.requested()
+    if last or (step + 1) % cfg.save_every == 0:
+        # unused() waits for what was already asked for: a resumed run then trains on the very same rollouts
+        save_training(now, step + 1, ahead.unused(world.gather), now.critic)
+    return last
+
+
+def ask(engine: Engine, policy: Policy, prompts: list[Prompt], cfg: OnlineConfig, step: int) -> None:
     """Request G responses to each prompt of a step. Every rank requests all of them, and later collects its own share."""
     batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
     sampling = Sampling(
@@ -172,7 +166,7 @@ def ask(engine: Engine, policy: Policy, prompts: list[Prompt], cfg: GrpoConfig, 
     engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
 
 
-def make_canary(policy: Policy, text: list[int], cfg: GrpoConfig) -> Canary:
+def make_canary(policy: Policy, text: list[int], cfg: TrainingConfig) -> Canary:
     """A fixed text with its log-probs under the reference policy, which never change.
 
     hand_over fills in the log-probs under the policy, which change with every step. text: token ids.
@@ -233,32 +227,6 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
     )
 
 
-def refuse_a_useless_start(now: Step, sampled: list[ScoredGroup]) -> None:
-    """Raises UserError, with the reasons, when no response of the first step, on any rank, can be learned from. Collective.
-
-    A reward of the user's own may know no layout: that no response has the puzzle's is then said, and the run goes on.
-    """
-    rows = [row for group in sampled for row in group.rows]  # every rank has all rows
-    problem, chat = nothing_usable(rows), now.policy.chat
-    prompt = now.policy.tokenizer.decode(sampled[0].rollouts[0].prompt_ids[-16:])
-    asked = f"The prompt ends in {prompt[-40:]!r}" + "".join(f", and {note}" for note in chat.notes)
-    now.world.largest(0.0)  # rank 0 has written them before any rank ends the run
-    if problem:
-        scored = any(row["reward"] is not None for row in rows)
-        hint = "Is the cold start missing (launch/sft.py), or is --max-response-tokens too small?"
-        raise UserError(
-            f"step 1: {problem}; all are in {now.out / 'rollouts.jsonl'}. {asked}. "
-            f"{hint if scored else f'Does --reward {now.cfg.reward} score such responses?'} To go on all the same: "
-            "--resume --insist"
-        )
-    if now.world.is_main and not any(RESPONSE_LAYOUT.fullmatch(row["completion"]) for row in rows):
-        print(
-            f"note: none of the {len(rows)} responses of step 1 has the layout <think>...</think> <answer>...</answer> that "
-            f"the prompt asks for and launch/evaluate.py reads, although --reward {now.cfg.reward} scored them. {asked}",
-            flush=True,
-        )
-
-
 def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
     """([N] advantages within each group, [N] bool: is the response trained on).
 
@@ -278,33 +246,51 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
 
     Returns (sums over all trained tokens, for metrics.jsonl; how well packing did, for timing.jsonl).
     """
-    cfg, policy, world = now.cfg, now.policy, now.world
-    parameters = list(policy.trainable().values())
+    cfg, world = now.cfg, now.world
     share = len(sampled) // cfg.updates_per_batch
     parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]  # whole groups
     # all reference and old log-probs, before the first optimizer step changes the policy
     batches = [prepare_batch(now, part, number) for number, part in enumerate(parts, start=1)]
-    totals = TokenSums()
+    learner, totals = policy_learner(now), TokenSums()
     for batch in batches:
-        now.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
-        sums, found = TokenSums(), None
-        for micro in world.paced(batch.micro_batches):
-            terms = loss_terms(policy, micro, batch.denominators, cfg)  # every term of Eq. (1), for every token
-            loss = terms.loss  # this micro-batch's share of the step's loss
-            loss.backward()  # gradients add up in .grad
-            sums.add(terms, loss)  # its numbers are read here: waits for the GPU
-            found = found or bad_term_of(micro, terms)  # keeps the first
-        norm = sum_gradients(parameters, world)
-        refuse_what_is_not_finite(now, batch, found, norm)
-        sums.grad_norm = float(norm)  # before clipping
+        sums = TokenSums()
+        norm = add_up_gradients(now, learner, batch, sums)  # every term of Eq. (1), for every token
         if cfg.keeps_step(now.step + 1):
-            keep_bundle(now, batch, sums)
-        clip_gradients(parameters, norm, cfg.grad_clip)
-        if batch.denominators.n_tokens:  # 0: no response of the batch was scored, so there is nothing to learn
-            sums.lr = optimizer_step(now)
+            keep_bundle(now, batch, what_to_find_again(now, learner, sums))
+        sums.lr = optimizer_step(now, learner, batch, norm)
         totals.take_in(sums)
     plans = [batch.micro_batches for batch in batches]
-    return totals.over_ranks(world), packing_figures(plans, parts, policy.cost, cfg.micro_tokens, world)
+    return totals.over_ranks(world), packing_figures(plans, parts, now.policy.cost, cfg.micro_tokens, world)
+
+
+def policy_learner(now: Step) -> Learner:
+    """The policy as what the optimizer steps of this step change."""
+    # a partial makes no frame of its own: in a debugger `return` goes from loss_terms to the backward pass
+    return Learner(
+        optimizer=now.optimizer,
+        parameters=now.policy.trainable(),
+        lr=now.cfg.lr,
+        terms=partial(loss_terms, now.policy, cfg=now.cfg),
+    )
+
+
+def add_up_gradients(now: Step, learner: Learner, batch: StepInputs, sums: TokenSums) -> Tensor:
+    """The gradient of a batch's loss over all ranks, in .grad; its terms are added to sums. Returns its norm. Collective.
+
+    Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
+    """
+    learner.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
+    found = None
+    for micro in now.world.paced(batch.micro_batches):
+        terms = learner.terms(micro, batch.denominators)
+        loss = terms.loss  # this micro-batch's share of the step's loss
+        loss.backward()  # gradients add up in .grad
+        sums.add(terms, loss)  # its numbers are read here: waits for the GPU
+        found = found or bad_term_of(micro, terms)  # keeps the first
+    norm = sum_gradients(list(learner.parameters.values()), now.world)
+    refuse_what_is_not_finite(now, learner, batch, found, norm)
+    sums.grad_norm = float(norm)  # before clipping
+    return norm
 
 
 def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
@@ -313,35 +299,49 @@ def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInpu
     Groups are dealt to ranks by what they cost to train on, whoever sampled them.
     """
     cfg, policy, world = now.cfg, now.policy, now.world
-    dealt = balance([policy.cost.of(*group.size) for group in groups], world.size)
-    ours = [groups[i] for i in dealt[world.rank]]
-    sharing = cfg.packing == "shared" and not policy.cannot_share
-    micros = micro_batches(
-        ours, cfg.micro_tokens, world.device, sharing, in_step_with=world if policy.sharded else None
-    )
+    ours, packed = pack_our_share(now, groups)
     micros = [
         replace(
             micro,
             ref_logprobs=reference_logprobs(policy, micro, cfg),
             old_logprobs=logprobs_before_update(policy, micro, cfg),
         )
-        for micro in world.paced(micros)
+        for micro in world.paced(packed)
     ]
+    return step_inputs(now, [groups[i] for i in ours], micros, number)
+
+
+def pack_our_share(now: Step, groups: list[ScoredGroup]) -> tuple[list[int], list[MicroBatch]]:
+    """(places in `groups` of those that this rank trains on, their micro-batches). Collective where the model is sharded."""
+    cfg, policy, world = now.cfg, now.policy, now.world
+    ours = balance([policy.cost.of(*group.size) for group in groups], world.size)[world.rank]
+    sharing = cfg.packing == "shared" and not policy.cannot_share
+    return ours, micro_batches(
+        [groups[i] for i in ours],
+        cfg.micro_tokens,
+        world.device,
+        sharing,
+        in_step_with=world if policy.sharded else None,
+    )
+
+
+def step_inputs(now: Step, ours: list[ScoredGroup], micros: list[MicroBatch], number: int) -> StepInputs:
+    """The inputs of optimizer step `number` (from 1) of a batch. Collective."""
     return StepInputs(
         update=number,
         micro_batches=micros,
-        denominators=count_trained(micros, world),
+        denominators=count_trained(micros, now.world),
         responses=[row for group in ours for row in group.rows],
     )
 
 
-def loss_terms(policy: Policy, micro: MicroBatch, denominators: Denominators, cfg: GrpoConfig) -> LossTerms:
+def loss_terms(policy: Policy, micro: MicroBatch, denominators: Denominators, cfg: OnlineConfig) -> LossTerms:
     """Forward one micro-batch and name every term of its loss, [N,T] each. A breakpoint here sees everything."""
     logprobs, entropy = policy.logprobs_and_entropy(micro.packed, cfg.temperature, cfg.entropy)
     return replace(terms_of(logprobs, micro, denominators, cfg), entropy=entropy)
 
 
-def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cfg: GrpoConfig) -> LossTerms:
+def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cfg: OnlineConfig) -> LossTerms:
     """The objective that the settings ask for, applied to the policy's log-probs [N,T]."""
     weight = aggregation_weights(
         micro.mask,
@@ -362,7 +362,7 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
         dual_clip=cfg.dual_clip,
-        beta=cfg.beta,
+        beta=cfg.loss_beta,
         kl_kind=cfg.kl_kind,
         ratio_level=cfg.ratio_level,
         correction=cfg.correction,
@@ -371,13 +371,13 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
     )
 
 
-def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
+def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: OnlineConfig) -> Tensor | None:
     """[N,T] log-probs of the reference policy (adapter off). None when beta is 0: then no pass is made."""
     return policy.response_logprobs(micro.packed, cfg.temperature, reference=True) if cfg.beta else None
 
 
 @torch.no_grad()
-def logprobs_before_update(policy: Policy, micro: MicroBatch, cfg: GrpoConfig) -> Tensor | None:
+def logprobs_before_update(policy: Policy, micro: MicroBatch, cfg: OnlineConfig) -> Tensor | None:
     """[N,T] log-probs of the policy as it is now, before the batch's first optimizer step.
 
     None when a batch gets one step only: then old = stop_gradient(new), the ratio is exactly 1, and no extra pass is made.
@@ -392,20 +392,20 @@ def sum_gradients(parameters: list[torch.nn.Parameter], world: World) -> Tensor:
     return full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
 
 
-def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None, norm: Tensor) -> None:
+def refuse_what_is_not_finite(
+    now: Step, learner: Learner, batch: StepInputs, found: Found | None, norm: Tensor
+) -> None:
     """Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank. Collective.
 
     found: this rank's first bad term. norm: of the gradient over all ranks.
     """
-    cfg, policy, world = now.cfg, now.policy, now.world
+    policy, world = now.policy, now.world
     bad_term = world.largest(float(found is not None)) > 0  # sync point: all ranks raise, or none
     if not bad_term and torch.isfinite(norm):  # norm is of the sum: the same on all ranks
         return
     if not bad_term and not policy.sharded:  # one rank alone cannot run sharded layers
-        parameters = list(policy.trainable().values())
-        found = find_bad_gradient(
-            batch.micro_batches, lambda micro: loss_terms(policy, micro, batch.denominators, cfg), parameters
-        )
+        terms_of = partial(learner.terms, denominators=batch.denominators)
+        found = find_bad_gradient(batch.micro_batches, terms_of, list(learner.parameters.values()))
     sentences = world.gather_in_rank_order(describe_bad_token(found, batch.responses, world.rank))
     what_else = (
         "; under --shard fsdp the replay looks for the token"
@@ -413,24 +413,34 @@ def refuse_what_is_not_finite(now: Step, batch: StepInputs, found: Found | None,
         else ", although each token's own share of it is"
     )
     sentence = next((text for text in sentences if text), f"the gradient or its norm is not finite{what_else}")
-    record = StepRecord(step=now.step + 1, config=cfg, adapter=policy.adapter_tensors(), recorded={}, problem=sentence)
-    bundle = write_bundle(now.out, record, batch, world)
+    bundle = keep_bundle(now, batch, {}, sentence)
     raise FloatingPointError(
         f"step {now.step + 1}, update {batch.update}: {sentence}. This update was not made; look with "
         f"python launch/replay.py {bundle}"
     )
 
 
-def keep_bundle(now: Step, batch: StepInputs, sums: TokenSums) -> None:
-    """Write the step to OUT/steps, with what a replay must find again. sums: this rank's. Collective."""
-    policy, world = now.policy, now.world
-    loss, pg_loss = world.total(sums.sums["loss"], sums.sums["pg_loss"])
-    gradient_hash = adapter_hash({name: full_tensor(p.grad) for name, p in policy.trainable().items()})
-    recorded = {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm, "gradient_hash": gradient_hash}
+def keep_bundle(now: Step, batch: StepInputs, recorded: dict[str, Any], problem: str | None = None) -> Path:
+    """Write the step to OUT/steps. Returns its folder. Collective.
+
+    recorded: of what_to_find_again. problem: why the step was refused.
+    """
     record = StepRecord(
-        step=now.step + 1, config=now.cfg, adapter=policy.adapter_tensors(), recorded=recorded, problem=None
+        step=now.step + 1,
+        config=now.cfg,
+        adapter=now.policy.adapter_tensors(),
+        critic=now.critic.weights() if now.critic else {},
+        recorded=recorded,
+        problem=problem,
     )
-    write_bundle(now.out, record, batch, world)
+    return write_bundle(now.out, record, batch, now.world)
+
+
+def what_to_find_again(now: Step, learner: Learner, sums: TokenSums) -> dict[str, Any]:
+    """What a replay must find again, bit for bit, of the gradient in .grad. sums: this rank's. Collective."""
+    loss, pg_loss = now.world.total(sums.sums["loss"], sums.sums["pg_loss"])
+    gradient_hash = adapter_hash({name: full_tensor(p.grad) for name, p in learner.parameters.items()})
+    return {"loss": loss, "pg_loss": pg_loss, "grad_norm": sums.grad_norm, "gradient_hash": gradient_hash}
 
 
 def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: float) -> None:
@@ -439,11 +449,14 @@ def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: 
     torch._foreach_mul_([local_shard(p.grad) for p in parameters], scale)
 
 
-def optimizer_step(now: Step) -> float:
-    """AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
+def optimizer_step(now: Step, learner: Learner, batch: StepInputs, norm: Tensor) -> float:
+    """Clip the gradient, then AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
+    clip_gradients(list(learner.parameters.values()), norm, now.cfg.grad_clip)
+    if not batch.denominators.n_tokens:  # no response of the batch was scored, so there is nothing to learn
+        return 0.0
     # warm-up counts sampled batches: all updates of a batch (--updates-per-batch) have the same rate
-    lr = now.cfg.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
-    for group in now.optimizer.param_groups:
+    lr = learner.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
+    for group in learner.optimizer.param_groups:
         group["lr"] = lr
-    now.optimizer.step()
+    learner.optimizer.step()
     return lr

@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from data.files import append_rows
 from data.prompts import ChatFormat
 from reward import Reward
 from rollout import Rollout
-from trainer.config import GrpoConfig
+from trainer.config import OnlineConfig
 from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
 from trainer.ranks.world import World
 
@@ -41,6 +42,7 @@ SUMMED = (
 class TokenSums:
     """Sums over the trained tokens of a step: of this rank's micro-batches, and after over_ranks of all ranks."""
 
+    names: ClassVar[tuple[str, ...]] = SUMMED
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     mismatch_max: float = 0.0
     grad_norm: float = 0.0
@@ -81,10 +83,10 @@ class TokenSums:
 
     def over_ranks(self, world: World) -> "TokenSums":
         """Sums and maximum over all ranks. Collective."""
-        # SUMMED fixes the order: the values of all ranks are added by place, not by name
-        totals = world.total(*(self.sums[name] for name in SUMMED))
-        return TokenSums(
-            sums=dict(zip(SUMMED, totals, strict=True)),
+        # `names` fixes the order: the values of all ranks are added by place, not by name
+        totals = world.total(*(self.sums[name] for name in self.names))
+        return type(self)(
+            sums=defaultdict(float, zip(self.names, totals, strict=True)),
             mismatch_max=world.largest(self.mismatch_max),
             grad_norm=self.grad_norm,  # of the summed gradient, so the same on every rank
             lr=self.lr,
@@ -117,7 +119,7 @@ def rollout_rows(
     ]
 
 
-def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: GrpoConfig, adapter_hash: str) -> dict:
+def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: OnlineConfig, adapter_hash: str) -> dict:
     """The line of metrics.jsonl. rows: of rollouts.jsonl, all ranks. sums: over all ranks."""
     totals, tokens = sums.sums, max(sums.sums["tokens"], 1)  # 1: a step in which no response was scored
     lengths = [len(row["response_ids"]) for row in rows]
@@ -182,13 +184,15 @@ def _group_kind(rewards: list[float]) -> str:
     return {1: "all_right", 0: "all_wrong", -1: "all_wrong"}.get(rewards[0], "all_equal")
 
 
-def explain_zeros(metrics: dict, cfg: GrpoConfig) -> list[str]:
+def explain_zeros(metrics: dict, cfg: OnlineConfig) -> list[str]:
     """One note per zero in a line of metrics.jsonl: a healthy zero and a broken one look the same otherwise."""
     if metrics["groups/dropped_responses"] == 1:
         return ["loss 0: no response of the step was scored, so no optimizer step was made"]
     notes = []
     on_policy = cfg.updates_per_batch == 1
-    if metrics["groups/mixed"] == 0:
+    if cfg.algorithm == "PPO":  # a critic compares there, not the group
+        pass
+    elif metrics["groups/mixed"] == 0:
         which = "groups all right or all wrong"
         if metrics.get("groups/all_equal"):
             which = "the rewards of each group are equal"
@@ -237,9 +241,9 @@ class Clock:
 class StepLog:
     """Rank 0's record of a run: the three streams of the run folder, and a progress bar or plain lines."""
 
-    def __init__(self, out: Path, cfg: GrpoConfig, first_step: int) -> None:
+    def __init__(self, out: Path, cfg: OnlineConfig, first_step: int) -> None:
         self.out, self.cfg, self.notes = out, cfg, []
-        self.bar = tqdm(total=cfg.steps, initial=first_step, desc="GRPO", unit="step", disable=None)
+        self.bar = tqdm(total=cfg.steps, initial=first_step, desc=cfg.algorithm, unit="step", disable=None)
         self.board = None
         if cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

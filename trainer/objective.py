@@ -160,13 +160,17 @@ def aggregate(per_token: Tensor, mask: Tensor, mode: str = "seq-mean-token-mean"
     return (weights * torch.where(mask, per_token, torch.zeros_like(per_token))).sum()
 
 
+def clipped_value_error(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """PPO's per-token value loss 0.5 * max((v - R)^2, (clip(v, old +- clip) - R)^2), all [N,T]; the larger, as in verl."""
+    clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, mode: str = "token-mean"
 ) -> Tensor:
-    """PPO's clipped value loss, 0.5 * max((v - R)^2, (clip(v, old +- clip) - R)^2), aggregated. All [N,T] -> scalar."""
-    clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
-    squared = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * aggregate(squared, mask, mode)
+    """clipped_value_error of all tokens, aggregated. All [N,T] -> scalar. For PPO; GRPO has no critic."""
+    return aggregate(clipped_value_error(values, old_values, returns, clip), mask, mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ class LossTerms:
     clip: Tensor
     """[N,T] int8 codes into CLIPS."""
     advantages: Tensor
-    """[N,1] one advantage per response."""
+    """[N,1] one advantage per response; [N,T] in PPO."""
     surrogate: Tensor
     """[N,T] clipped surrogate, to minimise."""
     correction: Tensor
@@ -227,7 +231,7 @@ def grpo_terms(
     correction_cap: float,
     correction_floor: float = 0.0,
 ) -> LossTerms:
-    """All terms of a micro-batch's loss. Every tensor is [N,T], but advantages is [N].
+    """All terms of a micro-batch's loss. Every tensor is [N,T], but advantages is [N] ([N,T] in PPO).
 
     old_logprobs None: this is the batch's only optimizer step, so old = stop_gradient(new) and the ratio is exactly 1.
     ref_logprobs None (beta 0): the KL is reported as 0. weight: from aggregation_weights.
@@ -262,7 +266,7 @@ def grpo_terms(
         sampler_logprobs=sampler,
         ratio=ratio,
         clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip),
-        advantages=advantages[:, None],
+        advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
         surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
         # old / sampler, since ratio already is new / old
         correction=rollout_correction(old, sampler, mask, correction, correction_cap, correction_floor),

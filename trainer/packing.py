@@ -9,7 +9,7 @@ response. [M] values become [N,T] with PackedBatch.unpack.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -187,13 +187,17 @@ class MicroBatch:
     mask: Tensor
     """[N,T] bool, True = trained; all False for a row that is left out of the update, and in a filler."""
     advantages: Tensor
-    """[N]"""
+    """[N]; [N,T] in PPO"""
     sampler_logprobs: Tensor
     """[N,T] of the program that sampled (vLLM), 0 where there is no token."""
     ref_logprobs: Tensor | None = None
     """[N,T] of the reference policy (adapter off); None when beta is 0, and before they are computed."""
     old_logprobs: Tensor | None = None
     """[N,T] of the policy before the batch's first optimizer step; None when that is its only step (old = new)."""
+    old_values: Tensor | None = None
+    """[N,T] of the critic before the batch's first optimizer step (PPO only)."""
+    returns: Tensor | None = None
+    """[N,T] what the critic learns (PPO only)."""
 
     @property
     def is_filler(self) -> bool:
@@ -233,6 +237,8 @@ class ScoredGroup:
     """[G]"""
     trained: Tensor
     """[G] bool"""
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    """{field of MicroBatch: G tensors of a number per response token}; PPO's, whose advantages are among them."""
 
     @property
     def size(self) -> tuple[int, list[int]]:
@@ -266,6 +272,7 @@ def micro_batches(
     groups = [group.rollouts for group in scored]
     # rows are numbered over all groups of this rank, whatever order packing puts them in
     advantages, trained = (torch.cat(x) for x in zip(*((g.advantages, g.trained) for g in scored), strict=True))
+    tokens = {name: [numbers for g in scored for numbers in g.tokens[name]] for name in scored[0].tokens}
     row_of = list(_numbered(groups))
     # one response per group: make_layout then gives it an ordinary causal segment
     if not share_prompts:
@@ -276,7 +283,10 @@ def micro_batches(
         rows = [row_of[g][i] for g, indices in plan for i in indices]  # [N] in packed order
         packing = [(groups[g][0].prompt_ids, [groups[g][i].response_ids for i in indices]) for g, indices in plan]
         sampled = [value for g, indices in plan for i in indices for value in groups[g][i].sampler_logprobs]
-        result.append(make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device))
+        made = make_micro_batch(packing, rows, advantages[rows], trained[rows], sampled, device)
+        # [M] side by side -> [N,T]
+        known = {name: torch.cat([numbers[row] for row in rows]).to(device) for name, numbers in tokens.items()}
+        result.append(replace(made, **{name: made.packed.unpack(numbers) for name, numbers in known.items()}))
     if in_step_with is not None:
         most = int(in_step_with.largest(len(result)))  # a sync point: every rank must come here
         result += [filler(device)] * (most - len(result))

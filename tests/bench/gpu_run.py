@@ -34,6 +34,7 @@ from trainer import grpo
 from trainer.config import GrpoConfig
 from trainer.model.embedded import make_tokenizer
 from trainer.record.runfolder import read_record
+from trainer.start import parts
 from trainer.start.preflight import estimate_memory, launch_of
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/cellpuzzles_sample.jsonl"
@@ -72,7 +73,7 @@ class Watch:
         """Put clocks around what the run calls."""
         VLLMEngine.sleep = self._timed("sleep", VLLMEngine.sleep, lambda engine: engine.may_sleep and not engine.asleep)
         VLLMEngine.wake = self._timed("wake", VLLMEngine.wake, lambda engine: engine.asleep)
-        make_engine, clock = grpo.make_engine, grpo.Clock
+        make_engine, clock = parts.make_engine, grpo.Clock
 
         def timed_engine(*args: Any) -> Any:
             start = time.perf_counter()
@@ -88,7 +89,7 @@ class Watch:
             self.clock = clock(world, step)
             return self.clock
 
-        grpo.make_engine, grpo.Clock = timed_engine, next_step
+        parts.make_engine, grpo.Clock = timed_engine, next_step
 
     def _timed(self, name: str, method: Callable, happens: Callable[[VLLMEngine], bool]) -> Callable:
         def call(engine: VLLMEngine) -> None:

@@ -15,8 +15,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ("tests/trainer/test_objective.py", "tests/trainer/test_parity.py")
+TESTS = ("tests/trainer/test_objective.py", "tests/trainer/test_parity.py", "tests/trainer/ppo/test_terms.py")
 OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
+PPO, CRITIC = "trainer/ppo/ppo.py", "trainer/ppo/critic.py"
 SHARE = "self.surrogate * self.correction + self.beta * self.kl"
 MUTANTS = [
     # (file, original text, text of the mutant)
@@ -73,7 +74,7 @@ MUTANTS = [
     (OBJECTIVE, "weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)", "weights / max(n_rows, 1)"),
     (OBJECTIVE, "(mask.shape[-1] if norm is None else norm)", "mask.shape[-1]"),
     (OBJECTIVE, "int(mask.any(-1).sum()), int(mask.sum())", "len(mask), int(mask.sum())"),
-    (OBJECTIVE, "squared = torch.maximum(", "squared = torch.minimum("),
+    (OBJECTIVE, "return 0.5 * torch.maximum((values", "return 0.5 * torch.minimum((values"),
     (
         OBJECTIVE,
         "torch.maximum(values, old_values - clip), old_values + clip",
@@ -84,7 +85,7 @@ MUTANTS = [
         "torch.maximum(values, old_values - clip), old_values + clip",
         "torch.maximum(values, old_values - clip), old_values - clip",
     ),
-    (OBJECTIVE, "return 0.5 * aggregate", "return aggregate"),
+    (OBJECTIVE, "return 0.5 * torch.maximum((values", "return torch.maximum((values"),
     (OBJECTIVE, SHARE, "self.surrogate * self.correction - self.beta * self.kl"),
     (OBJECTIVE, SHARE, "self.surrogate + self.beta * self.kl"),
     (OBJECTIVE, SHARE, "(self.surrogate + self.beta * self.kl) * self.correction"),
@@ -99,6 +100,26 @@ MUTANTS = [
     (ADVANTAGES, "advantages_NT + values, zero", "advantages_NT - values, zero"),
     (ADVANTAGES, "unbiased=True", "unbiased=False"),
     (ADVANTAGES, "scaled = (x - kept.mean())", "scaled = (x + kept.mean())"),
+    (PPO, 'padded["old_logprobs"] - padded["ref_logprobs"]', 'padded["ref_logprobs"] - padded["old_logprobs"]'),
+    (PPO, "zero) - torch.where(mask, beta * kl, zero)", "zero) + torch.where(mask, beta * kl, zero)"),
+    (PPO, "torch.where(mask, beta * kl, zero)", "beta * kl"),
+    (PPO, "place == mask.sum(1, keepdim=True) - 1", "place == mask.sum(1, keepdim=True)"),
+    (PPO, "torch.where(last, scores[:, None], zero)", "torch.where(mask, scores[:, None], zero)"),
+    (PPO, "lengths[:, None]) & trained[:, None]", "lengths[:, None])"),
+    (PPO, "advantages = whiten(advantages, mask)", "pass"),
+    (PPO, "left = (returns - values)[mask]", "left = (returns + values)[mask]"),
+    (PPO, "gae(rewards, values, mask, cfg.gamma, cfg.lam)", "gae(rewards, values, mask, cfg.lam, cfg.gamma)"),
+    (PPO, "gae(rewards, values, mask, cfg.gamma, cfg.lam)", "gae(rewards, values, mask, cfg.gamma, 1.0)"),
+    (PPO, "range(cfg.epochs)", "range(1)"),
+    (PPO, '"minibatches", step, epoch', '"minibatches", step'),
+    (CRITIC, "kl / self.target - 1", "1 - kl / self.target"),
+    (CRITIC, "-0.2), 0.2)", "-0.2), 0.5)"),
+    (CRITIC, "-0.2), 0.2)", "-0.5), 0.2)"),
+    (CRITIC, "1 + error * responses / self.horizon", "1 + error / self.horizon"),
+    (CRITIC, "return self.weight * self.error", "return self.error"),
+    (CRITIC, "(error > 0.5 *", "(error < 0.5 *"),
+    (CRITIC, "torch.where(mask, x, zero) for x", "x for x"),
+    (CRITIC, 'mask, "token-mean", denominators', 'mask, "seq-mean-token-mean", denominators'),
 ]
 
 

@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 
 from tests.bench.memory import resident
 from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
-from trainer.config import SftConfig
 from trainer.ranks.world import join_world
 from trainer.sft.examples import Example
 from trainer.sft.loop import BETAS
+from trainer.sft.settings import SftConfig
 
 CELLS = (8, 15)
 """Fewest and most cells of a puzzle."""

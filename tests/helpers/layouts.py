@@ -6,6 +6,7 @@ torchrun --nproc-per-node W tests/helpers/layouts.py CHECKPOINT OUT.safetensors
 import itertools
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,11 +14,13 @@ from safetensors.torch import save_file
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from rollout import Rollout
-from trainer.config import GrpoConfig
+from trainer.config import GrpoConfig, OnlineConfig
 from trainer.grpo import loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.packing import count_trained, micro_batches, scored_groups
 from trainer.policy import Policy
+from trainer.ppo.critic import Critic, ValueSums
+from trainer.ppo.settings import PpoConfig
 from trainer.ranks.world import join_world, leave_world
 
 OBJECTIVES = {
@@ -31,7 +34,11 @@ OBJECTIVES = {
         "correction_cap": 3.0,
         "kl_kind": "k3",
     },
+    "ppo": {"kl_in": "loss", "beta": 0.04},  # an advantage per token
+    "value": {},  # PPO's critic, on the policy's base model
 }
+PPO = ("ppo", "value")
+PER_TOKEN = ("advantages", "old_values", "returns")
 LAYOUTS = tuple(itertools.product(("plain", "shared"), (1, 60, 100_000), (False, True)))
 """(packing, token budget of a micro-batch, shuffled): budget 1 is one response per micro-batch."""
 SOME_LAYOUTS = (("plain", 1, False), ("plain", 60, True), ("shared", 60, False), ("shared", 100_000, True))
@@ -66,6 +73,9 @@ def random_step(seed: int) -> list[dict]:
         for i in range(G):
             n = rng.randint(1, 12)
             row = {name: [rng.gauss(-5.0, 0.6) for _ in range(n)] for name in ("sampler", "old", "ref")}
+            # of PPO; a generator of its own leaves the numbers above as they are
+            more = random.Random(f"{seed}/{g}/{i}")
+            row |= {name: [more.gauss(0, 1) for _ in range(n)] for name in ("advantages", "old_values", "returns")}
             ids = [rng.randrange(5, 200) for _ in range(n)]
             rollout = Rollout(
                 puzzle_id=f"{g}",
@@ -82,18 +92,38 @@ def random_step(seed: int) -> list[dict]:
     return groups
 
 
-def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> tuple[torch.Tensor, torch.Tensor]:
+def config_of(name: str) -> OnlineConfig:
+    kind = PpoConfig if name in PPO else GrpoConfig
+    return kind(group_size=G, max_response_tokens=16, **OBJECTIVES[name])
+
+
+def float64_critic(policy: Policy) -> Critic:
+    critic = Critic(policy, config_of("value"))
+    generator = torch.Generator().manual_seed(4)
+    for p in critic.parameters.values():  # the head starts at 0, and then the adapter has no gradient
+        p.data += 0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return critic
+
+
+def loss_and_gradient(
+    policy, critic, world, step, name, packing, budget, shuffled
+) -> tuple[torch.Tensor, torch.Tensor]:
     rng = random.Random(f"{budget}{packing}")
     order = list(range(N_GROUPS))
     if shuffled:
         rng.shuffle(order)
     mine = [step[g] if not shuffled else rng.sample(step[g], G) for g in order][world.rank :: world.size]
-    cfg = GrpoConfig(group_size=G, max_response_tokens=16, **OBJECTIVES[name])
+    cfg = config_of(name)
     rows = [row for group in mine for row in group]
     rollouts = [[row["rollout"] for row in group] for group in mine]
     advantages = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
     trained = torch.tensor([row["trained"] for row in rows])
     scored = scored_groups(rollouts, rows, advantages, trained)
+    if name in PPO:
+        tokens = [
+            {key: [torch.tensor(row[key], dtype=torch.float64) for row in group] for key in PER_TOKEN} for group in mine
+        ]
+        scored = [replace(group, tokens=numbers) for group, numbers in zip(scored, tokens, strict=True)]
     plan = micro_batches(scored, budget, world.device, packing == "shared")
 
     def recorded(name: str) -> list[torch.Tensor]:
@@ -104,13 +134,16 @@ def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> t
         references, olds = [reference_logprobs(policy, micro, cfg) for micro in plan], [None] * len(plan)
     else:
         references, olds = recorded("ref") if cfg.beta else [None] * len(plan), recorded("old")
-    parameters = list(policy.trainable().values())
+    of_critic = name == "value"
+    parameters = list((critic.parameters if of_critic else policy.trainable()).values())
     for p in parameters:
         p.grad = None
-    sums, denominators = TokenSums(), count_trained(plan, world)
+    sums, denominators = (ValueSums if of_critic else TokenSums)(), count_trained(plan, world)
     for micro, reference, old in zip(plan, references, olds, strict=True):
-        terms = loss_terms(policy, replace(micro, ref_logprobs=reference, old_logprobs=old), denominators, cfg)
-        terms.loss.backward()
+        complete = replace(micro, ref_logprobs=reference, old_logprobs=old)
+        with critic.active() if of_critic else nullcontext():
+            terms = critic.terms(micro, denominators) if of_critic else loss_terms(policy, complete, denominators, cfg)
+            terms.loss.backward()
         sums.add(terms, terms.loss)
     world.sum_gradients(parameters)
     return torch.tensor(world.total(sums.sums["loss"]), dtype=torch.float64), torch.cat(
@@ -121,10 +154,11 @@ def loss_and_gradient(policy, world, step, name, packing, budget, shuffled) -> t
 def main(checkpoint: str, out: str) -> None:
     world = join_world()
     policy = float64_policy(checkpoint)
+    critic = float64_critic(policy)
     results = {}
     for name in OBJECTIVES:
         for packing, budget, shuffled in layouts_of(name):
-            loss, gradient = loss_and_gradient(policy, world, random_step(0), name, packing, budget, shuffled)
+            loss, gradient = loss_and_gradient(policy, critic, world, random_step(0), name, packing, budget, shuffled)
             key = f"{name}/{packing}/{budget}/{shuffled}"
             results |= {f"{key}/loss": loss, f"{key}/gradient": gradient}
     if world.is_main:

@@ -11,8 +11,9 @@ from data.errors import UserError
 from data.options import resolved_dtype
 from eval.settings import EvaluateConfig, settings_of
 from launch.selfdistill import SelfDistillConfig, record_settings
-from trainer.config import GrpoConfig, SftConfig
+from trainer.config import GrpoConfig
 from trainer.record.runfolder import check_run, write_json
+from trainer.sft.settings import SftConfig
 
 SFT = {"traces": "t.jsonl", "model": "m", "out": "o"}
 EVALUATE = {"puzzles": ("p.jsonl",), "out": "o"}

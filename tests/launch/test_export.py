@@ -16,11 +16,11 @@ from data.puzzles import read_puzzles, read_rows
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
-from trainer.config import SftConfig
 from trainer.model.loading import load_tokenizer
 from trainer.model.merge import write_checkpoint
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
+from trainer.sft.settings import SftConfig
 
 CPU = torch.device("cpu")
 

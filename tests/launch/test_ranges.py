@@ -10,10 +10,13 @@ from data.errors import UserError
 from data.options import check_numbers
 from eval.settings import EvaluateConfig
 from tests.helpers.commands import run_command
-from trainer.config import GrpoConfig, SftConfig
+from trainer.config import GrpoConfig
+from trainer.ppo.settings import PpoConfig
+from trainer.sft.settings import SftConfig
 
 NEEDED = {
     GrpoConfig: {},
+    PpoConfig: {},
     SftConfig: {"traces": "t.jsonl", "model": "m", "out": "o"},
     EvaluateConfig: {"puzzles": ("p.jsonl",), "out": "o", "model": "m"},
     DistillConfig: {"puzzles": "p.jsonl", "out": "o.jsonl", "teacher": "vllm", "model": "m"},
@@ -34,20 +37,41 @@ TRAINING = [
     ("lr", [0.0, -1e-6], "must be above 0", [1e-9]),
     ("weight_decay", [-0.1], "must be at least 0", [0.0]),
 ]
+ONLINE = [
+    *TRAINING,
+    (
+        "temperature",
+        [0.009, 0.0, -1.0],
+        "must be at least 0.01: vLLM samples at 0.01 what is lower, and the",
+        [0.01],
+    ),
+    ("top_p", [0.0, 1.5, -0.1], "must be above 0 and at most 1", [0.1, 1.0]),
+    ("clip_low", [2.0, -0.1], "must be at least 0 and at most 1: no ratio is below 0", [0.0, 1.0]),
+    ("clip_high", [-0.1], "must be at least 0", [0.0, 5.0]),
+    ("dual_clip", [1.0, 0.5, -3.0], "must be above 1: it bounds what the clip lets through", [1.01, None]),
+    ("beta", [-1.0], "must be at least 0: a negative weight would pay for leaving the reference", [0.0]),
+    ("correction_cap", [0.0, -1.0], "must be above 0", [0.5]),
+    ("correction_floor", [-0.1], "must be at least 0", [0.0, 2.0]),
+    ("correction_floor", [2.5], "above --correction-cap 2.0, so no weight is between them; lower it", []),
+    ("steps", [0], "must be at least 1", [1]),
+    ("prompts_per_step", [0], "must be at least 1", [1]),
+    ("max_prompt_tokens", [0], "must be at least 1", [1]),
+    ("max_response_tokens", [0], "must be at least 1", [1]),
+    ("sampler_ranks", [0], "must be at least 1", [1]),
+    ("tensor_parallel", [0], "must be at least 1", [1]),
+    ("save_every", [0], "must be at least 1", [1]),
+    ("max_staleness", [-1], "must be at least 0", [0]),
+    ("restart_samplers", [-1], "must be at least 0", [0]),
+    ("sync_port", [-1, 65536], "must be at least 0 and at most 65535", [65535]),
+    ("nodes", [-1], "must be at least 0", [0]),
+    ("ranks_per_node", [-1], "must be at least 0", [0]),
+    ("rank_gib", [-0.5], "must be at least 0", [0.0]),
+    ("reward_workers", [-1], "must be at least 0", [0]),
+    ("reward_seconds", [0.0], "must be above 0", [0.1]),
+]
 RANGES = {
     GrpoConfig: [
-        *TRAINING,
-        (
-            "temperature",
-            [0.009, 0.0, -1.0],
-            "must be at least 0.01: vLLM samples at 0.01 what is lower, and the",
-            [0.01],
-        ),
-        ("top_p", [0.0, 1.5, -0.1], "must be above 0 and at most 1", [0.1, 1.0]),
-        ("clip_low", [2.0, -0.1], "must be at least 0 and at most 1: no ratio is below 0", [0.0, 1.0]),
-        ("clip_high", [-0.1], "must be at least 0", [0.0, 5.0]),
-        ("dual_clip", [1.0, 0.5, -3.0], "must be above 1: it bounds what the clip lets through", [1.01, None]),
-        ("beta", [-1.0], "must be at least 0: a negative weight would pay for leaving the reference", [0.0]),
+        *ONLINE,
         (
             "advantage_eps",
             [0.0, -1e-6, 1e-13],
@@ -55,25 +79,20 @@ RANGES = {
             [1e-12],
         ),
         ("group_size", [1, 0], "must be at least 2: a response alone has none to be compared with, and", [2]),
-        ("correction_cap", [0.0, -1.0], "must be above 0", [0.5]),
-        ("correction_floor", [-0.1], "must be at least 0", [0.0, 2.0]),
-        ("correction_floor", [2.5], "above --correction-cap 2.0, so no weight is between them; lower it", []),
-        ("steps", [0], "must be at least 1", [1]),
-        ("prompts_per_step", [0], "must be at least 1", [1]),
         ("updates_per_batch", [0], "must be at least 1", [1]),
-        ("max_prompt_tokens", [0], "must be at least 1", [1]),
-        ("max_response_tokens", [0], "must be at least 1", [1]),
-        ("sampler_ranks", [0], "must be at least 1", [1]),
-        ("tensor_parallel", [0], "must be at least 1", [1]),
-        ("save_every", [0], "must be at least 1", [1]),
-        ("max_staleness", [-1], "must be at least 0", [0]),
-        ("restart_samplers", [-1], "must be at least 0", [0]),
-        ("sync_port", [-1, 65536], "must be at least 0 and at most 65535", [65535]),
-        ("nodes", [-1], "must be at least 0", [0]),
-        ("ranks_per_node", [-1], "must be at least 0", [0]),
-        ("rank_gib", [-0.5], "must be at least 0", [0.0]),
-        ("reward_workers", [-1], "must be at least 0", [0]),
-        ("reward_seconds", [0.0], "must be above 0", [0.1]),
+    ],
+    PpoConfig: [
+        *ONLINE,
+        ("group_size", [0], "must be at least 1", [1]),
+        ("epochs", [0], "must be at least 1", [1]),
+        ("minibatches", [0], "must be at least 1", [1]),
+        ("gamma", [-0.1, 1.1], "must be at least 0 and at most 1", [0.0, 1.0]),
+        ("lam", [-0.1, 1.1], "must be at least 0 and at most 1", [0.0, 1.0]),
+        ("critic_lr", [0.0, -1e-6], "must be above 0", [1e-9]),
+        ("critic_warmup", [-1], "must be at least 0", [0]),
+        ("value_clip", [0.0], "must be above 0", [0.2]),
+        ("kl_target", [0.0], "must be above 0", [0.1]),
+        ("kl_horizon", [0], "must be at least 1", [1]),
     ],
     SftConfig: [
         *TRAINING,

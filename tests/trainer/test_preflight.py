@@ -12,6 +12,7 @@ from trainer.config import GrpoConfig
 from trainer.model.loading import empty_model
 from trainer.packing import pack
 from trainer.policy import Policy
+from trainer.ppo.settings import PpoConfig
 from trainer.start.preflight import (
     GIB,
     Launch,
@@ -166,6 +167,26 @@ def test_the_table_is_right_for_a_run_on_a_gpu():
     values = {row.what: row.value for row in estimate_memory(config, h200)}
     training = float(values["while training"].split()[0]) * GIB
     assert training + sampler.total == pytest.approx(94e9, rel=0.15)
+
+
+def test_the_table_counts_ppos_critic_and_cuts_a_batch_into_minibatches():
+    shape = {"model": str(SHAPE), "dtype": "bfloat16", "prompts_per_step": 8}
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+
+    def memory(**more):
+        return training_memory(PpoConfig(**shape, **more), launch(nodes=1, ranks=1, gib=140), base)
+
+    grpo = training_memory(GrpoConfig(**shape, group_size=2), launch(nodes=1, ranks=1, gib=140), base)
+    ppo = memory(group_size=2)
+    adapter = ppo.kept["adapter"]  # float32: weights, gradients and two moments
+    assert grpo.kept["critic"] == 0 and ppo.kept["critic"] == 4 * adapter > 0
+    assert ppo.peak - grpo.peak == pytest.approx(4 * adapter)
+    assert memory(critic="c").kept["critic"] == ppo.kept["weights"] + 4 * adapter
+    # a pass more changes no micro-batch; more minibatches make them shorter
+    few = {"micro_tokens": 10**6, "max_prompt_tokens": 1000, "max_response_tokens": 500}
+    whole, passes, parts = memory(**few), memory(**few, epochs=4), memory(**few, minibatches=4)
+    assert whole.backward == passes.backward
+    assert whole.backward["activations"] > 3 * parts.backward["activations"]
 
 
 @pytest.mark.parametrize(("recipe", "gib"), [("one_gpu_80gb", 79), ("one_gpu_24gb", 22.5)])

@@ -252,7 +252,7 @@ def test_a_sharded_run_says_only_what_it_looked_for_and_its_replay_finds_the_tok
     inputs = SimpleNamespace(update=1, micro_batches=[], responses=[])
     alone.rank = 0
     with pytest.raises(FloatingPointError) as raised:
-        refuse_what_is_not_finite(now, inputs, None, torch.tensor(math.inf))
+        refuse_what_is_not_finite(now, None, inputs, None, torch.tensor(math.inf))  # None: there is no learner to ask
     said = str(raised.value)
     assert "each token" not in said and "is not finite; under --shard fsdp the replay looks for the token" in said
     # the bundle of such a step: lora_B is 0 before step 1, so a huge alpha changes its gradient and no log-prob

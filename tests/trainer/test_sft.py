@@ -8,10 +8,10 @@ import torch
 
 from data.puzzles import read_puzzles, read_rows
 from tests.helpers.commands import run_command, succeed
-from trainer.config import SftConfig
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces, split_by_puzzle
 from trainer.sft.loop import learning_rate, token_losses
+from trainer.sft.settings import SftConfig
 
 
 def sft(pipeline, out, *more, **kwargs):

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from data.puzzles import read_rows
 from reward.cellpuzzles import parse_response
 from tests.helpers.commands import run_command, start_command, succeed
-from trainer.config import SftConfig
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
 from trainer.sft.examples import encode_traces, split_by_puzzle
 from trainer.sft.heldout import BestEpoch
 from trainer.sft.loop import accumulate, evaluate_loss, train
+from trainer.sft.settings import SftConfig
 
 CPU = torch.device("cpu")
 

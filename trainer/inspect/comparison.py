@@ -28,22 +28,28 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
     lines += [f"note: {sentence}" for sentence in replayed.unlike]
     if bundle.problem:
         lines.append(f"recorded    stopped: {bundle.problem}")
-    if replayed.bad is not None:
-        found = _place(bundle, replayed.bad)
-        lines.append(f"replayed    {found}: {replayed.bad[-1]}")
+    if (bad := replayed.first("bad")) is not None:
+        found = _place(bundle, bad)
+        lines.append(f"replayed    {found}: {bad[-1]}")
         # with " of ": the record says "token 12 of 340", and token 1 must not agree with token 12
         return lines, bundle.problem is not None and bundle.problem.startswith(f"{found} of ")
-    if replayed.bad_gradient is not None:
-        lines.append(f"replayed    {_place(bundle, replayed.bad_gradient)}: {replayed.bad_gradient[-1]}")
+    if (bad_gradient := replayed.first("bad_gradient")) is not None:
+        lines.append(f"replayed    {_place(bundle, bad_gradient)}: {bad_gradient[-1]}")
     if bundle.problem:
-        lines.append(f"replayed    loss {replayed.loss:.9g}, gradient norm {replayed.grad_norm:.9g}")
+        both = [replayed.of_policy, *([replayed.of_critic] if replayed.of_critic else [])]
+        lines += [f"replayed    loss {found.loss:.9g}, gradient norm {found.grad_norm:.9g}" for found in both]
         # every term is finite here, so the run must have stopped at its gradient, and the replay must find it bad too
-        return lines, not math.isfinite(replayed.grad_norm)
-    now = {"loss": replayed.loss, "grad_norm": replayed.grad_norm, "gradient_hash": replayed.gradient_hash}
-    lines += [_beside(name, bundle.recorded[name], value) for name, value in now.items()]
-    for name, difference in (("reference", replayed.reference_difference), ("old", replayed.old_difference)):
+        return lines, not all(math.isfinite(found.grad_norm) for found in both)
+    now = {name: value for name, value in replayed.found().items() if name in bundle.recorded}
+    width = max(map(len, now)) + 1
+    lines += [_beside(f"{name:{width}}", bundle.recorded[name], value) for name, value in now.items()]
+    for name, difference in (
+        ("reference log-probs", replayed.reference_difference),
+        ("old log-probs", replayed.old_difference),
+        ("old values", replayed.value_difference),
+    ):
         if difference is not None:
-            lines.append(f"{name} log-probs computed again: largest difference {difference:.3g}")
+            lines.append(f"{name} computed again: largest difference {difference:.3g}")
     if not replayed.equals(bundle):
         lines.append(
             f"recorded with torch {bundle.versions.get('torch')} on {len(bundle.ranks)} rank(s), now torch "
@@ -64,7 +70,16 @@ def _beside(name: str, before: float | str, now: float | str) -> str:
     # bit for bit, and no tolerance: the same program on the same numbers
     same = "equal" if before == now else f"DIFFERS{'' if isinstance(now, str) else f' by {now - before:.3g}'}"
     shown = (f"{before:.9g}", f"{now:.9g}") if isinstance(now, float) else (before, now)
-    return f"{name:14} recorded {shown[0]:>18}   replayed {shown[1]:>18}   {same}"
+    return f"{name} recorded {shown[0]:>18}   replayed {shown[1]:>18}   {same}"
+
+
+def value_ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
+    """The sums of the critic's ledger in words. rows: of value_ledger. loss: of the float32 step."""
+    exact, clipped = total_contribution(rows), sum(row["clipped"] for row in rows)
+    return [
+        f"value ledger: {sum(row['mask'] for row in rows)} trained tokens, {clipped} of them clipped, shares sum to "
+        f"{exact:.9g} in float64 (the float32 step's own sum is {exact - loss:.2g} off)"
+    ]
 
 
 def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:

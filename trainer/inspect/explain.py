@@ -4,6 +4,7 @@ import statistics
 from typing import Any
 
 from trainer.inspect.ledger import total_contribution
+from trainer.ppo.settings import PpoConfig
 from trainer.record.bundle import Bundle
 
 FORMULAS = {
@@ -25,8 +26,13 @@ WEIGHTS = {
 }
 
 
-def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> str:
-    """The text of launch/replay.py --row. rows: the ledger. row: number of the response in bundle.responses."""
+def explain_response(
+    bundle: Bundle, rows: list[dict[str, Any]], row: int, of_values: list[dict[str, Any]] | None = None
+) -> str:
+    """The text of launch/replay.py --row. rows: the ledger. row: number of the response in bundle.responses.
+
+    of_values: the critic's ledger, of PPO.
+    """
     responses = bundle.responses
     # groups are never split over ranks, and each has group_size rows
     first = row - row % bundle.config.group_size
@@ -44,8 +50,12 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
         return "\n".join(
             [*lines, f"It was not scored ({response.get('message', '')}), so no token of it is trained: share 0."]
         )
-    # advantage and weight are the same for all tokens of a response, so its first trained token has them
-    lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
+    # GRPO's advantage, and the weight, are the same for all tokens of a response, so its first trained token has them
+    if isinstance(cfg, PpoConfig):
+        values = [token for token in of_values or [] if token["row"] == row]
+        lines += [*_value_lines(values, trained, cfg), ""]
+    else:
+        lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
     lines += [
         f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
         f"    trained responses {bundle.denominators.n_rows:g}, trained tokens {bundle.denominators.n_tokens:g}, "
@@ -59,10 +69,38 @@ def explain_response(bundle: Bundle, rows: list[dict[str, Any]], row: int) -> st
     # codes of CLIPS as text: "" is no clip
     clipped = sum(bool(token["clip"]) for token in trained)
     lines.append(
-        f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push the response "
-        f"{'up' if trained[0]['advantage'] > 0 else 'down' if trained[0]['advantage'] < 0 else 'nowhere'}"
+        f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push {_direction(trained)}"
     )
     return "\n".join(lines)
+
+
+def _direction(trained: list[dict]) -> str:
+    """Where the surrogate pushes the tokens of a response."""
+    better, worse = (sum(sign * token["advantage"] > 0 for token in trained) for sign in (1, -1))
+    if better and worse:
+        return f"{better} tokens up and {worse} down"
+    return "the response " + ("up" if better else "down" if worse else "nowhere")
+
+
+def _value_lines(values: list[dict], trained: list[dict], cfg: PpoConfig) -> list[str]:
+    """The response's rewards against the critic's values (trainer/ppo/ppo.py). values: of the critic's ledger."""
+    largest = max(values, key=lambda token: token["contribution"])
+    first, last = values[0], values[-1]
+    a = [token["advantage"] for token in trained]
+    return [
+        f"Return: GAE with gamma {cfg.gamma:g}, lambda {cfg.lam:g} over the rewards of the tokens (the score at the last one"
+        f"{', minus beta x KL at each' if cfg.reward_beta else ''}), plus the value",
+        f"    before the first token {first['return']:.6g}, where the critic expected {first['old_value']:.6g}; before the last "
+        f"{last['return']:.6g}, expected {last['old_value']:.6g}",
+        f"Advantage: return - value, whitened over all tokens of the step: {min(a):+.6g} to {max(a):+.6g}, mean "
+        f"{statistics.fmean(a):+.6g}",
+        "",
+        f"The critic's share: token {largest['position']}, {largest['token']!r}, has the largest:",
+        f"    0.5 max((value - return)^2, (value clipped to {largest['old_value']:.6g} +- {cfg.value_clip:g} - return)^2) = "
+        f"{largest['error']:.6g} at value {largest['value']:.6g}, return {largest['return']:.6g}"
+        f"{'; the clip decided' if largest['clipped'] else ''}",
+        f"    share       weight x error = {largest['weight']:.6g} x {largest['error']:.6g} = {largest['contribution']:.9g}",
+    ]
 
 
 def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -> list[str]:
@@ -111,9 +149,9 @@ def _token_lines(token: dict, cfg) -> list[str]:
         f"max({-ratio * a:.6g}, {-clipped * a:.6g}) -> {token['surrogate']:.6g}; "
         f"{token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
         f"    correction  {cfg.correction}: {token['correction']:.6g}",
-        f"    {kl if cfg.beta else 'KL          beta is 0'}",
+        f"    {kl if cfg.beta else 'KL          beta is 0'}{', already in the rewards' if cfg.beta != cfg.loss_beta else ''}",
         f"    share       weight (surrogate x correction + beta x KL) = {token['weight']:.6g} "
-        f"({token['surrogate']:.6g} x {token['correction']:.6g} + {cfg.beta:g} x {token['kl']:.6g}) = "
+        f"({token['surrogate']:.6g} x {token['correction']:.6g} + {cfg.loss_beta:g} x {token['kl']:.6g}) = "
         f"{token['contribution']:.9g}",
     ]
 

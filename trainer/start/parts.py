@@ -1,26 +1,106 @@
-"""Make the parts of a run from its settings: policy, prompts, optimizer, sampler."""
+"""The parts of a run, made from its settings, and its beginning and end: the same for GRPO and PPO."""
 
 import datetime
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from data.errors import UserError
+from data.prompts import RESPONSE_LAYOUT
 from data.puzzles import Puzzle
+from reward.result import nothing_usable
+from reward.scoring import Scorer
 from rollout import Engine
 from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
-from trainer.config import GrpoConfig, SftConfig
+from trainer.config import OnlineConfig, TrainingConfig
+from trainer.metrics import StepLog
 from trainer.model.merge import sampler_model
+from trainer.packing import ScoredGroup
 from trainer.policy import Policy, Prompt
-from trainer.ranks.world import World
+from trainer.ranks.world import StopRequest, World
+from trainer.record.runfolder import check_run, open_run, restore_training, steps_saved, with_date, write_json
 
 
-def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool = False) -> Policy:
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the functions of an optimizer step share. Nothing here is replaced while it runs."""
+
+    step: int
+    """From 0; files, messages and metrics count from 1."""
+    cfg: OnlineConfig
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    world: World
+    out: Path
+    """The run folder."""
+    critic: Any = None
+    """PPO's (trainer/ppo/critic.py); GRPO has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run on one rank; GRPO and PPO have the same."""
+
+    start: Step
+    """The run's first step."""
+    prompts: list[Prompt]
+    scorer: Scorer
+    engine: Engine
+    pending: dict[str, list]
+    """Rollouts that are sampled but not yet trained on, of the checkpoint that the run goes on from."""
+    log: StepLog | None
+    """None on every rank but the first."""
+    stop: StopRequest
+
+
+def prepare(cfg: OnlineConfig, puzzles: list[Puzzle], world: World, make_critic: Callable = lambda *_: None) -> Run:
+    """Check, load and restore all that a run needs. Collective.
+
+    make_critic(policy, cfg): for PPO. Raises UserError for settings or data that the user must change.
+    """
+    check_run(cfg)  # before a model is loaded
+    cfg = with_date(cfg, world)
+    stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
+    policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
+    critic = make_critic(policy, cfg)
+    prompts = encode_prompts(policy, puzzles, cfg, world)
+    scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
+    out = open_run(cfg, world)  # only now: settings and data are checked
+    optimizer = make_optimizer(cfg, list(policy.trainable().values()))
+    first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
+    engine = make_engine(cfg, policy, world)
+    return Run(
+        start=Step(step=first_step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out, critic=critic),
+        prompts=prompts,
+        scorer=scorer,
+        engine=engine,
+        pending=pending,
+        log=StepLog(out, cfg, first_step) if world.is_main else None,
+        stop=stop,
+    )
+
+
+def finish(run: Run) -> None:
+    """Close the parts of a run, and mark the run folder as finished."""
+    cfg, out = run.start.cfg, run.start.out
+    if run.log is not None:
+        run.log.close()
+        if steps_saved(out) == cfg.steps:  # else SIGTERM ended it early
+            write_json(out / "finished.json", {"steps": cfg.steps})
+    run.scorer.close()
+    run.engine.close()
+
+
+def load_policy(cfg: TrainingConfig, device: torch.device, sharded: bool = False) -> Policy:
     """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
-    grpo = isinstance(cfg, GrpoConfig)
+    online = isinstance(cfg, OnlineConfig)
     policy = Policy(
         str(cfg.model),
         lora_rank=cfg.lora_rank,
@@ -30,15 +110,15 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
         dtype=getattr(torch, cfg.dtype),
         sharded=sharded,
         checkpointing=cfg.checkpointing,
-        frozen=grpo and cfg.beta > 0,  # the KL needs a reference; with an adapter that is the base itself
+        frozen=online and cfg.beta > 0,  # the KL needs a reference; with an adapter that is the base itself
         quantize=cfg.quantize,
         autocast=cfg.autocast,
-        dora=not grpo and cfg.dora,
+        dora=not online and cfg.dora,
         attn=cfg.attn,
         date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
     )
     # the SFT loop packs one response per prompt, so it has nothing to share
-    cannot_share = grpo and cfg.packing == "shared" and policy.cannot_share
+    cannot_share = online and cfg.packing == "shared" and policy.cannot_share
     if cannot_share and (not dist.is_initialized() or dist.get_rank() == 0):
         print(
             f"--packing plain, one row per response: {cfg.model} cannot share prompts, since {cannot_share}", flush=True
@@ -47,7 +127,7 @@ def load_policy(cfg: GrpoConfig | SftConfig, device: torch.device, sharded: bool
 
 
 def make_optimizer(
-    cfg: GrpoConfig | SftConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
+    cfg: TrainingConfig, parameters: list[torch.nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), with its moments in the parameters' dtype or in 8 bits (arXiv:2110.02861)."""
     settings = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": betas}  # lr is set again before every step
@@ -58,7 +138,7 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, **settings)
 
 
-def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
+def make_engine(cfg: OnlineConfig, policy: Policy, world: World) -> Engine:
     """The sampler of this rank: in its own process, or the trainers' side of samplers in other processes."""
     if cfg.placement == "split":
         return make_split_engine(cfg, policy, world)
@@ -73,7 +153,7 @@ def make_engine(cfg: GrpoConfig, policy: Policy, world: World) -> Engine:
     return make_vllm_engine(cfg, policy.lora, rank=world.rank, size=world.size, may_sleep=True)
 
 
-def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, size: int = 1, **place: int | bool) -> Engine:
+def make_vllm_engine(cfg: OnlineConfig, lora: dict | None, size: int = 1, **place: int | bool) -> Engine:
     """vLLM in this process, with the run's base model. lora, size and place: keyword arguments of VLLMEngine."""
     from rollout.vllm_engine import VLLMEngine  # takes seconds to import, and the torch engine does not need it
 
@@ -93,7 +173,7 @@ def make_vllm_engine(cfg: GrpoConfig, lora: dict | None, size: int = 1, **place:
     )
 
 
-def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEngine:
+def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitEngine:
     """Rank 0 opens the store where trainers and samplers meet; every rank learns its address and connects to it."""
     assert world.store is not None
     store = None
@@ -121,7 +201,7 @@ def make_split_engine(cfg: GrpoConfig, policy: Policy, world: World) -> SplitEng
     )
 
 
-def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: GrpoConfig, world: World) -> list[Prompt]:
+def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, world: World) -> list[Prompt]:
     """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
     policy.chat.refuse_unwritable(label for puzzle in puzzles for label in (*puzzle.answer, *puzzle.candidates))
     prompts = [Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
@@ -150,3 +230,31 @@ def print_notes(policy: Policy) -> None:
     """Say what is unusual about how the model is asked."""
     for note in policy.chat.notes:
         print(f"note: {note}", flush=True)
+
+
+def refuse_a_useless_start(
+    cfg: OnlineConfig, policy: Policy, world: World, out: Path, sampled: list[ScoredGroup]
+) -> None:
+    """Raises UserError, with the reasons, when no response of the first step, on any rank, can be learned from. Collective.
+
+    A reward of the user's own may know no layout: that no response has the puzzle's is then said, and the run goes on.
+    """
+    rows = [row for group in sampled for row in group.rows]  # every rank has all rows
+    problem, chat = nothing_usable(rows), policy.chat
+    prompt = policy.tokenizer.decode(sampled[0].rollouts[0].prompt_ids[-16:])
+    asked = f"The prompt ends in {prompt[-40:]!r}" + "".join(f", and {note}" for note in chat.notes)
+    world.largest(0.0)  # rank 0 has written them before any rank ends the run
+    if problem:
+        scored = any(row["reward"] is not None for row in rows)
+        hint = "Is the cold start missing (launch/sft.py), or is --max-response-tokens too small?"
+        raise UserError(
+            f"step 1: {problem}; all are in {out / 'rollouts.jsonl'}. {asked}. "
+            f"{hint if scored else f'Does --reward {cfg.reward} score such responses?'} To go on all the same: "
+            "--resume --insist"
+        )
+    if world.is_main and not any(RESPONSE_LAYOUT.fullmatch(row["completion"]) for row in rows):
+        print(
+            f"note: none of the {len(rows)} responses of step 1 has the layout <think>...</think> <answer>...</answer> that "
+            f"the prompt asks for and launch/evaluate.py reads, although --reward {cfg.reward} scored them. {asked}",
+            flush=True,
+        )

@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
-from trainer.config import GrpoConfig
+from trainer.config import OnlineConfig
 from trainer.model.cost import head_size
 from trainer.ranks.world import gpu_problem
 
@@ -58,7 +58,7 @@ class Row:
     """One sentence with the remedy; "" if there is none."""
 
 
-def launch_of(cfg: GrpoConfig) -> Launch:
+def launch_of(cfg: OnlineConfig) -> Launch:
     """The launch, from torchrun's variables; or the machine of --nodes, --ranks-per-node and --rank-gib.
 
     Raises UserError where this machine has a GPU that torch cannot use.
@@ -127,7 +127,7 @@ def context_of(model: dict[str, Any]) -> int | None:
     return int(positions * factor)
 
 
-def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     """Check world, placement, lengths and LoRA rank against each other. Reads config.json only."""
     model = model_config(str(cfg.model))
     split = cfg.placement == "split"
@@ -137,7 +137,8 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     told = model.get("max_position_embeddings") or longest
     heads = model.get("num_attention_heads", tp)
     kv_heads = model.get("num_key_value_heads", heads)
-    share = max(trainers, 1) * cfg.updates_per_batch
+    parts, by = batch_parts(cfg)
+    share = max(trainers, 1) * parts
     samplers = (cfg.sampler_ranks if split else launch.ranks) // tp
     who = f"{max(trainers, 0)} train, {samplers} samplers of {tp}" + ("" if split else " (the same ranks)")
     return [
@@ -173,7 +174,7 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
                 # so that every rank scores as many groups, and gets at least one in every update
                 cfg.prompts_per_step % share == 0,
                 f"--prompts-per-step {cfg.prompts_per_step}: must be a multiple of ranks that train "
-                f"x --updates-per-batch ({trainers} x {cfg.updates_per_batch})",
+                f"x --{by} ({trainers} x {parts})",
             ),
         ),
         _row(
@@ -196,6 +197,11 @@ def check_launch(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     ]
 
 
+def batch_parts(cfg: OnlineConfig) -> tuple[int, str]:
+    """(Parts into which a sampled batch is cut, one for each optimizer step; the option that says so)."""
+    return (cfg.minibatches, "minibatches") if cfg.algorithm == "PPO" else (cfg.updates_per_batch, "updates-per-batch")
+
+
 def _is_yarn(model: dict[str, Any]) -> bool:
     return '"yarn"' in json.dumps([model.get("rope_parameters"), model.get("rope_scaling")])
 
@@ -216,7 +222,7 @@ def rank_problem(lora_rank: int, model: dict[str, Any]) -> str:
     )
 
 
-def _adapter_row(cfg: GrpoConfig, launch: Launch, model: dict[str, Any]) -> Row:
+def _adapter_row(cfg: OnlineConfig, launch: Launch, model: dict[str, Any]) -> Row:
     if not cfg.lora_rank:
         return Row(what="LoRA", value="none: every weight is trained and sent to the sampler")
     value = f"rank {cfg.lora_rank}"
@@ -279,7 +285,7 @@ class TrainingMemory:
         return sum(self.kept.values()) + max(backward, self.optimizer)
 
 
-def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
+def estimate_memory(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit.
 
     On a GPU a rank takes more than what torch has allocated: CONTEXT, ASLEEP, and the gaps between blocks (GAPS).
@@ -335,7 +341,7 @@ def estimate_memory(cfg: GrpoConfig, launch: Launch) -> list[Row]:
     return rows
 
 
-def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> TrainingMemory:
+def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> TrainingMemory:
     """The memory of a rank while it trains. base: the model without its weights."""
     from trainer.logprobs import CHUNK_LOGITS
 
@@ -350,7 +356,7 @@ def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> T
     trained = trained_bytes(cfg, base)
     eight_bits = cfg.optimizer == "adamw8bit"
     moment = 1 / trained_itemsize(cfg) if eight_bits else 1  # 8 bits: one byte per moment
-    of_step = cfg.prompts_per_step / (trainers * cfg.updates_per_batch)
+    of_step = cfg.prompts_per_step / (trainers * batch_parts(cfg)[0])
     of_step *= cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
     tokens = max(min(cfg.micro_tokens, of_step), cfg.max_prompt_tokens + cfg.max_response_tokens)
     return TrainingMemory(
@@ -359,6 +365,7 @@ def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> T
             "adapter": trained / shards if cfg.lora_rank else 0.0,  # else it is part of the weights
             "gradients": trained / shards,
             "AdamW moments": 2 * trained * moment / shards,
+            "critic": critic_bytes(cfg, weights, trained, moment),
             "copy to hand over": float(trained),  # rollout/sync.py, Parcel: made once and filled again
         },
         gathered=float(trained) if shards > 1 else 0.0,
@@ -375,7 +382,7 @@ def training_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> T
     )
 
 
-def sampler_memory(cfg: GrpoConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
+def sampler_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
 
     size, shape, on_gpu = getattr(torch, cfg.dtype).itemsize, base.config, launch.device == "cuda"
@@ -401,18 +408,29 @@ def linear_layers(base: torch.nn.Module) -> list[torch.nn.Linear]:
     return [m for layer in base.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def trained_itemsize(cfg: GrpoConfig) -> int:
+def trained_itemsize(cfg: OnlineConfig) -> int:
     """Bytes of one trained weight: LoRA weights are float32 whatever the base is."""
     return 4 if cfg.lora_rank else getattr(torch, cfg.dtype).itemsize
 
 
-def trained_bytes(cfg: GrpoConfig, base: torch.nn.Module) -> int:
+def trained_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> int:
     """Bytes of all trained weights, unsharded: the adapter, or every weight."""
     n_adapter = sum(cfg.lora_rank * (m.in_features + m.out_features) for m in linear_layers(base))
     return (n_adapter if cfg.lora_rank else n_weights(base)) * trained_itemsize(cfg)
 
 
-def activation_bytes(cfg: GrpoConfig, shape: Any, tokens: float) -> float:
+def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: float) -> float:
+    """Bytes of PPO's critic: what it trains, its gradients and moments, and its base where it shares none.
+
+    weights, trained, moment: the policy's; a critic is taken to have its shape. Its activations are gone before the policy's.
+    """
+    if cfg.algorithm != "PPO":
+        return 0.0
+    own_base = cfg.critic or not cfg.lora_rank
+    return (weights if own_base else 0.0) + trained * ((1 if cfg.lora_rank else 0) + 1 + 2 * moment)
+
+
+def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
     """Bytes that a packed row of `tokens` tokens takes when its backward pass begins. shape: the model's configuration."""
     h, size = shape.hidden_size, getattr(torch, cfg.dtype).itemsize
     # with --checkpointing the input of every layer, and all of the one layer that is computed again
@@ -422,7 +440,7 @@ def activation_bytes(cfg: GrpoConfig, shape: Any, tokens: float) -> float:
     return tokens * (kept + 3 * size * shape.intermediate_size + 5 * size * h)
 
 
-def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
+def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
 
     h, i = shape.hidden_size, shape.intermediate_size
@@ -435,7 +453,7 @@ def layer_bytes_per_token(cfg: GrpoConfig, shape: Any, size: int) -> float:
     return norms + attention + mlp + lora + weights_of_norms
 
 
-def autocast_bytes(cfg: GrpoConfig, trained: float) -> float:
+def autocast_bytes(cfg: OnlineConfig, trained: float) -> float:
     """Bytes of the adapter rounded to bfloat16, which autocast keeps for backward; with checkpointing for a layer only."""
     rounded = cfg.lora_rank and cfg.compute_dtype == "bfloat16" and not cfg.checkpointing
     return trained / 2 if rounded else 0.0

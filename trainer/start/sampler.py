@@ -26,7 +26,7 @@ from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
-from trainer.config import GrpoConfig
+from trainer.config import OnlineConfig
 from trainer.ranks.world import World, own_device
 from trainer.start.parts import load_policy, make_vllm_engine
 
@@ -34,7 +34,7 @@ STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
 
 
-def keep_sampler(cfg: GrpoConfig, world: World) -> None:
+def keep_sampler(cfg: OnlineConfig, world: World) -> None:
     """The whole work of a rank that samples. Raises RunError if its sampler died and may not be restarted."""
     assert world.store is not None and world.sampler is not None
     # SIGTERM goes to every rank, but the trainers still need samples to finish their step; they send "stop" afterwards
@@ -78,10 +78,11 @@ def _await(store: dist.Store, key: str) -> bytes:
     return store.get(key)
 
 
-def _start(cfg: GrpoConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
+def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
     spec = {
         "keeper": os.getpid(),
-        "config": dataclasses.asdict(cfg),
+        # what GRPO and PPO share is all that a sampler needs
+        "config": {field.name: getattr(cfg, field.name) for field in dataclasses.fields(OnlineConfig)},
         "address": vars(address),
         "process": vars(me),
         "local_size": int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -123,7 +124,7 @@ def main() -> None:
     spec = json.loads(sys.stdin.readline())
     end_with_parent(spec["keeper"])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    cfg, address = GrpoConfig(**spec["config"]), Address(**spec["address"])
+    cfg, address = OnlineConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
     report_status("load", 0)
     me = SamplerProcess(**spec["process"])
@@ -180,7 +181,7 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
     return {}
 
 
-def make_engine(cfg: GrpoConfig, me: SamplerProcess, device: torch.device) -> LocalEngine:
+def make_engine(cfg: OnlineConfig, me: SamplerProcess, device: torch.device) -> LocalEngine:
     """The engine of this process, with its own copy of the model."""
     if cfg.engine == "torch":
         from rollout.torch_engine import TorchEngine
