@@ -4,13 +4,14 @@ import csv
 import json
 import math
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from tests.helpers.commands import SMALL_GRPO, run_command, start_command, succeed
@@ -193,3 +194,29 @@ def test_a_critic_with_another_vocabulary_is_refused(pipeline, options, tmp_path
         done = run_command("ppo", *options, "--out", out, "--steps", 1, "--critic", critic)
         assert done.returncode == 2 and says in done.stderr and f"--critic {critic}" in done.stderr, done.stderr[-2000:]
         assert not out.exists()
+
+
+@pytest.mark.slow(6)
+def test_a_run_is_recorded_and_guarded_as_grpos(pipeline, options, tmp_path):
+    """Status, notice, dtype, a damaged checkpoint, and other weights of a critic of its own."""
+    out, critic, told = tmp_path / "run", tmp_path / "critic", tmp_path / "told"
+    shutil.copytree(pipeline / "base", critic)
+    start = (*options, "--critic", critic, "--out", out, "--eager", "--save-every", 1)
+    succeed("ppo", *start, "--steps", 3, "--notify", f'echo "$RUN_STATE $RUN_STEP/$RUN_STEPS" > {told}')
+    status, record = (json.loads((out / name).read_text()) for name in ("status.json", "config.json"))
+    assert (status["state"], status["step"]) == ("finished", 3) and told.read_text() == "finished 3/3\n"
+    assert record["settings"]["dtype"] == "float32" and record["settings"]["eager"]
+    assert record["critic"] == record["model"] and "model.safetensors" in record["critic"]
+    # the critic lies in the checkpoint's moments: a flipped bit there sets the checkpoint aside
+    before, moments = metrics(out), out / "checkpoints/step-000003/training/optimizer.safetensors"
+    content = bytearray(moments.read_bytes())
+    content[-1] ^= 1
+    moments.write_bytes(content)
+    done = run_command("ppo", *start, "--steps", 3, "--resume")
+    assert done.returncode == 0 and "--resume goes on from step-000002" in done.stderr, done.stderr[-2000:]
+    assert metrics(out) == before
+    weights = load_file(critic / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.001
+    save_file(weights, critic / "model.safetensors", {"format": "pt"})
+    done = run_command("ppo", *start, "--steps", 4, "--resume")
+    assert done.returncode == 2 and f"--resume: {critic / 'model.safetensors'} is another file" in done.stderr
