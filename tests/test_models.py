@@ -606,11 +606,13 @@ def refused_by_all(pipeline: Path, tmp_path: Path, folder: Path | str, says: str
     assert not (tmp_path / "g").exists() and not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow(2)
 def test_a_missing_tensor_stops_every_command(pipeline, tmp_path):
     folder = with_tensors(variant(pipeline, tmp_path / "m"), without(UP))
     refused_by_all(pipeline, tmp_path, folder, f"the weight files lack the tensor {UP}")
 
 
+@pytest.mark.slow(2)
 def test_a_weight_that_is_not_finite_stops_every_command(pipeline, tmp_path):
     folder = with_tensors(variant(pipeline, tmp_path / "m"), spoiled)
     refused_by_all(pipeline, tmp_path, folder, f"the weight {UP} holds a value that is no finite number")

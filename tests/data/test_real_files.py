@@ -328,6 +328,7 @@ def test_cellxgene_schema_7(tmp_path):
 # --- genes
 
 
+@pytest.mark.slow(2)
 def test_only_rows_of_gene_expression_are_genes(tmp_path, plain):
     tags = np.full((N_CELLS, 3), 900.0)
     counts = np.hstack([atlas().X.toarray(), tags])

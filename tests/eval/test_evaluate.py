@@ -440,6 +440,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.slow(2)
 def test_two_evaluations_do_not_answer_into_one_folder(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tmp_path / "out"],

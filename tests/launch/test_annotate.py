@@ -53,6 +53,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow(2)
 def test_a_file_comes_back_labelled_with_a_table_and_a_page(mine, server):
     before = digest(mine)
     done = call(mine, server.url, "--truth-key", "truth")

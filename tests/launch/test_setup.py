@@ -110,6 +110,7 @@ def test_nvidia_smi_without_a_gpu(setup, said):
     )
 
 
+@pytest.mark.slow(2)
 def test_the_questions_are_python():
     text = (ROOT / "launch/setup.sh").read_text()
     questions = re.findall(r"^(?:KEEP|TOOK)='(.*?)'$", text, re.DOTALL | re.MULTILINE)

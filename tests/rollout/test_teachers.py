@@ -600,6 +600,7 @@ def test_the_key_is_known_however_it_is_escaped(serve, escape):
     assert spellings_of(key).sub("[key]", other) == other
 
 
+@pytest.mark.slow(2)
 def test_what_an_endpoint_writes_keeps_the_pattern_of_the_key_from_looping():
     """Without bounds on what is repeated each of these would take hours."""
     pattern = spellings_of("\\\\&%00sk-" + KEY)

@@ -77,6 +77,7 @@ def test_one_and_two_processes_give_the_same_numbers(pipeline, tmp_path, length_
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow(2)
 def test_several_updates_per_batch_move_the_ratio(pipeline, tmp_path, length_reward):
     out = tmp_path / "run"
     grpo(
@@ -116,6 +117,7 @@ def test_kill_and_resume_give_the_same_metrics_bit_for_bit(pipeline, tmp_path, l
     assert (tmp_path / "cut/rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()
 
 
+@pytest.mark.slow(2)
 def test_sigterm_finishes_the_step_saves_and_exits_0(pipeline, tmp_path, length_reward):
     words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"]
     process = start_command("grpo", *words, *SMALL, "--steps", 4000, "--engine", "torch")
@@ -170,6 +172,7 @@ def test_a_run_that_made_no_step_can_be_started_again(pipeline, tmp_path, length
     assert done.returncode == 2 and "config.json: damaged, not JSON" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow(2)
 def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward):
     out = tmp_path / "run"
     grpo(pipeline, out, "--steps", 1, "--engine", "torch", "--reward", length_reward)

@@ -146,6 +146,7 @@ def test_the_ledger_sums_to_the_loss_and_agrees_with_the_rollouts(on_policy, tmp
             assert float(row["kl"]) == pytest.approx(math.exp(d) - d - 1, abs=1e-12)
 
 
+@pytest.mark.slow(2)
 def test_one_response_explained_and_the_page(on_policy, tmp_path):
     bundle = on_policy / "steps/step-000002"
     page = tmp_path / "step.html"
@@ -242,6 +243,7 @@ def test_a_nan_stops_the_run_names_the_token_and_leaves_a_bundle(pipeline, tmp_p
     assert f"puzzle {said[2]}, response {said[3]}, token {said[4]}: {said[5]} is not finite" in text
 
 
+@pytest.mark.slow(2)
 def test_a_sharded_run_says_only_what_it_looked_for_and_its_replay_finds_the_token(on_policy, tmp_path, monkeypatch):
     """A gradient that overflows while every term is finite: no rank of a sharded run can look for the token alone."""
     config = GrpoConfig(group_size=3)

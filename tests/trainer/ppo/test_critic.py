@@ -1,5 +1,6 @@
 """The critic on the policy's base model: its values, what it shares with the policy, and what it leaves alone."""
 
+import pytest
 import torch
 
 from rollout import Rollout
@@ -58,6 +59,7 @@ def learn(critic: Critic, steps: int) -> None:
         critic.optimizer.step()
 
 
+@pytest.mark.slow(2)
 def test_the_critic_learns_and_leaves_the_policy_as_it_is(pipeline):
     policy = policy_of(pipeline)
     for p in policy.trainable().values():  # an adapter that does something

@@ -174,6 +174,7 @@ def test_settings_that_cannot_work_are_refused():
             PpoConfig(**settings)
 
 
+@pytest.mark.slow(2)
 def test_a_critic_with_another_vocabulary_is_refused(pipeline, options, tmp_path):
     succeed(
         "create_policy",
