@@ -40,13 +40,15 @@ def open_model(folder: str | Path, base: str | None = None) -> Model:
     For eval.annotate.annotate(adata, model=open_model("runs/demo/sft/model"), ...). base: the checkpoint under an adapter.
     Raises UserError when the folder holds no model that can be served.
     """
-    from data.files import sha256, weight_files
+    from data.files import weight_files, weights_hash
     from rollout.sync import adapter_hash
     from trainer.model.opening import files_fingerprint, open_checkpoint
     from trainer.record.runfolder import provenance
 
     opened = open_checkpoint(str(folder), base)
-    weights = [sha256(path) for path in weight_files(opened.base)]
+    made = provenance()
+    # the hash that a training run records of its model: the two can be compared, and 15 GB are not read for it
+    weights = [weights_hash(path) for path in weight_files(opened.base)]
     hashes = {"model": weights[0] if len(weights) == 1 else " ".join(name[:16] for name in weights)}
     hashes |= {"adapter": adapter_hash(opened.adapter)} if opened.adapter else {}
     return Model(
@@ -54,7 +56,7 @@ def open_model(folder: str | Path, base: str | None = None) -> Model:
         load=load_model,
         known=read_known_labels(folder),
         hashes=hashes,
-        versions=provenance()["versions"] | {"commit": provenance()["git_commit"]},
+        versions=made["versions"] | {"commit": made["git_commit"]},
         files=files_fingerprint(folder, base),
     )
 
@@ -69,21 +71,19 @@ def open_endpoint(name: str) -> Model:
 # ---- the last stage of the two stories (launch/demo.py)
 
 
-def annotate_stage(
-    file: Path, labelled: Path, model: Path, response_tokens: int, *words: str, **flags: object
-) -> dict[str, float]:
-    """Run this command as a stage, unless it has run: the clusters of `file` to `labelled`. Returns {stage: seconds}.
+def annotate_stage(file: Path, labelled: Path, model: Path, response_tokens: int, *words: str, **flags: object) -> None:
+    """Run this command as a stage, unless it has run: the clusters of `file` to `labelled`.
 
     words and flags: more options, such as cluster_key="louvain".
     """
     # a stage that was stopped has left answers
     words += ("--resume",) if labelled.with_suffix(".answers").is_dir() else ()
     flags = {"out": labelled, "model": model, "max_response_tokens": response_tokens, **flags}
-    return run_stage("annotate", labelled.with_suffix(".csv"), "annotate", file, *words, **flags)
+    run_stage("annotate", labelled.with_suffix(".csv"), "annotate", file, *words, **flags)
 
 
-def annotate_held_out(out: Path, model: Path, response_tokens: int, seed: int) -> tuple[dict[str, float], str]:
-    """({stage: seconds}, how many clusters are right) of a held-out donor of a demo run, whose labels are taken away.
+def annotate_held_out(out: Path, model: Path, response_tokens: int, seed: int) -> str:
+    """A sentence: how many clusters are right of a held-out donor of a demo run, whose labels are taken away.
 
     Each of the donor's types is split into two clusters. out: the folder of the run. model: the checkpoint. Leaves
     OUT/annotate/: donor.h5ad, donor.types.json, labelled.h5ad, labelled.csv, labelled.html.
@@ -92,12 +92,9 @@ def annotate_held_out(out: Path, model: Path, response_tokens: int, seed: int) -
     report = out / "puzzles/report.json"
     if not blind.with_suffix(".types.json").is_file():
         write_held_out(out / "atlas.h5ad", report, blind, seed)
-    seconds = annotate_stage(blind, labelled, model, response_tokens, cluster_key=CLUSTER, seed=seed)
+    annotate_stage(blind, labelled, model, response_tokens, cluster_key=CLUSTER, seed=seed)
     right, n = count_right(labelled.with_suffix(".csv"), blind.with_suffix(".types.json"))
-    return (
-        seconds,
-        f"annotation of a held-out donor: {right} of {n} clusters right; see {labelled.with_suffix('.html')}",
-    )
+    return f"annotation of a held-out donor: {right} of {n} clusters right; see {labelled.with_suffix('.html')}"
 
 
 if __name__ == "__main__":

@@ -106,20 +106,9 @@ def main(config: DemoConfig) -> None:
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
-    annotated = annotate(
-        config, trained
-    )  # last: a model that cannot annotate has its numbers and its page all the same
-    print(
-        "\n".join(
-            [
-                "",
-                summary_text(out),
-                *filter(None, [fault_sentences(out), annotated]),
-                "",
-                f"report: {out / 'report.html'}",
-            ]
-        )
-    )
+    # last: a model that cannot annotate has its numbers and its page all the same
+    said = [summary_text(out), *filter(None, [fault_sentences(out), annotate(config, trained)])]
+    print("\n".join(["", *said, "", f"report: {out / 'report.html'}"]))
 
 
 def prepare(config: DemoConfig) -> dict[str, float]:
@@ -189,7 +178,7 @@ def annotate(config: DemoConfig, model: Path) -> str:
         return f"annotation of the clusters of {file}: see {labelled.with_suffix('.html')}"
     if config.h5ad:
         return ""
-    return annotate_held_out(out, model, response_tokens(config), config.seed)[1]
+    return annotate_held_out(out, model, response_tokens(config), config.seed)
 
 
 def refuse_missing_files(config: DemoConfig) -> None:
