@@ -42,8 +42,10 @@ $(SMOLLM2)/config.json: | setup
 smollm2: setup $(PBMC) $(SMOLLM2)/config.json
 	@$(RUN) launch/demo.py --recipe launch/recipes/smollm2.yaml
 
-# two files at a time, in the order of conftest.py; commands share the two cores, so each of them gets one thread
-TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# two files at a time, in the order of conftest.py; commands share the two cores, so each of them gets one thread; a
+# pytest process that dies ends the run and is named, where xdist would wait for ever
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --max-worker-restart 0 --dist loadfile \
+	--no-loadscope-reorder
 
 test: setup
 	@echo "[make] test"

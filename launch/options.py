@@ -31,6 +31,11 @@ OTHER = "Other options"
 __all__ = ["argument", "command", "option", "read_recipe", "resolve"]
 
 
+def end_now(exit_code: int) -> None:
+    """End the process at once: other processes are gone or stuck, so groups and engines cannot be taken down in order."""
+    os._exit(exit_code)
+
+
 def command(
     config_class: type, default_recipe: Callable[[dict[str, Any]], Path | None] = lambda given: None
 ) -> Callable[[Callable[[Any], None]], click.Command]:
@@ -92,8 +97,7 @@ class Command(click.Command):
         except RunError as error:
             click.ClickException(str(error)).show()
             sys.stdout.flush()
-            # other processes are gone or stuck, so groups and engines cannot be taken down in order any more
-            os._exit(1)
+            end_now(1)
         except OSError as error:
             if not (sentence := full_disk(error)):
                 raise

@@ -1,10 +1,12 @@
 """Shared fixtures: a tiny real pipeline (puzzles, traces, checkpoint) made once per session, and a command runner."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from launch import options
 from tests.helpers.commands import succeed
 from tests.helpers.forked import VLLM_LIBRARIES, server
 
@@ -21,6 +23,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """The fork server imports vLLM only where a selected test needs it."""
     if any(item.get_closest_marker("vllm") for item in session.items):
         server.libraries = VLLM_LIBRARIES
+
+
+@pytest.fixture(scope="session", autouse=True)
+def a_failed_run_ends_its_command_and_not_pytest() -> None:
+    """A command that a test runs in this process would take it along, and with it the reason."""
+    options.end_now = sys.exit
 
 
 @pytest.fixture(scope="session")

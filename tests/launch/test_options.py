@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from data.errors import RunError
 from launch.options import OTHER, argument, command, flag, option
 from tests.helpers.commands import ROOT
 
@@ -81,3 +82,19 @@ def test_without_sections_the_heading_is_the_usual_one():
         """Do it."""
 
     assert sections(help_of(main)) == {"Options": ["--recipe", flag("out_folder"), "--help"]}
+
+
+def test_a_run_that_failed_says_why_in_this_process_too():
+    """Commands end at once after a RunError; in a test the process is pytest, so conftest.py has it raise SystemExit."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        steps: int = option(1, "Steps.")
+
+    @command(Config)
+    def main(config) -> None:
+        """Do it."""
+        raise RunError("rank 1 died")
+
+    done = CliRunner().invoke(main, [])
+    assert done.exit_code == 1 and done.output == "Error: rank 1 died\n"
