@@ -204,8 +204,9 @@ def training_ranks() -> int:
 
 def evaluate(config: DemoConfig, stage: str, model: Path, **more: object) -> dict[str, float]:
     """Evaluate a model on all held-out splits; see `evaluate_files`."""
-    files = held_out_files(Path(config.out))
-    return evaluate_files(config, stage, files, model=model, max_response_tokens=response_tokens(config), **more)
+    files, more["max_response_tokens"] = held_out_files(Path(config.out)), response_tokens(config)
+    folder = Path(config.out) / "eval" / stage
+    return evaluate_files(folder, f"evaluate {stage}", files, config.eval_puzzles, model=model, **more)
 
 
 def evaluate_baselines(config: DemoConfig) -> dict[str, float]:
@@ -216,19 +217,23 @@ def evaluate_baselines(config: DemoConfig) -> dict[str, float]:
             files = [file for file in held_out_files(out) if (Path(file).stem == "cells") == (train == "cells")]
             if files:
                 learns = {"baseline": name, "train": out / train / "train.parquet"}
-                seconds |= evaluate_files(config, f"baseline-{name}", files, **learns)
+                stage = f"baseline-{name}"
+                seconds |= evaluate_files(
+                    out / "eval" / stage, f"evaluate {stage}", files, config.eval_puzzles, **learns
+                )
     return seconds
 
 
-def evaluate_files(config: DemoConfig, stage: str, files: list[str], **settings: object) -> dict[str, float]:
-    """Evaluate a model, or a baseline, on puzzle files, into OUT/eval/STAGE/SPLIT. Returns its seconds, if it ran."""
-    folder = Path(config.out) / "eval" / stage
+def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **settings: object) -> dict[str, float]:
+    """Evaluate a model, or a baseline, on the first `limit` puzzles of each file, into FOLDER/SPLIT.
+
+    Returns {stage: seconds}, if it ran.
+    """
     words = [word for file in files for word in ("--puzzles", file)]
-    settings["limit"] = config.eval_puzzles
     # launch/evaluate.py makes a folder per file only when there are several files
-    settings["out"] = folder if len(files) > 1 else folder / Path(files[0]).stem
+    out = folder if len(files) > 1 else folder / Path(files[0]).stem
     last = folder / Path(files[-1]).stem / "metrics.json"
-    return run_stage(f"evaluate {stage}", last, "evaluate", *words, **settings)
+    return run_stage(stage, last, "evaluate", *words, limit=limit, out=out, **settings)
 
 
 def response_tokens(config: DemoConfig) -> int:
