@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eval.ablation.settings import AblateConfig
 from launch.demo import DemoConfig
 from launch.options import read_recipe
 from tests.helpers.commands import ROOT
@@ -140,7 +141,8 @@ def test_recipes_parse():
     for recipe in recipes:
         keys = yaml.safe_load(recipe.read_text())
         of_name = {"sft": SftConfig, "ppo": PpoConfig}.get(recipe.stem.partition("_")[0], GrpoConfig)
-        assert read_recipe(DemoConfig if {"h5ad", "cells_h5ad"} & set(keys) else of_name, recipe)
+        of_keys = DemoConfig if {"h5ad", "cells_h5ad"} & set(keys) else AblateConfig if "arms" in keys else of_name
+        assert read_recipe(of_keys, recipe)
 
 
 def test_launch_is_thin():

@@ -8,8 +8,9 @@ from PIL import Image
 
 from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
+from eval.ablation.compare import ablation_markdown, compare_arms, read_arm
+from eval.ablation.figure import draw_arms
 from eval.evaluation import puzzles_digest
-from eval.report.ablation import ablation_markdown, compare_arms, draw_arms, read_arm
 from tests.helpers.endpoints import puzzle
 
 PUZZLES = [puzzle(number) for number in range(4)]

@@ -1,0 +1,1 @@
+"""Configurations of a training compared: launch/ablate.py."""
