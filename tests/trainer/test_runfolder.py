@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from trainer.config import GrpoConfig
-from trainer.metrics import StepLog
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -22,6 +21,7 @@ from trainer.record.runfolder import (
     save_checkpoint,
     training_file,
 )
+from trainer.record.steplog import StepLog
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
