@@ -56,7 +56,6 @@ RANGES = {
     "at least 0": (
         *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
         *("max_staleness", "restart_samplers", "nodes", "ranks_per_node", "rank_gib", "clip_high", "correction_floor"),
-        "overlong_buffer",
     ),
     "at least 1": (
         *(
@@ -73,7 +72,7 @@ RANGES = {
     ),
     "above 0": ("lr", "grad_clip", "hang_seconds", "reward_seconds", "correction_cap"),
     "above 0 and at most 1": ("memory_fraction", "top_p"),
-    "at least 0 and below 1": ("holdout",),
+    "at least 0 and below 1": ("holdout", "overlong_buffer"),
     "at least 0 and at most 65535": ("sync_port",),
     "above 0: the adapter's update is multiplied by it": ("lora_alpha",),
     "at least 0.01: vLLM samples at 0.01 what is lower, and the trainer's log-probs would be others": ("temperature",),
@@ -218,10 +217,10 @@ class OnlineConfig(TrainingConfig):
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",
         ("stop", "drop"),
     )
-    overlong_buffer: int = rewarding(
-        0,
-        "Soft over-long penalty (DAPO): over this many last tokens before --max-response-tokens the reward falls evenly, by "
-        "up to 1; 0: none.",
+    overlong_buffer: float = rewarding(
+        0.0,
+        "Soft over-long penalty (DAPO): over this last share of --max-response-tokens the reward falls evenly, by up to 1; "
+        "0: none.",
     )
     insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
@@ -281,18 +280,13 @@ class OnlineConfig(TrainingConfig):
                 f"--correction-floor {self.correction_floor}: above --correction-cap {self.correction_cap}, so no weight is "
                 "between them; lower it"
             )
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise UserError(f"--log {self.log}: '{unknown[0]}' is not one of {', '.join(LOGGERS)}")
         for name in self.loggers:
-            if name not in LOGGERS:
-                raise UserError(f"--log {self.log}: '{name}' is not one of {', '.join(LOGGERS)}")
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--log {name}: the package is not installed; pip install {name}")
         if self.keep_best and not self.validate:
             raise UserError("--keep-best: the best in what? Name held-out puzzles with --validate")
-        if self.overlong_buffer >= self.max_response_tokens:
-            raise UserError(
-                f"--overlong-buffer {self.overlong_buffer}: must be below --max-response-tokens {self.max_response_tokens}, or "
-                "every response is penalised"
-            )
         if self.surrogate != "clip" and self.dual_clip is not None:
             raise UserError(f"--dual-clip {self.dual_clip}: bounds --surrogate clip; leave one of the two out")
         self.keeps_step(1)  # a value that cannot be read is refused here, and not in step 1

@@ -59,6 +59,14 @@ GRPO_CURVES = (
         "answer earns 1 when every cell is right, 0 when any is wrong and -1 when its format is invalid.",
     ),
     Curve(
+        "Accuracy on held-out puzzles (validation)",
+        {"validation/cell_accuracy": "cells right", "validation/batch_accuracy": "whole batches right"},
+        "percent",
+        "Share of cells, and of whole batches, named right in greedy answers to puzzles of donors that the run does not "
+        "train on (--validate). It shows whether what is learned holds for new donors; where the best checkpoint was chosen "
+        "by it (--keep-best), it flatters a little, and the test results above do not.",
+    ),
+    Curve(
         "Accuracy on training puzzles",
         {"rewards/cell_accuracy": "cells right", "rewards/batch_accuracy": "whole batches right"},
         "percent",

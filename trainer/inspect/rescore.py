@@ -20,7 +20,7 @@ def rescore(
     scorer: Scorer,
     advantage: str,
     eps: float,
-    overlong: tuple[int, int] = (0, 0),
+    overlong: tuple[int, float] = (0, 0.0),
 ) -> list[dict[str, Any]]:
     """Rows {step, puzzle_id, response, old_reward, reward, status, message, parts, old_advantage, advantage}, in order.
 
