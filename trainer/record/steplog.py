@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from netrc import netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 from tqdm import tqdm
@@ -184,7 +186,6 @@ def open_wandb(out: Path, settings: dict[str, Any], first_step: int, names: dict
     """Weights & Biases. Without a key, and with WANDB_MODE=offline, the run is in OUT/wandb until `wandb sync`."""
     import wandb
 
-    known = os.environ.get("WANDB_MODE") or wandb.api.api_key  # without either, init would ask on the terminal
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=str(out),
@@ -192,10 +193,19 @@ def open_wandb(out: Path, settings: dict[str, Any], first_step: int, names: dict
         resume="allow",
         dir=str(out),
         config=settings,
-        mode=None if known else "offline",
+        mode=None if has_wandb_account() else "offline",  # else it would ask on the terminal
         settings=wandb.Settings(console="off", silent=True),
     )
     return (lambda step, numbers: run.log(numbers, step=step)), run.finish
+
+
+def has_wandb_account() -> bool:
+    """Has the user said with what key, or in what mode, wandb is to run?"""
+    if any(os.environ.get(f"WANDB_{name}") for name in ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE")):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()  # where `wandb login` writes the key
+    return path.is_file() and netrc(path).authenticators(str(host)) is not None
 
 
 def open_trackio(out: Path, settings: dict[str, Any], first_step: int, names: dict[str, str]) -> Logger:

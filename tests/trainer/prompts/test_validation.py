@@ -129,6 +129,21 @@ def test_ppo_validates_and_resumes_to_the_same_bytes(options, tmp_path):
     assert has == [False, True, False, True]
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(40)
+def test_validation_leaves_no_trace_in_vllm_and_a_resumed_run_writes_the_same_bytes(options, tmp_path):
+    """vLLM keeps the keys of prompts that it has seen; a step after a validation must find what a resumed run finds."""
+    words = [word for word in options if word not in ("--engine", "torch")]
+    succeed(SCRIPT, "grpo", *words, "--out", tmp_path / "whole", "--steps", 3)
+    succeed(SCRIPT, "grpo", *words, "--out", tmp_path / "cut", "--steps", 2)
+    succeed(SCRIPT, "grpo", *words, "--out", tmp_path / "cut", "--steps", 3, "--resume")
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    without = [word for word in words if word not in VALIDATE and word not in ("--validate", options[5])]
+    succeed("grpo", *without, "--out", tmp_path / "without", "--steps", 3)
+    rows = [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in metrics(tmp_path / "whole")]
+    assert metrics(tmp_path / "without") == rows and len({row["adapter_hash"] for row in rows}) == 3
+
+
 def test_the_papers_five_are_measured():
     texts = ["<think>x</think><answer>T cell | B cell</answer>", "<think>x</think><answer>T cell | T cell</answer>"]
     found = paper_metrics(texts, [puzzle("a", "D1"), puzzle("b", "D2")], [10, 20])
