@@ -48,6 +48,8 @@ class Curve:
     """Label of the vertical axis; "percent" for a share in [0, 1]."""
     caption: str
     """One or two sentences that tell a biologist how to read it."""
+    optional: bool = False
+    """Nothing is said where it is missing: not every run has it."""
 
 
 GRPO_CURVES = (
@@ -65,6 +67,7 @@ GRPO_CURVES = (
         "Share of cells, and of whole batches, named right in greedy answers to puzzles of donors that the run does not "
         "train on (--validate). It shows whether what is learned holds for new donors; where the best checkpoint was chosen "
         "by it (--keep-best), it flatters a little, and the test results above do not.",
+        optional=True,
     ),
     Curve(
         "Accuracy on training puzzles",

@@ -47,6 +47,7 @@ class Validator:
         self.best: dict[str, Any] = {}
         """{step: from 1, batch_accuracy} with --keep-best; {} before the first validation. Checkpoints keep it."""
         self.prompts: list[Prompt] = []
+        assert held_out is not None or not cfg.validate, "trainer.grpo.train needs what --validate names"
         if held_out is None:
             return
         prompts = [Prompt(puzzle=puzzle, ids=self.chat.prompt_ids(puzzle.chat())) for puzzle in held_out.puzzles]
