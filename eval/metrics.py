@@ -271,6 +271,12 @@ def metrics_of(scores: Sequence[PuzzleScore]) -> Metrics:
     )
 
 
+def pass_rates(rows: Sequence[dict], puzzles: Sequence[Puzzle]) -> list[float]:
+    """[P] the share of each puzzle's answers in which every cell is right. rows: matched."""
+    _, scores, _ = scores_of(rows, puzzles)
+    return [fmean(score.batch_right for score in of_puzzle) for of_puzzle in scores]
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Probability that k answers contain a right one, drawn without replacement from n of which `right` are right.
 

@@ -44,7 +44,7 @@ def main(config: AblateConfig) -> None:
 
 def start_of(config: AblateConfig) -> DemoConfig:
     """The settings of the demo stages that all configurations start from."""
-    return resolve(DemoConfig, config.start_recipe, {"out": config.start})
+    return resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
 
 
 def run_arm(config: AblateConfig, name: str, words: list[str], seed: int, files: list[str]) -> None:

@@ -3,24 +3,32 @@
 python launch/grpo.py                                   # the embedded default; builds what is missing
 torchrun --nproc-per-node 2 launch/grpo.py
 torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
+python launch/grpo.py --recipe demo --recipe dapo       # another published objective on the embedded default
 """
 
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
 from data.puzzles import Puzzle, read_puzzles
+from eval.metrics import match_rows, pass_rates, read_predictions, score
 from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.record.runfolder import check_run
 from trainer.start.preflight import check_launch, estimate_memory, format_rows, launch_of, refuse_problems
 
+if TYPE_CHECKING:  # loads transformers
+    from trainer.prompts.validation import HeldOut
+
 DEMO = Path("runs/demo")
+METRICS = ("batch_accuracy", "cell_accuracy", "format_validity", "uniqueness", "response_length")
+"""The paper's five, as --validate reports them."""
 
 
 @command(
@@ -37,8 +45,10 @@ def main(config: GrpoConfig) -> None:
         say_where(train(*ready))
 
 
-def prepare(config: OnlineConfig) -> tuple[OnlineConfig, list[Puzzle]] | None:
-    """(settings with the model's and the puzzles' paths, the puzzles) of a run of GRPO or PPO; None after a dry run.
+def prepare(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut | None] | None":
+    """What a run of GRPO or PPO starts from; None after a dry run.
+
+    (settings with the model's and the puzzles' paths, the puzzles, what --validate measures on).
 
     Builds the embedded default where no model is named. Refuses what cannot work before a model is loaded.
     """
@@ -55,6 +65,9 @@ def prepare(config: OnlineConfig) -> tuple[OnlineConfig, list[Puzzle]] | None:
     if config.placement == "colocate":  # under split, a rank that only samples may start when the folder exists already
         check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
+    if config.curriculum:
+        puzzles = with_pass_rates(puzzles, config.curriculum)
+    held_out = held_out_puzzles(config, puzzles) if config.validate else None
     load_reward(config.reward, puzzles)  # again: a function in the style of TRL may need a column that they have not
     launch = launch_of(config)
     refuse_problems(check_launch(config, launch))
@@ -65,7 +78,34 @@ def prepare(config: OnlineConfig) -> tuple[OnlineConfig, list[Puzzle]] | None:
         for row in estimate_memory(config, launch):  # an estimate: a note, not a refusal
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
-    return config, puzzles
+    return config, puzzles, held_out
+
+
+def with_pass_rates(puzzles: list[Puzzle], file: str) -> list[Puzzle]:
+    """The puzzles with the share of answers in --curriculum that are right. Raises UserError if one has no answer there."""
+    rows = match_rows(read_predictions(file), puzzles, f"--curriculum {file}: ")
+    rates = pass_rates(rows, puzzles)
+    return [
+        dataclasses.replace(puzzle, meta=puzzle.meta | {"pass_rate": rate})
+        for puzzle, rate in zip(puzzles, rates, strict=True)
+    ]
+
+
+def held_out_puzzles(config: OnlineConfig, training: list[Puzzle]) -> "HeldOut":
+    """The puzzles of --validate, and the paper's metrics. Raises UserError when they are no held-out puzzles."""
+    from trainer.prompts.validation import HeldOut, refuse_leaks
+
+    held_out = read_puzzles(str(config.validate))
+    note = refuse_leaks(held_out, training, str(config.validate))
+    if note and os.environ.get("RANK", "0") == "0":
+        click.echo(f"note: {note}", err=True)
+    return HeldOut(puzzles=held_out, judge=paper_metrics)
+
+
+def paper_metrics(answers: list[str], puzzles: list[Puzzle], lengths: list[int]) -> dict[str, float]:
+    """The paper's metrics of an answer to each puzzle. lengths: in tokens."""
+    metrics = score(answers, puzzles, lengths)
+    return {name: getattr(metrics, name) for name in METRICS}
 
 
 def say_where(out: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "launch/recipes"
-RECIPE_HELP = "YAML file of values, or the name of one in launch/recipes; flags win over it."
+RECIPE_HELP = (
+    "YAML file of values, or the name of one in launch/recipes; flags win over it. Repeatable, the later one wins: "
+    "--recipe demo --recipe dapo."
+)
 OTHER = "Other options"
 """Heading of the options without a section, in a command whose other options have one."""
 __all__ = ["argument", "command", "option", "read_recipe", "resolve"]
@@ -46,19 +49,19 @@ def command(
 
     def decorate(fn: Callable[[Any], None]) -> click.Command:
         @functools.wraps(fn)
-        def run(recipe: str | None, **flags: Any) -> None:
+        def run(recipe: tuple[str, ...], **flags: Any) -> None:
             context = click.get_current_context()
             given = {
                 n: v
                 for n, v in flags.items()
                 if context.get_parameter_source(n) is not click.core.ParameterSource.DEFAULT
             }
-            fn(resolve(config_class, recipe or default_recipe(given), given))
+            fn(resolve(config_class, recipe or [path for path in [default_recipe(given)] if path], given))
 
         fields = _in_order_of_help(config_class)
         for field in reversed(fields):  # click puts the option that is added last first
             run = _click_option(config_class, field)(run)
-        run = click.option("--recipe", type=click.Path(), help=RECIPE_HELP)(run)
+        run = click.option("--recipe", type=click.Path(), multiple=True, help=RECIPE_HELP)(run)
         made = Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
         made.section_of = {field.name: field.metadata["section"] for field in fields}
         return made
@@ -115,14 +118,17 @@ class _InputError(click.ClickException):
     exit_code = 2
 
 
-def resolve(config_class: type, recipe: str | Path | None, given: dict[str, Any]) -> Any:
-    """The config from defaults < preset < recipe < given flags.
+def resolve(config_class: type, recipes: Sequence[str | Path], given: dict[str, Any]) -> Any:
+    """The config from defaults < preset < recipes, the later ones last < given flags.
 
     Raises click.UsageError for a bad recipe or a missing value.
 
     A preset is the set of values that `config_class.presets(name)` gives for the value of the setting `preset`.
     """
-    values = {**(read_recipe(config_class, recipe) if recipe else {}), **given}
+    values: dict[str, Any] = {}
+    for recipe in recipes:
+        values |= read_recipe(config_class, recipe)
+    values |= given
     if "preset" in values:
         values = {**config_class.presets(values["preset"]), **values}
     for field in dataclasses.fields(config_class):

@@ -51,7 +51,9 @@ def main(config: RescoreConfig) -> None:
 
     scorer = Scorer(config.reward, config.reward_workers, config.reward_seconds)
     puzzles = {puzzle.id: puzzle for puzzle in read_puzzles(puzzle_file)}
-    rescored = rescore(rows, puzzles, scorer, settings.get("advantage", "grpo"), settings.get("advantage_eps", 1e-6))
+    overlong = (settings.get("max_response_tokens", 0), settings.get("overlong_buffer", 0))
+    how = (settings.get("advantage", "grpo"), settings.get("advantage_eps", 1e-6))
+    rescored = rescore(rows, puzzles, scorer, *how, overlong)
     scorer.close()
     print(f"{config.rollouts}: {settings.get('reward', 'its reward')} -> {config.reward}")
     print("\n".join(summary_lines(rescored)))

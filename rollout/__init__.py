@@ -80,10 +80,15 @@ class Engine(Protocol):
         canary shows that the sampler does not use this adapter.
         """
 
-    def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
-        """Request `sampling.n` responses to each prompt of a step, under the adapter delivered last."""
+    def ask(
+        self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, part: str = ""
+    ) -> None:
+        """Request `sampling.n` responses to each prompt of a step, under the adapter delivered last.
 
-    def collect(self, step: int) -> list[list[Rollout]]:
+        part: names what is asked beside the step's own batch, such as "validation".
+        """
+
+    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
         """The groups of this rank's prompts, `prompts[rank :: size]`, in order. Waits until they are sampled."""
 
     def close(self) -> None:
@@ -99,7 +104,7 @@ class LocalEngine(ABC):
     def __init__(self, rank: int = 0, size: int = 1, tensor_parallel: int = 1) -> None:
         self.rank, self.size, self.tensor_parallel = rank, size, tensor_parallel
         self.version, self.hash, self.seconds = 0, "", 0.0
-        self.asked: dict[int, tuple] = {}  # step -> the arguments of ask()
+        self.asked: dict[tuple[int, str], tuple] = {}  # (step, part) -> the arguments of ask()
         self.parcel: Parcel | None = None
         self.off: list[float] | None = None  # [T-1] canary log-probs without the adapter; they never change
 
@@ -142,14 +147,16 @@ class LocalEngine(ABC):
         canary.check(on, self.off)
         return on, self.off
 
-    def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
+    def ask(
+        self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, part: str = ""
+    ) -> None:
         """See Engine."""
-        self.asked[step] = (puzzle_ids, prompts, sampling)
+        self.asked[step, part] = (puzzle_ids, prompts, sampling)
 
-    def collect(self, step: int) -> list[list[Rollout]]:
+    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
         """See Engine."""
         start = time.perf_counter()
-        puzzle_ids, prompts, sampling = self.asked.pop(step)
+        puzzle_ids, prompts, sampling = self.asked.pop((step, part))
         # the ranks of one tensor-parallel sampler must make the same calls: each samples the prompts of all of them
         first = self.rank // self.tensor_parallel * self.tensor_parallel
         team = range(first, first + self.tensor_parallel)

@@ -4,7 +4,7 @@ Each sampler has a queue of orders on rank 0 of the trainers, and a thread there
 adapter, generate, stop. A sampler that died and was restarted gets the last adapter and the unfinished order again.
 
 Keys in the store: e0/g1/... belong to the first restart (generation 1) of sampler 0; rollouts/STEP/PROMPT to all
-samplers.
+samplers, and rollouts/STEP.PART/PROMPT what is asked beside a step's own batch.
 """
 
 import os
@@ -62,6 +62,11 @@ class SamplerProcess:
         return f"e{self.engine}/g{self.generation}"
 
 
+def rollouts_key(step: int, part: str, place: int) -> str:
+    """The key in the store of the rollouts of one prompt."""
+    return f"rollouts/{step}{'.' if part else ''}{part}/{place}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Load:
     """The order to load an adapter. The parcel is a snapshot, so the trainer can change its weights meanwhile."""
@@ -79,6 +84,8 @@ class Generate:
 
     step: int
     """From 0."""
+    part: str
+    """See Engine.ask."""
     places: list[int]
     """Position of each prompt in the step's list of prompts."""
     puzzle_ids: list[str]
@@ -114,7 +121,7 @@ class SplitEngine:
         self.address, self.store, self.rank, self.size, self.members = address, store, rank, size, members
         self.lora, self.device, self.synchronous, self.waiting = lora, device, synchronous, waiting
         self.version, self.hash, self.seconds = 0, "", 0.0
-        self.asked: dict[int, tuple] = {}
+        self.asked: dict[tuple[int, str], tuple] = {}
         self.off: dict[int, list[float]] = {}
         """Per sampler, its log-probs of the canary with the adapter off."""
         self.restarts_left = [restarts] * samplers
@@ -147,15 +154,18 @@ class SplitEngine:
             while self.synchronous and any(orders.unfinished_tasks for orders in self.queues):
                 self._check_failure("the samplers to take the adapter")
 
-    def ask(self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling) -> None:
+    def ask(
+        self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, part: str = ""
+    ) -> None:
         """See Engine. Sampler e of E gets prompts[e :: E]."""
-        self.asked[step] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
+        self.asked[step, part] = (puzzle_ids, prompts, self.version, self.hash)  # what collect() will insist on
         repeats = count_repeats(puzzle_ids)  # over the whole batch, whoever samples it
         for e, orders in enumerate(self.queues):  # none on ranks above 0, which only collect
             places = list(range(e, len(prompts), len(self.queues)))
             orders.put(
                 Generate(
                     step=step,
+                    part=part,
                     places=places,
                     puzzle_ids=[puzzle_ids[i] for i in places],
                     repeats=[repeats[i] for i in places],
@@ -164,13 +174,14 @@ class SplitEngine:
                 )
             )
 
-    def collect(self, step: int) -> list[list[Rollout]]:
+    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
         """See Engine. Raises SyncError if rollouts were sampled under another adapter than requested."""
-        puzzle_ids, prompts, version, identity = self.asked.pop(step)
+        puzzle_ids, prompts, version, identity = self.asked.pop((step, part))
         groups = []
         for place in range(self.rank, len(prompts), self.size):  # this rank's share
             # taken, not read: rollouts of past steps would fill rank 0's memory
-            while (sampled := take_signed(self.store, f"rollouts/{step}/{place}", self.address.token)) is None:
+            key = rollouts_key(step, part, place)
+            while (sampled := take_signed(self.store, key, self.address.token)) is None:
                 self._check_failure(f"the rollouts of step {step + 1}")
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(
@@ -265,7 +276,7 @@ class SplitEngine:
         # an adapter of `version` is delivered once all ranks have collected, and trained on, all steps before it
         for item in repeated:
             for place in item.places if item.step < version else []:
-                drop(store, f"rollouts/{item.step}/{place}")
+                drop(store, rollouts_key(item.step, item.part, place))
         return [item for item in repeated if item.step >= version]
 
     def _generation(self, engine: int) -> int:
@@ -323,6 +334,7 @@ class Session:
             {
                 "do": "generate",
                 "step": item.step,
+                "part": item.part,
                 "places": item.places,
                 "puzzle_ids": item.puzzle_ids,
                 "repeats": item.repeats,
@@ -434,10 +446,12 @@ class SamplerEnd:
         """Answer the current order."""
         put_signed(self.store, f"{self.prefix}/answer/{self.orders}/{self.member}", values, self.address.token)
 
-    def deliver_rollouts(self, step: int, places: list[int], groups: list[list[Rollout]], seconds: float) -> None:
+    def deliver_rollouts(
+        self, step: int, places: list[int], groups: list[list[Rollout]], seconds: float, part: str = ""
+    ) -> None:
         """Put each prompt's rollouts into the store, for the rank that collects them. seconds: of sampling."""
         for place, group in zip(places, groups, strict=True):
             responses = [(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group]
             sampled = {"version": group[0].adapter_version, "hash": group[0].adapter_hash, "responses": responses}
-            key = f"rollouts/{step}/{place}"
+            key = rollouts_key(step, part, place)
             put_signed(self.store, key, {**sampled, "seconds": seconds}, self.address.token)

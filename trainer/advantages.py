@@ -44,6 +44,18 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: f
     return centred / (variance.sqrt() + eps)  # eps outside the root, as in verl and TRL
 
 
+def overlong_penalty(length: int, longest: int, share: float) -> float:
+    """DAPO's soft over-long penalty of a response of `length` tokens (arXiv:2503.14476, Eq. 13), to be added to its reward.
+
+    longest: the limit in tokens. share: of the limit, over which the penalty grows evenly from 0 to -1; 0: no penalty.
+
+    >>> [overlong_penalty(length, longest=100, share=0.2) for length in (80, 85, 100)]
+    [0.0, -0.25, -1.0]
+    """
+    buffer = share * longest  # tokens
+    return min(0.0, (longest - buffer - length) / buffer) if buffer else 0.0
+
+
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438), over masked-in tokens only.
 

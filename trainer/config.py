@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from data.errors import UserError
 from data.options import DTYPES, check_numbers, option, settle_dtype
-from trainer.objective import AGGREGATIONS, CORRECTIONS
+from trainer.objective import AGGREGATIONS, CORRECTIONS, SURROGATES
 
 # --help lists the settings under these headings
 run = partial(option, section="Run")
@@ -17,6 +17,7 @@ sampling = partial(option, section="Sampling")
 rewarding = partial(option, section="Reward")
 objective = partial(option, section="Objective")
 optimizing = partial(option, section="Optimizer")
+validating = partial(option, section="Validation")
 weights = partial(option, section="Adapter and base model")
 speed = partial(option, section="Speed and memory")
 ranks = partial(option, section="Several ranks")
@@ -29,6 +30,7 @@ fit = partial(option, section="Dry run: does it fit")
 PRESETS: dict[str, dict[str, Any]] = {
     "advantage": {"paper": "grpo", "verl": "grpo", "trl": "grpo"},
     "advantage_eps": {"paper": 1e-6, "verl": 1e-6, "trl": 1e-4},
+    "surrogate": {"paper": "clip", "verl": "clip", "trl": "clip"},
     "ratio_level": {"paper": "token", "verl": "token", "trl": "token"},
     "clip_low": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
     "clip_high": {"paper": 0.2, "verl": 0.2, "trl": 0.2},
@@ -47,6 +49,9 @@ def preset_values(name: str) -> dict[str, Any]:
     return {setting: values[name] for setting, values in PRESETS.items()}
 
 
+LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""Values of --log, and the names of their packages (trainer/record/steplog.py)."""
+
 RANGES = {
     "at least 0": (
         *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
@@ -63,11 +68,11 @@ RANGES = {
             "eval_response_tokens",
         ),
         *("steps", "prompts_per_step", "max_prompt_tokens", "max_response_tokens"),
-        *("sampler_ranks", "tensor_parallel"),
+        *("sampler_ranks", "tensor_parallel", "validate_every", "oversample"),
     ),
     "above 0": ("lr", "grad_clip", "hang_seconds", "reward_seconds", "correction_cap"),
     "above 0 and at most 1": ("memory_fraction", "top_p"),
-    "at least 0 and below 1": ("holdout",),
+    "at least 0 and below 1": ("holdout", "overlong_buffer"),
     "at least 0 and at most 65535": ("sync_port",),
     "above 0: the adapter's update is multiplied by it": ("lora_alpha",),
     "at least 0.01: vLLM samples at 0.01 what is lower, and the trainer's log-probs would be others": ("temperature",),
@@ -164,6 +169,22 @@ class OnlineConfig(TrainingConfig):
     )
     puzzles: str | None = run(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
     out: str = run("runs/grpo", "Run folder.")
+    curriculum: str | None = run(
+        None,
+        "Each pass over the puzzles goes from easy to hard: FILE has several answers to each training puzzle "
+        "(predictions.jsonl of launch/evaluate.py --samples 8), and the share that is right says how easy it is.",
+    )
+    validate: str | None = validating(
+        None,
+        "Held-out puzzles, .parquet or .jsonl, that greedy answers are measured on during the run (launch/hold_out.py "
+        "makes some). Puzzles that share a donor with training are refused, and so are the test puzzles of a build: what is "
+        "chosen by them is no test any more.",
+    )
+    validate_every: int = validating(20, "Steps between validations.")
+    keep_best: bool = validating(
+        False,
+        "Keep the checkpoint with the best batch accuracy in --validate beside the newest ones; OUT/best points to it.",
+    )
     steps: int = run(100, "Steps in all: batches that are sampled, scored and trained on.")
     seed: int = run(0, "Every random choice: prompt order, sampling, LoRA initialisation.")
     engine: str = sampling("vllm", "Sampler: vLLM, or the trainer's own model in plain PyTorch.", ("vllm", "torch"))
@@ -196,6 +217,11 @@ class OnlineConfig(TrainingConfig):
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",
         ("stop", "drop"),
     )
+    overlong_buffer: float = rewarding(
+        0.0,
+        "Soft over-long penalty (DAPO): over this last share of --max-response-tokens the reward falls evenly, by up to 1; "
+        "0: none.",
+    )
     insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
     group_size: int = sampling(5, "Responses per prompt (G).")
@@ -212,6 +238,12 @@ class OnlineConfig(TrainingConfig):
     weight_decay: float = optimizing(0.01, "AdamW weight decay.")
     clip_low: float = objective(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = objective(0.2, "Ratios are clipped at 1 + clip_high.")
+    surrogate: str = objective(
+        "clip",
+        "PPO's clipped surrogate, whose clipped tokens have no gradient, or CISPO's, where every token keeps its gradient, "
+        "weighted by the clipped ratio.",
+        SURROGATES,
+    )
     dual_clip: float | None = objective(None, "Bound c of dual clip for negative advantages; default off.")
     ratio_level: str = objective(
         "token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence")
@@ -232,7 +264,12 @@ class OnlineConfig(TrainingConfig):
     save_steps: str = run(
         "never", "Steps kept as replayable bundles in OUT/steps: never, every:10, or 3,17 (launch/replay.py)."
     )
-    tensorboard: bool = run(False, "Also write TensorBoard files to OUT/tensorboard.")
+    tensorboard: bool = run(False, "The same as --log tensorboard.")
+    log: str = run(
+        "",
+        "Loggers that get every number too, separated by commas: tensorboard, wandb, trackio, mlflow; each library's own "
+        "environment variables say where to, and offline.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,14 +280,27 @@ class OnlineConfig(TrainingConfig):
                 f"--correction-floor {self.correction_floor}: above --correction-cap {self.correction_cap}, so no weight is "
                 "between them; lower it"
             )
-        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--tensorboard: the package is not installed; pip install tensorboard")
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise UserError(f"--log {self.log}: '{unknown[0]}' is not one of {', '.join(LOGGERS)}")
+        for name in self.loggers:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"--log {name}: the package is not installed; pip install {name}")
+        if self.keep_best and not self.validate:
+            raise UserError("--keep-best: the best in what? Name held-out puzzles with --validate")
+        if self.surrogate != "clip" and self.dual_clip is not None:
+            raise UserError(f"--dual-clip {self.dual_clip}: bounds --surrogate clip; leave one of the two out")
         self.keeps_step(1)  # a value that cannot be read is refused here, and not in step 1
 
     @property
     def described_gpu(self) -> bool | None:
         """See TrainingConfig. Memory of a rank is given for GPUs only."""
         return True if self.dry_run and self.rank_gib else None
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of --log and --tensorboard, each once."""
+        named = [name.strip() for name in self.log.split(",") if name.strip()]
+        return tuple(dict.fromkeys([*["tensorboard"] * self.tensorboard, *named]))
 
     @property
     def loss_beta(self) -> float:
@@ -317,11 +367,21 @@ class GrpoConfig(OnlineConfig):
     updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
     advantage: str = objective("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
     advantage_eps: float = objective(1e-6, "Added to the group's standard deviation.")
+    oversample: int = sampling(
+        1,
+        "Dynamic sampling (DAPO): groups of equal rewards, which teach nothing, are replaced by groups of other prompts until "
+        "a batch is full or this many times --prompts-per-step were asked; 1: off.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         alone = "at least 2: a response alone has none to be compared with, and nothing would be learnt"
         check_numbers(self, {alone: ("group_size",), "at least 1": ("updates_per_batch",)})
+        if self.oversample > 1 and self.max_staleness:
+            raise UserError(
+                f"--oversample {self.oversample} and --max-staleness {self.max_staleness}: groups that come later would be of a "
+                "newer policy than the batch; leave one of them out"
+            )
         if self.prompts_per_step % self.updates_per_batch:
             raise UserError(
                 f"--prompts-per-step {self.prompts_per_step} and --updates-per-batch {self.updates_per_batch}: "

@@ -26,7 +26,7 @@ from reward import Reward
 from reward.scoring import Scorer
 from rollout import Ahead, Engine, Rollout, Sampling, stable_seed
 from rollout.sync import Canary, adapter_hash
-from trainer.advantages import group_advantages
+from trainer.advantages import group_advantages, overlong_penalty
 from trainer.config import GrpoConfig, OnlineConfig, TrainingConfig
 from trainer.metrics import Clock, TokenSums, rollout_rows, step_metrics
 from trainer.objective import LossTerms, aggregation_weights, grpo_terms
@@ -41,7 +41,9 @@ from trainer.packing import (
     packing_figures,
     scored_groups,
 )
-from trainer.policy import Policy, Prompt, prompts_of_step
+from trainer.policy import Policy, Prompt
+from trainer.prompts.choice import prompts_of_step, replace_equal_groups
+from trainer.prompts.validation import HeldOut, fill_ranks
 from trainer.ranks.world import World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
 from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
@@ -66,10 +68,12 @@ class Learner:
     """Forwards a micro-batch and names every term of its loss, [N,T] each (LossTerms)."""
 
 
-def train(cfg: OnlineConfig, puzzles: list[Puzzle], rank_work: Callable | None = None) -> Path:
+def train(
+    cfg: OnlineConfig, puzzles: list[Puzzle], held_out: HeldOut | None = None, rank_work: Callable | None = None
+) -> Path:
     """Train a LoRA adapter with GRPO; returns the run folder. Every rank of the launch calls this.
 
-    rank_work: another loop than train_rank (PPO's).
+    held_out: what --validate measures on. rank_work: another loop than train_rank (PPO's).
 
     Raises UserError for settings or data that the user must change, and when the reward function fails under
     --on-reward-error stop; FloatingPointError before an optimizer step that would not be finite; RunError when a rank, a
@@ -80,14 +84,14 @@ def train(cfg: OnlineConfig, puzzles: list[Puzzle], rank_work: Callable | None =
         if world.sampler is not None:
             keep_sampler(cfg, world)
         else:
-            (rank_work or train_rank)(cfg, puzzles, world)
+            (rank_work or train_rank)(cfg, puzzles, world, held_out)
     leave_world()  # not in a finally: after an error the ranks cannot meet any more
     return Path(cfg.out)
 
 
-def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
+def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: HeldOut | None = None) -> None:
     """All the work of a rank that trains: prepare, then the loop over steps."""
-    run = prepare(cfg, puzzles, world)
+    run = prepare(cfg, puzzles, world, held_out)
     canary, ahead = begin(run)
     cfg, policy, engine, log = run.start.cfg, run.start.policy, run.engine, run.log
 
@@ -98,25 +102,24 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World) -> None:
         clock.enter("sample")
         batch = prompts_of_step(run.prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
         groups = ahead.groups(step)
-        rollouts = [rollout for group in groups for rollout in group]
         # ---- score each response, and compare it with the others of its group
         clock.enter("score")
-        rewards = score(now, run.scorer, batch, rollouts)
-        advantages, trained = compare(rewards, cfg)  # [N], [N]
+        sampled = score_and_compare(now, run.scorer, batch, groups)  # of all ranks
+        # ---- under --oversample: groups of other prompts in place of those that teach nothing
+        sampled, oversampling = replace_equal_groups(sampled, partial(more_groups, run, now), run.prompts, cfg, step)
         # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
-        rows = rollout_rows(step + 1, policy.chat, rollouts, rewards, advantages, cfg.group_size)
-        # every rank sees all groups, in prompt order, so that update() can deal them out evenly by cost
-        sampled = world.gather(scored_groups(groups, rows, advantages, trained))
         sums, figures = update(now, sampled)
         # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
+        # ---- validate, every --validate-every steps: greedy answers to held-out puzzles from the same sampler
+        validation = validate(run, canary, clock, step)
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
         if log is not None:
             all_rows = [row for group in sampled for row in group.rows]
-            metrics = step_metrics(step + 1, all_rows, sums, cfg, identity)
+            metrics = step_metrics(step + 1, all_rows, sums, cfg, identity) | oversampling | validation
             log.write(metrics, all_rows, clock, engine.seconds, figures)
         if is_last(run, ahead, now, sampled):
             break
@@ -132,9 +135,11 @@ def begin(run: Run) -> tuple[Canary, Ahead]:
     cfg, policy, world = first.cfg, first.policy, first.world
     canary = make_canary(policy, prompts[0].ids[:CANARY_TOKENS], cfg)
     hand_over(engine, policy, canary, version=first.step)
-    ahead = Ahead(
-        engine, lambda step: ask(engine, policy, prompts, cfg, step), cfg.max_staleness, first.step, cfg.steps
-    )
+
+    def ask_batch(step: int) -> None:
+        ask(engine, policy, prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed), cfg, step)
+
+    ahead = Ahead(engine, ask_batch, cfg.max_staleness, first.step, cfg.steps)
     ahead.restore(run.pending, world.rank, world.size)
     return canary, ahead
 
@@ -146,24 +151,28 @@ def is_last(run: Run, ahead: Ahead, now: Step, sampled: list[ScoredGroup]) -> bo
         refuse_a_useless_start(cfg, now.policy, world, now.out, sampled)
     # requested() is collective: the left side is the same on all ranks, so all of them call it or none does
     last = step + 1 == cfg.steps or run.stop.requested()
-    if last or (step + 1) % cfg.save_every == 0:
+    best = run.validator.best
+    if last or (step + 1) % cfg.save_every == 0 or best.get("step") == step + 1:
         # unused() waits for what was already asked for: a resumed run then trains on the very same rollouts
-        save_training(now, step + 1, ahead.unused(world.gather), now.critic)
+        save_training(now, step + 1, ahead.unused(world.gather), now.critic, best)
+        run.validator.point_to_best()
     return last
 
 
-def ask(engine: Engine, policy: Policy, prompts: list[Prompt], cfg: OnlineConfig, step: int) -> None:
-    """Request G responses to each prompt of a step. Every rank requests all of them, and later collects its own share."""
-    batch = prompts_of_step(prompts, cfg.prompts_per_step, step, cfg.seed)
+def ask(engine: Engine, policy: Policy, batch: list[Prompt], cfg: OnlineConfig, step: int, part: str = "") -> None:
+    """Request G responses to each prompt of a step. Every rank requests all of them, and later collects its own share.
+
+    part: names what is asked beside the step's own batch.
+    """
     sampling = Sampling(
         n=cfg.group_size,
         max_tokens=cfg.max_response_tokens,
         temperature=cfg.temperature,
         top_p=cfg.top_p,
-        seed=stable_seed(cfg.seed, "sample", step),
+        seed=stable_seed(cfg.seed, "sample", step, *([part] if part else [])),
         stop_ids=policy.chat.stop_ids,
     )
-    engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling)
+    engine.ask(step, [p.puzzle.id for p in batch], [p.ids for p in batch], sampling, part)
 
 
 def make_canary(policy: Policy, text: list[int], cfg: TrainingConfig) -> Canary:
@@ -192,6 +201,40 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
     return engine.hash
 
 
+def more_groups(run: Run, now: Step, prompts: list[Prompt], part: str) -> list[ScoredGroup]:
+    """Groups of all ranks, beside the step's own batch: sampled, scored and compared in the same way. Collective."""
+    cfg, world, engine = now.cfg, now.world, run.engine
+    before = engine.seconds
+    padded = fill_ranks(prompts, world)
+    ask(engine, now.policy, padded, cfg, now.step, part)
+    groups = engine.collect(now.step, part)
+    engine.seconds += before  # of the whole step
+    return score_and_compare(now, run.scorer, padded[world.rank :: world.size], groups)[: len(prompts)]
+
+
+def validate(run: Run, canary: Canary, clock: Clock, step: int) -> dict[str, float]:
+    """Keys of metrics.jsonl in a step after which --validate is due, else {}. step: from 0. Collective."""
+    if not run.validator.is_due(step):
+        return {}
+    clock.enter("validate")
+    found = run.validator.metrics(run.engine, step)
+    # again, since it empties the sampler's prefix cache: a run that is resumed here has an empty one, and must go on alike
+    hand_over(run.engine, run.start.policy, canary, version=step + 1)
+    return found
+
+
+def score_and_compare(now: Step, scorer: Scorer, batch: list[Prompt], groups: list[list[Rollout]]) -> list[ScoredGroup]:
+    """The groups of all ranks with rewards and advantages, in prompt order, on every rank. Collective.
+
+    Every rank sees all groups, so that update() can deal them out evenly by cost. batch, groups: this rank's.
+    """
+    cfg, rollouts = now.cfg, [rollout for group in groups for rollout in group]
+    rewards = score(now, scorer, batch, rollouts)
+    advantages, trained = compare(rewards, cfg)  # [N], [N]
+    rows = rollout_rows(now.step + 1, now.policy.chat, rollouts, rewards, advantages, cfg.group_size)
+    return now.world.gather(scored_groups(groups, rows, advantages, trained))
+
+
 def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout]) -> list[Reward]:
     """[N] rewards in row order. Collective.
 
@@ -206,7 +249,7 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
     failed = [i for i, reward in enumerate(rewards) if reward is not None and reward.failed]
     # every rank must learn of a failure on any rank, or the others would wait for it in the next collective
     if not stop or world.largest(float(bool(failed))) == 0:
-        return rewards
+        return [with_penalty(reward, rollout, cfg) for reward, rollout in zip(rewards, rollouts, strict=True)]
     case = {}
     if failed:
         case = {
@@ -225,6 +268,14 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
         f"{cfg.group_size} (rank {first['rank']}; its text is in {now.out / 'reward_failure.json'}): {first['message']}. "
         "Fix the function and --resume, or leave such responses out: --resume --on-reward-error drop"
     )
+
+
+def with_penalty(reward: Reward, rollout: Rollout, cfg: OnlineConfig) -> Reward:
+    """The reward with the soft over-long penalty of --overlong-buffer, which becomes a part of it."""
+    if not cfg.overlong_buffer:
+        return reward
+    penalty = overlong_penalty(len(rollout.response_ids), cfg.max_response_tokens, cfg.overlong_buffer)
+    return replace(reward, total=reward.total + penalty, parts={**reward.parts, "overlong_penalty": penalty})
 
 
 def compare(rewards: list[Reward], cfg: GrpoConfig) -> tuple[Tensor, Tensor]:
@@ -368,6 +419,7 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
         correction=cfg.correction,
         correction_cap=cfg.correction_cap,
         correction_floor=cfg.correction_floor,
+        surrogate=cfg.surrogate,
     )
 
 

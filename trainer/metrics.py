@@ -1,4 +1,4 @@
-"""The numbers of a step: sums over tokens while training, rows of rollouts.jsonl, the line of metrics.jsonl, the console.
+"""The numbers of a step: sums over tokens while training, rows of rollouts.jsonl, the line of metrics.jsonl.
 
 metrics.jsonl holds only what the seed determines, so that equal runs write equal bytes; seconds go to timing.jsonl.
 The glossary of all keys is in trainer/README.md.
@@ -7,14 +7,11 @@ The glossary of all keys is in trainer/README.md.
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from data.files import append_rows
 from data.prompts import ChatFormat
 from reward import Reward
 from rollout import Rollout
@@ -184,39 +181,6 @@ def _group_kind(rewards: list[float]) -> str:
     return {1: "all_right", 0: "all_wrong", -1: "all_wrong"}.get(rewards[0], "all_equal")
 
 
-def explain_zeros(metrics: dict, cfg: OnlineConfig) -> list[str]:
-    """One note per zero in a line of metrics.jsonl: a healthy zero and a broken one look the same otherwise."""
-    if metrics["groups/dropped_responses"] == 1:
-        return ["loss 0: no response of the step was scored, so no optimizer step was made"]
-    notes = []
-    on_policy = cfg.updates_per_batch == 1
-    if cfg.algorithm == "PPO":  # a critic compares there, not the group
-        pass
-    elif metrics["groups/mixed"] == 0:
-        which = "groups all right or all wrong"
-        if metrics.get("groups/all_equal"):
-            which = "the rewards of each group are equal"
-        elif metrics["groups/all_right"] == 1:
-            which = "all groups right"
-        elif metrics["groups/all_wrong"] == 1:
-            which = "all groups wrong"
-        notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
-    elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
-        notes.append(
-            # each response's mean loss is -A here. With token means long responses weigh more, and the sum is not 0
-            "pg_loss 0: fresh samples, so every ratio is 1 and the advantages of a group cancel; the gradient does not"
-        )
-    if not any(metrics[f"clip_ratio/{name}_mean"] for name in CLIPS if name):
-        reason = "no ratio went past the bound on its advantage's side"
-        notes.append(f"no clip: {'one update per batch, so every ratio is exactly 1' if on_policy else reason}")
-    if metrics["kl"] == 0:
-        at_start = "the adapter starts at zero, so policy and reference are the same"
-        if not cfg.lora_rank:
-            at_start = "the policy is still its reference, since no step has changed a weight yet"
-        notes.append(f"kl 0: {at_start if cfg.beta else 'beta is 0: no reference'}")
-    return notes
-
-
 class Clock:
     """Seconds per phase of a step. It also tells the watch which phase this rank is in, for the message if it hangs."""
 
@@ -236,60 +200,3 @@ class Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
-
-
-class StepLog:
-    """Rank 0's record of a run: the three streams of the run folder, and a progress bar or plain lines."""
-
-    def __init__(self, out: Path, cfg: OnlineConfig, first_step: int) -> None:
-        self.out, self.cfg, self.notes = out, cfg, []
-        self.bar = tqdm(total=cfg.steps, initial=first_step, desc=cfg.algorithm, unit="step", disable=None)
-        self.board = None
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # drops what runs again
-
-    def write(
-        self, metrics: dict, rows: list[dict], clock: Clock, sampler_seconds: float, figures: dict[str, float]
-    ) -> None:
-        """Append the step to the run folder and show it. sampler_seconds: spent sampling; figures: of packing_figures."""
-        seconds, step = clock.total(), metrics["step"]
-        rate = metrics["num_tokens"] / seconds
-        sampled = sum(len(row["response_ids"]) for row in rows)
-        times = {
-            "step": step,
-            **clock.laps,  # without the phase 'record', which has not ended yet
-            "timing_s/step": seconds,
-            "tokens_per_second": rate,
-            "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),
-            "sampling/share": clock.laps["timing_s/sample"] / seconds,
-            **figures,
-        }
-        for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
-            append_rows(self.out / f"{name}.jsonl", lines)
-        clock.world.step_made(step, self.cfg.steps, seconds)
-        if self.board is not None:
-            for name, value in {**metrics, **times}.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, step)
-        reward = "none" if metrics["reward"] is None else f"{metrics['reward']:+.3f}"
-        self.bar.set_postfix_str(f"reward {reward}, {rate:.0f} tok/s")
-        self.bar.update()
-        if self.bar.disable:  # not a terminal: plain lines
-            print(
-                f"step {step}/{self.cfg.steps}  reward {reward}  batch accuracy "
-                f"{metrics.get('rewards/batch_accuracy', float('nan')):.3f}  kl {metrics['kl']:.4f}  "
-                f"length {metrics['completions/mean_length']:.0f}  {rate:.0f} tok/s  "
-                f"{(self.cfg.steps - step) * seconds / 60:.1f} min left",
-                flush=True,
-            )
-        notes = explain_zeros(metrics, self.cfg)
-        if notes != self.notes:  # said once, and again when it changes
-            tqdm.write("\n".join(f"  note: {note}" for note in notes) or "  note: no zero to explain any more")
-            self.notes = notes
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.board is not None:
-            self.board.close()

@@ -6,7 +6,7 @@ mask may be anything, NaN included: torch.where replaces them before they can be
 Cell-o1 (arXiv:2506.02911) Eq. (1), per response, averaged over the responses, to be maximised:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
 Not in that equation: one ratio per token (it has one per response; the authors' code has one per token), the mean over a
-response's tokens that follows from it, dual clip, and the corrections for the sampler.
+response's tokens that follows from it, dual clip, CISPO, and the corrections for the sampler.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor
 CLIPS = ("", "low", "high", "dual")
 """Meaning of the codes of clip_fired; "" = no clip."""
 CORRECTIONS = ("none", "tis", "mis", "seq-tis", "seq-mis")
+SURROGATES = ("clip", "cispo")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
 
@@ -58,6 +59,12 @@ def clipped_surrogate(
         return loss
     # the clip above never bounds this side: a ratio of 1000 where A < 0 would give a loss of 1000 |A|
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
+def cispo_surrogate(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """CISPO's per-token loss (arXiv:2506.13585, Eq. 4), shapes as above: the clip bounds a weight, and stops no gradient."""
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    return -ratio.detach().clamp(1 - clip_low, 1 + clip_high) * advantages * logprobs
 
 
 def clip_fired(
@@ -191,7 +198,7 @@ class LossTerms:
     advantages: Tensor
     """[N,1] one advantage per response; [N,T] in PPO."""
     surrogate: Tensor
-    """[N,T] clipped surrogate, to minimise."""
+    """[N,T] clipped surrogate, or CISPO's, to minimise."""
     correction: Tensor
     """[N,T] detached sampler-mismatch weight; it multiplies the surrogate, not the KL."""
     kl: Tensor
@@ -230,24 +237,12 @@ def grpo_terms(
     correction: str,
     correction_cap: float,
     correction_floor: float = 0.0,
+    surrogate: str = "clip",
 ) -> LossTerms:
     """All terms of a micro-batch's loss. Every tensor is [N,T], but advantages is [N] ([N,T] in PPO).
 
     old_logprobs None: this is the batch's only optimizer step, so old = stop_gradient(new) and the ratio is exactly 1.
     ref_logprobs None (beta 0): the KL is reported as 0. weight: from aggregation_weights.
-
-    >>> mask = torch.tensor([[True, True], [True, False]])  # two responses, of two tokens and of one
-    >>> new, ref = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([[-1.0, -2.5], [-3.0, 0.0]])
-    >>> terms = grpo_terms(logprobs=new, old_logprobs=None, ref_logprobs=ref, sampler_logprobs=new, mask=mask,
-    ...     advantages=torch.tensor([1.0, -1.0]), weight=aggregation_weights(mask, "token-mean", n_rows=2, n_tokens=3),
-    ...     clip_low=0.2, clip_high=0.2, dual_clip=None, beta=0.1, kl_kind="low_var", ratio_level="token",
-    ...     correction="none", correction_cap=2.0)
-    >>> terms.surrogate.tolist()  # -ratio * advantage, and every ratio is 1
-    [[-1.0, -1.0], [1.0, 1.0]]
-    >>> round(terms.kl[0, 1].item(), 4)  # exp(d) - d - 1 with d = ref - new = -0.5
-    0.1065
-    >>> round(terms.loss.item(), 4)  # (-1 - 1 + 1) / 3 + 0.1 * 0.1065 / 3
-    -0.3298
     """
     zero = torch.zeros_like(logprobs)
     # before any arithmetic: a NaN under the mask would reach the gradient through a product with 0
@@ -258,6 +253,13 @@ def grpo_terms(
     sampler = torch.where(mask, sampler_logprobs, zero)
     ratio = importance_ratio(logprobs, old, mask, ratio_level)
     kl = zero if ref_logprobs is None else kl_estimate(logprobs, ref, kl_kind)  # KL enters the loss in `contribution`
+    if surrogate == "cispo":
+        per_token = cispo_surrogate(ratio, logprobs, advantages, clip_low, clip_high)
+        side = (ratio.detach() - 1).sign()  # its clip bounds the weight, whatever the advantage is
+        fired = clip_fired(ratio.detach(), side, clip_low, clip_high)
+    else:
+        per_token = clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
+        fired = clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip)
     return LossTerms(
         mask=mask,
         logprobs=logprobs,
@@ -265,9 +267,9 @@ def grpo_terms(
         ref_logprobs=ref,
         sampler_logprobs=sampler,
         ratio=ratio,
-        clip=clip_fired(ratio.detach(), advantages, clip_low, clip_high, dual_clip),
+        clip=fired,
         advantages=advantages[:, None] if advantages.dim() == 1 else advantages,
-        surrogate=clipped_surrogate(ratio, advantages, clip_low, clip_high, dual_clip),
+        surrogate=per_token,
         # old / sampler, since ratio already is new / old
         correction=rollout_correction(old, sampler, mask, correction, correction_cap, correction_floor),
         kl=kl,

@@ -1,13 +1,12 @@
 """The policy: a frozen base model with a LoRA adapter. The reference policy is the same weights with the adapter off.
 
-Also here: prompts as token ids, and which prompts an optimizer step takes.
+Also here: prompts as token ids.
 
 Axes: N rows (responses), T tokens of the longest response, M response tokens side by side, L packed tokens, H hidden size,
 V vocabulary, S tokens of the longest prompt with its response.
 """
 
 import datetime
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel
 
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle
-from rollout import stable_seed
 from trainer.logprobs import fused_logprobs
 from trainer.model.attention import attention_name
 from trainer.model.cost import cost_of
@@ -228,16 +226,5 @@ class Prompt:
     puzzle: Puzzle
     ids: list[int]
     """Token ids of the prompt, chat template included."""
-
-
-def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) -> list[Prompt]:
-    """The `per_step` prompts of optimizer step `step` (0-based): epochs of a seeded shuffle, the ragged end dropped.
-
-    A function of the arguments alone, so a resumed run needs no stored position.
-    """
-    steps_per_epoch = len(prompts) // per_step
-    epoch, place = divmod(step, steps_per_epoch)
-    # a fresh order per epoch, drawn from (seed, epoch) alone: a resumed run finds the same one
-    order = list(range(len(prompts)))
-    random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
-    return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
+    difficulty: float = 0.0
+    """With --curriculum: 1 - the share of right answers to it."""

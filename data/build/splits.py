@@ -2,6 +2,9 @@
 
 import random
 
+from data.errors import UserError
+from data.puzzles import Puzzle
+
 SPLITS = ("train", "test", "unseen")
 
 
@@ -26,6 +29,24 @@ def choose_test_donors(tissue_of: dict[str, str], fraction: float, rng: random.R
         share[tissue] -= 1
         test.add(queues[tissue].pop())
     return test
+
+
+def hold_out_donors(puzzles: list[Puzzle], fraction: float, seed: int) -> tuple[list[Puzzle], list[Puzzle]]:
+    """(puzzles to train on, puzzles of held-out donors), in file order. Every tissue gives its share of donors.
+
+    Raises UserError when a puzzle states no donor, or when there are fewer than two donors.
+    """
+    unknown = [puzzle.id for puzzle in puzzles if puzzle.meta.get("donor") is None]
+    if unknown:
+        raise UserError(f"puzzle {unknown[0]} states no donor, so nothing can be held out by donor; build with donors")
+    tissues = {str(puzzle.meta["donor"]): str(puzzle.meta.get("tissue", "")) for puzzle in puzzles}
+    if len(tissues) < 2:
+        raise UserError(f"all puzzles are of donor {next(iter(tissues))}; holding one out needs a second")
+    chosen = choose_test_donors(tissues, fraction, random.Random(f"hold out {seed}"))
+    parts: tuple[list[Puzzle], list[Puzzle]] = ([], [])
+    for puzzle in puzzles:
+        parts[str(puzzle.meta["donor"]) in chosen].append(puzzle)
+    return parts
 
 
 def split_items(items: list, fraction: float, rng: random.Random) -> tuple[list, list]:

@@ -48,6 +48,8 @@ class Curve:
     """Label of the vertical axis; "percent" for a share in [0, 1]."""
     caption: str
     """One or two sentences that tell a biologist how to read it."""
+    optional: bool = False
+    """Nothing is said where it is missing: not every run has it."""
 
 
 GRPO_CURVES = (
@@ -57,6 +59,15 @@ GRPO_CURVES = (
         "mean reward",
         "Each dot is the mean reward of all answers sampled in one step; it should rise. With the paper's reward an "
         "answer earns 1 when every cell is right, 0 when any is wrong and -1 when its format is invalid.",
+    ),
+    Curve(
+        "Accuracy on held-out puzzles (validation)",
+        {"validation/cell_accuracy": "cells right", "validation/batch_accuracy": "whole batches right"},
+        "percent",
+        "Share of cells, and of whole batches, named right in greedy answers to puzzles of donors that the run does not "
+        "train on (--validate). It shows whether what is learned holds for new donors; where the best checkpoint was chosen "
+        "by it (--keep-best), it flatters a little, and the test results above do not.",
+        optional=True,
     ),
     Curve(
         "Accuracy on training puzzles",

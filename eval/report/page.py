@@ -321,7 +321,7 @@ def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: s
     line = f"the line is the running mean over {window} steps" if window > 1 else "the line joins them"
     intro = note(f"{count(len(steps), 'optimizer step')}. {dots}, {line}.")
     drawn = [(curve, curve_svg(curve, steps)) for curve in curves]
-    absent = [curve.title for curve, svg in drawn if svg is None]
+    absent = [curve.title for curve, svg in drawn if svg is None and not curve.optional]
     lacking = missing(f"Not recorded in {file_name}: {', '.join(absent)}.") if absent else ""
     figures = "".join(figure(svg, curve.title, curve.caption) for curve, svg in drawn if svg)
     return section(stage, title, f'{intro}{lacking}<div class="grid">{figures}</div>')

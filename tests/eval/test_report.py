@@ -480,6 +480,17 @@ def test_curves_skip_what_is_missing_or_not_finite():
     assert curve_svg(GRPO_CURVES[0], steps) is None
 
 
+def test_held_out_accuracy_is_drawn_where_a_run_has_validated(run_dir):
+    assert "validation" not in write_report(run_dir).read_text().partition('id="grpo"')[2].partition("</section>")[0]
+    file = run_dir / "grpo/metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[4::5]:
+        row |= {"validation/batch_accuracy": 0.25, "validation/cell_accuracy": 0.75}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(run_dir).read_text()
+    assert '<svg role="img" aria-label="Accuracy on held-out puzzles (validation)"' in page
+
+
 def test_readme_picture(run_dir, tmp_path):
     first = learning_curve_png(run_dir, tmp_path / "a.png").read_bytes()
     assert first[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(first[16:20], "big") == 1200

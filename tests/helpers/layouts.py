@@ -34,6 +34,7 @@ OBJECTIVES = {
         "correction_cap": 3.0,
         "kl_kind": "k3",
     },
+    "cispo": {"aggregation": "token-mean", "surrogate": "cispo", "clip_low": 0.5, "clip_high": 0.5, "beta": 0.0},
     "ppo": {"kl_in": "loss", "beta": 0.04},  # an advantage per token
     "value": {},  # PPO's critic, on the policy's base model
 }

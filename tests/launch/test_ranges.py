@@ -53,6 +53,8 @@ ONLINE = [
     ("correction_cap", [0.0, -1.0], "must be above 0", [0.5]),
     ("correction_floor", [-0.1], "must be at least 0", [0.0, 2.0]),
     ("correction_floor", [2.5], "above --correction-cap 2.0, so no weight is between them; lower it", []),
+    ("validate_every", [0], "must be at least 1", [1]),
+    ("overlong_buffer", [1.0, -0.1], "must be at least 0 and below 1", [0.0, 0.9]),
     ("steps", [0], "must be at least 1", [1]),
     ("prompts_per_step", [0], "must be at least 1", [1]),
     ("max_prompt_tokens", [0], "must be at least 1", [1]),
@@ -80,6 +82,7 @@ RANGES = {
         ),
         ("group_size", [1, 0], "must be at least 2: a response alone has none to be compared with, and", [2]),
         ("updates_per_batch", [0], "must be at least 1", [1]),
+        ("oversample", [0], "must be at least 1", [1]),
     ],
     PpoConfig: [
         *ONLINE,

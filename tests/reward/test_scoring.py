@@ -19,7 +19,8 @@ from trainer.config import GrpoConfig
 from trainer.grpo import compare
 from trainer.inspect.ledger import contributions_by_group
 from trainer.inspect.rescore import rescore, summary_lines
-from trainer.metrics import explain_zeros, reward_metrics
+from trainer.metrics import reward_metrics
+from trainer.record.steplog import explain_zeros
 
 PUZZLE = Puzzle(
     id="p",

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from trainer.advantages import gae, group_advantages, whiten
+from trainer.advantages import gae, group_advantages, overlong_penalty, whiten
 from trainer.objective import (
     CLIPS,
     aggregate,
     aggregation_weights,
+    cispo_surrogate,
     clip_fired,
     clipped_surrogate,
     grpo_terms,
@@ -182,6 +183,51 @@ def test_the_correction_multiplies_the_surrogate_and_not_the_kl():
         correction_cap=2.0,
     )
     assert terms.contribution.item() == pytest.approx(-2.0 * 1.25 + 0.1 * math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight", "clip"),
+    [
+        (1.0, 2.0, 1.0, ""),  # on-policy: the plain policy gradient
+        (1.5, 2.0, 1.2, "high"),  # a good token above: its weight is bounded, and its gradient stays
+        (1.5, -2.0, 1.2, "high"),  # a bad one too: the clip does not look at the advantage
+        (0.5, 2.0, 0.9, "low"),
+        (0.5, -2.0, 0.9, "low"),
+        (1.1, -2.0, 1.1, ""),
+    ],
+)
+def test_cispo_bounds_the_weight_and_keeps_every_gradient(ratio, advantage, weight, clip):
+    one, new = torch.tensor([[True]]), t64([math.log(0.4)]).requires_grad_()
+    terms = grpo_terms(
+        logprobs=new,
+        old_logprobs=new.detach() - math.log(ratio),
+        ref_logprobs=None,
+        sampler_logprobs=new.detach(),
+        mask=one,
+        advantages=torch.tensor([advantage], dtype=F64),
+        weight=aggregation_weights(one, "token-mean", 1, 1, dtype=F64),
+        clip_low=0.1,
+        clip_high=0.2,
+        dual_clip=None,
+        beta=0.0,
+        kl_kind="k1",
+        ratio_level="token",
+        correction="none",
+        correction_cap=2.0,
+        surrogate="cispo",
+    )
+    assert terms.loss.item() == pytest.approx(-weight * advantage * math.log(0.4), abs=1e-12)
+    assert CLIPS[terms.clip.item()] == clip
+    terms.loss.backward()
+    assert new.grad.item() == pytest.approx(-weight * advantage, abs=1e-12)  # descent raises a good token's log-prob
+    again = cispo_surrogate(terms.ratio, new, torch.tensor([advantage], dtype=F64), 0.1, 0.2)  # advantages [N]
+    assert again.item() == terms.surrogate.item()
+
+
+def test_the_soft_penalty_grows_over_the_last_share_of_the_limit():
+    # DAPO's own numbers: a limit of 20,480 tokens of which the last 4,096 are the buffer
+    assert [overlong_penalty(n, 20480, 0.2) for n in (1, 16384, 18432, 20480)] == [0.0, 0.0, -0.5, -1.0]
+    assert overlong_penalty(20480, 20480, 0.0) == 0.0
 
 
 def test_gae_by_hand():

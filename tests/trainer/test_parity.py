@@ -16,6 +16,7 @@ from trainer.config import PRESETS, GrpoConfig, preset_values
 from trainer.objective import (
     aggregate,
     aggregation_weights,
+    cispo_surrogate,
     clipped_surrogate,
     grpo_terms,
     importance_ratio,
@@ -29,10 +30,7 @@ BOTH = json.loads((FIXTURES / "parity_trl.json").read_text())
 F64 = torch.float64
 NOT_OFFERED = {
     # losses of other papers
-    "cispo",
     "sapo",
-    "cispo/token-mean",
-    "cispo/beta0",
     "sapo/beta0",
     "vespo/beta0",
     "luspo/sequence",
@@ -85,6 +83,8 @@ def test_verl_policy_loss(case):
     dual = None if level == "sequence" else case["params"].get("clip_ratio_c", 3.0)
     ratio = importance_ratio(logprobs, V["old_logprobs"], V_MASK, level)
     surrogate = clipped_surrogate(ratio, V["advantages"], low, high, dual)
+    if case["name"] == "cispo":
+        surrogate = cispo_surrogate(ratio, logprobs, V["advantages"], low, high)
     if case["importance_weights"]:
         surrogate = surrogate * V["rollout_is_weights"]
     loss = aggregate(surrogate, V_MASK, case["agg"])
@@ -175,6 +175,16 @@ def mean(mode="token-mean", **terms):
     return lambda logprobs: aggregate(token_loss(logprobs, **terms), B_MASK, mode)
 
 
+def cispo(low: float, high: float):
+    def loss(logprobs):
+        ratio = importance_ratio(logprobs, B["old"], B_MASK)
+        # the fixture's padding is not a number, and the log-prob of a token is a factor here
+        new = torch.where(B_MASK, logprobs, torch.zeros_like(logprobs))
+        return aggregate(cispo_surrogate(ratio, new, B["A"], low, high), B_MASK, "token-mean")
+
+    return loss
+
+
 # TRL divides by all rows of the micro-batch, we by those with a trained token: 5 of 6 here
 ALL_ROWS = N_ROWS / 6
 VERL_LOSSES = {
@@ -186,6 +196,7 @@ VERL_LOSSES = {
     "vanilla/token-mean/seqtis2": mean(dual=3.0, correction="seq-tis"),
     "vanilla/token-mean/dualclip(A -> -A)": mean(dual=3.0, advantages=-B["A"]),
     "vanilla/token-mean/noDualclip(A -> -A, c=100)": mean(dual=100.0, advantages=-B["A"]),
+    "cispo/token-mean": cispo(0.2, 0.28),
     "kl/k1/token-mean": lambda x: aggregate(kl_estimate(x, B["ref"], "k1"), B_MASK, "token-mean"),
     "kl/k2/token-mean": lambda x: aggregate(kl_estimate(x, B["ref"], "k2"), B_MASK, "token-mean"),
     "kl/low_var_kl/token-mean": lambda x: aggregate(kl_estimate(x, B["ref"], "low_var"), B_MASK, "token-mean"),
@@ -198,6 +209,7 @@ TRL_LOSSES = {
     "bnpo/beta0": (mean(), 1.0),
     "dapo/beta0": (mean(), 1.0),
     "dapo/beta.04": (mean(beta=0.04), 1.0),
+    "cispo/beta0": (cispo(1.0, 4.0), 1.0),  # TRL's epsilon_high 5 is the cap itself, and it has no lower one
     "dapo/token_truncate2": (mean(correction="tis"), 1.0),
     "dapo/token_mask2": (mean(correction="mis"), 1.0),
     "dapo/sequence_mask3(default)": (mean(correction="seq-mis", cap=3.0), 1.0),
@@ -313,7 +325,7 @@ def test_every_case_is_compared_or_named_as_not_offered():
     assert {*BOTH["verl"], *BOTH["trl"]} - compared <= NOT_OFFERED
     tested = {c["kind"] for c in VERL["cases"]}
     assert tested == {"policy_loss", "kl", "group_advantage", "gae", "value_loss"}
-    assert {c["name"] for c in VERL["cases"]} & NOT_OFFERED == {"cispo", "abs"}
+    assert {c["name"] for c in VERL["cases"]} & NOT_OFFERED == {"abs"}
 
 
 def test_nan_in_padding_is_harmless_where_verl_is_poisoned():

@@ -1,6 +1,5 @@
 """Checkpoints: whole, checked, resumable; a damaged one is refused by name."""
 
-import importlib.util
 import json
 import resource
 import signal
@@ -10,8 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.config import GrpoConfig
-from trainer.metrics import StepLog
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -160,14 +157,3 @@ def test_a_full_disk_leaves_no_checkpoint_behind_and_the_old_one_whole(tmp_path)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert load_newest(tmp_path, ALONE)[1][0] == 2
-
-
-def test_tensorboard_gets_every_number_or_says_what_is_missing(tmp_path):
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(ValueError, match="--tensorboard: the package is not installed; pip install tensorboard"):
-            GrpoConfig(tensorboard=True)
-        return
-    log = StepLog(tmp_path, GrpoConfig(tensorboard=True, steps=2), first_step=0)
-    log.board.add_scalar("reward", 0.5, 1)
-    log.close()
-    assert [path.name.startswith("events.out.tfevents") for path in (tmp_path / "tensorboard").iterdir()] == [True]

@@ -69,7 +69,9 @@ def explain_response(
     # codes of CLIPS as text: "" is no clip
     clipped = sum(bool(token["clip"]) for token in trained)
     lines.append(
-        f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push {_direction(trained)}"
+        f"    {clipped} of them clipped (the ratio, which is only a weight here); they push {_direction(trained)}"
+        if cfg.surrogate == "cispo"
+        else f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push {_direction(trained)}"
     )
     return "\n".join(lines)
 
@@ -139,14 +141,18 @@ def _token_lines(token: dict, cfg) -> list[str]:
     clipped = min(max(ratio, low), high)
     level = "exp(new - old)" if cfg.ratio_level == "token" else "exp(mean of new - old over the response)"
     dual = f", at most {cfg.dual_clip:g} |A| where A < 0 (dual clip)" if cfg.dual_clip else ""
+    filled = (
+        f"max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = max({-ratio * a:.6g}, {-clipped * a:.6g})"
+        if cfg.surrogate == "clip"
+        else f"-clip(ratio, {low:g}, {high:g}) A log new = {-clipped:.6g} x {a:.6g} x {token['logprob']:.6g}"
+    )
     kl = f"KL {cfg.kl_kind}: d = ref - new = {d:.6g}; {KL_FORMULAS[cfg.kl_kind]} = {token['kl']:.6g}"
     return [
         f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
         f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, "
         f"sampler {token['sampler_logprob']:.6g}, reference {reference}",
         f"    ratio       {level} = {ratio:.6g}",
-        f"    surrogate   max(-ratio A, -clip(ratio, {low:g}, {high:g}) A){dual} = "
-        f"max({-ratio * a:.6g}, {-clipped * a:.6g}) -> {token['surrogate']:.6g}; "
+        f"    surrogate   {filled} -> {token['surrogate']:.6g}; "
         f"{token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
         f"    correction  {cfg.correction}: {token['correction']:.6g}",
         f"    {kl if cfg.beta else 'KL          beta is 0'}{', already in the rewards' if cfg.beta != cfg.loss_beta else ''}",

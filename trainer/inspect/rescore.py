@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,21 @@ from data.errors import UserError
 from data.puzzles import Puzzle
 from reward.scoring import Scorer
 from rollout import group_numbers
-from trainer.advantages import group_advantages
+from trainer.advantages import group_advantages, overlong_penalty
 
 
 def rescore(
-    rollouts: list[dict[str, Any]], puzzles: dict[str, Puzzle], scorer: Scorer, advantage: str, eps: float
+    rollouts: list[dict[str, Any]],
+    puzzles: dict[str, Puzzle],
+    scorer: Scorer,
+    advantage: str,
+    eps: float,
+    overlong: tuple[int, float] = (0, 0.0),
 ) -> list[dict[str, Any]]:
     """Rows {step, puzzle_id, response, old_reward, reward, status, message, parts, old_advantage, advantage}, in order.
 
-    rollouts: rows of rollouts.jsonl. puzzles: by id. Advantages compare the responses of a group, as in training, where
+    rollouts: rows of rollouts.jsonl. puzzles: by id. overlong: (--max-response-tokens, --overlong-buffer) of the run, whose
+    penalty is added to the new rewards too. Advantages compare the responses of a group, as in training, where
     a puzzle may have several groups in a step; a response without a score has reward None and advantage 0. Raises
     UserError if a puzzle is missing.
     """
@@ -30,6 +37,10 @@ def rescore(
         [puzzles[row["puzzle_id"]] for row in rollouts],
         [row["finish_reason"] == "length" for row in rollouts],
     )
+    penalties = [overlong_penalty(len(row["response_ids"]) if overlong[1] else 0, *overlong) for row in rollouts]
+    rewards = [
+        replace(reward, total=reward.total + penalty) for reward, penalty in zip(rewards, penalties, strict=True)
+    ]
     groups = torch.tensor(group_numbers(rollouts))
     totals = torch.tensor([reward.total for reward in rewards])  # float32, as in training
     # totals is nan where not scored, so those stay out of the group's mean

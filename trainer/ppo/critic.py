@@ -23,8 +23,7 @@ from trainer.objective import aggregation_weights, clipped_value_error
 from trainer.packing import Denominators, MicroBatch, PackedBatch
 from trainer.policy import Policy, matrix_products
 from trainer.ppo.settings import PpoConfig
-from trainer.ranks.world import World
-from trainer.record.runfolder import load_moments, moments_of
+from trainer.ranks.world import World, load_moments, moments_of
 from trainer.start.parts import load_policy, make_optimizer
 
 ADAPTER = "critic"

@@ -40,25 +40,27 @@ from trainer.grpo import (
     reference_logprobs,
     score,
     step_inputs,
+    validate,
     what_to_find_again,
 )
 from trainer.metrics import Clock, TokenSums, rollout_rows, step_metrics
 from trainer.packing import ScoredGroup, packing_figures, scored_groups
-from trainer.policy import prompts_of_step
 from trainer.ppo.critic import Critic, ValueSums
 from trainer.ppo.settings import PpoConfig
+from trainer.prompts.choice import prompts_of_step
+from trainer.prompts.validation import HeldOut
 from trainer.ranks.world import World
 from trainer.start.parts import Step, finish, prepare
 
 
-def train(cfg: PpoConfig, puzzles: list[Puzzle]) -> Path:
+def train(cfg: PpoConfig, puzzles: list[Puzzle], held_out: HeldOut | None = None) -> Path:
     """Train a LoRA adapter with PPO; returns the run folder. Every rank of the launch calls this. Raises as grpo.train."""
-    return grpo.train(cfg, puzzles, train_rank)
+    return grpo.train(cfg, puzzles, held_out, train_rank)
 
 
-def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World) -> None:
+def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World, held_out: HeldOut | None = None) -> None:
     """All the work of a rank that trains: prepare, then the loop over steps."""
-    run = prepare(cfg, puzzles, world, partial(Critic, world=world))
+    run = prepare(cfg, puzzles, world, held_out, partial(Critic, world=world))
     canary, ahead = begin(run)
     policy, engine, log = run.start.policy, run.engine, run.log
 
@@ -88,12 +90,14 @@ def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World) -> None:
         # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
+        # ---- validate, every --validate-every steps: greedy answers to held-out puzzles from the same sampler
+        validation = validate(run, canary, clock, step)
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
         if log is not None:
             all_rows = [row for group in estimated for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, policy_sums, run.start.cfg, identity)
-            metrics |= critic_metrics(value_sums, cfg) | estimates
+            metrics |= critic_metrics(value_sums, cfg) | estimates | validation
             log.write(metrics, all_rows, clock, engine.seconds, figures)
         if is_last(run, ahead, now, sampled):
             break

@@ -36,6 +36,8 @@ from trainer.ranks.watch import RankLost, RunStatus, Watch, first_line
 HANG_SECONDS = 1800.0
 TENSOR, KIND = "\0tensor", "\0kind"
 """Keys that stand for a tensor and a dataclass in JSON. No text of a user begins with a zero byte."""
+EIGHT_BIT = "__bnb_optimizer_quant_state__"
+"""Key under which bitsandbytes nests the tensors of an 8-bit optimizer state."""
 T = TypeVar("T")
 
 
@@ -226,6 +228,44 @@ def shard_from_rows(rows: Tensor, param: DTensor) -> DTensor:
     return DTensor.from_local(
         rows, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+
+
+def moments_of(optimizer: torch.optim.Optimizer, names: list[str], world: World) -> dict[str, Tensor]:
+    """The optimizer's state as Checkpoint.moments, on rank 0. names: of its parameters, in its order. Collective."""
+    moments: dict[str, Tensor] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        inner = state.pop(EIGHT_BIT, {})  # bitsandbytes returns its tensors nested, but loads them flat
+        state = {**state, **inner}
+        # gathered one at a time and moved to main memory: all moments together may not fit beside the model.
+        # every rank takes part in every gather, also the ranks that do not write
+        for key, value in state.items():
+            gathered = full_tensor(value) if isinstance(value, Tensor) else torch.tensor(value)
+            if world.is_main:
+                # clone: bitsandbytes gives all parameters one table of code values, and safetensors refuses tensors
+                # that share memory
+                moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
+    return moments
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], moments: dict[str, Tensor]
+) -> None:
+    """Give the optimizer the state that moments_of() gave. parameters: by name, in the optimizer's order."""
+    of_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        kind, _, name = key.partition("/")
+        of_name.setdefault(name, {})[kind] = value
+    # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
+    state = {
+        index: {
+            # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
+            kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
+            for kind, value in of_name.get(name, {}).items()
+        }
+        for index, (name, p) in enumerate(parameters.items())
+    }
+    # groups of this run: lr is set before every step, and check_run has refused any other change
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def own_device(local_rank: int, local_size: int) -> torch.device:

@@ -198,7 +198,7 @@ def read_bundle(path: str | Path, kinds: tuple[type[OnlineConfig], ...] = (GrpoC
             f"{content['git_commit']}"
         )
     # the packages of these two may be missing here, and a replay neither writes for TensorBoard nor steps an optimizer
-    config = kind(**{**content["settings"], "tensorboard": False, "optimizer": "adamw"})
+    config = kind(**{**content["settings"], "tensorboard": False, "log": "", "optimizer": "adamw"})
     adapter, critic = (
         {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         for prefix in ("adapter.", "critic.")

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, tensor
+from torch import Tensor
 
 from data.errors import UserError
 from data.files import (
@@ -47,7 +47,7 @@ from data.files import (
     write_whole,
 )
 from trainer.ranks.watch import RunStatus
-from trainer.ranks.world import World, full_tensor, shard_like
+from trainer.ranks.world import World, load_moments, moments_of
 
 if TYPE_CHECKING:  # these import transformers, which eval/report does not need
     import torch
@@ -58,8 +58,6 @@ if TYPE_CHECKING:  # these import transformers, which eval/report does not need
 C = TypeVar("C")
 BESIDE = "beside/"
 """Begins the names of a companion's tensors in MOMENTS."""
-EIGHT_BIT = "__bnb_optimizer_quant_state__"
-"""Key under which bitsandbytes nests the tensors of an 8-bit optimizer state."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation: its length, and how the machine is used; not its
 # objective
@@ -70,6 +68,7 @@ FREE_ON_RESUME = {
     "keep_checkpoints",
     "save_steps",
     "tensorboard",
+    "log",
     "out",
     "memory_fraction",
     "eager",
@@ -95,7 +94,7 @@ FREE_ON_RESUME = {
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
 """In a separate folder, because vLLM reads every .safetensors file beside config.json as weights."""
-DATA = ("traces", "puzzles")
+DATA = ("traces", "puzzles", "validate", "curriculum")
 """Settings that name a data file."""
 MODELS = ("model", "critic")
 """Settings that name a checkpoint folder whose weights the run starts from."""
@@ -140,6 +139,8 @@ class Checkpoint:
     """The optimizer's state: "exp_avg/PARAMETER", "exp_avg_sq/PARAMETER", "step/PARAMETER"; and BESIDE + a companion's."""
     pending: dict[str, Any] = field(default_factory=dict)
     """Rollouts that are sampled but not yet trained on (rollout.Ahead.unused)."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The step whose answers to held-out puzzles were best so far, with its score (prompts/validation.py)."""
 
 
 def check_run(config: Any, allow_resume: bool = True) -> None:
@@ -371,10 +372,12 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
                     shutil.copy(path, partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {str(path.relative_to(partial)): crc32_of(path) for path in written}
-        write_json(partial / "state.json", sealed({"step": saved.step, "crc32": files}))
+        best = {"best": saved.best} if saved.best else {}
+        write_json(partial / "state.json", sealed({"step": saved.step, "crc32": files, **best}))
     for old in list_checkpoints(out)[:-newest_kept]:  # only after the new one is complete
-        with naming_what_cannot_be_written(old):
-            shutil.rmtree(old)
+        if step_of(old) != saved.best.get("step"):
+            with naming_what_cannot_be_written(old):
+                shutil.rmtree(old)
     return final
 
 
@@ -447,27 +450,16 @@ def training_file(checkpoint: Path, name: str) -> Path:
     return checkpoint / name if (checkpoint / name).is_file() else checkpoint / Path(name).name
 
 
-def moments_of(optimizer: "torch.optim.Optimizer", names: list[str], world: World) -> dict[str, Tensor]:
-    """The optimizer's state as Checkpoint.moments, on rank 0. names: of its parameters, in its order. Collective."""
-    moments: dict[str, Tensor] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        inner = state.pop(EIGHT_BIT, {})  # bitsandbytes returns its tensors nested, but loads them flat
-        state = {**state, **inner}
-        # gathered one at a time and moved to main memory: all moments together may not fit beside the model.
-        # every rank takes part in every gather, also the ranks that do not write
-        for key, value in state.items():
-            gathered = full_tensor(value) if isinstance(value, Tensor) else tensor(value)
-            if world.is_main:
-                # clone: bitsandbytes gives all parameters one table of code values, and safetensors refuses tensors
-                # that share memory
-                moments[f"{key}/{names[index]}"] = gathered.cpu().clone() if key in inner else gathered.cpu()
-    return moments
-
-
-def save_training(now: TrainingState, step: int, pending: dict[str, Any], companion: Companion | None = None) -> None:
+def save_training(
+    now: TrainingState,
+    step: int,
+    pending: dict[str, Any],
+    companion: Companion | None = None,
+    best: dict[str, Any] | None = None,
+) -> None:
     """Write a checkpoint after optimizer step `step` (from 1): adapter, AdamW moments, unused rollouts. Collective.
 
-    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused). companion: saved with it.
+    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused). companion: saved with it. best: of Checkpoint.
     """
     policy, world, cfg = now.policy, now.world, now.cfg
     moments = moments_of(now.optimizer, list(policy.trainable()), world)
@@ -483,7 +475,14 @@ def save_training(now: TrainingState, step: int, pending: dict[str, Any], compan
     for name in STREAMS:  # on disk before the checkpoint that stands behind these lines
         if (now.out / name).is_file():
             flush(now.out / name)
-    saved = Checkpoint(step=step, adapter=adapter, adapter_config=adapter_config, moments=moments, pending=pending)
+    saved = Checkpoint(
+        step=step,
+        adapter=adapter,
+        adapter_config=adapter_config,
+        moments=moments,
+        pending=pending,
+        best=best or {},
+    )
     save_checkpoint(now.out, saved, cfg.keep_checkpoints, model_dir=str(cfg.model))
 
 
@@ -509,24 +508,3 @@ def restore_training(
     if world.is_main:  # the only rank that appends to these files
         rewind(out, step)
     return step, pending
-
-
-def load_moments(
-    optimizer: "torch.optim.Optimizer", parameters: dict[str, "torch.nn.Parameter"], moments: dict[str, Tensor]
-) -> None:
-    """Give the optimizer the state that moments_of() gave. parameters: by name, in the optimizer's order."""
-    of_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        kind, _, name = key.partition("/")
-        of_name.setdefault(name, {})[kind] = value
-    # torch numbers the parameters in the order they were given to the optimizer, which is that of trainable()
-    state = {
-        index: {
-            # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
-            kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
-            for kind, value in of_name.get(name, {}).items()
-        }
-        for index, (name, p) in enumerate(parameters.items())
-    }
-    # groups of this run: lr is set before every step, and check_run has refused any other change
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -20,12 +20,23 @@ from rollout import Engine
 from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import OnlineConfig, TrainingConfig
-from trainer.metrics import StepLog
 from trainer.model.merge import sampler_model
 from trainer.packing import ScoredGroup
 from trainer.policy import Policy, Prompt
+from trainer.prompts.validation import HeldOut, Validator
 from trainer.ranks.world import StopRequest, World
-from trainer.record.runfolder import check_run, open_run, restore_training, steps_saved, with_date, write_json
+from trainer.record.runfolder import (
+    check_run,
+    open_run,
+    restore_training,
+    steps_saved,
+    with_date,
+    write_json,
+)
+from trainer.record.steplog import StepLog
+
+PASS_RATE = "pass_rate"
+"""Metadata of a puzzle with --curriculum: the share of answers to it that are right, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,7 @@ class Run:
     prompts: list[Prompt]
     scorer: Scorer
     engine: Engine
+    validator: Validator
     pending: dict[str, list]
     """Rollouts that are sampled but not yet trained on, of the checkpoint that the run goes on from."""
     log: StepLog | None
@@ -60,10 +72,16 @@ class Run:
     stop: StopRequest
 
 
-def prepare(cfg: OnlineConfig, puzzles: list[Puzzle], world: World, make_critic: Callable = lambda *_: None) -> Run:
+def prepare(
+    cfg: OnlineConfig,
+    puzzles: list[Puzzle],
+    world: World,
+    held_out: HeldOut | None = None,
+    make_critic: Callable = lambda *_: None,
+) -> Run:
     """Check, load and restore all that a run needs. Collective.
 
-    make_critic(policy, cfg): for PPO. Raises UserError for settings or data that the user must change.
+    held_out: of --validate. make_critic(policy, cfg): for PPO. Raises UserError for settings or data that the user must change.
     """
     check_run(cfg)  # before a model is loaded
     cfg = with_date(cfg, world)
@@ -71,16 +89,19 @@ def prepare(cfg: OnlineConfig, puzzles: list[Puzzle], world: World, make_critic:
     policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
     critic = make_critic(policy, cfg)
     prompts = encode_prompts(policy, puzzles, cfg, world)
+    validator = Validator(cfg, policy, world, Path(cfg.out), held_out)
     scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
     out = open_run(cfg, world)  # only now: settings and data are checked
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
+    validator.restore()
     engine = make_engine(cfg, policy, world)
     return Run(
         start=Step(step=first_step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out, critic=critic),
         prompts=prompts,
         scorer=scorer,
         engine=engine,
+        validator=validator,
         pending=pending,
         log=StepLog(out, cfg, first_step) if world.is_main else None,
         stop=stop,
@@ -204,7 +225,11 @@ def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitE
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, world: World) -> list[Prompt]:
     """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
     policy.chat.refuse_unwritable(label for puzzle in puzzles for label in (*puzzle.answer, *puzzle.candidates))
-    prompts = [Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
+    difficulty = [1 - puzzle.meta[PASS_RATE] if cfg.curriculum else 0.0 for puzzle in puzzles]
+    prompts = [
+        Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat()), difficulty=hard)
+        for puzzle, hard in zip(puzzles, difficulty, strict=True)
+    ]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:
         raise UserError(
@@ -213,6 +238,13 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
         )
     if world.is_main:
         print_notes(policy)
+        taken = cfg.steps * cfg.prompts_per_step
+        if cfg.curriculum and taken < len(fitting):
+            print(
+                f"note: --curriculum: {cfg.steps} steps take the {taken} easiest of {len(fitting)} puzzles, and none of the "
+                "others",
+                flush=True,
+            )
         unknown = policy.tokenizer.unk_token_id
         lost = sum(prompt.ids.count(unknown) for prompt in fitting) if unknown is not None else 0
         if lost:

@@ -177,7 +177,7 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]), order["repeats"])
         if end.member == 0:
             seconds = time.perf_counter() - start
-            end.deliver_rollouts(order["step"], order["places"], groups, seconds)
+            end.deliver_rollouts(order["step"], order["places"], groups, seconds, order["part"])
     return {}
 
 

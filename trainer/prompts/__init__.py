@@ -1,0 +1,1 @@
+"""Which prompts a run asks: the batches of its steps, and held-out puzzles for validation."""
