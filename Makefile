@@ -4,12 +4,14 @@
 # make smollm2 SmolLM2-135M, a pretrained model, on the atlas and the real cells together: runs/smollm2/report.html
 # make test    the whole test suite: 9 to 12 minutes on 2 idle cores
 # make test-fast   what needs neither vLLM nor several seconds: about 75 seconds
+# make campaign MINUTES=60   look for faults: kills, disks, networks, fuzz, rewards, soak (tests/campaign/README.md)
+# make audit   known weaknesses of the installed packages, where api.osv.dev can be reached
 # make lint    ruff
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo pbmc smollm2 test test-fast lint
+.PHONY: setup demo pbmc smollm2 test test-fast campaign audit lint
 
 setup: $(VENV)/.ready
 
@@ -54,6 +56,15 @@ test: setup
 test-fast: setup
 	@echo "[make] test-fast"
 	@$(TEST) -m "not vllm and not slow"
+
+MINUTES ?= 60
+
+campaign: setup
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m tests.campaign --minutes $(MINUTES) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(SEED),--seed $(SEED))
+
+audit: setup
+	@$(RUN) launch/audit_packages.py
 
 lint: setup
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -5,7 +5,6 @@ Published rows state neither donor nor cell id. So a cell is also identified by 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
+from data.files import parse_json
 from data.near_duplicates import MIN_GENES, SAME_GENES, SAME_ORDER, near_duplicates
 from data.puzzles import Puzzle, cell_ids_problem, content_id
 
@@ -368,7 +368,7 @@ def tell_sources_apart(
 def _hashes_beside(file: str) -> dict[str, str]:
     """{.h5ad file: its hash} of the report.json beside a file of puzzles; empty where there is no such report."""
     try:
-        report = json.loads((Path(file).parent / "report.json").read_text(encoding="utf-8"))
+        report = parse_json((Path(file).parent / "report.json").read_text(encoding="utf-8"))
         return {str(entry["file"]): str(entry["sha256"]) for entry in report["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -79,20 +80,44 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     partial, old = (path.with_name(f"{path.name}.{ending}") for ending in ("partial", "old"))
     try:
         with naming_what_cannot_be_written(path):
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
+            remove_folder(partial)  # of a process that was killed while it wrote
             partial.mkdir(parents=True)
             yield partial
             # before the rename, or a power cut could leave a visible folder of empty files
             for file in sorted(partial.rglob("*")):
+                if file.suffix == ".safetensors":
+                    file.chmod(usual_mode(partial))  # its library lets nobody but the owner read it
                 flush(file)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
             if path.exists():
                 os.replace(path, old)  # a folder with files in it cannot be replaced
             os.replace(partial, path)
             flush(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
+
+
+def usual_mode(folder: Path) -> int:
+    """The mode that a new file gets in a folder, from the user's umask. Asking the umask itself would change it for a moment."""
+    probe = folder / f".mode-{os.getpid()}"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+
+
+def remove_folder(path: Path, must: bool = False) -> None:
+    """Remove a folder and all in it. Of a symbolic link the link goes, and never what it points to.
+
+    must: raise OSError when something cannot be removed; it is left there otherwise.
+    """
+    with contextlib.nullcontext() if must else contextlib.suppress(OSError):
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=not must)  # it does not follow the links inside
 
 
 @contextlib.contextmanager
@@ -147,8 +172,8 @@ def appended_rows(
     with open(path, "rb") as handle:  # bytes: a cut can leave half a character
         for number, line in enumerate(handle, start=1):
             try:
-                row = json.loads(line.decode())
-            except (ValueError, RecursionError):
+                row = parse_json(line.decode())
+            except ValueError:
                 row = None
             if isinstance(row, dict) and is_row(row):
                 yield line if line.endswith(b"\n") else line + b"\n", row
@@ -179,7 +204,8 @@ def lock_folder(folder: str | os.PathLike) -> None:
     with naming_what_cannot_be_written(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
+            # writable: NFS locks nothing else. no link: the file that it points to would be emptied
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -248,10 +274,10 @@ def read_sealed(path: Path, remedy: str = "put a copy back, or name another --ou
     Raises UserError that names the file when it is missing, damaged, no JSON object, or was changed later.
     """
     try:
-        found = json.loads(path.read_bytes().decode())
+        found = parse_json(path.read_bytes().decode())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({reason_of(error)}); {remedy}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); {remedy}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; {remedy}")
@@ -261,6 +287,14 @@ def read_sealed(path: Path, remedy: str = "put a copy back, or name another --ou
     return rest
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What json.loads gives; every complaint is a ValueError, also about brackets nested so deeply that Python gives up."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object of a file that came with a model. Raises UserError that names the file and what is wrong with it."""
     refuse_pointer(path)
@@ -268,7 +302,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if text.startswith(b"\xef\xbb\xbf"):  # a text editor's mark, which other programs do not expect in JSON
         raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); copy the file again") from None
     if not isinstance(found, dict):

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from data.build.staging import Staging
 from data.clusters.known import LABELS, PUZZLE_OPTIONS, KnownLabel, KnownLabels
 from data.errors import UserError
-from data.files import flush, reason_of
+from data.files import flush, parse_json, reason_of, remove_folder
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
@@ -106,8 +105,8 @@ def read_report(path: str | Path | None) -> dict[str, Any] | None:
     if not Path(path).is_file():
         raise UserError(f"--report {path}: no such file")
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        report = parse_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
         report = None
     if not fits_shape(report, REPORT):
         raise UserError(f"--report {path}: not the report.json of a build; leave the option out to do without")
@@ -162,7 +161,7 @@ def write_build(
             for split in splits if ending not in formats else ():
                 (out / f"{split}.{ending}").unlink(missing_ok=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_folder(partial)
 
 
 def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle], options: dict[str, Any]) -> str:
@@ -181,9 +180,11 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
     are dropped. Raises UserError when another build holds the lock.
     """
     staging = Staging(out.with_name(f".{out.name}.building"))
+    if staging.folder.is_symlink():  # files are removed in it
+        raise UserError(f"--out {out}: {staging.folder} is a symbolic link; remove it, or name another folder")
     existed = staging.folder.parent.exists()
     staging.folder.mkdir(parents=True, exist_ok=True)
-    with open(staging.folder / "lock", "w") as lock:
+    with open(os.open(staging.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import reason_of, replacing
+from data.files import parse_json, reason_of, replacing
 from data.prompts import (
     CANDIDATES_HEAD,
     CELL_CANDIDATES_HEAD,
@@ -251,12 +251,17 @@ def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
 
 def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        rows = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path}{_where(error)}: not JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: must be a list of rows, [{{...}}, ...]")
     return rows
+
+
+def _where(error: ValueError) -> str:
+    """The line that a parser of JSON names; it names none for numbers of thousands of digits, and nesting."""
+    return f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
@@ -267,9 +272,9 @@ def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            rows.append(parse_json(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(rows[-1], dict):
             raise UserError(f"{path}, line {number}: must be a row, {{...}}")
     return rows

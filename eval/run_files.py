@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet
 
 from data.errors import UserError
-from data.files import write_whole
+from data.files import parse_json, write_whole
 from data.puzzles import read_rows
 
 STAGES = ("base", "sft", "grpo")
@@ -75,8 +75,8 @@ def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `make demo` (launch/demo.py) writes one at the end of its run")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        summary = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); write it again with `make demo` (launch/demo.py)") from None
     if not isinstance(summary, dict):
         raise UserError(f"{path}: must be an object with the stages {', '.join(STAGES)}; `make demo` writes one")
@@ -91,7 +91,7 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     if not Path(path).is_file():
         return {}
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); run launch/evaluate.py again") from None
     if not isinstance(result, dict):

@@ -13,6 +13,7 @@ Example: similarity(scores, puzzles, LabelEncoder("MedCPT-Query-Encoder"))["mean
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,12 @@ class LabelEncoder:
             raise UserError(
                 f"--medcpt {folder}: no config.json there; name the folder of a downloaded encoder checkpoint"
             )
+        given = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+            self.model = AutoModel.from_pretrained(folder, **given, weights_only=True).eval()
+        except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:400]
             raise UserError(f"--medcpt {folder}: transformers cannot load an encoder from it ({reason})") from None
         self.batch = batch
         self.vectors: dict[str, np.ndarray] = {}

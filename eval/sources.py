@@ -5,7 +5,6 @@ because this room does not import the trainer.
 """
 
 import functools
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -158,9 +157,9 @@ class RemoteModel:
     """A model behind an OpenAI-compatible endpoint. The key stays in the client."""
 
     def __init__(self, config: EvaluateConfig) -> None:
-        from rollout.teachers.openai import Endpoint, OpenAITeacher, is_loopback  # loads the client library
+        from rollout.teachers.openai import Endpoint, OpenAITeacher, is_loopback, read_key  # loads the client library
 
-        key = os.environ.get(config.key_env, "")
+        key = read_key(config.key_env)
         if not key and not is_loopback(str(config.endpoint)):
             raise UserError(
                 f"the environment variable {config.key_env} holds no key for --endpoint: set it, or name another with "

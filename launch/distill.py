@@ -16,7 +16,6 @@ flight. Only what is in flight at a `kill -9`, or at a second signal, may be pai
 import functools
 import json
 import os
-import re
 import sys
 
 import click
@@ -60,13 +59,10 @@ def take_key(config: DistillConfig) -> str:
     """
     if config.teacher != "openai":
         return ""
-    from rollout.teachers.openai import is_loopback
+    from rollout.teachers.openai import is_loopback, read_key
 
-    key = os.environ.pop(config.key_env, "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise UserError(
-            f"--key-env {config.key_env}: its value holds a space or a character beyond ASCII; copy it again"
-        )
+    key = read_key(config.key_env)
+    os.environ.pop(config.key_env, None)
     if not key and not is_loopback(config.base_url):
         raise UserError(f"--base-url {config.base_url}: set the environment variable {config.key_env} to its key")
     return key or "none"

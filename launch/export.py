@@ -4,13 +4,12 @@ python launch/export.py --model runs/grpo/checkpoints/step-000100 --out cell-rea
 python launch/export.py --model runs/grpo/checkpoints/step-000100 --out cell-reasoner-lora --adapter-only
 """
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import reason_of
+from data.files import parse_json, reason_of
 from launch.options import command, option
 from trainer.model.opening import is_adapter, open_checkpoint
 
@@ -75,7 +74,7 @@ def read_metrics(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--metrics {path}: no such file; write one with launch/evaluate.py")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
     if "batch_accuracy" not in found:

@@ -20,7 +20,7 @@ import click
 import yaml
 
 from data.errors import RunError, UserError
-from data.files import full_disk
+from data.files import full_disk, reason_of
 from data.options import argument, option
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,8 +151,15 @@ def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
         raise click.UsageError(f"--recipe {path}: no such file, and not one of {names}")
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise click.UsageError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # what it raises for odd dates and numbers
+        raise click.UsageError(f"--recipe {path}: not valid YAML ({' '.join(str(error).split())[:400]})") from None
+    except OSError as error:
+        raise click.UsageError(f"--recipe {path}: cannot be read ({reason_of(error)})") from None
     if not isinstance(raw, dict):
         raise click.UsageError(f"--recipe {path}: must be 'key: value' lines")
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -190,6 +197,8 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
         raise click.UsageError(f"{where}: needs a value")
     if many:
         return tuple(_coerce(v, scalar, where, choices) for v in (value if isinstance(value, list) else [value]))
+    if isinstance(value, dict | list | set | tuple):  # never shown: aliases of YAML can stand for gigabytes
+        raise click.UsageError(f"{where}: needs one value, not several in brackets or lines")
     if scalar is bool or isinstance(value, bool):
         if scalar is bool and isinstance(value, bool):
             return value
@@ -199,9 +208,9 @@ def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
         if scalar is int and float(value) != int(float(value)):
             raise ValueError
         converted = int(float(value)) if scalar is int else scalar(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise click.UsageError(
-            f"{where}: {value!r} is not {'an' if scalar is int else 'a'} {scalar.__name__}"
+            f"{where}: {repr(value)[:80]} is not {'an' if scalar is int else 'a'} {scalar.__name__}"
         ) from None
     if choices and converted not in choices:
         raise click.UsageError(f"{where}: {value!r} is not one of {', '.join(choices)}")

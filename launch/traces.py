@@ -6,11 +6,11 @@
     python launch/traces.py --puzzles reasoning.parquet --out traces/o1        # published reasoning rows
 """
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import parse_json
 from data.puzzles import read_puzzles
 from eval.report.figures import percent
 from eval.traces.reading import analyse, known_labels
@@ -63,8 +63,8 @@ def read_type_accuracy(path: str) -> dict[str, float]:
     if not Path(path).is_file():
         raise UserError(f"--accuracy-from {path}: no such file; launch/traces.py writes a traces.json into its --out")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["summary"]["type_accuracy"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return parse_json(Path(path).read_text(encoding="utf-8"))["summary"]["type_accuracy"]
+    except (ValueError, KeyError, TypeError):
         raise UserError(
             f"--accuracy-from {path}: not a traces.json; launch/traces.py writes one into its --out"
         ) from None

@@ -9,7 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import RunError
+from data.files import remove_folder
 from data.formats.stores import content_stamp
 from data.processes import end_with_parent
 from data.puzzles import Puzzle
@@ -87,7 +87,7 @@ class Staging:
 
     def remove(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
 
     def _file(self, path: Path) -> Path:
         return self.folder / f"{path.stem}.jsonl"

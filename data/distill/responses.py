@@ -25,6 +25,7 @@ from typing import Any
 from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
+from data.files import parse_json
 from data.puzzles import Puzzle
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -84,7 +85,7 @@ class RawFile:
         if resume and not path.is_file():
             raise UserError(f"--resume: there is no {path}; leave --resume out to start anew")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._begin(settings, meter, resume, replace)
         except ValueError:
@@ -118,8 +119,8 @@ class RawFile:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("settings", {}), dict):
             raise self._damaged(number)

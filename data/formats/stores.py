@@ -134,8 +134,11 @@ class Store(StoreGroup):
 
 def open_store(path: Path, root: str) -> Store:
     """Open a zarr store for reading. root: as store_root gives it. Raises OSError when it is damaged."""
+    import numcodecs.registry
     import zarr  # half a second, and only stores need it
 
+    # a pickle runs code where it is read; what a store compressed with it is then refused by its name
+    numcodecs.registry.codec_registry.pop("pickle", None)
     try:
         if path.is_dir():
             store = zarr.storage.LocalStore(path, read_only=True)

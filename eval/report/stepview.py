@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.report.html import with_policy
 from rollout import group_numbers
 
 TEMPLATE = Path(__file__).with_name("stepview.html")
@@ -67,7 +68,7 @@ def step_page(
     )
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
-        TEMPLATE.read_text(encoding="utf-8")
+        with_policy(TEMPLATE.read_text(encoding="utf-8"))
         .replace("{{title}}", f"GRPO step {step}, token by token")
         .replace("{{lead}}", escape(lead))
         .replace("{{data}}", text)

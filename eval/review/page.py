@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.files import parse_json
 from data.prompts import RESPONSE_LAYOUT
 from data.puzzles import Puzzle
 from eval.metrics import score_one
+from eval.report.html import with_policy
 
 TEMPLATE = Path(__file__).with_name("review.html")
 GENES_SHOWN = 15
@@ -168,7 +170,7 @@ def make_review(
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     names = re.compile("|".join(rf"(?<!\w){re.escape(model)}(?!\w)" for model in answers), re.IGNORECASE)
     naming = [c["case"] for c in keyed if any(names.search(answers[model][c["puzzle"]]) for model in answers)]
-    html = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+    html = with_policy(TEMPLATE.read_text(encoding="utf-8")).replace("{{data}}", text)
     return Review(html=html, key=key, both=len(both), same=len(both) - len(differing), naming=naming)
 
 
@@ -227,7 +229,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = parse_json(Path(path).read_bytes())
     except ValueError as error:  # not UTF-8, or not JSON
         raise UserError(f"{path}: not JSON ({error}); ask for the file again, as it was exported") from None
     if not isinstance(value, dict):

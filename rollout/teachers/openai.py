@@ -10,6 +10,7 @@
 
 import asyncio
 import ipaddress
+import os
 import queue
 import random
 import re
@@ -27,7 +28,7 @@ import openai
 
 from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
-from data.errors import RunError
+from data.errors import RunError, UserError
 from rollout import stable_seed
 from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after, spellings_of
 
@@ -55,6 +56,17 @@ SECRET_LENGTH = 8
 _FIELD_REFUSED = re.compile(
     r"unsupported|not supported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted|forbidden", re.I
 )
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable, without the line end that a file adds; "" when there is none.
+
+    Raises UserError, never with the key in it, for what no request can carry.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise UserError(f"--key-env {variable}: its value holds a space or a character beyond ASCII; copy it again")
+    return key
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Read the replies of an OpenAI-compatible endpoint: a completion with its token counts, or the reason of a refusal."""
 
 import html.entities
-import json
 import re
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import openai
 
 from data.distill.distill import Completion, Request
+from data.files import parse_json
 
 MOST_TOKENS = 10**9
 """A larger token count is not believed."""
@@ -37,7 +37,7 @@ def read_completion(content: bytes, request: Request, clean: Callable[[str], str
     clean(text): the text without the key. It is applied before a text is shortened, or half a key might remain.
     """
     try:
-        body = json.loads(content)
+        body = parse_json(content)
     except ValueError:
         raise TryFailedError("the response is not JSON, or cut short", again=True, charged=True) from None
     choices = body.get("choices") if isinstance(body, dict) else None

@@ -9,8 +9,12 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, ForkedProcess, can_fork, run_forked
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests/fixtures"
@@ -67,11 +71,17 @@ def succeed(*args, **kwargs) -> str:
 
 def run_ranks(command: Command, ranks: int, timeout: float) -> subprocess.CompletedProcess:
     """The forked command once per rank, with the variables and the store that torchrun gives them."""
+    commands, store = rank_commands(command, ranks)
+    done = run_forked(commands, timeout)
+    del store  # torchrun's lives longer than any rank, too
+    return done
+
+
+def rank_commands(command: Command, ranks: int) -> tuple[list[Command], "TCPStore"]:
+    """(the command of each rank, the store that must live as long as they do)"""
     from torch.distributed import TCPStore
 
-    store = TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # torchrun's lives longer than any rank, too
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
@@ -91,4 +101,4 @@ def run_ranks(command: Command, ranks: int, timeout: float) -> subprocess.Comple
         variables = {**common, "RANK": rank, "LOCAL_RANK": rank, "ROLE_RANK": rank}
         env = command.env | {name: str(value) for name, value in variables.items()}
         commands.append(dataclasses.replace(command, env=env))
-    return run_forked(commands, timeout)
+    return commands, store

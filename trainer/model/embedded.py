@@ -15,6 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from data.files import usual_mode
+
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # split at: a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space
 WORDS = r" ?</?(?:think|answer)>| ?\|| ?[^\s<>|,]+,?| ?[<>,]|\s+"
@@ -106,4 +108,6 @@ def create_policy(
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    for file in Path(out).glob("*.safetensors"):
+        file.chmod(usual_mode(Path(out)))
     return sum(p.numel() for p in model.parameters())

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from data.clusters.known import cell_types_file
-from data.files import read_settings
+from data.files import read_settings, remove_folder
 from trainer.model.merge import write_checkpoint
 from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, run_of
 from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
@@ -85,7 +85,7 @@ def generation_settings(opened: OpenedModel) -> str:
 def write_adapter(out: Path, opened: OpenedModel, files: dict[str, str]) -> None:
     """Write the adapter as PEFT reads it, with tokenizer and chat template. files: {file name: text} of more files."""
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_folder(partial)
     try:
         partial.mkdir(parents=True)
         # in PEFT's files DoRA's magnitudes have no ".weight" at the end
@@ -105,7 +105,7 @@ def write_adapter(out: Path, opened: OpenedModel, files: dict[str, str]) -> None
             (partial / name).write_text(text, encoding="utf-8")
         partial.rename(out)  # last: OUT is there with all its files, or not at all
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is left of it after the rename
+        remove_folder(partial)  # nothing is left of it after the rename
 
 
 def model_card(

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint from a GGUF file, the format of llama.cpp, in which models are handed on without a hub."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -9,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
+from data.files import replacing_folder
 from trainer.model.loading import first_line
+from trainer.record.runfolder import disk_errors
 
 transformers_logging.disable_progress_bar()
 
@@ -30,8 +31,8 @@ def import_gguf(file: Path, out: Path) -> int:
         raise UserError(f"--out {out}: exists; name another folder")
     place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"{file}: reading it needs the package gguf; pip install gguf ({first_line(error)})") from None
     except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
@@ -39,17 +40,12 @@ def import_gguf(file: Path, out: Path) -> int:
     # the weights are plain numbers now; while the model calls itself quantised, save_pretrained refuses
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     del model.config.quantization_config
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        pad_apart(model, tokenizer)
+    pad_apart(model, tokenizer)
+    with replacing_folder(out) as partial, disk_errors(out):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         stored = "lm_head.weight" in safe_open(partial / "model.safetensors", "pt").keys()  # noqa: SIM118 (no mapping)
         assert stored != model.config.tie_word_embeddings, "a tied head is stored once, another one is stored"
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -127,6 +127,7 @@ def load_weights(model_dir: str, **settings: Any) -> tuple[PreTrainedModel, list
             model_dir,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            use_safetensors=True,  # a .bin file is a pickle
             trust_remote_code=False,
             **settings,
         )

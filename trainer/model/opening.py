@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import read_settings
+from data.files import parse_json, read_settings
 from data.prompts import ChatFormat
 from trainer.record.runfolder import ADAPTER
 
@@ -94,7 +94,7 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
         if not (path / name).is_file():
             raise UserError(f"{path}: no adapter there ({name} is missing)")
     try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
     if for_vllm and config.get("use_dora"):
@@ -139,7 +139,7 @@ def served_settings(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the adapter again") from None
     unserved = [name for name in UNSERVED if settings.get(name)]

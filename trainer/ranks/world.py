@@ -332,7 +332,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if samplers >= size:
         raise UserError(f"--sampler-ranks {samplers}: the launch has {size} ranks, and at least one must train")
-    store, _, _ = next(dist.rendezvous("env://", rank, size))  # the one store of the whole launch
+    # the one store of the whole launch. torch's listens on every interface of the machine: a world of one needs no port
+    store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", rank, size))[0]
     # prefixes keep our keys apart from those of torch.distributed in the same store
     watch = Watch(dist.PrefixStore("cellpuzzles", store), rank, size, hang_seconds) if size > 1 else None
     trainers = size - samplers

@@ -7,7 +7,6 @@ has changed since.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import crc32_of, replacing_folder
+from data.files import crc32_of, parse_json, replacing_folder
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.packing import Denominators, Group, MicroBatch, make_micro_batch
 from trainer.ranks.world import World
@@ -172,15 +171,24 @@ def read_bundle(path: str | Path, kinds: tuple[type[OnlineConfig], ...] = (GrpoC
             f"{path}: no step bundle there (bundle.json is missing); grpo.py --save-steps every:10 writes some"
         )
     try:
-        content = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / 'bundle.json'}: damaged ({error.msg}, line {error.lineno})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path / 'bundle.json'}: damaged ({error.reason})") from None
+        content = parse_json((path / "bundle.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / 'bundle.json'}: damaged ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path / 'bundle.json'}: damaged (it holds no JSON object)")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: bundle format {content.get('format')}, this version reads {FORMAT}")
+    try:
+        return _bundle_of(path, content, kinds)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        if isinstance(error, UserError) and str(path) in str(error):
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UserError(f"{path / 'bundle.json'}: damaged, or no bundle of this trainer ({what})") from None
+
+
+def _bundle_of(path: Path, content: dict[str, Any], kinds: tuple[type[OnlineConfig], ...]) -> Bundle:
+    """read_bundle of a bundle.json that is JSON. What other values raise, read_bundle explains."""
     file = path / "tensors.safetensors"
     # safetensors checks its header only: a flipped bit in a weight would load, and show as a gradient that differs
     if not file.is_file() or crc32_of(file) != content["crc32"]:

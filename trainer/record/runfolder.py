@@ -40,6 +40,7 @@ from data.files import (
     model_hashes,
     naming_what_cannot_be_written,
     read_sealed,
+    remove_folder,
     replacing,
     replacing_folder,
     sealed,
@@ -377,7 +378,7 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
     for old in list_checkpoints(out)[:-newest_kept]:  # only after the new one is complete
         if step_of(old) != saved.best.get("step"):
             with naming_what_cannot_be_written(old):
-                shutil.rmtree(old)
+                remove_folder(old, must=True)
     return final
 
 
@@ -403,8 +404,11 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
     for name, crc in files.items():
         if not (path / name).is_file() or crc32_of(path / name) != crc:
             raise UserError(f"{path / name}: damaged or missing; use another checkpoint")
-    weights = ADAPTER if (path / ADAPTER).is_file() else WEIGHTS
-    return step, load_file(path / weights), load_file(training_file(path, MOMENTS))
+    weights = path / (ADAPTER if (path / ADAPTER).is_file() else WEIGHTS)
+    try:
+        return step, load_file(weights), load_file(training_file(path, MOMENTS))
+    except (SafetensorError, OSError, ValueError) as error:  # a file that state.json does not name
+        raise UserError(f"{path}: its tensors cannot be read ({error}); use another checkpoint") from None
 
 
 def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Tensor], dict[str, Tensor]]] | None:
@@ -439,7 +443,7 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
         for path in there:
             if step_of(path) > min(steps):
                 aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
+                remove_folder(aside)
                 with naming_what_cannot_be_written(path):
                     os.replace(path, aside)
     return found
