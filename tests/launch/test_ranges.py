@@ -136,6 +136,8 @@ RANGES = {
         ("price_in", [-1.0], "must be at least 0", [0.0]),
         ("price_out", [-1.0], "must be at least 0", [0.0]),
         ("budget", [-1.0], "must be at least 0", [0.0]),
+        ("comparisons", [0], "must be at least 1", [1]),
+        ("lookups", [0], "must be at least 1", [1]),
         ("teacher_noise", [-1.0], "must be at least 0", [0.0]),
         ("teacher_glance", [-0.1, 1.5], "must be at least 0 and at most 1", [0.0, 1.0]),
     ],
