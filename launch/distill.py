@@ -44,7 +44,7 @@ def main(config: DistillConfig) -> None:
 
     A trace is accepted when its format is valid and every label is right; --accept sets another rule.
     """
-    if config.keep != "first" and config.stop_at == 1 and not config.resume:
+    if config.keep != "first" and config.stop_at == 1 and config.workflow == "none" and not config.resume:
         click.echo(
             f"note: --keep {config.keep} has nothing to choose from, since --stop-at 1 ends a puzzle with its first "
             "accepted trace; --stop-at 0 draws all --candidates",

@@ -90,6 +90,8 @@ class WorkflowDraws(Draws):
         """{id of a step that writes a trace: its puzzle with the final assignment as the answer}"""
         self.steps: dict[RequestKey, Completion] = {}
         """The responses of the steps that need no verdict."""
+        self.now: dict[str, tuple[list[Request], Outcome | None]] = {}
+        """{puzzle id: what `_proceed` found}, until something is taken for the puzzle."""
         for puzzle in puzzles:
             if _STEP.search(puzzle.id):
                 raise UserError(f"puzzle {puzzle.id!r}: its id reads like a step of a workflow; give it another")
@@ -110,6 +112,7 @@ class WorkflowDraws(Draws):
 
     def take(self, completion: Completion, verdict: Verdict | None) -> None:
         """See Draws. A written trace is rejected when it argues for another assignment or mentions how it came about."""
+        self.now.pop(self.puzzle_of(completion).id, None)
         if completion.puzzle_id in self.by_id:
             super().take(completion, verdict)
         elif completion.puzzle_id in self.writes:
@@ -147,6 +150,12 @@ class WorkflowDraws(Draws):
 
     def _proceed(self, puzzle: Puzzle) -> tuple[list[Request], Outcome | None]:
         """(requests to make now, the end): one of the two is empty."""
+        if puzzle.id not in self.now:
+            self.now[puzzle.id] = self._next(puzzle)
+        return self.now[puzzle.id]
+
+    def _next(self, puzzle: Puzzle) -> tuple[list[Request], Outcome | None]:
+        """See `_proceed`. Everything is found anew from what was taken, so a resumed run comes to the same."""
         answers = self._lacking(puzzle, hinted=False, limit=self.plan.candidates)
         if answers:
             return answers, None

@@ -766,6 +766,7 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
         3,
         "--temperature",
         0.9,
+        "--consensus",
         "--out",
         tmp_path,
     )
@@ -778,6 +779,8 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     assert all(row["prediction"] == row["samples"][0] and len(set(row["samples"])) == 3 for row in rows)
     assert all(1 <= n <= 24 for row in rows for n in row["samples_tokens"])
     assert list(found["k_sample"]["pass_at_k"]) == ["1", "2", "3"] and found["run"]["temperature"] == 0.9
+    assert all(row["greedy"] and 1 <= row["greedy_tokens"] <= 24 for row in rows) and found["run"]["greedy"] is True
+    assert found["k_sample"]["greedy"]["n_puzzles"] == 10 and found["k_sample"]["consensus"]["threshold"] == 0.5
     reason = found["invalid_reasons"][0]  # an untrained model goes on until the limit
     assert reason["reason"] == "the response was cut at the length limit" and reason["count"] > 15
     assert found["label_problems"]["answers"] == 30 and " of 30 answers have an invalid format: " in said
