@@ -18,11 +18,12 @@ import numpy as np
 from data.describe import NOT_STATED, disease_of, tissue_of
 from data.puzzles import Puzzle
 from data.variants import regroup
-from eval.bootstrap import LEVEL, RESAMPLES, Sums, intervals, percentile_intervals, sums_of, units_of
+from eval.bootstrap import LEVEL, RESAMPLES, Sums, added_up, intervals, percentile_intervals, sums_of, units_of
 from eval.metrics import (
     METRICS,
     PuzzleScore,
     cell_vote,
+    consensus_of,
     majority_vote,
     metrics_of,
     pass_at_k,
@@ -258,6 +259,55 @@ def k_sample(
         answers = [vote(of_puzzle, puzzle) for of_puzzle, puzzle in zip(texts, puzzles, strict=True)]
         found[name] = group_metrics(score_all(answers, puzzles, lengths), puzzles, name, *names)
     return found
+
+
+def greedy_answers(rows: Sequence[dict], puzzles: Sequence[Puzzle], unit: str, *names: object) -> dict[str, Any]:
+    """{"greedy": the metrics of one answer per puzzle at temperature 0}; {} where a row holds none.
+
+    unit: of the lengths of the sampled answers; greedy ones are counted in the same.
+    """
+    texts = [row.get("greedy") for row in rows]
+    if not all(isinstance(text, str) for text in texts):
+        return {}
+    counts = [row.get("greedy_tokens") for row in rows]
+    known = unit == "tokens" and all(isinstance(n, int | float) for n in counts)
+    return {"greedy": group_metrics(score_all(texts, puzzles, counts if known else None), puzzles, "greedy", *names)}
+
+
+CONFIDENCE = ("cells_confident", "cell_accuracy", "batches_confident", "batch_accuracy")
+
+
+def vote_confidence(
+    texts: Sequence[Sequence[str]], puzzles: Sequence[Puzzle], threshold: float, *names: object
+) -> dict[str, Any]:
+    """How far the one-to-one vote (`cell_vote`) can be trusted: {threshold, cells_confident, cell_accuracy,
+    batches_confident, batch_accuracy, intervals}.
+
+    A cell is confident when at least `threshold` of its puzzle's valid answers give it the label of the vote, and a batch
+    when all its cells are; a batch without a valid answer has no label and no confident cell. cells_confident and
+    batches_confident are shares of all cells and batches; the accuracies are those of the confident ones, None where
+    there is none. The vote itself labels every cell whatever the threshold: its metrics are those of `cell_vote`.
+    """
+    numerators, denominators = [], []
+    for of_puzzle, puzzle in zip(texts, puzzles, strict=True):
+        found, n = consensus_of(of_puzzle, puzzle), len(puzzle.cells)
+        shares, labels = (found.shares, found.labels) if found else ([-1.0] * n, [""] * n)
+        # 6 of 8 answers are 0.75 whatever the rounding
+        sure = [share >= threshold - 1e-9 for share in shares]
+        right = [
+            ok and normalise_label(label) == normalise_label(truth)
+            for ok, label, truth in zip(sure, labels, puzzle.answer, strict=True)
+        ]
+        numerators.append([sum(sure), sum(right), all(sure), all(right)])
+        denominators.append([len(sure), sum(sure), 1, all(sure)])
+    sums = added_up(np.array(numerators, float), np.array(denominators, float), units_of(puzzles))
+    limits = percentile_intervals(sums.draws("consensus", *names))
+    values = [None if np.isnan(value) else float(value) for value in sums.values()]
+    return {
+        "threshold": threshold,
+        **dict(zip(CONFIDENCE, values, strict=True)),
+        "intervals": dict(zip(CONFIDENCE, limits, strict=True)),
+    }
 
 
 def interval_method(puzzles: Sequence[Puzzle]) -> dict[str, Any]:

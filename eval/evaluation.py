@@ -13,8 +13,16 @@ from data.errors import UserError
 from data.files import write_whole
 from data.puzzles import Puzzle, write_rows
 from eval.bootstrap import intervals, paired
-from eval.breakdowns import average_over, breakdowns, decomposition, interval_method, k_sample
-from eval.metrics import METRICS, lacking_tokens, metrics_of, scores_of
+from eval.breakdowns import (
+    average_over,
+    breakdowns,
+    decomposition,
+    greedy_answers,
+    interval_method,
+    k_sample,
+    vote_confidence,
+)
+from eval.metrics import METRICS, cell_vote, lacking_tokens, metrics_of, score_all, scores_of
 from eval.predict import REFUSED
 from eval.published import average_markdown, comparable, evaluation_markdown
 from eval.reasons import faults_of, scored_answers
@@ -29,6 +37,7 @@ def evaluation_of(
     run: dict[str, Any],
     file: str = "",
     seed: int = 0,
+    confident_from: float | None = None,
     encoder: LabelEncoder | None = None,
     other: tuple[str, Sequence[dict]] | None = None,
     notes: Sequence[str] = (),
@@ -36,8 +45,8 @@ def evaluation_of(
     """The content of metrics.json: the metrics of the first answers, then intervals, breakdowns and everything else.
 
     rows: one matched row per puzzle. name: of the model that answered. run: its settings. file: of the puzzles.
-    encoder: for the similarity of labels. other: (name, matched rows) of a model to compare with. notes: sentences that
-    a reader must know; those about the rows are added.
+    confident_from: the threshold of --consensus, None without it. encoder: for the similarity of labels. other: (name,
+    matched rows) of a model to compare with. notes: sentences that a reader must know; those about the rows are added.
     """
     texts, samples, unit = scores_of(rows, puzzles)
     firsts = [of_puzzle[0] for of_puzzle in samples]
@@ -56,12 +65,19 @@ def evaluation_of(
     }
     if len(samples[0]) > 1:
         result["k_sample"] = k_sample(texts, samples, puzzles, seed)
+        if confident_from is not None:
+            result["k_sample"] |= greedy_answers(rows, puzzles, unit, seed)
+            result["k_sample"]["consensus"] = vote_confidence(texts, puzzles, confident_from, seed)
+    elif confident_from is not None:
+        raise UserError("--consensus: the predictions have one answer to each puzzle; give some with several (samples)")
     if variant == "cell":
         result["decomposition"] = decomposition([of_puzzle[0] for of_puzzle in texts], puzzles, firsts, seed)
     if encoder is not None:
         result["similarity"] = similarity(firsts, puzzles, encoder, seed)
     if other is not None:
         result["compare"] = comparison(rows, *other, puzzles, seed)
+        if confident_from is not None:
+            result["compare"]["consensus"] = compared_vote(texts, other[1], puzzles, seed)
     diseases = [str(group["value"]) for group in found["disease"]]
     result["published"] = comparable(variant, diseases, encoder is not None)
     return result
@@ -111,6 +127,16 @@ def comparison(
     texts = [row.get("samples") or [row["prediction"]] for row in other_rows]
     faults = faults_of(scored_answers(other_rows, puzzles, texts, theirs))
     return {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)} | faults
+
+
+def compared_vote(
+    texts: Sequence[Sequence[str]], other_rows: Sequence[dict], puzzles: Sequence[Puzzle], seed: int
+) -> dict[str, dict]:
+    """eval.bootstrap.paired of the one-to-one vote over our answers against another model's answers, without lengths."""
+    voted = score_all([cell_vote(of_puzzle, puzzle) for of_puzzle, puzzle in zip(texts, puzzles, strict=True)], puzzles)
+    theirs = scores_of(other_rows, puzzles, in_words=True)[1]
+    found = paired([[score] for score in voted], theirs, puzzles, "consensus", seed)
+    return {name: one for name, one in found.items() if name != "response_length"}
 
 
 def average_of(

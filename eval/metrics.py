@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from data.distill.consensus import Consensus, consensus
 from data.errors import UserError
 from data.prompts import answer_text
 from data.puzzles import Puzzle, read_rows
@@ -306,23 +307,15 @@ def majority_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
 def cell_vote(samples: Sequence[str], puzzle: Puzzle) -> str:
     """The one-to-one assignment of candidates to cells with the largest sum of votes per cell, as one answer.
 
-    votes[i, j] is the number of valid answers that give candidate j to cell i; scipy's linear_sum_assignment finds the
-    largest sum. Without candidates (open-ended) each cell takes its most frequent label. Returns "" when no sample has
-    a valid format.
+    Without candidates (open-ended) each cell takes its most frequent label. Returns "" when no sample has a valid format.
     """
-    import numpy as np
-    from scipy.optimize import linear_sum_assignment
+    found = consensus_of(samples, puzzle)
+    return answer_of(found.labels) if found else ""
 
-    valid = _valid_labels(samples, puzzle)
-    if not valid:
-        return ""
-    if not puzzle.candidates:
-        return answer_of([_most_frequent([labels[i] for labels in valid]) for i in range(len(puzzle.cells))])
-    candidates = [normalise_label(label) for label in puzzle.candidates]
-    given = np.array([[normalise_label(label) for label in labels] for labels in valid])  # [S, N]
-    votes = (given[:, :, None] == np.array(candidates)).sum(axis=0)  # [N, candidates]
-    _, chosen = linear_sum_assignment(votes, maximize=True)
-    return answer_of([puzzle.candidates[j] for j in chosen])
+
+def consensus_of(samples: Sequence[str], puzzle: Puzzle) -> Consensus | None:
+    """The one-to-one vote of the samples of a valid format (data/distill/consensus.py); None when there is none."""
+    return consensus(_valid_labels(samples, puzzle), puzzle.candidates)
 
 
 def answer_of(labels: Sequence[str], reasoning: str = "") -> str:
@@ -340,13 +333,6 @@ def _one_to_one(labels: Sequence[str], puzzle: Puzzle) -> bool:
     """Is every label a candidate, and is no candidate used more often than it is listed?"""
     given, candidates = (Counter(map(normalise_label, names)) for names in (labels, puzzle.candidates))
     return given <= candidates
-
-
-def _most_frequent(labels: Sequence[str]) -> str:
-    """The most frequent label, compared as in the reward and spelled as first written; the first one among equals."""
-    keys = [normalise_label(label) for label in labels]
-    (winner, _), *_ = Counter(keys).most_common(1)
-    return labels[keys.index(winner)]
 
 
 def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:

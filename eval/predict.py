@@ -5,7 +5,8 @@ comes. `first` is the position of the chunk in the file. A local model derives i
 killed and resumed gives the same answers as an unbroken run.
 
 A row of predictions.jsonl is {id, prediction, response_tokens, finish_reason}. With k > 1 answers per puzzle it also
-has samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample.
+has samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample; under --consensus
+also greedy, greedy_tokens and greedy_finish_reason, of one more answer at temperature 0.
 """
 
 import contextlib
@@ -45,6 +46,8 @@ class Answer:
     """Its length in the model's own tokens; None when unknown."""
     finish_reason: str
     """"stop", "length" (cut at the limit), or REFUSED."""
+    greedy: bool = False
+    """Is it one more answer, at temperature 0, beside the sampled ones?"""
 
 
 Answered = list[tuple[Puzzle, list[Answer]]]
@@ -53,20 +56,27 @@ LINES = 20
 """Lines of progress that a run prints where there is no terminal for a bar."""
 
 
-def ask_engine(engine: LocalEngine, chat: ChatFormat, sampling: Sampling) -> Ask:
-    """A model in an engine in this process. chat: how it is asked. sampling.temperature 0 is greedy."""
+def ask_engine(engine: LocalEngine, chat: ChatFormat, sampling: Sampling, greedy: bool = False) -> Ask:
+    """A model in an engine in this process. chat: how it is asked. sampling.temperature 0 is greedy.
 
-    def answer(rollout: Rollout) -> Answer:
+    greedy: every puzzle gets one more answer, at temperature 0, after the sampled ones.
+    """
+
+    def answer(rollout: Rollout, greedy: bool = False) -> Answer:
         text = chat.response_text(rollout.response_ids)
-        return Answer(text=text, tokens=len(rollout.response_ids), finish_reason=rollout.finish_reason)
+        return Answer(text=text, tokens=len(rollout.response_ids), finish_reason=rollout.finish_reason, greedy=greedy)
 
     def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
         # each chunk has its own seed: a resumed run samples what the unbroken run would have
         of_chunk = replace(sampling, seed=stable_seed("evaluate", sampling.seed, first))
-        groups = engine.generate(
-            [puzzle.id for puzzle in puzzles], [chat.prompt_ids(puzzle.chat()) for puzzle in puzzles], of_chunk
-        )
-        yield [(puzzle, [answer(r) for r in group]) for puzzle, group in zip(puzzles, groups, strict=True)]
+        names, prompts = [puzzle.id for puzzle in puzzles], [chat.prompt_ids(puzzle.chat()) for puzzle in puzzles]
+        answers = [[answer(r) for r in group] for group in engine.generate(names, prompts, of_chunk)]
+        if greedy:
+            for of_puzzle, group in zip(
+                answers, engine.generate(names, prompts, replace(of_chunk, n=1, temperature=0.0)), strict=True
+            ):
+                of_puzzle += [answer(r, greedy=True) for r in group]
+        yield list(zip(puzzles, answers, strict=True))
 
     return ask
 
@@ -114,6 +124,8 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
 
 def row_of(puzzle: Puzzle, answers: Sequence[Answer]) -> dict[str, Any]:
     """The row of predictions.jsonl. Token counts are left out when one of them is unknown."""
+    extra = [answer for answer in answers if answer.greedy]
+    answers = [answer for answer in answers if not answer.greedy]
     counted = all(answer.tokens is not None for answer in answers)
     row = {"id": puzzle.id, "prediction": answers[0].text}
     row |= {"response_tokens": answers[0].tokens} if counted else {}
@@ -122,6 +134,8 @@ def row_of(puzzle: Puzzle, answers: Sequence[Answer]) -> dict[str, Any]:
         row["samples"] = [answer.text for answer in answers]
         row |= {"samples_tokens": [answer.tokens for answer in answers]} if counted else {}
         row["samples_finish_reasons"] = [answer.finish_reason for answer in answers]
+    for one in extra:
+        row |= {"greedy": one.text, "greedy_tokens": one.tokens, "greedy_finish_reason": one.finish_reason}
     return row
 
 
@@ -242,5 +256,6 @@ def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:
         row
         | {"response_tokens": count(row["prediction"])}
         | ({"samples_tokens": [count(text) for text in row["samples"]]} if row.get("samples") else {})
+        | ({"greedy_tokens": count(row["greedy"])} if isinstance(row.get("greedy"), str) else {})
         for row in rows
     ]

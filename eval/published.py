@@ -235,6 +235,7 @@ def _published_row(row: dict[str, Any], columns: dict[str, str] = COLUMNS) -> li
 def _k_sample(found: dict[str, Any]) -> str:
     k = found["k"]
     names = {
+        **({"greedy": "one answer, greedy"} if "greedy" in found else {}),
         "mean": f"mean of {k} answers",
         "majority_vote": "majority vote over whole assignments",
         "cell_vote": "vote cell by cell, one to one",
@@ -246,6 +247,17 @@ def _k_sample(found: dict[str, Any]) -> str:
         "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
         "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
         f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
+        + (f"\n\nOf the vote cell by cell: {confidence_sentence(found['consensus'])}" if "consensus" in found else "")
+    )
+
+
+def confidence_sentence(found: dict[str, Any]) -> str:
+    """How far the one-to-one vote can be trusted, in words. found: of eval.breakdowns.vote_confidence."""
+    values = {name: _cell(found[name], found["intervals"][name], _percent) for name in found["intervals"]}
+    return (
+        f"{values['cells_confident']} of the cells have a label that at least {_percent(found['threshold'])} of the valid "
+        f"answers give them; of these {values['cell_accuracy']} are right. In {values['batches_confident']} of the batches "
+        f"every cell is so; of these {values['batch_accuracy']} are all right."
     )
 
 
@@ -262,7 +274,19 @@ def _compare(found: dict[str, Any]) -> str:
         f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
         + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
         + "".join(f"\n\nOf the other model, {sentence}." for sentence in reasons.sentences(found))
+        + (_compared_vote(found) if "consensus" in found else "")
     )
+
+
+def _compared_vote(found: dict[str, Any]) -> str:
+    """The one-to-one vote of this model against the single answers of the other one."""
+    rows = []
+    for name, one in found["consensus"].items():
+        difference, low, high = (f"{100 * x:+.1f}" for x in (one["difference"], *one["interval"]))
+        shares = [_percent(one["ours"]), _percent(one["theirs"])]
+        rows.append([COLUMNS[name], *shares, f"{difference} ({low} to {high})", f"{one['p']:.2g}"])
+    head = ["", "this, by the one-to-one vote", found["other"], "difference", "p (two-sided)"]
+    return f"\n\n{markdown_table(head, rows)}"
 
 
 def _decomposition(result: dict[str, Any]) -> str:

@@ -18,8 +18,11 @@ RANGES = {
     "at least 1": ("samples", "concurrency", "chunk", "max_response_tokens", "limit"),
     "at least 0": ("temperature",),
     "above 0 and at most 1": ("top_p", "memory_fraction"),
+    "at least 0 and at most 1": ("consensus_threshold",),
 }
 """What a number may be -> the settings."""
+CONFIDENT_FROM = 0.5
+"""Share of the valid answers from which on a voted label counts as confident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,17 @@ class EvaluateConfig:
     baseline: str | None = option(None, "A baseline instead of a model.", BASELINES, section=OTHERS)
     train: str | None = option(None, "Training puzzles that a baseline learns from.", section=OTHERS)
     samples: int = option(1, "Answers per puzzle; above 1 also pass@k and votes.", section=SAMPLING)
+    consensus: bool = option(
+        False,
+        "With --samples: how far the one-to-one vote over the answers can be trusted, and a greedy answer of a checkpoint "
+        "beside it.",
+        section=SAMPLING,
+    )
+    consensus_threshold: float | None = option(
+        None,
+        "With --consensus: a cell is confident when at least this share of the valid answers gives it its label; default 0.5.",
+        section=SAMPLING,
+    )
     temperature: float | None = option(
         None, "Default: 0 (greedy) for one answer, 1 for several answers.", section=SAMPLING
     )
@@ -99,6 +113,18 @@ class EvaluateConfig:
         """The temperature, or its default for this number of samples."""
         return float(self.samples > 1) if self.temperature is None else self.temperature
 
+    @property
+    def confident_from(self) -> float | None:
+        """The threshold of --consensus; None without it."""
+        if not self.consensus:
+            return None
+        return CONFIDENT_FROM if self.consensus_threshold is None else self.consensus_threshold
+
+    @property
+    def asks_greedily(self) -> bool:
+        """Is each puzzle answered once more, greedily? An endpoint is not: its answers are paid for."""
+        return self.consensus and self.model is not None and self.endpoint is None
+
     def __post_init__(self) -> None:
         """Raises UserError for options that do not go together."""
         given = [name for name in ("model", "predictions", "baseline") if getattr(self, name) is not None]
@@ -114,6 +140,12 @@ class EvaluateConfig:
             raise UserError("--endpoint holds a key or a password, which would be written down: use --key-env instead")
         if self.model is None and (self.samples > 1 or self.resume):
             raise UserError("--samples and --resume are for a --model; leave them out")
+        if self.consensus and self.baseline:
+            raise UserError("--consensus is for several answers to a puzzle, and a baseline gives one: leave it out")
+        if self.consensus and self.model and self.samples < 2:
+            raise UserError("--consensus needs several answers to a puzzle: give --samples 8, for example")
+        if self.consensus_threshold is not None and not self.consensus:
+            raise UserError("--consensus-threshold goes with --consensus; give that too, or leave it out")
         if self.model and not self.endpoint:
             settle_dtype(self)
         check_numbers(self, RANGES)
@@ -143,4 +175,5 @@ def settings_of(config: EvaluateConfig, whole_file: list[Puzzle], model_files: s
     settings = {name: getattr(config, name) for name in names}
     if "temperature" in settings:
         settings["temperature"] = config.used_temperature
+    settings |= {"greedy": True} if config.asks_greedily else {}  # the rows hold one answer more
     return settings | ({"model_files": model_files} if local else {}) | {"puzzles_digest": puzzles_digest(whole_file)}

@@ -6,6 +6,7 @@
     python launch/distill.py --puzzles train.parquet --out traces.jsonl --teacher openai --model qwen \\
         --base-url http://127.0.0.1:8000/v1           # vllm serve
     python launch/distill.py --puzzles train.parquet --out traces.jsonl --teacher vllm --model checkpoints/qwen
+    ... --workflow consensus      # one trace of what the candidates say together (data/distill/workflow.py)
 
 Beside traces.jsonl it writes traces.raw.jsonl, which holds every response before it is judged
 (data/distill/responses.py), and traces.report.json. The same command with --resume continues after a kill; a response
@@ -24,10 +25,12 @@ from tqdm import tqdm
 from data.distill.distill import Teacher
 from data.distill.embedded_teacher import EmbeddedTeacher, TeacherConfig, marker_table
 from data.distill.hints import hinted_chat
+from data.distill.lookups import Tables
 from data.distill.meter import Meter
 from data.distill.responses import RawFile
 from data.distill.session import run_distillation
 from data.distill.settings import DistillConfig
+from data.distill.workflow import largest_requests
 from data.errors import UserError
 from data.puzzles import Puzzle
 from launch.options import command
@@ -40,7 +43,7 @@ def main(config: DistillConfig) -> None:
 
     A trace is accepted when its format is valid and every label is right; --accept sets another rule.
     """
-    if config.keep != "first" and config.stop_at == 1 and not config.resume:
+    if config.keep != "first" and config.stop_at == 1 and config.workflow == "none" and not config.resume:
         click.echo(
             f"note: --keep {config.keep} has nothing to choose from, since --stop-at 1 ends a puzzle with its first "
             "accepted trace; --stop-at 0 draws all --candidates",
@@ -79,7 +82,7 @@ def make_teacher(
         writes = TeacherConfig(noise=config.teacher_noise, voice=config.teacher_voice, glance=config.teacher_glance)
         return EmbeddedTeacher(marker_table(puzzles), config.seed, writes)
     if config.teacher == "vllm":
-        return vllm_teacher(config, chosen, meter)
+        return vllm_teacher(config, longest_chats(config, puzzles, chosen), meter)
     from rollout.teachers.openai import Endpoint, OpenAITeacher
 
     names = ("base_url", "temperature", "top_p", "max_response_tokens", "seed", "timeout_seconds", "retries")
@@ -93,8 +96,16 @@ def make_teacher(
     return OpenAITeacher(endpoint, meter, raw.write, say=lambda text: tqdm.write(text, file=sys.stderr))
 
 
-def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Teacher:
-    """A checkpoint, or an adapter on one, in a vLLM engine with room for the longest prompt and response."""
+def longest_chats(config: DistillConfig, puzzles: list[Puzzle], chosen: list[Puzzle]) -> list[list[dict[str, str]]]:
+    """Chats of which one is as long as any that will be asked. puzzles: of the whole file. chosen: those asked about."""
+    workflow, tables = config.used_workflow, Tables(puzzles)
+    if workflow is not None:
+        return [request.chat() for puzzle in chosen for request in largest_requests(workflow, puzzle, tables)]
+    return [hinted_chat(puzzle) if config.hint else puzzle.chat() for puzzle in chosen]
+
+
+def vllm_teacher(config: DistillConfig, chats: list[list[dict[str, str]]], meter: Meter) -> Teacher:
+    """A checkpoint, or an adapter on one, in a vLLM engine with room for the longest prompt of `chats` and a response."""
     from rollout import Sampling
     from rollout.teachers.vllm import VLLMTeacher
     from trainer.model.opening import open_checkpoint, start_engine
@@ -103,7 +114,6 @@ def vllm_teacher(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> 
     opened = open_checkpoint(str(config.model), config.base)
     for note in opened.chat.notes:
         click.echo(f"note: {note}", err=True)
-    chats = [hinted_chat(puzzle) if config.hint else puzzle.chat() for puzzle in puzzles]
     longest = max(len(opened.chat.prompt_ids(chat)) for chat in chats) + config.max_response_tokens
     model = json.loads((opened.base / "config.json").read_text())
     context = model.get("max_position_embeddings") or longest

@@ -5,6 +5,8 @@
         --model runs/demo/grpo/checkpoints/step-000060
     python launch/evaluate.py --puzzles test.parquet --out eval/gpt-4o --samples 8 \\
         --model gpt-4o --endpoint https://api.openai.com/v1
+    python launch/evaluate.py --puzzles test.parquet --out eval/vote --samples 8 --consensus \\
+        --model runs/demo/sft/model
     python launch/evaluate.py --puzzles test.parquet --predictions answers.jsonl --out eval/mine
     python launch/evaluate.py --puzzles test.parquet --baseline nearest --train train.parquet --out eval/nearest
 """
@@ -50,6 +52,7 @@ def main(config: EvaluateConfig) -> None:
             run=partial.settings,
             file=puzzle_set.file,
             seed=config.seed,
+            confident_from=config.confident_from,
             encoder=encoder,
             other=others.get(puzzle_set.name),
             notes=baselines.cautions(config.baseline, puzzle_set.puzzles, train) if config.baseline else [],
@@ -125,7 +128,7 @@ def load_model(config: EvaluateConfig, sets: list[PuzzleSet]) -> Loaded:
         engine.close()
         leave_world()
 
-    return ask_engine(engine, opened.chat, sampling), close
+    return ask_engine(engine, opened.chat, sampling, config.asks_greedily), close
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A model as its own teacher: it answers the puzzles, its right answers train it, and again (STaR, arXiv:2203.14465).
 
 python launch/selfdistill.py --model runs/sft/model --puzzles puzzles/train.parquet --out runs/rounds --rounds 2
+    ... --workflow consensus      # its answers vote, and one trace of the result trains it (data/distill/workflow.py)
 """
 
 import json
@@ -8,6 +9,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.distill.settings import DistillConfig
+from data.distill.workflow import WORKFLOWS
 from data.errors import UserError
 from data.files import lock_folder, write_whole
 from data.options import DTYPES, settle_dtype
@@ -23,6 +26,8 @@ OF_ANSWERS = (
     "max_response_tokens",
 )
 """Settings that are options of launch/distill.py too."""
+OF_WORKFLOW = ("workflow", "comparisons", "lookups")
+"""More of them; written down only where there is a workflow."""
 OF_TRAINING = ("epochs", "batch_size", "lr", "lora_rank", "lora_alpha", "dtype")
 """Settings that are options of launch/sft.py too."""
 
@@ -43,6 +48,11 @@ class SelfDistillConfig:
     candidates: int = option(4, "Answers per puzzle and round.", section=ANSWERS)
     stop_at: int = option(0, "Stop answering a puzzle after this many right answers; 0: never.", section=ANSWERS)
     keep: str = option("random", "Which right answers train.", ("first", "shortest", "random", "all"), section=ANSWERS)
+    workflow: str = option(
+        "none", "What is made of the answers before one trains, as in launch/distill.py.", WORKFLOWS, section=ANSWERS
+    )
+    comparisons: int = option(3, "As in launch/distill.py.", section=ANSWERS)
+    lookups: int = option(4, "As in launch/distill.py.", section=ANSWERS)
     hint: bool = option(False, "Ask again, with the answer hinted, where no answer was right.", section=ANSWERS)
     temperature: float = option(1.0, "Sampling temperature.", section=ANSWERS)
     accept: str = option(
@@ -70,6 +80,12 @@ class SelfDistillConfig:
 
     def __post_init__(self) -> None:
         settle_dtype(self, every_weight=not self.lora_rank)
+        # refuses what the answers of a round would be refused for, before anything runs
+        DistillConfig(puzzles=self.puzzles, out="traces.jsonl", teacher="vllm", hint=self.hint, **self.answers())
+
+    def answers(self) -> dict[str, Any]:
+        """The settings of a round's answers, as launch/distill.py takes them."""
+        return {name: getattr(self, name) for name in ("model", *OF_ANSWERS, *OF_WORKFLOW)}
 
 
 @command(SelfDistillConfig)
@@ -99,14 +115,16 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
 
     Raises UserError when an earlier call had another setting (--rounds may grow).
     """
-    settings = {name: value for name, value in vars(config).items() if name not in ("out", "rounds", "eager")}
+    left_out = ("out", "rounds", "eager", *(OF_WORKFLOW if config.workflow == "none" else ()))
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
     recorded = out / "config.json"
     if recorded.is_file():
         before = json.loads(recorded.read_text(encoding="utf-8"))
-        changed = [name for name, value in settings.items() if before.get(name) != value]
+        now = settings | {name: None for name in OF_WORKFLOW if name in before and name not in settings}
+        changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{flag(changed[0])} {settings[changed[0]]}: was {before.get(changed[0])} when {out} was begun; give "
+                f"{flag(changed[0])} {getattr(config, changed[0])}: was {before.get(changed[0])} when {out} was begun; give "
                 "that, or name another --out"
             )
     write_json(recorded, settings)
@@ -119,9 +137,8 @@ def run_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: in
     words = ["--resume"] if (folder / "traces.raw.jsonl").is_file() else []
     words += ["--hint"] if config.hint else []
     words += ["--eager"] if config.eager else []
-    answers = {name: getattr(config, name) for name in OF_ANSWERS}
-    answers |= {"teacher": "vllm", "model": teacher, "puzzles": config.puzzles, "out": traces, "seed": seed}
-    run_stage(f"round {number}: answer", traces, "distill", *words, **answers)
+    answers = config.answers() | {"teacher": "vllm", "model": teacher, "puzzles": config.puzzles, "out": traces}
+    run_stage(f"round {number}: answer", traces, "distill", *words, seed=seed, **answers)
     student = teacher if config.student == "teacher" else Path(config.model)
     training = {name: getattr(config, name) for name in OF_TRAINING}
     training |= {"traces": traces, "model": student, "out": folder / "sft", "holdout": 0.02, "seed": seed}
@@ -144,12 +161,19 @@ def evaluate(config: SelfDistillConfig, model: Path, folder: Path) -> dict[str, 
 def round_row(number: int, metrics: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
     """A row of rounds.json. report: of the distillation; None for the first teacher."""
     row: dict[str, Any] = {"round": number, **{name: metrics[name] for name in SHOWN if name in metrics}}
-    return row | ({"acceptance": report["acceptance"], "accepted": report["puzzles_accepted"]} if report else {})
+    if report is None:
+        return row
+    row |= {"acceptance": report["acceptance"], "accepted": report["puzzles_accepted"]}
+    if found := report.get("workflow"):
+        # the accuracy of the final assignments, `workflow`, is the ceiling of what a round can teach
+        row |= {"answers": found["answers"]["batch_accuracy"], "vote": found["vote"]["batch_accuracy"]}
+        row |= {"workflow": found["final"]["batch_accuracy"], "sampled_tokens": report["tokens"]["completion"]}
+    return row
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Print rounds.json as a table."""
-    columns = ["round", *SHOWN, "acceptance"]
+    columns = ["round", *SHOWN, "acceptance", *(name for name in ("vote", "workflow") if name in rows[-1])]
     print("\n" + "".join(f"{name:>17}" for name in columns))
     for row in rows:
         cells = [row.get(name, "-") for name in columns]

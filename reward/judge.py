@@ -78,6 +78,10 @@ class TraceJudge:
             return Verdict(accepted=False, reason="wrong_labels", detail=f"{right} of {n_cells} right")
         return Verdict(accepted=False, reason="below_threshold", detail=f"reward {reward.total:g}")
 
+    def labels(self, response: str, n_cells: int) -> list[str]:
+        """The labels of a response to a puzzle of `n_cells` cells; [] when its format is invalid."""
+        return parse_response(response, n_cells).labels
+
     def close(self) -> None:
         """End the worker processes."""
         self.scorer.close()

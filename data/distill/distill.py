@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
+from data.prompts import chat
 from data.puzzles import Puzzle
 
 KEEP_RULES = ("first", "shortest", "all", "random")
@@ -36,6 +37,10 @@ class Request:
     """Number of the candidate, from 0. Candidates with and without a hint are counted separately."""
     hinted: bool = False
     """Whether the prompt shows the correct answer (data/distill/hints.py)."""
+    ask: str = ""
+    """Text that follows the user message: what a step of a workflow asks (data/distill/workflow.py)."""
+    stop: str = ""
+    """The response ends after this text, when it occurs; "": at the end of the turn only."""
 
     @property
     def key(self) -> RequestKey:
@@ -43,7 +48,9 @@ class Request:
 
     def chat(self) -> list[dict[str, str]]:
         """The prompt as chat turns (system, user). A hinted one ends in the answer; no stored row does."""
-        return hinted_chat(self.puzzle) if self.hinted else self.puzzle.chat()
+        if self.hinted:
+            return hinted_chat(self.puzzle)
+        return chat(self.puzzle.system_message, self.puzzle.user_message + self.ask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +156,22 @@ class Draws:
             if puzzle.chat() != self.by_id[puzzle.id].chat() or puzzle.answer != self.by_id[puzzle.id].answer:
                 raise UserError(f"two different puzzles have the id {puzzle.id}: give each its own")
 
-    def take(self, completion: Completion, verdict: Verdict) -> None:
-        """Record a completion and its verdict."""
+    def puzzle_of(self, completion: Completion) -> Puzzle | None:
+        """The puzzle that a completion is for, by which it is judged; None for one of another run."""
+        return self.by_id.get(completion.puzzle_id)
+
+    def needs_verdict(self, completion: Completion) -> bool:
+        """Whether the judge must see the completion before anything is done with it."""
+        return True
+
+    def take(self, completion: Completion, verdict: Verdict | None) -> None:
+        """Record a completion and its verdict. verdict: None for one that needs none."""
+        assert verdict is not None
         self.judged[completion.puzzle_id][completion.hinted, completion.attempt] = (completion, verdict)
+
+    def for_report(self) -> dict[str, Any]:
+        """What the report has besides its usual content."""
+        return {}
 
     def wanted(self, puzzle: Puzzle) -> list[Request]:
         """The requests to make now, [] when the puzzle is settled. An attempt that failed is not repeated."""
@@ -220,35 +240,47 @@ def distill(
     *,
     recorded: list[Completion] = (),
     record: Callable[[Completion], None] = lambda completion: None,
-    watch: Callable[[Completion], None] = lambda completion: None,
+    watch: Callable[[Completion, Verdict | None], None] = lambda completion, verdict: None,
 ) -> str:
     """Send requests to the teacher until every puzzle is settled or the teacher ends. Returns why it ended, or "".
 
     recorded: completions of an earlier run. They are judged first and not requested again.
     record(completion) is called before anything else is done with a completion: a response that is paid for must not be
-    lost. watch(completion) is called when the verdict is in `draws`.
+    lost. watch(completion, verdict) is called when the completion is in `draws`.
     Raises the exception of the teacher or the judge, after all completions that arrived have been recorded.
     """
     background = _BackgroundJudge(judge)
+    held = {completion.key: completion for completion in recorded}
 
-    def take(judged: list[tuple[Completion, Verdict]]) -> None:
+    def take(judged: list[tuple[Completion, Verdict | None]]) -> None:
         for completion, verdict in judged:
             draws.take(completion, verdict)
-            watch(completion)
+            watch(completion, verdict)
+
+    def judge_some(completions: list[Completion]) -> None:
+        """Hand completions to the judge, and take those that are judged by now, or need no verdict."""
+        known = [(puzzle, c) for c in completions if (puzzle := draws.puzzle_of(c)) is not None]
+        take([(c, None) for _, c in known if not draws.needs_verdict(c)])
+        take(background.add([(puzzle, c) for puzzle, c in known if draws.needs_verdict(c)]))
 
     try:
         # judged again, not trusted: the reward or the threshold may have changed since
-        take(background.add([(draws.by_id[c.puzzle_id], c) for c in recorded if c.puzzle_id in draws.by_id]))
+        judge_some(list(recorded))
         take(background.rest(teacher))
         # each round requests what is missing after the verdicts of the round before
         while not teacher.ended and (requests := draws.next_requests()):
+            # a step of a workflow is known only once the steps before it are: then what is on disk for it is used
+            if found := [held[request.key] for request in requests if request.key in held]:
+                judge_some(found)
+                take(background.rest(teacher))
+                continue
             broken: Exception | None = None
             with closing(teacher.sample(requests)) as completions:  # an error must end the teacher's own threads too
                 for completion in completions:
                     record(completion)
                     if broken is None and teacher.ended != "stopped":
                         try:
-                            take(background.add([(draws.by_id[completion.puzzle_id], completion)]))
+                            judge_some([completion])
                         except (ValueError, RunError) as error:
                             # the judge failed: record the responses still in flight before the error goes on
                             broken = error

@@ -17,8 +17,8 @@ import hashlib
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from data.atlas.markers import read_markers
 from data.distill.distill import Completion, Request
@@ -89,10 +89,17 @@ def learned_markers(puzzles: Iterable[Puzzle], n_markers: int = 16) -> MarkerTab
 
 
 def write_trace(
-    puzzle: Puzzle, markers: MarkerTable, rng: random.Random, config: TeacherConfig = TeacherConfig()
+    puzzle: Puzzle,
+    markers: MarkerTable,
+    rng: random.Random,
+    config: TeacherConfig = TeacherConfig(),
+    given: Sequence[str] = (),
 ) -> str:
-    """Write one candidate trace: a line per cell with a label, with or without its markers, then the answer block."""
-    labels = _assign(puzzle, markers, rng, config.noise)
+    """Write one candidate trace: a line per cell with a label, with or without its markers, then the answer block.
+
+    given: [N] labels to argue for; empty: those that the markers speak for.
+    """
+    labels = list(given) or _assign(puzzle, markers, rng, config.noise)
     at_a_glance = rng.random() < config.glance
     plain = config.voice == "plain"
     opening = rng.choice(GLANCE_OPENINGS) if at_a_glance else MARKERS_OPENING  # always drawn: see the bytes, above
@@ -164,11 +171,12 @@ class EmbeddedTeacher:
         for request in requests:
             if self.ended:
                 return
+            write = self.argued if request.hinted else self.candidate
             yield Completion(
                 puzzle_id=request.puzzle.id,
                 attempt=request.attempt,
-                hinted=False,
-                text=self.candidate(request.puzzle, request.attempt),
+                hinted=request.hinted,
+                text=write(request.puzzle, request.attempt),
                 finish_reason="stop",
                 model="embedded",
             )
@@ -183,6 +191,12 @@ class EmbeddedTeacher:
             write_trace(puzzle, self.markers, rng, self.config)
         self.streams[puzzle.id] = (rng, attempt + 1)
         return write_trace(puzzle, self.markers, rng, self.config)
+
+    def argued(self, puzzle: Puzzle, attempt: int) -> str:
+        """Attempt number `attempt` at a trace that cites markers for the puzzle's answer (a hinted request)."""
+        digest = hashlib.sha256(f"{self.seed} {puzzle.id} argued {attempt}".encode()).digest()
+        rng = random.Random(int.from_bytes(digest[:8], "big"))
+        return write_trace(puzzle, self.markers, rng, replace(self.config, glance=0.0), puzzle.answer)
 
     def stop(self) -> None:
         """See Teacher."""

@@ -47,10 +47,19 @@ LEAKS = {
     rf"consistent with|supports?|confirms?) (?:the|this|that|your) {_ANSWER}",
 }
 """Kind of phrase that reveals a hint -> its pattern."""
+MENTIONS = {
+    "a vote": r"vot(?:e|es|ed|ing)|consensus|majority (?:of (?:the )?)?(?:answers?|samples?|attempts?)",
+    "a rival": r"rivals?|(?:first|second|other|two|both|competing|alternative) (?:assignments?|proposals?|mappings?)|"
+    r"assignments? (?:that )?(?:was|were) proposed|proposed (?:assignments?|mappings?)",
+    "a tool": r"look(?:s|ed|ing)? (?:\w+ ){0,3}up|lookups?|tools?|marker table|(?:training|typical) profiles?|"
+    r"(?:markers|profile)(?=\()",
+}
+"""Kind of phrase that shows how a workflow came to its assignment (data/distill/workflow.py) -> its pattern."""
 ECHO = 6
 """This many consecutive words of the hint count as a quotation."""
 
 _LEAKS = {name: re.compile(rf"\b(?:{pattern})\b", re.IGNORECASE) for name, pattern in LEAKS.items()}
+_MENTIONS = {name: re.compile(rf"\b(?:{pattern})(?!\w)", re.IGNORECASE) for name, pattern in MENTIONS.items()}
 _GAP = r"(?:[\W\d_]|\b(?:and|then|cell|is|as|a|an|the|for|must|should|has|to|be|so|are|gets)\b)*"
 """The text that may be between two labels of a plain list of labels."""
 
@@ -62,17 +71,37 @@ def hinted_chat(puzzle: Puzzle) -> list[dict[str, str]]:
 
 def find_leak(trace: str, puzzle: Puzzle) -> str:
     """How a trace reveals that its teacher saw the answer; "" when it does not. Example: "a hint: 'hinted'"."""
-    reasoning = trace.split("<answer>")[0]
-    for tag in RESPONSE_TAGS:
-        reasoning = reasoning.replace(tag, " ")
-    for name, pattern in _LEAKS.items():
-        if match := pattern.search(" ".join(reasoning.split())):
-            return f"{name}: '{match[0].lower()}'"
+    reasoning = _reasoning(trace)
+    if shown := _phrase(reasoning, _LEAKS):
+        return shown
     said = _words(reasoning)
     echoes = _runs(_words(HINT)) & _runs(said)
     if echoes:
         return f"an echo of the hint: '{' '.join(min(echoes))}'"
     return _unargued(reasoning, puzzle)
+
+
+def find_mention(trace: str) -> str:
+    """How a trace shows that a workflow led to it; "" when it does not. Example: "a vote: 'voted'"."""
+    reasoning = _reasoning(trace)
+    return "a tool: '<call>'" if "<call>" in reasoning else _phrase(reasoning, _MENTIONS)
+
+
+def _reasoning(trace: str) -> str:
+    """What stands before the answer, without tags."""
+    reasoning = trace.split("<answer>")[0]
+    for tag in RESPONSE_TAGS:
+        reasoning = reasoning.replace(tag, " ")
+    return reasoning
+
+
+def _phrase(reasoning: str, patterns: dict[str, re.Pattern]) -> str:
+    """The first pattern that occurs, with what it found; "" when none does."""
+    text = " ".join(reasoning.split())
+    for name, pattern in patterns.items():
+        if match := pattern.search(text):
+            return f"{name}: '{match[0].lower()}'"
+    return ""
 
 
 def _unargued(reasoning: str, puzzle: Puzzle) -> str:

@@ -80,6 +80,7 @@ def make_report(
             "responses_without_token_counts": meter.uncounted,
         },
         "settings": settings,
+        **draws.for_report(),
     }
 
 
@@ -152,7 +153,22 @@ def acceptance_table(report: dict[str, Any]) -> str:
             + (f" (without token counts: {uncounted}, at the worst case)" if uncounted else "")
             + (f", and at most {cost['lost_at_most']:g} lost" if cost["lost_at_most"] else "")
         )
+    if "workflow" in report:
+        lines.append(workflow_line(report["workflow"]))
     return "\n".join(lines)
+
+
+def workflow_line(found: dict[str, Any]) -> str:
+    """What a workflow came to, in one line. found: of WorkflowDraws.for_report."""
+    if not found["puzzles"]:
+        return f"{found['kind']}: no puzzle has all its answers yet"
+    answers, vote, final = (f"{found[name]['batch_accuracy']:.1%}" for name in ("answers", "vote", "final"))
+    return (
+        f"{found['kind']}: an answer is right in {answers} of {found['puzzles']} puzzles, some answer in {found['any']:.1%}, "
+        f"the vote in {vote}, the final assignment in {final} ({found['gained']} gained and {found['lost']} lost of "
+        f"{found['asked_about']} asked about); traces: {found['from_answers']} of the answers, {found['written']} written, "
+        f"{found['not_written']} not found"
+    )
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

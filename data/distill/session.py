@@ -17,10 +17,12 @@ from typing import Protocol
 from tqdm import tqdm
 
 from data.distill.distill import Completion, Draws, Plan, Request, RequestKey, Teacher, Verdict, distill
+from data.distill.lookups import Tables
 from data.distill.meter import Meter
 from data.distill.report import acceptance_table, headline, make_report, write_report
 from data.distill.responses import RawFile
 from data.distill.settings import DistillConfig
+from data.distill.workflow import WorkflowDraws, largest_requests, puzzle_of_step
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles, write_rows
 
@@ -33,6 +35,9 @@ class ClosableJudge(Protocol):
 
     def __call__(self, pairs: list[tuple[Puzzle, Completion]]) -> list[Verdict]:
         """Verdicts in order."""
+
+    def labels(self, response: str, n_cells: int) -> list[str]:
+        """The labels of a response to a puzzle of `n_cells` cells; [] when its format is invalid."""
 
     def close(self) -> None:
         """End its processes."""
@@ -58,7 +63,7 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
         stop_at=config.stop_at,
         hint_candidates=config.hint_candidates if config.hint else 0,
     )
-    draws = Draws(chosen, plan)
+    draws = make_draws(config, puzzles, chosen, plan, judge)
     meter = Meter(price_in=config.price_in or 0.0, price_out=config.price_out or 0.0, budget=config.budget)
     with closing(judge), open_raw_file(config, puzzles, meter) as raw:
         teacher = make_teacher(puzzles, chosen, meter, raw)
@@ -70,6 +75,17 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
                 interrupted.end()
         teacher.close()
     write_results(config, draws, meter, ended, time.monotonic() - start)
+
+
+def make_draws(
+    config: DistillConfig, puzzles: list[Puzzle], chosen: list[Puzzle], plan: Plan, judge: ClosableJudge
+) -> Draws:
+    """The candidates of the chosen puzzles, or their workflows. puzzles: of the whole file."""
+    workflow = config.used_workflow
+    if workflow is None:
+        return Draws(chosen, plan)
+    whole = dataclasses.replace(plan, stop_at=0)  # all answers vote
+    return WorkflowDraws(chosen, whole, workflow, judge.labels, Tables(puzzles))
 
 
 def open_raw_file(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> RawFile:
@@ -89,9 +105,13 @@ def open_raw_file(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) ->
 def worst_cost(config: DistillConfig, puzzles: list[Puzzle], meter: Meter) -> Callable[[RequestKey], float]:
     """A function that gives the most that a request can cost, from its key in the raw file."""
     by_id = {puzzle.id: puzzle for puzzle in puzzles}
+    workflow, tables = config.used_workflow, Tables(puzzles)
 
     def worst(key: RequestKey) -> float:
         puzzle_id, attempt, hinted = key
+        if puzzle_id not in by_id and workflow is not None and puzzle_of_step(puzzle_id) in by_id:
+            largest = largest_requests(workflow, by_id[puzzle_of_step(puzzle_id)], tables)
+            return max(meter.worst_cost(request.chat(), config.max_response_tokens) for request in largest)
         if puzzle_id not in by_id:
             return 0.0
         request = Request(puzzle=by_id[puzzle_id], attempt=attempt, hinted=hinted)
@@ -106,8 +126,7 @@ def write_results(config: DistillConfig, draws: Draws, meter: Meter, ended: str,
     Raises UserError when no trace was accepted, RunError when no request was answered.
     """
     rows = draws.rows(config.keep, config.seed)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "resume"}
-    report = make_report(draws, meter, seed=config.seed, rows=len(rows), ended=ended, settings=settings)
+    report = make_report(draws, meter, seed=config.seed, rows=len(rows), ended=ended, settings=config.shown())
     write_report(config.report_file, {**report, "timing": {"seconds": round(seconds, 1)}})
     print(acceptance_table(report), flush=True)
     if ended == "budget":
@@ -191,16 +210,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def show(self, completion: Completion) -> None:
-        """Count a completion whose verdict is in `draws`."""
-        puzzle, judged = self.draws.by_id[completion.puzzle_id], self.draws.judged[completion.puzzle_id]
-        self.drawn += 1
-        self.accepted += judged[completion.hinted, completion.attempt][1].accepted
+    def show(self, completion: Completion, verdict: Verdict | None) -> None:
+        """Count a completion that is in `draws`. verdict: None for a step between answers and traces."""
+        puzzle = self.draws.puzzle_of(completion)
+        self.drawn += verdict is not None
+        self.accepted += verdict is not None and verdict.accepted
         if puzzle.id not in self.settled and not self.draws.wanted(puzzle):
             self.settled.add(puzzle.id)
             self.bar.update()
         money = f", {self.meter.spent + self.meter.lost:.4g} spent" if self.meter.priced else ""
-        rate = f"{self.accepted} of {self.drawn} traces accepted ({self.accepted / self.drawn:.0%}){money}"
+        rate = f"{self.accepted} of {self.drawn} traces accepted ({self.accepted / max(self.drawn, 1):.0%}){money}"
         self.bar.set_postfix_str(rate, refresh=False)
         if self.bar.disable and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + self.SECONDS

@@ -10,6 +10,7 @@ from typing import Any
 from data.distill.distill import KEEP_RULES
 from data.distill.embedded_teacher import VOICES
 from data.distill.responses import prompts_hash
+from data.distill.workflow import WORKFLOWS, Workflow
 from data.errors import UserError
 from data.options import DTYPES, check_numbers, check_temperature, flag_of, option, settle_dtype
 from data.puzzles import Puzzle
@@ -44,7 +45,10 @@ NEWER = {"teacher_voice": "notes", "teacher_glance": 0.78}
 """More of them, with the values that raw files from before there were such settings were made with."""
 """Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
 RANGES = {
-    "at least 1": ("candidates", "hint_candidates", "max_response_tokens", "concurrency", "limit", "reward_workers"),
+    "at least 1": (
+        *("candidates", "hint_candidates", "max_response_tokens", "concurrency", "limit", "reward_workers"),
+        *("comparisons", "lookups"),
+    ),
     "at least 0": (
         *("stop_at", "temperature", "retries", "backoff_seconds", "budget", "price_in", "price_out", "teacher_noise"),
     ),
@@ -101,7 +105,22 @@ class DistillConfig:
         "Ask again, with the answer hinted, for puzzles whose every candidate was rejected.",
         section=CANDIDATES,
     )
-    hint_candidates: int = option(4, "Traces drawn with the answer hinted.", section=CANDIDATES)
+    hint_candidates: int = option(
+        4, "Traces drawn with the answer hinted; with --workflow, with the final assignment.", section=CANDIDATES
+    )
+    workflow: str = option(
+        "none",
+        "What is made of the candidates before one is kept: their one-to-one vote (consensus), then also a comparison of "
+        "two rivals (debate) or a look into tables (tools).",
+        WORKFLOWS,
+        section=CANDIDATES,
+    )
+    comparisons: int = option(
+        3,
+        "--workflow debate: answers that compare the two rivals; tools: answers that may look something up.",
+        section=CANDIDATES,
+    )
+    lookups: int = option(4, "--workflow tools: most requests to the tables before an answer.", section=CANDIDATES)
     temperature: float = option(1.0, "Sampling temperature.", section=SAMPLING)
     top_p: float | None = option(
         None, "Nucleus of the sampling; default: the endpoint's own; vllm: 1.", section=SAMPLING
@@ -159,12 +178,26 @@ class DistillConfig:
             self._refuse_secrets()
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
+        self._refuse_half_a_workflow()
         if self.budget is not None and (self.price_in is None or not self.price_out):
             raise UserError("--budget needs --price-in and --price-out, per million tokens")
         if self.teacher == "vllm":
             settle_dtype(self)
         check_numbers(self, RANGES)
         check_temperature(self.temperature)
+
+    def _refuse_half_a_workflow(self) -> None:
+        """Raises UserError for settings that do not go with the workflow."""
+        if self.workflow != "none" and self.hint:
+            raise UserError(f"--hint shows the right answer, --workflow {self.workflow} finds its own: leave one out")
+        if self.workflow != "none" and self.stop_at > 1:
+            raise UserError(f"--workflow {self.workflow} needs all --candidates: leave --stop-at out")
+        for name, kinds in (("comparisons", ("debate", "tools")), ("lookups", ("tools",))):
+            (field,) = (field for field in dataclasses.fields(self) if field.name == name)
+            if self.workflow not in kinds and getattr(self, name) != field.default:
+                raise UserError(
+                    f"{flag_of(name)} goes with --workflow {' or '.join(kinds)}; give that too, or leave it out"
+                )
 
     def _refuse_secrets(self) -> None:
         """Raises UserError, without quoting the value, when the URL or the name of the variable may hold a secret."""
@@ -194,6 +227,20 @@ class DistillConfig:
                 )
         if self.teacher != "embedded" and not self.resume and Path(self.out).exists() and not self.raw_file.exists():
             raise UserError(f"--out {self.out}: is there without its responses ({self.raw_file}); name another file")
+
+    @property
+    def used_workflow(self) -> Workflow | None:
+        """The workflow and how often it asks; None without one."""
+        if self.workflow == "none":
+            return None
+        return Workflow(
+            kind=self.workflow, comparisons=self.comparisons, lookups=self.lookups, writes=self.hint_candidates
+        )
+
+    def shown(self) -> dict[str, Any]:
+        """The settings as the report shows them; those of a workflow only with one."""
+        left_out = {"resume"} | ({"workflow", "comparisons", "lookups"} if self.workflow == "none" else set())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def meaning(self, puzzles: list[Puzzle]) -> dict[str, Any]:
         """What decides the content of a response: the first line of the raw file. puzzles: of the whole file."""

@@ -55,6 +55,7 @@ from eval.report.puzzles import puzzles_section
 from eval.report.reasoning import traces_section
 from eval.report.run import Evaluations, published_beside, read_run, variant_of_split
 from eval.report.variants import variant_table
+from eval.report.votes import votes_table
 from eval.run_files import SPLITS, STAGES, read_steps
 
 PAPER_SIZES = (8, 15)
@@ -231,6 +232,7 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
         more += details(f"All {len(published)} published rows: {of_paper}", everything)
     shown = html_table(["", *COLUMNS.values()], rows, "results") if rows else ""
     shown += "".join(faults_table(split_name(summary, split), of_stage) for split, of_stage in evaluations.items())
+    shown += "".join(votes_table(split_name(summary, split), of_stage) for split, of_stage in evaluations.items())
     notes = _sizes(summary, {split: evaluations[split] for split in compared})
     notes += note(_how_to_read(summary, published='class="published"' in "".join(map(str, rows)))) if rows else ""
     with_intervals = all("intervals" in summary[stage][split] for stage in STAGES for split in summary[stage])

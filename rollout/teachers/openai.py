@@ -283,6 +283,8 @@ class OpenAITeacher:
             "temperature": self.endpoint.temperature,
             self.token_field: self.endpoint.max_response_tokens,
         }
+        if request.stop:
+            body["stop"] = [request.stop]
         if self.endpoint.top_p is not None:
             body["top_p"] = self.endpoint.top_p
         if self.send_seed:

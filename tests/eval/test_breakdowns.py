@@ -17,8 +17,10 @@ from eval.breakdowns import (
     confusion_counts,
     decomposition,
     distribution,
+    greedy_answers,
     interval_method,
     k_sample,
+    vote_confidence,
 )
 from eval.metrics import METRICS, answer_of, score_all, wilson_interval
 from eval.similarity import LabelEncoder, similarity
@@ -172,6 +174,37 @@ def test_k_samples_by_hand():
     for vote in ("majority_vote", "cell_vote"):
         assert (found[vote]["batch_accuracy"], found[vote]["format_validity"]) == (0.5, 1.0)
         assert found[vote]["response_length"] == 6.0  # a vote costs all the answers
+
+
+def test_the_confidence_of_a_vote_by_hand():
+    one, two, three = puzzle(ABC[:2], "p"), puzzle(ABC[:2], "q"), puzzle(ABC[:2], "r")
+    right, wrong, half = answer_of(ABC[:2]), answer_of(ABC[1::-1]), answer_of([ABC[0], "martian"])
+    # p: both cells 3 of 4, right. q: cell 1 has 2 of 2 for the right label, cell 2 has 1 of 2. r: no valid answer
+    texts = [[right, right, right, wrong], [right, half, "no tags", ""], ["no tags"] * 4]
+    found = vote_confidence(texts, [one, two, three], 0.75, 0)
+    assert (found["threshold"], found["cells_confident"], found["cell_accuracy"]) == (0.75, 3 / 6, 1.0)
+    assert (found["batches_confident"], found["batch_accuracy"]) == (pytest.approx(1 / 3), 1.0)
+    everything = vote_confidence(texts, [one, two, three], 0.0, 0)
+    assert everything["cells_confident"] == pytest.approx(4 / 6), "r has no label at all"
+    wrongly = [[wrong, wrong, wrong, right], *texts[1:]]
+    found = vote_confidence(wrongly, [one, two, three], 0.75, 0)
+    assert (found["cell_accuracy"], found["batch_accuracy"]) == (pytest.approx(1 / 3), 0.0)
+    nothing = vote_confidence(texts[2:], [three], 0.5, 0)
+    assert nothing["cells_confident"] == 0.0 and nothing["cell_accuracy"] is None and nothing["batch_accuracy"] is None
+    assert nothing["intervals"]["cell_accuracy"] is None
+
+
+def test_greedy_answers_stand_beside_the_sampled_ones():
+    puzzles = [puzzle(ABC[:2], "p"), puzzle(ABC[:2], "q")]
+    rows = [
+        {"greedy": answer_of(ABC[:2]), "greedy_tokens": 5},
+        {"greedy": answer_of(ABC[1::-1]), "greedy_tokens": 7},
+    ]
+    found = greedy_answers(rows, puzzles, "tokens", 0)["greedy"]
+    assert (found["batch_accuracy"], found["response_length"]) == (0.5, 6.0)
+    words = len(answer_of(ABC[:2]).split())
+    assert greedy_answers(rows, puzzles, "words", 0)["greedy"]["response_length"] == words
+    assert greedy_answers([rows[0], {}], puzzles, "tokens", 0) == {}
 
 
 @pytest.fixture(scope="module")

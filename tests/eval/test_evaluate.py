@@ -230,6 +230,32 @@ def test_samples_in_saved_predictions_are_k_answers(melanoma):
     assert "## 3 answers per batch" in (folder / "o/evaluation.md").read_text()
 
 
+def test_consensus_says_how_far_the_vote_can_be_trusted(melanoma):
+    """Eight puzzles of three cells: three answers each, two right and one with the first two labels exchanged."""
+    folder, puzzles = melanoma
+    right, wrong = ([answer_of(p.answer) for p in puzzles] for _ in range(2))
+    wrong = [answer_of([p.answer[1], p.answer[0], p.answer[2]]) for p in puzzles]
+    rows = [{"id": p.id, "samples": [w, r, r], "greedy": w} for p, r, w in zip(puzzles, right, wrong, strict=True)]
+    (folder / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "k.jsonl", "--out", folder / "o")
+    evaluated(*asked, "--compare", folder / "half.jsonl", "--consensus", "--consensus-threshold", 0.7)
+    found, text = metrics_of(folder / "o"), (folder / "o/evaluation.md").read_text()
+    vote = found["k_sample"]["consensus"]
+    assert found["k_sample"]["cell_vote"]["batch_accuracy"] == 1.0, "the vote labels every cell, whatever the threshold"
+    assert (vote["cells_confident"], vote["cell_accuracy"]) == (pytest.approx(1 / 3), 1.0)  # the third cell: 3 of 3
+    assert (vote["batches_confident"], vote["batch_accuracy"], vote["threshold"]) == (0.0, None, 0.7)
+    assert found["k_sample"]["greedy"]["batch_accuracy"] == 0.0
+    against = found["compare"]["consensus"]["batch_accuracy"]
+    assert (against["ours"], against["theirs"]) == (1.0, found["compare"]["metrics"]["batch_accuracy"]["theirs"])
+    assert "33.3 % (33.3 to 33.3) of the cells have a label that at least 70.0 % of the valid answers give them" in text
+    assert "one answer, greedy" in text and "this, by the one-to-one vote" in text
+    evaluated(*asked, "--consensus")  # the default: half of the answers
+    vote = metrics_of(folder / "o")["k_sample"]["consensus"]
+    assert (vote["threshold"], vote["cells_confident"], vote["batch_accuracy"]) == (0.5, 1.0, 1.0)
+    evaluated(*asked)
+    assert "consensus" not in metrics_of(folder / "o")["k_sample"], "nothing new unless asked for"
+
+
 def test_tokens_of_saved_predictions_are_counted_with_a_tokenizer(pipeline, melanoma):
     folder, puzzles = melanoma
     (folder / "bare.jsonl").write_text(
@@ -264,6 +290,14 @@ def test_baselines_by_command(pipeline, tmp_path):
     ("arguments", "words"),
     [
         ((), "give either --model, --predictions or --baseline"),
+        (("--baseline", "random", "--consensus"), "a baseline gives one: leave it out"),
+        (("--model", "m", "--consensus"), "--consensus needs several answers to a puzzle: give --samples 8"),
+        (("--model", "m", "--consensus-threshold", 0.5), "--consensus-threshold goes with --consensus"),
+        (("--model", "m", "--samples", 2, "--consensus", "--consensus-threshold", 2), "at least 0 and at most 1"),
+        (
+            ("--predictions", "FOLDER/half.jsonl", "--consensus"),
+            "have one answer to each puzzle; give some with several",
+        ),
         (("--baseline", "random", "--model", "m"), "give either --model, --predictions or --baseline"),
         (("--baseline", "nearest"), "learns from training puzzles; name their file with --train"),
         (("--model", "m", "--train", "t"), "--train goes with --baseline"),
@@ -280,7 +314,7 @@ def test_baselines_by_command(pipeline, tmp_path):
 def test_mistakes_are_told_in_a_sentence(melanoma, arguments, words):
     folder, _ = melanoma
     always = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--key-env", "NO_SUCH_KEY")
-    done = evaluate(*always, *arguments)
+    done = evaluate(*always, *(str(word).replace("FOLDER", str(folder)) for word in arguments))
     assert done.exit_code == 2 and words in done.stderr and isinstance(done.exception, SystemExit)
     assert not (folder / "o").exists()
 
@@ -706,6 +740,12 @@ def test_an_engine_is_asked_greedily_with_seeds_by_place():
     ask = ask_engine(engine, Words(), drawn)
     first, again, elsewhere = (next(iter(ask(puzzles[:1], place))) for place in (0, 0, 4))
     assert first == again != elsewhere and len(first[0][1]) == 4
+    # under --consensus a greedy answer comes after the same samples
+    ((_, answers),) = next(iter(ask_engine(engine, Words(), drawn, greedy=True)(puzzles[:1], 0)))
+    assert answers[:4] == first[0][1] and answers[4].text.split() == ["2"] * 8 and answers[4].greedy
+    row = row_of(puzzles[0], answers)
+    assert row["samples"] == [answer.text for answer in answers[:4]] and row["greedy"] == answers[4].text
+    assert (row["greedy_tokens"], row["greedy_finish_reason"], row["prediction"]) == (8, "length", answers[0].text)
 
 
 @pytest.mark.vllm
@@ -726,6 +766,7 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
         3,
         "--temperature",
         0.9,
+        "--consensus",
         "--out",
         tmp_path,
     )
@@ -738,6 +779,8 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     assert all(row["prediction"] == row["samples"][0] and len(set(row["samples"])) == 3 for row in rows)
     assert all(1 <= n <= 24 for row in rows for n in row["samples_tokens"])
     assert list(found["k_sample"]["pass_at_k"]) == ["1", "2", "3"] and found["run"]["temperature"] == 0.9
+    assert all(row["greedy"] and 1 <= row["greedy_tokens"] <= 24 for row in rows) and found["run"]["greedy"] is True
+    assert found["k_sample"]["greedy"]["n_puzzles"] == 10 and found["k_sample"]["consensus"]["threshold"] == 0.5
     reason = found["invalid_reasons"][0]  # an untrained model goes on until the limit
     assert reason["reason"] == "the response was cut at the length limit" and reason["count"] > 15
     assert found["label_problems"]["answers"] == 30 and " of 30 answers have an invalid format: " in said

@@ -375,6 +375,26 @@ def test_answers_without_ids_and_with_samples(run_dir):
     assert [(one.puzzle.id, one.score.batch_right) for one in found] == [("p0", True), ("p1", True)]
 
 
+def test_several_answers_to_a_puzzle_have_a_table_of_their_own(run_dir):
+    """The vote of three answers is right where two of them are; greedy answers stand beside it."""
+    puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
+    rows = [
+        {"id": p.id, "samples": [answer(swapped(p.answer)), answer(p.answer), answer(p.answer)], "greedy": "no idea"}
+        for p in puzzles
+    ]
+    result = evaluation_of(rows, puzzles, name="m", run={}, confident_from=0.9)
+    assert "Several answers" not in write_report(run_dir).read_text()
+    (run_dir / "eval/grpo/test/metrics.json").write_text(json.dumps(result))
+    (run_dir / "eval/grpo/test/predictions.jsonl").unlink()
+    results = read(write_report(run_dir).read_text(), "results")
+    assert "<h3>Several answers to a puzzle: held-out donors</h3>" in results
+    assert cells_of(row_of(results, "one answer, greedy")) == ["0.0\u00a0%"] * 3
+    assert cells_of(row_of(results, "one-to-one vote (consensus)")) == ["100.0\u00a0%"] * 3
+    assert cells_of(row_of(results, "one answer, sampled (mean)"))[0] == "66.7\u00a0%"
+    assert cells_of(row_of(results, "pass@3: some answer is right"))[0] == "100.0\u00a0%"
+    assert "after GRPO: 60.0 % (60.0 to 60.0) of the cells have a label that at least 90.0 %" in results
+
+
 def test_puzzles_of_a_run_without_grpo(run_dir):
     for path in (run_dir / "eval/grpo/test").iterdir():
         path.unlink()

@@ -118,6 +118,7 @@ RANGES = {
         ("chunk", [0], "must be at least 1", [1]),
         ("max_response_tokens", [0], "must be at least 1", [1]),
         ("limit", [0], "must be at least 1", [1, None]),
+        ("consensus_threshold", [-0.1, 1.5], "must be at least 0 and at most 1", [0.0, 1.0, None]),
     ],
     DistillConfig: [
         ("temperature", [-1.0], "must be at least 0", [0.0, 0.01]),
@@ -138,6 +139,8 @@ RANGES = {
         ("price_in", [-1.0], "must be at least 0", [0.0]),
         ("price_out", [-1.0], "must be at least 0", [0.0]),
         ("budget", [-1.0], "must be at least 0", [0.0]),
+        ("comparisons", [0], "must be at least 1", [1]),
+        ("lookups", [0], "must be at least 1", [1]),
         ("teacher_noise", [-1.0], "must be at least 0", [0.0]),
         ("teacher_glance", [-0.1, 1.5], "must be at least 0 and at most 1", [0.0, 1.0]),
     ],
@@ -153,6 +156,10 @@ def made(config: type, name: str, value: object):
         needed = {**needed, **OPENAI}
     if name in ("teacher_noise", "teacher_glance"):
         needed = {**needed, "teacher": "embedded", "model": None}
+    if name in ("comparisons", "lookups"):
+        needed = {**needed, "workflow": "tools"}
+    if name == "consensus_threshold":
+        needed = {**needed, "samples": 2, "consensus": True}
     return config(**{**needed, name: value})
 
 

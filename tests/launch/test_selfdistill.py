@@ -9,7 +9,7 @@ from tests.helpers.commands import run_command, succeed
 
 
 @pytest.mark.vllm
-@pytest.mark.slow(62)
+@pytest.mark.slow(105)
 def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     """A cold start that has the format, one round; what is finished is not run again."""
     succeed(
@@ -74,5 +74,22 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     ):
         refused = run_command("selfdistill", *words, *more)
         assert refused.returncode == 2 and says in refused.stderr
+    # a workflow, from the same model: its own accuracy is the ceiling of what the round can teach
+    more = ("--workflow", "tools", "--candidates", 3, "--lookups", 1, "--comparisons", 2, "--out", tmp_path / "tools")
+    refused = run_command("selfdistill", *words, *more, "--hint")
+    assert refused.returncode == 2 and "--hint shows the right answer, --workflow tools finds" in refused.stderr
+    assert not (tmp_path / "tools").exists()
+    said = succeed("selfdistill", *words, *more, "--eval-limit", 8)
+    (row,) = json.loads((tmp_path / "tools/rounds.json").read_text())[1:]
+    found = json.loads((tmp_path / "tools/round-1/traces.report.json").read_text())["workflow"]
+    assert row["workflow"] == found["final"]["batch_accuracy"] and row["vote"] == found["vote"]["batch_accuracy"]
+    raw = [row for row in read_rows(tmp_path / "tools/round-1/traces.raw.jsonl") if "text" in row]
+    assert row["sampled_tokens"] == sum(one["completion_tokens"] for one in raw) and "workflow" in said
+    kept = read_rows(tmp_path / "tools/round-1/traces.jsonl")
+    assert len(kept) == row["accepted"] > 0 and {one["workflow"] for one in kept} == {"tools"}
+    asked = [one for one in raw if " [tools " in one["puzzle_id"]]
+    assert found["asked_about"] > 0 and len(asked) >= 2 * found["asked_about"]
+    refused = run_command("selfdistill", *words, *more, "--workflow", "none")
+    assert refused.returncode == 2 and "--workflow none: was tools when" in refused.stderr
     refused = run_command("selfdistill", *words, "--rounds", 0)
     assert refused.returncode == 2 and "--rounds 0: must be at least 1" in refused.stderr

@@ -469,6 +469,39 @@ def test_a_lower_threshold_leaves_the_truth_in_its_rows(serve, tmp_path):
 # ---- hints, variants, the key
 
 
+def test_a_workflow_asks_an_endpoint_once_for_every_step(serve, tmp_path):
+    """p2, of three cells: no answer is right, their vote is, and a trace is asked for; a resumed run asks for nothing."""
+    said = ["T cell | B cell | B cell", "T cell | T cell | monocyte", "B cell | B cell | monocyte"]
+
+    def behave(number: int, of: Puzzle, asked: int) -> dict:
+        hinted = server.bodies[-1]["messages"][1]["content"] != of.user_message
+        if of.id != "p2" or hinted:
+            return {"content": right(of)}
+        return {"content": f"<think>?</think><answer>{said[asked]}</answer>"}
+
+    server = serve(3, behave)
+    given = words(tmp_path, server, "--candidates", 3, "--workflow", "consensus", "--concurrency", 1)
+    given += ["--price-in", 1, "--price-out", 1]
+    here(*given)
+    assert len(server.bodies) == 10 and not any("stop" in body for body in server.bodies)
+    found, rows = report(tmp_path), read_rows(tmp_path / "t.jsonl")
+    assert (found["workflow"]["from_answers"], found["workflow"]["written"]) == (2, 1)
+    assert found["cost"]["spent"] == pytest.approx(10 * (PROMPT_TOKENS + RESPONSE_TOKENS) / 1e6)
+    assert [(row["puzzle_id"], row.get("hinted")) for row in rows] == [("p0", None), ("p1", None), ("p2", True)]
+    here(*given, "--resume")
+    assert len(server.bodies) == 10 and read_rows(tmp_path / "t.jsonl") == rows
+    assert report(tmp_path)["cost"]["spent"] == found["cost"]["spent"]
+
+
+def test_an_endpoint_is_told_where_to_stop():
+    endpoint = Endpoint(model="m", base_url="http://127.0.0.1/v1", key="none")
+    teacher = OpenAITeacher(endpoint, Meter(), lambda row: None, lambda text: None)
+    request = Request(puzzle=puzzle(0), attempt=0, ask=" Look it up.", stop="</call>")
+    body = teacher._body(request)
+    assert body["stop"] == ["</call>"] and body["messages"][1]["content"].endswith(" Look it up.")
+    assert "stop" not in teacher._body(Request(puzzle=puzzle(0), attempt=0))
+
+
 def test_a_hinted_trace_is_kept_only_when_it_does_not_show_the_hint(serve, tmp_path):
     def behave(number: int, of: Puzzle, asked: int) -> dict:
         hinted = server.bodies[-1]["messages"][1]["content"] != of.user_message
