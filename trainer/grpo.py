@@ -185,8 +185,11 @@ def canary_logprobs(policy: Policy, text: list[int], reference: bool = False) ->
 def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> str:
     """Give the sampler the policy's adapter; returns the adapter's hash. Collective.
 
-    The trainer's log-probs of the canary text go with it: the sampler must give the same. Raises SyncError if it does not.
+    The trainer's log-probs of the canary text go with it: the sampler must give the same. Raises SyncError if it does not,
+    and RunError if a base that both read has been written to.
     """
+    if policy.base is not None:
+        policy.base.refuse_writes()
     canary = replace(canary, policy=canary_logprobs(policy, canary.ids))
     engine.deliver(policy.adapter_tensors(), version, canary)
     return engine.hash

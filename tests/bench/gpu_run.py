@@ -35,7 +35,8 @@ from trainer.config import GrpoConfig
 from trainer.model.embedded import make_tokenizer
 from trainer.record.runfolder import read_record
 from trainer.start import parts
-from trainer.start.preflight import estimate_memory, launch_of
+from trainer.start.memory import estimate_memory
+from trainer.start.preflight import launch_of
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/cellpuzzles_sample.jsonl"
 COMMON = ["--insist", "--save-every", "100", "--max-prompt-tokens", "3072"]

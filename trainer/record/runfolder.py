@@ -71,6 +71,7 @@ FREE_ON_RESUME = {
     "save_steps",
     "tensorboard",
     "out",
+    "base",
     "memory_fraction",
     "eager",
     "reward_workers",
