@@ -155,7 +155,10 @@ def test_only_the_kv_cache_is_discarded(monkeypatch):
 
 
 def options(pipeline, out, *more) -> tuple:
-    puzzles = pipeline / "puzzles/train.parquet"
+    """With a reward that differs within a group, so that the adapter learns."""
+    puzzles, reward = pipeline / "puzzles/train.parquet", out.parent / "letters.py"
+    reward.write_text("def fn(completion, puzzle):\n    return float(len(set(completion)) % 5)\n")
+    more = (*more, "--reward", f"{reward}:fn")
     return ("--model", pipeline / "base", "--puzzles", puzzles, "--out", out, *SMALL_GRPO, "--dtype", "float32", *more)
 
 
@@ -174,6 +177,7 @@ def test_one_copy_gives_the_bytes_of_two_also_when_resumed(pipeline, tmp_path):
     assert found == {"frozen": 26, "all_in_vllm": True, "vllm_has_no_other": True, "q_is_the_first_rows": True}
     succeed("grpo", *options(pipeline, one, *kernel, "--steps", 2, "--resume"))
     files = ("metrics.jsonl", "rollouts.jsonl", "checkpoints/step-000002/adapter_model.safetensors")
+    assert json.loads((one / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"] > 0
     for file in files:
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
     text = succeed("replay", one / "steps/step-000002")
