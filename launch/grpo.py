@@ -21,7 +21,8 @@ from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.record.runfolder import check_run
-from trainer.start.preflight import check_launch, estimate_memory, format_rows, launch_of, refuse_problems
+from trainer.start.memory import estimate_memory
+from trainer.start.preflight import check_launch, format_rows, launch_of, refuse_problems
 
 if TYPE_CHECKING:  # loads transformers
     from trainer.prompts.validation import HeldOut

@@ -17,11 +17,15 @@ from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
 from rollout.vllm_versions import (
     MOST_SEQUENCES,
+    discard_kv_cache,
     drawing_from,
     gpu_settings,
+    held_weights,
     leave_other_models_alone,
     name_shared_memory_apart,
+    plain_weights,
     prepare_environment,
+    restore_kv_cache,
 )
 
 
@@ -33,7 +37,7 @@ class VLLMEngine(LocalEngine):
     gpu_settings. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
     memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
     2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1. sampler_lora: see
-    merges_adapter.
+    merges_adapter. shares_weights: the trainer reads its frozen weights from held_weights(); only the KV cache sleeps.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class VLLMEngine(LocalEngine):
         may_sleep: bool = False,
         nucleus: bool = False,
         sampler_lora: str = "auto",
+        shares_weights: bool = False,
     ) -> None:
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
@@ -62,7 +67,7 @@ class VLLMEngine(LocalEngine):
             name_shared_memory_apart()
         from vllm import LLM
 
-        self.merges = bool(lora) and merges_adapter(sampler_lora, model_dir, dtype, on_gpu)
+        self.merges = bool(lora) and merges_adapter(sampler_lora, model_dir, dtype, on_gpu or shares_weights)
         """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
         self.merged: tuple[Parcel, Manifest] | None = None
         sequences = min(sequences, MOST_SEQUENCES["cuda" if on_gpu else "cpu"])
@@ -74,12 +79,14 @@ class VLLMEngine(LocalEngine):
         if lora and not self.merges:
             adapter = {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_rank(lora["r"])}
         self.lora, self.request, self.may_sleep, self.asleep = lora, None, may_sleep and on_gpu, False
-        self.model_dir = model_dir
+        self.model_dir, self.shares_weights = model_dir, shares_weights
+        assert not (shares_weights and self.merges)  # a merge would write to the trainer's weights (why_two_copies)
+        start = plain_weights()(LLM) if shares_weights and not on_gpu else LLM
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op; restored below
         try:
-            self.llm = LLM(
+            self.llm = start(
                 model_dir,
                 dtype=dtype,
                 max_model_len=max_model_len,
@@ -138,15 +145,23 @@ class VLLMEngine(LocalEngine):
         """See LocalEngine."""
         if self.asleep:
             torch.cuda.empty_cache()  # torch keeps what the trainer has freed, and vLLM's allocator cannot take it from there
-            self.llm.wake_up()
+            restore_kv_cache() if self.shares_weights else self.llm.wake_up()
             self.asleep = False
 
     def sleep(self) -> None:
-        """See LocalEngine. The adapter moves to main memory with the weights, and back with them."""
+        """See LocalEngine. The adapter moves to main memory with the weights, and back with them; shared weights stay."""
         if self.may_sleep and not self.asleep:
             torch.cuda.synchronize()  # sleep() unmaps memory that a queued kernel could still read
-            self.llm.sleep(level=1)
+            if self.shares_weights:
+                self.llm.reset_prefix_cache()
+                discard_kv_cache()
+            else:
+                self.llm.sleep(level=1)
             self.asleep = True
+
+    def held_weights(self) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+        """({name: tensor} of vLLM's model, {packed module: its parts}), not copied."""
+        return self.llm.collective_rpc(held_weights)[0]
 
     def generate(
         self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
@@ -232,7 +247,7 @@ def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) 
     """Does the sampler add the adapter to its weights ("merged"), or compute it beside them in vLLM's kernels ("kernel")?
 
     "auto" merges on a CPU in float32, where vLLM's kernels take several times as long as the model itself. In bfloat16 a
-    merge would round the small updates away.
+    merge would round the small updates away. on_gpu: also True where the weights are the trainer's too.
     """
     can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
     if sampler_lora == "merged" and not can:

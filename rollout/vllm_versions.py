@@ -132,3 +132,65 @@ def _call_by_owner(model: Any, *args: Any, **kwargs: Any) -> Any:
     if "do_not_compile" in vars(model):  # set by vLLM's __init__
         return model.call_of_vllm(*args, **kwargs)
     return torch.nn.Module.__call__(model, *args, **kwargs)
+
+
+@contextmanager
+def plain_weights() -> Iterator[None]:
+    """A context in which vLLM on a CPU leaves the weights that it loads as the checkpoint has them, for --base shared.
+
+    Otherwise it packs every matrix for the kernels of oneDNN, AMX or Zen, and frees the plain one; no setting turns that off.
+    The products are then PyTorch's own, on the plain weights. On a GPU vLLM leaves them plain anyway.
+    """
+    from vllm.model_executor.layers import utils
+
+    # looked up by name for every layer, the head included, when its weights are loaded
+    packing = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = _use_plain_weight
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = packing
+
+
+def _use_plain_weight(layer: Any, remove_weight: bool) -> None:
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def held_weights(worker: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """({name: tensor} of the model of a vLLM worker, {packed module: its parts}). Views: nothing is copied."""
+    model = worker.model_runner.get_model()
+    # a layer with LoRA slots is wrapped. detach(): a plain tensor, which still counts the writes to the parameter
+    held = {name.replace(".base_layer.", "."): p.detach() for name, p in model.named_parameters()}
+    return held, dict(getattr(model, "packed_modules_mapping", {}))
+
+
+KV_CACHE = "kv_cache"
+"""vLLM's tag of the memory of its KV cache, in the allocator that a sleeping engine uses (on a GPU)."""
+
+
+def discard_kv_cache(allocator: Any = None) -> None:
+    """Give the memory of the KV cache back, and of nothing else: under --base shared the trainer reads the weights.
+
+    An engine's own sleep() takes the weights too, at every level. The last versions of our range can discard a tag alone;
+    for the others the same is done here, piece by piece. allocator: default vLLM's. Afterwards the prefix cache must be reset.
+    """
+    allocator = allocator or _allocator()
+    if hasattr(allocator, "discard"):
+        allocator.discard((KV_CACHE,))
+        return
+    from vllm.device_allocator import cumem
+
+    for piece in allocator.pointer_to_data.values():
+        if piece.tag == KV_CACHE:
+            cumem.unmap_and_release(piece.handle)
+
+
+def restore_kv_cache() -> None:
+    """Take memory for the KV cache again, at the same addresses; what it holds is of no use."""
+    _allocator().wake_up([KV_CACHE])
+
+
+def _allocator() -> Any:
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    return CuMemAllocator.get_instance()

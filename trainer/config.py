@@ -227,6 +227,11 @@ class OnlineConfig(TrainingConfig):
     group_size: int = sampling(5, "Responses per prompt (G).")
     temperature: float = sampling(1.0, "Sampling temperature; log-probs are taken at the same temperature.")
     top_p: float = sampling(1.0, "Nucleus sampling mass.")
+    base: str = weights(
+        "auto",
+        "Trainer and vLLM read one copy of the frozen base, or each has its own; auto: one where it can be, on a GPU.",
+        ("auto", "shared", "copies"),
+    )
     sampler_lora: str = sampling(
         "auto",
         "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32.",

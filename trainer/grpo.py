@@ -46,7 +46,7 @@ from trainer.prompts.choice import prompts_of_step, replace_equal_groups
 from trainer.prompts.validation import HeldOut, fill_ranks
 from trainer.ranks.world import World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
-from trainer.record.nonfinite import Found, bad_term_of, describe_bad_token, find_bad_gradient
+from trainer.record.nonfinite import Found, describe_bad_token, find_bad_gradient, first_bad_of, without_graph
 from trainer.record.runfolder import save_training, write_json
 from trainer.start.parts import Run, Step, finish, prepare, refuse_a_useless_start
 from trainer.start.sampler import keep_sampler
@@ -196,6 +196,8 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
 
     The trainer's log-probs of the canary text go with it: the sampler must give the same. Raises SyncError if it does not.
     """
+    if policy.base is not None:
+        policy.base.refuse_writes()  # RunError if the weights that both read have been written to
     canary = replace(canary, policy=canary_logprobs(policy, canary.ids))
     engine.deliver(policy.adapter_tensors(), version, canary)
     return engine.hash
@@ -331,15 +333,16 @@ def add_up_gradients(now: Step, learner: Learner, batch: StepInputs, sums: Token
     Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
     """
     learner.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
-    found = None
+    passes = []
     for micro in now.world.paced(batch.micro_batches):
         terms = learner.terms(micro, batch.denominators)
         loss = terms.loss  # this micro-batch's share of the step's loss
         loss.backward()  # gradients add up in .grad
-        sums.add(terms, loss)  # its numbers are read here: waits for the GPU
-        found = found or bad_term_of(micro, terms)  # keeps the first
+        sums.add(terms, loss)
+        passes.append((micro, without_graph(terms)))
     norm = sum_gradients(list(learner.parameters.values()), now.world)
-    refuse_what_is_not_finite(now, learner, batch, found, norm)
+    sums.read()  # only now is a number read, which waits for the GPU: it never idles between two micro-batches
+    refuse_what_is_not_finite(now, learner, batch, first_bad_of(passes), norm)
     sums.grad_norm = float(norm)  # before clipping
     return norm
 

@@ -40,13 +40,15 @@ class TokenSums:
     """Sums over the trained tokens of a step: of this rank's micro-batches, and after over_ranks of all ranks."""
 
     names: ClassVar[tuple[str, ...]] = SUMMED
+    unread: list[dict[str, Tensor]] = field(default_factory=list)
+    """Per micro-batch {name: sum}, where they were computed; read() adds them to `sums`."""
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     mismatch_max: float = 0.0
     grad_norm: float = 0.0
     lr: float = 0.0
 
     def add(self, terms: LossTerms, loss: Tensor) -> None:
-        """Add one micro-batch. On a GPU every `float()` waits for the device to finish."""
+        """Add one micro-batch. Nothing is read here: on a GPU that would wait for the device to finish."""
         with torch.no_grad():
             # trainer minus sampler, in nats; 0 where masked out, since both log-probs are 0 there
             difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -67,9 +69,20 @@ class TokenSums:
             }
             if terms.entropy is not None:
                 values["entropy"] = terms.entropy[terms.mask].sum()
-            for name, value in values.items():
-                self.sums[name] += float(value)  # from here on in float64, on the CPU
-            self.mismatch_max = max(self.mismatch_max, float(difference.abs().max()))
+            self.unread.append({**values, "mismatch_max": difference.abs().max()})
+
+    def read(self) -> None:
+        """Add what is unread to the sums, in float64 and in the order of the micro-batches."""
+        if not self.unread:
+            return
+        # one copy from the device, which waits for it
+        rows = torch.stack([torch.stack([v.detach().double() for v in row.values()]) for row in self.unread]).tolist()
+        for row, numbers in zip(self.unread, rows, strict=True):
+            found = dict(zip(row, numbers, strict=True))
+            self.mismatch_max = max(self.mismatch_max, found.pop("mismatch_max", 0.0))
+            for name, number in found.items():
+                self.sums[name] += number
+        self.unread = []
 
     def take_in(self, later: "TokenSums") -> None:
         """Add the sums of a later update of the same batch; gradient norm and learning rate are those of the last."""

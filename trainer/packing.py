@@ -220,9 +220,9 @@ class Denominators(NamedTuple):
 
 def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
     """The denominators of an optimizer step. micros: this rank's. Collective."""
-    n_rows = sum(int(micro.mask.any(-1).sum()) for micro in micros)  # fillers and unscored responses have none
-    n_tokens = sum(int(micro.mask.sum()) for micro in micros)
-    return Denominators(*world.total(n_rows, n_tokens))
+    # fillers and unscored responses have none; one read of the device for all
+    counts = torch.stack([torch.stack([micro.mask.any(-1).sum(), micro.mask.sum()]) for micro in micros])
+    return Denominators(*world.total(*counts.sum(0).tolist()))
 
 
 @travels

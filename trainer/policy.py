@@ -31,6 +31,7 @@ from trainer.model.loading import (
     why_not_shared,
 )
 from trainer.model.sharding import shard
+from trainer.model.shared import SharedBase
 from trainer.packing import PackedBatch
 from trainer.ranks.world import full_tensor, local_shard, rows_of
 
@@ -44,7 +45,7 @@ class Policy:
     checkpoint's weights as the reference. quantize: "nf4" holds the linear layers of the base in 4 bits. autocast: matrix
     products in bfloat16; always so where the base is bfloat16 and an adapter, which stays float32, is trained on it. dora:
     weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa" (PyTorch's attention kernels) or "flash" (flash-attn's).
-    date: of a chat template that shows one; default: today.
+    date: of a chat template that shows one; default: today. base: the sampler's weights, to read the frozen ones from.
 
     Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
     """
@@ -66,6 +67,7 @@ class Policy:
         dora: bool = False,
         attn: str = "sdpa",
         date: datetime.date | None = None,
+        base: SharedBase | None = None,
     ) -> None:
         self.tokenizer = load_tokenizer(model_dir)
         self.chat = ChatFormat(self.tokenizer, model_dir, date)
@@ -74,7 +76,10 @@ class Policy:
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
         self.attention = attention_name(attn, device)
-        self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, sharded, self.attention)
+        empty, self.base = sharded or base is not None, base
+        self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, empty, self.attention)
+        if base is not None:
+            base.put_into(self.causal_lm, model_dir)
         self.cannot_share = why_not_shared(self.causal_lm.config)
         self.own_attention = self.causal_lm.config._attn_implementation if self.cannot_share else "sdpa"
         self.head = head_of(self.causal_lm, model_dir)

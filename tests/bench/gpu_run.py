@@ -10,6 +10,7 @@ them. The run folder and a made checkpoint are in --work (the 7B shape takes 25 
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -27,7 +28,9 @@ import launch.grpo  # first: it sets variables that torch and vLLM read when the
 import torch  # isort: skip
 
 from data.puzzles import read_puzzles
+from rollout import vllm_engine
 from rollout.vllm_engine import VLLMEngine
+from rollout.vllm_versions import gpu_settings
 from tests.bench.kernels import say
 from tests.bench.update import MODELS, Task, make_checkpoint, shape_of
 from trainer import grpo
@@ -35,7 +38,8 @@ from trainer.config import GrpoConfig
 from trainer.model.embedded import make_tokenizer
 from trainer.record.runfolder import read_record
 from trainer.start import parts
-from trainer.start.preflight import estimate_memory, launch_of
+from trainer.start.memory import estimate_memory
+from trainer.start.preflight import GIB, launch_of
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/cellpuzzles_sample.jsonl"
 COMMON = ["--insist", "--save-every", "100", "--max-prompt-tokens", "3072"]
@@ -73,11 +77,11 @@ class Watch:
         """Put clocks around what the run calls."""
         VLLMEngine.sleep = self._timed("sleep", VLLMEngine.sleep, lambda engine: engine.may_sleep and not engine.asleep)
         VLLMEngine.wake = self._timed("wake", VLLMEngine.wake, lambda engine: engine.asleep)
-        make_engine, clock = parts.make_engine, grpo.Clock
+        make_engine, clock = parts.make_vllm_engine, grpo.Clock
 
-        def timed_engine(*args: Any) -> Any:
+        def timed_engine(*args: Any, **settings: Any) -> Any:
             start = time.perf_counter()
-            engine = make_engine(*args)
+            engine = make_engine(*args, **settings)
             say(f"{self.name}_engine_start_s", time.perf_counter() - start)
             return engine
 
@@ -89,7 +93,27 @@ class Watch:
             self.clock = clock(world, step)
             return self.clock
 
-        parts.make_engine, grpo.Clock = timed_engine, next_step
+        parts.make_vllm_engine, grpo.Clock = timed_engine, next_step
+
+    def act_as_a_card_of(self, gib: float) -> None:
+        """Let this process have so much of the GPU, and let vLLM choose its batches as on such a card. Before attach()."""
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+        vllm_engine.gpu_settings = lambda sequences, _, eager: gpu_settings(sequences, int(gib * GIB), eager)
+        sleep, wake = VLLMEngine.sleep, VLLMEngine.wake
+
+        def sleep_and_lend(engine: VLLMEngine) -> None:
+            # torch counts what sleeps as in use, though the GPU has it back: as much may be taken instead
+            before = torch.cuda.mem_get_info()[0]
+            sleep(engine)
+            given_back = max(0, torch.cuda.mem_get_info()[0] - before) if engine.asleep else 0
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * GIB + given_back) / total))
+
+        def wake_and_take_back(engine: VLLMEngine) -> None:
+            wake(engine)
+            torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+        VLLMEngine.sleep, VLLMEngine.wake = sleep_and_lend, wake_and_take_back
 
     def _timed(self, name: str, method: Callable, happens: Callable[[VLLMEngine], bool]) -> Callable:
         def call(engine: VLLMEngine) -> None:
@@ -121,8 +145,8 @@ def say_step(name: str, row: dict) -> None:
         say(f"{name}_step_{row['step']}_{phase}_s", row[f"timing_s/{phase}"])
 
 
-def report(watch: Watch) -> None:
-    """Print the figures of a finished run that its steps have not printed."""
+def report(watch: Watch, limit_gib: float | None, memory_fraction: float | None) -> None:
+    """Print the figures of a finished run that its steps have not printed. limit_gib, memory_fraction: of act_as_a_card_of."""
     name, out = watch.name, watch.run
     steps, metrics = read_lines(out / "timing.jsonl"), read_lines(out / "metrics.jsonl")
     settled = steps[1:] or steps  # the first step warms up
@@ -139,9 +163,13 @@ def report(watch: Watch) -> None:
     say(f"{name}_dtype", settings["dtype"])
     if torch.cuda.is_available():
         config = GrpoConfig(**settings)
-        table = {row.what: row.value.split()[0] for row in estimate_memory(config, launch_of(config))}
+        machine = launch_of(config)
+        if limit_gib:
+            config = dataclasses.replace(config, memory_fraction=memory_fraction)
+            machine = dataclasses.replace(machine, rank_bytes=limit_gib * GIB)
+        table = {row.what: row.value.split()[0] for row in estimate_memory(config, machine)}
         for phase, most in watch.most.items():
-            say(f"{name}_most_gib_in_{phase or 'start'}", most / (1 << 30))
+            say(f"{name}_most_gib_in_{phase or 'start'}", most / GIB)
         say(f"{name}_table_gib_while_training", table["while training"])
         say(f"{name}_table_gib_while_sampling", table["while sampling"])
 
@@ -155,6 +183,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where timing.jsonl and metrics.jsonl are copied to")
     parser.add_argument("--work", type=Path, required=True, help="for the checkpoint and the run; on a fast disk")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--limit-gib", type=float, help="act as a card of so much memory; then --memory-fraction is of it"
+    )
     parser.add_argument("--tiny", action="store_true", help="a million weights in place of the shape, short responses")
     arguments = parser.parse_args(given[:ours])
     name = arguments.name or Path(arguments.model).name
@@ -168,15 +199,23 @@ def main() -> None:
         shape = "embedded" if arguments.tiny else shape
         model = arguments.work / f"model-{shape}"
         make_model(shape, model, "float32" if shape in MODELS else "bfloat16")
+    given = given[ours + 1 :]
+    share, limit = None, arguments.limit_gib if torch.cuda.is_available() else None
+    if limit:
+        share = float(given[given.index("--memory-fraction") + 1])
+        # vLLM takes its share of the card that is there
+        given += ["--memory-fraction", str(share * limit * GIB / torch.cuda.get_device_properties(0).total_memory)]
     run = arguments.work / f"run-{name}"
     shutil.rmtree(run, ignore_errors=True)
     watch = Watch(name, run)
+    if limit:
+        watch.act_as_a_card_of(limit)
     watch.attach()
-    launch.grpo.main([*words, "--model", str(model), "--out", str(run), *given[ours + 1 :]], standalone_mode=False)
+    launch.grpo.main([*words, "--model", str(model), "--out", str(run), *given], standalone_mode=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for file in ("timing.jsonl", "metrics.jsonl", "config.json"):
         shutil.copy(run / file, arguments.out / f"{name}.{file}")
-    report(watch)
+    report(watch, limit, share)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def loss_and_gradient(
             terms = critic.terms(micro, denominators) if of_critic else loss_terms(policy, complete, denominators, cfg)
             terms.loss.backward()
         sums.add(terms, terms.loss)
+    sums.read()
     world.sum_gradients(parameters)
     return torch.tensor(world.total(sums.sums["loss"]), dtype=torch.float64), torch.cat(
         [p.grad.flatten() for p in parameters]

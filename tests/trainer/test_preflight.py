@@ -10,21 +10,22 @@ from launch.options import read_recipe
 from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.model.loading import empty_model
+from trainer.model.shared import why_two_copies
 from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.ppo.settings import PpoConfig
-from trainer.start.preflight import (
-    GIB,
-    Launch,
+from trainer.start.memory import (
+    GAPS,
     activation_bytes,
     autocast_bytes,
-    check_launch,
     estimate_memory,
     layer_bytes_per_token,
+    rank_memory,
     sampler_memory,
     trained_bytes,
     training_memory,
 )
+from trainer.start.preflight import GIB, Launch, check_launch
 
 SHAPE = ROOT / "launch/recipes/qwen2.5-7b"
 
@@ -203,6 +204,83 @@ def test_the_recipes_for_one_gpu_fit_and_their_headers_say_what_the_dry_run_says
         training, sampling = (float(values[f"while {what}"].split()[0]) for what in ("training", "sampling"))
         responses = float(values["sampler"].rpartition("for ")[2].split()[0])
         assert f"#             qwen2.5-{size:<8}  {training:8.1f}  {sampling:8.1f}  {responses:9.1f}\n" in header
+
+
+def test_a_shared_base_is_counted_once():
+    """The 7B shape has 7,615,616,512 weights; in and out of a layer's 7 matrices are 2 x 7,168 + 2 x 4,096 + 3 x 22,528 wide."""
+    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE)}
+    card = launch(nodes=1, ranks=1, gib=22.5)
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+    one = rank_memory(GrpoConfig(**settings), card, base)
+    two = rank_memory(GrpoConfig(**settings, base="copies"), card, base)
+    weights, slots = 2 * 7_615_616_512, 2 * 28 * 16 * (2 * 7168 + 2 * 4096 + 3 * 22528)
+    assert one.sampler == two.sampler and one.sampler.weights == weights + slots
+    assert one.trainer.kept["sampler's adapter"] == slots and two.trainer.kept["sampler's adapter"] == 0
+    assert one.trainer.kept["weights"] == two.trainer.kept["weights"] == weights
+    # while it samples, the trainer's copy is gone, and so are its gaps; while it trains, vLLM's slots stay
+    assert two.sampling - one.sampling == pytest.approx(weights * (1 + GAPS))
+    assert one.training - two.training == pytest.approx(slots - GAPS * weights)
+    rows = check_launch(GrpoConfig(**settings), card)
+    assert "one copy" in next(row.value for row in rows if row.what == "frozen base")
+    assert not problems(estimate_memory(GrpoConfig(**settings), card))
+    # a card of 24 GB does not hold the sampler's and a second copy
+    assert two.sampling > card.rank_bytes and problems(estimate_memory(GrpoConfig(**settings, base="copies"), card))
+
+
+def test_one_and_a_half_billion_weights_fit_a_card_of_8_gb():
+    shape = str(ROOT / "launch/recipes/qwen2.5-1.5b")
+    config = GrpoConfig(**{**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": shape})
+    rows = estimate_memory(config, launch(nodes=1, ranks=1, gib=7.6))
+    values = {row.what: row.value for row in rows}
+    assert not problems(rows)
+    said = f"{float(values['while training'][:4]):.1f} GiB training, {float(values['while sampling'][:4]):.1f} sampling, of 7.6"
+    assert said in (ROOT / "launch/recipes/one_gpu_24gb.yaml").read_text()
+
+
+def test_the_dry_run_says_what_would_fit_and_it_does():
+    """The 80 GB recipe with a small adapter, on 24 GB: prompts of 3,072 and responses of 3,000 tokens."""
+    card = launch(nodes=1, ranks=1, gib=22.5)
+    settings = {**read_recipe(GrpoConfig, "one_gpu_80gb"), "model": str(SHAPE), "lora_rank": 16, "memory_fraction": 0.6}
+    (said,) = {problem.rpartition(": ")[2] for problem in problems(estimate_memory(GrpoConfig(**settings), card))}
+    assert said == "--memory-fraction 0.93 --micro-tokens 6072 would fit"
+    assert not problems(estimate_memory(GrpoConfig(**settings | {"memory_fraction": 0.93, "micro_tokens": 6072}), card))
+    larger = GrpoConfig(**settings | {"memory_fraction": 0.94, "micro_tokens": 6072})
+    assert problems(estimate_memory(larger, card)), "no more than a hundredth is left"
+    (said,) = {p.rpartition(": ")[2] for p in problems(estimate_memory(GrpoConfig(**settings), launch(1, 1, 12)))}
+    assert said.startswith("take a smaller model")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"engine": "torch"}, "--engine torch samples with the trainer's own model"),
+        ({"placement": "split"}, "--placement split samples in other processes"),
+        ({"tensor_parallel": 2}, "--tensor-parallel 2: a rank of vLLM holds only its part of every matrix"),
+        ({"shard": "fsdp"}, "--shard fsdp: a rank of the trainer holds only its rows of every matrix"),
+        ({"lora_rank": 0}, "--lora-rank 0 trains every weight, so none is frozen"),
+        ({"quantize": "nf4"}, "--quantize nf4 holds the trainer's in 4 bits, and the sampler's in float32"),
+        ({"sampler_lora": "merged"}, "--sampler-lora merged writes the adapter into the sampler's weights"),
+    ],
+)
+def test_where_a_base_cannot_be_shared_it_says_why_and_is_refused_if_asked_for(more, why):
+    settings = {"model": str(SHAPE), "dtype": "float32", **more}
+    for on_gpu in (True, False):
+        assert why_two_copies(GrpoConfig(**settings), on_gpu) == why_two_copies(
+            GrpoConfig(**settings, base="shared"), on_gpu
+        )
+        assert why_two_copies(GrpoConfig(**settings), on_gpu) == why
+    rows = check_launch(GrpoConfig(**settings, base="shared"), launch())
+    assert f"--base shared: {why}; leave that out, or use --base copies" in problems(rows)
+    rows = check_launch(GrpoConfig(**settings), launch())
+    assert not [row for row in rows if row.what == "frozen base" and row.problem]
+
+
+def test_a_base_is_shared_by_default_on_a_gpu_only():
+    config = GrpoConfig(model=str(SHAPE), dtype="float32")
+    assert why_two_copies(config, on_gpu=True) == ""
+    assert why_two_copies(config, on_gpu=False).startswith("on a CPU vLLM packs its own for speed")
+    assert why_two_copies(dataclasses.replace(config, base="shared"), on_gpu=False) == ""
+    assert why_two_copies(dataclasses.replace(config, base="copies"), on_gpu=True) == "--base copies"
 
 
 @pytest.mark.slow(1)

@@ -138,6 +138,7 @@ def gradient_of(
             sums[rank].add(of_micro, loss)
             found = found or bad_term_of(micro, of_micro)
             terms[rank].append(of_micro)
+        sums[rank].read()
         if found is not None:
             bad = bad or (rank, *found)
             continue  # its gradient is not finite; the others' still say whether theirs are

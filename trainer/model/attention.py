@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from data.errors import UserError
 
@@ -59,10 +58,14 @@ class Segments:
     """True: query j of a segment sees its keys 0..j. False: it sees all keys of the segment."""
     device: torch.device
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            _ = self.cumulative  # now: a copy to the GPU waits, and while a row is packed there is nothing to wait for
+
     @cached_property
     def cumulative(self) -> tuple[Tensor, Tensor]:
         """[n+1] int32 each, of queries and of keys, packed side by side: where each segment starts, and the end."""
-        # made once per packed row and kept for all layers: the copy to the GPU waits. int32: as the kernels want it
+        # made once per packed row and kept for all layers. int32: as the kernels want it
         ends = ([0, *accumulate(length for _, length in spans)] for spans in (self.queries, self.keys))
         queries, keys = (torch.tensor(end, dtype=torch.int32, device=self.device) for end in ends)
         return queries, keys
@@ -375,5 +378,4 @@ def why_no_flash(device: torch.device) -> str:
 
 for name, function in ((ATTENTION, _attention), (FLASH_ATTENTION, partial(_attention, flash=True))):
     AttentionInterface.register(name, function)
-    # transformers would build an [L,L] mask for every pass; the layout says who sees whom, so there is none
-    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    # and no AttentionMaskInterface: for a name without one transformers makes no mask. The layout says who sees whom

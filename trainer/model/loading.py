@@ -203,14 +203,14 @@ def head_of(causal_lm: PreTrainedModel, model_dir: str) -> Head:
 
 
 def load_base(
-    model_dir: str, dtype: torch.dtype, quantize: str, device: torch.device, sharded: bool, attention_name: str
+    model_dir: str, dtype: torch.dtype, quantize: str, device: torch.device, empty: bool, attention_name: str
 ) -> PreTrainedModel:
     """The checkpoint's model, with our attention if that supports it, else with its own.
 
     attention_name: the name of our attention (trainer/model/attention.py).
     quantize: "none", or "nf4" to hold linear layers in 4 bits and multiply in `dtype` (QLoRA, arXiv:2305.14314;
-    bitsandbytes). sharded: the model is made without weights (meta device); sharding.shard fills it. Raises UserError
-    for a model with an unknown head, and for weights that are missing, of another shape or not finite.
+    bitsandbytes). empty: the model is made without weights (meta device); sharding.shard or SharedBase fills it. Raises
+    UserError for a model with an unknown head, and for weights that are missing, of another shape or not finite.
     """
     config = read_config(model_dir)
     attention = {} if why_not_shared(config) else {"attn_implementation": attention_name}
@@ -222,7 +222,7 @@ def load_base(
         attention["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    if sharded:
+    if empty:
         causal_lm = empty_model(model_dir, dtype, attention.get("attn_implementation", "sdpa"))
     else:
         causal_lm, _ = load_weights(model_dir, dtype=dtype, **attention)

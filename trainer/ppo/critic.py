@@ -200,5 +200,4 @@ class ValueSums(TokenSums):
 
     def add(self, terms: ValueTerms, loss: Tensor) -> None:
         """Add one micro-batch."""
-        for name, value in (("loss", loss), ("clipped", terms.clipped.sum()), ("tokens", terms.mask.sum())):
-            self.sums[name] += float(value.detach())
+        self.unread.append({"loss": loss, "clipped": terms.clipped.sum(), "tokens": terms.mask.sum()})

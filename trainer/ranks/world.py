@@ -103,6 +103,8 @@ class World:
 
     def total(self, *values: float) -> list[float]:
         """Sum of each value over the ranks. Collective."""
+        if self.size == 1:
+            return [float(value) for value in values]  # on a GPU the way through a tensor would wait for it twice
         # float64: counts stay exact, and the number of ranks changes a sum of losses by rounding only
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.waiting("a sum over the ranks"):
@@ -111,6 +113,8 @@ class World:
 
     def largest(self, value: float) -> float:
         """Maximum over the ranks. Collective."""
+        if self.size == 1:
+            return float(value)
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         with self.waiting("a maximum over the ranks"):
             dist.all_reduce(tensor, dist.ReduceOp.MAX)

@@ -4,6 +4,7 @@ A step that would not be finite is refused before optimizer.step(): one NaN in t
 weight NaN. So the weights in memory and on disk stay usable.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,10 +42,7 @@ class BadToken:
 @torch.no_grad()
 def first_bad_token(terms: LossTerms) -> BadToken | None:
     """The first trained token, row by row, with a term that is not finite; None if all are finite."""
-    fine = torch.ones_like(terms.mask)
-    for name in checked(terms):
-        fine = fine & torch.isfinite(getattr(terms, name))  # stays on the device
-    bad = (terms.mask & ~fine).nonzero()  # waits for the device; without a bad token this is the only wait
+    bad = bad_tokens(terms).nonzero()  # waits for the device; without a bad token this is the only wait
     if not len(bad):
         return None
     row, position = bad[0].tolist()
@@ -52,6 +50,14 @@ def first_bad_token(terms: LossTerms) -> BadToken | None:
     # in the order of CHECKED, not of the values: a bad log-prob makes every later term bad too
     what = next(name for name in checked(terms) if not torch.isfinite(getattr(terms, name)[row, position]))
     return BadToken(row=row, position=position, what=what, values=values)
+
+
+def bad_tokens(terms: LossTerms) -> Tensor:
+    """[N,T] bool: a trained token with a term that is not finite. Stays on the device."""
+    fine = torch.ones_like(terms.mask)
+    for name in checked(terms):
+        fine = fine & torch.isfinite(getattr(terms, name))
+    return terms.mask & ~fine
 
 
 def values_at(terms: LossTerms, row: int, position: int) -> dict[str, float]:
@@ -107,6 +113,19 @@ def bad_term_of(micro: MicroBatch, terms: LossTerms) -> Found | None:
     """(micro-batch, its first trained token with a term that is not finite); None if all terms are finite."""
     bad = first_bad_token(terms)
     return None if bad is None else (micro, bad)
+
+
+def without_graph(terms: Any) -> Any:
+    """The terms, which can be kept until all micro-batches have run; their graph would keep activations."""
+    tensors = {name: value.detach() for name, value in vars(terms).items() if isinstance(value, Tensor)}
+    return dataclasses.replace(terms, **tensors)
+
+
+@torch.no_grad()
+def first_bad_of(passes: list[tuple[MicroBatch, Any]]) -> Found | None:
+    """bad_term_of the first micro-batch that has one. passes: (micro-batch, its terms); one wait for the device."""
+    flags = torch.stack([bad_tokens(terms).any() for _, terms in passes]).tolist() if passes else []
+    return next((bad_term_of(*done) for done, bad in zip(passes, flags, strict=True) if bad), None)
 
 
 def find_bad_gradient(

@@ -71,6 +71,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "log",
     "out",
+    "base",
     "memory_fraction",
     "eager",
     "reward_workers",

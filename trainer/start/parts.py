@@ -21,6 +21,7 @@ from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import OnlineConfig, TrainingConfig
 from trainer.model.merge import sampler_model
+from trainer.model.shared import NotSharedError, SharedBase, base_refused, why_two_copies
 from trainer.packing import ScoredGroup
 from trainer.policy import Policy, Prompt
 from trainer.prompts.validation import HeldOut, Validator
@@ -86,7 +87,7 @@ def prepare(
     check_run(cfg)  # before a model is loaded
     cfg = with_date(cfg, world)
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
-    policy = load_policy(cfg, world.device, cfg.shard == "fsdp")
+    policy, engine = load_policy_and_base(cfg, world)
     critic = make_critic(policy, cfg)
     prompts = encode_prompts(policy, puzzles, cfg, world)
     validator = Validator(cfg, policy, world, Path(cfg.out), held_out)
@@ -95,7 +96,7 @@ def prepare(
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
     validator.restore()
-    engine = make_engine(cfg, policy, world)
+    engine = engine or make_engine(cfg, policy, world)
     return Run(
         start=Step(step=first_step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out, critic=critic),
         prompts=prompts,
@@ -119,7 +120,37 @@ def finish(run: Run) -> None:
     run.engine.close()
 
 
-def load_policy(cfg: TrainingConfig, device: torch.device, sharded: bool = False) -> Policy:
+def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engine | None]:
+    """(the policy; the sampler, where it is started first because the policy reads its frozen base: --base).
+
+    Says in one line what is in memory. Raises UserError for --base shared where there must be two copies.
+    """
+    why = why_two_copies(cfg, world.device.type == "cuda")
+    if why and cfg.base == "shared":
+        raise UserError(base_refused(why))
+    policy, engine = None, None
+    if not why:
+        lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []}
+        place = {"rank": world.rank, "size": world.size, "may_sleep": True}
+        engine = make_vllm_engine(cfg, lora, **place, shares_weights=True)
+        try:
+            policy = load_policy(cfg, world.device, base=SharedBase(*engine.held_weights()))
+            engine.lora = policy.lora
+        except NotSharedError as problem:  # of a model type that vLLM holds in another way
+            why = str(problem)
+            if cfg.base == "shared":
+                raise UserError(base_refused(why)) from None
+            engine.shares_weights = False
+            engine.sleep()  # else the KV cache would be in the way of the trainer's copy
+    if world.is_main and cfg.engine == "vllm":
+        what = f"two copies, the trainer's and the sampler's: {why}" if why else "one copy, which the sampler reads too"
+        print(f"frozen base in memory: {what}", flush=True)
+    return policy or load_policy(cfg, world.device, cfg.shard == "fsdp"), engine
+
+
+def load_policy(
+    cfg: TrainingConfig, device: torch.device, sharded: bool = False, base: SharedBase | None = None
+) -> Policy:
     """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
     online = isinstance(cfg, OnlineConfig)
     policy = Policy(
@@ -137,6 +168,7 @@ def load_policy(cfg: TrainingConfig, device: torch.device, sharded: bool = False
         dora=not online and cfg.dora,
         attn=cfg.attn,
         date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
+        base=base,
     )
     # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = online and cfg.packing == "shared" and policy.cannot_share

@@ -166,6 +166,7 @@ def test_the_value_loss_token_by_token():
     close(values.grad, [[2 / 3, 0.0, 0.0], [-0.1 / 3, 0.0, 0.0]])
     sums = ValueSums()
     sums.add(terms, terms.loss)
+    sums.read()
     assert sums.sums == {"loss": pytest.approx(5.13 / 3), "clipped": 1.0, "tokens": 3.0}
 
 
