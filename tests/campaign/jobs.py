@@ -167,7 +167,9 @@ def other_jobs(pipeline: Path, server: Server, markers: MarkerServer) -> dict[st
         "distill, embedded": Job(
             "distill",
             lambda folder: ("--puzzles", pipeline / "puzzles/train.parquet", "--out", folder / "t.jsonl"),
-            ("t.jsonl", "t.raw.jsonl"),
+            (
+                "t.jsonl",
+            ),  # a judge that was killed rejects a trace, and another one is drawn: the raw file may hold more
             "t.raw.jsonl",
         ),
         "distill, endpoint": Job(

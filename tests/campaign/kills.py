@@ -1,6 +1,7 @@
 """kill -9 of a random process of a job at a random moment; then it goes on to its end. Nothing may be lost or differ."""
 
 import random
+import time
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,8 @@ def play(bench: Bench, name: str, rng: random.Random, folder: Path) -> str:
         everything = running.all_processes()
         if not running.alive():
             assert running.end() == 0, running.output[-3000:]
+            # the machine has become faster since the unbroken run
+            bench.seconds[name] = min(bench.seconds[name], time.monotonic() - running.began)
             break
         victim = rng.choice([process for process in everything if not is_pythons_own(process)])
         hit.append(who(victim, running))
