@@ -227,14 +227,11 @@ class Partial:
                 return []
             self._refuse_other_settings(read_result(finished).get("run") or {}, finished)
             return read_rows(predictions)
-        parsed = [
-            row
-            for _, row in appended_rows(self.path, lambda row: "settings" in row or {"id", "prediction"} <= row.keys())
-        ]
+        parsed = [row for _, row in appended_rows(self.path, _is_line)]
         if not parsed:
             return []
         self._refuse_other_settings(parsed[0].get("settings", {}), self.path)
-        return parsed[1:]
+        return [row for row in parsed[1:] if "id" in row]
 
     def _refuse_other_settings(self, settings: dict[str, Any], path: Path) -> None:
         """Raises UserError that names the first setting that differs from those of this run."""
@@ -244,6 +241,11 @@ class Partial:
                     f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
                     f"{self.settings.get(name)}: give the same, or leave --resume out to start again"
                 )
+
+
+def _is_line(row: dict[str, Any]) -> bool:
+    """Does a line of the file hold settings, or an answer?"""
+    return isinstance(row.get("settings"), dict) or all(isinstance(row.get(name), str) for name in ("id", "prediction"))
 
 
 def count_tokens(rows: Sequence[dict], tokenizer) -> list[dict]:

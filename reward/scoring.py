@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
+from typing import Any
 
 from data.errors import UserError
 from data.processes import end_group_with_this_process, end_with_parent, keep_from_children, module_environment
@@ -36,6 +37,9 @@ from reward.result import timed_out
 
 CONCURRENT = 64
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
+FOREIGN = (
+    "something else than a result came from its scoring process: does it write to descriptors that are not its own?"
+)
 START_SECONDS = 300.0  # a reward module may load a model
 
 
@@ -139,6 +143,8 @@ class _Worker:
                 in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
             reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
+            if isinstance(reply, dict) and not is_reply(reply, in_flight):
+                reply = Reward(total=math.nan, status=Status.ERROR, message=FOREIGN)
             if isinstance(reply, Reward):  # no reply: the process hangs or has died
                 self.stop()
                 if len(in_flight) > 1:
@@ -189,11 +195,11 @@ class _Worker:
         if isinstance(ready, Reward):
             why = ready.message if ready.status is Status.ERROR else f"it was not ready within {START_SECONDS:g} s"
         else:
-            why = ready.get("refused", "").removeprefix(f"--reward {self.path}: ")
+            why = str(ready.get("refused", "")).removeprefix(f"--reward {self.path}: ")
         if why:
             self.stop()
             raise UserError(f"--reward {self.path}: its scoring process did not start: {why}")
-        self.is_async = ready["is_async"]
+        self.is_async = ready.get("is_async") is True
 
     def _send(self, job: dict) -> Reward | None:
         """Write one job. Returns a Reward with the reason when it cannot be written."""
@@ -218,7 +224,11 @@ class _Worker:
                 return self._ended()
             self.unread += piece
         line, _, self.unread = self.unread.partition(b"\n")
-        return json.loads(line)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        return reply if isinstance(reply, dict) else Reward(total=math.nan, status=Status.ERROR, message=FOREIGN)
 
     def _ended(self) -> Reward:
         try:
@@ -239,6 +249,13 @@ class _Worker:
         os.close(self.jobs)
         os.close(self.replies)
         self.process = None
+
+
+def is_reply(reply: dict, in_flight: dict[int, Any]) -> bool:
+    """Is this what a worker says about one of its jobs, and not what a reward wrote into its pipe?"""
+    kinds = {"index": int, "total": float, "parts": dict, "status": str, "message": str}
+    known = reply.keys() == kinds.keys() and all(type(reply[name]) is kind for name, kind in kinds.items())
+    return known and reply["index"] in in_flight and reply["status"] in list(Status)
 
 
 # ---- what runs in the worker

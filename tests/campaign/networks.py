@@ -14,11 +14,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from data.puzzles import read_puzzles
 from tests.campaign.cases import Skipped
-from tests.campaign.jobs import make_bench
+from tests.campaign.jobs import an_endpoint, make_bench
 from tests.campaign.running import Running
-from tests.helpers.endpoints import Server, right, wrong
 from tests.helpers.nodes import Launched, torchrun, two_nodes
 
 CASES = (
@@ -95,19 +93,10 @@ def pump(source: socket.socket, target: socket.socket, most: int | None) -> None
             end.shutdown(socket.SHUT_RDWR)
 
 
-def an_endpoint(bench, what: str, rng: random.Random) -> tuple[Server, Proxy]:
-    puzzles = read_puzzles(bench.folder / "pipeline/puzzles/test.parquet")
-
-    def behave(number, of, asked):
-        return {"content": right(of) if server.bodies[-1]["seed"] % 3 == 0 else wrong(of)}
-
-    server = Server(puzzles, behave)
-    return server, Proxy(server.http.server_address[:2], what, rng)
-
-
 def distill_through(bench, what: str, rng: random.Random, folder: Path) -> str:
     """Half of the connections misbehave. The traces are those of a good line; no answer is recorded twice."""
-    server, proxy = an_endpoint(bench, what, rng)
+    server = an_endpoint(bench.folder / "pipeline")
+    proxy = Proxy(server.http.server_address[:2], what, rng)
     given = ("--puzzles", bench.folder / "pipeline/puzzles/test.parquet", "--out", folder / "t.jsonl", "--teacher")
     given += ("openai", "--model", "m", "--temperature", 1, "--candidates", 4, "--concurrency", rng.choice((1, 4, 16)))
     given += ("--backoff-seconds", 0.01, "--timeout-seconds", 2, "--retries", 30)
@@ -128,7 +117,8 @@ def distill_through(bench, what: str, rng: random.Random, folder: Path) -> str:
 
 def evaluate_through(bench, rng: random.Random, folder: Path) -> str:
     """The same for an evaluation; it may end with a sentence and goes on with --resume."""
-    server, proxy = an_endpoint(bench, rng.choice(("closes", "half replies")), rng)
+    server = an_endpoint(bench.folder / "pipeline")
+    proxy = Proxy(server.http.server_address[:2], rng.choice(("closes", "half replies")), rng)
     given = ("--puzzles", bench.folder / "pipeline/puzzles/test.parquet", "--out", folder / "eval", "--model", "m")
     given += ("--endpoint", proxy.url, "--temperature", 1, "--concurrency", rng.choice((1, 8)))
     try:

@@ -18,6 +18,9 @@ HANGS = 180.0
 """Seconds after which a command counts as hanging; the machine may be busy."""
 GONE = 30.0
 """Seconds that the processes of a killed command have to be gone."""
+ALONE = 60.0
+"""Seconds after which the ranks that are left get SIGTERM, which torchrun sends at once: one whose peer was killed before
+it had joined waits 300 s for it, and names it then."""
 REFUSED = 2
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 assert all(os.environ.get(name) == value for name, value in THREADS.items()), f"start the campaign with {THREADS}"
@@ -50,6 +53,9 @@ class Running:
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
 
+    def failed(self) -> bool:
+        return any(process.poll() for process in self.processes)
+
     def wait_at_most(self, seconds: float) -> None:
         """Until it has ended, or so many seconds have passed since it began."""
         while self.alive() and time.monotonic() < self.began + seconds:
@@ -76,6 +82,11 @@ class Running:
     def end(self, seconds: float = HANGS) -> int:
         """The exit code; 1 for ranks of which one failed, as from torchrun. Raises AssertionError for a hang."""
         try:
+            if len(self.processes) > 1:
+                until(lambda: not self.alive() or self.failed(), seconds, f"{self.words[0]} hangs")
+                self.wait_at_most(time.monotonic() - self.began + ALONE)  # the ranks notice by themselves
+                for process in self.processes:
+                    process.send_signal(signal.SIGTERM)
             until(lambda: not self.alive(), seconds, f"{self.words[0]} hangs")
         except AssertionError:
             self.clear()

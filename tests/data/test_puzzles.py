@@ -111,6 +111,9 @@ def test_files_that_are_no_rows(tmp_path):
     for name, text, says in (
         ("a.json", b"[1, 2]", "must be a list of rows"),
         ("b.json", b"{oops", "line 1: not JSON"),
+        ("deep.json", b"[" * 100_000, "deep.json: not JSON \\(nested too deeply"),
+        ("deep.jsonl", b"[" * 100_000, "line 1: not JSON \\(nested too deeply"),
+        ("digits.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not JSON \\(Exceeds the limit"),
         ("c.jsonl", b"[]\n", "line 1: must be a row"),
         ("d.jsonl", b"\xff\xfe", "not a file of puzzles"),
     ):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
 from data.variants import convert
 from eval.evaluation import puzzles_digest
@@ -434,6 +435,11 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     assert len(read_rows(path)) == 11  # nothing torn is left
     partial.remove()
     assert not path.exists()
+    for head in ('{"settings": null}', '{"id": "p", "prediction": 3}', '{"id": ["p"], "prediction": "a"}'):
+        path.write_text(f"{head}\n" + '{"id": "p", "prediction": "a"}\n')
+        with pytest.raises(UserError, match=r"predictions.partial.jsonl, line 1: is damaged"):
+            Partial(tmp_path, settings, resume=True)
+    path.unlink()
     assert Partial(tmp_path, settings, resume=True).rows == {}  # neither partial nor finished: a fresh start
 
 

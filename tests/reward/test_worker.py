@@ -117,6 +117,15 @@ def noisy(completion, puzzle):
     os.system("echo '{}'")
     return float(len(sys.stdin.read()))
 
+def scribbles(completion, puzzle):
+    for descriptor in range(3, 60):
+        try:
+            os.set_blocking(descriptor, False)
+            os.write(descriptor, completion.encode() + b"\\n")
+        except OSError:
+            pass
+    return 1.0
+
 class Mute(Exception):
     def __str__(self):
         raise RuntimeError("no text")
@@ -332,6 +341,15 @@ def test_what_it_prints_and_reads_is_apart_from_jobs_and_replies(folder, capfd):
     assert [reward.total for reward in score(f"{folder}/doings.py:noisy", ["a", "b"])] == [0.0, 0.0]
     out, err = capfd.readouterr()
     assert out == "" and err.count('{"index": 0, "total": 5.0}') == 4
+
+
+@pytest.mark.parametrize("text", ['{"index": 0, "total": 9.0}', "[]", "{}", "no JSON", '{"index": 7}', "[" * 5000])
+def test_what_it_writes_into_the_pipe_of_replies_is_no_reward(folder, text):
+    """Found by the campaign: the trainer ended with KeyError: 'status'."""
+    (reward,) = score(f"{folder}/doings.py:scribbles", [text])
+    assert (
+        reward.status is Status.ERROR and "something else than a result came from its scoring process" in reward.message
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -8,7 +8,8 @@ import torch
 
 from rollout import Rollout
 from trainer.packing import ScoredGroup, scored_groups
-from trainer.ranks.watch import WAITING_SECONDS, Beat, RunStatus, Watch
+from trainer.ranks import world
+from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, RunStatus, Watch
 from trainer.ranks.world import from_bytes, to_bytes
 
 ROLLOUT = Rollout(
@@ -102,3 +103,36 @@ def test_status_has_the_mean_of_the_last_steps_and_the_wait(tmp_path):
     found = json.loads((tmp_path / "status.json").read_text())
     assert (found["state"], found["error"], found["exit_code"]) == ("failed", "RuntimeError: two lines", 1)
     assert (found["step"], found["waiting_for"], found["seconds_left"]) == (25, "", None)
+
+
+def test_a_rank_that_dies_when_all_is_done_and_saved_fails_nobody(tmp_path, monkeypatch, capsys):
+    """Found by the campaign: a traceback of gloo's, and a status.json that said "running" for ever."""
+
+    def closed() -> None:
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:9090")
+
+    status = RunStatus(tmp_path, "")
+    alone = world.World(rank=0, size=1, device=torch.device("cpu"), store=None, watch=None, sampler=None)
+    alone.listeners.append(status)
+    monkeypatch.setattr(world, "_joined", alone)
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world.dist, "barrier", closed)
+    world.leave_world()
+    assert "note: a rank was lost when the run was over" in capsys.readouterr().err
+    told = json.loads((tmp_path / "status.json").read_text())
+    assert (told["state"], told["exit_code"]) == ("finished", 0) and world._joined is None
+
+
+def test_a_rank_that_dies_before_the_ranks_meet_at_the_end_is_told(tmp_path, monkeypatch):
+    def lost(what: str) -> None:
+        raise RankLost("rank 1 died")
+
+    status = RunStatus(tmp_path, "")
+    alone = world.World(rank=0, size=1, device=torch.device("cpu"), store=None, watch=None, sampler=None)
+    alone.listeners.append(status)
+    monkeypatch.setattr(world, "_joined", alone)
+    monkeypatch.setattr(world.World, "meet", lambda self, what: lost(what))
+    with pytest.raises(RankLost):
+        world.leave_world()
+    told = json.loads((tmp_path / "status.json").read_text())
+    assert (told["state"], told["exit_code"]) == ("failed", 1) and "rank 1 died" in told["error"]

@@ -16,12 +16,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from data.errors import UserError
 from data.puzzles import read_puzzles
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.grpo import Step, refuse_what_is_not_finite
 from trainer.model.opening import open_checkpoint
 from trainer.objective import aggregation_weights, grpo_terms
+from trainer.record.bundle import read_bundle
 from trainer.record.nonfinite import first_bad_gradient, first_bad_token
 
 
@@ -212,6 +214,23 @@ def test_a_bad_bundle_is_one_sentence(on_policy, tmp_path):
     ):
         code, _, error = replay(*arguments)
         assert code == 2 and says in error, error
+
+
+def test_a_bundle_json_that_lacks_or_changes_something_is_one_sentence(on_policy, tmp_path):
+    bundle = tmp_path / "step-000001"
+    shutil.copytree(on_policy / "steps/step-000001", bundle)
+    whole = json.loads((bundle / "bundle.json").read_text())
+    lacking = [{key: value for key, value in whole.items() if key != name} for name in whole if name != "format"]
+    changed = [whole | {name: value} for name in ("settings", "ranks", "n_rows") for value in (None, [], "x", [[]])]
+    readable = 0
+    for content in [*map(json.dumps, lacking + changed), "[" * 100_000, '{"format": ' + "9" * 5000]:
+        (bundle / "bundle.json").write_text(content)
+        try:
+            read_bundle(bundle)
+            readable += 1
+        except UserError as error:
+            assert str(error).startswith(str(bundle)) and "\n" not in str(error)
+    assert readable <= 5, "what is only shown, and an empty list of ranks"
 
 
 @pytest.mark.slow(1)

@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint from a GGUF file, the format of llama.cpp, in which models are handed on without a hub."""
 
+import struct
 from pathlib import Path
 
 import torch
@@ -15,6 +16,18 @@ from trainer.record.runfolder import disk_errors
 transformers_logging.disable_progress_bar()
 
 MAGIC = b"GGUF"
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    struct.error,
+)
+DAMAGE = (*DAMAGE, TypeError, ValueError)
+"""What transformers raises for a file that was cut, or that holds what it does not expect."""
 PADS = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 """Tokens that models pad with, in the order in which they are tried."""
 
@@ -35,7 +48,7 @@ def import_gguf(file: Path, out: Path) -> int:
         tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     except ImportError as error:
         raise UserError(f"{file}: reading it needs the package gguf; pip install gguf ({first_line(error)})") from None
-    except (ValueError, OSError, RuntimeError, KeyError, NotImplementedError) as error:
+    except DAMAGE as error:
         raise UserError(f"{file}: transformers cannot read this model from GGUF ({first_line(error)})") from None
     # the weights are plain numbers now; while the model calls itself quantised, save_pretrained refuses
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -370,10 +371,20 @@ def leave_world() -> None:
     """
     global _joined
     if _joined is not None:
-        _joined.meet("the end of the run")
+        try:
+            _joined.meet("the end of the run")
+        except RankLost as error:
+            _joined.ended(error)
+            raise
     if dist.is_initialized():
-        dist.barrier()  # every rank has finished its last collective
-        dist.destroy_process_group()
+        try:
+            dist.barrier()  # every rank has finished its last collective
+            dist.destroy_process_group()
+        except RuntimeError as error:
+            if not is_collective_failure(error):
+                raise
+            # all ranks have met: their work is done and saved, and one that died since then took nothing with it
+            print(f"note: a rank was lost when the run was over: {first_line(error)}", file=sys.stderr, flush=True)
     if _joined is not None and _joined.watch is not None:
         _joined.watch.close()
         _joined.watch.leave_store()

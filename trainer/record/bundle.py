@@ -189,6 +189,9 @@ def read_bundle(path: str | Path, kinds: tuple[type[OnlineConfig], ...] = (GrpoC
 
 def _bundle_of(path: Path, content: dict[str, Any], kinds: tuple[type[OnlineConfig], ...]) -> Bundle:
     """read_bundle of a bundle.json that is JSON. What other values raise, read_bundle explains."""
+    for name in ("step", "update", "threads", "n_rows", "n_tokens"):
+        if not isinstance(content[name], int | float):
+            raise TypeError(f"{name} is no number")
     file = path / "tensors.safetensors"
     # safetensors checks its header only: a flipped bit in a weight would load, and show as a gradient that differs
     if not file.is_file() or crc32_of(file) != content["crc32"]:
