@@ -656,7 +656,7 @@ def test_how_the_weights_were_saved(pipeline, tmp_path):
     assert "saved without their head, as embed_tokens.weight" in problem_of(folder)
     folder = variant(pipeline, tmp_path / "bin")
     pickled(folder)
-    assert problem_of(folder) == "" and "need safetensors; convert it: M = transf" in rows_of(folder)["note"]
+    assert "its weights are in .bin files, and safetensors are needed; convert it: M = transf" in problem_of(folder)
     given = ("--traces", pipeline / "traces.jsonl", "--model", folder, "--lora-rank", 4)
     done = run_command("sft", *given, "--out", tmp_path / "s")
     assert done.returncode == 2 and "its weights are in .bin files" in done.stderr and not (tmp_path / "s").exists()

@@ -89,7 +89,8 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     assert len(kept) == row["accepted"] > 0 and {one["workflow"] for one in kept} == {"tools"}
     asked = [one for one in raw if " [tools " in one["puzzle_id"]]
     assert found["asked_about"] > 0 and len(asked) >= 2 * found["asked_about"]
-    refused = run_command("selfdistill", *words, *more, "--workflow", "none")
+    plain = ("--candidates", 3, "--eval-limit", 8, "--out", tmp_path / "tools")
+    refused = run_command("selfdistill", *words, *plain)
     assert refused.returncode == 2 and "--workflow none: was tools when" in refused.stderr
     refused = run_command("selfdistill", *words, "--rounds", 0)
     assert refused.returncode == 2 and "--rounds 0: must be at least 1" in refused.stderr

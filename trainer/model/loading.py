@@ -28,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
-from data.files import read_settings, refuse_pointer
+from data.files import read_settings, refuse_pointer, weight_files
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard, on every rank
 
@@ -132,6 +132,7 @@ def load_weights(model_dir: str, **settings: Any) -> tuple[PreTrainedModel, list
             **settings,
         )
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        weight_files(Path(model_dir))  # says it better where the weights are .bin files, or not there
         raise UserError(f"--model {model_dir}: the weights cannot be loaded ({first_sentence(error)})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
