@@ -99,10 +99,9 @@ def test_weights_that_are_pickles_are_refused_and_run_nothing(pipeline, tmp_path
     shutil.copytree(pipeline / "base", tmp_path / "model")
     (tmp_path / "model/model.safetensors").unlink()
     torch.save({"a": bad}, tmp_path / "model/pytorch_model.bin")
-    with pytest.raises(UserError, match="its weights are in .bin files"):
-        weight_files(tmp_path / "model")
-    with pytest.raises(UserError, match="the weights cannot be loaded"):
-        load_weights(str(tmp_path / "model"))
+    for read in (weight_files, lambda folder: load_weights(str(folder))):
+        with pytest.raises(UserError, match="its weights are in .bin files"):
+            read(tmp_path / "model")
     (tmp_path / "adapter").mkdir()
     torch.save({"a": bad}, tmp_path / "adapter/adapter_model.bin")
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
