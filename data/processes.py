@@ -100,5 +100,6 @@ def end_group_with_this_process() -> None:
     ):  # the one that waits is nobody's child: whoever waits for all children of this process must not wait for it
         os._exit(0)
     os.close(life)
-    os.read(alive, 1)  # nothing is ever written
+    while os.read(alive, 1 << 12):  # only its end counts: a reward may write into every descriptor that it finds
+        pass
     os.killpg(0, signal.SIGKILL)
