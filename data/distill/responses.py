@@ -28,6 +28,7 @@ from data.errors import RunError, UserError
 from data.files import parse_json
 from data.puzzles import Puzzle
 
+REMOVED = "{}: was removed or replaced while responses were written to it; start again"
 _TYPES: dict[str, tuple[type, ...]] = {
     "puzzle_id": (str,),
     "attempt": (int,),
@@ -181,6 +182,16 @@ class RawFile:
             except OSError as error:
                 self.broken = f"{self.path}: cannot be written ({error.strerror}); make room, then add --resume"
                 raise RunError(self.broken) from None
+            if not self._is_there():
+                self.broken = REMOVED.format(self.path)
+                raise RunError(self.broken)
+
+    def _is_there(self) -> bool:
+        """Is the open file still the one under its name? What is written to a removed file is lost."""
+        try:
+            return os.path.samestat(os.fstat(self.handle), os.stat(self.path))
+        except OSError:
+            return False
 
     def flush(self) -> None:
         """Wait until all lines are on disk."""
@@ -189,9 +200,12 @@ class RawFile:
     def __enter__(self) -> "RawFile":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.flush()
+        there = self._is_there()
         os.close(self.handle)
+        if kind is None and not there:
+            raise RunError(REMOVED.format(self.path))
 
 
 def _whole(row: dict[str, Any]) -> bool:

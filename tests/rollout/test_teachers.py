@@ -655,6 +655,24 @@ def test_a_distillation_in_which_nothing_was_answered_names_the_status(serve, tm
     assert "--candidates" not in said
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_raw_file_that_was_removed_while_it_grows_ends_the_run(tmp_path, replaced):
+    """Found by the campaign: what was bought afterwards went to a file without a name, and the exit code was 0."""
+    path, done = tmp_path / "t.raw.jsonl", Completion(puzzle_id="p0", attempt=0, hinted=False, text="bought")
+    says = "t.raw.jsonl: was removed or replaced while responses were written"
+    with (
+        pytest.raises(RunError, match=says),  # at the end too, where nothing more is written
+        RawFile(path, {"teacher": "openai"}, Meter(), resume=False, replace=False, sync=False) as raw,
+    ):
+        raw.append(done)
+        path.unlink()
+        if replaced:
+            path.write_text("")
+        for _ in range(2):
+            with pytest.raises(RunError, match=says):
+                raw.append(done)
+
+
 def test_a_full_disk_ends_the_run_and_leaves_whole_lines_behind(tmp_path):
     path, limits = tmp_path / "t.raw.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     done = Completion(puzzle_id="p0", attempt=0, hinted=False, text="bought " * 20)

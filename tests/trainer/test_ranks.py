@@ -2,15 +2,18 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
 
+from data.errors import UserError
 from rollout import Rollout
 from trainer.packing import ScoredGroup, scored_groups
 from trainer.ranks import world
 from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, RunStatus, Watch
 from trainer.ranks.world import from_bytes, to_bytes
+from trainer.record.notify import note_the_kill
 
 ROLLOUT = Rollout(
     puzzle_id="p\u2028 \ud800",
@@ -121,6 +124,22 @@ def test_a_rank_that_dies_when_all_is_done_and_saved_fails_nobody(tmp_path, monk
     assert "note: a rank was lost when the run was over" in capsys.readouterr().err
     told = json.loads((tmp_path / "status.json").read_text())
     assert (told["state"], told["exit_code"]) == ("finished", 0) and world._joined is None
+
+
+def test_a_folder_that_was_removed_is_not_made_again_for_its_status(tmp_path):
+    (tmp_path / "run").mkdir()
+    status = RunStatus(tmp_path / "run", "")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="run: was removed while the run was writing there"):
+        status.step(1, 2, 0.5)
+    status.end(None)
+    note_the_kill(tmp_path / "run/status.json")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)  # a checkpoint has made the folder again
+    with pytest.raises(UserError, match="run: was removed"):
+        status.step(2, 2, 0.5)
+    (tmp_path / "run/config.json").write_text("{}")  # only status.json was removed
+    status.step(2, 2, 0.5)
 
 
 def test_a_rank_that_dies_before_the_ranks_meet_at_the_end_is_told(tmp_path, monkeypatch):

@@ -323,7 +323,7 @@ class RunStatus:
 
     def __init__(self, out: Path, notify: str) -> None:
         """notify: a shell command to run at the end, or ""."""
-        self.path, self.lock, self.stopping = out / "status.json", threading.Lock(), False
+        self.path, self.lock, self.stopping, self.written = out / "status.json", threading.Lock(), False, False
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
         self.shown: dict[str, Any] = {"state": "running", "step": None, "steps": None, "seconds_per_step": None}
         self.shown |= {"seconds_left": None, "waiting_for": "", "error": "", "exit_code": None}
@@ -340,10 +340,14 @@ class RunStatus:
             self.tell({"command": notify, "status": str(self.path.resolve())})
 
     def write(self, **changes: Any) -> None:
-        """Change some values and rewrite the file. Any thread may call it."""
+        """Change some values and rewrite the file. Any thread may call it. Raises UserError when it cannot be written."""
         with self.lock:
+            # else the folder would come back, with what is written from now on: without its record it is no run
+            if self.written and not (self.path.is_file() or self.path.with_name("config.json").is_file()):
+                raise UserError(f"{self.path.parent}: was removed while the run was writing there; start it again")
             self.shown |= {**changes, "updated": utc_now()}
             write_whole(self.path, json.dumps(self.shown, indent=1, ensure_ascii=False) + "\n")
+            self.written = True
 
     def step(self, step: int, steps: int, seconds: float) -> None:
         """A step, counted from 1, took so many seconds."""

@@ -43,6 +43,8 @@ def note_the_kill(path: Path) -> dict:
     error = "the process of rank 0 was killed, or ended without a word; --resume goes on from the newest checkpoint"
     status |= {"state": "killed", "error": error, "seconds_left": None, "waiting_for": ""}
     try:
+        if not path.parent.is_dir():  # removed by the user, and not to be made again
+            return {name: status.get(name) for name in ("state", "error", "exit_code", "step", "steps")}
         write_whole(path, json.dumps(status, indent=1, ensure_ascii=False) + "\n")
     except UserError as problem:
         print(f"note: {problem}", file=sys.stderr)
