@@ -178,13 +178,13 @@ def whole_run(bench: Bench, name: str, rng: random.Random, folder: Path) -> str:
     code = running.end()
     out = folder / "job/run"
     rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()] if code == 0 else []
-    fails = not BAD[name][1] & {Status.OK}
-    if policy == "stop" and fails:
+    fails, may_fail = Status.OK not in BAD[name][1], BAD[name][1] != {Status.OK}
+    if policy == "stop" and (fails or (may_fail and code)):
         said = refused_in_one_sentence(running, code, lambda said: "--reward" in said)
         assert code == 2 and (out / "reward_failure.json").is_file(), said
     else:
         assert code == 0, running.output[-3000:]
         bad = [row for row in rows if row["status"] in ("error", "timeout")]
-        assert fails == bool(bad), f"{len(bad)} of {len(rows)} failed"
+        assert fails <= bool(bad) <= may_fail, f"{len(bad)} of {len(rows)} failed"
         assert all(row["advantage"] in (None, 0) or row["status"] == "ok" for row in rows)
     return policy

@@ -4,12 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from tests.helpers.commands import ROOT
+from trainer.ranks import watch as watching
 from trainer.ranks.watch import JOIN_SECONDS, Beat, Watch, is_gone, stacks
 
 
@@ -125,3 +127,58 @@ def test_without_a_launchers_store_rank_0_leaves_last(samplers, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], said
     assert [out.split() for out, _ in said] == [["trains", "left"], ["samples" if samplers else "trains", "left"]]
     assert all("Error" not in err for _, err in said), said
+
+
+class SilentStore:
+    """A store over a link that goes: from then on its calls never return, as torch's do while TCP tries again."""
+
+    def __init__(self) -> None:
+        self.gone, self.for_ever = threading.Event(), threading.Event()
+
+    def clone(self) -> "SilentStore":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        if self.gone.is_set():
+            self.for_ever.wait()
+
+    def check(self, keys: list[str]) -> bool:
+        self.set("", "")
+        return False
+
+    def add(self, key: str, number: int) -> int:
+        self.set("", "")
+        return 0
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """A watch whose store has fallen silent, and the exit codes with which it ended the process."""
+    for name, value in {"BEAT_SECONDS": 0.01, "STORE_BEATS": 20, "CLOSE_SECONDS": 0.2}.items():
+        monkeypatch.setattr(watching, name, value)
+    store = SilentStore()
+    watch = Watch(store, rank=1, size=2, hang_seconds=60)
+    store.gone.set()
+    yield watch
+    watch.over.set()  # or its threads, once they go on, would end this process
+    store.for_ever.set()
+
+
+def test_a_store_that_falls_silent_ends_a_rank_that_is_stuck(silent, monkeypatch, capsys):
+    """Found by the campaign: with the link between two nodes down, the rank of the second waited for ever."""
+    ended = threading.Event()
+    monkeypatch.setattr(watching, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(watching.os, "_exit", lambda code: ended.set())
+    told = []
+    silent.on_lost = told.append
+    assert ended.wait(60)
+    assert "the store of the launch has not answered for" in silent.verdict and "node 0, or the network to it" in str(
+        told
+    )
+    assert f"stops in phase 'start': {silent.verdict}" in capsys.readouterr().err
+
+
+def test_a_rank_whose_collective_fails_names_the_silent_store_and_can_end(silent):
+    assert "has not answered for" in silent.explain(RuntimeError("[pair.cc] timed out"))
+    silent.close("lost")  # returns, although its last word cannot be sent
+    silent.leave_store()

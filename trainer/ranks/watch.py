@@ -41,6 +41,10 @@ MEET_SECONDS = 0.1
 """Time between two looks at who has come to a meeting."""
 GOODBYE_SECONDS = 60.0
 """How long rank 0, at the very end, waits for the others to leave the store."""
+STORE_BEATS = 30
+"""A store that has answered nothing for so many looks, one every BEAT_SECONDS, counts as gone."""
+CLOSE_SECONDS = 5.0
+"""How long a rank that ends waits for its last word to reach the store."""
 GRACE_SECONDS = 8.0
 """Time from the verdict to the end of the process."""
 WAITING_SECONDS = 10.0
@@ -117,11 +121,14 @@ class Watch:
         self.last_told = self.began
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
         self.over = threading.Event()
+        self.rounds = self.unanswered = 0
+        """Rounds of heartbeats made; looks of the guard in which no round was finished."""
         # kill -USR1 prints where a process is, even while it runs native code
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.publish()  # at once: the others learn that this rank has joined
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
+        threading.Thread(target=self.guard, name="guard of the watch", daemon=True).start()
 
     # ---- called by the main thread
 
@@ -158,33 +165,32 @@ class Watch:
     def close(self, failed: str = "") -> None:
         """End the thread and publish how this rank ended."""
         self.over.set()
-        self.thread.join(timeout=5)  # it may be stuck in a store that is gone
+        self.thread.join(timeout=CLOSE_SECONDS)  # it may be stuck in a store that is gone
         self.me.failed, self.me.done = failed, not failed
-        try:
-            self.publish()
-        except RuntimeError:
-            pass  # the store is gone already, so no rank is left to read it
+        in_time(self.publish)
 
     def leave_store(self) -> None:
         """The last use of the store, after close(): rank 0 returns once no other rank will use it any more.
 
         Where no launcher holds the store (Slurm's srun), rank 0 does, and it ends with rank 0's process.
         """
+        if self.me.rank:
+            in_time(lambda: self.store.add("meet/gone", 1))
+            return
         deadline = time.monotonic() + GOODBYE_SECONDS  # a rank that died after its work must not keep this one
-        try:
-            if self.me.rank:
-                self.store.add("meet/gone", 1)
-                return
+
+        def wait_for_all() -> None:
             while self.store.add("meet/gone", 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(MEET_SECONDS)
-        except RuntimeError:
-            pass  # the store is gone already, so there is nothing to wait for
+
+        in_time(wait_for_all, GOODBYE_SECONDS + CLOSE_SECONDS)
 
     def explain(self, error: BaseException) -> str:
         """Why a collective raised: the verdict, or "" if no other rank is to blame. Waits some seconds for one."""
         # a rank is declared dead only after SILENT_SECONDS, while a collective with it fails at once
         deadline = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
-        while not self.verdict and time.monotonic() < deadline:
+        # longer while the store is silent: then the guard is about to say so
+        while not self.verdict and (time.monotonic() < deadline or self.unanswered > 3):
             time.sleep(0.1)
         return self.verdict
 
@@ -203,9 +209,24 @@ class Watch:
                 self.verdict = (
                     f"the store of the launch does not answer: the launcher of node 0 is gone ({first_line(error)})"
                 )
+            self.rounds += 1
             if self.verdict:
                 self.give_up()
                 return
+
+    def guard(self) -> None:
+        """In a thread of its own: a call of the store never returns when the link to node 0 is gone, so `run` cannot see it.
+
+        It counts its own looks, not seconds: a process that was stopped, or whose lock native code held, has missed none.
+        """
+        seen = -1
+        while not self.over.wait(BEAT_SECONDS) and not self.verdict:
+            self.unanswered = self.unanswered + 1 if self.rounds == seen else 0
+            seen = self.rounds
+            if self.unanswered >= STORE_BEATS:
+                silent = f"the store of the launch has not answered for {STORE_BEATS * BEAT_SECONDS:.0f} s"
+                self.verdict = f"{silent}: node 0, or the network to it, is gone"
+                self.give_up()
 
     def publish(self) -> None:
         """Write this rank's heartbeat."""
@@ -286,6 +307,18 @@ class Watch:
         missing = sorted(set(range(self.size)) - set(there))
         if missing:
             say(f"---- no stacks of rank {', '.join(map(str, missing))}: in native code, stopped, or gone")
+
+
+def in_time(call: Callable[[], object], seconds: float = CLOSE_SECONDS) -> None:
+    """Make a call of the store, and leave it alone if it takes longer: over a link that is gone it never returns."""
+
+    def quietly() -> None:
+        with suppress(RuntimeError):  # the store is gone already, so no rank is left to read it
+            call()
+
+    thread = threading.Thread(target=quietly, name="last words", daemon=True)
+    thread.start()
+    thread.join(timeout=seconds)
 
 
 def stacks() -> str:
