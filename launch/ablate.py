@@ -16,12 +16,12 @@ from data.files import lock_folder, unlock_folder, write_whole
 from data.puzzles import read_puzzles
 from eval.ablation.compare import Arm, ablation_markdown, compare_arms, read_arm
 from eval.ablation.figure import draw_arms
-from eval.ablation.settings import TRAINERS, AblateConfig, filled, folder_name, read_arms
+from eval.ablation.settings import AblateConfig, filled, folder_name, read_arms
 from eval.run_files import held_out_files
 from launch.demo import DemoConfig, base_model, evaluate_files, prepare, training_files
 from launch.options import command, resolve
 from launch.stages import begun, run_stage
-from trainer.record.runfolder import list_checkpoints
+from trainer.record.runfolder import FINISHED, list_checkpoints
 
 
 @command(AblateConfig)
@@ -50,7 +50,7 @@ def start_of(config: AblateConfig) -> DemoConfig:
 def run_arm(config: AblateConfig, name: str, words: list[str], seed: int, files: list[str]) -> None:
     """Train and evaluate one configuration with one seed, as far as that has not been done."""
     run, stage, (verb, *given) = run_folder(config, name, seed), f"{name}, seed {seed}", words
-    run_stage(stage, run / TRAINERS[verb], verb, *begun(run), *given, out=run, seed=seed)
+    run_stage(stage, run / FINISHED, verb, *begun(run), *given, out=run, seed=seed)
     checkpoints = list_checkpoints(run)
     # answers are cut where those of the training were
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]

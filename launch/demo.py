@@ -26,7 +26,7 @@ from launch.annotate import annotate_held_out, annotate_stage
 from launch.options import command, option
 from launch.stages import LAUNCH, begun, run_stage
 from launch.together import write_both, write_labels
-from trainer.record.runfolder import list_checkpoints, provenance
+from trainer.record.runfolder import FINISHED, list_checkpoints, provenance
 
 RUN, ATLAS, TRAINING = "The run", "Atlas and puzzles", "Model and training"
 """Headings of --help."""
@@ -99,7 +99,7 @@ def main(config: DemoConfig) -> None:
     seconds |= evaluate(config, "sft", out / "sft/model")
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "seed": config.seed}
     grpo |= {"model": out / "sft/model", "puzzles": train, "out": out / "grpo"}
-    seconds |= run_stage("grpo", out / "grpo/finished.json", "grpo", *begun(out / "grpo"), **grpo)
+    seconds |= run_stage("grpo", out / "grpo" / FINISHED, "grpo", *begun(out / "grpo"), **grpo)
     trained = list_checkpoints(out / "grpo")[-1]
     seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
     seconds |= evaluate_baselines(config)
@@ -204,9 +204,8 @@ def training_ranks() -> int:
 
 def evaluate(config: DemoConfig, stage: str, model: Path, **more: object) -> dict[str, float]:
     """Evaluate a model on all held-out splits; see `evaluate_files`."""
-    files, more["max_response_tokens"] = held_out_files(Path(config.out)), response_tokens(config)
-    folder = Path(config.out) / "eval" / stage
-    return evaluate_files(folder, f"evaluate {stage}", files, config.eval_puzzles, model=model, **more)
+    out, more = Path(config.out), {"model": model, "max_response_tokens": response_tokens(config), **more}
+    return evaluate_files(out / "eval" / stage, f"evaluate {stage}", held_out_files(out), config.eval_puzzles, **more)
 
 
 def evaluate_baselines(config: DemoConfig) -> dict[str, float]:

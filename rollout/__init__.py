@@ -44,6 +44,11 @@ class Sampling:
     stop_ids: tuple[int, ...]
     """Tokens that end a response (ChatFormat.stop_ids). The one that was sampled is part of the response."""
 
+    @classmethod
+    def greedy(cls, max_tokens: int, stop_ids: tuple[int, ...]) -> "Sampling":
+        """One response, the likeliest token each time. The seed is never used."""
+        return cls(n=1, max_tokens=max_tokens, temperature=0.0, top_p=1.0, seed=0, stop_ids=stop_ids)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:

@@ -134,9 +134,7 @@ class WorkflowDraws(Draws):
             return []
         if outcome.found == "answer":
             return self._own(puzzle, outcome.labels)
-        return [
-            c for (hinted, _), (c, verdict) in sorted(self.judged[puzzle.id].items()) if hinted and verdict.accepted
-        ]
+        return [c for c, verdict in self._judged(puzzle, hinted=True) if verdict.accepted]
 
     def rows(self, keep: str, seed: int) -> list[dict]:
         """See Draws; each row names the workflow."""
@@ -173,20 +171,23 @@ class WorkflowDraws(Draws):
         if self._own(puzzle, labels):
             return [], Outcome(vote=vote, labels=labels, asked=asked, found="answer")
         requests = self._write(puzzle, labels)
-        written = any(hinted and verdict.accepted for (hinted, _), (_, verdict) in self.judged[puzzle.id].items())
+        written = any(verdict.accepted for _, verdict in self._judged(puzzle, hinted=True))
         if requests and not written:
             return requests, None
         return [], Outcome(vote=vote, labels=labels, asked=asked, found="written" if written else "")
 
     def _valid(self, puzzle: Puzzle) -> list[Sequence[str]]:
         """[S][N] labels of the puzzle's answers of a valid format, in the order of attempts."""
-        plain = [c for (hinted, _), (c, _) in sorted(self.judged[puzzle.id].items()) if not hinted]
-        return [labels for c in plain if (labels := self.read(c.trace, len(puzzle.cells)))]
+        return [labels for labels in self._all_answers(puzzle) if labels]
 
     def _own(self, puzzle: Puzzle, labels: Sequence[str]) -> list[Completion]:
         """The accepted answers that give these labels, in the order of attempts."""
-        plain = [pair for (hinted, _), pair in sorted(self.judged[puzzle.id].items()) if not hinted]
+        plain = self._judged(puzzle, hinted=False)
         return [c for c, verdict in plain if verdict.accepted and _same(self.read(c.trace, len(labels)), labels)]
+
+    def _judged(self, puzzle: Puzzle, hinted: bool) -> list[tuple[Completion, Verdict]]:
+        """The puzzle's answers, or (hinted) the traces written for it, with their verdicts, in the order of attempts."""
+        return [pair for key, pair in sorted(self.judged[puzzle.id].items()) if key[0] == hinted]
 
     def _debate(self, puzzle: Puzzle, vote: Consensus, rival: list[str]) -> tuple[list[Request], list[str]]:
         """(comparisons to ask for, the assignment that they decide for). rival: [N] labels of the second best one."""
@@ -286,9 +287,9 @@ class WorkflowDraws(Draws):
             "cell_accuracy": fmean(fmean(_share_right(one, puzzle) for one in of) for puzzle, of in every),
         }
         numbers["any"] = fmean(any(_same(one, puzzle.answer) for one in of) for puzzle, of in every)
-        for name, pairs in (("vote", votes), ("final", finals)):
+        for name, pairs, right in (("vote", votes, was), ("final", finals, now)):
             numbers[name] = {
-                "batch_accuracy": fmean(_same(labels, puzzle.answer) for puzzle, labels in pairs),
+                "batch_accuracy": fmean(right),
                 "cell_accuracy": fmean(_share_right(labels, puzzle) for puzzle, labels in pairs),
             }
         sources = Counter(o.found for right, (_, o) in zip(now, ended, strict=True) if right)
@@ -305,9 +306,8 @@ class WorkflowDraws(Draws):
         }
 
     def _all_answers(self, puzzle: Puzzle) -> list[Sequence[str]]:
-        """[k][N] labels of all answers; [] for an invalid one."""
-        plain = [c for (hinted, _), (c, _) in sorted(self.judged[puzzle.id].items()) if not hinted]
-        return [self.read(c.trace, len(puzzle.cells)) for c in plain]
+        """[k][N] labels of all answers, in the order of attempts; [] for an invalid one."""
+        return [self.read(c.trace, len(puzzle.cells)) for c, _ in self._judged(puzzle, hinted=False)]
 
 
 def part_of(puzzle: Puzzle, cells: Sequence[int], labels: Sequence[str]) -> Puzzle:

@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from data.files import replacing
 from eval.ablation.compare import Arm
-from eval.report.figures import percent_axis, series, smooth
+from eval.report.figures import BLUE, GREEN, GREY, ORANGE, percent_axis, series, smooth
 
-COLOURS = ("#1f83c9", "#e08600", "#00936b", "#c94f9b", "#8a8f98", "#56b4e9", "#d55e00", "#b59f00")
-"""Okabe and Ito's, which colour-blind readers can tell apart; taken again from the first where they do not suffice."""
+COLOURS = (BLUE, ORANGE, GREEN, "#c94f9b", GREY, "#56b4e9", "#d55e00", "#b59f00")
+"""Those of the report page and more of Okabe and Ito's; taken again from the first where they do not suffice."""
 PANELS = (("reward", "mean reward of sampled answers"), ("completions/mean_length", "mean response length, tokens"))
 """(key in metrics.jsonl, label of the axis)"""
 

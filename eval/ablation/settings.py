@@ -8,8 +8,8 @@ from pathlib import Path
 from data.errors import UserError
 from data.options import option
 
-TRAINERS = {"grpo": "finished.json", "ppo": "finished.json"}
-"""{command of launch/ that an arm may run: the file in its run folder that it writes last}"""
+TRAINERS = ("grpo", "ppo")
+"""Commands of launch/ that an arm may run."""
 PLACES = ("base", "sft", "puzzles")
 """What a command of an arm may name in braces."""
 START, RUNS = "The common start", "The runs"

@@ -68,14 +68,7 @@ class Validator:
         step: from 0.
         """
         assert self.held_out is not None
-        greedy = Sampling(
-            n=1,
-            max_tokens=self.cfg.max_response_tokens,
-            temperature=0.0,
-            top_p=1.0,
-            seed=0,  # greedy decoding draws nothing
-            stop_ids=self.chat.stop_ids,
-        )
+        greedy = Sampling.greedy(self.cfg.max_response_tokens, self.chat.stop_ids)
         seconds = engine.seconds  # of the step's own sampling
         asked = fill_ranks(self.prompts, self.world)
         engine.ask(step, [p.puzzle.id for p in asked], [p.ids for p in asked], greedy, "validation")

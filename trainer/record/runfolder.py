@@ -59,6 +59,8 @@ if TYPE_CHECKING:  # these import transformers, which eval/report does not need
 C = TypeVar("C")
 BESIDE = "beside/"
 """Begins the names of a companion's tensors in MOMENTS."""
+FINISHED = "finished.json"
+"""File of a run folder that is written last, when all steps are made."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation: its length, and how the machine is used; not its
 # objective
@@ -247,7 +249,7 @@ def open_run(config: Any, world: World) -> Path:
             raise UserError(holds_a_run(out))
         if config.resume and has_steps(out):
             say_what_changed(config, read_record(out), world)
-        (out / "finished.json").unlink(missing_ok=True)  # --resume with more --steps
+        (out / FINISHED).unlink(missing_ok=True)  # --resume with more --steps
         record = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
         record |= {key: model_hashes(str(getattr(config, key))) for key in MODELS if getattr(config, key, None)}
         record |= {"reward": reward_hash(config), **provenance()}

@@ -51,14 +51,7 @@ class HeldOutAnswers:
     def metrics(self, step: int) -> dict[str, float]:
         """{"eval/<metric>": value}, the same on every rank. step: from 1. Collective."""
         hand_over(self.engine, self.policy, self.canary, version=step)  # also wakes the engine
-        greedy = Sampling(
-            n=1,
-            max_tokens=self.cfg.eval_response_tokens,
-            temperature=0.0,
-            top_p=1.0,
-            seed=0,  # greedy decoding draws nothing
-            stop_ids=self.policy.chat.stop_ids,
-        )
+        greedy = Sampling.greedy(self.cfg.eval_response_tokens, self.policy.chat.stop_ids)
         self.engine.ask(step, [e.puzzle_id for e in self.examples], [e.prompt_ids for e in self.examples], greedy)
         # gather() undoes the split over the ranks: answer i belongs to example i again
         ids = self.world.gather([group[0].response_ids for group in self.engine.collect(step)])

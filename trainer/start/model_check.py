@@ -211,7 +211,7 @@ def chat_rows(asked: ChatFormat, config: dict[str, Any]) -> list[Row]:
 def greedy_answer(model_dir: str, puzzle: Puzzle, tokens: int) -> str:
     """What the model says to a puzzle, cut after `tokens` tokens. Loads the weights, in float32."""
     policy = Policy(model_dir, lora_rank=0, lora_alpha=0.0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
-    greedy = Sampling(n=1, max_tokens=tokens, temperature=0.0, top_p=1.0, seed=0, stop_ids=policy.chat.stop_ids)
+    greedy = Sampling.greedy(tokens, policy.chat.stop_ids)
     engine = TorchEngine(policy.model, policy.decoding)
     try:
         ((rollout,),) = engine.generate([puzzle.id], [policy.chat.prompt_ids(puzzle.chat())], greedy)

@@ -27,6 +27,7 @@ from trainer.policy import Policy, Prompt
 from trainer.prompts.validation import HeldOut, Validator
 from trainer.ranks.world import StopRequest, World
 from trainer.record.runfolder import (
+    FINISHED,
     check_run,
     open_run,
     restore_training,
@@ -115,7 +116,7 @@ def finish(run: Run) -> None:
     if run.log is not None:
         run.log.close()
         if steps_saved(out) == cfg.steps:  # else SIGTERM ended it early
-            write_json(out / "finished.json", {"steps": cfg.steps})
+            write_json(out / FINISHED, {"steps": cfg.steps})
     run.scorer.close()
     run.engine.close()
 
