@@ -106,7 +106,8 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         clock.enter("score")
         sampled = score_and_compare(now, run.scorer, batch, groups)  # of all ranks
         # ---- under --oversample: groups of other prompts in place of those that teach nothing
-        sampled, oversampling = replace_equal_groups(sampled, partial(more_groups, run, now), run.prompts, cfg, step)
+        more = partial(more_groups, run, now, clock)
+        sampled, oversampling = replace_equal_groups(sampled, more, run.prompts, cfg, step)
         # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
         sums, figures = update(now, sampled)
@@ -203,14 +204,15 @@ def hand_over(engine: Engine, policy: Policy, canary: Canary, version: int) -> s
     return engine.hash
 
 
-def more_groups(run: Run, now: Step, prompts: list[Prompt], part: str) -> list[ScoredGroup]:
+def more_groups(run: Run, now: Step, clock: Clock, prompts: list[Prompt], part: str) -> list[ScoredGroup]:
     """Groups of all ranks, beside the step's own batch: sampled, scored and compared in the same way. Collective."""
-    cfg, world, engine = now.cfg, now.world, run.engine
-    before = engine.seconds
+    world, engine, before = now.world, run.engine, run.engine.seconds
+    clock.enter("sample")
     padded = fill_ranks(prompts, world)
-    ask(engine, now.policy, padded, cfg, now.step, part)
+    ask(engine, now.policy, padded, now.cfg, now.step, part)
     groups = engine.collect(now.step, part)
     engine.seconds += before  # of the whole step
+    clock.enter("score")
     return score_and_compare(now, run.scorer, padded[world.rank :: world.size], groups)[: len(prompts)]
 
 

@@ -201,13 +201,13 @@ class Clock:
         self.world, self.step = world, step
         self.start = self.last = time.perf_counter()
         self.phase = ""
-        self.laps: dict[str, float] = {}
+        self.laps: dict[str, float] = defaultdict(float)
 
     def enter(self, phase: str) -> None:
-        """End the phase before, and begin this one."""
+        """End the phase before, and begin this one. A phase that comes twice in a step counts with both."""
         now = time.perf_counter()
         if self.phase:
-            self.laps[f"timing_s/{self.phase}"] = now - self.last
+            self.laps[f"timing_s/{self.phase}"] += now - self.last
         self.last, self.phase = now, phase
         self.world.enter(phase, self.step)
 

@@ -12,6 +12,7 @@ from data.puzzles import Puzzle, read_puzzles
 from rollout import Rollout
 from tests.helpers.commands import SMALL_GRPO, run_command, start_command, succeed
 from trainer.config import GrpoConfig
+from trainer.metrics import Clock
 from trainer.packing import ScoredGroup
 from trainer.policy import Prompt
 from trainer.prompts.choice import other_prompts, prompts_of_step, replace_equal_groups
@@ -205,3 +206,14 @@ def test_two_processes_give_the_same_numbers(options, whole, tmp_path, more):
             assert one[key] == two[key], key
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_the_rounds_of_dynamic_sampling_count_as_sampling(monkeypatch):
+    """They come after the phase "score" of the step's own batch, which must not swallow them."""
+    seconds = iter((0.0, 1.0, 3.0, 6.0, 10.0, 15.0))  # the clock is made, and five phases begin
+    monkeypatch.setattr("trainer.metrics.time.perf_counter", lambda: next(seconds))
+    world = type("World", (), {"enter": lambda self, phase, step: None})()
+    clock = Clock(world, 1)
+    for phase in ("sample", "score", "sample", "score", "update"):
+        clock.enter(phase)
+    assert clock.laps == {"timing_s/sample": 2.0 + 4.0, "timing_s/score": 3.0 + 5.0}
