@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.helpers.commands import ROOT, run_command, start_command, succeed
-from tests.helpers.forked import can_fork
+from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, can_fork, run_forked
 
 WHAT_A_SCRIPT_SEES = """
 import json, os, random, signal, sys, threading
@@ -129,6 +129,48 @@ def test_a_forked_command_can_be_watched_and_killed(script):
     assert running.wait() == running.poll() == -signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(running.pid, 0)
+
+
+WHAT_A_CHILD_SEES = """
+import json, os, sys
+seen = {"argv": sys.argv, "cwd": os.getcwd(), "own": os.environ.get("OWN"), "in": sys.stdin.read(), "name": __name__}
+seen |= {"of": os.getppid() == int(os.environ["STARTED_BY"]), "leads": os.getsid(0) == os.getpid(), "path": sys.path[0]}
+print(json.dumps(seen | {"has_torch": "torch" in sys.modules}))
+print("said", file=sys.stderr)
+sys.exit(3)
+"""
+STARTS_IT = """
+import json, os, subprocess, sys
+for words in ([sys.argv[1], "a b"], ["-u", "-m", "child"], ["-c", "import sys; sys.exit(4)"]):
+    for more in ({"cwd": sys.argv[2]}, {"start_new_session": True}):
+        env = os.environ | {"OWN": "1", "STARTED_BY": str(os.getpid()), "PYTHONPATH": os.path.dirname(sys.argv[1])}
+        done = subprocess.run([sys.executable, *words], input="given", capture_output=True, text=True, env=env, **more)
+        print(json.dumps([done.returncode, done.stdout, done.stderr]))
+killed = subprocess.Popen([sys.executable, sys.argv[1]], stdin=subprocess.PIPE, env=env)
+killed.kill()
+print(json.dumps([killed.wait(), "", ""]))
+"""
+
+
+@pytest.mark.slow(4)
+@forked_here
+def test_what_a_forked_command_starts_is_forked_too_and_its_own_child(script, tmp_path):
+    (tmp_path / "child.py").write_text(WHAT_A_CHILD_SEES)
+    (tmp_path / "elsewhere").mkdir()
+    words = (str(tmp_path / "child.py"), str(tmp_path / "elsewhere"))
+    path = script(STARTS_IT)
+    real = run_command(path, *words, fresh=True)
+    forked = run_forked(
+        [Command(script=path, arguments=words, cwd=ROOT, env=ENVIRONMENT, starts_others=True)], timeout=TIMEOUT
+    )
+    assert real.stderr == forked.stderr == ""
+    expected, found = ([json.loads(line) for line in done.stdout.splitlines()] for done in (real, forked))
+    assert [code for code, _, _ in expected] == [3, 3, 3, 3, 4, 4, -signal.SIGKILL]
+    for mine, theirs in zip(expected, found, strict=True):
+        assert (mine[0], mine[2]) == (theirs[0], theirs[2])
+        sees, of_fork = (json.loads(text) if text else {} for text in (mine[1], theirs[1]))
+        assert not sees or (sees.pop("has_torch"), of_fork.pop("has_torch"), sees["of"]) == (False, True, True)
+        assert sees == of_fork
 
 
 @pytest.mark.slow(3)

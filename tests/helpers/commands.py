@@ -25,10 +25,15 @@ SMALL_GRPO = (
 """Options of launch/grpo.py for a step of 12 short responses."""
 
 
+STARTS_OTHERS = ("ablate", "demo", "selfdistill")
+"""Verbs of launch/ whose work is done by other verbs, each in a process of its own."""
+
+
 def command_of(script: str | Path, arguments: tuple, env: dict | None, cwd: Path) -> Command:
     """script: a verb of launch/, or the path of a Python file."""
     path = ROOT / "launch" / f"{script}.py" if isinstance(script, str) else script
-    return Command(script=path, arguments=tuple(map(str, arguments)), cwd=cwd, env={**ENVIRONMENT, **(env or {})})
+    words, env = tuple(map(str, arguments)), {**ENVIRONMENT, **(env or {})}
+    return Command(script=path, arguments=words, cwd=cwd, env=env, starts_others=script in STARTS_OTHERS)
 
 
 def run_command(

@@ -64,10 +64,15 @@ def can_fork() -> bool:
 class Command:
     """`python SCRIPT ARGUMENTS` in a working directory and an environment."""
 
-    script: Path
+    script: Path | str
+    """A file; a str is the name of a module, as after `python -m`."""
     arguments: tuple[str, ...]
     cwd: Path
     env: dict[str, str]
+    starts_others: bool = False
+    """Does it start Python processes, which are to be forked too?"""
+    node: str = ""
+    """Network namespace to run in; "": that of pytest."""
 
 
 class ForkServer:
@@ -105,7 +110,9 @@ class ForkServer:
         )
         if self.requests is None:
             self.start()
-        request = {"script": str(command.script), "arguments": command.arguments, "cwd": str(command.cwd), "env": env}
+        request = {"script": str(command.script), "is_module": isinstance(command.script, str), "unbuffered": False}
+        request |= {"arguments": command.arguments, "cwd": str(command.cwd), "env": env, "node": command.node}
+        request |= {"starts_others": command.starts_others}
         receiver, sender = os.pipe()
         socket.send_fds(self.requests, [json.dumps(request).encode()], [*streams, sender])
         os.close(sender)

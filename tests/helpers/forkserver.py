@@ -6,15 +6,17 @@ Importing torch, transformers, peft and vLLM takes 6 to 9 CPU seconds, which is 
 server pays for it once per pytest worker. tests/helpers/commands.py starts it and sends requests to its standard input, which
 is a Unix socket. MODULE ... are imported besides LIBRARIES.
 
-A request is a JSON object {"script", "arguments", "cwd", "env"} with four file descriptors: standard input, output and error of
+A request is a JSON object (the fields of Command in forked.py) with four file descriptors: standard input, output and error of
 the command, and a pipe. The copy writes its process id to that pipe, and the server the exit code once the command has ended.
+
+A command that starts other Python processes (torchrun its ranks, the demo its stages) gets a server of its own: see
+fork_children.
 
 A copy becomes what `python SCRIPT ARGUMENTS` would be: its own session, working directory, environment, sys.argv, sys.path and
 `__main__`. Nothing of this repository is imported here, so the command imports its own modules, and what they do at import (they
 set environment variables for vLLM) happens in the command. These differences from a fresh process remain:
 - The hash seed is that of the server: the same for all commands of a pytest worker.
 - Libraries have read their environment variables before the fork (commands.py refuses requests that change one of those).
-- /proc shows the command line of the server.
 - The memory of the libraries counts as the command's from the start.
 - The last part of the interpreter's shutdown, which takes all modules apart, is left out: it takes 0.4 to 2 CPU seconds.
 
@@ -23,16 +25,20 @@ Forking is safe because the server has one Python thread and never runs a tensor
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
 import random
+import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +60,7 @@ LIBRARIES = (
     "safetensors.torch",
     "scipy.optimize",
     "scipy.sparse",
+    "setproctitle",
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
@@ -65,6 +72,11 @@ LIBRARIES = (
     "yaml",
 )
 """What commands import, directly or not. A module that is missing here costs each command time, and nothing else."""
+
+CLONE_NEWUTS, CLONE_NEWNET = 0x04000000, 0x40000000
+"""Linux, sched.h: a host name of its own, a network of its own."""
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+"""Linux, sys/prctl.h: the signal that a process gets when its parent ends; be the parent of orphaned descendants."""
 
 exit_code: int | None = None
 """Of the command, once its last line has run; negative for a signal."""
@@ -130,20 +142,35 @@ def report(pipe: int, number: int) -> None:
 def become(
     request: dict[str, Any], streams: list[int], library_path: list[str], set_by_libraries: dict[str, str]
 ) -> None:
-    """Make this copy what `python SCRIPT ARGUMENTS` is before the first line of SCRIPT."""
+    """Make this copy what `python SCRIPT ARGUMENTS`, or `python -m MODULE ARGUMENTS`, is before its first line."""
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
+    if request["node"]:
+        enter_node(request["node"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(set_by_libraries | request["env"])
     own = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:] = [str(Path(request["script"]).parent), *own, *library_path]
+    first = request["cwd"] if request["is_module"] else str(Path(request["script"]).parent)
+    sys.path[:] = [first, *own, *library_path]
     sys.argv[:] = [request["script"], *request["arguments"]]
+    sys.stdout.reconfigure(line_buffering=request["unbuffered"])
+    words = ["-m"] * request["is_module"] + sys.argv
+    sys.modules["setproctitle"].setproctitle(" ".join([sys.executable, *words]))  # for who looks it up in /proc
     random.seed()  # the global generators of a fresh process differ from run to run
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].seed()
     sys.excepthook = print_traceback
+
+
+def enter_node(name: str) -> None:
+    """Join the network namespace of this name, and call this host so."""
+    library = ctypes.CDLL(None, use_errno=True)
+    with open(f"/var/run/netns/{name}", "rb") as namespace:
+        if library.setns(namespace.fileno(), CLONE_NEWNET) or library.unshare(CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
+    socket.sethostname(name)
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, traceback: TracebackType) -> None:
@@ -153,15 +180,103 @@ def print_traceback(kind: type[BaseException], error: BaseException, traceback: 
     sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
 
 
-def run(script: str) -> None:
-    """Run a file as `__main__`. What it raises goes on to the interpreter, as in any other process."""
+def fork_children() -> tuple[dict[str, Any], list[int]] | None:
+    """Fork a server for the processes that this command starts, before it has threads or makes tensors.
+
+    From here on subprocess.Popen asks that server for `python SCRIPT` and `python -m MODULE`, and starts all else as always.
+    Returns None in the command; a request and its standard streams in a copy that has become the command's child.
+    """
+    library = ctypes.CDLL(None)
+    # The child must be the command's own, which waits for it and is told when it ends. So the server forks a process that
+    # forks the child and ends, and the kernel gives the orphan to the nearest ancestor that asks for orphans.
+    library.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        ask_instead_of_starting(mine)
+        return None
+    mine.close()
+    library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    while True:
+        message, received, _, _ = socket.recv_fds(theirs, 1 << 20, 4)
+        if not message:
+            os._exit(0)
+        between = os.fork()
+        if between:
+            for handle in received:
+                os.close(handle)
+            os.waitpid(between, 0)
+            continue
+        between = os.getpid()
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == between:
+            time.sleep(0.001)
+        request, (*streams, pipe) = json.loads(message), received
+        if request["new_session"]:
+            os.setsid()
+        report(pipe, os.getpid())
+        os.close(pipe)
+        theirs.close()
+        return request, streams
+
+
+def ask_instead_of_starting(requests: socket.socket) -> None:
+    """Replace the part of subprocess.Popen that starts a process, for Python processes."""
+    start_process, lock = subprocess.Popen._execute_child, threading.Lock()
+
+    def fork_or_start(
+        popen, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *rest
+    ):
+        request = None if executable or preexec_fn or pass_fds or shell else program_of(args)
+        if request is None:
+            given = (args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell)
+            return start_process(popen, *given, *rest)
+        stdin, stdin_end, stdout_end, stdout, stderr_end, stderr = rest[:6]
+        streams = [place if handle == -1 else handle for place, handle in enumerate((stdin, stdout, stderr))]
+        request |= {"cwd": os.fspath(cwd or os.getcwd()), "env": dict(os.environ if env is None else env)}
+        request |= {"new_session": rest[11], "node": ""}
+        receiver, sender = os.pipe()
+        with lock:
+            socket.send_fds(requests, [json.dumps(request).encode()], [*streams, sender])
+        os.close(sender)
+        with os.fdopen(receiver) as answer:
+            popen.pid = int(answer.readline())
+        popen._child_created = True
+        popen._close_pipe_fds(stdin, stdin_end, stdout_end, stdout, stderr_end, stderr)
+
+    subprocess.Popen._execute_child = fork_or_start
+
+
+def program_of(words: Any) -> dict[str, Any] | None:
+    """{script, is_module, arguments, unbuffered, starts_others} of a command line, when it is a Python program's."""
+    if isinstance(words, str | bytes | os.PathLike):
+        return None
+    python, *words = map(os.fspath, words)
+    if python != sys.executable:
+        return None
+    unbuffered = words[:1] == ["-u"]
+    words = words[unbuffered:]
+    is_module = words[:1] == ["-m"]
+    words = words[is_module:]
+    if not words or not (is_module or words[0].endswith(".py")):
+        return None
+    request = {"script": words[0], "is_module": is_module, "arguments": words[1:], "unbuffered": unbuffered}
+    return request | {"starts_others": words[0] == "torch.distributed.run" or "--placement" in words}
+
+
+def run(script: str, is_module: bool) -> None:
+    """Run a file or a module as `__main__`. What it raises goes on to the interpreter, as in any other process."""
     global exit_code
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    vars(main).update(__file__=script, __cached__=None, __annotations__={})
-    with open(script, "rb") as handle:
-        program = compile(handle.read(), script, "exec")
     try:
-        exec(program, vars(main))
+        if is_module:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.modules["__main__"] = main = types.ModuleType("__main__")
+            vars(main).update(__file__=script, __cached__=None, __annotations__={})
+            with open(script, "rb") as handle:
+                program = compile(handle.read(), script, "exec")
+            exec(program, vars(main))
         exit_code = 0
     except SystemExit as ending:
         exit_code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
@@ -181,15 +296,20 @@ def start() -> None:
     library_path = [path for path in sys.path[1:] if path not in inherited]
     sys.path[:] = library_path
     before = dict(os.environ)
+    # it looks for the memory of the command line, which it finds only before a library has changed the environment
+    importlib.import_module("setproctitle").getproctitle()
     for name in (*LIBRARIES, *sys.argv[1:]):
         importlib.import_module(name)
     set_by_libraries = {name: value for name, value in os.environ.items() if name not in before}
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
     gc.freeze()  # collections in the copies leave the libraries alone, and their memory stays shared
-    request, streams = serve(socket.socket(fileno=os.dup(0)))
-    become(request, streams, library_path, set_by_libraries)
-    run(request["script"])
+    todo = serve(socket.socket(fileno=os.dup(0)))
+    while todo is not None:
+        request, streams = todo
+        become(request, streams, library_path, set_by_libraries)
+        todo = fork_children() if request["starts_others"] else None
+    run(request["script"], request["is_module"])
 
 
 if __name__ == "__main__":

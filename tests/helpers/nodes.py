@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from tests.helpers.commands import ROOT
-from tests.helpers.forked import ENVIRONMENT, TIMEOUT
+from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, ForkedProcess, can_fork
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,38 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-class Launched:
-    """A running launcher with its output in a file."""
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """`python -m torch.distributed.run ARGUMENTS` on a node, or on this machine."""
 
-    def __init__(self, words: list, log: Path, env: dict | None = None) -> None:
-        self.log = log
+    arguments: tuple[str, ...]
+    node: Node | None = None
+
+
+class Launched:
+    """A running launcher with its output in a file. It and its ranks are forked, as in commands.py, unless `fresh`."""
+
+    def __init__(self, launch: Launch, log: Path, env: dict | None = None, fresh: bool = False) -> None:
+        self.log, env, prefix = log, {**ENVIRONMENT, **(env or {})}, launch.node.prefix if launch.node else ()
+        self.process: ForkedProcess | subprocess.Popen
         with open(log, "wb") as handle:
+            if can_fork() and not fresh:
+                command = Command(
+                    script="torch.distributed.run",
+                    arguments=launch.arguments,
+                    cwd=ROOT,
+                    env=env,
+                    starts_others=True,
+                    node=launch.node.interface if prefix else "",
+                )
+                self.process = ForkedProcess(command, handle.fileno(), handle.fileno())
+                return
             self.process = subprocess.Popen(
-                [str(word) for word in words],
+                [*prefix, sys.executable, "-m", "torch.distributed.run", *launch.arguments],
                 cwd=ROOT,
                 stdout=handle,
                 stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **(env or {})},
+                env=env,
                 start_new_session=True,
             )
 
@@ -107,7 +127,8 @@ class Launched:
     def descendants(self, word: str) -> list[psutil.Process]:
         """Processes below the launcher whose command line has `word`; all of them for ""."""
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in below if not word or word in process.cmdline()]
+        # a forked process shows its whole command line as one word
+        return [process for process in below if not word or word in " ".join(process.cmdline()).split()]
 
     def kill(self) -> None:
         """Leave nothing behind."""
@@ -124,12 +145,17 @@ class Launched:
 
 
 def torchrun(
-    *arguments: object, ranks: int, node: Node | None = None, head: Node | None = None, number: int = 0
-) -> list:
-    """The words of a launcher of launch/grpo.py: alone, or as node `number` of two that meet at node `head`."""
-    words = [*(node.prefix if node else ()), sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
+    *arguments: object,
+    ranks: int,
+    node: Node | None = None,
+    head: Node | None = None,
+    number: int = 0,
+    script: Path = ROOT / "launch/grpo.py",
+) -> Launch:
+    """A launcher of a script: alone, or as node `number` of two that meet at node `head`."""
+    words: list[object] = ["--nproc-per-node", ranks]
     if head is None:
         words += ["--standalone"]
     else:
         words += ["--nnodes", 2, "--node-rank", number, "--master-addr", head.address, "--master-port", 29511]
-    return [*words, ROOT / "launch/grpo.py", *arguments]
+    return Launch(arguments=tuple(map(str, [*words, script, *arguments])), node=node)

@@ -33,7 +33,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow(100)
+@pytest.mark.slow(60)
 @pytest.mark.timeout(3600)  # twenty processes, one after the other
 def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     """A policy from scratch stands for the pretrained one: the path is the same, and it answers badly in seconds."""

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
-from tests.helpers.nodes import Launched, torchrun, two_nodes
+from tests.helpers.nodes import Launch, Launched, torchrun, two_nodes
 from trainer.ranks.watch import BEAT_SECONDS
 
-pytestmark = pytest.mark.slow(25)
+pytestmark = pytest.mark.slow(12)
 SMALL = (*SMALL_GRPO, "--save-every", 2, "--reward-workers", 0)
 SHORT = (*SMALL, "--engine", "torch", "--steps", 3)
 ENDLESS = (*SMALL, "--engine", "torch", "--steps", 100_000, "--save-every", 1000)
@@ -82,11 +82,11 @@ def reference(words, tmp_path_factory) -> list[dict]:
 
 @pytest.fixture
 def start():
-    """start(words, log): a launcher that is gone after the test."""
+    """start(launch, log): a launcher that is gone after the test."""
     running: list[Launched] = []
 
-    def begin(words: list, log: Path, env: dict | None = None) -> Launched:
-        running.append(Launched(words, log, env))
+    def begin(launch: Launch, log: Path, env: dict | None = None, fresh: bool = False) -> Launched:
+        running.append(Launched(launch, log, env, fresh))
         return running[-1]
 
     yield begin
@@ -108,12 +108,13 @@ def assert_same_numbers(out: Path, reference: list[dict]) -> None:
         assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6)
 
 
-def on_two_nodes(start, nodes, arguments: list, tmp_path: Path) -> list[Launched]:
-    env = [{"GLOO_SOCKET_IFNAME": node.interface} for node in nodes]
-    return [
-        start(torchrun(*arguments, ranks=1, node=node, head=nodes[0], number=i), tmp_path / f"node{i}.log", env[i])
-        for i, node in enumerate(nodes)
-    ]
+def on_two_nodes(start, nodes, arguments: list, tmp_path: Path, fresh: bool = False) -> list[Launched]:
+    launched = []
+    for number, node in enumerate(nodes):
+        launch = torchrun(*arguments, ranks=1, node=node, head=nodes[0], number=number)
+        env = {"GLOO_SOCKET_IFNAME": node.interface}
+        launched.append(start(launch, tmp_path / f"node{number}.log", env, fresh))
+    return launched
 
 
 def test_two_nodes_sharded_give_the_numbers_of_one_process(words, reference, start, tmp_path):
@@ -125,7 +126,8 @@ def test_two_nodes_sharded_give_the_numbers_of_one_process(words, reference, sta
             "--micro-tokens",
             500,
         ]  # ranks differ in their number of micro-batches
-        launched = on_two_nodes(start, nodes, [*words(tmp_path / "run"), *SHORT, *more], tmp_path)
+        # the launchers and ranks of this test are real processes; those of the others are forked
+        launched = on_two_nodes(start, nodes, [*words(tmp_path / "run"), *SHORT, *more], tmp_path, fresh=True)
         assert [one.end() for one in launched] == [0, 0], launched[0].output + launched[1].output
     assert_same_numbers(tmp_path / "run", reference)
     # a checkpoint of a sharded run holds whole tensors: one process goes on with it
@@ -229,11 +231,9 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
 
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path):
     (tmp_path / "flip.py").write_text(FLIP)
-    command = torchrun(*words(tmp_path / "run"), *SHORT, "--placement", "split", ranks=2)
-    place = command.index(ROOT / "launch/grpo.py")
-    launched = start(
-        [*command[:place], tmp_path / "flip.py", *command[place:]], tmp_path / "log", {"PYTHONPATH": str(ROOT)}
-    )
+    command = [ROOT / "launch/grpo.py", *words(tmp_path / "run"), *SHORT, "--placement", "split"]
+    launch = torchrun(*command, ranks=2, script=tmp_path / "flip.py")
+    launched = start(launch, tmp_path / "log", {"PYTHONPATH": str(ROOT)})
     assert launched.end() != 0
     assert "Error: sampler 0: LoRA sync: base_model.model.model.layers.0" in launched.output
     assert "arrived as" in launched.output and not (tmp_path / "run/metrics.jsonl").exists()
