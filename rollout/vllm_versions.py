@@ -29,6 +29,9 @@ def prepare_environment(kv_cache_bytes: int) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
         # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # vLLM compiles the step that counts how many tokens were likelier than the chosen one: seconds of each process, for
+        # a comparison that takes no time on a CPU. The numbers are the same
+        torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
 
 
