@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
-from data.files import append_rows, appended_rows, lock_folder, unlock_folder, write_whole
+from data.files import append_rows, appended_rows, lock_folder, sealed_row, unlock_folder, write_whole
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
 from eval.run_files import read_result
@@ -207,10 +207,11 @@ class Partial:
             self.rows[row["id"]] = row
         if not self.started:
             lines = [{"settings": self.settings}, *self.rows.values()]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_whole(self.path, "".join(json.dumps(sealed_row(line)) + "\n" for line in lines))
             self.started = True
             return
-        append_rows(self.path, rows, sync=True)  # an answer must survive a crash of the machine: it may have cost money
+        # an answer must survive a crash of the machine: it may have cost money
+        append_rows(self.path, rows, sync=True, seal=True)
 
     def remove(self) -> None:
         """Remove the file, once the results are written, and let others write the folder."""
