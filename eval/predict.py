@@ -169,6 +169,7 @@ def answer_all(
                 new = sum(puzzle.id not in partial.rows for puzzle, _ in answered)
                 partial.add([row_of(*pair) for pair in answered])
                 held += new
+                partial.tell(held, len(todo))
                 bar.update(new)
                 if bar.disable and (held - said >= len(todo) / LINES or held == len(todo)):
                     print(f"{name}: {held:,} of {len(todo):,} puzzles answered", flush=True)
@@ -190,6 +191,8 @@ class Partial:
             lock_folder(self.path.parent)
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
+        self.tell: Callable[[int, int], None] = lambda done, total: None
+        """Called with the puzzles that are answered, and all of them, after some were saved."""
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
         if resume:
             self.rows = {row["id"]: row for row in self._rows_left()}

@@ -1,8 +1,8 @@
 """A rank that only samples (--placement split): a keeper process, and the sampler process that the keeper starts.
 
 The keeper is the rank that torchrun started. It sends heartbeats, restarts the sampler and reports its death. It loads
-no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`python -m
-trainer.start.sampler`) reads its settings and the run's token from standard input. It ends with its keeper.
+no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`START`)
+reads its settings and the run's token from standard input. It ends with its keeper.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from data.processes import end_with_parent, module_environment
+from data.processes import module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
@@ -32,6 +32,9 @@ from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
+START = "import sys; from data.processes import end_with_parent; end_with_parent(int(sys.argv[1]))"
+START += "; from trainer.start.sampler import main; main()"
+"""Run by the sampler process. It ends with its keeper from the first: the imports alone can take half a minute."""
 
 
 def keep_sampler(cfg: OnlineConfig, world: World) -> None:
@@ -80,7 +83,6 @@ def _await(store: dist.Store, key: str) -> bytes:
 
 def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
     spec = {
-        "keeper": os.getpid(),
         # what GRPO and PPO share is all that a sampler needs
         "config": {field.name: getattr(cfg, field.name) for field in dataclasses.fields(OnlineConfig)},
         "address": vars(address),
@@ -90,7 +92,7 @@ def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subproces
     env = module_environment() | {"LOCAL_RANK": os.environ["LOCAL_RANK"]}
     env |= {"RANK": str(me.member), "WORLD_SIZE": str(cfg.tensor_parallel)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.start.sampler"],
+        [sys.executable, "-c", START, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,7 +124,6 @@ def _listen(lines: IO[str], world: World) -> None:
 def main() -> None:
     """Load the model, then carry out the trainers' orders until the last."""
     spec = json.loads(sys.stdin.readline())
-    end_with_parent(spec["keeper"])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cfg, address = OnlineConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
@@ -196,7 +197,3 @@ def make_engine(cfg: OnlineConfig, me: SamplerProcess, device: torch.device) -> 
 def report_status(phase: str, step: int, waiting: str = "") -> None:
     """Tell the keeper, on standard output, what this process does. step: 1-based, 0 for none."""
     print(STATUS + json.dumps({"phase": phase, "step": step, "waiting": waiting}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
