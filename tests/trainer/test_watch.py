@@ -10,10 +10,12 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from rollout import RunError
+from rollout.link import Address
 from tests.helpers.commands import ROOT
 from trainer.ranks import watch as watching
 from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, Beat, Watch, is_gone, stacks
-from trainer.start.sampler import START
+from trainer.start.sampler import START, _notice
 
 
 @pytest.fixture
@@ -221,3 +223,17 @@ def test_a_sampler_whose_keeper_is_gone_ends_before_it_imports_anything_large():
     words = [sys.executable, "-X", "importtime", "-c", START, "1"]  # process 1 is not its parent
     done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "data.processes" in done.stderr and "torch" not in done.stderr
+
+
+def test_a_keeper_whose_line_to_the_trainers_store_is_reset_says_so():
+    """Found by the campaign: a traceback of torch's store."""
+
+    class Reset:
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    address = Address(host="10.0.0.1", port=7, token="secret")
+    with pytest.raises(
+        RunError, match=r"sampler 3: the trainers' store at 10\.0\.0\.1:7 is gone \(Connection reset by peer\)"
+    ):
+        _notice(Reset(), "e3/g0/lost", address, 3)

@@ -27,6 +27,7 @@ from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
+from trainer.ranks.watch import first_line
 from trainer.ranks.world import World, own_device
 from trainer.start.parts import load_policy, make_vllm_engine
 
@@ -48,7 +49,7 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
     store = join_store(address, f"sampler {engine}")
     for generation in range(cfg.restart_samplers + 1):
         lost = f"e{engine}/g{generation}/lost"
-        lost_text = partial(read_notice, store, lost, address.token)
+        lost_text = partial(_notice, store, lost, address, engine)
         me = SamplerProcess(engine=engine, member=member, members=cfg.tensor_parallel, generation=generation)
         process = _start(cfg, address, me)
         reader = threading.Thread(target=_listen, args=(process.stdout, world), daemon=True)
@@ -79,6 +80,17 @@ def _await(store: dist.Store, key: str) -> bytes:
     while not store.check([key]):
         time.sleep(0.05)
     return store.get(key)
+
+
+def _notice(store: dist.Store, key: str, address: Address, engine: int) -> str | None:
+    """A notice in the trainers' store; None without one. Raises RunError when the store is gone."""
+    try:
+        return read_notice(store, key, address.token)
+    except dist.DistError as error:
+        raise RunError(
+            f"sampler {engine}: the trainers' store at {address.host}:{address.port} is gone ({first_line(error)}): rank 0 has "
+            "ended, or the network to it"
+        ) from None
 
 
 def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
