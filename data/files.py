@@ -27,8 +27,8 @@ INDEX = "model.safetensors.index.json"
 """Lists the weight files of a checkpoint that has several, and which tensor lies in which."""
 LOCK = ".lock"
 """The file in a folder that the process which writes the folder holds locked."""
-SEAL = "checksum"
-"""The last key of a JSON file that was written with `sealed`."""
+SEAL, ROW_SEAL = "checksum", "row_checksum"
+"""The last key of a JSON file that was written with `sealed`, and of a line of a .jsonl file, with `sealed_row`."""
 WHOLE = 64 << 20
 """`weights_hash` reads a file of weights up to this many bytes whole."""
 READ_WITH_WEIGHTS = (
@@ -136,13 +136,17 @@ def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
     return Path(path)
 
 
-def append_rows(path: str | os.PathLike, rows: Iterable[dict[str, Any]], sync: bool = False) -> None:
+def append_rows(
+    path: str | os.PathLike, rows: Iterable[dict[str, Any]], sync: bool = False, seal: bool = False
+) -> None:
     """Append rows to a .jsonl file, one JSON object per line: all of them, or none when the disk is full.
 
-    sync: return only when they are on disk, not just handed to the operating system; a power cut may else lose or tear
-    them, which `appended_rows` sees. Raises UserError, with the file's name, when they cannot be written.
+    seal: with a checksum in each (`sealed_row`). sync: return only when they are on disk, not just handed to the operating
+    system; a power cut may else lose or tear them, which `appended_rows` sees. Raises UserError, with the file's name, when
+    they cannot be written.
     """
     # half of a surrogate pair is no character in UTF-8; backslashreplace writes it as JSON does, \\ud800
+    rows = map(sealed_row, rows) if seal else rows
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     left = text.encode("utf-8", "backslashreplace")
     with naming_what_cannot_be_written(path):
@@ -167,15 +171,16 @@ def appended_rows(
     """(line with its end, row) of each line of a .jsonl file to which a process appended that may have been killed.
 
     A last line that is cut off or cannot be read is left out, and a note on standard error says so. is_row(row): is the
-    object one that the process writes? Raises UserError that names a damaged line before the last.
+    object one that the process writes? The rows come without their checksums, if they have any. Raises UserError that
+    names a damaged line before the last.
     """
     with open(path, "rb") as handle:  # bytes: a cut can leave half a character
         for number, line in enumerate(handle, start=1):
             try:
-                row = parse_json(line.decode())
+                row = unsealed_row(parse_json(line.decode()))
             except ValueError:
                 row = None
-            if isinstance(row, dict) and is_row(row):
+            if row is not None and is_row(row):
                 yield line if line.endswith(b"\n") else line + b"\n", row
             elif handle.peek(1):
                 raise UserError(
@@ -262,6 +267,24 @@ def unlock_folders() -> None:
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """The value with a checksum of itself as its last key, so that `read_sealed` sees a change made later."""
     return {**value, SEAL: _seal_of(value)}
+
+
+def sealed_row(row: dict[str, Any]) -> dict[str, Any]:
+    """`sealed`, for a line of a .jsonl file."""
+    return {**row, ROW_SEAL: _seal_of(row)}
+
+
+def unsealed_row(row: Any) -> dict[str, Any]:
+    """A parsed line without its checksum; lines of users and of older versions have none.
+
+    Raises ValueError when it is no JSON object, or the checksum is that of another row.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    rest = {name: value for name, value in row.items() if name != ROW_SEAL}
+    if ROW_SEAL in row and row[ROW_SEAL] != _seal_of(rest):
+        raise ValueError("changed or damaged after it was written, its checksum is another")
+    return rest
 
 
 def _seal_of(value: dict[str, Any]) -> str:

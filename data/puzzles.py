@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import parse_json, reason_of, replacing
+from data.files import parse_json, reason_of, replacing, unsealed_row
 from data.prompts import (
     CANDIDATES_HEAD,
     CELL_CANDIDATES_HEAD,
@@ -31,6 +32,8 @@ from data.prompts import (
 )
 
 MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
+ROWS_SEAL = b"rows_crc32"
+"""Key, in the metadata of a parquet file of ours, of the checksum of its rows."""
 _CELL_LINE = re.compile(r"Cell (\d+): (.*)")
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
 
@@ -244,9 +247,31 @@ def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+        # pages of other writers without checksums are read as they are
+        table = parquet.read_table(path, page_checksum_verification=True)
+        rows = table.to_pylist()
+        stated = (table.schema.metadata or {}).get(ROWS_SEAL)
+        whole = stated is None or stated == _seal_of_rows(rows)
+    except OSError as error:
+        if error.errno:  # of the disk, not of pyarrow
+            raise
+        raise UserError(f"{path}: damaged, put a copy back or make it again ({' '.join(str(error).split())})") from None
+    except (pyarrow.ArrowException, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: not a parquet file, or a damaged one ({' '.join(str(error).split())})") from None
+    if not whole:
+        raise UserError(
+            f"{path}: was changed or damaged after it was written (the checksum of its rows is another); put a copy back or "
+            "make it again"
+        )
+    return rows
+
+
+def _seal_of_rows(rows: list[dict[str, Any]]) -> bytes:
+    """A checksum of what was read or will be read: names of columns, values, their order."""
+    crc = 0
+    for row in rows:
+        crc = zlib.crc32(json.dumps(row, default=str).encode(), crc)
+    return b"%08x" % crc
 
 
 def _rows_of_json(path: Path, text: str) -> list[dict[str, Any]]:
@@ -272,11 +297,15 @@ def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(parse_json(line))
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
-        if not isinstance(rows[-1], dict):
+        if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: must be a row, {{...}}")
+        try:
+            rows.append(unsealed_row(row))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}; put a copy back, or remove that line") from None
     return rows
 
 
@@ -347,7 +376,10 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
             raise UserError(f"column {column!r} cannot be stored as parquet ({why}); write .jsonl instead") from None
     table = pyarrow.table(columns)
     try:
-        parquet.write_table(table if rows else table.schema.empty_table(), path)
+        table = table if rows else table.schema.empty_table()
+        # two checksums: the format's own of every page, which other programs check too, and one that covers its index
+        table = table.replace_schema_metadata({ROWS_SEAL: _seal_of_rows(table.to_pylist())})
+        parquet.write_table(table, path, write_page_checksum=True)
     except pyarrow.ArrowException as error:
         why = " ".join(str(error).split())
         raise UserError(f"the rows cannot be stored as parquet ({why}); write .jsonl instead") from None

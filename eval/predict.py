@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
-from data.files import append_rows, appended_rows, lock_folder, unlock_folder, write_whole
+from data.files import append_rows, appended_rows, lock_folder, sealed_row, unlock_folder, write_whole
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
 from eval.run_files import read_result
@@ -169,6 +169,7 @@ def answer_all(
                 new = sum(puzzle.id not in partial.rows for puzzle, _ in answered)
                 partial.add([row_of(*pair) for pair in answered])
                 held += new
+                partial.tell(held, len(todo))
                 bar.update(new)
                 if bar.disable and (held - said >= len(todo) / LINES or held == len(todo)):
                     print(f"{name}: {held:,} of {len(todo):,} puzzles answered", flush=True)
@@ -190,6 +191,8 @@ class Partial:
             lock_folder(self.path.parent)
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
+        self.tell: Callable[[int, int], None] = lambda done, total: None
+        """Called with the puzzles that are answered, and all of them, after some were saved."""
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
         if resume:
             self.rows = {row["id"]: row for row in self._rows_left()}
@@ -207,10 +210,11 @@ class Partial:
             self.rows[row["id"]] = row
         if not self.started:
             lines = [{"settings": self.settings}, *self.rows.values()]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_whole(self.path, "".join(json.dumps(sealed_row(line)) + "\n" for line in lines))
             self.started = True
             return
-        append_rows(self.path, rows, sync=True)  # an answer must survive a crash of the machine: it may have cost money
+        # an answer must survive a crash of the machine: it may have cost money
+        append_rows(self.path, rows, sync=True, seal=True)
 
     def remove(self) -> None:
         """Remove the file, once the results are written, and let others write the folder."""

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from data.errors import UserError
 from data.options import DTYPES, check_numbers, check_temperature, option, settle_dtype
 from data.puzzles import Puzzle
+from data.status.status import NOTIFY
 from eval.baselines import BASELINES
 from eval.evaluation import puzzles_digest
 
@@ -41,6 +42,7 @@ class EvaluateConfig:
         section=FILES,
     )
     resume: bool = option(False, "Continue a run with the same settings that was stopped.", section=FILES)
+    notify: str = option("", NOTIFY, section=FILES)
     model: str | None = option(
         None,
         "Checkpoint folder, or an adapter folder (a GRPO checkpoint); with --endpoint the name of a model.",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from data.clusters.known import read_known_labels
+from data.status.status import reporting
 from eval.annotate.heldout import CLUSTER, count_right, write_held_out
 from eval.annotate.run import Model, annotate_file, summary_lines
 from eval.annotate.settings import AnnotateConfig
@@ -25,7 +26,8 @@ def main(config: AnnotateConfig) -> None:
     """Give the clusters of an .h5ad file cell types, with votes, confidence, reasons and doubts."""
     model = open_endpoint(config.model) if config.endpoint else open_model(config.model, config.base)
     watch = functools.partial(watching_cells, "reading cells")
-    annotation, agreement, replaced = annotate_file(config, model, shlex.join(sys.argv), watch)
+    with reporting(config.out, config.notify, "question") as report:
+        annotation, agreement, replaced = annotate_file(config, model, shlex.join(sys.argv), watch, report.progress)
     for sentence in [*annotation.notes, *replaced]:
         print(f"note: {sentence}", file=sys.stderr)
     for line in summary_lines(annotation, agreement):

@@ -17,6 +17,7 @@ from data.build.build import BuildConfig, build_puzzles
 from data.errors import UserError
 from data.folder import FORMATS, naming_the_file, staged, write_build
 from data.inspection.inspection import first_lines
+from data.status.status import NOTIFY, reporting
 from launch.options import command, option
 from launch.progress import watching
 
@@ -38,6 +39,7 @@ class BuildCommandConfig(BuildConfig):
         None, "Processes, each reading one file at a time; default: one per core. The output does not depend on it."
     )
     resume: bool = files_and_run(False, "Continue a build that was stopped: finished files are not read again.")
+    notify: str = files_and_run("", NOTIFY)
 
 
 @command(BuildCommandConfig)
@@ -46,7 +48,12 @@ def main(config: BuildCommandConfig) -> None:
     files, out = files_of(config, click.get_current_context()), out_of(config.out)
     settings = BuildConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(BuildConfig)})
     workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
-    with naming_the_file(out, files), staged(out, config.resume) as staging, watching() as watch:
+    with (
+        reporting(out, config.notify, "cell", beside=True) as told,
+        naming_the_file(out, files),
+        staged(out, config.resume) as staging,
+        watching(told) as watch,
+    ):
         for note in without_effect(settings):
             watch.say(f"note: {note}")
         for file in files:

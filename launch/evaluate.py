@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from data.puzzles import read_puzzles
+from data.status.status import Report, reporting
 from eval import baselines
 from eval.evaluation import average_of, evaluation_of, write_average, write_evaluation
 from eval.metrics import METRICS
@@ -32,6 +33,12 @@ from rollout import Sampling
 @command(EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
     """Score a model (vLLM or an endpoint), saved predictions or a baseline; print and write the metrics."""
+    with reporting(config.out, config.notify, "puzzle") as report:
+        evaluate(config, report)
+
+
+def evaluate(config: EvaluateConfig, report: Report) -> None:
+    """Evaluate every file of puzzles; the report is told of the answers."""
     sets = read_sets(config)
     train = read_puzzles(config.train) if config.train else None
     encoder = LabelEncoder(config.medcpt) if config.medcpt else None
@@ -41,10 +48,13 @@ def main(config: EvaluateConfig) -> None:
     source = open_source(config, train=train, tokenizer=tokenizer_of(config), load=load)
     model_files = fingerprint_of(config)
     answered, results = {}, {}
+    before, total = 0, sum(len(puzzle_set.puzzles) for puzzle_set in sets)
     for puzzle_set in sets:
         folder = out if len(sets) == 1 else out / puzzle_set.name
         partial = Partial(folder, settings_of(config, puzzle_set.whole, model_files), config.resume)
+        partial.tell = lambda done, _, before=before: report.progress(before + done, total)
         rows = source.rows(puzzle_set, partial)
+        before += len(puzzle_set.puzzles)
         result = evaluation_of(
             rows,
             puzzle_set.puzzles,

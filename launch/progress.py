@@ -9,32 +9,40 @@ import click
 from tqdm import tqdm
 
 from data.build.build import BuildProgress
+from data.status.status import Report
 
 PLAIN_SECONDS = 30.0
 """Least time between two lines of progress where there is no terminal."""
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[BuildProgress]:
-    """What a build reports to; its bars are closed at the end of the block."""
+def watching(told: Report | None = None) -> Iterator[BuildProgress]:
+    """What a build reports to; its bars are closed at the end of the block. told: of the cells that were read."""
     bars: dict[str, tqdm] = {}
 
     def say(text: str) -> None:
         tqdm.write(text)
         sys.stdout.flush()
 
-    def progress(phase: str, done: int, total: int) -> None:
+    def bar(phase: str, done: int, total: int) -> None:
         if phase not in bars:
             unit = unit_of(phase)
             bars[phase] = tqdm(desc=phase, unit=unit, unit_scale=unit == "cell", total=total, leave=False)
         bars[phase].total = max(total, done)
         bars[phase].update(done - bars[phase].n)
 
+    show = bar if sys.stderr.isatty() else plain_progress()
+
+    def progress(phase: str, done: int, total: int) -> None:
+        show(phase, done, total)
+        if told is not None and unit_of(phase) == "cell":
+            told.progress(done, total)
+
     try:
-        yield BuildProgress(say=say, progress=progress if sys.stderr.isatty() else plain_progress())
+        yield BuildProgress(say=say, progress=progress)
     finally:
-        for bar in bars.values():
-            bar.close()
+        for shown in bars.values():
+            shown.close()
 
 
 @contextlib.contextmanager

@@ -5,87 +5,18 @@ python launch/selfdistill.py --model runs/sft/model --puzzles puzzles/train.parq
 """
 
 import json
-from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.distill.settings import DistillConfig
-from data.distill.workflow import WORKFLOWS
+from data.distill.rounds import OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
 from data.errors import UserError
 from data.files import lock_folder, write_whole
-from data.options import DTYPES, settle_dtype
 from data.puzzles import read_puzzles
-from launch.options import command, flag, option
+from data.status.status import reporting
+from launch.options import command, flag
 from launch.stages import begun, run_stage
 
 SHOWN = ("batch_accuracy", "cell_accuracy", "format_validity", "response_length")
-FILES, ANSWERS, TRAINING = "Model, puzzles and rounds", "The answers of a round", "The training of a round"
-"""Headings of --help."""
-OF_ANSWERS = (
-    *("candidates", "stop_at", "keep", "temperature", "accept", "accept_at", "limit", "dtype"),
-    "max_response_tokens",
-)
-"""Settings that are options of launch/distill.py too."""
-OF_WORKFLOW = ("workflow", "comparisons", "lookups")
-"""More of them; written down only where there is a workflow."""
-OF_TRAINING = ("epochs", "batch_size", "lr", "lora_rank", "lora_alpha", "dtype")
-"""Settings that are options of launch/sft.py too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfDistillConfig:
-    model: str = option(MISSING, "Checkpoint folder of the first teacher.", section=FILES)
-    puzzles: str = option(MISSING, "Puzzles to answer, .parquet or .jsonl.", section=FILES)
-    test: str | None = option(None, "Held-out puzzles on which every round is evaluated (greedy).", section=FILES)
-    out: str = option(MISSING, "Folder of the rounds; finished stages in it are not run again.", section=FILES)
-    rounds: int = option(2, "Times that the model teaches itself.", section=FILES)
-    student: str = option(
-        "teacher",
-        "What each round trains: its teacher, or the first model again.",
-        ("teacher", "first"),
-        section=FILES,
-    )
-    candidates: int = option(4, "Answers per puzzle and round.", section=ANSWERS)
-    stop_at: int = option(0, "Stop answering a puzzle after this many right answers; 0: never.", section=ANSWERS)
-    keep: str = option("random", "Which right answers train.", ("first", "shortest", "random", "all"), section=ANSWERS)
-    workflow: str = option(
-        "none", "What is made of the answers before one trains, as in launch/distill.py.", WORKFLOWS, section=ANSWERS
-    )
-    comparisons: int = option(3, "As in launch/distill.py.", section=ANSWERS)
-    lookups: int = option(4, "As in launch/distill.py.", section=ANSWERS)
-    hint: bool = option(False, "Ask again, with the answer hinted, where no answer was right.", section=ANSWERS)
-    temperature: float = option(1.0, "Sampling temperature.", section=ANSWERS)
-    accept: str = option(
-        "reward.cellpuzzles:batch_reward", "Reward that accepts an answer, by import path.", section=ANSWERS
-    )
-    accept_at: float = option(1.0, "Lowest reward of an accepted answer.", section=ANSWERS)
-    limit: int | None = option(None, "Use only the first LIMIT puzzles.", section=FILES)
-    max_response_tokens: int = option(3000, "Longest answer.", section=ANSWERS)
-    epochs: int = option(1, "Passes over the accepted answers of a round.", section=TRAINING)
-    batch_size: int = option(128, "Answers per optimizer step.", section=TRAINING)
-    lr: float = option(5e-5, "Peak learning rate of a round.", section=TRAINING)
-    lora_rank: int = option(256, "LoRA rank; 0 trains every weight.", section=TRAINING)
-    lora_alpha: float = option(512.0, "LoRA alpha.", section=TRAINING)
-    dtype: str = option(
-        "auto",
-        "Weights and compute; auto: bfloat16 on a GPU, float32 on a CPU or where every weight is trained.",
-        DTYPES,
-        section=TRAINING,
-    )
-    eager: bool = option(
-        False, "vLLM on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.", section=ANSWERS
-    )
-    eval_limit: int | None = option(None, "Evaluate on the first EVAL_LIMIT held-out puzzles only.", section=FILES)
-    seed: int = option(0, "Seed of every random choice.", section=FILES)
-
-    def __post_init__(self) -> None:
-        settle_dtype(self, every_weight=not self.lora_rank)
-        # refuses what the answers of a round would be refused for, before anything runs
-        DistillConfig(puzzles=self.puzzles, out="traces.jsonl", teacher="vllm", hint=self.hint, **self.answers())
-
-    def answers(self) -> dict[str, Any]:
-        """The settings of a round's answers, as launch/distill.py takes them."""
-        return {name: getattr(self, name) for name in ("model", *OF_ANSWERS, *OF_WORKFLOW)}
 
 
 @command(SelfDistillConfig)
@@ -97,16 +28,19 @@ def main(config: SelfDistillConfig) -> None:
     out, teacher = Path(config.out), Path(config.model)
     if not (teacher / "config.json").is_file():
         raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
-    lock_folder(out)
-    record_settings(config, out)
-    rows = [round_row(0, evaluate(config, teacher, out / "start"), None)]
-    for number in range(1, config.rounds + 1):
-        folder = out / f"round-{number}"
-        teacher = run_round(config, teacher, folder, number)
-        report = json.loads((folder / "traces.report.json").read_text(encoding="utf-8"))
-        rows.append(round_row(number, evaluate(config, teacher, folder / "eval"), report))
-        write_json(out / "rounds.json", rows)
-        print_rows(rows)
+    with reporting(out, config.notify, "round") as report:
+        lock_folder(out)
+        record_settings(config, out)
+        report.progress(0, config.rounds)
+        rows = [round_row(0, evaluate(config, teacher, out / "start"), None)]
+        for number in range(1, config.rounds + 1):
+            folder = out / f"round-{number}"
+            teacher = run_round(config, teacher, folder, number)
+            of_answers = json.loads((folder / "traces.report.json").read_text(encoding="utf-8"))
+            rows.append(round_row(number, evaluate(config, teacher, folder / "eval"), of_answers))
+            write_json(out / "rounds.json", rows)
+            print_rows(rows)
+            report.progress(number, config.rounds)
     print(f"last model: {teacher}")
 
 
@@ -115,7 +49,7 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
 
     Raises UserError when an earlier call had another setting (--rounds may grow).
     """
-    left_out = ("out", "rounds", "eager", *(OF_WORKFLOW if config.workflow == "none" else ()))
+    left_out = ("out", "rounds", "eager", "notify", *(OF_WORKFLOW if config.workflow == "none" else ()))
     settings = {name: value for name, value in vars(config).items() if name not in left_out}
     recorded = out / "config.json"
     if recorded.is_file():

@@ -29,6 +29,7 @@ from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
+from data.formats.checksum import add_checksum
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
 
@@ -225,6 +226,7 @@ def write_atlas(
     with replacing(path) as partial:
         require_free_space(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)
         adata.write_h5ad(partial, compression="gzip")
+        add_checksum(partial)
     return adata
 
 

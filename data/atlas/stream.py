@@ -37,6 +37,7 @@ from data.atlas.simulate import (
 )
 from data.errors import UserError
 from data.files import replacing, require_free_space
+from data.formats.checksum import add_checksum
 
 BLOCK_CELLS = 1000
 MAX_GENES = 100_000
@@ -132,6 +133,7 @@ def stream_atlas(
                     seen.update(obs["cell_type"])
                     bar.update(len(obs))
             out.finish()
+        add_checksum(partial)
     return AtlasSummary(
         cells=out.n_cells,
         genes=len(table.var),

@@ -18,6 +18,7 @@ import numpy as np
 
 from data.build.columns import Column, clean_text, is_missing_name, is_placeholder, one_line
 from data.errors import UserError
+from data.formats.checksum import refuse_damaged
 from data.formats.filters import ensure_filters, filter_sentence
 from data.formats.foreign import ForeignKind
 from data.formats.hdf5_kinds import foreign_layout
@@ -70,6 +71,7 @@ def open_h5ad(path: str | os.PathLike | InMemory, cache_bytes: int = 1 << 20) ->
     root = store_root(path)
     if root is None:
         _check_is_hdf5(path)
+        refuse_damaged(path)
     with _opened(path, root, cache_bytes) as file:
         try:
             _check_layout(file, path)

@@ -18,6 +18,7 @@ from anndata.io import write_elem
 from data.build.h5ad import column_names, open_h5ad, table_index
 from data.errors import UserError
 from data.files import reason_of, replacing, require_free_space
+from data.formats.checksum import add_checksum, drop_checksum
 from data.formats.filters import load_plugins
 from data.formats.stores import store_root
 
@@ -52,10 +53,12 @@ def write_annotated(source: Path, out: Path, columns: dict[str, np.ndarray], uns
         raise UserError(f"{out}: cannot be written ({reason_of(error)}); make room or name another place") from None
     with replacing(out) as partial:
         shutil.copyfile(source, partial)
+        drop_checksum(partial)  # of an atlas that we simulated
         load_plugins()
         with h5py.File(partial, "r+") as file:
             notes = _write_columns(file, columns)
             notes += _write_uns(file, uns)
+        add_checksum(partial)
     return notes
 
 

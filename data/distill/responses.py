@@ -7,6 +7,7 @@
 - When prices are known, a line {"sent": worst_cost, ...} comes before a request's first try, and a line {"lost":
   worst_cost, "error", ...} after a try that may have been charged and returned nothing. So a budget holds across kills.
   Responses of a run without prices count with the prices of a later run; its lost tries do not.
+- Every line ends with "row_checksum", so that a flipped bit is seen; lines of older versions have none.
 
 Only one process writes the file, and it only appends. After a kill, an incomplete last line is cut off; all others
 count.
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -25,7 +27,7 @@ from typing import Any
 from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
-from data.files import parse_json
+from data.files import parse_json, sealed_row, unsealed_row
 from data.puzzles import Puzzle
 
 REMOVED = "{}: was removed or replaced while responses were written to it; start again"
@@ -99,7 +101,7 @@ class RawFile:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process is killed
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
-        head, end, _ = self.path.read_bytes().rpartition(b"\n")
+        head, end, torn = self.path.read_bytes().rpartition(b"\n")
         lines = [self._parse(number, line) for number, line in enumerate(head.split(b"\n"), start=1)] if end else []
         # a run that was refused at once leaves a file with the settings line only: that one may be overwritten
         begun = len(lines) > 1 or (lines and "settings" not in lines[0])
@@ -113,6 +115,8 @@ class RawFile:
         if lines:
             self._compare(lines[0].get("settings", {}), settings)
             self._load(lines[1:], meter)
+        if lines and torn:
+            print(f"note: {self.path}: its last line was cut off, and is left out", file=sys.stderr, flush=True)
         os.ftruncate(self.handle, len(head) + len(end))  # cut off an incomplete last line
         if not lines:
             self.write({"settings": settings})
@@ -120,10 +124,10 @@ class RawFile:
 
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            row = parse_json(line)
+            row = unsealed_row(parse_json(line))
         except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("settings", {}), dict):
+            raise self._damaged(number) from None
+        if not isinstance(row.get("settings", {}), dict):
             raise self._damaged(number)
         return row
 
@@ -170,7 +174,9 @@ class RawFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line. Any thread may call it."""
-        line = (json.dumps(row) + "\n").encode()  # json.dumps gives ASCII, which can hold half a surrogate pair too
+        line = (
+            json.dumps(sealed_row(row)) + "\n"
+        ).encode()  # json.dumps gives ASCII, which can hold half a surrogate pair too
         with self.lock:
             if self.broken:
                 raise RunError(self.broken)  # nothing may follow an incomplete line

@@ -25,6 +25,7 @@ from data.distill.settings import DistillConfig
 from data.distill.workflow import WorkflowDraws, largest_requests, puzzle_of_step
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles, write_rows
+from data.status.status import Report, reporting
 
 MakeTeacher = Callable[[list[Puzzle], list[Puzzle], Meter, RawFile], Teacher]
 """(all puzzles of the file, the puzzles that will be asked, meter, raw file) -> teacher."""
@@ -65,16 +66,23 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
     )
     draws = make_draws(config, puzzles, chosen, plan, judge)
     meter = Meter(price_in=config.price_in or 0.0, price_out=config.price_out or 0.0, budget=config.budget)
-    with closing(judge), open_raw_file(config, puzzles, meter) as raw:
-        teacher = make_teacher(puzzles, chosen, meter, raw)
-        with Progress(draws, meter) as progress, Interruptible(teacher, raw) as interrupted:
-            ended = distill(
-                draws, teacher, judge, recorded=list(raw.completions.values()), record=raw.append, watch=progress.show
-            )
-            if ended == "stopped":
-                interrupted.end()
-        teacher.close()
-    write_results(config, draws, meter, ended, time.monotonic() - start)
+    with reporting(config.out, config.notify, "puzzle") as report:
+        with closing(judge), open_raw_file(config, puzzles, meter) as raw:
+            teacher = make_teacher(puzzles, chosen, meter, raw)
+            with Progress(draws, meter, report) as progress, Interruptible(teacher, raw) as interrupted:
+                ended = distill(
+                    draws,
+                    teacher,
+                    judge,
+                    recorded=list(raw.completions.values()),
+                    record=raw.append,
+                    watch=progress.show,
+                )
+                if ended == "stopped":
+                    report.stop(128 + interrupted.signal)
+                    interrupted.end()
+            teacher.close()
+        write_results(config, draws, meter, ended, time.monotonic() - start)
 
 
 def make_draws(
@@ -197,8 +205,8 @@ class Progress:
     SECONDS = 20.0
     """Least time between two lines."""
 
-    def __init__(self, draws: Draws, meter: Meter) -> None:
-        self.draws, self.meter = draws, meter
+    def __init__(self, draws: Draws, meter: Meter, report: Report) -> None:
+        self.draws, self.meter, self.report = draws, meter, report
         self.bar = tqdm(total=len(draws.by_id), desc="distill", unit="puzzle", disable=None)
         self.settled: set[str] = set()
         self.drawn = self.accepted = 0
@@ -221,6 +229,7 @@ class Progress:
         money = f", {self.meter.spent + self.meter.lost:.4g} spent" if self.meter.priced else ""
         rate = f"{self.accepted} of {self.drawn} traces accepted ({self.accepted / max(self.drawn, 1):.0%}){money}"
         self.bar.set_postfix_str(rate, refresh=False)
+        self.report.progress(len(self.settled), len(self.draws.by_id))
         if self.bar.disable and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + self.SECONDS
             print(f"distill: {len(self.settled)} of {len(self.draws.by_id)} puzzles, {rate}", file=sys.stderr)

@@ -14,6 +14,7 @@ from data.distill.workflow import WORKFLOWS, Workflow
 from data.errors import UserError
 from data.options import DTYPES, check_numbers, check_temperature, flag_of, option, settle_dtype
 from data.puzzles import Puzzle
+from data.status.status import NOTIFY
 
 TEACHERS = ("embedded", "openai", "vllm")
 OF_TEACHER = {
@@ -70,6 +71,7 @@ class DistillConfig:
     out: str = option(
         dataclasses.MISSING, "JSONL to write: accepted traces, one row per puzzle (see --keep).", section=FILES
     )
+    notify: str = option("", NOTIFY, section=FILES)
     teacher: str = option(
         "embedded", "embedded: no model; openai: an endpoint; vllm: a checkpoint.", TEACHERS, section=TEACHER
     )
@@ -239,7 +241,7 @@ class DistillConfig:
 
     def shown(self) -> dict[str, Any]:
         """The settings as the report shows them; those of a workflow only with one."""
-        left_out = {"resume"} | ({"workflow", "comparisons", "lookups"} if self.workflow == "none" else set())
+        left_out = {"resume", "notify"} | ({"workflow", "comparisons", "lookups"} if self.workflow == "none" else set())
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     def meaning(self, puzzles: list[Puzzle]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from data.build.columns import is_placeholder
 from data.errors import UserError
 from data.files import replacing
+from data.formats.checksum import add_checksum, refuse_damaged
 from eval.annotate.doubts import same
 
 CLUSTER, TYPE, DONOR = "cluster", "cell_type", "donor_id"
@@ -64,10 +65,12 @@ def write_held_out(atlas: Path, report: Path, out: Path, seed: int, n_donors: in
 
     The types go to OUT.types.json beside it, to count what is right afterwards.
     """
+    refuse_damaged(atlas)
     adata = anndata.read_h5ad(atlas)
     blind, types = overclustered(adata, held_out_donors(report)[:n_donors], seed)
     with replacing(out) as partial:
         blind.write_h5ad(partial)
+        add_checksum(partial)
     with replacing(out.with_suffix(".types.json")) as partial:
         partial.write_text(json.dumps(types, indent=1) + "\n", encoding="utf-8")
     return types

@@ -35,6 +35,11 @@ from eval.settings import EvaluateConfig, settings_of
 from eval.sources import Loaded, LocalModel, PuzzleSet, RemoteModel
 
 UMAP = "X_umap"
+Tell = Callable[[int, int], None]
+
+
+def untold(done: int, total: int) -> None:
+    """Tells nobody how far a stage of questions is."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,14 @@ def annotate_file(
     model: Model,
     command: str,
     watch: Callable[[], AbstractContextManager[Advance]] = lambda: nullcontext(lambda read, total: None),
+    tell: Tell = untold,
 ) -> tuple[Annotation, Agreement | None, list[str]]:
     """Label the clusters of a file; write OUT, its .csv and its .html. Returns (annotation, agreement with --truth-key,
     notes on what was replaced in the copy).
 
-    command: the command line, for the record. watch: makes what shows how far the reading of the matrix is. Raises
-    UserError for what cannot be used, before the model is asked; RunError when the endpoint fails (then --resume goes on).
+    command: the command line, for the record. watch: makes what shows how far the reading of the matrix is. tell: called with
+    the questions of a stage that are answered, and all of the stage. Raises UserError for what cannot be used, before the
+    model is asked; RunError when the endpoint fails (then --resume goes on).
     """
     config = config.as_trained(model.known)
     source, out = Path(config.file), Path(config.out)
@@ -162,7 +169,7 @@ def annotate_file(
     truth = read_truth(source, config.truth_key)
     with watch() as advance:
         profiles = read_profiles(source, config.cluster_key, config, advance)
-    annotation = ask_and_decide(profiles, model, config, config.answers, config.resume, config.candidates)
+    annotation = ask_and_decide(profiles, model, config, config.answers, config.resume, config.candidates, tell)
     agreement = None
     if truth is not None:
         agreement = agreement_of(annotation, str(config.truth_key), profiles.cluster_of_cell.tolist(), truth)
@@ -183,9 +190,15 @@ def annotate_file(
 
 
 def ask_and_decide(
-    profiles: Profiles, model: Model, settings: QuestionSettings, folder: Path, resume: bool, given: Any
+    profiles: Profiles,
+    model: Model,
+    settings: QuestionSettings,
+    folder: Path,
+    resume: bool,
+    given: Any,
+    tell: Tell = untold,
 ) -> Annotation:
-    """The annotation of some profiles. folder: keeps the answers. given: candidates, as a text or a list.
+    """The annotation of some profiles. folder: keeps the answers. given: candidates, as a text or a list. tell: of progress.
 
     Raises UserError when the model has no candidates for a sample, or does not know the genes.
     """
@@ -199,6 +212,7 @@ def ask_and_decide(
         check_genes_known(listed, model.known.genes, settings.min_known_genes)
     asked = settings.asked(model.name, folder, resume)
     answers = Answers(model, asked, questions.screening() or questions.voting([]), questions.longest())
+    answers.partial.tell = tell
     try:
         annotation = annotate_profiles(profiles, candidates, questions, answers.of, settings)
     finally:
@@ -217,7 +231,9 @@ def provenance(model: Model, settings: QuestionSettings, command: str) -> dict[s
         "command": command,
         "date": datetime.date.today().isoformat(),
         "versions": model.versions,
-        "settings": {name: value for name, value in asdict(settings).items() if name not in ("file", "out", "resume")},
+        "settings": {
+            name: value for name, value in asdict(settings).items() if name not in ("file", "out", "resume", "notify")
+        },
     }
 
 

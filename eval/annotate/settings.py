@@ -9,6 +9,7 @@ from data.clusters.known import SHARE_KNOWN, KnownLabels
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
 from data.options import DTYPES, argument, check_numbers, option
+from data.status.status import NOTIFY
 from eval.annotate.questions import GENES_BY
 from eval.annotate.votes import SHARING
 from eval.settings import EvaluateConfig
@@ -106,6 +107,7 @@ class AnnotateConfig(QuestionSettings):
         MISSING, "Checkpoint folder, or an adapter folder (a GRPO checkpoint); with --endpoint the name of a model."
     )
     resume: bool = files(False, "Use the answers that an earlier run left in the folder of answers.")
+    notify: str = files("", NOTIFY)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -321,6 +321,8 @@ def damaged_puzzles(bench: Bench, rng: random.Random, folder: Path) -> str:
     code = running.end()
     if code:
         refused_in_one_sentence(running, code, lambda said: file.name in said)
+    elif ending == "parquet":
+        assert read_puzzles(file) == read_puzzles(source), f"{how}: another puzzle was read"
     if ending == "parquet" and how != "gone":
         place = copied(bench, "grpo 1 rank", folder)
         words = [file if word == source else word for word in job.words(place)]
@@ -333,7 +335,7 @@ def damaged_puzzles(bench: Bench, rng: random.Random, folder: Path) -> str:
 
 
 def damaged_h5ad(bench: Bench, rng: random.Random, folder: Path) -> str:
-    """A damaged .h5ad file: one sentence with its name, or puzzles all the same (HDF5 has no checksum of values)."""
+    """A damaged .h5ad file: one sentence with its name; of what a last line with a checksum does not cover, none."""
     file = folder / "atlas.h5ad"
     shutil.copyfile(bench.folder / "pipeline/atlas.h5ad", file)
     how = spoil(file, rng)
@@ -344,6 +346,8 @@ def damaged_h5ad(bench: Bench, rng: random.Random, folder: Path) -> str:
     if code:
         refused_in_one_sentence(running, code)
         assert not (folder / "puzzles").exists(), "half a build"
+    for right in [] if code else sorted((bench.folder / "pipeline/puzzles").glob("*.parquet")):
+        assert (folder / "puzzles" / right.name).read_bytes() == right.read_bytes(), f"{how}: another cell was read"
     return f"{how}, {'refused' if code else 'readable'}"
 
 
@@ -359,9 +363,8 @@ def damaged_lines(
     if code:
         refused_in_one_sentence(running, code, lambda said: str(place / Path(file).parent) in said)
         return f"{how}, refused"
-    same = (place / outcome).read_bytes() == (whole / outcome).read_bytes()
-    # a bit flipped inside an answer's text is another answer; the file's lines have no checksum
-    return f"{how}, {'went on' if same else 'another answer was read'}"
+    assert (place / outcome).read_bytes() == (whole / outcome).read_bytes(), f"{how}: another answer was read"
+    return f"{how}, went on"
 
 
 def damaged_raw(bench: Bench, rng: random.Random, folder: Path) -> str:

@@ -14,12 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from data.files import sealed_row
 from tests.campaign.jobs import Bench, make_bench
 from tests.helpers.commands import ROOT
 
@@ -153,7 +155,7 @@ def feed_recipe(content: bytes, folder: Path) -> None:
     (folder / "r.yaml").write_bytes(content)
     for kind in (GrpoConfig, BuildCommandConfig):
         try:
-            resolve(kind, folder / "r.yaml", {})
+            resolve(kind, [folder / "r.yaml"], {})
         except (click.UsageError, UserError) as error:
             assert len(str(error)) < 20_000, "a message of that length is a memory bomb"
 
@@ -435,7 +437,26 @@ def gguf_bytes(folder: Path) -> st.SearchStrategy[bytes]:
 
 
 def file_bytes(name: str) -> Callable[[Path], st.SearchStrategy[bytes]]:
-    return lambda folder: changed_bytes((folder / "pipeline" / name).read_bytes())
+    """A file of ours, and as others write it: without the checksum that refuses it before it is read."""
+
+    def inputs(folder: Path) -> st.SearchStrategy[bytes]:
+        path = folder / "pipeline" / name
+        return changed_bytes(path.read_bytes()) | changed_bytes(without_checksum(path))
+
+    return inputs
+
+
+def without_checksum(path: Path) -> bytes:
+    import pyarrow.parquet
+
+    from data.formats.checksum import LENGTH
+
+    if path.suffix == ".parquet":
+        plain = BytesIO()
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).replace_schema_metadata(None), plain)
+        return plain.getvalue()
+    content = path.read_bytes()
+    return content[:-LENGTH] if b"CRC-32" in content[-LENGTH:] else content
 
 
 RAW = [
@@ -444,6 +465,7 @@ RAW = [
     {"puzzle_id": "p", "attempt": 1, "hinted": False, "sent": 0.5},
     {"puzzle_id": "p", "attempt": 1, "hinted": False, "error": "e"},
     {"puzzle_id": "q", "attempt": 1, "hinted": True, "lost": 0.5, "error": "e"},
+    sealed_row({"puzzle_id": "q", "attempt": 2, "hinted": False, "text": "t"}),
 ]
 ANSWERED = [
     {"settings": {"a": 1}},

@@ -115,6 +115,7 @@ def training_jobs(pipeline: Path) -> dict[str, Job]:
     given = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet")
     given += ("--reward", f"{pipeline / 'rewards.py'}:fewer_letters", *SMALL_GRPO, "--engine", "torch")
     given += ("--reward-workers", 1, "--save-every", 3, "--steps", 8, "--date", "2026-11-27", "--keep-checkpoints", 9)
+    given += ("--hang-seconds", 90)  # so soon the ranks name one that was killed before it had joined
 
     def grpo(*more: object) -> Callable[[Path], tuple]:
         return lambda folder: (*given, *more, "--out", folder / "run")

@@ -12,17 +12,24 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from tests.campaign.cases import Skipped
+from tests.campaign.cases import Skipped, until
 from tests.campaign.jobs import an_endpoint, make_bench
+from tests.campaign.relay import Line, line_to
 from tests.campaign.running import Running
+from tests.helpers.commands import ROOT, command_of, rank_commands
+from tests.helpers.forked import ForkedProcess
 from tests.helpers.nodes import Launched, torchrun, two_nodes
 
 CASES = (
     *("endpoint: closes", "ranks: delay", "endpoint: hangs", "ranks: link goes", "endpoint: half replies"),
     *("ranks: drops packets", "sampler: link goes", "sampler: delay", "evaluation through a bad proxy"),
+    *("line to the launch's store", "line to the sync store", "line to an endpoint"),
 )
+LAST = ("stall", "reset")
+"""What a line does from a moment on; whoever depends on it must end with a sentence."""
 HANG_SECONDS = 30
 STEPS = 8
 
@@ -39,6 +46,8 @@ def play(bench, name: str, rng: random.Random, folder: Path) -> str:
     who, _, what = name.partition(": ")
     if who == "endpoint":
         return distill_through(bench, what, rng, folder)
+    if who.startswith("line"):
+        return over_a_line(bench, name, rng, folder)
     if who.startswith("evaluation"):
         return evaluate_through(bench, rng, folder)
     return on_two_nodes(bench, who == "sampler", what, rng, folder)
@@ -136,6 +145,115 @@ def evaluate_through(bench, rng: random.Random, folder: Path) -> str:
     name = "eval/predictions.jsonl"
     assert (folder / name).read_bytes() == (whole / name).read_bytes()
     return f"{turn + 1} calls"
+
+
+# ---- a relay in the line
+
+
+def over_a_line(bench, name: str, rng: random.Random, folder: Path) -> str:
+    """A relay (tests/campaign/relay.py) delays, throttles, loses for a while, stalls or resets.
+
+    Slow: the unbroken numbers. Stalled or reset: a sentence within the limit, and --resume gives the unbroken numbers.
+    """
+    how = rng.choice(("delay", "rate", "loss", *LAST))
+    order = {"delay": f"delay {rng.uniform(0.01, 0.1)}", "rate": f"rate {rng.randint(30_000, 300_000)}"}
+    order["loss"] = f"loss {rng.uniform(0.005, 0.05)}"
+    play = {"line to the launch's store": launch_store, "line to the sync store": sync_store}.get(name, endpoint)
+    return f"{how}: {play(bench, how, order.get(how, how), rng, folder)}"
+
+
+def endpoint(bench, how: str, order: str, rng: random.Random, folder: Path) -> str:
+    """A distillation whose endpoint is at the other end of the line, which is mended after it was stalled or reset."""
+    server, whole = an_endpoint(bench.folder / "pipeline"), bench.whole("distill, endpoint")
+    given = ("--puzzles", bench.folder / "pipeline/puzzles/test.parquet", "--out", folder / "t.jsonl", "--teacher")
+    given += ("openai", "--model", "m", "--temperature", 1, "--candidates", 4, "--concurrency", rng.choice((1, 4, 16)))
+    given += ("--backoff-seconds", 0.05, "--timeout-seconds", 5, "--retries", 30)
+    try:
+        with line_to(server.http.server_address[1]) as line:
+            line.does("pass" if how in LAST else order)
+            running = Running("distill", *given, "--base-url", f"http://127.0.0.1:{line.port}/v1", log=folder / "log")
+            if how in LAST:
+                until(lambda: len(server.bodies) > 2 or not running.alive(), 60, "the first answers")
+                line.does(order)
+                time.sleep(rng.uniform(0.5, 8))
+                line.does("pass")
+            code = running.end()
+    finally:
+        server.close()
+    assert code == 0, running.output[-3000:]
+    assert (folder / "t.jsonl").read_bytes() == (whole / "t.jsonl").read_bytes()
+    rows = [json.loads(row) for row in (folder / "t.raw.jsonl").read_text().splitlines()]
+    keys = [(row["puzzle_id"], row["attempt"], row["hinted"]) for row in rows if "text" in row]
+    assert len(set(keys)) == len(keys), "a response was recorded twice"
+    return "the same traces"
+
+
+def launch_store(bench, how: str, order: str, rng: random.Random, folder: Path) -> str:
+    """Rank 1 reaches the store of the launch (its heartbeat, the meeting of all ranks) over the line."""
+    commands, store = rank_commands(command_of("grpo", words_of(bench, "grpo 2 ranks", how, folder), None, ROOT), 2)
+    with line_to(store.port) as line:
+        commands[1].env["MASTER_PORT"] = str(line.port)
+        return ranks_over(bench, "grpo 2 ranks", line, commands, how, order, rng, folder)
+
+
+def sync_store(bench, how: str, order: str, rng: random.Random, folder: Path) -> str:
+    """The sampler reaches the run's own store (orders, rollouts, the adapter's meeting) over the line."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = words_of(bench, "grpo split", how, folder, "--sync-port", port)
+    with line_to(port) as line:
+        # rank 1 starts the sampler's process with the address that it was told
+        script = folder / "grpo.py"
+        script.write_text(
+            "import runpy\nimport trainer.start.sampler as sampler\nfrom rollout.link import Address\n"
+            f"sampler.Address = lambda **told: Address(**told | {{'port': {line.port}}})\n"
+            f"runpy.run_path({str(ROOT / 'launch/grpo.py')!r}, run_name='__main__')\n"
+        )
+        commands, _store = rank_commands(command_of("grpo", words, None, ROOT), 2)
+        commands[1] = replace(commands[1], script=script)
+        return ranks_over(bench, "grpo split", line, commands, how, order, rng, folder)
+
+
+def words_of(bench, name: str, how: str, folder: Path, *more: object) -> list:
+    """The options of a run; of one whose line will end, without an end of its own."""
+    words = [*bench.jobs[name].words(folder / "job"), *more, "--hang-seconds", HANG_SECONDS]
+    return [*words, "--steps", 100_000] if how in LAST else words
+
+
+def ranks_over(
+    bench, name: str, line: Line, commands: list, how: str, order: str, rng: random.Random, folder: Path
+) -> str:
+    """Play a run of two ranks over a line, and what must hold."""
+    whole, job, log = bench.whole(name), bench.jobs[name], folder / "log"
+    line.does("pass" if how in LAST else order)
+    with open(log, "ab") as handle:
+        ranks = [ForkedProcess(command, handle.fileno(), handle.fileno()) for command in commands]
+
+    def alive() -> bool:
+        return any(rank.poll() is None for rank in ranks)
+
+    try:
+        if how not in LAST:
+            until(lambda: not alive(), 8 * HANG_SECONDS, "the end of a run over a slow line")
+            assert [rank.returncode for rank in ranks] == [0, 0], log.read_text(errors="replace")[-3000:]
+            job.same(folder / "job", whole)
+            return "the unbroken numbers"
+        until(lambda: "step 1/" in log.read_text(errors="replace") or not alive(), 4 * HANG_SECONDS, "the first step")
+        time.sleep(rng.uniform(0, 2))
+        line.does(order)
+        began = time.monotonic()
+        until(lambda: not alive(), 4 * HANG_SECONDS + 60, "both ranks' end")
+        said = log.read_text(errors="replace")
+        assert all(rank.returncode for rank in ranks), "a rank calls it a success"
+        assert "Traceback" not in said, said[-3000:]
+        named = [text for text in said.splitlines() if "rank 1" in text or "store" in text or "sampler" in text]
+        assert named, f"nobody is named: {said[-3000:]}"
+        return f"both ended within {HANG_SECONDS * (1 + int((time.monotonic() - began) // HANG_SECONDS))} s"
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill_group()
 
 
 # ---- two nodes

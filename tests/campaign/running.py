@@ -18,9 +18,9 @@ HANGS = 180.0
 """Seconds after which a command counts as hanging; the machine may be busy."""
 GONE = 30.0
 """Seconds that the processes of a killed command have to be gone."""
-ALONE = 60.0
-"""Seconds after which the ranks that are left get SIGTERM, which torchrun sends at once: one whose peer was killed before
-it had joined waits 300 s for it, and names it then."""
+ALONE = 120.0
+"""Seconds after which the ranks that are left get SIGTERM, which torchrun sends at once: they have --hang-seconds to name
+one that was killed."""
 REFUSED = 2
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 assert all(os.environ.get(name) == value for name, value in THREADS.items()), f"start the campaign with {THREADS}"

@@ -66,7 +66,7 @@ def test_workers_file_order_and_hash_seed_do_not_matter(atlases, expected, tmp_p
     done = build(*words(atlases[::-1]), "--out", out, *SIZES, "--format", "both", "--workers", 3, hash_seed="2")
     assert done.returncode == 0, done.stderr
     assert contents(out) == expected and len(expected) == 8
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.status.json"]
     assert read_puzzles(out / "train.parquet") == read_puzzles(out / "train.jsonl")
 
 
@@ -98,7 +98,7 @@ def test_a_killed_build_goes_on_where_it_was(atlases, expected, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished earlier") == len(finished)
     assert contents(out) == expected
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.status.json"]
 
 
 def test_finished_files_are_kept_when_a_later_one_is_refused(atlases, tmp_path):

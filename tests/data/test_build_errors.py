@@ -190,7 +190,7 @@ def test_the_folder_one_stands_in_and_none(tmp_path, atlas):
     done = command("--h5ad", atlas, "--out", ".", *SIZES, cwd=here)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(here)) == ["labels.json", "report.json", "test.parquet", "train.parquet", "unseen.parquet"]
-    assert os.listdir(tmp_path) == ["here"]
+    assert sorted(os.listdir(tmp_path)) == ["here", "here.status.json"]
     for out in ("", "/"):
         done = command("--h5ad", atlas, "--out", out, *SIZES, cwd=here)
         assert (

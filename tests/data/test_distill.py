@@ -23,6 +23,7 @@ from data.distill.meter import TEMPLATE_TOKENS, Meter
 from data.distill.report import acceptance_table, make_report
 from data.distill.responses import RawFile, prompts_hash
 from data.errors import RunError
+from data.files import sealed_row
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from reward.cellpuzzles import batch_reward
@@ -367,7 +368,7 @@ def test_a_raw_file_is_never_overwritten_by_mistake(tmp_path):
         opened(path, resume=True)
     (tmp_path / "killed.raw.jsonl").write_text('{"sett')  # before its first line was written
     with opened(tmp_path / "killed.raw.jsonl") as raw:
-        assert raw.path.read_text() == json.dumps({"settings": SETTINGS}) + "\n"
+        assert raw.path.read_text() == json.dumps(sealed_row({"settings": SETTINGS})) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from data.errors import UserError
+from data.status.notify import note_the_kill
+from data.status.status import RunStatus
 from rollout import Rollout
 from trainer.packing import ScoredGroup, scored_groups
 from trainer.ranks import world
-from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, RunStatus, Watch
+from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, Watch
 from trainer.ranks.world import from_bytes, to_bytes
-from trainer.record.notify import note_the_kill
 
 ROLLOUT = Rollout(
     puzzle_id="p\u2028 \ud800",
@@ -96,7 +97,7 @@ def test_the_owner_is_told_for_whom_a_rank_waits(monkeypatch):
 
 
 def test_status_has_the_mean_of_the_last_steps_and_the_wait(tmp_path):
-    status = RunStatus(tmp_path, "")
+    status = RunStatus(tmp_path)
     for step in range(1, 26):
         status.step(step, 30, 100.0 if step <= 5 else float(step))  # the last 20: 6 to 25
     status.waits("rank 1")
@@ -114,7 +115,7 @@ def test_a_rank_that_dies_when_all_is_done_and_saved_fails_nobody(tmp_path, monk
     def closed() -> None:
         raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:9090")
 
-    status = RunStatus(tmp_path, "")
+    status = RunStatus(tmp_path)
     alone = world.World(rank=0, size=1, device=torch.device("cpu"), store=None, watch=None, sampler=None)
     alone.listeners.append(status)
     monkeypatch.setattr(world, "_joined", alone)
@@ -128,12 +129,12 @@ def test_a_rank_that_dies_when_all_is_done_and_saved_fails_nobody(tmp_path, monk
 
 def test_a_folder_that_was_removed_is_not_made_again_for_its_status(tmp_path):
     (tmp_path / "run").mkdir()
-    status = RunStatus(tmp_path / "run", "")
+    status = RunStatus(tmp_path / "run", proof=tmp_path / "run/config.json")
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(UserError, match="run: was removed while the run was writing there"):
         status.step(1, 2, 0.5)
     status.end(None)
-    note_the_kill(tmp_path / "run/status.json")
+    note_the_kill(tmp_path / "run/status.json", "killed")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # a checkpoint has made the folder again
     with pytest.raises(UserError, match="run: was removed"):
@@ -146,7 +147,7 @@ def test_a_rank_that_dies_before_the_ranks_meet_at_the_end_is_told(tmp_path, mon
     def lost(what: str) -> None:
         raise RankLost("rank 1 died")
 
-    status = RunStatus(tmp_path, "")
+    status = RunStatus(tmp_path)
     alone = world.World(rank=0, size=1, device=torch.device("cpu"), store=None, watch=None, sampler=None)
     alone.listeners.append(status)
     monkeypatch.setattr(world, "_joined", alone)

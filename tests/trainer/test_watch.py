@@ -10,9 +10,12 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from rollout import RunError
+from rollout.link import Address
 from tests.helpers.commands import ROOT
 from trainer.ranks import watch as watching
-from trainer.ranks.watch import JOIN_SECONDS, Beat, Watch, is_gone, stacks
+from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, Beat, Watch, is_gone, stacks
+from trainer.start.sampler import START, _notice
 
 
 @pytest.fixture
@@ -77,11 +80,42 @@ def test_a_failure_and_a_rank_that_never_came(watch):
         watch.judge([beat(2, failed="ValueError: no")], now)
         == "rank 2 on node 1 (far, process 1) failed in phase 'update' of step 3: ValueError: no"
     )
-    assert watch.judge([beat(2)], now + JOIN_SECONDS - 1) == ""
+    assert watch.judge([beat(2)], now + 59) == ""
     assert (
-        watch.judge([beat(2, number=9)], now + JOIN_SECONDS + 1)
-        == f"rank 1 has not joined in {JOIN_SECONDS:.0f} s: look at what its launcher printed"
+        watch.judge([beat(2, number=9)], now + 61)
+        == "rank 1 has not joined in 60 s (--hang-seconds 60): look at what its launcher printed"
     )
+    watch.hang_seconds = 1800
+    assert watch.judge([], now + JOIN_SECONDS - 1) == ""
+    assert (
+        watch.judge([], now + JOIN_SECONDS + 1)
+        == f"ranks 1, 2 have not joined in {JOIN_SECONDS:.0f} s: look at what its launcher printed"
+    )
+
+
+def test_who_is_late_is_said_once_and_before_the_end(watch, capsys):
+    for after in (LATE_SECONDS - 1, LATE_SECONDS + 1, LATE_SECONDS + 2):
+        watch.tell_who_is_late([beat(2)], watch.began + after)
+    assert capsys.readouterr().err == "note: rank 1 has not joined after 30 s; all others wait\n"
+
+
+@pytest.mark.slow(14)
+def test_a_rank_that_was_killed_before_it_joined_is_named_within_the_hang_limit():
+    """Found by the campaign: the others waited 300 s, whatever --hang-seconds was."""
+    code = "import sys; from rollout import RunError; from trainer.ranks.world import join_world\ntry: join_world(hang_seconds=3)"
+    code += "\nexcept RunError as error: sys.exit(str(error))"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    says = ("rank 1 has not joined in 3 s (--hang-seconds 3): look at what its launcher printed", f"127.0.0.1:{port}")
+    for rank, said in enumerate(says):  # no launcher holds the store, as under Slurm: rank 0 does
+        env = os.environ | {name: str(value) for name, value in ({"RANK": rank, "LOCAL_RANK": rank} | common).items()}
+        alone = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert alone.returncode == 1 and said in alone.stderr and "Traceback" not in alone.stderr, alone.stderr
+    assert "where rank 0 holds the store of the launch" in alone.stderr
 
 
 def test_stacks_begin_with_the_main_thread():
@@ -182,3 +216,24 @@ def test_a_rank_whose_collective_fails_names_the_silent_store_and_can_end(silent
     assert "has not answered for" in silent.explain(RuntimeError("[pair.cc] timed out"))
     silent.close("lost")  # returns, although its last word cannot be sent
     silent.leave_store()
+
+
+def test_a_sampler_whose_keeper_is_gone_ends_before_it_imports_anything_large():
+    """Found by the campaign: on a busy machine it lived on for over 30 s, until it had imported torch."""
+    words = [sys.executable, "-X", "importtime", "-c", START, "1"]  # process 1 is not its parent
+    done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "data.processes" in done.stderr and "torch" not in done.stderr
+
+
+def test_a_keeper_whose_line_to_the_trainers_store_is_reset_says_so():
+    """Found by the campaign: a traceback of torch's store."""
+
+    class Reset:
+        def check(self, keys: list[str]) -> bool:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    address = Address(host="10.0.0.1", port=7, token="secret")
+    with pytest.raises(
+        RunError, match=r"sampler 3: the trainers' store at 10\.0\.0\.1:7 is gone \(Connection reset by peer\)"
+    ):
+        _notice(Reset(), "e3/g0/lost", address, 3)

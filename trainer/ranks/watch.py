@@ -3,32 +3,24 @@
 A thread per rank writes its heartbeat once a second and reads the heartbeats of the others. If a rank died, failed or
 hangs, the others reach a verdict: one sentence with rank, node and phase. The main thread then has a few seconds to
 stop by itself (a collective with a dead peer usually raises), and the process ends. Without the watch the other ranks
-would wait for a collective's time-out of half an hour, which does not name the rank. `RunStatus` tells the owner of the run.
+would wait for a collective's time-out of half an hour, which does not name the rank.
 """
 
-import datetime
 import faulthandler
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from data.errors import UserError
-from data.files import unlock_folder, write_whole
-from data.processes import module_environment
 from rollout import RunError
 
 BEAT_SECONDS = 1.0
@@ -36,7 +28,9 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 10.0
 """A rank without a heartbeat for this long counts as dead."""
 JOIN_SECONDS = 300.0
-"""A rank that has sent no heartbeat this long after the start of this rank is named as missing."""
+"""A rank that has sent no heartbeat this long after the start of this rank is lost; after --hang-seconds where that is less."""
+LATE_SECONDS = 30.0
+"""After so long rank 0 says for which ranks all wait: one that was killed before it had joined cannot say it itself."""
 MEET_SECONDS = 0.1
 """Time between two looks at who has come to a meeting."""
 GOODBYE_SECONDS = 60.0
@@ -49,8 +43,6 @@ GRACE_SECONDS = 8.0
 """Time from the verdict to the end of the process."""
 WAITING_SECONDS = 10.0
 """A wait for another rank that lasts so long is written to status.json."""
-NOTIFY_SECONDS = 60.0
-"""How long a run that is over waits for the command of --notify, which goes on after that."""
 
 
 class RankLost(RunError):
@@ -118,7 +110,7 @@ class Watch:
         """Called, at most every WAITING_SECONDS, with whom this rank has been waiting for as long."""
         self.on_lost: Callable[[BaseException], None] = lambda error: None
         """Called before the process is ended because the main thread is stuck."""
-        self.last_told = self.began
+        self.last_told, self.late_told = self.began, False
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
         self.over = threading.Event()
         self.rounds = self.unanswered = 0
@@ -205,6 +197,7 @@ class Watch:
                 if not self.verdict:
                     self.verdict = self.judge(beats, time.monotonic())
                 self.tell_who_is_waited_for(beats)
+                self.tell_who_is_late(beats, time.monotonic())
             except RuntimeError as error:  # the base of every error of torch.distributed
                 self.verdict = (
                     f"the store of the launch does not answer: the launcher of node 0 is gone ({first_line(error)})"
@@ -256,9 +249,10 @@ class Watch:
                 return f"{beat} died in {beat.place()}: no sign of life for {now - heard:.0f} s"
             elif beat.host == self.me.host and is_gone(beat.pid):
                 return f"{beat} died in {beat.place()}: its process is gone"
-        missing = sorted(set(range(self.size)) - {beat.rank for beat in beats} - {self.me.rank})
-        if missing and now - self.began > JOIN_SECONDS:
-            return f"rank {missing[0]} has not joined in {JOIN_SECONDS:.0f} s: look at what its launcher printed"
+        missing, limit = self.missing(beats), min(JOIN_SECONDS, self.hang_seconds)
+        if missing and now - self.began > limit:
+            why = f" (--hang-seconds {self.hang_seconds:g})" if limit < JOIN_SECONDS else ""
+            return f"{missing} not joined in {limit:.0f} s{why}: look at what its launcher printed"
         everyone = sorted([*beats, self.me], key=lambda beat: beat.rank)
         alive = [beat for beat in everyone if not beat.done]
         stuck = [beat for beat in alive if beat.seconds > self.hang_seconds]
@@ -274,6 +268,20 @@ class Watch:
             f"{first}{others} hangs in {first.place()}: no progress for {first.seconds:.0f} s (--hang-seconds "
             f"{self.hang_seconds:g})" + (f", waiting for {first.waiting}" if first.waiting else "")
         )
+
+    def missing(self, beats: list[Beat]) -> str:
+        """ "rank 1 has", "ranks 1, 3 have": those of which nothing was ever heard; "" when all have joined."""
+        ranks = sorted(set(range(self.size)) - {beat.rank for beat in beats} - {self.me.rank})
+        numbers = ", ".join(map(str, ranks))
+        return (f"ranks {numbers} have" if len(ranks) > 1 else f"rank {numbers} has") if ranks else ""
+
+    def tell_who_is_late(self, beats: list[Beat], now: float) -> None:
+        """Rank 0 says once on which ranks the start waits."""
+        if self.me.rank or self.late_told or now - self.began < LATE_SECONDS:
+            return
+        if missing := self.missing(beats):
+            say(f"note: {missing} not joined after {LATE_SECONDS:.0f} s; all others wait")
+        self.late_told = True
 
     def tell_who_is_waited_for(self, beats: list[Beat]) -> None:
         """Call on_wait when this rank has been waiting for long. beats: of the other ranks."""
@@ -346,75 +354,3 @@ def first_line(error: BaseException) -> str:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-# ---- what a run tells its owner
-
-
-class RunStatus:
-    """OUT/status.json, which rank 0 rewrites whole after every step, and --notify. The keys are in trainer/README.md."""
-
-    def __init__(self, out: Path, notify: str) -> None:
-        """notify: a shell command to run at the end, or ""."""
-        self.path, self.lock, self.stopping, self.written = out / "status.json", threading.Lock(), False, False
-        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps
-        self.shown: dict[str, Any] = {"state": "running", "step": None, "steps": None, "seconds_per_step": None}
-        self.shown |= {"seconds_left": None, "waiting_for": "", "error": "", "exit_code": None}
-        self.shown |= {"host": socket.gethostname(), "process": os.getpid(), "began": utc_now()}
-        self.write()
-        self.messenger = None
-        if notify:
-            self.messenger = subprocess.Popen(
-                [sys.executable, "-m", "trainer.record.notify"],
-                stdin=subprocess.PIPE,
-                env=module_environment(),
-                start_new_session=True,  # what ends this run must not end it
-            )
-            self.tell({"command": notify, "status": str(self.path.resolve())})
-
-    def write(self, **changes: Any) -> None:
-        """Change some values and rewrite the file. Any thread may call it. Raises UserError when it cannot be written."""
-        with self.lock:
-            # else the folder would come back, with what is written from now on: without its record it is no run
-            if self.written and not (self.path.is_file() or self.path.with_name("config.json").is_file()):
-                raise UserError(f"{self.path.parent}: was removed while the run was writing there; start it again")
-            self.shown |= {**changes, "updated": utc_now()}
-            write_whole(self.path, json.dumps(self.shown, indent=1, ensure_ascii=False) + "\n")
-            self.written = True
-
-    def step(self, step: int, steps: int, seconds: float) -> None:
-        """A step, counted from 1, took so many seconds."""
-        self.recent.append(seconds)
-        mean = sum(self.recent) / len(self.recent)
-        rate = {"seconds_per_step": round(mean, 3), "seconds_left": round(mean * (steps - step), 1)}
-        self.write(step=step, steps=steps, **rate, waiting_for="")
-
-    def waits(self, who: str) -> None:
-        """The watch says for whom this rank has been waiting."""
-        with suppress(UserError):  # the disk is full: the run itself will say so
-            self.write(waiting_for=who)
-
-    def end(self, error: BaseException | None) -> None:
-        """The run is over. Waits for the command of --notify."""
-        cut = self.stopping and self.shown["step"] != self.shown["steps"]
-        state = "failed" if error else "stopped" if cut else "finished"
-        code = 0 if error is None else 2 if isinstance(error, UserError) else 1
-        text = " ".join(f"{type(error).__name__ + ': ' if code == 1 else ''}{error}".split()) if error else ""
-        with suppress(UserError):
-            self.write(state=state, error=text, exit_code=code, waiting_for="", seconds_left=None if error else 0.0)
-        unlock_folder(self.path.parent)  # before the command, which may start the run again
-        if self.messenger is not None:
-            self.tell({name: self.shown[name] for name in ("state", "error", "exit_code", "step", "steps")})
-            with suppress(subprocess.TimeoutExpired):
-                self.messenger.wait(timeout=NOTIFY_SECONDS)
-            self.messenger = None
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send a line to the process that runs the command."""
-        with suppress(OSError):  # it is gone
-            self.messenger.stdin.write((json.dumps(message) + "\n").encode())
-            self.messenger.stdin.flush()
-
-
-def utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

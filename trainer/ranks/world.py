@@ -30,9 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
 from data.files import unlock_folders
-from rollout import Rollout
+from data.status.status import RunStatus
+from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
-from trainer.ranks.watch import RankLost, RunStatus, Watch, first_line
+from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch, first_line
 
 HANG_SECONDS = 1800.0
 TENSOR, KIND = "\0tensor", "\0kind"
@@ -337,21 +338,28 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if samplers >= size:
         raise UserError(f"--sampler-ranks {samplers}: the launch has {size} ranks, and at least one must train")
-    # the one store of the whole launch. torch's listens on every interface of the machine: a world of one needs no port
-    store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", rank, size))[0]
+    # torch's store listens on every interface of the machine: a world of one needs no port
+    store = dist.HashStore() if size == 1 else store_of_launch(rank, size, hang_seconds)
     # prefixes keep our keys apart from those of torch.distributed in the same store
     watch = Watch(dist.PrefixStore("cellpuzzles", store), rank, size, hang_seconds) if size > 1 else None
     trainers = size - samplers
     if rank < trainers:
         # gloo beside NCCL: it carries CPU tensors, such as the bytes of all_gather_bytes
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=dist.PrefixStore("trainers", store),
-            rank=rank,
-            world_size=trainers,
-            # the watch ends a hanging run long before this; a world of one has no watch and needs some bound
-            timeout=timedelta(seconds=2 * hang_seconds),
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=dist.PrefixStore("trainers", store),
+                rank=rank,
+                world_size=trainers,
+                # the watch ends a hanging run long before this; a world of one has no watch and needs some bound
+                timeout=timedelta(seconds=2 * hang_seconds),
+            )
+        except RuntimeError as error:  # another rank died or never came: the watch knows which
+            verdict = watch.explain(error) if watch is not None and is_collective_failure(error) else ""
+            if not verdict:
+                raise
+            watch.close(failed=verdict)
+            raise RankLost(f"{watch.me} stops in {watch.me.place()}: {verdict}") from None
     _joined = World(
         rank=min(rank, trainers - 1),
         size=trainers,
@@ -361,6 +369,31 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
         sampler=None if rank < trainers else rank - trainers,
     )
     return _joined
+
+
+def store_of_launch(rank: int, size: int, hang_seconds: float) -> dist.Store:
+    """The one store of the whole launch: torchrun's, or where no launcher has one (Slurm's srun), the one that rank 0 opens.
+
+    Raises UserError when rank 0 cannot open it, RunError when another rank does not find it.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return next(dist.rendezvous("env://", rank, size))[0]
+    host, port, seconds = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), min(JOIN_SECONDS, hang_seconds)
+    try:
+        # torch's own rendezvous waits half an hour for the other ranks, in rank 0 and in native code, and names none of them
+        store = dist.TCPStore(
+            host, port, size, rank == 0, timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+        if rank == 0:
+            raise UserError(f"{where}: cannot be opened ({first_line(error)}); name another port") from None
+        raise RunError(
+            f"rank {rank}: nobody answered in {seconds:.0f} s at {where}, where rank 0 holds the store of the launch: look at "
+            "what its launcher printed"
+        ) from None
+    store.set_timeout(dist.default_pg_timeout)
+    return store
 
 
 def leave_world() -> None:

@@ -47,7 +47,7 @@ from data.files import (
     sha256,
     write_whole,
 )
-from trainer.ranks.watch import RunStatus
+from data.status.status import RunStatus
 from trainer.ranks.world import World, load_moments, moments_of
 
 if TYPE_CHECKING:  # these import transformers, which eval/report does not need
@@ -59,6 +59,8 @@ if TYPE_CHECKING:  # these import transformers, which eval/report does not need
 C = TypeVar("C")
 BESIDE = "beside/"
 """Begins the names of a companion's tensors in MOMENTS."""
+KILLED = "the process of rank 0 was killed, or ended without a word; --resume goes on from the newest checkpoint"
+"""The error in status.json of a run that was killed."""
 FINISHED = "finished.json"
 """File of a run folder that is written last, when all steps are made."""
 STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
@@ -254,7 +256,7 @@ def open_run(config: Any, world: World) -> Path:
         record |= {key: model_hashes(str(getattr(config, key))) for key in MODELS if getattr(config, key, None)}
         record |= {"reward": reward_hash(config), **provenance()}
         write_json(out / "config.json", sealed(record))
-        status = RunStatus(out, config.notify)
+        status = RunStatus(out, config.notify, proof=out / "config.json", killed=KILLED)
         world.listeners.append(status)
         if world.watch is not None:
             world.watch.on_wait, world.watch.on_lost = status.waits, status.end

@@ -54,7 +54,7 @@ class StepLog:
             **figures,
         }
         for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
-            append_rows(self.out / f"{name}.jsonl", lines)
+            append_rows(self.out / f"{name}.jsonl", lines, seal=name == "rollouts")  # they are read again
         clock.world.step_made(step, self.cfg.steps, seconds)
         self.loggers.write(step, {**metrics, **times})
         reward = "none" if metrics["reward"] is None else f"{metrics['reward']:+.3f}"

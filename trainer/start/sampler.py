@@ -1,8 +1,8 @@
 """A rank that only samples (--placement split): a keeper process, and the sampler process that the keeper starts.
 
 The keeper is the rank that torchrun started. It sends heartbeats, restarts the sampler and reports its death. It loads
-no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`python -m
-trainer.start.sampler`) reads its settings and the run's token from standard input. It ends with its keeper.
+no model itself: so a sampler can die and be restarted without torchrun ending the run. The sampler process (`START`)
+reads its settings and the run's token from standard input. It ends with its keeper.
 """
 
 import dataclasses
@@ -21,17 +21,21 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from data.processes import end_with_parent, module_environment
+from data.processes import module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
+from trainer.ranks.watch import first_line
 from trainer.ranks.world import World, own_device
 from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
+START = "import sys; from data.processes import end_with_parent; end_with_parent(int(sys.argv[1]))"
+START += "; from trainer.start.sampler import main; main()"
+"""Run by the sampler process. It ends with its keeper from the first: the imports alone can take half a minute."""
 
 
 def keep_sampler(cfg: OnlineConfig, world: World) -> None:
@@ -45,7 +49,7 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
     store = join_store(address, f"sampler {engine}")
     for generation in range(cfg.restart_samplers + 1):
         lost = f"e{engine}/g{generation}/lost"
-        lost_text = partial(read_notice, store, lost, address.token)
+        lost_text = partial(_notice, store, lost, address, engine)
         me = SamplerProcess(engine=engine, member=member, members=cfg.tensor_parallel, generation=generation)
         process = _start(cfg, address, me)
         reader = threading.Thread(target=_listen, args=(process.stdout, world), daemon=True)
@@ -78,9 +82,19 @@ def _await(store: dist.Store, key: str) -> bytes:
     return store.get(key)
 
 
+def _notice(store: dist.Store, key: str, address: Address, engine: int) -> str | None:
+    """A notice in the trainers' store; None without one. Raises RunError when the store is gone."""
+    try:
+        return read_notice(store, key, address.token)
+    except dist.DistError as error:
+        raise RunError(
+            f"sampler {engine}: the trainers' store at {address.host}:{address.port} is gone ({first_line(error)}): rank 0 has "
+            "ended, or the network to it"
+        ) from None
+
+
 def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subprocess.Popen:
     spec = {
-        "keeper": os.getpid(),
         # what GRPO and PPO share is all that a sampler needs
         "config": {field.name: getattr(cfg, field.name) for field in dataclasses.fields(OnlineConfig)},
         "address": vars(address),
@@ -90,7 +104,7 @@ def _start(cfg: OnlineConfig, address: Address, me: SamplerProcess) -> subproces
     env = module_environment() | {"LOCAL_RANK": os.environ["LOCAL_RANK"]}
     env |= {"RANK": str(me.member), "WORLD_SIZE": str(cfg.tensor_parallel)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.start.sampler"],
+        [sys.executable, "-c", START, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,7 +136,6 @@ def _listen(lines: IO[str], world: World) -> None:
 def main() -> None:
     """Load the model, then carry out the trainers' orders until the last."""
     spec = json.loads(sys.stdin.readline())
-    end_with_parent(spec["keeper"])
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     cfg, address = OnlineConfig(**spec["config"]), Address(**spec["address"])
     device = own_device(int(os.environ["LOCAL_RANK"]), spec["local_size"])
@@ -196,7 +209,3 @@ def make_engine(cfg: OnlineConfig, me: SamplerProcess, device: torch.device) -> 
 def report_status(phase: str, step: int, waiting: str = "") -> None:
     """Tell the keeper, on standard output, what this process does. step: 1-based, 0 for none."""
     print(STATUS + json.dumps({"phase": phase, "step": step, "waiting": waiting}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

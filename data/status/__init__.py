@@ -1,0 +1,1 @@
+"""What a command tells its owner."""
