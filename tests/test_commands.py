@@ -141,7 +141,7 @@ sys.exit(3)
 """
 STARTS_IT = """
 import json, os, subprocess, sys
-for words in ([sys.argv[1], "a b"], ["-u", "-m", "child"], ["-c", "import sys; sys.exit(4)"]):
+for words in ([sys.argv[1], "a b"], ["-u", "-m", "child"], ["-c", "import child", "a b"], ["-B", "-c", ""]):
     for more in ({"cwd": sys.argv[2]}, {"start_new_session": True}):
         env = os.environ | {"OWN": "1", "STARTED_BY": str(os.getpid()), "PYTHONPATH": os.path.dirname(sys.argv[1])}
         done = subprocess.run([sys.executable, *words], input="given", capture_output=True, text=True, env=env, **more)
@@ -165,7 +165,7 @@ def test_what_a_forked_command_starts_is_forked_too_and_its_own_child(script, tm
     )
     assert real.stderr == forked.stderr == ""
     expected, found = ([json.loads(line) for line in done.stdout.splitlines()] for done in (real, forked))
-    assert [code for code, _, _ in expected] == [3, 3, 3, 3, 4, 4, -signal.SIGKILL]
+    assert [code for code, _, _ in expected] == [3, 3, 3, 3, 3, 3, 0, 0, -signal.SIGKILL]
     for mine, theirs in zip(expected, found, strict=True):
         assert (mine[0], mine[2]) == (theirs[0], theirs[2])
         sees, of_fork = (json.loads(text) if text else {} for text in (mine[1], theirs[1]))

@@ -110,9 +110,9 @@ class ForkServer:
         )
         if self.requests is None:
             self.start()
-        request = {"script": str(command.script), "is_module": isinstance(command.script, str), "unbuffered": False}
+        request = {"script": str(command.script), "flag": "-m" * isinstance(command.script, str)}
         request |= {"arguments": command.arguments, "cwd": str(command.cwd), "env": env, "node": command.node}
-        request |= {"starts_others": command.starts_others}
+        request |= {"starts_others": command.starts_others, "unbuffered": False}
         receiver, sender = os.pipe()
         socket.send_fds(self.requests, [json.dumps(request).encode()], [*streams, sender])
         os.close(sender)

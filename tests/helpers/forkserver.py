@@ -142,7 +142,7 @@ def report(pipe: int, number: int) -> None:
 def become(
     request: dict[str, Any], streams: list[int], library_path: list[str], set_by_libraries: dict[str, str]
 ) -> None:
-    """Make this copy what `python SCRIPT ARGUMENTS`, or `python -m MODULE ARGUMENTS`, is before its first line."""
+    """Make this copy what `python SCRIPT ARGUMENTS`, or one with -m MODULE or -c CODE, is before its first line."""
     for place, stream in enumerate(streams):
         os.dup2(stream, place)
         os.close(stream)
@@ -152,12 +152,13 @@ def become(
     os.environ.clear()
     os.environ.update(set_by_libraries | request["env"])
     own = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
-    first = request["cwd"] if request["is_module"] else str(Path(request["script"]).parent)
+    flag, script, arguments = request["flag"], request["script"], request["arguments"]
+    first = {"": str(Path(script).parent), "-m": request["cwd"], "-c": ""}[flag]
     sys.path[:] = [first, *own, *library_path]
-    sys.argv[:] = [request["script"], *request["arguments"]]
+    sys.argv[:] = ["-c" if flag == "-c" else script, *arguments]
     sys.stdout.reconfigure(line_buffering=request["unbuffered"])
-    words = ["-m"] * request["is_module"] + sys.argv
-    sys.modules["setproctitle"].setproctitle(" ".join([sys.executable, *words]))  # for who looks it up in /proc
+    words = [sys.executable, *[flag] * bool(flag), script, *arguments]
+    sys.modules["setproctitle"].setproctitle(" ".join(words))  # for who looks it up in /proc
     random.seed()  # the global generators of a fresh process differ from run to run
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].seed()
@@ -183,7 +184,7 @@ def print_traceback(kind: type[BaseException], error: BaseException, traceback: 
 def fork_children() -> tuple[dict[str, Any], list[int]] | None:
     """Fork a server for the processes that this command starts, before it has threads or makes tensors.
 
-    From here on subprocess.Popen asks that server for `python SCRIPT` and `python -m MODULE`, and starts all else as always.
+    From here on subprocess.Popen asks that server for `python SCRIPT`, with -m or -c too, and starts all else as always.
     Returns None in the command; a request and its standard streams in a copy that has become the command's child.
     """
     library = ctypes.CDLL(None)
@@ -249,7 +250,7 @@ def ask_instead_of_starting(requests: socket.socket) -> None:
 
 
 def program_of(words: Any) -> dict[str, Any] | None:
-    """{script, is_module, arguments, unbuffered, starts_others} of a command line, when it is a Python program's."""
+    """{script, flag, arguments, unbuffered, starts_others} of a command line, when it is a Python program's."""
     if isinstance(words, str | bytes | os.PathLike):
         return None
     python, *words = map(os.fspath, words)
@@ -257,26 +258,28 @@ def program_of(words: Any) -> dict[str, Any] | None:
         return None
     unbuffered = words[:1] == ["-u"]
     words = words[unbuffered:]
-    is_module = words[:1] == ["-m"]
-    words = words[is_module:]
-    if not words or not (is_module or words[0].endswith(".py")):
+    flag = words[0] if words[:1] in (["-m"], ["-c"]) else ""
+    words = words[bool(flag) :]
+    if not words or not (flag or words[0].endswith(".py")):
         return None
-    request = {"script": words[0], "is_module": is_module, "arguments": words[1:], "unbuffered": unbuffered}
+    request = {"script": words[0], "flag": flag, "arguments": words[1:], "unbuffered": unbuffered}
     return request | {"starts_others": words[0] == "torch.distributed.run" or "--placement" in words}
 
 
-def run(script: str, is_module: bool) -> None:
-    """Run a file or a module as `__main__`. What it raises goes on to the interpreter, as in any other process."""
+def run(script: str, flag: str) -> None:
+    """Run a file, a module or code as `__main__`. What it raises goes on to the interpreter, as in any other process."""
     global exit_code
     try:
-        if is_module:
+        if flag == "-m":
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
             sys.modules["__main__"] = main = types.ModuleType("__main__")
-            vars(main).update(__file__=script, __cached__=None, __annotations__={})
-            with open(script, "rb") as handle:
-                program = compile(handle.read(), script, "exec")
-            exec(program, vars(main))
+            if not flag:
+                vars(main).update(__file__=script, __cached__=None)
+                with open(script, "rb") as handle:
+                    program = compile(handle.read(), script, "exec")
+            vars(main).update(__annotations__={})
+            exec(script if flag else program, vars(main))
         exit_code = 0
     except SystemExit as ending:
         exit_code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
@@ -309,7 +312,7 @@ def start() -> None:
         request, streams = todo
         become(request, streams, library_path, set_by_libraries)
         todo = fork_children() if request["starts_others"] else None
-    run(request["script"], request["is_module"])
+    run(request["script"], request["flag"])
 
 
 if __name__ == "__main__":
