@@ -1,5 +1,6 @@
 """Child processes: an environment without torchrun's variables, no descriptors of ours, an end together with the parent."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,6 +30,8 @@ LAUNCHER_PREFIX = "TORCHELASTIC_"
 PR_SET_PDEATHSIG = 1
 """Linux, sys/prctl.h: choose the signal that a process receives when its parent ends."""
 POLL_SECONDS = 1.0
+M_MMAP_THRESHOLD = -3
+"""glibc, malloc.h: blocks of at least so many bytes are mapped one by one, and go back to the system when they are freed."""
 
 
 def environment_without_launcher() -> dict[str, str]:
@@ -65,6 +68,16 @@ def end_with_parent(parent: int) -> None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # the parent ended before the kernel knew what to do
         os._exit(1)
+
+
+def give_freed_memory_back(block: int = 4 << 20) -> None:
+    """Let freed blocks of at least `block` bytes go back to the system at once (glibc; elsewhere nothing is done).
+
+    By default glibc raises that limit to 32 MiB. Smaller blocks come from a heap, and tensors of other sizes in every
+    micro-batch leave holes in it: a run of SmolLM2 on a CPU grew from 9.5 to 13.9 GB in 25 steps.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not Linux, or another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, block)
 
 
 def _exit_after(parent: int) -> None:

@@ -85,3 +85,33 @@ def test_nothing_happens_while_the_parent_lives():
     words = [sys.executable, "-c", code, str(os.getpid())]
     done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+HOLES = """
+import os
+from pathlib import Path
+from data.processes import give_freed_memory_back
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+
+if {given}:
+    give_freed_memory_back()
+kept = []
+for _ in range(3):  # 40 blocks of 8 MiB, each with a small one behind it that stays
+    blocks = []
+    for _ in range(40):
+        blocks.append(bytes([1]) * (8 << 20))
+        kept.append(bytes([1]) * (100 << 10))
+    full = resident()
+    del blocks
+print(full - resident())
+"""
+
+
+def test_freed_blocks_go_back_to_the_system():
+    freed = {}
+    for given in (True, False):
+        words = [sys.executable, "-c", HOLES.format(given=given)]
+        freed[given] = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert freed[True] > 300 and freed[False] < 200, "MiB of 320"

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError
 from data.files import unlock_folders
+from data.processes import give_freed_memory_back
 from data.status.status import RunStatus
 from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
@@ -333,6 +334,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
         # in the environment, because vLLM reads these variables too
         os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
     device = own_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    if device.type == "cpu":
+        give_freed_memory_back()
     # when a peer is lost, NCCL would end this process before the watch can name the peer; the watch ends it as well
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
