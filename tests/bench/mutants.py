@@ -108,7 +108,7 @@ MUTANTS = [
     (FAILURES, "distillation=weight * kl_estimate", "distillation=kl_estimate"),
     (FAILURES, "taught = terms.mask & (micro", "taught = (micro"),
     (FAILURES, "taught = terms.mask & (micro.teacher_weight > 0)", "taught = terms.mask"),
-    (FAILURES, "micro.teacher_logprobs, terms.logprobs.detach())", "micro.teacher_logprobs, terms.logprobs * 0)"),
+    (FAILURES, "torch.where(taught, micro.teacher_logprobs, terms.logprobs.detach())", "micro.teacher_logprobs"),
     (FAILURES, "left = 1 - step / cfg.steps", "left = 1 - (step + 1) / cfg.steps"),
     (FAILURES, 'return row["parts"][PART] == 1', 'return row["parts"][PART] != 1'),
     (FAILURES, "if not right or not wrong:", "if not wrong:"),
