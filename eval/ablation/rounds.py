@@ -68,3 +68,7 @@ def draw_split(axes: Axes, rows: list[dict[str, Any]], split: str, by_tokens: bo
     if not by_tokens:
         axes.set_xticks(range(1 + max((len(row["points"]) for row in trained), default=0)))
     percent_axis(axes)
+    shown = [end for row in rows for point in row["points"] for end in point["interval"]]
+    if shown:  # points need no axis from 0, and the differences between them are small
+        axes.set_ylim(max(min(shown) - 0.04, -0.03), min(max(shown) + 0.04, 1.03))
+        axes.set_yticks([tick / 20 for tick in range(21) if axes.get_ylim()[0] <= tick / 20 <= axes.get_ylim()[1]])

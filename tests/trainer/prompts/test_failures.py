@@ -136,8 +136,10 @@ def test_a_step_is_replayed_bit_for_bit_with_its_ledger(whole, tmp_path):
 
 
 @pytest.mark.slow(5)
-def test_two_ranks_plain_packing_and_other_micro_batches_give_the_same_numbers(options, whole, tmp_path):
-    more = ("--packing", "plain", "--micro-tokens", 100, "--distill-schedule", "linear")
+@pytest.mark.parametrize("layout", [("--packing", "plain", "--micro-tokens", 100), ("--shard", "fsdp")])
+def test_two_ranks_in_another_layout_give_the_same_numbers(options, whole, tmp_path, layout):
+    """Under fsdp a rank with fewer lessons than the other, or none, goes through the same layers."""
+    more = (*layout, "--distill-schedule", "linear")
     succeed("grpo", *options, *more, "--out", tmp_path / "two", "--steps", 3, ranks=2)
     for one, two in zip(rows_of(whole / "metrics.jsonl"), rows_of(tmp_path / "two/metrics.jsonl"), strict=True):
         assert one["reward"] == two["reward"] and one["distill/responses"] == two["distill/responses"]
