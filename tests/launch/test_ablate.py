@@ -57,14 +57,17 @@ def test_a_configuration_is_trained_evaluated_and_drawn(pipeline, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.slow(150)
+@pytest.mark.slow(180)
 def test_commands_run_one_after_another_from_the_model_before(pipeline, tmp_path):
-    """The start as it is; a step of GRPO, then a round from the merged model. A random model: any answer is accepted."""
+    """The start as it is, which has the format; a step of GRPO, then a round from the merged model."""
     start = tmp_path / "start"
     shutil.copytree(pipeline, start)
-    shutil.copytree(pipeline / "base", start / "sft/model")
+    learn = "--lora-rank 0 --batch-size 8"
+    cold = (*learn.split(), "--traces", start / "traces.jsonl", "--model", start / "base", "--out", start / "sft")
+    succeed("sft", *cold, "--epochs", 25, "--lr", 3e-3, "--holdout", 0)
     small = " ".join(map(str, SMALL_GRPO))
-    learn = "--candidates 2 --limit 4 --max-response-tokens 16 --lora-rank 0 --batch-size 4 --lr 1e-3 --accept-at -1"
+    learn += " --lr 1e-3 --candidates 2 --limit 24 --max-response-tokens 64"
+    learn += " --accept reward.cellpuzzles:mixed_reward --accept-at 0.3"
     chain = (
         f"A chain=grpo --model {{sft}} --puzzles {{puzzles}} --steps 1 {small} "
         f"then selfdistill --model {{model}} --puzzles {{puzzles}} --rounds 1 {learn}"
