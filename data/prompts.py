@@ -52,6 +52,8 @@ CANDIDATES_HEAD = "Match the cells above to one of the following cell types:\n"
 CELL_CANDIDATES_HEAD = "Match the cell above to one of the following cell types:\n"
 OPEN_REQUEST = "Name the cell type of each cell above."
 LABEL_SEPARATOR = " | "
+ANSWER_SHOWN = "\n\nA correct answer to this puzzle is:\n{answer}\n\nNow answer the puzzle yourself."
+"""What follows the user message where a model is shown an answer before it gives its own (GRPO's --distill-failures)."""
 
 RESPONSE_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 RESPONSE_LAYOUT = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
@@ -95,6 +97,12 @@ def normalise_label(label: str) -> str:
 def chat(system_msg: str, user_msg: str) -> list[dict[str, str]]:
     """The chat turns for a tokenizer's chat template or an OpenAI-compatible endpoint."""
     return [{"role": "system", "content": system_msg}, {"role": "user", "content": user_msg}]
+
+
+def showing_an_answer(chat: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
+    """The turns of a puzzle's chat, with a correct answer to it at the end of the user message. answer: a whole response."""
+    *before, user = chat
+    return [*before, {**user, "content": user["content"] + ANSWER_SHOWN.format(answer=answer.strip())}]
 
 
 # ---- the same conversation as tokens of one model: the only place that renders a prompt or decodes a response

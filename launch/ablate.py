@@ -4,21 +4,28 @@
     python launch/ablate.py --recipe launch/recipes/fig5.yaml --only "C: PPO" --seeds 2     # a part, on another machine
 
 A configuration is one line, NAME=COMMAND, where COMMAND is a command of launch/ with its options, and {base}, {sft} and
-{puzzles} stand for what the demo stages made. Each run is a run folder of its own, OUT/NAME/seed-S: the same command
-goes on where it was stopped, and several machines can share OUT when each is given other runs.
+{puzzles} stand for what the demo stages made. COMMAND then COMMAND runs one after another: {model} is what the one before
+made. Each run is a folder of its own, OUT/NAME/seed-S: the same command goes on where it was stopped, and several machines
+can share OUT when each is given other runs.
 """
 
-import json
 from pathlib import Path
 
-from data.errors import UserError
-from data.files import lock_folder, unlock_folder, write_whole
-from data.puzzles import read_puzzles
-from eval.ablation.compare import Arm, ablation_markdown, compare_arms, read_arm
-from eval.ablation.figure import draw_arms
-from eval.ablation.settings import AblateConfig, filled, folder_name, read_arms
+from data.files import lock_folder, unlock_folder
+from eval.ablation.compare import read_arm
+from eval.ablation.made import Made, models_of, write_points
+from eval.ablation.results import write_results
+from eval.ablation.settings import (
+    START,
+    TRAINERS,
+    AblateConfig,
+    filled,
+    folder_name,
+    read_arms,
+    refuse_test_puzzles,
+)
 from eval.run_files import held_out_files
-from launch.demo import DemoConfig, base_model, evaluate_files, prepare, training_files
+from launch.demo import DemoConfig, base_model, evaluate_files, prepare, response_tokens, training_files
 from launch.options import command, resolve
 from launch.stages import begun, run_stage
 from trainer.record.runfolder import FINISHED, list_checkpoints
@@ -27,62 +34,64 @@ from trainer.record.runfolder import FINISHED, list_checkpoints
 @command(AblateConfig)
 def main(config: AblateConfig) -> None:
     """Train, evaluate and compare configurations; write OUT/ablation.md, ablation.json and ablation.png."""
-    commands = read_arms(config)
-    demo = start_of(config)
+    arms = read_arms(config)
+    demo = resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
     lock_folder(Path(config.start))  # two machines must not build the start at once
     prepare(demo)
     unlock_folder(Path(config.start))
-    files = held_out_files(Path(config.start))
-    paths = (base_model(demo), Path(config.start) / "sft/model", training_files(demo)[0])
+    out, files = Path(config.out), held_out_files(Path(config.start))
+    paths = {"base": base_model(demo), "sft": Path(config.start) / "sft/model", "puzzles": training_files(demo)[0]}
+    refuse_test_puzzles(arms, paths, files)
     for seed in config.seeds:  # all configurations of the first seed come first: they can be compared early
-        for name, words in commands.items():
+        for name, commands in arms.items():
             if name in config.only or not config.only:
-                run_arm(config, name, [filled(word, paths) for word in words], seed, files)
-    folders = {name: {seed: run_folder(config, name, seed) for seed in config.seeds} for name in commands}
-    write_results(config, [read_arm(name, of_seed) for name, of_seed in folders.items()], files)
-
-
-def start_of(config: AblateConfig) -> DemoConfig:
-    """The settings of the demo stages that all configurations start from."""
-    return resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
-
-
-def run_arm(config: AblateConfig, name: str, words: list[str], seed: int, files: list[str]) -> None:
-    """Train and evaluate one configuration with one seed, as far as that has not been done."""
-    run, stage, (verb, *given) = run_folder(config, name, seed), f"{name}, seed {seed}", words
-    run_stage(stage, run / FINISHED, verb, *begun(run), *given, out=run, seed=seed)
-    checkpoints = list_checkpoints(run)
-    # answers are cut where those of the training were
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
-    tokens = {"max_response_tokens": settings["max_response_tokens"]}
-    for checkpoint in checkpoints if config.curve_puzzles else ():
-        folder = run / "curve" / checkpoint.name
-        limits = {"puzzles": files[0], "limit": config.curve_puzzles, "out": folder}
-        run_stage(
-            f"{stage}, {checkpoint.name}", folder / "metrics.json", "evaluate", model=checkpoint, **limits, **tokens
-        )
-    evaluate_files(run / "eval", f"evaluate {stage}", files, config.eval_puzzles, model=checkpoints[-1], **tokens)
-
-
-def run_folder(config: AblateConfig, name: str, seed: int) -> Path:
-    return Path(config.out) / folder_name(name) / f"seed-{seed}"
-
-
-def write_results(config: AblateConfig, arms: list[Arm], files: list[str]) -> None:
-    """Write the tables, the numbers and the figure of all runs that are there, and print the tables."""
-    out = Path(config.out)
-    arms = [arm for arm in arms if arm.runs]
-    if not arms:
-        raise UserError(f"{out}: no configuration has run yet; run this command without --only")
-    found = {}
-    for file in files:
-        puzzles = read_puzzles(file)[: config.eval_puzzles]
-        found[Path(file).stem] = compare_arms(arms, Path(file).stem, puzzles)
-    text = ablation_markdown(found, arms[0].name)
-    write_whole(out / "ablation.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_whole(out / "ablation.md", text)
-    draw_arms(arms, found, out / "ablation.png")
+                folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
+                made = run_arm(folder, stage, commands, seed, paths)
+                evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
+    folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
+    text = write_results(out, [read_arm(*arm) for arm in folders.items()], files, config.eval_puzzles)
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
+
+
+def run_arm(folder: Path, stage: str, commands: list[list[str]], seed: int, paths: dict[str, Path]) -> list[Made]:
+    """Run the commands of a configuration with one seed, as far as that has not been done; returns all models they made."""
+    made: list[Made] = []
+    model = paths["sft"]
+    for number, words in enumerate(commands, start=1):
+        run, named = (folder, stage) if len(commands) == 1 else (folder / f"command-{number}", f"{stage}, {words[0]}")
+        verb, *given = filled(words, paths | {"model": model})
+        if verb != START:
+            again = begun(run) if verb in TRAINERS else []  # selfdistill goes on by itself
+            run_stage(named, run / FINISHED, verb, *again, *given, out=run, seed=seed)
+        made += models_of(verb, run, list_checkpoints(run)[-1] if verb in TRAINERS else model)
+        model = made[-1].model
+        if verb in TRAINERS and commands[number:]:  # a command starts from one checkpoint, not from an adapter on one
+            # in float32 nothing of the adapter is rounded away
+            one = {"model": model, "out": run / "merged", "dtype": "float32"}
+            run_stage(f"{named}, merge", run / "merged/config.json", "export", **one)
+            model = run / "merged"
+    return made
+
+
+def evaluate_arm(
+    config: AblateConfig, folder: Path, stage: str, made: list[Made], files: list[str], longest: int
+) -> None:
+    """Evaluate every model of a configuration with one seed. longest: response tokens of a model that was not trained here."""
+    folders = [*(folder / "models" / f"{number:02d}" for number in range(1, len(made))), folder / "eval"]
+    for one, into in zip(made, folders, strict=True):
+        # answers are cut where those of the training were
+        cut = {"model": one.model, "max_response_tokens": one.longest or longest}
+        evaluate_files(into, f"evaluate {stage}, {one.name}", files, config.eval_puzzles, **cut)
+    if config.samples:
+        several = {"samples": config.samples, "puzzles": files[0], "limit": config.eval_puzzles}
+        run_stage(
+            f"sample {stage}", folder / "samples/metrics.json", "evaluate", out=folder / "samples", **cut, **several
+        )
+    for checkpoint in list_checkpoints(folder) if config.curve_puzzles else ():
+        into = {"puzzles": files[0], "limit": config.curve_puzzles, "out": folder / "curve" / checkpoint.name}
+        into |= cut | {"model": checkpoint}
+        run_stage(f"{stage}, {checkpoint.name}", into["out"] / "metrics.json", "evaluate", **into)
+    write_points(folder, made, folders)
 
 
 if __name__ == "__main__":

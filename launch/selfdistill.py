@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.distill.report import OF_ROUND, round_row
 from data.distill.rounds import OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
 from data.errors import UserError
 from data.files import lock_folder, write_whole
@@ -15,8 +16,7 @@ from data.puzzles import read_puzzles
 from data.status.status import reporting
 from launch.options import command, flag
 from launch.stages import begun, run_stage
-
-SHOWN = ("batch_accuracy", "cell_accuracy", "format_validity", "response_length")
+from trainer.record.runfolder import FINISHED
 
 
 @command(SelfDistillConfig)
@@ -41,6 +41,7 @@ def main(config: SelfDistillConfig) -> None:
             write_json(out / "rounds.json", rows)
             print_rows(rows)
             report.progress(number, config.rounds)
+        write_json(out / FINISHED, {"rounds": config.rounds, "model": str(teacher)})
     print(f"last model: {teacher}")
 
 
@@ -92,22 +93,9 @@ def evaluate(config: SelfDistillConfig, model: Path, folder: Path) -> dict[str, 
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def round_row(number: int, metrics: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
-    """A row of rounds.json. report: of the distillation; None for the first teacher."""
-    row: dict[str, Any] = {"round": number, **{name: metrics[name] for name in SHOWN if name in metrics}}
-    if report is None:
-        return row
-    row |= {"acceptance": report["acceptance"], "accepted": report["puzzles_accepted"]}
-    if found := report.get("workflow"):
-        # the accuracy of the final assignments, `workflow`, is the ceiling of what a round can teach
-        row |= {"answers": found["answers"]["batch_accuracy"], "vote": found["vote"]["batch_accuracy"]}
-        row |= {"workflow": found["final"]["batch_accuracy"], "sampled_tokens": report["tokens"]["completion"]}
-    return row
-
-
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Print rounds.json as a table."""
-    columns = ["round", *SHOWN, "acceptance", *(name for name in ("vote", "workflow") if name in rows[-1])]
+    columns = ["round", *OF_ROUND, "acceptance", *(name for name in ("vote", "workflow") if name in rows[-1])]
     print("\n" + "".join(f"{name:>17}" for name in columns))
     for row in rows:
         cells = [row.get(name, "-") for name in columns]

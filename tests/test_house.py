@@ -87,8 +87,8 @@ def test_what_a_step_runs_through_is_short():
     step = [MODULES[name] for name in MODULES if MODULES[name].parent == ROOT / "trainer"]
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
-    assert sum(map(lines, step)) <= 3550  # of which a tenth is comments
-    assert len(reach("trainer.grpo")) <= 41
+    assert sum(map(lines, step)) <= 3600  # of which a tenth is comments
+    assert len(reach("trainer.grpo")) <= 42
 
 
 def test_what_a_ppo_step_runs_through_is_mostly_grpos():

@@ -55,7 +55,16 @@ LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
 RANGES = {
     "at least 0": (
         *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
-        *("max_staleness", "restart_samplers", "nodes", "ranks_per_node", "rank_gib", "clip_high", "correction_floor"),
+        *(
+            "distill_failures",
+            "max_staleness",
+            "restart_samplers",
+            "nodes",
+            "ranks_per_node",
+            "rank_gib",
+            "clip_high",
+            "correction_floor",
+        ),
     ),
     "at least 1": (
         *(
@@ -372,6 +381,14 @@ class GrpoConfig(OnlineConfig):
     updates_per_batch: int = optimizing(1, "Optimizer steps per sampled batch; 1 is on-policy, the ratio is exactly 1.")
     advantage: str = objective("grpo", "Group advantage estimator.", ("grpo", "dr_grpo", "rloo"))
     advantage_eps: float = objective(1e-6, "Added to the group's standard deviation.")
+    distill_failures: float = objective(
+        0.0,
+        "Weight of a second loss in a wrong response whose group has a right one: at each token, the reverse KL of the policy "
+        "to itself when it is shown the right one; 0: off (trainer/prompts/failures.py).",
+    )
+    distill_schedule: str = objective(
+        "constant", "That weight over the run: the same, or falling evenly to 0 over --steps.", ("constant", "linear")
+    )
     oversample: int = sampling(
         1,
         "Dynamic sampling (DAPO): groups of equal rewards, which teach nothing, are replaced by groups of other prompts until "
@@ -382,6 +399,10 @@ class GrpoConfig(OnlineConfig):
         super().__post_init__()
         alone = "at least 2: a response alone has none to be compared with, and nothing would be learnt"
         check_numbers(self, {alone: ("group_size",), "at least 1": ("updates_per_batch",)})
+        if self.distill_schedule != "constant" and not self.distill_failures:
+            raise UserError(
+                f"--distill-schedule {self.distill_schedule}: of what weight? Give it with --distill-failures, such as 0.1"
+            )
         if self.oversample > 1 and self.max_staleness:
             raise UserError(
                 f"--oversample {self.oversample} and --max-staleness {self.max_staleness}: groups that come later would be of a "

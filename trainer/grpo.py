@@ -43,6 +43,7 @@ from trainer.packing import (
 )
 from trainer.policy import Policy, Prompt
 from trainer.prompts.choice import prompts_of_step, replace_equal_groups
+from trainer.prompts.failures import teach_failures, with_distillation
 from trainer.prompts.validation import HeldOut, fill_ranks
 from trainer.ranks.world import World, full_tensor, guarded, join_world, leave_world, local_shard
 from trainer.record.bundle import StepInputs, StepRecord, write_bundle
@@ -110,7 +111,9 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         sampled, oversampling = replace_equal_groups(sampled, more, run.prompts, cfg, step)
         # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         clock.enter("update")
-        sums, figures = update(now, sampled)
+        # ---- with --distill-failures: what the policy, shown a right answer, makes of the wrong ones beside it
+        taught = teach_failures(now, run.prompts, sampled)
+        sums, figures = update(now, taught.groups)
         # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")
         identity = hand_over(engine, policy, canary, version=step + 1)
@@ -119,8 +122,9 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
         if log is not None:
-            all_rows = [row for group in sampled for row in group.rows]
-            metrics = step_metrics(step + 1, all_rows, sums, cfg, identity) | oversampling | validation
+            all_rows = [row for group in taught.groups for row in group.rows]
+            metrics = step_metrics(step + 1, all_rows, sums, cfg, identity) | oversampling
+            metrics |= taught.metrics(sums, cfg) | validation
             log.write(metrics, all_rows, clock, engine.seconds, figures)
         if is_last(run, ahead, now, sampled):
             break
@@ -407,7 +411,7 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
         norm=cfg.max_response_tokens,  # constant over the run
         dtype=logprobs.dtype,  # float64 in the ledger
     )
-    return grpo_terms(
+    terms = grpo_terms(
         logprobs=logprobs,
         old_logprobs=micro.old_logprobs,
         ref_logprobs=micro.ref_logprobs,
@@ -426,6 +430,7 @@ def terms_of(logprobs: Tensor, micro: MicroBatch, denominators: Denominators, cf
         correction_floor=cfg.correction_floor,
         surrogate=cfg.surrogate,
     )
+    return with_distillation(terms, micro)
 
 
 def reference_logprobs(policy: Policy, micro: MicroBatch, cfg: OnlineConfig) -> Tensor | None:

@@ -32,6 +32,7 @@ SUMMED = (
     "is_weight_squared",
     "tokens",
     "entropy",
+    "distill_loss",
 )
 
 
@@ -54,8 +55,8 @@ class TokenSums:
             difference = (terms.old_logprobs - terms.sampler_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
             weight = torch.where(terms.mask, difference.exp(), torch.zeros_like(difference))
             values = {
-                "loss": loss,  # of policy gradient and KL
-                "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(),  # without the KL
+                "loss": loss,  # of all terms
+                "pg_loss": (terms.weight * terms.surrogate * terms.correction).sum(),  # without KL and distillation
                 "kl": terms.kl.sum(),  # before the factor beta
                 **{
                     f"clip_{name}": (terms.mask & (terms.clip == code)).sum() for code, name in enumerate(CLIPS) if name
@@ -69,6 +70,8 @@ class TokenSums:
             }
             if terms.entropy is not None:
                 values["entropy"] = terms.entropy[terms.mask].sum()
+            if terms.distillation is not None:
+                values["distill_loss"] = (terms.weight * terms.distillation).sum()
             self.unread.append({**values, "mismatch_max": difference.abs().max()})
 
     def read(self) -> None:
@@ -76,9 +79,10 @@ class TokenSums:
         if not self.unread:
             return
         # one copy from the device, which waits for it
-        rows = torch.stack([torch.stack([v.detach().double() for v in row.values()]) for row in self.unread]).tolist()
-        for row, numbers in zip(self.unread, rows, strict=True):
-            found = dict(zip(row, numbers, strict=True))
+        numbers = torch.stack([v.detach().double() for row in self.unread for v in row.values()]).tolist()
+        left = iter(numbers)
+        for row in self.unread:
+            found = {name: next(left) for name in row}
             self.mismatch_max = max(self.mismatch_max, found.pop("mismatch_max", 0.0))
             for name, number in found.items():
                 self.sums[name] += number

@@ -155,8 +155,7 @@ def aggregation_weights(
         return weights / mask.sum(-1, keepdim=True).clamp(min=1) / max(n_rows, 1)
     if mode == "seq-mean-token-sum":  # a response counts by its length, and every token the same
         return weights / max(n_rows, 1)
-    # Dr.GRPO (arXiv:2503.20783): a constant instead of the length. A caller that cuts the batch up must give norm:
-    # the default T is the longest response of this micro-batch only
+    # Dr.GRPO (arXiv:2503.20783): a constant instead of the length. T is of this micro-batch only: a cut-up batch needs norm
     return weights / max(n_rows, 1) / (mask.shape[-1] if norm is None else norm)
 
 
@@ -207,11 +206,14 @@ class LossTerms:
     beta: float
     entropy: Tensor | None = None
     """[N,T] nats, with --entropy; no part of the loss."""
+    distillation: Tensor | None = None
+    """[N,T] with --distill-failures: its weight times the KL to the policy that is shown a right answer, else 0."""
 
     @property
     def contribution(self) -> Tensor:
         """[N,T] each token's share of the step's loss; a response's, or a group's, share is the sum over its tokens."""
-        return self.weight * (self.surrogate * self.correction + self.beta * self.kl)
+        of_token = self.surrogate * self.correction + self.beta * self.kl
+        return self.weight * (of_token if self.distillation is None else of_token + self.distillation)
 
     @property
     def loss(self) -> Tensor:

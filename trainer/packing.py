@@ -198,6 +198,10 @@ class MicroBatch:
     """[N,T] of the critic before the batch's first optimizer step (PPO only)."""
     returns: Tensor | None = None
     """[N,T] what the critic learns (PPO only)."""
+    teacher_logprobs: Tensor | None = None
+    """[N,T] of the policy that is shown a right answer (--distill-failures); None in a step without one."""
+    teacher_weight: Tensor | None = None
+    """[N,T] of the term that they make; 0 in responses without a teacher."""
 
     @property
     def is_filler(self) -> bool:
@@ -238,7 +242,7 @@ class ScoredGroup:
     trained: Tensor
     """[G] bool"""
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
-    """{field of MicroBatch: G tensors of a number per response token}; PPO's, whose advantages are among them."""
+    """{field of MicroBatch: G tensors of a number per response token}: PPO's, with its advantages; a teacher's."""
 
     @property
     def size(self) -> tuple[int, list[int]]:

@@ -24,6 +24,8 @@ DETAILS = 20
 """Largest number of details listed under a reason."""
 SHOWN = 8
 """Largest number of values of a group in the printed table."""
+OF_ROUND = ("batch_accuracy", "cell_accuracy", "format_validity", "response_length")
+"""Metrics of the held-out puzzles in a row of rounds.json (launch/selfdistill.py)."""
 
 
 def headline(draws: Draws, seed: int) -> dict[str, Any]:
@@ -174,3 +176,16 @@ def workflow_line(found: dict[str, Any]) -> str:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write the report as JSON, completely or not at all."""
     write_whole(path, json.dumps(report, indent=1) + "\n")
+
+
+def round_row(number: int, metrics: dict[str, Any], report: dict[str, Any] | None) -> dict[str, Any]:
+    """A row of rounds.json. report: of the distillation; None for the first teacher."""
+    row: dict[str, Any] = {"round": number, **{name: metrics[name] for name in OF_ROUND if name in metrics}}
+    if report is None:
+        return row
+    row |= {"acceptance": report["acceptance"], "accepted": report["puzzles_accepted"]}
+    if found := report.get("workflow"):
+        # the accuracy of the final assignments, `workflow`, is the ceiling of what a round can teach
+        row |= {"answers": found["answers"]["batch_accuracy"], "vote": found["vote"]["batch_accuracy"]}
+        row |= {"workflow": found["final"]["batch_accuracy"], "sampled_tokens": report["tokens"]["completion"]}
+    return row

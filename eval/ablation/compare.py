@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from data.errors import UserError
+from data.prompts import normalise_label
 from data.puzzles import Puzzle
+from eval.ablation.made import Point, read_points
 from eval.bootstrap import intervals, paired
 from eval.evaluation import puzzles_digest
 from eval.metrics import PuzzleScore, match_rows, metrics_of, read_predictions, scores_of
@@ -28,6 +30,10 @@ class Run:
     """Folder with SPLIT/metrics.json and SPLIT/predictions.jsonl of the trained model."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, batch accuracy on test puzzles) of the checkpoints that were evaluated."""
+    points: list[Point] = field(default_factory=list)
+    """Its models in the order in which they were made; the last is the one in `evaluated`."""
+    samples: Path | None = None
+    """Folder of several answers of the last model to each puzzle, where there are some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,32 +54,46 @@ def read_arm(name: str, folders: dict[int, Path]) -> Arm:
         curve = [
             (int(file.parent.name.removeprefix("step-")), read_result(file)["batch_accuracy"]) for file in checkpoints
         ]
-        steps = read_steps(folder / "metrics.jsonl")
-        runs.append(Run(seed=seed, steps=steps, evaluated=folder / "eval", curve=curve))
+        samples = folder / "samples" if (folder / "samples/metrics.json").is_file() else None
+        runs.append(
+            Run(
+                seed=seed,
+                steps=read_steps(folder / "metrics.jsonl"),  # [] for several commands
+                evaluated=folder / "eval",
+                curve=curve,
+                points=read_points(folder),
+                samples=samples,
+            )
+        )
     return Arm(name=name, runs=runs)
 
 
 def scores_of_arm(arm: Arm, split: str, puzzles: Sequence[Puzzle]) -> list[list[PuzzleScore]]:
-    """[P][seeds] scores of a configuration's answers. Raises UserError when a run answered other puzzles."""
-    of_seed = []
-    for run in arm.runs:
-        folder = run.evaluated / split
+    """[P][seeds] scores of the answers of a configuration's last models."""
+    return scores_in([run.evaluated for run in arm.runs], split, puzzles)
+
+
+def scores_in(evaluated: Sequence[Path], split: str, puzzles: Sequence[Puzzle]) -> list[list[PuzzleScore]]:
+    """[P][folders] scores of the answers in each FOLDER/SPLIT. Raises UserError when they are to other puzzles."""
+    found = []
+    for whole in evaluated:
+        folder = whole / split
         known = (read_result(folder / "metrics.json").get("puzzles") or {}).get("digest")
         if known != puzzles_digest(puzzles):
-            raise UserError(
-                f"{folder}: evaluated on other puzzles than the other runs; remove {run.evaluated} and run again"
-            )
+            raise UserError(f"{folder}: evaluated on other puzzles than the other runs; remove {whole} and run again")
         rows = match_rows(read_predictions(folder / "predictions.jsonl"), puzzles, f"{folder}: ")
-        of_seed.append([firsts[0] for firsts in scores_of(rows, puzzles)[1]])
-    return [list(of_puzzle) for of_puzzle in zip(*of_seed, strict=True)]
+        found.append([firsts[0] for firsts in scores_of(rows, puzzles)[1]])
+    return [list(of_puzzle) for of_puzzle in zip(*found, strict=True)]
 
 
 def compare_arms(arms: Sequence[Arm], split: str, puzzles: Sequence[Puzzle], seed: int = 0) -> list[dict[str, Any]]:
-    """One row per configuration: {name, seeds, metrics, intervals, by_seed, against}.
+    """One row per configuration: {name, seeds, metrics, intervals, by_seed, against, sampled, by_size, points}.
 
     metrics: mean over seeds and puzzles. intervals: 95 %, bootstrap over puzzles of the mean over the seeds, so that they
     cover the choice of puzzles but not the choice of seeds, which by_seed shows ({metric: [value per seed]}). against:
-    eval.bootstrap.paired with the first configuration, on the same puzzles; absent for the first.
+    eval.bootstrap.paired with the first configuration, on the same puzzles; absent for the first. by_size: {cells of a puzzle:
+    batch accuracy}. sampled: response tokens sampled for the training, mean over seeds; points: see points_of. Both are absent
+    where a run does not know its points.
     """
     scores = [scores_of_arm(arm, split, puzzles) for arm in arms]
     rows = []
@@ -85,38 +105,64 @@ def compare_arms(arms: Sequence[Arm], split: str, puzzles: Sequence[Puzzle], see
             "metrics": {name: float(np.mean([one[name] for one in by_seed])) for name in SHOWN},
             "by_seed": {name: [one[name] for one in by_seed] for name in SHOWN},
             "intervals": intervals(ours, puzzles, seed),
+            "by_size": by_size(ours),
         }
+        if all(run.points for run in arm.runs):
+            row["sampled"] = float(np.mean([run.points[-1].sampled for run in arm.runs]))
+            row["points"] = points_of(arm, split, puzzles, seed)
         if ours is not scores[0]:
             row["against"] = paired(ours, scores[0], puzzles, seed)
         rows.append(row)
     return rows
 
 
-def ablation_markdown(found: dict[str, list[dict[str, Any]]], first: str) -> str:
-    """The tables of ablation.md. found: {split: rows of `compare_arms`}."""
-    parts = ["# Configurations compared\n"]
-    for split, rows in found.items():
-        lines = [
-            f"## {split}\n",
-            "| configuration | seeds | batch accuracy (95 %) | of each seed | cell accuracy | valid format | tokens | against "
-            f"{first} |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            values = row["metrics"]
-            low, high = row["intervals"]["batch_accuracy"]
-            seeds = ", ".join(f"{value:.3f}" for value in row["by_seed"]["batch_accuracy"])
-            against = "-"
-            if "against" in row:
-                pair = row["against"]["batch_accuracy"]
-                against = f"{pair['difference']:+.3f} [{pair['interval'][0]:+.3f}, {pair['interval'][1]:+.3f}]"
-            lines.append(
-                f"| {row['name']} | {len(row['seeds'])} | {values['batch_accuracy']:.3f} [{low:.3f}, {high:.3f}] | {seeds} | "
-                f"{values['cell_accuracy']:.3f} | {values['format_validity']:.3f} | {values['response_length']:.1f} | {against} |"
-            )
-        parts.append("\n".join(lines) + "\n")
-    parts.append(
-        "Intervals are bootstrap intervals over puzzles of the mean over seeds; `against` is the paired difference in batch "
-        "accuracy on the same puzzles. They do not cover the choice of seeds: see the values of each seed."
-    )
-    return "\n".join(parts) + "\n"
+def points_of(arm: Arm, split: str, puzzles: Sequence[Puzzle], seed: int = 0) -> list[dict[str, Any]]:
+    """One row per model that every seed of the configuration has made: {name, sampled, value, interval, by_seed, taught}.
+
+    value: batch accuracy, mean over seeds; interval: as in compare_arms; taught: means over seeds of Made.taught.
+    """
+    rows = []
+    for of_seed in zip(*(run.points for run in arm.runs), strict=False):
+        scores = scores_in([point.evaluated for point in of_seed], split, puzzles)
+        rows.append(
+            {
+                "name": of_seed[0].name,
+                "sampled": float(np.mean([point.sampled for point in of_seed])),
+                "value": float(np.mean([score.batch_right for of_puzzle in scores for score in of_puzzle])),
+                "interval": intervals(scores, puzzles, seed)["batch_accuracy"],
+                "by_seed": [
+                    float(np.mean([of_puzzle[i].batch_right for of_puzzle in scores])) for i in range(len(of_seed))
+                ],
+                "taught": {
+                    name: float(np.mean([point.taught[name] for point in of_seed])) for name in of_seed[0].taught
+                },
+            }
+        )
+    return rows
+
+
+def by_size(scores: Sequence[Sequence[PuzzleScore]]) -> dict[str, float]:
+    """{cells of a puzzle: batch accuracy on the puzzles of this size}. scores: [P][seeds]."""
+    flat = [score for of_puzzle in scores for score in of_puzzle]
+    sizes = sorted({score.n_cells for score in flat})
+    return {str(n): float(np.mean([score.batch_right for score in flat if score.n_cells == n])) for n in sizes}
+
+
+def variety(arm: Arm, puzzles: Sequence[Puzzle]) -> dict[str, float] | None:
+    """{k, distinct, right_once, mean} of k answers of the last models to each puzzle; None where a seed has none.
+
+    distinct: different answers (labels in cell order; all of an invalid format are one) among the k, right_once: share of the
+    puzzles with a right answer among them, mean: share of right answers; means over puzzles and seeds.
+    """
+    if not all(run.samples for run in arm.runs):
+        return None
+    counts, once, right, k = [], [], [], 0
+    for run in arm.runs:
+        rows = match_rows(read_predictions(run.samples / "predictions.jsonl"), puzzles, f"{run.samples}: ")
+        for of_puzzle in scores_of(rows, puzzles)[1]:
+            k = len(of_puzzle)
+            counts.append(len({tuple(map(normalise_label, score.labels)) for score in of_puzzle}))
+            once.append(any(score.batch_right for score in of_puzzle))
+            right.append(np.mean([score.batch_right for score in of_puzzle]))
+    names = ("distinct", "right_once", "mean")
+    return {"k": k, **{name: float(np.mean(x)) for name, x in zip(names, (counts, once, right), strict=True)}}

@@ -1,5 +1,6 @@
 """The settings of launch/ablate.py, and the configurations that they name."""
 
+import itertools
 import re
 import shlex
 from dataclasses import MISSING, dataclass
@@ -7,12 +8,19 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.options import option
+from data.puzzles import Puzzle, read_puzzles
 
 TRAINERS = ("grpo", "ppo")
+"""Commands of launch/ that leave checkpoints of an adapter."""
+VERBS = (*TRAINERS, "selfdistill")
 """Commands of launch/ that an arm may run."""
-PLACES = ("base", "sft", "puzzles")
-"""What a command of an arm may name in braces."""
-START, RUNS = "The common start", "The runs"
+START = "start"
+"""In the place of a command: the cold start as it is."""
+THEN = "then"
+"""The word between two commands of an arm."""
+PLACES = ("base", "sft", "puzzles", "model")
+"""What a command of an arm may name in braces; {model} is what the command before it made, for the first one {sft}."""
+COMMON, RUNS = "The common start", "The runs"
 """Headings of --help."""
 
 
@@ -21,7 +29,8 @@ class AblateConfig:
     out: str = option(MISSING, "Folder of all runs, the table and the figure.", section=RUNS)
     arms: tuple[str, ...] = option(
         (),
-        "A configuration, NAME=COMMAND; repeat for several. The first is the one that the others are compared with.",
+        "A configuration, NAME=COMMAND or NAME=COMMAND then COMMAND; repeat for several. The first is the one that the others "
+        "are compared with.",
         section=RUNS,
     )
     seeds: tuple[int, ...] = option((0, 1, 2), "Seeds of each configuration; repeat for several.", section=RUNS)
@@ -29,37 +38,48 @@ class AblateConfig:
         (), "Run only the configurations of these names; others are drawn as far as they have run.", section=RUNS
     )
     start: str = option(
-        "runs/demo", "Folder of the demo's stages up to SFT; made here if it is not there.", section=START
+        "runs/demo", "Folder of the demo's stages up to SFT; made here if it is not there.", section=COMMON
     )
     start_recipe: str | None = option(
-        None, "Recipe of launch/demo.py for the stages up to SFT; default: the demo's.", section=START
+        None, "Recipe of launch/demo.py for the stages up to SFT; default: the demo's.", section=COMMON
     )
     eval_puzzles: int = option(300, "Puzzles per held-out split that each trained model is evaluated on.", section=RUNS)
     curve_puzzles: int = option(
         0, "Held-out test puzzles that every kept checkpoint is evaluated on, for the curve; 0: none.", section=RUNS
     )
+    samples: int = option(
+        0,
+        "Answers (temperature 1) of each last model to a puzzle of the first split: how many differ, and is one right; 0: none.",
+        section=RUNS,
+    )
 
 
-def read_arms(config: AblateConfig) -> dict[str, list[str]]:
-    """{name: words of its command}. Raises UserError for a line that is no configuration."""
-    found: dict[str, list[str]] = {}
+def read_arms(config: AblateConfig) -> dict[str, list[list[str]]]:
+    """{name: the words of each of its commands}. Raises UserError for a line that is no configuration."""
+    found: dict[str, list[list[str]]] = {}
     for line in config.arms:
         name, _, words = line.partition("=")
         name = name.strip()
         try:
-            split = shlex.split(words)
+            commands = split_commands(shlex.split(words))
         except ValueError as error:  # a quotation mark without its partner
             raise UserError(f"--arms {line!r}: cannot be split into words ({error})") from None
-        if not name or not split or split[0] not in TRAINERS:
+        known = commands == [[START]] or all(command and command[0] in VERBS for command in commands)
+        if not name or not known:
             raise UserError(
-                f"--arms {line!r}: write NAME=COMMAND, with one of {', '.join(TRAINERS)} as the command, for example "
-                "'A: GRPO=grpo --model {sft}'"
+                f"--arms {line!r}: write NAME=COMMAND, with one of {', '.join(VERBS)} as the command, for example "
+                f"'A: GRPO=grpo --model {{sft}}', several of them with '{THEN}' between, or NAME={START}"
             )
         if unknown := set(re.findall(r"{(.*?)}", words)) - set(PLACES):
-            raise UserError(f"--arms {line!r}: {{{min(unknown)}}} is none of {{base}}, {{sft}} and {{puzzles}}")
+            raise UserError(f"--arms {line!r}: {{{min(unknown)}}} is none of {', '.join(map('{{{}}}'.format, PLACES))}")
+        for number, command in enumerate(commands[1:], start=2):
+            if not any("{model}" in word for word in command):
+                raise UserError(
+                    f"--arms {line!r}: command {number} would not go on from command {number - 1}; give it --model {{model}}"
+                )
         if name in found or folder_name(name) in map(folder_name, found):
             raise UserError(f"--arms {line!r}: another configuration has this name, or a folder of the same name")
-        found[name] = split
+        found[name] = commands
     if not found:
         raise UserError("--arms: name at least one configuration, or give --recipe launch/recipes/fig5.yaml")
     if wrong := [name for name in config.only if name not in found]:
@@ -67,13 +87,51 @@ def read_arms(config: AblateConfig) -> dict[str, list[str]]:
     return found
 
 
+def split_commands(words: list[str]) -> list[list[str]]:
+    """The words of each command.
+
+    >>> split_commands("grpo --model {sft} then selfdistill --model {model}".split())
+    [['grpo', '--model', '{sft}'], ['selfdistill', '--model', '{model}']]
+    """
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word == THEN:
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
 def folder_name(name: str) -> str:
     """A configuration's name as the name of a folder: "A: SFT + GRPO" -> "A-SFT-GRPO"."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") or "arm"
 
 
-def filled(word: str, paths: tuple[Path, ...]) -> str:
-    """A word of a command with the paths in the place of {base}, {sft} and {puzzles}."""
-    for name, path in zip(PLACES, paths, strict=True):
-        word = word.replace(f"{{{name}}}", str(path))
-    return word
+def filled(words: list[str], paths: dict[str, Path]) -> list[str]:
+    """The words of a command with paths in the place of {base}, {sft}, {puzzles} and {model}."""
+    for name, path in paths.items():
+        words = [word.replace(f"{{{name}}}", str(path)) for word in words]
+    return words
+
+
+def refuse_test_puzzles(arms: dict[str, list[list[str]]], paths: dict[str, Path], files: list[str]) -> None:
+    """Raises UserError when a command of an arm would train on a puzzle that the arms are compared on. files: of these."""
+    held_out = {content_of(puzzle): (file, puzzle.id) for file in files for puzzle in read_puzzles(file)}
+    checked: set[str] = set()
+    for name, commands in arms.items():
+        given = [filled(command, {**paths, "model": paths["sft"]}) for command in commands]
+        # both --puzzles FILE and --puzzles=FILE
+        words = [part for command in given for word in command for part in word.split("=", 1)]
+        for file in {value for flag, value in itertools.pairwise(words) if flag == "--puzzles"} - checked:
+            checked.add(file)
+            for puzzle in read_puzzles(file):
+                if (known := held_out.get(content_of(puzzle))) is not None:
+                    raise UserError(
+                        f"--arms {name}: it would train on puzzle {puzzle.id} of {file}, which is {known[1]} of {known[0]}, "
+                        "on which the configurations are compared; name training puzzles, such as {puzzles}"
+                    )
+
+
+def content_of(puzzle: Puzzle) -> tuple:
+    """What two puzzles share when they are the same one under two ids."""
+    return puzzle.context, tuple(map(tuple, puzzle.cells)), frozenset(puzzle.candidates)

@@ -15,9 +15,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TESTS = ("tests/trainer/test_objective.py", "tests/trainer/test_parity.py", "tests/trainer/ppo/test_terms.py")
+TESTS = (
+    *("tests/trainer/test_objective.py", "tests/trainer/test_parity.py", "tests/trainer/ppo/test_terms.py"),
+    "tests/trainer/prompts/test_distillation.py",
+)
 OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
 PPO, CRITIC = "trainer/ppo/ppo.py", "trainer/ppo/critic.py"
+FAILURES = "trainer/prompts/failures.py"
 SHARE = "self.surrogate * self.correction + self.beta * self.kl"
 MUTANTS = [
     # (file, original text, text of the mutant)
@@ -96,6 +100,23 @@ MUTANTS = [
     (OBJECTIVE, SHARE, "self.surrogate * self.correction - self.beta * self.kl"),
     (OBJECTIVE, SHARE, "self.surrogate + self.beta * self.kl"),
     (OBJECTIVE, SHARE, "(self.surrogate + self.beta * self.kl) * self.correction"),
+    (OBJECTIVE, "else of_token + self.distillation", "else of_token - self.distillation"),
+    (OBJECTIVE, "else of_token + self.distillation", "else of_token"),
+    (FAILURES, 'terms.logprobs, teacher, "k2")', 'terms.logprobs, teacher, "k1")'),
+    (FAILURES, 'terms.logprobs, teacher, "k2")', 'terms.logprobs, teacher, "k3")'),
+    (FAILURES, 'terms.logprobs, teacher, "k2")', 'terms.logprobs.detach(), teacher, "k2")'),
+    (FAILURES, "distillation=weight * kl_estimate", "distillation=kl_estimate"),
+    (FAILURES, "taught = terms.mask & (micro", "taught = (micro"),
+    (FAILURES, "taught = terms.mask & (micro.teacher_weight > 0)", "taught = terms.mask"),
+    (FAILURES, "torch.where(taught, micro.teacher_logprobs, terms.logprobs.detach())", "micro.teacher_logprobs"),
+    (FAILURES, "left = 1 - step / cfg.steps", "left = 1 - (step + 1) / cfg.steps"),
+    (FAILURES, 'return row["parts"][PART] == 1', 'return row["parts"][PART] != 1'),
+    (FAILURES, "if not right or not wrong:", "if not wrong:"),
+    (FAILURES, 'if row["reward"] is not None]', "]"),
+    (FAILURES, "group.rows[right[0]]", "group.rows[right[-1]]"),
+    (FAILURES, "<= room]", "< room]"),
+    (FAILURES, "cfg.max_prompt_tokens + cfg.max_response_tokens - len(shown)", "cfg.max_prompt_tokens - len(shown)"),
+    (FAILURES, "weights[i] = own, torch.full_like(own, weight)", "weights[i] = own, torch.ones_like(own)"),
     (OBJECTIVE, "old = logprobs.detach() if old_logprobs is None", "old = logprobs if old_logprobs is None"),
     (ADVANTAGES, "rewards - mean)", "mean - rewards)"),
     (ADVANTAGES, "torch.where(lowest == highest,", "torch.where(lowest != highest,"),

@@ -8,8 +8,11 @@ from PIL import Image
 
 from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
-from eval.ablation.compare import ablation_markdown, compare_arms, read_arm
+from eval.ablation.compare import compare_arms, points_of, read_arm, variety
 from eval.ablation.figure import draw_arms
+from eval.ablation.made import Made, models_of, read_points, write_points
+from eval.ablation.results import write_results
+from eval.ablation.tables import ablation_markdown
 from eval.evaluation import puzzles_digest
 from tests.helpers.endpoints import puzzle
 
@@ -74,3 +77,112 @@ def test_the_figure_is_a_picture_with_every_configuration(arms, tmp_path, curve)
         blue, orange = (31, 131, 201), (224, 134, 0)
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
         assert blue in colours and (orange in colours or curve)
+
+
+# ---- commands one after another, and rounds
+
+
+def made_points(folder: Path, taught: dict) -> Path:
+    """One seed of a configuration of two models: 1 and then 3 of the 4 puzzles right, for 100 and 250 tokens more."""
+    made_run(folder / "first", [True, False, False, False], [])
+    made_run(folder, [True, True, True, False], [])
+    (folder / "first/eval").rename(folder / "first/of")
+    (folder / "models").mkdir()
+    (folder / "first/of").rename(folder / "models/01")
+    models = [
+        Made(name="grpo", model=folder, sampled=100, longest=8),
+        Made(name="round 1", model=folder, sampled=250, longest=8, taught=taught),
+    ]
+    write_points(folder, models, [folder / "models/01", folder / "eval"])
+    return folder
+
+
+@pytest.fixture
+def chain(tmp_path):
+    start = made_run(tmp_path / "S/0", [True, False, False, False], [])
+    write_points(start, [Made(name="start", model=start, sampled=0, longest=None)], [start / "eval"])
+    folders = {seed: made_points(tmp_path / f"C/{seed}", {"workflow": share}) for seed, share in ((0, 0.5), (1, 0.7))}
+    return [read_arm("S", {0: start}), read_arm("C", folders)]
+
+
+def test_models_of_a_chain_with_what_they_cost(chain):
+    assert [(point.name, point.sampled) for point in chain[1].runs[0].points] == [("grpo", 100), ("round 1", 350)]
+    first, second = points_of(chain[1], "test", PUZZLES)
+    assert (first["value"], first["sampled"], first["taught"]) == (0.25, 100, {})
+    assert second["value"] == 0.75 and second["by_seed"] == [0.75, 0.75] and second["sampled"] == 350
+    assert (
+        second["taught"] == {"workflow": pytest.approx(0.6)} and second["interval"][0] < 0.75 <= second["interval"][1]
+    )
+    start, row = compare_arms(chain, "test", PUZZLES)
+    assert start["sampled"] == 0 and row["sampled"] == 350 and row["metrics"]["batch_accuracy"] == 0.75
+    text = ablation_markdown({"test": [start, row]}, "S")
+    assert "| against S | sampled tokens |" in text and "| C | round 1 | 350 | 0.750 [" in text
+    assert "| workflow |" in text and "| 0.600 |" in text
+
+
+def test_a_folder_of_an_older_version_has_no_points(arms):
+    assert read_points(Path("nowhere")) == [] and all(not run.points for arm in arms for run in arm.runs)
+    rows = compare_arms(arms, "test", PUZZLES)
+    assert all("sampled" not in row for row in rows) and "sampled tokens" not in ablation_markdown({"test": rows}, "A")
+
+
+def test_accuracy_by_size_is_of_the_puzzles_of_this_size(chain):
+    (start, _) = compare_arms(chain, "test", PUZZLES)
+    sizes = {str(len(p.cells)) for p in PUZZLES}
+    assert set(start["by_size"]) == sizes
+    if len(sizes) == 1:
+        assert start["by_size"][min(sizes)] == 0.25
+
+
+def test_how_different_answers_are(chain, tmp_path):
+    """Three answers each: to puzzle 0 one right and two equal wrong ones, to the others none of a valid format."""
+    right = f"<think>a</think><answer>{' | '.join(PUZZLES[0].answer)}</answer>"
+    wrong = f"<think>a</think><answer>{' | '.join(['x'] * len(PUZZLES[0].answer))}</answer>"
+    rows = [
+        {
+            "id": PUZZLES[0].id,
+            "samples": [right, wrong, wrong.upper().replace("THINK", "think").replace("ANSWER", "answer")],
+        }
+    ]
+    rows += [{"id": p.id, "samples": ["no", "neither", "no"]} for p in PUZZLES[1:]]
+    folder = tmp_path / "S/0/samples"
+    folder.mkdir()
+    write_rows(folder / "predictions.jsonl", rows)
+    (folder / "metrics.json").write_text("{}")
+    arm = read_arm("S", {0: tmp_path / "S/0"})
+    found = variety(arm, PUZZLES)
+    assert found == {"k": 3, "distinct": (2 + 1 + 1 + 1) / 4, "right_once": 0.25, "mean": pytest.approx(1 / 3 / 4)}
+    assert variety(chain[1], PUZZLES) is None
+
+
+def test_tokens_of_a_run_and_of_rounds(tmp_path):
+    settings = {"prompts_per_step": 4, "group_size": 3, "max_response_tokens": 16}
+    grpo, rounds = tmp_path / "grpo", tmp_path / "rounds"
+    for folder, content in ((grpo, {"settings": settings}), (rounds, {"max_response_tokens": 9})):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(content))
+    lengths = [{"step": 1, "completions/mean_length": 10.5}, {"step": 2, "completions/mean_length": 4.0}]
+    lengths[1]["dynamic_sampling/num_gen_batches"] = 2.0  # twice as many were sampled as were trained on
+    write_rows(grpo / "metrics.jsonl", lengths)
+    (made,) = models_of("grpo", grpo, grpo / "x")
+    assert (made.name, made.sampled, made.longest, made.model) == ("grpo", 10.5 * 12 + 2 * 4 * 12, 16, grpo / "x")
+    rows = [{"round": 0}, {"round": 1, "acceptance": 0.5}, {"round": 2, "acceptance": 0.6, "workflow": 0.7}]
+    (rounds / "rounds.json").write_text(json.dumps(rows))
+    for number in (1, 2):
+        (rounds / f"round-{number}").mkdir()
+        report = {"tokens": {"prompt": 9, "completion": 100 * number}}
+        (rounds / f"round-{number}/traces.report.json").write_text(json.dumps(report))
+    first, second = models_of("selfdistill", rounds, tmp_path)
+    assert (first.name, first.sampled, first.taught) == ("round 1", 100, {"acceptance": 0.5})
+    assert (second.sampled, second.longest, second.taught["workflow"]) == (200, 9, 0.7)
+    assert second.model == rounds / "round-2/sft/model"
+
+
+def test_the_figure_of_rounds_shows_the_start_and_every_model(chain, tmp_path):
+    write_rows(tmp_path / "test.jsonl", [p.to_row() for p in PUZZLES])
+    text = write_results(tmp_path, chain, [str(tmp_path / "test.jsonl")], 4)
+    assert (tmp_path / "ablation.md").read_text() == text
+    with Image.open(tmp_path / "ablation.png") as image:
+        assert image.size == (1800, 720)
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
+        assert (31, 131, 201) in colours, "the first configuration that trains"

@@ -17,10 +17,11 @@ from rollout import Rollout
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.grpo import loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
-from trainer.packing import count_trained, micro_batches, scored_groups
+from trainer.packing import ScoredGroup, count_trained, micro_batches, scored_groups
 from trainer.policy import Policy
 from trainer.ppo.critic import Critic, ValueSums
 from trainer.ppo.settings import PpoConfig
+from trainer.prompts.failures import Lesson, teacher_logprobs, untaught, with_lesson
 from trainer.ranks.world import join_world, leave_world
 
 OBJECTIVES = {
@@ -35,6 +36,7 @@ OBJECTIVES = {
         "kl_kind": "k3",
     },
     "cispo": {"aggregation": "token-mean", "surrogate": "cispo", "clip_low": 0.5, "clip_high": 0.5, "beta": 0.0},
+    "distill": {"beta": 0.04, "distill_failures": 0.5},  # the teacher's pass is made in the layout too
     "ppo": {"kl_in": "loss", "beta": 0.04},  # an advantage per token
     "value": {},  # PPO's critic, on the policy's base model
 }
@@ -44,6 +46,8 @@ LAYOUTS = tuple(itertools.product(("plain", "shared"), (1, 60, 100_000), (False,
 """(packing, token budget of a micro-batch, shuffled): budget 1 is one response per micro-batch."""
 SOME_LAYOUTS = (("plain", 1, False), ("plain", 60, True), ("shared", 60, False), ("shared", 100_000, True))
 N_GROUPS, G = 6, 3
+LESSONS = range(4)
+"""Groups of the step that have a right response, in "distill"."""
 
 
 def layouts_of(objective: str) -> tuple:
@@ -93,6 +97,31 @@ def random_step(seed: int) -> list[dict]:
     return groups
 
 
+def lessons_in(step: list[list[dict]]) -> list[Lesson]:
+    """Of groups 0 to 3 the last two responses are wrong, and the teacher's prompt is longer than the group's own."""
+    return [
+        Lesson(
+            group=g,
+            sibling=0,
+            wrong=[1, 2],
+            prompt_ids=[*step[g][0]["rollout"].prompt_ids, *range(30, 30 + 5 * g), 7],
+            responses=[row["rollout"] for row in step[g][1:]],
+        )
+        for g in LESSONS
+    ]
+
+
+def taught(group: ScoredGroup, rows: list[dict], g: int, answers: dict[int, list[torch.Tensor]]) -> ScoredGroup:
+    """The group with the teacher's numbers. rows: of the step, in its own order, which a shuffle changes in `group`."""
+    group = replace(group, tokens=untaught(group))
+    if g not in answers:
+        return group
+    places = [next(i for i, r in enumerate(group.rollouts) if r is row["rollout"]) for row in rows]
+    lesson = Lesson(group=g, sibling=places[0], wrong=places[1:], prompt_ids=[], responses=[])
+    named = replace(group, rows=[{**row, "response": i} for i, row in enumerate(group.rows)])
+    return with_lesson(named, lesson, answers[g], 0.5)
+
+
 def config_of(name: str) -> OnlineConfig:
     kind = PpoConfig if name in PPO else GrpoConfig
     return kind(group_size=G, max_response_tokens=16, **OBJECTIVES[name])
@@ -125,13 +154,18 @@ def loss_and_gradient(
             {key: [torch.tensor(row[key], dtype=torch.float64) for row in group] for key in PER_TOKEN} for group in mine
         ]
         scored = [replace(group, tokens=numbers) for group, numbers in zip(scored, tokens, strict=True)]
+    if name == "distill":
+        cfg = replace(cfg, packing=packing, micro_tokens=max(budget, 1))
+        answers = dict(zip(LESSONS, teacher_logprobs(lessons_in(step), policy, cfg, world), strict=True))
+        places = order[world.rank :: world.size]
+        scored = [taught(group, step[g], g, answers) for group, g in zip(scored, places, strict=True)]
     plan = micro_batches(scored, budget, world.device, packing == "shared")
 
     def recorded(name: str) -> list[torch.Tensor]:
         flat = [[value for row in micro.rows for value in rows[row][name]] for micro in plan]
         return [m.packed.unpack(torch.tensor(v, dtype=torch.float64)) for m, v in zip(plan, flat, strict=True)]
 
-    if name == "on-policy":
+    if name in ("on-policy", "distill"):
         references, olds = [reference_logprobs(policy, micro, cfg) for micro in plan], [None] * len(plan)
     else:
         references, olds = recorded("ref") if cfg.beta else [None] * len(plan), recorded("old")

@@ -83,6 +83,7 @@ RANGES = {
         ("group_size", [1, 0], "must be at least 2: a response alone has none to be compared with, and", [2]),
         ("updates_per_batch", [0], "must be at least 1", [1]),
         ("oversample", [0], "must be at least 1", [1]),
+        ("distill_failures", [-0.1], "must be at least 0", [0.0, 2.0]),
     ],
     PpoConfig: [
         *ONLINE,

@@ -92,7 +92,18 @@ def ledger_lines(rows: list[dict[str, Any]], loss: float) -> list[str]:
         f"step's own sum is {exact - loss:.2g} off)",
         "  by clip: " + ", ".join(f"{name or 'none'} {share:+.6g}" for name, share in sorted(by_clip.items())),
         "  groups with the largest shares: " + ", ".join(f"{name} {share:+.6g}" for name, share in by_group[:3]),
+        *_distillation_line(rows),
     ]
+
+
+def _distillation_line(rows: list[dict[str, Any]]) -> list[str]:
+    """Of --distill-failures, in a step that has it."""
+    taught = [row for row in rows if row["mask"] and row.get("teacher_logprob") is not None]
+    if not taught:
+        return []
+    share = math.fsum(row["weight"] * row["distillation"] for row in taught)
+    responses = len({row["row"] for row in taught})
+    return [f"  distillation of {responses} wrong responses: {len(taught)} tokens, share {share:+.6g}"]
 
 
 def write_ledger(path: Path, rows: list[dict[str, Any]]) -> None:

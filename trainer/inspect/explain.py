@@ -146,6 +146,9 @@ def _token_lines(token: dict, cfg) -> list[str]:
         if cfg.surrogate == "clip"
         else f"-clip(ratio, {low:g}, {high:g}) A log new = {-clipped:.6g} x {a:.6g} x {token['logprob']:.6g}"
     )
+    teacher, formula, distilled = token.get("teacher_logprob"), "surrogate x correction + beta x KL", ""
+    if teacher is not None:  # --distill-failures
+        formula, distilled = f"{formula} + distillation", f" + {token['distillation']:.6g}"
     kl = f"KL {cfg.kl_kind}: d = ref - new = {d:.6g}; {KL_FORMULAS[cfg.kl_kind]} = {token['kl']:.6g}"
     return [
         f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
@@ -156,8 +159,13 @@ def _token_lines(token: dict, cfg) -> list[str]:
         f"{token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
         f"    correction  {cfg.correction}: {token['correction']:.6g}",
         f"    {kl if cfg.beta else 'KL          beta is 0'}{', already in the rewards' if cfg.beta != cfg.loss_beta else ''}",
-        f"    share       weight (surrogate x correction + beta x KL) = {token['weight']:.6g} "
-        f"({token['surrogate']:.6g} x {token['correction']:.6g} + {cfg.loss_beta:g} x {token['kl']:.6g}) = "
+        *(
+            [f"    distillation weight x (new - teacher)^2 / 2, teacher {teacher:.6g}: {token['distillation']:.6g}"]
+            if distilled
+            else []
+        ),
+        f"    share       weight ({formula}) = {token['weight']:.6g} "
+        f"({token['surrogate']:.6g} x {token['correction']:.6g} + {cfg.loss_beta:g} x {token['kl']:.6g}{distilled}) = "
         f"{token['contribution']:.9g}",
     ]
 

@@ -33,7 +33,8 @@ def in_float64(terms: LossTerms, micro: MicroBatch, bundle: Bundle) -> LossTerms
     wide = make_micro_batch(
         micro.groups, micro.rows, micro.advantages.double(), micro.mask.any(-1), sampled, torch.device("cpu")
     )
-    wide = replace(wide, ref_logprobs=_double(micro.ref_logprobs), old_logprobs=_double(micro.old_logprobs))
+    names = ("ref_logprobs", "old_logprobs", "teacher_logprobs", "teacher_weight")
+    wide = replace(wide, **{name: _double(getattr(micro, name)) for name in names})
     # float32 -> float64 is exact: log-probs and advantages are the run's, and only the arithmetic on them is wider
     return terms_of(terms.logprobs.detach().double(), wide, bundle.denominators, bundle.config)
 
@@ -54,7 +55,8 @@ def ledger(bundle: Bundle, terms: list[list[LossTerms]], tokenizer: PreTrainedTo
 
     Keys: row (response of the step, from 0), rank, puzzle_id, response (within its group, from 1), position (from 1),
     token_id, token, logprob, old_logprob, sampler_logprob, ref_logprob, ratio, clip ("", low, high, dual), advantage,
-    surrogate, kl, correction, mask, weight, contribution. Asserts that the contributions sum to the float64 loss.
+    surrogate, kl, correction, mask, weight, contribution; in a step with --distill-failures also teacher_logprob (None in a
+    response without a teacher) and distillation. Asserts that the contributions sum to the float64 loss.
     """
     return _rows_of(bundle, terms, in_float64, _policy_columns, tokenizer)
 
@@ -135,6 +137,11 @@ def _policy_columns(terms: LossTerms, micro: MicroBatch, place: int) -> dict[str
     numbers = {name: values[place].tolist() for name, values in columns.items()}
     if micro.ref_logprobs is None:  # with beta 0 no reference pass is made
         numbers["ref_logprob"] = [None] * terms.mask.shape[1]
+    if terms.distillation is not None:
+        taught = micro.teacher_weight[place] > 0
+        of_teacher = zip(micro.teacher_logprobs[place].tolist(), taught.tolist(), strict=True)
+        numbers["teacher_logprob"] = [value if known else None for value, known in of_teacher]
+        numbers["distillation"] = terms.distillation[place].tolist()
     codes, mask = terms.clip[place].tolist(), terms.mask[place].tolist()
     return {
         **numbers,

@@ -1,8 +1,8 @@
 """Step bundles: one optimizer step on disk, with everything that is needed to compute its loss and gradient again.
 
 OUT/steps/step-000010/ has `bundle.json` (settings, responses, how they were packed, the recorded results) and
-`tensors.safetensors` (the adapter before the step; per micro-batch the advantages and the sampler's, old and reference
-log-probs). The base checkpoint is named but not copied. The recorded reference log-probs show in a replay whether it
+`tensors.safetensors` (the adapter before the step; per micro-batch the advantages and the sampler's, old, reference and
+teacher's log-probs). The base checkpoint is named but not copied. The recorded reference log-probs show in a replay whether it
 has changed since.
 """
 
@@ -25,7 +25,14 @@ from trainer.record.runfolder import provenance, save_tensors, write_json
 
 FORMAT = 1
 """Raise it when an older version of the trainer could misread a bundle."""
-OPTIONAL = {"reference": "ref_logprobs", "old": "old_logprobs", "old_values": "old_values", "returns": "returns"}
+OPTIONAL = {
+    "reference": "ref_logprobs",
+    "old": "old_logprobs",
+    "old_values": "old_values",
+    "returns": "returns",
+    "teacher": "teacher_logprobs",
+    "teacher_weight": "teacher_weight",
+}
 """Name in a bundle -> field of MicroBatch, of the passes that not every step makes."""
 
 

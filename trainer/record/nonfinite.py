@@ -17,7 +17,7 @@ from trainer.objective import LossTerms
 from trainer.packing import MicroBatch
 
 POLICY_TERMS = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs", "ratio", "kl", "correction")
-CHECKED = (*POLICY_TERMS, "values", "old_values", "returns", "contribution")
+CHECKED = (*POLICY_TERMS, "distillation", "values", "old_values", "returns", "contribution")
 """Terms of LossTerms and of PPO's ValueTerms, in the order of the computation: the first that is not finite is the cause of
 the others."""
 
@@ -70,7 +70,7 @@ def values_at(terms: LossTerms, row: int, position: int) -> dict[str, float]:
 
 def checked(terms: Any) -> list[str]:
     """The names of CHECKED that the terms have."""
-    return [name for name in CHECKED if hasattr(terms, name)]
+    return [name for name in CHECKED if getattr(terms, name, None) is not None]
 
 
 def first_bad_gradient(terms_of: Callable[[], LossTerms], parameters: list[Tensor]) -> BadToken | None:
