@@ -55,16 +55,8 @@ LOGGERS = ("tensorboard", "wandb", "trackio", "mlflow")
 RANGES = {
     "at least 0": (
         *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
-        *(
-            "distill_failures",
-            "max_staleness",
-            "restart_samplers",
-            "nodes",
-            "ranks_per_node",
-            "rank_gib",
-            "clip_high",
-            "correction_floor",
-        ),
+        *("max_staleness", "restart_samplers", "nodes", "ranks_per_node", "rank_gib", "clip_high", "correction_floor"),
+        "distill_failures",
     ),
     "at least 1": (
         *(
