@@ -303,6 +303,9 @@ def start() -> None:
     importlib.import_module("setproctitle").getproctitle()
     for name in (*LIBRARIES, *sys.argv[1:]):
         importlib.import_module(name)
+    # half a second of every engine's start, which it leaves out where it has been done; older versions have no such thing
+    if set_up_logging := getattr(sys.modules.get("vllm.logger"), "configure_logging_if_needed", None):
+        set_up_logging(sys.modules["vllm.config.logging"].LoggingConfig())
     set_by_libraries = {name: value for name, value in os.environ.items() if name not in before}
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
