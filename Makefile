@@ -2,7 +2,7 @@
 # make demo    simulate an atlas, build puzzles, distill, SFT, GRPO with vLLM, evaluate, report: runs/demo/report.html
 # make pbmc    the same on real cells (PBMC 68k, shipped inside scanpy): runs/pbmc/report.html
 # make smollm2 SmolLM2-135M, a pretrained model, on the atlas and the real cells together: runs/smollm2/report.html
-# make test    the whole test suite: about 12 minutes on 2 idle cores (19 on a busy machine)
+# make test    the whole test suite: about 9 minutes on 2 idle cores (more on a busy machine)
 # make test-fast   what needs neither vLLM nor several seconds: about 75 seconds
 # make campaign MINUTES=60   look for faults: kills, disks, networks, fuzz, rewards, soak (tests/campaign/README.md)
 # make audit   known weaknesses of the installed packages, where api.osv.dev can be reached
@@ -44,9 +44,9 @@ $(SMOLLM2)/config.json: | setup
 smollm2: setup $(PBMC) $(SMOLLM2)/config.json
 	@$(RUN) launch/demo.py --recipe launch/recipes/smollm2.yaml
 
-# two files at a time, in the order of conftest.py; commands share the two cores, so each of them gets one thread; a
-# pytest process that dies ends the run and is named, where xdist would wait for ever
-TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --max-worker-restart 0 --dist loadfile \
+# three files at a time, in the order of conftest.py: some tests only wait; commands share the two cores, so each of them
+# gets one thread; a pytest process that dies ends the run and is named, where xdist would wait for ever
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 3 --max-worker-restart 0 --dist loadfile \
 	--no-loadscope-reorder
 
 test: setup
