@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rollout import Rollout
 from trainer.model.attention import Layout, Segments
-from trainer.model.loading import Cost
+from trainer.model.cost import Cost
 from trainer.ranks.world import World, travels
 
 Group = tuple[list[int], list[list[int]]]

@@ -20,9 +20,9 @@ from data.prompts import ChatFormat
 from data.puzzles import Puzzle
 from trainer.logprobs import fused_logprobs
 from trainer.model.attention import attention_name
+from trainer.model.cost import cost_of
 from trainer.model.loading import (
     add_adapter,
-    cost_of,
     head_of,
     keep_four_bits_exact,
     load_base,

@@ -30,7 +30,7 @@ import psutil
 import torch
 
 from tests.bench.memory import resident
-from trainer.model.loading import Cost
+from trainer.model.cost import Cost
 from trainer.packing import Group
 
 MODELS = {

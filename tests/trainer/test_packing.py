@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Mistr
 from trainer.logprobs import fused_logprobs
 from trainer.model import attention
 from trainer.model.attention import ATTENTION
-from trainer.model.loading import Cost, why_not_shared
+from trainer.model.cost import Cost
+from trainer.model.loading import why_not_shared
 from trainer.objective import aggregation_weights, grpo_terms
 from trainer.packing import balance, make_layout, pack, split_by_tokens
 from trainer.policy import predicting_padded

@@ -14,6 +14,7 @@ import torch
 
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import OnlineConfig
+from trainer.model.cost import head_size
 from trainer.model.shared import why_two_copies
 from trainer.start.preflight import GIB, Launch, Row, batch_parts, row_of
 
@@ -218,7 +219,6 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
 
 def sampler_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
-    from trainer.model.loading import head_size
 
     size, shape, on_gpu = getattr(torch, cfg.dtype).itemsize, base.config, launch.device == "cuda"
     tp = cfg.tensor_parallel
@@ -284,7 +284,6 @@ def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
 
 def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
-    from trainer.model.loading import head_size
 
     h, i = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
