@@ -261,7 +261,7 @@ def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
     if not whole:
         raise UserError(
             f"{path}: was changed or damaged after it was written (the checksum of its rows is another); put a copy back or "
-            "make it again"
+            "make it again. Changed on purpose with pyarrow? Write it with table.replace_schema_metadata(None)"
         )
     return rows
 

@@ -99,6 +99,20 @@ def test_the_index_of_a_parquet_file_is_covered_too(tmp_path):
     assert read_puzzles(path) == some_puzzles(3)
 
 
+def test_puzzles_filtered_on_purpose_are_read_when_the_checksum_is_left_out(tmp_path):
+    """pyarrow keeps the metadata of a table that it filters; pandas does not."""
+    written = some_puzzles(4)
+    write_puzzles(tmp_path / "p.parquet", written)
+    half = pyarrow.parquet.read_table(tmp_path / "p.parquet").slice(0, 2)
+    pyarrow.parquet.write_table(half, tmp_path / "half.parquet")
+    with pytest.raises(UserError, match=r"half\.parquet: .*Write it with table\.replace_schema_metadata\(None\)"):
+        read_puzzles(tmp_path / "half.parquet")
+    pyarrow.parquet.write_table(half.replace_schema_metadata(None), tmp_path / "half.parquet")
+    assert read_puzzles(tmp_path / "half.parquet") == written[:2]
+    pd.read_parquet(tmp_path / "p.parquet").head(2).to_parquet(tmp_path / "pandas.parquet")
+    assert [puzzle.id for puzzle in read_puzzles(tmp_path / "pandas.parquet")] == [p.id for p in written[:2]]
+
+
 @pytest.mark.slow(3)
 @pytest.mark.parametrize("text", ["Cell 1 is a T cell.", 'é \ud800 \u2028 "{}\\'], ids=["ascii", "odd"])
 def test_a_flipped_bit_in_a_raw_response_is_refused(tmp_path, text):
