@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.errors import UserError
+from trainer.model.opening import read_adapter
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -37,6 +39,20 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
     assert step == 6
     torch.testing.assert_close(adapter, ADAPTER, rtol=0, atol=0)
     torch.testing.assert_close(moments, MOMENTS, rtol=0, atol=0)
+
+
+def test_a_flipped_bit_in_an_adapter_is_refused_by_whoever_answers_with_it_too(tmp_path):
+    """evaluate.py and annotate.py open the adapter alone, and not the whole checkpoint."""
+    path = save(tmp_path, 2)
+    file = path / "adapter_model.safetensors"
+    torch.testing.assert_close(read_adapter(path)[0], ADAPTER, rtol=0, atol=0)
+    whole = file.read_bytes()
+    for place in (len(whole) - 1, len(whole) - 20):  # both in the numbers
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"{file}: damaged, its checksum is another; use another checkpoint"):
+            read_adapter(path)
+    (path / "state.json").unlink()  # somebody else's adapter, or an exported one: nobody knows its bits
+    assert set(read_adapter(path)[0]) == set(ADAPTER)
 
 
 def test_a_checkpoint_of_an_older_run_is_read(tmp_path):

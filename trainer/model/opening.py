@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import parse_json, read_settings
+from data.files import crc32_of, parse_json, read_sealed, read_settings
 from data.prompts import ChatFormat
 from trainer.record.runfolder import ADAPTER
 
@@ -102,6 +102,10 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
             f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
             "LoRA"
         )
+    if (path / "state.json").is_file():  # a checkpoint of a run of ours, which knows the checksums of its files
+        known = read_sealed(path / "state.json", "use another checkpoint").get("crc32")
+        if isinstance(known, dict) and known.get(ADAPTER, (crc := crc32_of(path / ADAPTER))) != crc:
+            raise UserError(f"{path / ADAPTER}: damaged, its checksum is another; use another checkpoint")
     try:
         return load_file(path / ADAPTER), config
     except SafetensorError as error:
