@@ -399,12 +399,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def crc32_of(path: Path) -> int:
-    """CRC-32 of a file. The file is read in blocks."""
-    crc = 0
+def crc32_of(path: Path, size: int | None = None) -> int:
+    """CRC-32 of a file, or of its first `size` bytes. The file is read in blocks."""
+    crc, left = 0, path.stat().st_size if size is None else size
     with open(path, "rb") as handle:
-        while block := handle.read(1 << 20):
-            crc = zlib.crc32(block, crc)
+        while left and (block := handle.read(min(1 << 20, left))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
     return crc
 
 

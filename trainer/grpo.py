@@ -109,10 +109,10 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         # ---- under --oversample: groups of other prompts in place of those that teach nothing
         more = partial(more_groups, run, now, clock)
         sampled, oversampling = replace_equal_groups(sampled, more, run.prompts, cfg, step)
-        # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
-        clock.enter("update")
         # ---- with --distill-failures: what the policy, shown a right answer, makes of the wrong ones beside it
+        clock.enter("update")
         taught = teach_failures(now, run.prompts, sampled)
+        # ---- update the policy: one optimizer step on everything just sampled (--updates-per-batch: several)
         sums, figures = update(now, taught.groups)
         # ---- hand the new adapter to the sampler, in memory, with proof that it samples from it
         clock.enter("sync")

@@ -174,9 +174,8 @@ class RawFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line. Any thread may call it."""
-        line = (
-            json.dumps(sealed_row(row)) + "\n"
-        ).encode()  # json.dumps gives ASCII, which can hold half a surrogate pair too
+        # json.dumps gives ASCII, which can hold half a surrogate pair too
+        line = (json.dumps(sealed_row(row)) + "\n").encode()
         with self.lock:
             if self.broken:
                 raise RunError(self.broken)  # nothing may follow an incomplete line

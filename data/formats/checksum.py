@@ -7,22 +7,20 @@ A file that others wrote has no such line, and nothing can be said of its bits.
 
 import os
 import re
-import zlib
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import crc32_of
 
 LINE = "\nCRC-32 of the bytes before this line: {:08x}\n"
 LENGTH = len(LINE.format(0))
-BLOCK = 1 << 20
-"""Bytes that are read at once."""
 _found_whole: set[tuple[int, ...]] = set()
 """What stands for the content of the files that this process has checked: a build opens a file ten times."""
 
 
 def add_checksum(path: Path) -> None:
     """Append the line to a file that is written and closed."""
-    crc = _crc32(path, path.stat().st_size)
+    crc = crc32_of(path)
     with open(path, "ab") as file:
         file.write(LINE.format(crc).encode())
 
@@ -39,7 +37,7 @@ def refuse_damaged(path: Path) -> None:
     content = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     if content in _found_whole or (stated := _stated(path)) is None:
         return
-    if _crc32(path, status.st_size - LENGTH) != stated:
+    if crc32_of(path, status.st_size - LENGTH) != stated:
         raise UserError(
             f"{path}: was changed or damaged after it was written (its checksum is another); copy or make the file again"
         )
@@ -54,12 +52,3 @@ def _stated(path: Path) -> int | None:
         file.seek(-LENGTH, os.SEEK_END)
         found = re.fullmatch(re.escape(LINE.format(0)).replace("0" * 8, "([0-9a-f]{8})").encode(), file.read())
     return int(found[1], 16) if found else None
-
-
-def _crc32(path: Path, size: int) -> int:
-    """CRC-32 of the first `size` bytes of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while size and (block := file.read(min(BLOCK, size))):
-            crc, size = zlib.crc32(block, crc), size - len(block)
-    return crc

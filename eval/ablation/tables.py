@@ -2,8 +2,7 @@
 
 from typing import Any
 
-WORKFLOW = ("acceptance", "answers", "vote", "workflow")
-"""Columns of the table of rounds, of Point.taught."""
+from eval.ablation.made import OF_ROUND
 
 
 def ablation_markdown(
@@ -53,7 +52,7 @@ def compared(split: str, rows: list[dict[str, Any]], first: str) -> str:
 def rounds(split: str, rows: list[dict[str, Any]]) -> str:
     """Every model that a configuration made, with what taught it."""
     points = [(row["name"], point) for row in rows for point in row.get("points", ())]
-    columns = [name for name in WORKFLOW if any(name in point["taught"] for _, point in points)]
+    columns = [name for name in OF_ROUND if any(name in point["taught"] for _, point in points)]
     lines = [
         f"### {split}: every model\n",
         *heading("configuration", "model", "sampled tokens", "batch accuracy (95 %)", "of each seed", *columns),

@@ -104,7 +104,7 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
         )
     if (path / "state.json").is_file():  # a checkpoint of a run of ours, which knows the checksums of its files
         known = read_sealed(path / "state.json", "use another checkpoint").get("crc32")
-        if isinstance(known, dict) and known.get(ADAPTER, (crc := crc32_of(path / ADAPTER))) != crc:
+        if isinstance(known, dict) and ADAPTER in known and known[ADAPTER] != crc32_of(path / ADAPTER):
             raise UserError(f"{path / ADAPTER}: damaged, its checksum is another; use another checkpoint")
     try:
         return load_file(path / ADAPTER), config
