@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from data.files import replacing
 from eval.ablation.compare import Arm
-from eval.report.figures import BLUE, GREEN, GREY, ORANGE, percent_axis, series, smooth
+from eval.report.figures import BLUE, GREEN, GREY, ORANGE, drawn_png, percent_axis, series, smooth
 
 COLOURS = (BLUE, ORANGE, GREEN, "#c94f9b", GREY, "#56b4e9", "#d55e00", "#b59f00")
 """Those of the report page and more of Okabe and Ito's; taken again from the first where they do not suffice."""
@@ -26,9 +22,7 @@ PANELS = (("reward", "mean reward of sampled answers"), ("completions/mean_lengt
 def draw_arms(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw reward, response length and test accuracy of all configurations as one PNG, 1,800 pixels wide."""
     split, rows = next(iter(found.items()))
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 3.9), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn_png(path, width=12, height=3.9) as figure:
         panels = figure.subplots(1, 3)
         for axes, (key, label) in zip(panels, PANELS, strict=False):
             for number, arm in enumerate(arms):
@@ -36,8 +30,6 @@ def draw_arms(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], path:
             axes.set(xlabel="step", ylabel=label)
         draw_accuracy(panels[2], arms, rows, split)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
-        with replacing(path) as partial:
-            figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def draw_band(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, name: str) -> None:

@@ -3,14 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from data.files import replacing
 from eval.ablation.figure import COLOURS
-from eval.report.figures import percent_axis
+from eval.report.figures import drawn_png, percent_axis
 
 MARKERS = "osD^vPX*<>"
 WIDE = 0.35
@@ -23,16 +19,12 @@ def draw_rounds(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     A point is a model: its batch accuracy, mean over seeds, with the 95 % interval over puzzles. Lines begin at the
     configuration that sampled nothing, where there is one: the common start.
     """
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 1.2 + 3.6 * len(found)), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn_png(path, width=12, height=1.2 + 3.6 * len(found)) as figure:
         panels = figure.subplots(len(found), 2, squeeze=False)
         for of_split, (split, rows) in zip(panels, found.items(), strict=True):
             draw_split(of_split[0], rows, split, by_tokens=False)
             draw_split(of_split[1], rows, split, by_tokens=True)
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
-        with replacing(path) as partial:
-            figure.savefig(partial, format="png", metadata={"Software": None})
 
 
 def draw_split(axes: Axes, rows: list[dict[str, Any]], split: str, by_tokens: bool) -> None:

@@ -8,6 +8,8 @@ import io
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -255,6 +257,17 @@ def percent(share: float) -> str:
     return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
+@contextmanager
+def drawn_png(path: str | os.PathLike, *, width: float, height: float) -> Iterator[Figure]:
+    """An empty figure to draw on, written to path as a whole at the end of the block. width, height: inches of 150 pixels."""
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with replacing(path) as partial:  # no version in the file: the same figure has the same bytes
+            figure.savefig(partial, format="png", metadata={"Software": None})
+
+
 def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
     """Draw a run for a README, 1200 pixels wide: what GRPO learns, and at what cost. Returns the path.
 
@@ -267,17 +280,13 @@ def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> P
     if path.suffix != ".png":
         raise UserError(f"{path}: the picture is a PNG; give a name that ends in .png")
     summary, _ = read_run(Path(run_dir))
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(8, 3.7), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawn_png(path, width=8, height=3.7) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=(1.6, 1), hspace=0.08, wspace=0.04)
         _draw_learning(figure.add_subplot(grid[:, 0]), steps, summary)
         _draw_strip(
             figure.add_subplot(grid[0, 1]), steps, "rewards/format_validity", "Answers with a valid format", GREEN
         )
         _draw_strip(figure.add_subplot(grid[1, 1]), steps, "kl", "Drift from the SFT model (KL)", GREY)
-        with replacing(path) as partial:
-            figure.savefig(partial, format="png", metadata={"Software": None})
     return path
 
 

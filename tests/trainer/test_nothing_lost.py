@@ -150,7 +150,7 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_ends_with_the_bytes_of
     done = resume(copy, "--steps", 6)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (
-        f"note: {damaged / 'adapter_model.safetensors'}: damaged or missing; --resume goes on from step-000002"
+        f"note: {damaged / 'adapter_model.safetensors'}: missing, damaged or changed; --resume goes on from step-000002"
         in done.stderr
     )
     assert done.stderr.count("its last line was cut off, and is left out") == 3

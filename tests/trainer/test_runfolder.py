@@ -44,13 +44,20 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
 def test_a_flipped_bit_in_an_adapter_is_refused_by_whoever_answers_with_it_too(tmp_path):
     """evaluate.py and annotate.py open the adapter alone, and not the whole checkpoint."""
     path = save(tmp_path, 2)
-    file = path / "adapter_model.safetensors"
     torch.testing.assert_close(read_adapter(path)[0], ADAPTER, rtol=0, atol=0)
-    whole = file.read_bytes()
-    for place in (len(whole) - 1, len(whole) - 20):  # both in the numbers
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=f"{file}: damaged, its checksum is another; use another checkpoint"):
+    for name, place in (
+        ("adapter_model.safetensors", 1),
+        ("adapter_model.safetensors", 20),
+        ("adapter_config.json", 4),
+    ):
+        file = path / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-place] + bytes([whole[-place] ^ 1]) + whole[len(whole) - place + 1 :])
+        with pytest.raises(UserError, match=f"{file}: missing, damaged or changed; use another checkpoint"):
             read_adapter(path)
+        file.write_bytes(whole)
+    (path / "training/optimizer.safetensors").unlink()  # of no use to whoever answers
+    assert set(read_adapter(path)[0]) == set(ADAPTER)
     (path / "state.json").unlink()  # somebody else's adapter, or an exported one: nobody knows its bits
     assert set(read_adapter(path)[0]) == set(ADAPTER)
 
@@ -73,7 +80,7 @@ def test_a_half_written_checkpoint_is_not_seen_and_a_damaged_one_is_named(tmp_pa
     assert list_checkpoints(tmp_path) == [path]
     file = path / "training/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="optimizer.safetensors: damaged or missing"):
+    with pytest.raises(ValueError, match="optimizer.safetensors: missing, damaged or changed"):
         load_checkpoint(path)
 
 
@@ -116,8 +123,8 @@ ALONE = SimpleNamespace(is_main=True, gather_in_rank_order=lambda item: [item])
 @pytest.mark.parametrize(
     ("file", "change", "says"),
     [
-        ("adapter_model.safetensors", lambda text: text[:-1], "damaged or missing"),
-        ("training/optimizer.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "damaged or missing"),
+        ("adapter_model.safetensors", lambda text: text[:-1], "missing, damaged or changed"),
+        ("training/optimizer.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "missing, damaged or changed"),
         (
             "state.json",
             lambda text: text.replace(b'"step": 6', b'"step": 7'),

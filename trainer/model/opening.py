@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import crc32_of, parse_json, read_sealed, read_settings
+from data.files import parse_json, read_sealed, read_settings
 from data.prompts import ChatFormat
-from trainer.record.runfolder import ADAPTER
+from trainer.record.runfolder import ADAPTER, refuse_damaged_files
 
 if TYPE_CHECKING:  # both take seconds to load
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # both take seconds to load
     from rollout.vllm_engine import VLLMEngine
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
+"""What makes a folder an adapter."""
 UNSERVED = tuple(
     """
     use_rslora rank_pattern alpha_pattern modules_to_save layer_replication lora_bias use_qalora use_bdlora
@@ -90,22 +92,22 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
 
     Raises UserError that names a missing or damaged file; with for_vllm also for an adapter that vLLM cannot serve.
     """
-    for name in (ADAPTER, "adapter_config.json"):
+    for name in ADAPTER_FILES:
         if not (path / name).is_file():
             raise UserError(f"{path}: no adapter there ({name} is missing)")
+    if (path / "state.json").is_file():  # a checkpoint of a run of ours, which knows the checksums of its files
+        known = read_sealed(path / "state.json", "use another checkpoint").get("crc32")
+        if isinstance(known, dict):  # training/ may have been removed to save space
+            refuse_damaged_files(path, {name: known[name] for name in ADAPTER_FILES if name in known})
     try:
-        config = parse_json((path / "adapter_config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path / 'adapter_config.json'}: damaged, not JSON ({error})") from None
+        raise UserError(f"{path / ADAPTER_CONFIG}: damaged, not JSON ({error})") from None
     if for_vllm and config.get("use_dora"):
         raise UserError(
             f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
             "LoRA"
         )
-    if (path / "state.json").is_file():  # a checkpoint of a run of ours, which knows the checksums of its files
-        known = read_sealed(path / "state.json", "use another checkpoint").get("crc32")
-        if isinstance(known, dict) and ADAPTER in known and known[ADAPTER] != crc32_of(path / ADAPTER):
-            raise UserError(f"{path / ADAPTER}: damaged, its checksum is another; use another checkpoint")
     try:
         return load_file(path / ADAPTER), config
     except SafetensorError as error:

@@ -406,14 +406,19 @@ def load_checkpoint(path: Path) -> tuple[int, dict[str, Tensor], dict[str, Tenso
         raise UserError(f"{path / 'state.json'}: is no record of a checkpoint; use another one")
     if step != step_of(path):
         raise UserError(f"{path / 'state.json'}: is of step {step}, and so not of this folder; use another checkpoint")
-    for name, crc in files.items():
-        if not (path / name).is_file() or crc32_of(path / name) != crc:
-            raise UserError(f"{path / name}: damaged or missing; use another checkpoint")
+    refuse_damaged_files(path, files)
     weights = path / (ADAPTER if (path / ADAPTER).is_file() else WEIGHTS)
     try:
         return step, load_file(weights), load_file(training_file(path, MOMENTS))
     except (SafetensorError, OSError, ValueError) as error:  # a file that state.json does not name
         raise UserError(f"{path}: its tensors cannot be read ({error}); use another checkpoint") from None
+
+
+def refuse_damaged_files(path: Path, files: dict[str, int]) -> None:
+    """Raises UserError for the first file of a checkpoint that is not as it was written. files: {name: CRC-32}."""
+    for name, crc in files.items():
+        if not (path / name).is_file() or crc32_of(path / name) != crc:
+            raise UserError(f"{path / name}: missing, damaged or changed; use another checkpoint")
 
 
 def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Tensor], dict[str, Tensor]]] | None:
