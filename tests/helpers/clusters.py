@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import anndata
 import numpy as np
@@ -17,6 +17,7 @@ from eval.annotate import Model
 from eval.baselines import one_to_one
 from eval.metrics import answer_of
 from eval.predict import Answer
+from tests.helpers.endpoints import Loopback, begin_json, body_of
 
 GENES = {
     "T cell": ["CD3D", "CD3E", "IL7R", "TRAC"],
@@ -87,35 +88,20 @@ def model_that(answers: Callable[[Puzzle], str], known: KnownLabels | None = Non
     return model
 
 
-class MarkerServer:
+class MarkerServer(Loopback):
     """A chat endpoint on loopback that reads markers; after `good` answers it wants money (402) until it is paid."""
 
     def __init__(self, good: int | None = None) -> None:
         self.good, self.lock = good, threading.Lock()
         self.prompts: list[str] = []
         """User messages that were answered."""
-        server = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, answer = server.answer(body)
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def handle(self, to: BaseHTTPRequestHandler) -> None:
+        status, answer = self.answer(body_of(to))
+        data = json.dumps(answer).encode()
+        begin_json(to, status, len(data))
+        to.wfile.write(data)
 
     def answer(self, body: dict) -> tuple[int, dict]:
         """(status, JSON) of a request."""
@@ -130,7 +116,3 @@ class MarkerServer:
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 9, "completion_tokens": 9}
         return 200, {"model": body["model"], "choices": [choice], "usage": usage}
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()

@@ -38,7 +38,48 @@ def wrong(of: Puzzle) -> str:
     return f"<think>?</think><answer>{' | '.join([*of.answer[1:], of.answer[0]])}</answer>"
 
 
-class Server:
+class Loopback:
+    """An HTTP server on loopback in a thread of its own; `handle` answers a POST."""
+
+    def __init__(self) -> None:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                server.handle(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def handle(self, to: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def body_of(request: BaseHTTPRequestHandler) -> dict:
+    """The JSON that was sent."""
+    return json.loads(request.rfile.read(int(request.headers["Content-Length"])))
+
+
+def begin_json(to: BaseHTTPRequestHandler, status: int, length: int, **headers: str) -> None:
+    """Send the status and the headers of an answer of `length` bytes."""
+    to.send_response(status)
+    for name, value in {"Content-Type": "application/json", "Content-Length": str(length), **headers}.items():
+        to.send_header(name, value)
+    to.end_headers()
+
+
+class Server(Loopback):
     """A chat endpoint on loopback.
 
     behave(number, puzzle, asked) says what request `number` (from 0) gets: a dict for a message that is served whole, a str for
@@ -59,24 +100,10 @@ class Server:
         self.hold = threading.Event()
         """Requests that hang wait for it."""
         self.asked: Counter = Counter()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                server.handle(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        super().__init__()
 
     def handle(self, to: BaseHTTPRequestHandler) -> None:
-        body = json.loads(to.rfile.read(int(to.headers["Content-Length"])))
+        body = body_of(to)
         message = body["messages"][1]["content"]
         (text,) = [text for text in self.by_message if message.startswith(text)]
         of, hinted = self.by_message[text], message != text
@@ -125,10 +152,7 @@ class Server:
             status, body = int(code), json.dumps({"error": {"message": said}})
             headers = {"Retry-After": wait or "0.01"} if status == 429 else {}
         data = body.encode()
-        to.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-            to.send_header(name, value)
-        to.end_headers()
+        begin_json(to, status, len(data), **headers)
         to.wfile.write(data[:20] if what == "short" else data)
         to.close_connection = what == "short"
         if isinstance(what, dict):
@@ -137,8 +161,7 @@ class Server:
 
     def close(self) -> None:
         self.hold.set()
-        self.http.shutdown()
-        self.http.server_close()
+        super().close()
 
 
 def here(*arguments: object, exit_code: int = 0) -> str:

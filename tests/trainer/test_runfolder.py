@@ -124,7 +124,11 @@ ALONE = SimpleNamespace(is_main=True, gather_in_rank_order=lambda item: [item])
     ("file", "change", "says"),
     [
         ("adapter_model.safetensors", lambda text: text[:-1], "missing, damaged or changed"),
-        ("training/optimizer.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1]), "missing, damaged or changed"),
+        (
+            "training/optimizer.safetensors",
+            lambda text: text[:-1] + bytes([text[-1] ^ 1]),
+            "missing, damaged or changed",
+        ),
         (
             "state.json",
             lambda text: text.replace(b'"step": 6', b'"step": 7'),
