@@ -11,7 +11,7 @@ from data.puzzles import Puzzle
 from eval.annotate.calibration import calibrated, read_calibration
 from eval.annotate.candidates import Candidates
 from eval.annotate.evidence import Rationale, rationales
-from eval.annotate.questions import Layout, Question, SampleQuestions, listed_genes
+from eval.annotate.questions import Layout, Question, SampleQuestions, gene_lists
 from eval.annotate.settings import QuestionSettings
 from eval.annotate.votes import ClusterLabel, Reading, Tally, beliefs, count_votes, label_clusters
 
@@ -101,9 +101,8 @@ class Questions:
         """A puzzle for each sample that is at least as long as every one that is asked, to make room for it."""
         found = []
         for of in self.of_sample.values():
-            cells = sorted(
-                (self.genes_of(profile) for profile in of.profiles), key=lambda genes: -len(", ".join(genes))
-            )
+            longest = [max(self.lists_of(profile), key=letters) for profile in of.profiles]
+            cells = sorted(longest, key=letters, reverse=True)
             labels = sorted(of.labels, key=lambda label: -len(label))
             most = max(of.size, min(self.settings.max_cells, len(labels)))
             context = max((profile.context for profile in of.profiles), key=len)
@@ -113,9 +112,14 @@ class Questions:
             found.append(puzzle)
         return found
 
-    def genes_of(self, profile: ClusterProfile) -> list[str]:
-        """The genes that the prompt lists for a cluster."""
-        return listed_genes(profile, self.settings.genes_by)
+    def lists_of(self, profile: ClusterProfile) -> list[list[str]]:
+        """The lists of genes that prompts show for a cluster."""
+        return gene_lists(profile, self.settings.genes_by)
+
+
+def letters(genes: Sequence[str]) -> int:
+    """The length of a list of genes in a prompt."""
+    return len(", ".join(genes))
 
 
 def chosen_profiles(profiles: Sequence[ClusterProfile], most: int) -> list[ClusterProfile]:

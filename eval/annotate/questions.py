@@ -40,8 +40,8 @@ from rollout import stable_seed
 
 SCREEN, VOTE = "screen", "vote"
 """The two stages."""
-GENES_BY = ("difference", "expression")
-"""How the genes of a cluster are ranked in a prompt."""
+GENES_BY = ("both", "difference", "expression")
+"""How the genes of a cluster are ranked in a prompt; both: in turns, a pass or two rounds each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Layout:
 
     max_cells: int
     """Most cells of a puzzle."""
-    genes_by: str = "difference"
+    genes_by: str = "both"
     """One of GENES_BY."""
     keep_apart: bool = True
     """May two clusters have the same label, so that those with the same favourite should not meet?"""
@@ -94,7 +94,7 @@ class SampleQuestions:
             sets = divide(self.size, -self.likeness, np.zeros(self.likeness.shape, bool), rng)
             for place, members in enumerate(sets):
                 for at, dealt in enumerate(deal(len(self.labels), max(2, hand), rng)):
-                    found.append(self._question(SCREEN, f"{number}-{place}-{at}", members, dealt))
+                    found.append(self._question(SCREEN, f"{number}-{place}-{at}", members, dealt, number))
         return found
 
     def voting(self, rounds: Sequence[int], belief: np.ndarray) -> list[Question]:
@@ -112,7 +112,9 @@ class SampleQuestions:
             chance = np.array([[rng.random() for _ in self.profiles] for _ in self.profiles])
             alike = self.likeness if number % 2 == 0 else chance
             for place, members in enumerate(divide(self.size, alike, apart, rng)):
-                found.append(self._question(VOTE, f"{number}-{place}", members, self._offered(members, belief)))
+                offered = self._offered(members, belief)
+                # two rounds with the same list of genes: one of similar clusters, one of clusters by chance
+                found.append(self._question(VOTE, f"{number}-{place}", members, offered, number // 2))
         return found
 
     def _offered(self, members: list[int], belief: np.ndarray) -> list[int]:
@@ -124,16 +126,18 @@ class SampleQuestions:
             return np.argsort(-belief[members[0]], kind="stable")[:most].tolist()
         return linear_sum_assignment(belief[members], maximize=True)[1].tolist()
 
-    def _question(self, stage: str, place: str, members: list[int], offered: list[int]) -> Question:
+    def _question(self, stage: str, place: str, members: list[int], offered: list[int], turn: int) -> Question:
+        """turn: which list of genes is shown, where a cluster has several."""
         rng = self._rng(stage, f"order {place}")
         members, offered = rng.sample(members, len(members)), rng.sample(offered, len(offered))
         of_set = [self.profiles[i] for i in members]
+        of_genes = [gene_lists(profile, self.layout.genes_by) for profile in of_set]
         # the clusters of a sample share their donor; where a fact differs, the commonest context stands for all
         (context, _), *_ = Counter(profile.context for profile in of_set).most_common(1)
         puzzle = Puzzle(
             id="",
             context=context,
-            cells=[listed_genes(profile, self.layout.genes_by) for profile in of_set],
+            cells=[lists[turn % len(lists)] for lists in of_genes],
             candidates=[self.labels[i] for i in offered],
             answer=[],
         )
@@ -147,9 +151,14 @@ class SampleQuestions:
         return random.Random(stable_seed("annotate", self.layout.seed, self.number, *names))
 
 
-def listed_genes(profile: ClusterProfile, genes_by: str) -> list[str]:
-    """The genes that a prompt lists. The only cluster of a sample has no difference to others: its expression counts."""
-    return (profile.by_difference if genes_by == "difference" else []) or profile.by_expression
+def gene_lists(profile: ClusterProfile, genes_by: str) -> list[list[str]]:
+    """The lists of genes that describe a cluster in prompts, a prompt showing one of them. genes_by: one of GENES_BY.
+
+    The only cluster of a sample has no difference to others: its expression counts.
+    """
+    lists = {"expression": profile.by_expression, "difference": profile.by_difference}
+    chosen = list(lists.values()) if genes_by == "both" else [lists[genes_by]]
+    return [genes for genes in chosen if genes] or [profile.by_expression]
 
 
 def likeness(means: Sequence[np.ndarray]) -> np.ndarray:

@@ -208,7 +208,8 @@ def ask_and_decide(
         print(f"candidates: {source}", file=sys.stderr)
     questions = Questions(profiles, candidates, settings)
     if model.known is not None:
-        listed = {gene for profile in questions.profiles for gene in questions.genes_of(profile)}
+        lists = [genes for profile in questions.profiles for genes in questions.lists_of(profile)]
+        listed = {gene for genes in lists for gene in genes}
         check_genes_known(listed, model.known.genes, settings.min_known_genes)
     asked = settings.asked(model.name, folder, resume)
     answers = Answers(model, asked, questions.screening() or questions.voting([]), questions.longest())

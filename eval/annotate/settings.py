@@ -52,8 +52,9 @@ class QuestionSettings(ProfileSettings):
         "trained, else none.",
     )
     genes_by: str = questions(
-        "difference",
-        "How a cluster's genes are ranked in the prompt: by the difference from the sample's other clusters, or by expression.",
+        "both",
+        "How a cluster's genes are ranked in a prompt: by the difference from the sample's other clusters, by expression (as "
+        "in training), or both in turns.",
         GENES_BY,
     )
     screens: int = questions(2, "Times that every cluster meets every candidate before the votes.")

@@ -44,6 +44,7 @@ DEMO = {"cluster_key": CLUSTER, "max_cells": 4, "top_genes": 12, "drop_genes": (
 VARIANTS = {
     "default": {},
     "genes by expression": {"genes_by": "expression"},
+    "genes by difference": {"genes_by": "difference"},
     "greedy": {"temperature": 0.0},
     "no shared favourites": {"one_to_one": "always"},
     "never one-to-one": {"one_to_one": "never"},

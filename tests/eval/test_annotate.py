@@ -1,6 +1,7 @@
 """Annotating a user's clusters: questions, votes, confidence, what is written. Hand-computed, without a model."""
 
 import csv
+import dataclasses
 import io
 import json
 import random
@@ -107,8 +108,7 @@ def test_puzzles_have_the_trained_format_and_no_cluster_name():
         assert len(puzzle.cells) == len(puzzle.candidates) == len(set(puzzle.candidates)) and puzzle.variant == "batch"
         text = json.dumps(puzzle.chat())
         assert not [name for name in names if name in text and name != "7"] and " 7" not in text
-        genes = {p.cluster: p.by_difference for p in some}
-        assert puzzle.cells == [genes[cluster] for cluster in question.clusters]
+        assert len(ranked_by([question], some)) == 1
     screened = Counter(
         (c, label) for q in asked if q.stage == SCREEN for c in set(q.clusters) for label in q.puzzle.candidates
     )
@@ -116,6 +116,38 @@ def test_puzzles_have_the_trained_format_and_no_cluster_name():
     voted = Counter(cluster for q in asked if q.stage == VOTE for cluster in q.clusters)
     assert all(voted[p.cluster] >= 4 for p in some)
     assert len({q.puzzle.id for q in asked}) == len(asked)
+
+
+def ranked_by(questions: list, profiles: list[ClusterProfile]) -> set[str]:
+    """How the genes of the questions are ranked."""
+    of = {p.cluster: {"expression": p.by_expression, "difference": p.by_difference} for p in profiles}
+    found = set()
+    for question in questions:
+        fits = [
+            name
+            for name in ("expression", "difference")
+            if question.puzzle.cells == [of[cluster][name] for cluster in question.clusters]
+        ]
+        found |= set(fits) or {"nothing known"}
+    return found
+
+
+def test_a_cluster_is_described_in_turns_by_what_it_expresses_and_by_what_sets_it_apart():
+    some = of_types(["T cell", "B cell", "monocyte", "T cell", "NK cell"])
+    belief = np.full((5, len(TYPES)), 0.25)
+    of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=3))
+    in_turns = [*[{"expression"}] * 2, *[{"difference"}] * 2, {"expression"}]  # even rounds: similar clusters meet
+    assert [ranked_by(of.voting([number], belief), some) for number in range(5)] == in_turns
+    assert ranked_by(of.screening(1), some) == {"expression"}
+    assert ranked_by(of.screening(2), some) == {"expression", "difference"}
+    for name in ("expression", "difference"):
+        of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=3, genes_by=name))
+        assert ranked_by(of.screening(2) + of.voting(range(4), belief), some) == {name}
+    # a cluster without others in its sample differs from nothing
+    alone = dataclasses.replace(some[0], by_difference=[])
+    for name in ("both", "expression", "difference"):
+        of = SampleQuestions(0, [alone], list(TYPES), Layout(max_cells=3, genes_by=name))
+        assert all(q.puzzle.cells == [alone.by_expression] for q in of.voting(range(4), belief[:1]))
 
 
 def test_order_differs_from_vote_to_vote_and_repeats_with_the_seed():
