@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -14,7 +15,7 @@ from eval.ablation.compare import Arm
 from eval.report.figures import BLUE, GREEN, GREY, ORANGE, drawn_png, percent_axis, series, smooth
 
 COLOURS = (BLUE, ORANGE, GREEN, "#c94f9b", GREY, "#56b4e9", "#d55e00", "#b59f00")
-"""Those of the report page and more of Okabe and Ito's; taken again from the first where they do not suffice."""
+"""Those of the report page and more of Okabe and Ito's."""
 PANELS = (("reward", "mean reward of sampled answers"), ("completions/mean_length", "mean response length, tokens"))
 """(key in metrics.jsonl, label of the axis)"""
 
@@ -22,11 +23,12 @@ PANELS = (("reward", "mean reward of sampled answers"), ("completions/mean_lengt
 def draw_arms(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw reward, response length and test accuracy of all configurations as one PNG, 1,800 pixels wide."""
     split, rows = next(iter(found.items()))
-    with drawn_png(path, width=12, height=3.9) as figure:
+    # room for a row of the legend per four configurations, and for a bar each
+    with drawn_png(path, width=12, height=max(3.9, 3.3 + 0.17 * len(arms))) as figure:
         panels = figure.subplots(1, 3)
         for axes, (key, label) in zip(panels, PANELS, strict=False):
             for number, arm in enumerate(arms):
-                draw_band(axes, [series(run.steps, key) for run in arm.runs], COLOURS[number % len(COLOURS)], arm.name)
+                draw_band(axes, [series(run.steps, key) for run in arm.runs], colour_of(number, len(arms)), arm.name)
             axes.set(xlabel="step", ylabel=label)
         draw_accuracy(panels[2], arms, rows, split)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
@@ -46,18 +48,31 @@ def draw_band(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour
 
 def draw_accuracy(axes: Axes, arms: Sequence[Arm], rows: Sequence[dict[str, Any]], split: str) -> None:
     """Test accuracy over the steps where checkpoints were evaluated, else of the trained models, with intervals."""
-    axes.set_ylabel(f"batch accuracy on the {split} puzzles")
-    percent_axis(axes)
+    label = f"batch accuracy on the {split} puzzles"
     if any(run.curve for arm in arms for run in arm.runs):
         for number, arm in enumerate(arms):
             lines = [tuple(np.array(run.curve, dtype=float).reshape(-1, 2).T) for run in arm.runs]
-            draw_band(axes, lines, COLOURS[number % len(COLOURS)], arm.name)
+            draw_band(axes, lines, colour_of(number, len(arms)), arm.name)
         axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        percent_axis(axes)
         return
     for number, row in enumerate(rows):
-        colour, values = COLOURS[number % len(COLOURS)], row["by_seed"]["batch_accuracy"]
-        low, high = row["intervals"]["batch_accuracy"]
-        axes.bar(number, row["metrics"]["batch_accuracy"], color=colour, width=0.7, alpha=0.85)
-        axes.plot([number, number], [low, high], color="black", linewidth=1.2)
-        axes.plot(number + np.linspace(-0.2, 0.2, len(values)), values, "o", color="black", markersize=3)
-    axes.set_xticks(range(len(rows)), [row["name"].split(":")[0] for row in rows])
+        values = row["by_seed"]["batch_accuracy"]
+        axes.barh(number, row["metrics"]["batch_accuracy"], color=colour_of(number, len(rows)), height=0.7, alpha=0.85)
+        axes.plot(row["intervals"]["batch_accuracy"], [number, number], color="black", linewidth=1.2)
+        axes.plot(values, number + 0.2 * spread(len(values)), "o", color="black", markersize=3)
+    # the first configuration is the topmost
+    axes.set(xlabel=label, ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+    axes.set_yticklabels([row["name"] for row in rows])
+    percent_axis(axes, along="x")
+
+
+def spread(n: int) -> np.ndarray:
+    """n places from -1 to 1, evenly; 0 for one. [n]"""
+    return np.linspace(-1, 1, n) if n > 1 else np.zeros(n)
+
+
+def colour_of(number: int, n: int) -> Any:
+    """The colour of configuration `number` of n: one of COLOURS, or of a continuous map where those do not suffice."""
+    return COLOURS[number] if n <= len(COLOURS) else matplotlib.colormaps["turbo"](number / (n - 1))

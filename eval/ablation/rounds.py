@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from eval.ablation.figure import COLOURS
+from eval.ablation.figure import colour_of
 from eval.report.figures import drawn_png, percent_axis
 
 MARKERS = "osD^vPX*<>"
@@ -43,7 +43,7 @@ def draw_split(axes: Axes, rows: list[dict[str, Any]], split: str, by_tokens: bo
         apart = 0.0 if by_tokens or len(trained) == 1 else WIDE * (number / (len(trained) - 1) - 0.5)
         at = [point["sampled"] / 1000 if by_tokens else i + apart for i, point in enumerate(points, start=1)]
         values = [point["value"] for point in points]
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker = colour_of(number, len(trained)), MARKERS[number % len(MARKERS)]
         errors = [
             [point["value"] - point["interval"][0] for point in points],
             [point["interval"][1] - point["value"] for point in points],

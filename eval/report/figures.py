@@ -338,10 +338,12 @@ def _draw_strip(axes: Axes, steps: list[dict[str, Any]], key: str, title: str, c
         axes.set_xlabel("GRPO step")
 
 
-def percent_axis(axes: Axes, top: float = 1.03) -> None:
-    axes.set_ylim(-0.03 if top < 1.1 else 0, top)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+def percent_axis(axes: Axes, top: float = 1.03, along: str = "y") -> None:
+    """Percentages from 0 to 100 along an axis, "x" or "y". top: where it ends, as a share."""
+    bottom = -0.03 if top < 1.1 else 0
+    axes.set(**{f"{along}lim": (bottom, top), f"{along}ticks": [0, 0.25, 0.5, 0.75, 1]})
+    axis = axes.yaxis if along == "y" else axes.xaxis
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
 def page_style() -> matplotlib.rc_context:

@@ -1,5 +1,6 @@
 """Configurations compared: hand-made run folders with known answers, read, compared and drawn."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
 from eval.ablation.compare import compare_arms, points_of, read_arm, variety
-from eval.ablation.figure import draw_arms
+from eval.ablation.figure import colour_of, draw_arms
 from eval.ablation.made import Made, models_of, read_points, write_points
 from eval.ablation.results import write_results
 from eval.ablation.tables import ablation_markdown
@@ -77,6 +78,19 @@ def test_the_figure_is_a_picture_with_every_configuration(arms, tmp_path, curve)
         blue, orange = (31, 131, 201), (224, 134, 0)
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
         assert blue in colours and (orange in colours or curve)
+
+
+def test_many_configurations_have_a_bar_and_a_colour_each(arms, tmp_path):
+    many = [dataclasses.replace(arms[number % 2], name=f"rank {number}, rate 3e-3, alpha 16") for number in range(18)]
+    rows = [
+        {"name": arm.name, "metrics": {"batch_accuracy": 0.5}, "by_seed": {"batch_accuracy": [0.5]}}
+        | {"intervals": {"batch_accuracy": [0.4, 0.6]}}
+        for arm in many
+    ]
+    draw_arms(many, {"test": rows}, tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as image:
+        assert image.size == (1800, 954)  # higher, so that 18 rows of text fit
+    assert len({tuple(colour_of(number, 18)) for number in range(18)}) == 18
 
 
 # ---- commands one after another, and rounds

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
@@ -677,6 +678,20 @@ def test_an_adapter_that_names_no_base(tmp_path, named):
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(named))
     assert files_fingerprint(tmp_path / "adapter").startswith("2 files, ")
     assert files_fingerprint(tmp_path / "adapter", str(tmp_path / "base")).startswith("3 files, ")
+
+
+def test_an_adapter_whose_checkpoint_is_not_there_is_named_with_the_remedy(melanoma):
+    """A relative path in adapter_config.json, read from another working directory, or a run folder that was moved."""
+    folder, _ = melanoma
+    plain = {"base_model_name_or_path": "runs/sft/model", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(plain))
+    save_file({"q_proj.lora_A.weight": torch.ones(1, 2)}, folder / "adapter_model.safetensors")
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--model", folder, "--out", folder / "o")
+    for given, named in (((), "runs/sft/model"), (("--base", folder / "elsewhere"), folder / "elsewhere")):
+        done = evaluate(*asked, *given)
+        assert done.exit_code == 2
+        said = f"{folder}: an adapter on {named}, where no checkpoint is; name its checkpoint with --base"
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize(

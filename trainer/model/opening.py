@@ -76,7 +76,7 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
 
     base: the checkpoint under an adapter; default: the one that the adapter names. served: refuse an adapter that vLLM
     cannot serve. Raises UserError that names the file when an adapter is incomplete, damaged, or would be served
-    wrongly.
+    wrongly, or when the checkpoint under it is not there.
     """
     folder = Path(folder)
     # before any tensor is read: a refusal names the setting, and is there at once
@@ -84,7 +84,12 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     if not is_adapter(folder):
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
-    return OpenedModel(folder, base_under(folder, settings, base), adapter, settings)
+    under = base_under(folder, settings, base)
+    if (
+        under != folder and not (under / "config.json").is_file()
+    ):  # a run folder that was moved, or another working directory
+        raise UserError(f"{folder}: an adapter on {under}, where no checkpoint is; name its checkpoint with --base")
+    return OpenedModel(folder, under, adapter, settings)
 
 
 def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], dict]:
