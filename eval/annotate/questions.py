@@ -16,6 +16,9 @@ Voting. Every round divides the clusters of a sample into sets of N again, and e
     forced to another label: this is what lets two clusters get the same label over all puzzles, though never in one.
     Only the answers of this stage are votes.
 
+The genes of a cluster are listed in turns by expression, as a model of CellPuzzles was trained, and by the difference from
+the sample's other clusters, which leaves out what all of them express.
+
 A set that cannot be filled is completed with clusters that have had their turn, so puzzles overlap. The order of cells
 and of labels is drawn anew for every puzzle, from the seed and the puzzle's place. A sample of one cluster is asked in
 the format of a single cell (data/prompts.py), and without candidates the question is the open-ended one.
