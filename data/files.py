@@ -318,6 +318,12 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def seen_from(folder: Path, path: Path) -> Path:
+    """A path of a run's settings: as it stands, or from a folder above `folder`, where the run may have been started."""
+    found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
+    return next(found, path)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The JSON object of a file that came with a model. Raises UserError that names the file and what is wrong with it."""
     refuse_pointer(path)

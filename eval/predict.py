@@ -180,13 +180,16 @@ def answer_all(
 class Partial:
     """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
 
-    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool) -> None:
-        """settings: everything the answers depend on. resume: read the rows that a run with the same settings left.
+    def __init__(
+        self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool, afresh: str = "leave --resume out"
+    ) -> None:
+        """settings: everything the answers depend on. resume: read the rows that a run with the same settings left. afresh:
+        what starts again without them, for a message.
 
         The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
         settings, when a line before the last one is damaged, or when another process writes the folder.
         """
-        self.path = Path(folder) / PARTIAL
+        self.path, self.afresh = Path(folder) / PARTIAL, afresh
         if self.path.parent.is_dir():  # a folder is made with the first answer: a refused command leaves none
             lock_folder(self.path.parent)
         self.rows: dict[str, dict] = {}
@@ -243,7 +246,7 @@ class Partial:
             if self.settings.get(name) != settings.get(name):
                 raise UserError(
                     f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
-                    f"{self.settings.get(name)}: give the same, or leave --resume out to start again"
+                    f"{self.settings.get(name)}: give the same, or {self.afresh} to start again"
                 )
 
 

@@ -56,7 +56,7 @@ def open_model(folder: str | Path, base: str | None = None) -> Model:
     return Model(
         name=str(folder),
         load=load_model,
-        known=read_known_labels(folder),
+        known=read_known_labels(folder, opened.base),
         hashes=hashes,
         versions=made["versions"] | {"commit": made["git_commit"]},
         files=files_fingerprint(folder, base),

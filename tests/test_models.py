@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -835,6 +836,16 @@ def test_a_model_that_vllm_cannot_start_is_refused_in_a_sentence(pipeline, tmp_p
     done = run_command("grpo", "--model", folder, *given)
     assert done.returncode == 2 and f"Error: --model {folder}: vLLM does not start with this model (" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(8)
+def test_more_tokens_than_the_model_has_positions_for_are_refused_with_the_option(pipeline, tmp_path):
+    given = ("--puzzles", pipeline / "puzzles/test.parquet", "--limit", 2, "--out", tmp_path / "eval")
+    done = run_command("evaluate", *given, "--model", pipeline / "base", "--max-response-tokens", 1_000_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = r"--max-response-tokens: the longest prompt and response would have 1,000,\d+ tokens, and .*positions for [\d,]+ "
+    assert re.search(said, done.stderr) and done.stderr.rstrip().endswith("fewer")
 
 
 # ---- every architecture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import read_settings
+from data.files import read_settings, seen_from
 
 LABELS = "labels.json"
 """Written by a build beside train.parquet."""
@@ -145,19 +145,13 @@ def labels_file_of(model: str | Path) -> Path | None:
         settings = _run_settings(folder)
         named = [Path(settings["labels"])] if settings.get("labels") else []
         named += [Path(settings[key]).parent / LABELS for key in ("puzzles", "traces") if settings.get(key)]
-        for path in (_seen_from(folder, path) for path in named):
+        for path in (seen_from(folder, path) for path in named):
             if path.is_file():
                 return path
         adapter = folder / ADAPTER_CONFIG
         base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
-        waiting += [_seen_from(folder, Path(place)) for place in (base, settings.get("model")) if place]
+        waiting += [seen_from(folder, Path(place)) for place in (base, settings.get("model")) if place]
     return None
-
-
-def _seen_from(folder: Path, path: Path) -> Path:
-    """A path of a run's settings: as it stands, or from a folder above the checkpoint, as the run was started there."""
-    found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
-    return next(found, path)
 
 
 def _run_settings(folder: Path) -> dict[str, str]:
@@ -181,9 +175,12 @@ def cell_types_file(labels: str | None, *places: str | Path) -> dict[str, str]:
     return {CELL_TYPES: read_labels(found[0]).to_json()} if found else {}
 
 
-def read_known_labels(model: str | Path) -> KnownLabels | None:
-    """The labels and genes that a model was trained on; None when no file says so (see labels_file_of)."""
-    path = labels_file_of(model)
+def read_known_labels(*models: str | Path) -> KnownLabels | None:
+    """The labels and genes that a model was trained on; None when no file says so (see labels_file_of).
+
+    models: its folder, and after it the checkpoint under an adapter where that is known.
+    """
+    path = next(filter(None, map(labels_file_of, models)), None)
     return read_labels(path) if path is not None else None
 
 
@@ -198,9 +195,16 @@ def check_genes_known(genes: Iterable[str], known: Iterable[str], share: float =
     found = len(common) / max(1, min(len(genes), len(known)))
     if found < share:
         here, there = (", ".join(sorted(names - common)[:SHOWN]) for names in (genes, known))
+        alike = len({gene.upper() for gene in genes} & {gene.upper() for gene in known})
+        but_for_case = (
+            f" ({alike:,} are but for upper and lower case, as symbols of mouse and human are)"
+            if alike > len(common)
+            else ""
+        )
         raise UserError(
-            f"the file has {len(genes):,} genes ({here}, ...) and the model was trained on {len(known):,} ({there}, ...), but "
-            f"only {len(common):,} are in both, a share of {found:.2f} where {share:.2f} is needed; name the column of gene "
-            "symbols with --gene-key, or use a model that was trained on such genes"
+            f"the prompts would list {len(genes):,} genes of the file ({here}, ...) and the model was trained on "
+            f"{len(known):,} ({there}, ...), but only {len(common):,} are in both{but_for_case}, a share of {found:.2f} where "
+            f"{share:.2f} is needed; name the column of gene symbols with --gene-key, or use a model that was trained on such "
+            "genes"
         )
     return found

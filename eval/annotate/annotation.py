@@ -14,6 +14,7 @@ from eval.annotate.evidence import Rationale, rationales
 from eval.annotate.questions import Layout, Question, SampleQuestions, gene_lists
 from eval.annotate.settings import QuestionSettings
 from eval.annotate.votes import ClusterLabel, Reading, Tally, beliefs, count_votes, label_clusters
+from eval.report.html import count
 
 UNCERTAIN = "uncertain"
 """The label of a cluster whose confidence is too low, that has no vote, or is too small to be asked about."""
@@ -62,6 +63,13 @@ class Annotation:
     notes: list[str] = field(default_factory=list)
     n_answers: int = 0
     n_invalid: int = 0
+
+
+def counts_of(annotation: Annotation) -> str:
+    """ "17 clusters, 15 cell types, 1 uncertain": of the labels that are written."""
+    labels = [cluster.label for cluster in annotation.clusters.values()]
+    kinds = len(set(labels) - {UNCERTAIN})
+    return f"{count(len(labels), 'cluster')}, {count(kinds, 'cell type')}, {labels.count(UNCERTAIN)} uncertain"
 
 
 class Questions:
@@ -131,20 +139,30 @@ def chosen_profiles(profiles: Sequence[ClusterProfile], most: int) -> list[Clust
     return [profile for number, profile in enumerate(profiles) if number in kept]
 
 
+def refuse_useless(asked: Sequence[Question], readings: Sequence[Reading]) -> None:
+    """Raises RunError that names the commonest problem when no answer to some questions could be used."""
+    if any(any(reading.labels) for reading in readings):
+        return
+    (problem, _), *_ = Counter(reading.problem or "it names no candidate" for reading in readings).most_common(1)
+    sizes = sorted({len(question.puzzle.cells) for question in asked})
+    raise RunError(
+        f"none of {len(readings)} answers can be used (mostly: {problem}; asked about {' or '.join(map(str, sizes))} clusters at "
+        "a time); read them in the folder of answers, and check --model and --max-response-tokens, and that the model was "
+        "trained on puzzles of this size: for larger ones annotate more clusters together, for smaller ones give --max-cells"
+    )
+
+
 def annotate_profiles(
     profiles: Profiles, candidates: dict[str, Candidates], questions: Questions, ask: Ask, settings: QuestionSettings
 ) -> Annotation:
     """Ask, count, decide. Raises RunError when no answer about any cluster could be used."""
     screening = questions.screening()
     screened = ask(screening, "screening") if screening else []
+    if screening:  # before the votes, which cost more
+        refuse_useless(screening, screened)
     voting = questions.voting(screened)
     readings = ask(voting, "votes")
-    if not any(any(reading.labels) for reading in readings):
-        (problem, _), *_ = Counter(reading.problem or "it names no candidate" for reading in readings).most_common(1)
-        raise RunError(
-            f"none of {len(readings)} answers can be used (mostly: {problem}); see them in the folder of answers, and check "
-            "--model, --max-response-tokens and --max-cells"
-        )
+    refuse_useless(voting, readings)
     asked_about = list(dict.fromkeys(profile.cluster for profile in questions.profiles))
     found = label_clusters(count_votes(readings, asked_about), settings.one_to_one)
     reasons = rationales(readings, {cluster: label.label for cluster, label in found.items()})

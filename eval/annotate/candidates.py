@@ -70,7 +70,7 @@ def listed(given: str | Sequence[str]) -> tuple[list[str], dict[str, str], str]:
                 f"--candidates {given}: no such file, and no list of labels with commas between them; give one of both, "
                 f"or {OPEN}"
             )
-        where = f"--candidates {path.name}" if is_file else "--candidates"
+        where = f"--candidates {path}" if is_file else "--candidates"
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines() if is_file else given.split(",")
         except (OSError, UnicodeDecodeError) as error:
@@ -84,12 +84,12 @@ def listed(given: str | Sequence[str]) -> tuple[list[str], dict[str, str], str]:
         if term and not _TERM.fullmatch(term):
             raise UserError(f"{where}, line {number}: {term!r} is no Cell Ontology id; write it as CL:0000236")
         if normalise_label(label) in labels:
-            raise UserError(f"{where}: lists {label!r} twice; leave one out")
+            raise UserError(f"{where}, line {number}: lists {label!r} again; leave one out")
         labels[normalise_label(label)] = label
         terms |= {normalise_label(label): term} if term else {}
     if len(labels) < 2:
         raise UserError(
-            f"{where}: lists {len(labels)} label, so there is nothing to choose; give at least two, or {OPEN}"
+            f"{where}: lists {'one label' if labels else 'no label'}, so there is nothing to choose; give at least two, or {OPEN}"
         )
     check_labels(Path(where), labels.values())
     return list(labels.values()), terms, where

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.annotate.annotation import UNCERTAIN, UNKNOWN_TERM, Annotated, Annotation
+from eval.annotate.annotation import UNCERTAIN, UNKNOWN_TERM, Annotated, Annotation, counts_of
 from eval.annotate.doubts import Agreement, doubts_of
 from eval.annotate.evidence import Markers, markers_of
 from eval.report.html import (
@@ -56,6 +56,8 @@ MOST_POINTS = 12_000
 """More cells than this are drawn as a random sample, so that the page stays small."""
 WIDTH, HEIGHT, EDGE = 640, 480, 14
 GREY = "#9aa0a6"
+PALE, NO_CLUSTER = "#dfe3e8", "without a cluster"
+"""Of cells that no label is written for."""
 # Okabe and Ito's colours first, which colour-blind readers can tell apart, then Tol's
 COLOURS = (
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#a5a100", "#332288", "#88ccee", "#44aa99"),
@@ -83,9 +85,7 @@ class Shown:
 def annotation_page(annotation: Annotation, shown: Shown) -> str:
     """The whole page."""
     found = list(annotation.clusters.values())
-    uncertain = sum(cluster.label == UNCERTAIN for cluster in found)
-    kinds = len({cluster.label for cluster in found} - {UNCERTAIN})
-    title = f"{shown.title}: {count(len(found), 'cluster')}, {count(kinds, 'cell type')}, {uncertain} uncertain"
+    title = f"{shown.title}: {counts_of(annotation)}"
     parts = [f"<h1>{escape(title)}</h1>", _lead(annotation, shown)]
     sections = {
         "labels": ("The labels", _overview(annotation, shown)),
@@ -155,7 +155,7 @@ def _umap(annotation: Annotation, shown: Shown) -> str:
     if shown.places is None:
         return ""
     labels = np.array([_label_of(annotation, name) for name in shown.clusters.tolist()], dtype=object)
-    colours = colours_of([cluster.label for cluster in annotation.clusters.values()])
+    colours = colours_of([cluster.label for cluster in annotation.clusters.values()]) | {NO_CLUSTER: PALE}
     svg = umap_svg(shown.places, labels, shown.clusters, colours)
     used = set(labels.tolist())
     legend = "".join(f"<li>{_swatch(c)}{escape(label)}</li>" for label, c in colours.items() if label in used)
@@ -169,7 +169,7 @@ def _umap(annotation: Annotation, shown: Shown) -> str:
 
 def _label_of(annotation: Annotation, cluster: str) -> str:
     found = annotation.clusters.get(cluster)
-    return found.label if found else UNCERTAIN
+    return found.label if found else NO_CLUSTER
 
 
 def _truth(annotation: Annotation, shown: Shown) -> str:
@@ -309,6 +309,11 @@ def colours_of(labels: Sequence[str]) -> dict[str, str]:
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(distinct)} | {UNCERTAIN: GREY}
 
 
+def shortened(name: str) -> str:
+    """The name of a cluster on the UMAP, of at most 24 characters."""
+    return name if len(name) <= 24 else f"{name[:23]}\u2026"
+
+
 def umap_svg(places: np.ndarray, labels: np.ndarray, clusters: np.ndarray, colours: dict[str, str]) -> str | None:
     """The drawing; None where no cell has a place.
 
@@ -335,7 +340,7 @@ def umap_svg(places: np.ndarray, labels: np.ndarray, clusters: np.ndarray, colou
     for cluster in dict.fromkeys(clusters[rows].tolist()):
         if cluster:
             x, y = np.median(at[clusters[rows] == cluster], axis=0)
-            parts.append(f'<text x="{x:.0f}" y="{y:.0f}">{escape(cluster[:24])}</text>')
+            parts.append(f'<text x="{x:.0f}" y="{y:.0f}">{escape(shortened(cluster))}</text>')
     size = 3.0 if len(rows) > 3000 else 4.5
     return (
         f'<svg class="umap" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="UMAP of the cells, coloured by label" '

@@ -7,10 +7,9 @@ Answers are kept in the file of eval/predict.py: nothing is asked, or bought, tw
 import datetime
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from data.clusters.known import KnownLabels, check_genes_known
 from data.clusters.profiles import Advance, Profiles, profiles_of, read_profiles
 from data.errors import UserError
 from data.puzzles import Puzzle
-from eval.annotate.annotation import Annotation, Questions, annotate_profiles
+from eval.annotate.annotation import Annotation, Questions, annotate_profiles, counts_of
 from eval.annotate.candidates import candidates_of
 from eval.annotate.doubts import Agreement, agreement_of
 from eval.annotate.page import Shown, annotation_page
 from eval.annotate.questions import Question
 from eval.annotate.settings import AnnotateConfig, QuestionSettings
 from eval.annotate.votes import Reading, read_answer
-from eval.annotate.writing import add_to, obs_columns_of, record_of, refuse_places, write_all
+from eval.annotate.writing import add_to, csv_of, obs_columns_of, record_of, refuse_places, write_all
 from eval.baselines import known_markers
 from eval.predict import PARTIAL, Partial, answer_all
 from eval.settings import EvaluateConfig, settings_of
@@ -78,7 +77,7 @@ class Answers:
                 f"{path}: holds answers of an earlier run, which may have cost money; add --resume to use them, or remove "
                 "the folder"
             )
-        self.partial = Partial(asked.out, settings, asked.resume)
+        self.partial = Partial(asked.out, settings, asked.resume, afresh=f"remove {asked.out}")
         puzzles = [question.puzzle for question in first] + longest
         load = model.load
         if load is not None:
@@ -124,6 +123,7 @@ def annotate(
     Raises UserError for a column, values, genes or settings that cannot be used.
     """
     given = settings.pop("candidates", None)
+    refuse_arguments(adata, given, settings)
     as_text = given if isinstance(given, str) else None
     asked = QuestionSettings(cluster_key=cluster_key, candidates=as_text, **settings)
     if isinstance(model, str):
@@ -147,6 +147,26 @@ def annotate(
     columns = obs_columns_of(annotation, profiles.cluster_of_cell)
     add_to(adata, columns, record_of(annotation, provenance(model, asked, "eval.annotate.annotate")))
     return adata
+
+
+def refuse_arguments(adata: Any, candidates: Any, settings: dict[str, Any]) -> None:
+    """Raises UserError for what is no AnnData, no labels, or no option of `annotate`."""
+    if not hasattr(adata, "obs"):
+        raise UserError(
+            f"adata: is a {type(adata).__name__}, not an AnnData; read the file with anndata.read_h5ad, or use launch/annotate.py"
+        )
+    if candidates is not None and not isinstance(candidates, str):
+        wrong = (
+            [one for one in candidates if not isinstance(one, str)]
+            if isinstance(candidates, Iterable)
+            else [candidates]
+        )
+        if wrong:
+            raise UserError(f"candidates: {wrong[0]!r} is no label; give a list of texts, or the name of a file")
+    options = [option.name for option in fields(QuestionSettings)]
+    for name in settings:
+        if name not in options:
+            raise UserError(f"{name}: annotate has no such option; nearest: {nearest_names(name, options)}")
 
 
 def annotate_file(
@@ -185,7 +205,8 @@ def annotate_file(
     )
     columns = obs_columns_of(annotation, profiles.cluster_of_cell)
     page = annotation_page(annotation, shown)
-    replaced = write_all(source, out, annotation, columns, record_of(annotation, record), table, page)
+    rows = csv_of(annotation, table, agreement)
+    replaced = write_all(source, out, columns, record_of(annotation, record), rows, page)
     return annotation, agreement, replaced
 
 
@@ -270,9 +291,11 @@ def summary_lines(annotation: Annotation, agreement: Agreement | None) -> Iterab
         )
         votes = f"{cluster.found.tally.votes[cluster.found.label]} of {cluster.found.tally.valid} votes"
         yield f"{cluster.cluster:{width}}  {cluster.confidence:.2f}  {cluster.label}{guess}: {votes}{second}"
-    labels = Counter(cluster.label for cluster in annotation.clusters.values())
-    yield f"{len(annotation.clusters)} clusters, {len(labels)} labels, {annotation.n_answers:,} answers"
+    yield f"{counts_of(annotation)}, {annotation.n_answers:,} answers"
     if annotation.n_invalid:
-        yield f"{annotation.n_invalid:,} answers have an invalid format and count for nothing"
+        yield f"answers of an invalid format, which count for nothing: {annotation.n_invalid:,}"
     if agreement is not None:
-        yield f"{agreement.clusters_right} of {agreement.n_clusters} clusters have their commonest {agreement.key}"
+        yield (
+            f"for {agreement.clusters_right} of {agreement.n_clusters} clusters the best label is what most of their cells have "
+            f"in {agreement.key}"
+        )

@@ -13,7 +13,8 @@ import pandas as pd
 from data.clusters.annotated import storable, write_annotated
 from data.errors import UserError
 from data.files import replacing
-from eval.annotate.annotation import UNCERTAIN, UNKNOWN_TERM, Annotated, Annotation
+from eval.annotate.annotation import Annotated, Annotation
+from eval.annotate.doubts import Agreement
 from eval.annotate.evidence import markers_of
 
 KEY = "cell_type_llm"
@@ -25,26 +26,28 @@ CSV_COLUMNS = (
     *("cluster", "cells", "label", "best_label", "confidence", "share_of_votes", "second", "second_share"),
     *("ontology_term_id", "votes", "answers", "samples", "cited_genes", "marker_genes_found", "shared_with"),
 )
+TRUTH_COLUMNS = ("truth", "truth_share")
+"""With --truth-key: the commonest known label of the cluster's cells, and its share of those with a known label."""
 
 
 def obs_columns_of(annotation: Annotation, cluster_of_cell: np.ndarray) -> dict[str, Any]:
     """{obs column: [C] values}: categories of text, and the confidence as float64.
 
-    A cell without a cluster is UNCERTAIN with confidence 0.
+    A cell without a cluster has no value (NaN) in any of them: nobody was asked about it.
     """
     codes, names = pd.factorize(cluster_of_cell)
     found = [annotation.clusters.get(name) for name in names]
 
-    def column(of: Callable[[Annotated], str], missing: str) -> pd.Categorical:
-        values = np.array([of(cluster) if cluster else missing for cluster in found], dtype=object)
-        return pd.Categorical(values[codes], categories=sorted(set(values)))
+    def column(of: Callable[[Annotated], str]) -> pd.Categorical:
+        values = np.array([of(cluster) if cluster else None for cluster in found], dtype=object)
+        return pd.Categorical(values[codes], categories=sorted(set(values) - {None}))
 
-    confidence = np.array([cluster.confidence if cluster else 0.0 for cluster in found])
+    confidence = np.array([cluster.confidence if cluster else np.nan for cluster in found])
     return {
-        KEY: column(lambda cluster: cluster.label, UNCERTAIN),
+        KEY: column(lambda cluster: cluster.label),
         f"{KEY}_confidence": confidence[codes],
-        f"{KEY}_second": column(lambda cluster: cluster.found.second or NONE, NONE),
-        f"{KEY}_ontology_term_id": column(lambda cluster: cluster.ontology, UNKNOWN_TERM),
+        f"{KEY}_second": column(lambda cluster: cluster.found.second or NONE),
+        f"{KEY}_ontology_term_id": column(lambda cluster: cluster.ontology),
     }
 
 
@@ -70,11 +73,14 @@ def record_of(annotation: Annotation, provenance: dict[str, Any]) -> dict[str, A
     }
 
 
-def csv_of(annotation: Annotation, table: dict[str, list[str]]) -> str:
-    """A CSV with a row per cluster. table: {normalised label: marker genes}, to count those that a cluster lists."""
+def csv_of(annotation: Annotation, table: dict[str, list[str]], agreement: Agreement | None = None) -> str:
+    """A CSV with a row per cluster. table: {normalised label: marker genes}, to count those that a cluster lists.
+
+    agreement: with a column of known labels.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow((*CSV_COLUMNS, *(TRUTH_COLUMNS if agreement else ())))
     for cluster in annotation.clusters.values():
         found, tally = cluster.found, cluster.found.tally
         best = found.label or ""
@@ -90,6 +96,9 @@ def csv_of(annotation: Annotation, table: dict[str, list[str]]) -> str:
             " ".join(markers_of(best, cluster.genes, table).found),
             "; ".join(shared),
         )
+        if agreement:
+            truth, share = agreement.of_cluster.get(cluster.cluster, ("", 0.0))
+            row += (truth, f"{share:.3f}" if truth else "")
         writer.writerow([_harmless(value) for value in row])
     return out.getvalue()
 
@@ -99,16 +108,14 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "@", "\t") else value
 
 
-def write_all(
-    source: Path, out: Path, annotation: Annotation, columns: dict, record: dict, table: dict, page: str
-) -> list[str]:
+def write_all(source: Path, out: Path, columns: dict, record: dict, rows_text: str, page: str) -> list[str]:
     """Write OUT, and beside it .csv and .html: all three or none. Returns notes on what was replaced in the copy.
 
-    columns: of obs_columns_of. record: of record_of. table: of markers. page: HTML. Raises UserError that names the file
+    columns: of obs_columns_of. record: of record_of. rows_text: of csv_of. page: HTML. Raises UserError that names the file
     when one cannot be written.
     """
     with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
-        rows.write_text(csv_of(annotation, table), encoding="utf-8")
+        rows.write_text(rows_text, encoding="utf-8")
         html.write_text(page, encoding="utf-8")
         # last and largest: where it cannot be written, the other two keep their temporary names and go
         return write_annotated(source, out, columns, {KEY: record})

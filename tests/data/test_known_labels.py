@@ -114,6 +114,10 @@ def test_where_the_labels_of_a_model_are_found(tmp_path):
     assert labels_file_of(checkpoint) == base / "cell_types.json" == labels_file_of(whole)
     (puzzles / "labels.json").write_text(known_of("of the puzzles").to_json())
     assert list(read_known_labels(checkpoint).labels) == ["of the puzzles"]
+    moved = tmp_path / "moved"  # an adapter whose base is named by --base, as its own path leads nowhere
+    moved.mkdir()
+    (moved / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nowhere"}))
+    assert read_known_labels(moved) is None and list(read_known_labels(moved, base).labels) == ["of the base"]
     (checkpoint / "cell_types.json").write_text(known_of("its own").to_json())
     assert list(read_known_labels(checkpoint).labels) == ["its own"]
     (checkpoint / "cell_types.json").unlink()
@@ -166,7 +170,9 @@ def test_genes_in_common():
     )
     assert check_genes_known(["A", "B"], ["A", "C", "D", "E"]) == 0.5
     with pytest.raises(
-        UserError, match=r"3 genes \(Cd3d, Lyz2, .*only 1 are in both, a share of 0.33 where 0.50 is needed"
+        UserError,
+        match=r"list 3 genes of the file \(Cd3d, Lyz2, .*only 1 are in both \(2 are but for upper and lower case, as symbols "
+        r"of mouse and human are\), a share of 0.33 where 0.50 is needed",
     ):
         check_genes_known(["ACTB", "Cd3d", "Lyz2"], ["ACTB", "CD3D", "LYZ"])
     with pytest.raises(UserError, match="the model was trained on 0 "):

@@ -352,8 +352,8 @@ def test_candidates_come_from_the_list_else_from_the_model_else_are_open(tmp_pat
     ("given", "said"),
     [
         ("no-such-file.txt", "no such file, and no list of labels with commas"),
-        ("T cell,t  CELL", "lists 't CELL' twice"),
-        ("T cell,", "lists 1 label, so there is nothing to choose"),
+        ("T cell,t  CELL", "--candidates, line 2: lists 't CELL' again; leave one out"),
+        ("T cell,", "lists one label, so there is nothing to choose"),
         ("T cell,B | cell", "separates answers"),
         ("T cell,<answer>", "looks like a tag"),
         ("T cell,T cells", "differ only in case, blanks, hyphens or a plural s"),
@@ -458,7 +458,9 @@ def test_answers_in_a_folder_are_not_asked_again(tmp_path):
     assert two.obs.equals(one.obs)
     with pytest.raises(UserError, match="--resume: .* was made with temperature 1.0, and this run has 0.5"):
         annotate(adata, model=second, copy=True, resume=True, temperature=0.5, **given)
-    with pytest.raises(UserError, match="--resume: .* was made with questions .clusters, candidates, options. "):
+    with pytest.raises(
+        UserError, match="--resume: .* was made with questions .clusters, candidates, options. .*remove"
+    ):
         annotate(adata, model=second, copy=True, resume=True, seed=1, **given)
 
 
@@ -468,6 +470,33 @@ def test_a_model_that_names_no_candidate_ends_without_labels():
     with pytest.raises(RunError, match="none of .* answers can be used .mostly: it names no candidate"):
         annotate(adata, cluster_key="leiden", model=never, candidates=list(TYPES))
     assert "cell_type_llm" not in adata.obs
+
+
+def test_answers_of_no_use_end_the_run_before_the_votes_are_asked():
+    """A small model that was trained on puzzles of 3 and 4 cells names 3 labels for 2 clusters."""
+    model = model_that(lambda puzzle: answer_of([*puzzle.candidates, "platelet"], ""))
+    with pytest.raises(
+        RunError, match=r"the answer has 3 labels for 2 cells; asked about 2 clusters at a time.*--max-cells"
+    ):
+        annotate(clustered(list(TYPES[:2]), parts=1), cluster_key="leiden", model=model, candidates=list(TYPES))
+    # 2 passes of 2 hands of 2 labels, and none of 8 votes
+    assert len(model.prompts) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"candidates": [1, 2]}, "candidates: 1 is no label; give a list of texts"),
+        ({"candidates": 7}, "candidates: 7 is no label"),
+        ({"adata": "file.h5ad"}, "adata: is a str, not an AnnData; read the file with anndata.read_h5ad"),
+        ({"sample": 4}, "sample: annotate has no such option; nearest: 'samples'"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_a_sentence(changed, said):
+    given = {"adata": clustered(list(TYPES), parts=1), "candidates": list(TYPES)} | changed
+    with pytest.raises(UserError) as refused:
+        annotate(given.pop("adata"), cluster_key="leiden", model=model_that(reads_markers), **given)
+    assert str(refused.value).startswith(said)
 
 
 def test_known_genes_and_a_name_without_endpoint_are_checked():
@@ -508,14 +537,23 @@ def test_columns_csv_and_record(annotation):
     found, profiles = annotation
     cells = np.array([*profiles.cluster_of_cell.tolist(), "", "never seen"], dtype=object)
     columns = obs_columns_of(found, cells)
-    assert list(columns["cell_type_llm"])[-2:] == [UNCERTAIN, UNCERTAIN]
-    assert columns["cell_type_llm_confidence"][-2:].tolist() == [0, 0]
+    # nobody was asked about cells without a cluster: they are not uncertain, they have no label
+    assert all(pd.isna(list(column)[-2:]).all() and not pd.isna(list(column)[:-2]).any() for column in columns.values())
+    assert set(columns["cell_type_llm"].categories) == {cluster.label for cluster in found.clusters.values()}
     by_label = dict(zip(columns["cell_type_llm"], columns["cell_type_llm_ontology_term_id"], strict=True))
-    assert by_label["B cell"] == "CL:0000236" and by_label["monocyte"] == by_label[UNCERTAIN] == "unknown"
+    assert by_label["B cell"] == "CL:0000236" and by_label["monocyte"] == "unknown"
     rows = list(csv.DictReader(io.StringIO(csv_of(found, {"b cell": ["CD79A", "MS4A1"]}))))
     assert [row["cluster"] for row in rows] == list(found.clusters)
     (b_cell,) = [row for row in rows if row["label"] == "B cell"]
     assert b_cell["marker_genes_found"] == "CD79A MS4A1" and float(b_cell["share_of_votes"]) == 1
+    clusters = profiles.cluster_of_cell.tolist()
+    first = clusters[0]
+    truth = ["neuron" if cluster == first else "" for cluster in clusters]
+    truth[clusters.index(first)] = "glia"
+    beside = list(csv.DictReader(io.StringIO(csv_of(found, {}, agreement_of(found, "known", clusters, truth)))))
+    n = clusters.count(first)
+    expected = {name: ("neuron", f"{(n - 1) / n:.3f}") if name == first else ("", "") for name in found.clusters}
+    assert {row["cluster"]: (row["truth"], row["truth_share"]) for row in beside} == expected
     record = record_of(found, {"model": "m", "versions": {"a": "1"}})
     assert json.loads(record["candidates"]) == list(TYPES) and json.loads(record["versions"]) == {"a": "1"}
 

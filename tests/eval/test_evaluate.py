@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.model.loading import load_tokenizer
-from trainer.model.opening import files_fingerprint, served_settings
+from trainer.model.opening import base_under, files_fingerprint, served_settings
 
 NAMES = ["T cell", "B cell", "NK cell", "monocyte"]
 KEY = "sk-a-key-that-must-not-be-written-down"
@@ -692,6 +693,17 @@ def test_an_adapter_whose_checkpoint_is_not_there_is_named_with_the_remedy(melan
         assert done.exit_code == 2
         said = f"{folder}: an adapter on {named}, where no checkpoint is; name its checkpoint with --base"
         assert said in done.stderr
+
+
+def test_the_checkpoint_under_an_adapter_is_found_from_where_the_run_was_started(tmp_path):
+    """Not only from the working directory: `cd elsewhere` must not lose it."""
+    adapter, base = tmp_path / "runs/grpo/checkpoints/step-000010", tmp_path / "runs/sft/model"
+    for folder in (adapter, base):
+        folder.mkdir(parents=True)
+    assert base_under(adapter, {"base_model_name_or_path": "runs/sft/model"}) == base
+    assert base_under(adapter, {"base_model_name_or_path": "runs/none"}) == Path("runs/none")
+    assert base_under(adapter, {"base_model_name_or_path": "runs/sft/model"}, "given") == Path("given")
+    assert base_under(adapter, {}) == adapter
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_a_file_comes_back_labelled_with_a_table_and_a_page(mine, server):
     before = digest(mine)
     done = call(mine, server.url, "--truth-key", "truth")
     assert digest(mine) == before
-    assert "8 of 8 clusters have their commonest truth" in done.stdout
+    assert "for 8 of 8 clusters the best label is what most of their cells have in truth" in done.stdout
     found = anndata.read_h5ad(mine.with_name("out.h5ad"))
     assert (found.obs["cell_type_llm"].astype(str) == found.obs["truth"].astype(str)).all()
     assert isinstance(found.obs["cell_type_llm_second"].dtype, pd.CategoricalDtype)

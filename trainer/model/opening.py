@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import parse_json, read_sealed, read_settings
+from data.files import parse_json, read_sealed, read_settings, seen_from
 from data.prompts import ChatFormat
 from trainer.record.runfolder import ADAPTER, refuse_damaged_files
 
@@ -122,7 +122,7 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
 def base_under(folder: Path, settings: dict[str, Any], base: str | None = None) -> Path:
     """The checkpoint under an adapter. settings: its adapter_config.json. base: given in place of the one named there."""
     # without a recorded base the adapter's own folder is named: load_tokenizer then says that it holds no checkpoint
-    return Path(base or settings.get("base_model_name_or_path") or folder)
+    return Path(base) if base else seen_from(folder, Path(settings.get("base_model_name_or_path") or folder))
 
 
 def run_of(folder: Path) -> dict[str, Any]:
