@@ -212,6 +212,7 @@ def test_a_store_that_falls_silent_ends_a_rank_that_is_stuck(silent, monkeypatch
     assert f"stops in phase 'start': {silent.verdict}" in capsys.readouterr().err
 
 
+@pytest.mark.slow(10)
 def test_a_rank_whose_collective_fails_names_the_silent_store_and_can_end(silent):
     assert "has not answered for" in silent.explain(RuntimeError("[pair.cc] timed out"))
     silent.close("lost")  # returns, although its last word cannot be sent
