@@ -17,7 +17,7 @@ from data.clusters.known import KnownLabel, KnownLabels
 from data.clusters.profiles import ClusterProfile, profiles_of
 from data.errors import RunError, UserError
 from eval.annotate import annotate
-from eval.annotate.annotation import UNCERTAIN, Questions, annotate_profiles, chosen_profiles
+from eval.annotate.annotation import Questions, annotate_profiles, chosen_profiles
 from eval.annotate.calibration import (
     calibrated,
     expected_calibration_error,
