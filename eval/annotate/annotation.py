@@ -66,7 +66,7 @@ class Annotation:
 
 
 def counts_of(annotation: Annotation) -> str:
-    """ "17 clusters, 15 cell types, 1 uncertain": of the labels that are written."""
+    """How many clusters have how many labels, such as "17 clusters, 15 cell types, 1 uncertain"; of the labels written."""
     labels = [cluster.label for cluster in annotation.clusters.values()]
     kinds = len(set(labels) - {UNCERTAIN})
     return f"{count(len(labels), 'cluster')}, {count(kinds, 'cell type')}, {labels.count(UNCERTAIN)} uncertain"
