@@ -12,6 +12,7 @@ import shutil
 import socket
 import stat
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -196,6 +197,26 @@ _locked: dict[Path, tuple[int, list[int]]] = {}
 """{folder: (id of the process that holds it, [descriptor of its lock]; in a fork of that process [])}"""
 
 
+LOCK_PATIENCE = 2.0
+"""Seconds that a lock of another process may last before it counts as held."""
+
+
+def take_lock(handle: int) -> None:
+    """Lock an open file for this process alone. Raises BlockingIOError when another process keeps it LOCK_PATIENCE seconds.
+
+    The kernel drops the lock of a killed process, though not at once where that process was just starting a child: the
+    child holds every descriptor of its parent from its fork to its exec, and `--resume` may come between the two.
+    """
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
 def lock_folder(folder: str | os.PathLike) -> None:
     """Make this process the only one that writes a folder, until it ends or calls `unlock_folder`. A missing folder is made.
 
@@ -212,7 +233,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
             # writable: NFS locks nothing else. no link: the file that it points to would be emptied
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(handle)
             except BlockingIOError:
                 who = os.read(handle, 300).decode(errors="replace").strip()
                 os.close(handle)

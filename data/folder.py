@@ -5,7 +5,6 @@ puzzles/train.parquet  test.parquet  unseen.parquet  report.json  labels.json
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 from data.build.staging import Staging
 from data.clusters.known import LABELS, PUZZLE_OPTIONS, KnownLabel, KnownLabels
 from data.errors import UserError
-from data.files import flush, parse_json, reason_of, remove_folder
+from data.files import flush, parse_json, reason_of, remove_folder, take_lock
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
@@ -186,7 +185,7 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
     staging.folder.mkdir(parents=True, exist_ok=True)
     with open(os.open(staging.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(lock.fileno())
         except BlockingIOError:
             raise UserError(
                 f"--out {out}: another build is writing there; wait for it, or name another folder"

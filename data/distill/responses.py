@@ -13,7 +13,6 @@ Only one process writes the file, and it only appends. After a kill, an incomple
 count.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from typing import Any
 from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
-from data.files import parse_json, sealed_row, unsealed_row
+from data.files import parse_json, sealed_row, take_lock, unsealed_row
 from data.puzzles import Puzzle
 
 REMOVED = "{}: was removed or replaced while responses were written to it; start again"
@@ -98,7 +97,7 @@ class RawFile:
     def _begin(self, settings: dict[str, Any], meter: Meter, resume: bool, replace: bool) -> None:
         """Lock the file, read what an earlier run wrote, and cut off an incomplete last line."""
         try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process is killed
+            take_lock(self.handle)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
         head, end, torn = self.path.read_bytes().rpartition(b"\n")

@@ -1,12 +1,14 @@
 """Files and folders that are written completely or not at all, files that grow, locks, and hashes."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import h5py
@@ -17,6 +19,7 @@ from safetensors.numpy import save_file
 import data.files
 from data.errors import UserError
 from data.files import (
+    LOCK,
     append_rows,
     appended_rows,
     lock_folder,
@@ -196,6 +199,16 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
         holder.stdout.close()
+
+
+def test_a_lock_that_a_killed_run_leaves_to_its_child_for_an_instant_is_waited_for(tmp_path):
+    """Between its fork and its exec a child holds what its parent held; a run may be resumed just then."""
+    handle = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    threading.Timer(0.3, os.close, [handle]).start()
+    lock_folder(tmp_path)
+    unlock_folder(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_disk_without_locks_is_said_and_a_place_that_is_no_folder_refused(tmp_path, monkeypatch, capsys):
