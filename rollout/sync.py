@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError
+from rollout.device_crc import device_checksums
 
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 """(name, shape, dtype) of each tensor, in name order."""
@@ -68,9 +69,11 @@ class Parcel:
 
     def manifest(self) -> Manifest:
         """Names, shapes, dtypes, and checksums of the bytes as they are now."""
-        # on a GPU this copy waits for the device: the checksums are of what the kernels have written by now
-        data = memoryview(self.buffer.cpu().numpy())
-        crcs = _checksums([data[start:end] for start, end in self.spans])
+        if self.buffer.is_cuda:
+            crcs = device_checksums(self.buffer, self.spans)
+        else:
+            data = memoryview(self.buffer.numpy())
+            crcs = _checksums([data[start:end] for start, end in self.spans])
         return [(*row, crc) for row, crc in zip(self.layout, crcs, strict=True)]
 
     def verify(self, manifest: Manifest) -> None:

@@ -87,8 +87,9 @@ def test_what_a_step_runs_through_is_short():
     step = [MODULES[name] for name in MODULES if MODULES[name].parent == ROOT / "trainer"]
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
-    assert sum(map(lines, step)) <= 3600  # of which a tenth is comments
-    assert len(reach("trainer.grpo")) <= 43
+    assert sum(map(lines, step)) <= 3650  # of which a tenth is comments
+    # three of them run on a GPU only: the kernel of the head, a layer with its adapter, checksums where the adapter is
+    assert len(reach("trainer.grpo")) <= 46
 
 
 def test_what_a_ppo_step_runs_through_is_mostly_grpos():

@@ -116,6 +116,9 @@ class TrainingConfig:
         "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
     )
     checkpointing: bool = speed(False, "Compute activations again in backward instead of keeping them.")
+    keep_attention: bool = speed(
+        False, "With --checkpointing: keep the outputs of attention, which is then not computed again."
+    )
     memory_fraction: float = sampling(0.4, "Share of GPU memory given to vLLM.")
     eager: bool = sampling(
         False, "vLLM on a GPU: do not compile the model nor capture CUDA graphs; it starts sooner and samples slower."
@@ -153,6 +156,8 @@ class TrainingConfig:
         ):
             if used and importlib.util.find_spec("bitsandbytes") is None:
                 raise UserError(f"{name}: the package is not installed; pip install bitsandbytes")
+        if self.keep_attention and not self.checkpointing:
+            raise UserError("--keep-attention: without --checkpointing everything is kept; add that, or leave this out")
         if self.quantize != "none" and not self.lora_rank:
             raise UserError(
                 f"--quantize {self.quantize}: trains an adapter on a frozen base, so --lora-rank must be above 0"

@@ -5,11 +5,20 @@ At a vocabulary of 152,000 the float32 logits of 16,000 tokens take 9.7 GB, and 
 Axes: M tokens, H hidden size, V vocabulary, m tokens of a chunk.
 """
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 25
-"""Upper bound on the logits that exist at a time, whatever `chunk` says: 128 MiB of float32."""
+CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27}
+"""Upper bound on the logits that exist at a time, whatever `chunk` says: 128 and 512 MiB of float32.
+
+Every chunk reads the head twice. On a GPU 220 tokens (2^25 logits of a vocabulary of 152,000) keep the memory as busy
+as the products do the cores.
+"""
+TILE = 128
+"""Rows of a GPU's matrix product that are computed together: a chunk is a multiple of it."""
 
 
 def fused_logprobs(
@@ -33,7 +42,8 @@ def fused_logprobs(
     where the head itself is trained.
     """
     # a large vocabulary gets smaller chunks: it is the logits, not the tokens, that cost memory
-    chunk = max(1, min(chunk, CHUNK_LOGITS // len(lm_head_weight)))
+    chunk = max(1, min(chunk, CHUNK_LOGITS[hidden.device.type] // len(lm_head_weight)))
+    chunk -= chunk % TILE if hidden.is_cuda and chunk > TILE else 0
     logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy, softcap)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -46,16 +56,15 @@ class _FusedLogprobs(torch.autograd.Function):
         logprobs = hidden.new_empty(len(targets), dtype=accurate)
         entropies = torch.empty_like(logprobs) if entropy else None
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [M,H]
+        kept = None if slopes is None else weight.dtype  # under no_grad nothing is kept
         for rows, logits in _chunks(hidden, weight, chunk):
-            steepness = _cap_and_temper(logits, softcap, temperature)
-            at = targets[rows, None]  # [m,1]
-            chosen = logits.gather(1, at)[:, 0]  # [m]; before _softmax overwrites the logits
-            softmax, lse = _softmax(logits)
-            logprobs[rows] = chosen - lse
+            logprobs[rows], spread, slope = passes_for(logits)(
+                logits, targets[rows], temperature, softcap, kept, entropy
+            )
             if entropy:
-                entropies[rows] = torch.special.entr(softmax).sum(1)  # before _slope overwrites it; entr(0) = 0
-            if slopes is not None:  # under no_grad nothing is kept
-                slopes[rows] = _slope(softmax, at, steepness).to(weight.dtype) @ weight  # [m,V] @ [V,H]
+                entropies[rows] = spread
+            if slopes is not None:
+                slopes[rows] = slope @ weight  # [m,V] @ [V,H]
         ctx.save_for_backward(hidden, weight, targets, slopes)
         ctx.temperature, ctx.chunk, ctx.softcap = temperature, chunk, softcap
         if entropy:
@@ -71,8 +80,8 @@ class _FusedLogprobs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # added up in float32, rounded once at the end
             for rows, logits in _chunks(hidden, weight, ctx.chunk):
-                steepness = _cap_and_temper(logits, ctx.softcap, ctx.temperature)
-                slope = _slope(_softmax(logits)[0], targets[rows, None], steepness)
+                rest = (ctx.temperature, ctx.softcap, logits.dtype, False)
+                slope = passes_for(logits)(logits, targets[rows], *rest)[2]
                 grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])  # [V,m] @ [m,H]
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None  # one per argument of forward
@@ -96,6 +105,31 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk: int):
         else:  # no product of bfloat16 with a float32 result on a CPU
             logits.copy_(part @ weight.T)
         yield rows, logits
+
+
+def passes(
+    logits: Tensor, targets: Tensor, temperature: float, softcap: float | None, slope: torch.dtype | None, entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """All that is wanted of a chunk's logits [m,V], which are overwritten.
+
+    Returns (log-probs of the targets [m]; with entropy: entropies [m]; with a dtype for the slope: in it, d log-prob of the
+    target / d logits before the cap, times the temperature [m,V]).
+    """
+    steepness = _cap_and_temper(logits, softcap, temperature)
+    at = targets[:, None]  # [m,1]
+    chosen = logits.gather(1, at)[:, 0]  # [m]; before _softmax overwrites the logits
+    softmax, lse = _softmax(logits)
+    entropies = torch.special.entr(softmax).sum(1) if entropy else None  # before _slope overwrites it; entr(0) = 0
+    return chosen - lse, entropies, None if slope is None else _slope(softmax, at, steepness).to(slope)
+
+
+def passes_for(logits: Tensor) -> Callable:
+    """`passes`, or its kernel where there is a GPU and Triton: to step through it on a GPU, let this return `passes`."""
+    if logits.is_cuda and logits.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from trainer.model import head_kernel
+
+        return head_kernel.passes
+    return passes
 
 
 def _cap_and_temper(logits: Tensor, softcap: float | None, temperature: float) -> Tensor | None:

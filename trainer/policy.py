@@ -30,6 +30,7 @@ from trainer.model.loading import (
     recompute_layers,
     why_not_shared,
 )
+from trainer.model.lora import fuse_adapters
 from trainer.model.sharding import shard
 from trainer.model.shared import SharedBase
 from trainer.packing import PackedBatch
@@ -39,13 +40,14 @@ from trainer.ranks.world import full_tensor, local_shard, rows_of
 class Policy:
     """A causal language model that gives log-probs of responses, with and without its adapter.
 
-    model_dir: folder of a Hugging Face checkpoint. lora_rank 0: train every weight; then there is no adapter to switch off.
-    sharded: spread the weights over the ranks (FSDP2); then every method below is collective. checkpointing: compute the
-    activations of a layer again in backward instead of keeping them. frozen: with lora_rank 0, keep a second copy of the
-    checkpoint's weights as the reference. quantize: "nf4" holds the linear layers of the base in 4 bits. autocast: matrix
-    products in bfloat16; always so where the base is bfloat16 and an adapter, which stays float32, is trained on it. dora:
-    weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa" (PyTorch's attention kernels) or "flash" (flash-attn's).
-    date: of a chat template that shows one; default: today. base: the sampler's weights, to read the frozen ones from.
+    model_dir: folder of a Hugging Face checkpoint. lora_rank 0: train every weight; then there is no adapter to switch
+    off. sharded: spread the weights over the ranks (FSDP2); then every method below is collective. checkpointing: compute
+    the activations of a layer again in backward instead of keeping them; keep_attention: all but its attention. frozen:
+    with lora_rank 0, keep a second copy of the checkpoint's weights as the reference. quantize: "nf4" holds the linear
+    layers of the base in 4 bits. autocast: matrix products in bfloat16; always so where the base is bfloat16 and an
+    adapter, which stays float32, is trained on it. dora: weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa"
+    (PyTorch's attention kernels) or "flash" (flash-attn's). date: of a chat template that shows one; default: today.
+    base: the sampler's weights, to read the frozen ones from.
 
     Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
     """
@@ -61,6 +63,7 @@ class Policy:
         dtype: torch.dtype,
         sharded: bool = False,
         checkpointing: bool = False,
+        keep_attention: bool = False,
         frozen: bool = False,
         quantize: str = "none",
         autocast: bool = False,
@@ -99,13 +102,15 @@ class Policy:
         # with an adapter both are one object, and it must be sharded once
         for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
             if checkpointing:
-                recompute_layers(causal_lm)
+                recompute_layers(causal_lm, keep_attention)
             if sharded:
                 shard(causal_lm, model_dir, seed, device, called_with=self._fused)
             causal_lm.to(device).eval()  # no dropout: sampler and trainer must agree on every log-prob
         for module in self.model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
+        if fuses_adapters(device):
+            fuse_adapters(self.model)
         self.model.eval()
         keep_four_bits_exact(self.model)
 
@@ -184,6 +189,11 @@ class Policy:
                 self.causal_lm.config._attn_implementation = self.attention
             if self.sharded:
                 self.causal_lm.reshard()
+
+
+def fuses_adapters(device: torch.device) -> bool:
+    """Should a layer and its adapter be one function? On a GPU; on a CPU the published numbers of the demo are PEFT's."""
+    return device.type == "cuda"
 
 
 def matrix_products(device: torch.device, bfloat16: bool):

@@ -62,12 +62,12 @@ smollm2() {
 }
 
 CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction 0.86"
-[ $# -gt 0 ] || set -- kernels shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_eager \
-    shape_7b_copies card_24gb card_8gb
+[ $# -gt 0 ] || set -- kernels shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_keep \
+    shape_7b_eager shape_7b_copies card_24gb card_8gb sampling
 # shellcheck disable=SC2086
 for wanted in "$@"; do
     case $wanted in
-    kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head policy ;;
+    kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head lora checksums policy ;;
     quantized) piece quantized 40 "$PYTHON" -m tests.bench.kernels $SMALL quantized ;;
     small_bfloat16) run small_bfloat16 110 small --dtype bfloat16 ;;
     small_float32) run small_float32 90 small --dtype float32 -- --eager ;;
@@ -76,6 +76,9 @@ for wanted in "$@"; do
     shape_7b) run shape_7b 240 qwen2.5-7b --dtype bfloat16 ;;
     shape_7b_warm) run shape_7b_warm 140 qwen2.5-7b --dtype bfloat16 -- --steps 1 ;;
     shape_7b_eager) run shape_7b_eager 120 qwen2.5-7b --dtype bfloat16 -- --steps 1 --eager ;;
+    # --checkpointing without a second forward pass of attention: the same metrics, 3 GB more, a shorter update
+    shape_7b_keep) run shape_7b_keep 140 qwen2.5-7b --dtype bfloat16 -- --keep-attention ;;
+    sampling) piece sampling 140 "$PYTHON" -m tests.bench.sampling --repeats 3 --json "$OUT/sampling.json" ;;
     # the base in memory twice, as before --base shared: the same metrics, more memory, slower sleep and wake
     shape_7b_copies) run shape_7b_copies 240 qwen2.5-7b --dtype bfloat16 -- --base copies ;;
     # what the recipe one_gpu_24gb does, on a card with so many GiB; the table is to be right within 10 %

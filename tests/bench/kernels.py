@@ -1,6 +1,6 @@
 """Kernels and small policies on this machine's device, against float64 or float32: what a GPU computes, and how fast.
 
-    python -m tests.bench.kernels attention head policy quantized       # the pieces, in this order; default: all
+    python -m tests.bench.kernels attention head lora checksums policy quantized    # the pieces, in this order; default: all
     python -m tests.bench.kernels --small                               # the same with small shapes, for a CPU
 
 Prints one line per number, `RESULT <name> <value>`. Relative errors are norms: |a - b| / |b|. On a CPU the kernels are
@@ -13,15 +13,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import Tensor
 
+from rollout.device_crc import device_checksums
+from rollout.sync import Parcel, _checksums
 from tests.bench.update import Task, make_checkpoint
+from trainer import logprobs
 from trainer.logprobs import fused_logprobs
 from trainer.model import attention
 from trainer.model.attention import Kernel, Layout, Segments
+from trainer.model.lora import fuse_adapters
 from trainer.packing import Group, pack
 from trainer.policy import Policy
 
@@ -129,8 +136,18 @@ def plain_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(1, targets[:, None])[:, 0]
 
 
+def without_kernel(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """fused_logprobs with PyTorch's operations on the logits."""
+    kept = logprobs.passes_for
+    logprobs.passes_for = lambda logits: logprobs.passes
+    try:
+        return fused_logprobs(hidden, weight, targets)
+    finally:
+        logprobs.passes_for = kept
+
+
 def measure_head(small: bool) -> None:
-    """Time and memory of log-probs fused with the head, beside those of plain logits."""
+    """Time and memory of log-probs fused with the head, beside those without our kernel, and those of plain logits."""
     torch.manual_seed(0)
     size, vocabulary = (64, 4096) if small else (3584, 152_064)
     counts = (256,) if small else (1024, 4096, 8192)
@@ -140,7 +157,7 @@ def measure_head(small: bool) -> None:
     grad = torch.randn(counts[-1], device=DEVICE)
     for n in counts:
         gradients, found = {}, {}
-        for name, function in (("fused", fused_logprobs), ("plain", plain_logprobs)):
+        for name, function in (("fused", fused_logprobs), ("operations", without_kernel), ("plain", plain_logprobs)):
             leaf = hidden[:n].detach().requires_grad_()
 
             def both(leaf: Tensor = leaf, function: Callable = function, n: int = n) -> None:
@@ -156,8 +173,67 @@ def measure_head(small: bool) -> None:
             if DEVICE.type == "cuda":
                 say(f"head_{n}_{name}_gb", (torch.cuda.max_memory_allocated() - before) / 1e9)
             gradients[name], found[name] = leaf.grad, function(leaf, weight, targets[:n]).detach()
-        say(f"head_{n}_gradient_error", distance(gradients["fused"], gradients["plain"]))
-        say(f"head_{n}_logprob_difference", float((found["fused"] - found["plain"]).abs().max()))
+            # two products, a multiplication and an addition each
+            say(f"head_{n}_{name}_tflops", 4 * n * size * vocabulary / milliseconds(both) / 1e9)
+        for name, other in (("gradient", "plain"), ("kernel", "operations")):
+            say(f"head_{n}_{name}_error", distance(gradients["fused"], gradients[other]))
+            say(f"head_{n}_{name}_logprob_difference", float((found["fused"] - found[other]).abs().max()))
+
+
+# ---- a layer with its adapter
+
+
+def measure_lora(small: bool) -> None:
+    """Forward and backward of the widest layer of the 7B shape with an adapter of rank 256: PEFT's, and as one function."""
+    width, wider, rank, tokens = (64, 96, 8, 300) if small else (3584, 18_944, 256, 15_460)
+    found, inputs = {}, torch.randn(tokens, width, device=DEVICE, dtype=DTYPE)
+    for name in ("peft", "fused"):
+        torch.manual_seed(0)
+        layer = Linear(
+            torch.nn.Linear(width, wider, bias=False).to(DEVICE, DTYPE).requires_grad_(False),
+            "default",
+            LoraConfig(),
+            r=rank,
+            lora_alpha=2 * rank,
+        ).to(DEVICE)
+        layer.cast_input_dtype_enabled = False
+        model = torch.nn.Sequential(layer)
+        for factor in ("lora_A", "lora_B"):
+            getattr(layer, factor)["default"].weight.data.normal_(std=0.02)
+        if name == "fused":
+            assert fuse_adapters(model) == 1
+        leaf = inputs.detach().requires_grad_()
+
+        def both(model: torch.nn.Module = model, leaf: Tensor = leaf) -> None:
+            leaf.grad = None
+            with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
+                model(leaf).sum().backward()
+
+        say(f"lora_{name}_ms", milliseconds(both))
+        found[name] = leaf.grad
+    say("lora_gradient_difference", distance(found["fused"], found["peft"]))
+
+
+# ---- the checksums of an adapter
+
+
+def measure_checksums(small: bool) -> None:
+    """Of an adapter of rank 256 on the 7B shape, in float32: where it is, and after a copy to main memory."""
+    torch.manual_seed(0)
+    widths = (64, 96) if small else (3584, 3584, 3584, 512, 512, 18_944, 18_944)  # of 3584: also the other factors
+    layers = 2 if small else 28
+    tensors = {f"{i}.{j}": torch.randn(256, n, device=DEVICE) for i in range(layers) for j, n in enumerate(widths * 2)}
+    parcel = Parcel.of(tensors)
+
+    def copied() -> list[int]:
+        data = memoryview(parcel.buffer.cpu().numpy())
+        return _checksums([data[first:end] for first, end in parcel.spans])
+
+    ours = partial(device_checksums, parcel.buffer, parcel.spans)
+    assert ours() == copied()
+    say("checksums_gb", parcel.buffer.numel() / 1e9)
+    say("checksums_on_the_device_ms", milliseconds(ours))
+    say("checksums_after_a_copy_ms", milliseconds(copied))
 
 
 # ---- a small policy
@@ -189,9 +265,9 @@ def measure_policy(small: bool) -> None:
         for dtype in ("float32", "bfloat16"):
             for packing, batch in (("shared", groups), ("plain", copies)):
                 policy = policy_of(folder, getattr(torch, dtype))
-                logprobs = policy.response_logprobs(pack(batch, DEVICE))
-                (logprobs.sum() / logprobs.numel()).backward()
-                found = logprobs.detach(), torch.cat([p.grad.flatten() for p in policy.trainable().values()])
+                values = policy.response_logprobs(pack(batch, DEVICE))
+                (values.sum() / values.numel()).backward()
+                found = values.detach(), torch.cat([p.grad.flatten() for p in policy.trainable().values()])
                 exact = exact or found
                 for what, a, b in zip(("logprobs", "gradient"), found, exact, strict=True):
                     say(f"policy_{dtype}_{packing}_{what}_error", distance(a, b))
@@ -211,15 +287,15 @@ def measure_quantized(small: bool) -> None:
         batch = pack(groups, DEVICE)
         write_checkpoint(f"{folder}/base", Path(folder, "rounded"), DTYPE, quantize="nf4", base_dtype=DTYPE)
         four_bits, rounded = policy_of(f"{folder}/base", DTYPE, "nf4"), policy_of(f"{folder}/rounded", DTYPE)
-        logprobs = [policy.response_logprobs(batch).detach() for policy in (four_bits, rounded)]
-        say("nf4_logprobs_error", distance(*logprobs))
+        values = [policy.response_logprobs(batch).detach() for policy in (four_bits, rounded)]
+        say("nf4_logprobs_error", distance(*values))
         for name, policy, optimizer in (("nf4_adamw8bit", four_bits, AdamW8bit), ("adamw", rounded, torch.optim.AdamW)):
             stepper, losses = optimizer(list(policy.trainable().values()), lr=1e-3), []
 
             def step(policy: Policy = policy, stepper: torch.optim.Optimizer = stepper, losses: list = losses) -> None:
                 stepper.zero_grad(set_to_none=True)
-                logprobs = policy.response_logprobs(batch)
-                loss = -logprobs.sum() / batch.mask.sum()
+                values = policy.response_logprobs(batch)
+                loss = -values.sum() / batch.mask.sum()
                 loss.backward()
                 stepper.step()
                 losses.append(loss.item())
@@ -232,6 +308,8 @@ def measure_quantized(small: bool) -> None:
 PIECES = {
     "attention": measure_attention,
     "head": measure_head,
+    "lora": measure_lora,
+    "checksums": measure_checksums,
     "policy": measure_policy,
     "quantized": measure_quantized,
 }

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rollout import Rollout, Sampling
+from rollout import Rollout, Sampling, device_crc
+from rollout.device_crc import device_checksums
 from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
 from rollout.split import Load, SamplerEnd, SamplerProcess, SplitEngine
 from rollout.sync import Canary, Parcel, SyncError, manifest_hash
@@ -168,6 +169,19 @@ def test_a_parcel_holds_tensors_of_any_shape_and_dtype():
     assert Parcel.of(tensors, parcel) is parcel and parcel.tensors["b"][4] == 5
     assert manifest_hash(parcel.manifest()) != before
     assert Parcel.of({"b": tensors["b"]}, parcel) is not parcel
+
+
+def test_checksums_where_the_bytes_are_equal_zlibs(monkeypatch):
+    """On a GPU the adapter is not copied for its checksums; other tensors' sizes, odd ones and none."""
+    sizes, spans, at = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 100, 1003, 4096, 65_537, 4, 4, 1003, 1003], [], 0
+    for size in sizes:
+        spans.append((at, at + size))
+        at = -(-(at + size) // 16) * 16
+    buffer = torch.randint(0, 256, (at,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = [zlib.crc32(memoryview(buffer.numpy())[first:end]) for first, end in spans]
+    assert device_checksums(buffer, spans) == expected
+    monkeypatch.setattr(device_crc, "BATCH_WORDS", 300)  # more batches than one of the tensors of 1,003 bytes
+    assert device_checksums(buffer, spans) == expected
 
 
 def test_the_canary_judges_by_distance_and_by_equality():

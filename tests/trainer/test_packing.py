@@ -9,10 +9,10 @@ from trainer.logprobs import fused_logprobs
 from trainer.model import attention
 from trainer.model.attention import ATTENTION
 from trainer.model.cost import Cost
-from trainer.model.loading import why_not_shared
+from trainer.model.loading import recompute_layers, why_not_shared
 from trainer.objective import aggregation_weights, grpo_terms
 from trainer.packing import balance, make_layout, pack, split_by_tokens
-from trainer.policy import predicting_padded
+from trainer.policy import predicting_packed, predicting_padded
 
 GROUPS = [
     ([5, 6, 7, 8, 9], [[10, 11, 12], [13], [14, 15, 16, 17, 18, 19]]),
@@ -235,6 +235,33 @@ def test_a_model_with_a_sliding_window_goes_row_by_row():
     assert why_not_shared(config) == ""
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_attention_that_is_kept_is_not_computed_again_and_gives_the_same_bits(kind, monkeypatch):
+    calls = []
+    cpu = attention.CPU
+    monkeypatch.setattr(attention, "CPU", cpu._replace(forward=lambda call: calls.append(1) or cpu.forward(call)))
+    batch, found = pack(GROUPS), {}
+    for name, settings in (("all", None), ("nothing", {}), ("attention", {"keep": True})):
+        model = tiny_model(kind, ATTENTION, torch.float32, tied=False)
+        if settings is not None:
+            recompute_layers(model, **settings)
+        calls.clear()
+        hidden = predicting_packed(model, batch)
+        forward = len(calls)
+        values = fused_logprobs(hidden, model.lm_head.weight, batch.targets)
+        with torch.no_grad():  # of the reference policy, in between: it keeps nothing
+            assert torch.equal(predicting_packed(model, batch), hidden)
+        calls.clear()
+        trained = [p for name, p in model.named_parameters() if ".lora_" in name]
+        gradients = torch.autograd.grad(values.sum(), trained, retain_graph=True)
+        found[name] = (forward, len(calls), values, gradients)
+        again = torch.autograd.grad(values.sum(), trained)  # as a debugger may
+        assert all(map(torch.equal, gradients, again))
+    assert [counts[:2] for counts in found.values()] == [(6, 0), (6, 6), (6, 0)]  # 3 layers, 2 calls each
+    for name in ("nothing", "attention"):
+        assert torch.equal(found[name][2], found["all"][2]) and all(map(torch.equal, found[name][3], found["all"][3]))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_fused_logprobs_against_autograd(temperature, softcap):
@@ -268,7 +295,7 @@ def test_logits_are_bounded_by_the_vocabulary_too(monkeypatch):
     """A chunk is cut so that one buffer of logits holds no more than CHUNK_LOGITS numbers."""
     from trainer import logprobs
 
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 50)
+    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 50)
     made = []
     real = logprobs._softmax
     monkeypatch.setattr(logprobs, "_softmax", lambda logits: made.append(tuple(logits.shape)) or real(logits))

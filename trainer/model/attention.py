@@ -127,17 +127,9 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout: Layout, scale: float, kernel: Kernel) -> Tensor:
         """q [L,Hq,D], k and v [L,Hkv,D] -> [L,Hq,D]."""
-        out, lse = kernel.forward(Call(q, k, v, layout.own, scale))  # [L,Hq,D], [Hq,L]
-        if prompts := layout.prompts:
-            # only the rows of shared responses change; prompts and single responses are complete after the first call
-            there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
-            here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
-            both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
-            # the flash kernels give lse in float32, so both parts are added before the one rounding to the dtype of out
-            weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
-            _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
-            _put(lse, prompts.queries, both, 1)
-        # out and lse are now those of both calls, which is what makes the two backward calls shares of one gradient
+        compute = partial(_both_calls, q, k, v, layout, scale, kernel)
+        out, lse = _Running.current.computed(compute) if _Running.current else compute()
+        # out and lse are those of both calls, which is what makes the two backward calls shares of one gradient
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
         return out
@@ -155,6 +147,55 @@ class _SharedPrefixAttention(torch.autograd.Function):
             for total, part, spans in zip(grads, parts, (at, keys, keys), strict=True):
                 _put(total, spans, part, add=True)
         return *grads, None, None, None  # layout, scale and kernel have no gradient
+
+
+def _both_calls(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """(out [L,Hq,D], logsumexp [Hq,L]) over all keys that a token sees."""
+    out, lse = kernel.forward(Call(q, k, v, layout.own, scale))  # [L,Hq,D], [Hq,L]
+    if prompts := layout.prompts:
+        # only the rows of shared responses change; prompts and single responses are complete after the first call
+        there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
+        here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
+        both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
+        # the flash kernels give lse in float32, so both parts are added before the one rounding to the dtype of out
+        weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
+        _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
+        _put(lse, prompts.queries, both, 1)
+    return out, lse
+
+
+class _Running:
+    """While it is entered, the outputs of attention are kept, or given back in place of another computation."""
+
+    current: "_Running | None" = None
+
+    def __init__(self, outputs: list[tuple[Tensor, Tensor]], again: bool) -> None:
+        self.outputs, self.again, self.place = outputs, again, 0
+
+    def __enter__(self) -> None:
+        # a layer runs inside no other, and backward, in whatever thread, while no forward pass does
+        _Running.current, self.place = self, 0  # 0: a second backward pass enters once more
+
+    def __exit__(self, *error: object) -> None:
+        _Running.current = None
+
+    def computed(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if not self.again:
+            out, lse = compute()
+            self.outputs.append((out.detach(), lse))  # detach: autograd marks the very tensor that a function returns
+            return out, lse
+        self.place += 1
+        out, lse = self.outputs[self.place - 1]
+        return out.detach(), lse
+
+
+def keep_attention() -> tuple[_Running, _Running]:
+    """A context_fn of torch's checkpoint: contexts of a layer's first forward pass and of the one in backward.
+
+    In the second, attention returns what it computed in the first: the same bits, since both have the same inputs.
+    """
+    outputs: list[tuple[Tensor, Tensor]] = []
+    return _Running(outputs, again=False), _Running(outputs, again=True)
 
 
 def _to_prompts(q: Tensor, k: Tensor, v: Tensor, prompts: Segments, scale: float) -> Call:

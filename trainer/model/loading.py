@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError
 from data.files import read_settings, refuse_pointer, weight_files
+from trainer.model.attention import keep_attention
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard, on every rank
 
@@ -263,11 +264,15 @@ def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, 
             ) from error
 
 
-def recompute_layers(causal_lm: PreTrainedModel) -> None:
-    """Gradient checkpointing (arXiv:1604.06174): keep only each layer's input, and run the layer again in backward."""
+def recompute_layers(causal_lm: PreTrainedModel, keep: bool = False) -> None:
+    """Gradient checkpointing (arXiv:1604.06174): keep only each layer's input, and run the layer again in backward.
+
+    keep: the outputs of our attention too, which then is not computed again.
+    """
+    contexts = {"context_fn": keep_attention} if keep else {}
     for layer in causal_lm.model.layers:
         # the reentrant form needs an input with a gradient, which a frozen embedding does not give
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **contexts)
 
 
 def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:

@@ -90,6 +90,7 @@ FREE_ON_RESUME = {
     "sync_port",
     "shard",
     "checkpointing",
+    "keep_attention",
     "hang_seconds",
     "dry_run",
     "nodes",

@@ -209,7 +209,8 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
             "activations": activation_bytes(cfg, base.config, tokens) + autocast_bytes(cfg, trained),
             # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head
-            "logits": min(CHUNK_LOGITS, 1024 * base.config.vocab_size) * (4.0 + (size if size < 4 else 0)),
+            "logits": min(CHUNK_LOGITS[launch.device], 1024 * base.config.vocab_size)
+            * (4.0 + (size if size < 4 else 0)),
         },
         one_row=of_step <= cfg.micro_tokens,
         # the roots of the second moments, of all weights at once on a GPU
@@ -275,9 +276,11 @@ def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: floa
 def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
     """Bytes that a packed row of `tokens` tokens takes when its backward pass begins. shape: the model's configuration."""
     h, size = shape.hidden_size, getattr(torch, cfg.dtype).itemsize
-    # with --checkpointing the input of every layer, and all of the one layer that is computed again
+    # with --checkpointing the input of every layer (--keep-attention: and its attention's output), and all of the one layer
+    # that is computed again
     layer, n_layers = layer_bytes_per_token(cfg, shape, size), shape.num_hidden_layers
-    kept = n_layers * h * size + layer if cfg.checkpointing else n_layers * layer
+    again = h * size + (attention_bytes(shape, size) if cfg.keep_attention else 0)
+    kept = n_layers * again + layer if cfg.checkpointing else n_layers * layer
     # gradients of the three large tensors of the last MLP; what the last norm and the head keep, and two gradients
     return tokens * (kept + 3 * size * shape.intermediate_size + 5 * size * h)
 
@@ -286,13 +289,19 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
 
     h, i = shape.hidden_size, shape.intermediate_size
-    q, kv = shape.num_attention_heads * head_size(shape), shape.num_key_value_heads * head_size(shape)
+    kv = shape.num_key_value_heads * head_size(shape)
+    q = shape.num_attention_heads * head_size(shape)
     norms = 2 * (4 * h + size * h)  # two norms: the input in float32, and the output, which is the linear layers' input
-    attention = size * (q + 2 * kv + q) + 4 * shape.num_attention_heads  # q, k, v, output; float32 logsumexp
+    attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
     mlp = size * 4 * i  # gate, its activation, up, and their product
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
+
+
+def attention_bytes(shape: Any, size: int) -> int:
+    """Bytes per token of the output of one layer's attention, with its float32 logsumexp."""
+    return shape.num_attention_heads * (size * head_size(shape) + 4)
 
 
 def autocast_bytes(cfg: OnlineConfig, trained: float) -> float:

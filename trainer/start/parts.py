@@ -163,6 +163,7 @@ def load_policy(
         dtype=getattr(torch, cfg.dtype),
         sharded=sharded,
         checkpointing=cfg.checkpointing,
+        keep_attention=cfg.keep_attention,
         frozen=online and cfg.beta > 0,  # the KL needs a reference; with an adapter that is the base itself
         quantize=cfg.quantize,
         autocast=cfg.autocast,

@@ -1,0 +1,95 @@
+"""CRC-32 of bytes on a GPU, where they are: the numbers of zlib.crc32, without a copy to main memory.
+
+An adapter of rank 256 on a model of 7B has 1.3 GB, and a hand-over takes its checksums more than once.
+
+A CRC is linear: written with XOR for a sum, with w_0 .. w_{n-1} the 4-byte words and Z_k the operator "k zero bytes
+follow" on 32 bits,
+
+    crc(w) = Z_4n(w_0) xor Z_4(n-1)(w_1) xor ... xor Z_4(w_{n-1}) xor crc(4n zero bytes)
+
+so the first half of the words, moved on by the length of the second, can be added to it, and again, until one is left.
+Zero bytes in front change nothing. (Ross Williams, A painless guide to CRC error detection algorithms, 1993.)
+"""
+
+import zlib
+from functools import cache
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+POLYNOMIAL = 0xEDB88320
+"""Of zlib's CRC-32, the lowest bit first."""
+BATCH_WORDS = 1 << 25
+"""Words of tensors of one size that are folded side by side: 128 MiB, and about four times that in between."""
+
+
+def device_checksums(buffer: Tensor, spans: list[tuple[int, int]]) -> list[int]:
+    """zlib.crc32 of buffer[first:end] for each span. buffer: [bytes] uint8. Waits for the device once."""
+    found = torch.zeros(len(spans), dtype=torch.int32, device=buffer.device)
+    sizes = [end - first for first, end in spans]
+    for size, alike in groupby(sorted(range(len(spans)), key=lambda i: sizes[i]), key=lambda i: sizes[i]):
+        members, n_words = list(alike), max(1, -(-size // 4))
+        at_once = max(1, BATCH_WORDS // n_words)
+        for start in range(0, len(members), at_once):
+            batch = members[start : start + at_once]
+            rows = torch.zeros(len(batch), 4 * n_words, dtype=torch.uint8, device=buffer.device)
+            for row, i in zip(rows, batch, strict=True):
+                row[4 * n_words - size :].copy_(buffer[slice(*spans[i])])
+            found[torch.tensor(batch, device=buffer.device)] = _fold(rows.view(torch.int32))
+    return [crc & 0xFFFFFFFF ^ _of_zeros(size) for crc, size in zip(found.tolist(), sizes, strict=True)]
+
+
+def _fold(words: Tensor) -> Tensor:
+    """[b,n] int32, which are overwritten -> [b]: the sum of the formula without its last term."""
+    while (n := words.shape[1]) > 1:
+        half = 1 << ((n - 1).bit_length() - 1)  # the largest power of two below n: one operator per power serves all
+        first, words = words[:, : n - half], words[:, n - half :]
+        words[:, 2 * half - n :] ^= _moved_on(first, half)
+    return _moved_on(words, 1)[:, 0]
+
+
+def _moved_on(words: Tensor, by: int) -> Tensor:
+    """Z_{4 by} of every word. by: a power of two."""
+    table, moved = _table(by.bit_length() - 1, words.device), torch.zeros_like(words)
+    for byte in range(4):
+        which = (words >> 8 * byte & 255) + 256 * byte
+        moved ^= table.index_select(0, which.flatten()).view_as(moved)
+    return moved
+
+
+@cache
+def _table(power: int, device: torch.device) -> Tensor:
+    """[4 * 256] int32: Z_{4 * 2^power} of each value of each byte of a word."""
+    columns, values = _operator(power), []
+    for byte in range(4):
+        of_byte = [0]
+        for value in range(1, 256):
+            lowest = (value & -value).bit_length() - 1
+            of_byte.append(of_byte[value & value - 1] ^ columns[8 * byte + lowest])
+        values += of_byte
+    return torch.tensor(values, dtype=torch.int64).to(torch.int32).to(device)  # the upper half becomes negative
+
+
+@cache
+def _operator(power: int) -> list[int]:
+    """[32] Z_{4 * 2^power} of each single bit."""
+    if power:
+        half = _operator(power - 1)
+        return [_apply(half, column) for column in half]
+    columns = [1 << bit for bit in range(32)]
+    for _ in range(32):
+        columns = [column >> 1 ^ POLYNOMIAL * (column & 1) for column in columns]
+    return columns
+
+
+def _apply(columns: list[int], word: int) -> int:
+    found = 0
+    for bit, column in enumerate(columns):
+        found ^= column * (word >> bit & 1)
+    return found
+
+
+@cache
+def _of_zeros(size: int) -> int:
+    return zlib.crc32(bytes(size))

@@ -1,0 +1,78 @@
+"""A layer and its adapter as one function: PEFT's numbers and gradients, in all that a run does with adapters."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainer.policy
+from tests.trainer.ppo.test_critic import config, learn, policy_of
+from tests.trainer.test_packing import GROUPS, tiny_model
+from trainer.logprobs import fused_logprobs
+from trainer.model.attention import ATTENTION
+from trainer.model.loading import recompute_layers
+from trainer.model.lora import fuse_adapters
+from trainer.packing import pack
+from trainer.policy import matrix_products, predicting_packed
+from trainer.ppo.critic import Critic
+
+
+def logprobs_and_gradients(model, bfloat16: bool = False) -> tuple[Tensor, Tensor]:
+    """Of the adapter that is being trained."""
+    batch = pack(GROUPS)
+    with matrix_products(torch.device("cpu"), bfloat16):
+        hidden = predicting_packed(model, batch)
+    values = fused_logprobs(hidden.to(model.dtype), model.lm_head.weight, batch.targets)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return values, torch.cat([grad.flatten() for grad in torch.autograd.grad(values.sum(), trained)])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])  # qwen2: with biases
+def test_it_is_pefts_layer(kind, checkpointing):
+    found = []
+    for fuses in (False, True):
+        model = tiny_model(kind, ATTENTION, torch.float64, tied=False)
+        if checkpointing:
+            recompute_layers(model)
+        if fuses:
+            assert fuse_adapters(model) == 3 * 7
+        found.append(logprobs_and_gradients(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_in_bfloat16_it_is_no_further_from_float32():
+    exact = logprobs_and_gradients(tiny_model("qwen2", ATTENTION, torch.float32, tied=False))
+    errors = []
+    for fuses in (False, True):
+        model = tiny_model("qwen2", ATTENTION, torch.float32, tied=False)
+        for module in model.modules():
+            module.cast_input_dtype_enabled = False
+        if fuses:
+            fuse_adapters(model)
+        found = logprobs_and_gradients(model, bfloat16=True)
+        errors.append([float((a - b).detach().norm() / b.norm()) for a, b in zip(found, exact, strict=True)])
+    (peft_values, peft_gradient), (values, gradient) = errors
+    assert 0 < values < 1.2 * peft_values < 0.05 and 0 < gradient < 1.2 * peft_gradient < 0.1
+
+
+def test_the_adapter_can_be_off_or_a_critics(pipeline, monkeypatch):
+    """Reference policy, PPO's second adapter on the same layers, and layers that are left to PEFT."""
+    found = []
+    for fuses in (False, True):
+        monkeypatch.setattr(trainer.policy, "fuses_adapters", lambda device, fuses=fuses: fuses)
+        policy = policy_of(pipeline)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in policy.trainable().values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        batch = pack(GROUPS)
+        with torch.no_grad():
+            logprobs = [policy.response_logprobs(batch, reference=reference) for reference in (True, False)]
+        critic = Critic(policy, config(pipeline, lr=1e-2, value_clip=10.0))
+        learn(critic, 3)
+        with torch.no_grad():
+            logprobs.append(policy.response_logprobs(batch))
+        found.append([*logprobs, critic.weights()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(found[1][0], found[1][1]) and torch.equal(found[1][1], found[1][2])
+    for more in ({"dora": True}, {"quantize": "nf4"}):
+        assert fuse_adapters(policy_of(pipeline, **more).model) == 0
