@@ -88,7 +88,7 @@ def test_what_a_step_runs_through_is_short():
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
     assert sum(map(lines, step)) <= 3650  # of which a tenth is comments
-    # three of them run on a GPU only: the kernel of the head, a layer with its adapter, checksums where the adapter is
+    # two of them run on a GPU only: the kernel of the head, and the checksums where the adapter is
     assert len(reach("trainer.grpo")) <= 46
 
 

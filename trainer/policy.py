@@ -109,8 +109,7 @@ class Policy:
         for module in self.model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
-        if fuses_adapters(device):
-            fuse_adapters(self.model)
+        fuse_adapters(self.model)
         self.model.eval()
         keep_four_bits_exact(self.model)
 
@@ -189,11 +188,6 @@ class Policy:
                 self.causal_lm.config._attn_implementation = self.attention
             if self.sharded:
                 self.causal_lm.reshard()
-
-
-def fuses_adapters(device: torch.device) -> bool:
-    """Should a layer and its adapter be one function? On a GPU; on a CPU the published numbers of the demo are PEFT's."""
-    return device.type == "cuda"
 
 
 def matrix_products(device: torch.device, bfloat16: bool):

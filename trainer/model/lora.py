@@ -1,4 +1,4 @@
-"""A linear layer with its LoRA adapter (arXiv:2106.09685) as one function, for a GPU: PEFT's numbers in fewer passes.
+"""A linear layer with its LoRA adapter (arXiv:2106.09685) as one function: PEFT's numbers in fewer passes over memory.
 
     y = x W^T + bias + scale (x A^T) B^T
 
