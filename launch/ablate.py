@@ -12,6 +12,7 @@ can share OUT when each is given other runs.
 from pathlib import Path
 
 from data.files import lock_folder, unlock_folder
+from data.status.status import reporting
 from eval.ablation.compare import read_arm
 from eval.ablation.made import Made, models_of, write_points
 from eval.ablation.results import write_results
@@ -42,12 +43,15 @@ def main(config: AblateConfig) -> None:
     out, files = Path(config.out), held_out_files(Path(config.start))
     paths = {"base": base_model(demo), "sft": Path(config.start) / "sft/model", "puzzles": training_files(demo)[0]}
     refuse_test_puzzles(arms, paths, files)
-    for seed in config.seeds:  # all configurations of the first seed come first: they can be compared early
-        for name, commands in arms.items():
-            if name in config.only or not config.only:
-                folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
-                made = run_arm(folder, stage, commands, seed, paths)
-                evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
+    # all configurations of the first seed come first: they can be compared early
+    runs = [(name, seed) for seed in config.seeds for name in arms if name in config.only or not config.only]
+    with reporting(out, config.notify, "run") as report:
+        for number, (name, seed) in enumerate(runs):
+            report.progress(number, len(runs))
+            folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
+            made = run_arm(folder, stage, arms[name], seed, paths)
+            evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
+        report.progress(len(runs), len(runs))
     folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
     text = write_results(out, [read_arm(*arm) for arm in folders.items()], files, config.eval_puzzles)
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")

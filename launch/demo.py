@@ -19,6 +19,7 @@ import yaml
 
 from data.errors import UserError
 from data.files import lock_folder
+from data.status.status import NOTIFY, Report, reporting
 from eval.baselines import BASELINES
 from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
@@ -73,6 +74,7 @@ class DemoConfig:
         section=RUN,
     )
     eval_puzzles: int = option(300, "Puzzles per held-out split that are evaluated.", section=RUN)
+    notify: str = option("", NOTIFY, section=RUN)
 
 
 SIMULATED_BUILD = (
@@ -80,6 +82,7 @@ SIMULATED_BUILD = (
     *("puzzles-per-n=4000", "test-puzzles-per-n=150"),
     *("unseen-disease=systemic lupus erythematosus", "unseen-disease=Crohn disease"),
 )
+PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
 COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
@@ -92,23 +95,43 @@ def main(config: DemoConfig) -> None:
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)
-    lock_folder(out)
+    with reporting(out, config.notify, "part") as report:
+        lock_folder(out)
+        said = run_parts(config, report)
+    print("\n".join(["", *said, "", f"report: {out / 'report.html'}"]))
+
+
+def run_parts(config: DemoConfig, report: Report) -> list[str]:
+    """All stages, in the PARTS that status.json counts; returns what is said at the end."""
+    out = Path(config.out)
+
+    def done(part: str) -> None:
+        # no time is left to be told: the parts take from seconds to hours
+        report.begin().counted(PARTS.index(part) + 1, len(PARTS), None)
+
+    report.begin().counted(0, len(PARTS), None)
     seconds = prepare(config)
+    done("cold start")
     train = training_files(config)[0]
     seconds |= evaluate(config, "base", base_model(config))
     seconds |= evaluate(config, "sft", out / "sft/model")
+    done("evaluation before")
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "seed": config.seed}
     grpo |= {"model": out / "sft/model", "puzzles": train, "out": out / "grpo"}
     seconds |= run_stage("grpo", out / "grpo" / FINISHED, "grpo", *begun(out / "grpo"), **grpo)
+    done("GRPO")
     trained = list_checkpoints(out / "grpo")[-1]
     seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
+    done("evaluation after")
     seconds |= evaluate_baselines(config)
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
     write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
+    done("report")
     # last: a model that cannot annotate has its numbers and its page all the same
     said = [summary_text(out), *filter(None, [fault_sentences(out), annotate(config, trained)])]
-    print("\n".join(["", *said, "", f"report: {out / 'report.html'}"]))
+    done("annotation")
+    return said
 
 
 def prepare(config: DemoConfig) -> dict[str, float]:

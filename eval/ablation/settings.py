@@ -9,6 +9,7 @@ from pathlib import Path
 from data.errors import UserError
 from data.options import option
 from data.puzzles import Puzzle, read_puzzles
+from data.status.status import NOTIFY
 
 TRAINERS = ("grpo", "ppo")
 """Commands of launch/ that leave checkpoints of an adapter."""
@@ -47,6 +48,7 @@ class AblateConfig:
     curve_puzzles: int = option(
         0, "Held-out test puzzles that every kept checkpoint is evaluated on, for the curve; 0: none.", section=RUNS
     )
+    notify: str = option("", NOTIFY, section=RUNS)
     samples: int = option(
         0,
         "Answers (temperature 1) of each last model to a puzzle of the first split: how many differ, and is one right; 0: none.",

@@ -54,6 +54,11 @@ def test_a_configuration_is_trained_evaluated_and_drawn(pipeline, tmp_path):
     assert "| A: one step | 1 |" in printed and (tmp_path / "out/ablation.png").is_file()
     again = succeed("ablate", *words, arm)
     assert f"[A: one step, seed 3] found {run / 'finished.json'}" in again
+    status = json.loads((tmp_path / "out/status.json").read_text())
+    assert (status["state"], status["unit"], status["step"], status["steps"]) == ("finished", "run", 1, 1)
+    told = ("--notify", f'echo "$RUN_STATE $RUN_EXIT_CODE $RUN_STEP" > {tmp_path / "told"}')
+    done = run_command("ablate", *words, arm, "--arms", "B=grpo --model {sft} --puzzles {puzzles} --steps 0", *told)
+    assert done.returncode == 2 and (tmp_path / "told").read_text().startswith("failed 2 ")
 
 
 @pytest.mark.vllm

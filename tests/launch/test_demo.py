@@ -74,6 +74,8 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     assert "markers           cells" in printed
     compared = json.loads((run / "eval/grpo/cells/metrics.json").read_text())
     assert {"difference", "interval"} <= set(compared["compare"]["metrics"]["batch_accuracy"])
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["unit"], status["step"], status["steps"]) == ("finished", "part", 6, 6)
     page = (run / "report.html").read_text()
     assert "This run: held-out real cells" in page and "marker table, one to one" in page
     # the same command finds all stages done
