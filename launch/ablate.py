@@ -26,9 +26,9 @@ from eval.ablation.settings import (
     refuse_test_puzzles,
 )
 from eval.run_files import held_out_files
-from launch.demo import DemoConfig, base_model, evaluate_files, prepare, response_tokens, training_files
+from launch.demo import DemoConfig, base_model, prepare, response_tokens, training_files
 from launch.options import command, resolve
-from launch.stages import begun, run_stage
+from launch.stages import begun, evaluate_files, run_stage
 from trainer.record.runfolder import FINISHED, list_checkpoints
 
 

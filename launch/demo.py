@@ -25,7 +25,7 @@ from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
 from launch.annotate import annotate_held_out, annotate_stage
 from launch.options import command, option
-from launch.stages import LAUNCH, begun, run_stage
+from launch.stages import LAUNCH, begun, evaluate_files, run_stage
 from launch.together import write_both, write_labels
 from trainer.record.runfolder import FINISHED, list_checkpoints, provenance
 
@@ -244,18 +244,6 @@ def evaluate_baselines(config: DemoConfig) -> dict[str, float]:
                     out / "eval" / stage, f"evaluate {stage}", files, config.eval_puzzles, **learns
                 )
     return seconds
-
-
-def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **settings: object) -> dict[str, float]:
-    """Evaluate a model, or a baseline, on the first `limit` puzzles of each file, into FOLDER/SPLIT.
-
-    Returns {stage: seconds}, if it ran.
-    """
-    words = [word for file in files for word in ("--puzzles", file)]
-    # launch/evaluate.py makes a folder per file only when there are several files
-    out = folder if len(files) > 1 else folder / Path(files[0]).stem
-    last = folder / Path(files[-1]).stem / "metrics.json"
-    return run_stage(stage, last, "evaluate", *words, limit=limit, out=out, **settings)
 
 
 def response_tokens(config: DemoConfig) -> int:

@@ -41,3 +41,15 @@ def run_stage(
 def begun(folder: Path) -> list[str]:
     """["--resume"] for a stage whose run folder an earlier call began, else []."""
     return ["--resume"] if (folder / "config.json").is_file() else []
+
+
+def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **settings: object) -> dict[str, float]:
+    """Evaluate a model, or a baseline, on the first `limit` puzzles of each file, into FOLDER/SPLIT.
+
+    Returns {stage: seconds}, if it ran.
+    """
+    words = [word for file in files for word in ("--puzzles", file)]
+    # launch/evaluate.py makes a folder per file only when there are several files
+    out = folder if len(files) > 1 else folder / Path(files[0]).stem
+    last = folder / Path(files[-1]).stem / "metrics.json"
+    return run_stage(stage, last, "evaluate", *words, limit=limit, out=out, **settings)
