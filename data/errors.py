@@ -13,3 +13,15 @@ class RunError(RuntimeError):
 
     The message is one sentence.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+
+
+def first_sentence(error: Exception) -> str:
+    """The beginning of a library's message: at most its first sentence, and at most 200 characters."""
+    text = first_line(error).split(". ")[0]
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -115,18 +115,25 @@ def measure_attention(small: bool) -> None:
     leaves = [x.requires_grad_() for x in qkv]
     kernel = attention.kernel_for(qkv[0])
 
-    def forward() -> Tensor:
-        return attention._SharedPrefixAttention.apply(*leaves, layout, 128**-0.5, kernel)
-
+    kernels = {"": kernel}
+    if DEVICE.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        problem = attention.why_not_equal(attention.flash_kernel(), attention.VARLEN, DEVICE, DTYPE)
+        say("flash_attn", problem or "gives PyTorch's numbers")
+        kernels |= {} if problem else {"flash_": attention.flash_kernel()}
     own, shared = layout.own, layout.prompts
     pairs = sum(n * (n + 1) / 2 for _, n in own.queries)
     pairs += sum(n * m for (_, n), (_, m) in zip(shared.queries, shared.keys, strict=True))
     flops = 4 * 28 * 128 * pairs  # two products, a multiplication and an addition each
     # the backward pass makes 2.5 times the operations of the forward pass (arXiv:2307.08691)
-    for name, call, share in (("forward", forward, 1.0), ("both", lambda: forward().backward(grad), 3.5)):
-        taken = milliseconds(call)
-        say(f"attention_{tokens}_tokens_{name}_ms", taken)
-        say(f"attention_{tokens}_tokens_{name}_tflops", share * flops / taken / 1e9)
+    for whose, kernel in kernels.items():
+
+        def forward(kernel: Kernel = kernel) -> Tensor:
+            return attention._SharedPrefixAttention.apply(*leaves, layout, 128**-0.5, kernel)
+
+        for name, call, share in (("forward", forward, 1.0), ("both", lambda run=forward: run().backward(grad), 3.5)):
+            taken = milliseconds(call)
+            say(f"attention_{whose}{tokens}_tokens_{name}_ms", taken)
+            say(f"attention_{whose}{tokens}_tokens_{name}_tflops", share * flops / taken / 1e9)
 
 
 # ---- the head

@@ -1,5 +1,8 @@
 """Shared-prefix packing and fused log-probs equal one unpadded forward pass per response."""
 
+import sys
+import types
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -301,3 +304,58 @@ def test_logits_are_bounded_by_the_vocabulary_too(monkeypatch):
     monkeypatch.setattr(logprobs, "_softmax", lambda logits: made.append(tuple(logits.shape)) or real(logits))
     fused_logprobs(torch.randn(9, 6), torch.randn(13, 6), torch.arange(9))
     assert made == [(3, 13)] * 3
+
+
+def test_a_kernel_that_computes_something_else_is_refused():
+    """What --attn flash is compared with at the start; here the CPU's kernel with PLAIN, and broken ones."""
+    cpu, dtype = torch.device("cpu"), torch.float32
+    good = attention.CPU
+
+    def without_scale(call):
+        return good.forward(call._replace(scale=1.0))
+
+    def swapped(call, grad, out, lse):
+        dq, dk, dv = good.backward(call, grad, out, lse)
+        return [dq, dv, dk]
+
+    def fails(call):
+        raise TypeError("unexpected keyword argument 'return_lse'")
+
+    def problem(kernel: attention.Kernel) -> str:
+        return attention.why_not_equal(kernel, attention.PLAIN, cpu, dtype)
+
+    assert problem(good) == ""
+    assert "do not give PyTorch's numbers here (out differs" in problem(good._replace(forward=without_scale))
+    assert "(dk differs" in problem(good._replace(backward=swapped))
+    assert "fail here (TypeError: unexpected keyword argument 'return_lse'" in problem(good._replace(forward=fails))
+    assert "(out differs by nan%)" in problem(
+        good._replace(forward=lambda call: [x * torch.nan for x in good.forward(call)])
+    )
+
+
+def test_flash_attention_4_is_called_as_its_own_varlen_function_does(monkeypatch):
+    """No GPU here: a module with its two functions' parameters (4.0.0b36) computes with the CPU's kernel."""
+    made = []
+
+    def call_of(q, k, v, cu_q, cu_k, scale, causal) -> attention.Call:
+        spans = [tuple(zip(cu[:-1].tolist(), cu.diff().tolist(), strict=True)) for cu in (cu_q, cu_k)]
+        return attention.Call(q, k, v, attention.Segments(*spans, causal, q.device), scale)
+
+    def forward(
+        q, k, v, qv=None, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
+    ):
+        made.append((max_seqlen_q, max_seqlen_k, return_lse))
+        out, lse = attention.CPU.forward(call_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal))
+        return out, lse, None, None, None
+
+    def backward(
+        q, k, v, out, dout, lse, softmax_scale, causal, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    ):
+        call = call_of(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        return tuple(attention.CPU.backward(call, dout, out, lse))
+
+    interface = types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward)
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, interface)
+    assert attention.why_not_equal(attention.FLASH_ATTN_4, attention.PLAIN, torch.device("cpu"), torch.float32) == ""
+    assert made == [(70, 70, True), (103, 40, True)]

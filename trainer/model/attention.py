@@ -27,7 +27,7 @@ builds the matrix of scores.
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from data.errors import UserError
+from data.errors import UserError, first_sentence
 
 ATTENTION = "shared_prefix"
 """Name of our attention in transformers, with PyTorch's kernels."""
@@ -116,7 +116,7 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the dtype of the residual stream
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    kernel = FLASH_ATTN if flash else kernel_for(q)
+    kernel = flash_kernel() if flash else kernel_for(q)
     # None: transformers' place for the attention weights, which no kernel keeps
     return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel)[None], None
 
@@ -349,6 +349,32 @@ def _flash_attn_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> 
     return grads
 
 
+# ---- FLASH_ATTN_4: the flash-attn-4 package (GPUs from Hopper on; arXiv:2407.08608 and its successor)
+
+
+def _flash_attn_4_forward(call: Call) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    segments = call.segments
+    out, lse, *_ = _flash_attn_fwd(
+        call.q, call.k, call.v, **_named(segments), softmax_scale=call.scale, causal=segments.causal, return_lse=True
+    )
+    return out, lse
+
+
+def _flash_attn_4_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    segments, qkv = call.segments, (call.q, call.k, call.v)
+    flags = {"softmax_scale": call.scale, "causal": segments.causal}
+    return list(_flash_attn_bwd(*qkv, out, grad, lse.contiguous(), **_named(segments), **flags)[:3])
+
+
+def _named(segments: Segments) -> dict[str, Tensor | int]:
+    (queries, keys), (longest_q, longest_k) = segments.cumulative, segments.longest
+    return {"cu_seqlens_q": queries, "cu_seqlens_k": keys, "max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
+
+
 # ---- PLAIN: the formulas at the top of this file, written out
 
 
@@ -392,6 +418,7 @@ def _plain_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[
 CPU = Kernel(_cpu_forward, _cpu_backward)
 VARLEN = Kernel(_varlen_forward, _varlen_backward)
 FLASH_ATTN = Kernel(_flash_attn_forward, _flash_attn_backward)
+FLASH_ATTN_4 = Kernel(_flash_attn_4_forward, _flash_attn_4_backward)
 PLAIN = Kernel(_plain_forward, _plain_backward)
 
 
@@ -403,7 +430,7 @@ def attention_name(attn: str, device: torch.device) -> str:
     """
     if attn != "flash":
         return ATTENTION
-    if problem := why_no_flash(device):
+    if problem := why_no_flash(device) or why_not_equal(flash_kernel(), VARLEN, device, torch.bfloat16):
         raise UserError(f"--attn flash: {problem}")
     return FLASH_ATTENTION
 
@@ -413,7 +440,39 @@ def why_no_flash(device: torch.device) -> str:
     if device.type != "cuda":
         return "needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used"
     if importlib.util.find_spec("flash_attn") is None:
-        return "the package is not installed; pip install flash-attn, or leave it out"
+        return "no package is installed; pip install flash-attn-4 (from H100 on) or flash-attn, or leave it out"
+    return ""
+
+
+@cache
+def flash_kernel() -> Kernel:
+    """Of flash-attn-4 where it is installed and the GPU is a Hopper or newer, else of flash-attn."""
+    newer = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return FLASH_ATTN_4 if newer and importlib.util.find_spec("flash_attn.cute") is not None else FLASH_ATTN
+
+
+def why_not_equal(kernel: Kernel, known: Kernel, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel cannot take the place of a known one, found by using both on two small groups; "" if it can.
+
+    The functions of these packages that take a logsumexp are private: a new version may change what they mean.
+    """
+    spans, shared = ((0, 40), (40, 33), (73, 70), (143, 21)), Segments(((40, 103),), ((0, 40),), False, device)
+    layout = Layout(Segments(spans, spans, True, device), shared)
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(164, n, 64, generator=generator, device=device, dtype=dtype) for n in (4, 2, 2, 4)]
+    found = []
+    for each in (kernel, known):
+        leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+        try:
+            out = _SharedPrefixAttention.apply(*leaves, layout, 0.125, each)
+            out.backward(inputs[3])
+        except Exception as error:  # whatever the package raises: another signature, no compiler, no such GPU
+            return f"its kernels fail here ({type(error).__name__}: {first_sentence(error)}); leave it out"
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for name, one, other in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+        error = float((one.float() - other.float()).norm() / other.float().norm())
+        if not error < 0.02:
+            return f"its kernels do not give PyTorch's numbers here ({name} differs by {error:.1%}); leave it out"
     return ""
 
 

@@ -8,9 +8,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from data.files import replacing_folder
-from trainer.model.loading import first_line
 from trainer.record.runfolder import disk_errors
 
 transformers_logging.disable_progress_bar()

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from data.errors import UserError
+from data.errors import UserError, first_sentence
 from data.files import read_settings, refuse_pointer, weight_files
 from trainer.model.attention import keep_attention
 
@@ -42,18 +42,6 @@ INSTEAD = "use a Qwen2.5, Qwen3, Llama, SmolLM, Mistral, Gemma, Phi-3, OLMo 2, G
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files that hold a tokenizer's vocabulary; a model has one of them."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
-
-
-def first_sentence(error: Exception) -> str:
-    """The beginning of a library's message: at most its first sentence, and at most 200 characters."""
-    text = first_line(error).split(". ")[0]
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def read_config(model_dir: str) -> PretrainedConfig:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from data.errors import first_line
 from rollout import RunError
 
 BEAT_SECONDS = 1.0
@@ -346,10 +347,6 @@ def is_gone(pid: int) -> bool:
             return handle.read().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:
         return True
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def say(text: str) -> None:

@@ -28,13 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data.errors import UserError
+from data.errors import UserError, first_line
 from data.files import unlock_folders
 from data.processes import give_freed_memory_back
 from data.status.status import RunStatus
 from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
-from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch, first_line
+from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch
 
 HANG_SECONDS = 1800.0
 TENSOR, KIND = "\0tensor", "\0kind"

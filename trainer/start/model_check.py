@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from data.errors import UserError
+from data.errors import UserError, first_sentence
 from data.files import INDEX, how_to_convert, refuse_pointer, weight_files
 from data.prompts import PROBE, PROBE_ANSWER, PROBE_RESPONSE, PROBE_USER, RESPONSE_TAGS, ChatFormat
 from data.puzzles import Puzzle
@@ -24,7 +24,6 @@ from trainer.model.loading import (
     Head,
     add_adapter,
     empty_model,
-    first_sentence,
     head_of,
     load_tokenizer,
     load_weights,

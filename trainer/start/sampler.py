@@ -21,13 +21,13 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+from data.errors import first_line
 from data.processes import module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import SamplerEnd, SamplerProcess
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
-from trainer.ranks.watch import first_line
 from trainer.ranks.world import World, own_device
 from trainer.start.parts import load_policy, make_vllm_engine
 
