@@ -128,7 +128,7 @@ def test_evaluate_tells_of_an_end_and_a_kill_and_distill_of_a_stop(pipeline, tmp
     while not (said.is_file() and said.read_text().endswith("\n")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert said.read_text().startswith("killed ") and "the same command with --resume goes on" in said.read_text()
+    assert said.read_text().startswith("killed ") and "the same command goes on, with --resume if" in said.read_text()
     assert status_of(tmp_path / "eval/status.json")["state"] == "killed"
     hold.set()
     succeed("evaluate", *words, "--resume")
