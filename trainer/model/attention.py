@@ -349,7 +349,7 @@ def _flash_attn_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> 
     return grads
 
 
-# ---- FLASH_ATTN_4: the flash-attn-4 package (GPUs from Hopper on; arXiv:2407.08608 and its successor)
+# ---- FLASH_ATTN_4: the flash-attn-4 package (GPUs from Hopper on)
 
 
 def _flash_attn_4_forward(call: Call) -> tuple[Tensor, Tensor]:
