@@ -14,7 +14,7 @@ from pathlib import Path
 from data.files import lock_folder, unlock_folder
 from data.status.status import reporting
 from eval.ablation.compare import read_arm
-from eval.ablation.made import Made, models_of, write_points
+from eval.ablation.made import Made, models_of, places, write_points
 from eval.ablation.results import write_results
 from eval.ablation.settings import (
     START,
@@ -49,7 +49,7 @@ def main(config: AblateConfig) -> None:
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
             folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
-            made = run_arm(folder, stage, arms[name], seed, paths)
+            made = run_arm(folder, stage, arms[name], seed, paths, config.checkpoints)
             evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
         report.progress(len(runs), len(runs))
     folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
@@ -57,8 +57,13 @@ def main(config: AblateConfig) -> None:
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
 
 
-def run_arm(folder: Path, stage: str, commands: list[list[str]], seed: int, paths: dict[str, Path]) -> list[Made]:
-    """Run the commands of a configuration with one seed, as far as that has not been done; returns all models they made."""
+def run_arm(
+    folder: Path, stage: str, commands: list[list[str]], seed: int, paths: dict[str, Path], checkpoints: bool
+) -> list[Made]:
+    """Run the commands of a configuration with one seed, as far as that has not been done.
+
+    Returns all models that they made; with checkpoints also those on the way.
+    """
     made: list[Made] = []
     model = paths["sft"]
     for number, words in enumerate(commands, start=1):
@@ -67,7 +72,8 @@ def run_arm(folder: Path, stage: str, commands: list[list[str]], seed: int, path
         if verb != START:
             again = begun(run) if verb in TRAINERS else []  # selfdistill goes on by itself
             run_stage(named, run / FINISHED, verb, *again, *given, out=run, seed=seed)
-        made += models_of(verb, run, list_checkpoints(run)[-1] if verb in TRAINERS else model)
+        models = list_checkpoints(run) if verb in TRAINERS else [model]
+        made += models_of(verb, run, models if checkpoints else models[-1:])
         model = made[-1].model
         if verb in TRAINERS and commands[number:]:  # a command starts from one checkpoint, not from an adapter on one
             # in float32 nothing of the adapter is rounded away
@@ -81,7 +87,7 @@ def evaluate_arm(
     config: AblateConfig, folder: Path, stage: str, made: list[Made], files: list[str], longest: int
 ) -> None:
     """Evaluate every model of a configuration with one seed. longest: response tokens of a model that was not trained here."""
-    folders = [*(folder / "models" / f"{number:02d}" for number in range(1, len(made))), folder / "eval"]
+    folders = places(folder, made)
     for one, into in zip(made, folders, strict=True):
         # answers are cut where those of the training were
         cut = {"model": one.model, "max_response_tokens": one.longest or longest}

@@ -117,9 +117,10 @@ def compare_arms(arms: Sequence[Arm], split: str, puzzles: Sequence[Puzzle], see
 
 
 def points_of(arm: Arm, split: str, puzzles: Sequence[Puzzle], seed: int = 0) -> list[dict[str, Any]]:
-    """One row per model that every seed of the configuration has made: {name, sampled, value, interval, by_seed, taught}.
+    """One row per model that every seed of the configuration has made.
 
-    value: batch accuracy, mean over seeds; interval: as in compare_arms; taught: means over seeds of Made.taught.
+    {name, partial, sampled, value, interval, by_seed, taught}. partial: as in Made; value: batch accuracy,
+    mean over seeds; interval: as in compare_arms; taught: means over seeds of Made.taught.
     """
     rows = []
     for of_seed in zip(*(run.points for run in arm.runs), strict=False):
@@ -127,6 +128,7 @@ def points_of(arm: Arm, split: str, puzzles: Sequence[Puzzle], seed: int = 0) ->
         rows.append(
             {
                 "name": of_seed[0].name,
+                "partial": of_seed[0].partial,
                 "sampled": float(np.mean([point.sampled for point in of_seed])),
                 "value": float(np.mean([score.batch_right for of_puzzle in scores for score in of_puzzle])),
                 "interval": intervals(scores, puzzles, seed)["batch_accuracy"],

@@ -38,7 +38,7 @@ def draw_split(axes: Axes, rows: list[dict[str, Any]], split: str, by_tokens: bo
         axes.axhline(start["value"], color="#8a8f98", linewidth=1, linestyle="--")
         axes.errorbar([0], [start["value"]], [[start["value"] - low], [high - start["value"]]], fmt="k.", label="start")
     for number, row in enumerate(trained):
-        points = row["points"]
+        points = [point for point in row["points"] if by_tokens or not point["partial"]]
         # points of one round would hide one another: each configuration has a place of its own beside the round
         apart = 0.0 if by_tokens or len(trained) == 1 else WIDE * (number / (len(trained) - 1) - 0.5)
         at = [point["sampled"] / 1000 if by_tokens else i + apart for i, point in enumerate(points, start=1)]
@@ -58,7 +58,8 @@ def draw_split(axes: Axes, rows: list[dict[str, Any]], split: str, by_tokens: bo
         "thousands of response tokens sampled for training" if by_tokens else "models made (rounds, commands)"
     )
     if not by_tokens:
-        axes.set_xticks(range(1 + max((len(row["points"]) for row in trained), default=0)))
+        counts = [sum(not point["partial"] for point in row["points"]) for row in trained]
+        axes.set_xticks(range(1 + max(counts, default=0)))
     percent_axis(axes)
     shown = [end for row in rows for point in row["points"] for end in point["interval"]]
     if shown:  # points need no axis from 0, and the differences between them are small

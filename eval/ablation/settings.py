@@ -48,6 +48,9 @@ class AblateConfig:
     curve_puzzles: int = option(
         0, "Held-out test puzzles that every kept checkpoint is evaluated on, for the curve; 0: none.", section=RUNS
     )
+    checkpoints: bool = option(
+        False, "Evaluate every kept checkpoint of grpo and ppo too: what was learnt for how many tokens.", section=RUNS
+    )
     notify: str = option("", NOTIFY, section=RUNS)
     samples: int = option(
         0,

@@ -11,7 +11,7 @@ from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
 from eval.ablation.compare import compare_arms, points_of, read_arm, variety
 from eval.ablation.figure import colour_of, draw_arms
-from eval.ablation.made import Made, models_of, read_points, write_points
+from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
 from eval.ablation.tables import ablation_markdown
 from eval.evaluation import puzzles_digest
@@ -178,15 +178,25 @@ def test_tokens_of_a_run_and_of_rounds(tmp_path):
     lengths = [{"step": 1, "completions/mean_length": 10.5}, {"step": 2, "completions/mean_length": 4.0}]
     lengths[1]["dynamic_sampling/num_gen_batches"] = 2.0  # twice as many were sampled as were trained on
     write_rows(grpo / "metrics.jsonl", lengths)
-    (made,) = models_of("grpo", grpo, grpo / "x")
+    (made,) = models_of("grpo", grpo, [grpo / "x"])
     assert (made.name, made.sampled, made.longest, made.model) == ("grpo", 10.5 * 12 + 2 * 4 * 12, 16, grpo / "x")
+    part, last = models_of("grpo", grpo, [grpo / "step-000001", grpo / "step-000002"])
+    assert (part.name, part.sampled, part.partial) == ("grpo, step 1", 126, True)
+    assert (last.name, last.sampled, last.partial) == ("grpo", 96, False)
+    where = [place.relative_to(grpo).as_posix() for place in places(grpo, [part, last, made])]
+    assert where == ["models/01-step-000001", "models/01", "eval"]
+    write_points(grpo, [part, last], places(grpo, [part, last]))
+    assert [(p.name, p.sampled, p.partial) for p in read_points(grpo)] == [
+        ("grpo, step 1", 126, True),
+        ("grpo", 222, False),
+    ]
     rows = [{"round": 0}, {"round": 1, "acceptance": 0.5}, {"round": 2, "acceptance": 0.6, "workflow": 0.7}]
     (rounds / "rounds.json").write_text(json.dumps(rows))
     for number in (1, 2):
         (rounds / f"round-{number}").mkdir()
         report = {"tokens": {"prompt": 9, "completion": 100 * number}}
         (rounds / f"round-{number}/traces.report.json").write_text(json.dumps(report))
-    first, second = models_of("selfdistill", rounds, tmp_path)
+    first, second = models_of("selfdistill", rounds, [tmp_path])
     assert (first.name, first.sampled, first.taught) == ("round 1", 100, {"acceptance": 0.5})
     assert (second.sampled, second.longest, second.taught["workflow"]) == (200, 9, 0.7)
     assert second.model == rounds / "round-2/sft/model"
