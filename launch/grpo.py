@@ -84,6 +84,10 @@ def prepare(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut 
 
 def with_pass_rates(puzzles: list[Puzzle], file: str) -> list[Puzzle]:
     """The puzzles with the share of answers in --curriculum that are right. Raises UserError if one has no answer there."""
+    if not Path(file).is_file():
+        raise UserError(
+            f"--curriculum {file}: no such file; launch/evaluate.py --puzzles TRAINING --samples 8 writes a predictions.jsonl"
+        )
     rows = match_rows(read_predictions(file), puzzles, f"--curriculum {file}: ")
     rates = pass_rates(rows, puzzles)
     return [

@@ -85,6 +85,8 @@ def read_clustered_cells(source: Source, cluster_key: str, settings: ProfileSett
 
 def read_clusters(source: Source, key: str) -> tuple[Column, list[str]]:
     """([C] the cluster of each cell, notes). Raises UserError for a column that is missing or holds no clusters."""
+    if not key:
+        raise UserError(f"{source}: name its column of clusters with --cluster-key{_columns_of_clusters(source)}")
     if key not in obs_columns(source):
         raise UserError(
             f"{source}: no obs column {key!r} (nearest: {nearest_names(key, obs_columns(source))}); name the column of "

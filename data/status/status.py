@@ -30,7 +30,9 @@ FILES = (".jsonl", ".parquet", ".h5ad")
 """Endings of what a command writes where it writes a file, and no folder."""
 NOTIFY = "Shell command for the end of the run, also a failed or killed one; it gets RUN_OUT, RUN_STATE, RUN_ERROR, ..."
 """The help of --notify."""
-KILLED = "the process was killed, or ended without a word; the same command goes on, with --resume if it has that option"
+KILLED = (
+    "the process was killed, or ended without a word; the same command goes on, with --resume if it has that option"
+)
 
 
 class RunStatus:

@@ -31,7 +31,7 @@ files, model, questions, labels = (partial(option, section=name) for name in (FI
 class QuestionSettings(ProfileSettings):
     """What is asked, of whom, and how labels are made of the answers. Without the names of files."""
 
-    cluster_key: str = files(MISSING, "obs column with the clusters, such as leiden.")
+    cluster_key: str = files("", "obs column with the clusters, such as leiden; without it the columns are named.")
     truth_key: str | None = files(None, "obs column with known labels, to compare with; never shown to the model.")
     base: str | None = model(None, "Checkpoint under an adapter; default: the one that the adapter names.")
     dtype: str = model("auto", "Weights and compute; auto: bfloat16 on a GPU, float32 on a CPU.", DTYPES)
@@ -116,6 +116,9 @@ class AnnotateConfig(QuestionSettings):
             raise UserError(f"--out {self.out}: must end in .h5ad")
         if Path(self.out).resolve() == Path(self.file).resolve():
             raise UserError(f"--out {self.out}: is the input, which is never changed; name another file")
+        above = next(folder for folder in Path(self.out).absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"--out {self.out}: {above} is a file and no folder; name another place")
         self.asked(self.model, self.answers, self.resume)  # refuses what an evaluation refuses, before a file is read
 
     @property

@@ -308,6 +308,7 @@ def test_other_organisms():
             {},
             r"no obs column 'leidn' \(nearest: 'leiden'.*--cluster-key \(columns that look like clusters: 'leiden'",
         ),
+        ("", {}, r"name its column of clusters with --cluster-key \(columns that look like clusters: 'leiden'"),
         (
             "barcode",
             {"barcode": [f"b{i}" for i in range(8)]},

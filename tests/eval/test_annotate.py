@@ -601,6 +601,7 @@ def test_a_model_is_asked_as_it_was_trained_unless_told_otherwise():
         ({"endpoint": "http://x/v1", "base": "b"}, "--base is for an adapter folder"),
         ({"out": "a.csv"}, "must end in .h5ad"),
         ({"out": "in.h5ad"}, "is the input"),
+        ({"out": f"{__file__}/made/out.h5ad"}, f"{__file__} is a file and no folder"),
     ],
 )
 def test_settings_that_cannot_be(changed, said):

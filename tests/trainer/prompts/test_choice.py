@@ -140,6 +140,8 @@ def test_a_run_with_a_curriculum_begins_with_what_the_model_can_do(pipeline, tmp
     done = run_command("grpo", *given, "--steps", 1, "--out", tmp_path / "other")
     assert done.returncode == 2, done.stderr[-2000:]
     assert f"puzzles have no prediction, the first is {puzzles[0].id}" in done.stderr
+    done = run_command("grpo", *given[:-1], tmp_path / "none.jsonl", "--steps", 1, "--out", tmp_path / "other")
+    assert done.returncode == 2 and f"--curriculum {tmp_path / 'none.jsonl'}: no such file" in done.stderr
 
 
 # ---- dynamic sampling in a run
