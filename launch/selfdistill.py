@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.distill.report import OF_ROUND, round_row
-from data.distill.rounds import OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
+from data.distill.rounds import LATER, OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
 from data.errors import UserError
 from data.files import lock_folder, write_whole
 from data.puzzles import read_puzzles
@@ -24,7 +24,15 @@ def main(config: SelfDistillConfig) -> None:
     """Distil from the model, train it on its right answers, and take the result as the next teacher."""
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds}: must be at least 1")
-    read_puzzles(config.puzzles)  # raises before anything runs
+    n_puzzles, last = (
+        len(read_puzzles(config.puzzles)),
+        config.skipped(config.rounds + 1),
+    )  # raises before anything runs
+    if last and last > n_puzzles:
+        raise UserError(
+            f"--new-puzzles: {config.rounds} rounds of {config.limit} answer {last:,} puzzles, and {config.puzzles} holds "
+            f"{n_puzzles:,}; lower --limit or --rounds"
+        )
     out, teacher = Path(config.out), Path(config.model)
     if not (teacher / "config.json").is_file():
         raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
@@ -51,11 +59,12 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
     Raises UserError when an earlier call had another setting (--rounds may grow).
     """
     left_out = ("out", "rounds", "eager", "notify", *(OF_WORKFLOW if config.workflow == "none" else ()))
+    left_out += () if config.new_puzzles else ("new_puzzles",)
     settings = {name: value for name, value in vars(config).items() if name not in left_out}
     recorded = out / "config.json"
     if recorded.is_file():
         before = json.loads(recorded.read_text(encoding="utf-8"))
-        now = settings | {name: None for name in OF_WORKFLOW if name in before and name not in settings}
+        now = settings | {name: None for name in LATER if name in before and name not in settings}
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             raise UserError(
@@ -73,7 +82,7 @@ def run_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: in
     words += ["--hint"] if config.hint else []
     words += ["--eager"] if config.eager else []
     answers = config.answers() | {"teacher": "vllm", "model": teacher, "puzzles": config.puzzles, "out": traces}
-    run_stage(f"round {number}: answer", traces, "distill", *words, seed=seed, **answers)
+    run_stage(f"round {number}: answer", traces, "distill", *words, seed=seed, skip=config.skipped(number), **answers)
     student = teacher if config.student == "teacher" else Path(config.model)
     training = {name: getattr(config, name) for name in OF_TRAINING}
     training |= {"traces": traces, "model": student, "out": folder / "sft", "holdout": 0.02, "seed": seed}

@@ -5,6 +5,7 @@ from typing import Any
 
 from data.distill.settings import DistillConfig
 from data.distill.workflow import WORKFLOWS
+from data.errors import UserError
 from data.options import DTYPES, option, settle_dtype
 from data.status.status import NOTIFY
 
@@ -17,6 +18,8 @@ OF_ANSWERS = (
 """Settings that are options of launch/distill.py too."""
 OF_WORKFLOW = ("workflow", "comparisons", "lookups")
 """More of them; written down only where there is a workflow."""
+LATER = (*OF_WORKFLOW, "new_puzzles")
+"""Settings that older versions did not write down; they are not written down where they have no effect."""
 OF_TRAINING = ("epochs", "batch_size", "lr", "lora_rank", "lora_alpha", "dtype")
 """Settings that are options of launch/sft.py too."""
 
@@ -49,6 +52,9 @@ class SelfDistillConfig:
     )
     accept_at: float = option(1.0, "Lowest reward of an accepted answer.", section=ANSWERS)
     limit: int | None = option(None, "Use only the first LIMIT puzzles.", section=FILES)
+    new_puzzles: bool = option(
+        False, "Let each round answer the next LIMIT puzzles, and not the first ones again.", section=FILES
+    )
     max_response_tokens: int = option(3000, "Longest answer.", section=ANSWERS)
     epochs: int = option(1, "Passes over the accepted answers of a round.", section=TRAINING)
     batch_size: int = option(128, "Answers per optimizer step.", section=TRAINING)
@@ -72,6 +78,12 @@ class SelfDistillConfig:
         settle_dtype(self, every_weight=not self.lora_rank)
         # refuses what the answers of a round would be refused for, before anything runs
         DistillConfig(puzzles=self.puzzles, out="traces.jsonl", teacher="vllm", hint=self.hint, **self.answers())
+        if self.new_puzzles and self.limit is None:
+            raise UserError("--new-puzzles: say with --limit how many puzzles a round answers")
+
+    def skipped(self, number: int) -> int | None:
+        """Puzzles that round `number` (from 1) leaves out, since earlier rounds answered them."""
+        return (number - 1) * self.limit if self.new_puzzles and self.limit else None
 
     def answers(self) -> dict[str, Any]:
         """The settings of a round's answers, as launch/distill.py takes them."""

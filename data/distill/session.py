@@ -53,7 +53,9 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
     start = time.monotonic()
     config.refuse_overwriting()
     puzzles = read_puzzles(config.puzzles)
-    chosen = puzzles[: config.limit]
+    chosen = puzzles[config.skip :][: config.limit]
+    if not chosen:
+        raise UserError(f"--skip {config.skip}: {config.puzzles} holds {len(puzzles):,} puzzles, so none is left")
     if config.teacher == "embedded" and (variants := {puzzle.variant for puzzle in chosen} - {"batch"}):
         raise UserError(
             f"--puzzles {config.puzzles}: the embedded teacher answers batch-level puzzles only, and this file holds "

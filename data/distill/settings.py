@@ -52,6 +52,7 @@ RANGES = {
     ),
     "at least 0": (
         *("stop_at", "temperature", "retries", "backoff_seconds", "budget", "price_in", "price_out", "teacher_noise"),
+        "skip",
     ),
     "above 0": ("timeout_seconds", "reward_seconds"),
     "above 0 and at most 1": ("top_p", "memory_fraction"),
@@ -156,6 +157,7 @@ class DistillConfig:
     reward_workers: int = option(1, "Processes that score.", section=JUDGE)
     reward_seconds: float = option(60.0, "Time limit per trace.", section=JUDGE)
     resume: bool = option(False, "Use the responses that are on disk, and request the others.", section=FILES)
+    skip: int = option(0, "Leave out the first SKIP puzzles; --limit counts from there.", section=FILES)
     limit: int | None = option(None, "Use only the first LIMIT puzzles.", section=FILES)
     teacher_noise: float = option(
         0.5, "embedded: noise of its judgement; one specific marker counts about 1.", section=TEACHER

@@ -483,6 +483,12 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
     assert out.read_bytes() == rows and {**again, "timing": 0} == {**report, "timing": 0}
     assert sorted((tmp_path / "t.raw.jsonl").read_bytes().splitlines()) == sorted(raw.splitlines())
     assert json.loads(raw.splitlines()[0])["settings"]["prompts"] == prompts_hash(read_puzzles(puzzles))
+    succeed("distill", *given, "--skip", 10, "--limit", 15, "--out", tmp_path / "some.jsonl")
+    asked = {row["puzzle_id"] for row in read_rows(tmp_path / "some.raw.jsonl") if "puzzle_id" in row}
+    chosen = {puzzle.id for puzzle in read_puzzles(puzzles)[10:25]}
+    assert asked == chosen and read_rows(tmp_path / "some.jsonl") == [
+        row for row in map(json.loads, rows.splitlines()) if row["id"] in chosen
+    ]
     succeed("distill", *given, "--seed", 1)
 
 
@@ -501,6 +507,7 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
         (["--teacher", "openai", "--model", "m", "--key-env", "BAD_KEY"], "--key-env BAD_KEY: its value holds a space"),
         (["--teacher", "openai", "--model", "m", "--base-url", "http://127.evil.com/v1"], "OPENAI_API_KEY to its key"),
         (["--candidates", 0], "--candidates 0: must be at least 1"),
+        (["--skip", 1], "p.jsonl holds 1 puzzles, so none is left"),
         (["--accept", "nowhere:fn"], "--accept nowhere:fn: cannot import nowhere"),
         ([], "the embedded teacher answers batch-level puzzles only, and this file holds 'cell' ones"),
     ],

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from data.distill.rounds import SelfDistillConfig
+from data.errors import UserError
 from data.puzzles import read_rows
 from tests.helpers.commands import run_command, succeed
 
@@ -71,6 +73,8 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     for more, says in (
         (("--lr", 5e-4), "--lr 0.0005: was 0.001 when"),
         (("--model", tmp_path / "none"), "no checkpoint folder (config.json is missing)"),
+        (("--new-puzzles",), "--new-puzzles True: was None when"),
+        (("--new-puzzles", "--rounds", 90), "90 rounds of 24 answer 2,160 puzzles, and"),
     ):
         refused = run_command("selfdistill", *words, *more)
         assert refused.returncode == 2 and says in refused.stderr
@@ -94,3 +98,12 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     assert refused.returncode == 2 and "--workflow none: was tools when" in refused.stderr
     refused = run_command("selfdistill", *words, "--rounds", 0)
     assert refused.returncode == 2 and "--rounds 0: must be at least 1" in refused.stderr
+
+
+def test_rounds_with_new_puzzles_skip_those_of_the_rounds_before():
+    given = {"model": "m", "puzzles": "p.jsonl", "out": "out"}
+    same, new = (SelfDistillConfig(**given, limit=24, new_puzzles=new) for new in (False, True))
+    assert [same.skipped(number) for number in (1, 2)] == [None, None]
+    assert [new.skipped(number) for number in (1, 2, 3)] == [0, 24, 48]
+    with pytest.raises(UserError, match="--new-puzzles: say with --limit how many"):
+        SelfDistillConfig(**given, new_puzzles=True)
