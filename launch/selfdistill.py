@@ -24,15 +24,7 @@ def main(config: SelfDistillConfig) -> None:
     """Distil from the model, train it on its right answers, and take the result as the next teacher."""
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds}: must be at least 1")
-    n_puzzles, last = (
-        len(read_puzzles(config.puzzles)),
-        config.skipped(config.rounds + 1),
-    )  # raises before anything runs
-    if last and last > n_puzzles:
-        raise UserError(
-            f"--new-puzzles: {config.rounds} rounds of {config.limit} answer {last:,} puzzles, and {config.puzzles} holds "
-            f"{n_puzzles:,}; lower --limit or --rounds"
-        )
+    config.refuse_too_few(len(read_puzzles(config.puzzles)))  # before anything runs
     out, teacher = Path(config.out), Path(config.model)
     if not (teacher / "config.json").is_file():
         raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")

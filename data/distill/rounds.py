@@ -85,6 +85,15 @@ class SelfDistillConfig:
         """Puzzles that round `number` (from 1) leaves out, since earlier rounds answered them."""
         return (number - 1) * self.limit if self.new_puzzles and self.limit else None
 
+    def refuse_too_few(self, n_puzzles: int) -> None:
+        """Raises UserError when the file has too few puzzles for new ones in every round."""
+        last = self.skipped(self.rounds + 1)
+        if last and last > n_puzzles:
+            raise UserError(
+                f"--new-puzzles: {self.rounds} rounds of {self.limit} answer {last:,} puzzles, and {self.puzzles} holds "
+                f"{n_puzzles:,}; lower --limit or --rounds"
+            )
+
     def answers(self) -> dict[str, Any]:
         """The settings of a round's answers, as launch/distill.py takes them."""
         return {name: getattr(self, name) for name in ("model", *OF_ANSWERS, *OF_WORKFLOW)}

@@ -489,6 +489,8 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
     assert asked == chosen and read_rows(tmp_path / "some.jsonl") == [
         row for row in map(json.loads, rows.splitlines()) if row["id"] in chosen
     ]
+    refused = run_command("distill", *given, "--skip", 30, "--out", tmp_path / "none.jsonl")
+    assert refused.returncode == 2 and "--skip 30: " in refused.stderr and "so none is left" in refused.stderr
     succeed("distill", *given, "--seed", 1)
 
 
@@ -507,7 +509,6 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
         (["--teacher", "openai", "--model", "m", "--key-env", "BAD_KEY"], "--key-env BAD_KEY: its value holds a space"),
         (["--teacher", "openai", "--model", "m", "--base-url", "http://127.evil.com/v1"], "OPENAI_API_KEY to its key"),
         (["--candidates", 0], "--candidates 0: must be at least 1"),
-        (["--skip", 1], "p.jsonl holds 1 puzzles, so none is left"),
         (["--accept", "nowhere:fn"], "--accept nowhere:fn: cannot import nowhere"),
         ([], "the embedded teacher answers batch-level puzzles only, and this file holds 'cell' ones"),
     ],
