@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import os
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +29,8 @@ LAUNCHER_VARIABLES = (
 """The variables in which torchrun tells a process its place among the ranks of a run."""
 LAUNCHER_PREFIX = "TORCHELASTIC_"
 """The other variables of torchrun begin with it."""
+STAGE_OF = "STAGE_OF"
+"""The variable that tells a command which process it is a stage of: it ends with that one."""
 PR_SET_PDEATHSIG = 1
 """Linux, sys/prctl.h: choose the signal that a process receives when its parent ends."""
 POLL_SECONDS = 1.0
@@ -68,6 +72,67 @@ def end_with_parent(parent: int) -> None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # the parent ended before the kernel knew what to do
         os._exit(1)
+
+
+# ---- commands that run other commands, as stages
+
+
+_stage = False
+"""Is this process a stage of another command?"""
+
+
+def run_as_stage(words: list[str], env: dict[str, str]) -> tuple[int, int]:
+    """Run a command of ours to its end. Returns (its exit code, the signal that asked this process to stop; 0: none did).
+
+    SIGTERM is handed on, and Ctrl-C too where no terminal has sent it to both. When this process is killed, the stage ends
+    too: else it would write on, and keep the same command from going on.
+    """
+    asked = 0
+    with subprocess.Popen(words, env=env | {STAGE_OF: str(os.getpid())}) as process:
+
+        def hand_on(number: int, _: object) -> None:
+            nonlocal asked
+            asked = number
+            if number == signal.SIGTERM or sys.stdin is None or not sys.stdin.isatty():
+                process.send_signal(number)
+
+        # nohup's and a shell's SIG_IGN stay
+        heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+        if threading.current_thread() is not threading.main_thread():  # it alone may set handlers
+            heard = []
+        before = {number: signal.signal(number, hand_on) for number in heard}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return code, asked
+
+
+def end_with_the_command_above() -> None:
+    """As a stage of another command: end when that one ends, however it ends. torchrun may stand between the two."""
+    global _stage
+    above = os.environ.pop(STAGE_OF, "")  # not for the processes that this one starts
+    if not above:
+        return
+    _stage = True
+    try:
+        handle = os.pidfd_open(int(above))
+    except ProcessLookupError:
+        os._exit(1)
+    except (AttributeError, OSError):  # another system, or an older kernel
+        return
+
+    def wait() -> None:
+        select.select([handle], [], [])  # readable when the process has ended
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def how_to_go_on() -> str:
+    """The end of a sentence that says that a command has been stopped."""
+    return "start the same command again to go on" if _stage else "add --resume to go on"
 
 
 def give_freed_memory_back(block: int = 4 << 20) -> None:

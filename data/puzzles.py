@@ -31,6 +31,8 @@ from data.prompts import (
     variant_of,
 )
 
+NAMED = 3
+"""Examples that a refusal names."""
 MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
 ROWS_SEAL = b"rows_crc32"
 """Key, in the metadata of a parquet file of ours, of the checksum of its rows."""
@@ -383,3 +385,19 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
     except pyarrow.ArrowException as error:
         why = " ".join(str(error).split())
         raise UserError(f"the rows cannot be stored as parquet ({why}); write .jsonl instead") from None
+
+
+def shared_puzzles(held_out: Sequence[Puzzle], training: Sequence[Puzzle], by_donor: bool = True) -> str:
+    """What held-out puzzles share with training: "2 donors (d1, d2)", "1 equal puzzle (test-1 and train-7)", or "".
+
+    by_donor False: only equal puzzles count, for files of one donor whose cells were divided.
+    """
+    donors = [{puzzle.meta.get("donor") for puzzle in puzzles} for puzzles in (held_out, training)]
+    shared = sorted(str(donor) for donor in (donors[0] & donors[1]) - {None}) if by_donor else []
+    known = {puzzle.user_message: puzzle.id for puzzle in training}
+    equal = [f"{puzzle.id} and {known[puzzle.user_message]}" for puzzle in held_out if puzzle.user_message in known]
+    for found, what in ((shared, "donor"), (equal, "equal puzzle")):
+        if found:
+            names = ", ".join(found[:NAMED]) + (", ..." if len(found) > NAMED else "")
+            return f"{len(found)} {what}{'s' if len(found) > 1 else ''} ({names})"
+    return ""

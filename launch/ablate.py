@@ -9,8 +9,12 @@ made. Each run is a folder of its own, OUT/NAME/seed-S: the same command goes on
 can share OUT when each is given other runs.
 """
 
+import importlib
 from pathlib import Path
 
+import click
+
+from data.errors import UserError
 from data.files import lock_folder, unlock_folder
 from data.status.status import reporting
 from eval.ablation.compare import read_arm
@@ -37,15 +41,20 @@ def main(config: AblateConfig) -> None:
     """Train, evaluate and compare configurations; write OUT/ablation.md, ablation.json and ablation.png."""
     arms = read_arms(config)
     demo = resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
-    lock_folder(Path(config.start))  # two machines must not build the start at once
-    prepare(demo)
-    unlock_folder(Path(config.start))
-    out, files = Path(config.out), held_out_files(Path(config.start))
-    paths = {"base": base_model(demo), "sft": Path(config.start) / "sft/model", "puzzles": training_files(demo)[0]}
-    refuse_test_puzzles(arms, paths, files)
+    out, start = Path(config.out), Path(config.start)
+    paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
+    refuse_wrong_words(arms, paths)
+    if paths["puzzles"].is_file():  # before the cold start, where that can be seen
+        refuse_test_puzzles(arms, paths, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
     runs = [(name, seed) for seed in config.seeds for name in arms if name in config.only or not config.only]
     with reporting(out, config.notify, "run") as report:
+        report.progress(0, len(runs))
+        lock_folder(start)  # two machines must not build the start at once
+        prepare(demo)
+        unlock_folder(start)
+        files = held_out_files(start)
+        refuse_test_puzzles(arms, paths, files)
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
             folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
@@ -55,6 +64,19 @@ def main(config: AblateConfig) -> None:
     folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
     text = write_results(out, [read_arm(*arm) for arm in folders.items()], files, config.eval_puzzles)
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
+
+
+def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path]) -> None:
+    """Raises UserError for a command of a configuration that would be refused when its turn comes."""
+    for name, commands in arms.items():
+        for words in commands:
+            verb, *given = filled(words, paths | {"model": paths["sft"]})
+            try:
+                if verb != START:
+                    importlib.import_module(f"launch.{verb}").main.read([*given, "--out", "out", "--seed", "0"])
+            except (click.ClickException, UserError) as error:
+                why = error.format_message() if isinstance(error, click.ClickException) else error
+                raise UserError(f"--arms {name}: {verb}: {why}") from None
 
 
 def run_arm(

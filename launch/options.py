@@ -22,6 +22,7 @@ import yaml
 from data.errors import RunError, UserError
 from data.files import full_disk, reason_of
 from data.options import argument, option
+from data.processes import end_with_the_command_above
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "launch/recipes"
@@ -50,13 +51,16 @@ def command(
     def decorate(fn: Callable[[Any], None]) -> click.Command:
         @functools.wraps(fn)
         def run(recipe: tuple[str, ...], **flags: Any) -> None:
-            context = click.get_current_context()
-            given = {
-                n: v
-                for n, v in flags.items()
-                if context.get_parameter_source(n) is not click.core.ParameterSource.DEFAULT
-            }
-            fn(resolve(config_class, recipe or [path for path in [default_recipe(given)] if path], given))
+            fn(settings(click.get_current_context(), recipe, flags))
+
+        def settings(context: click.Context, recipe: tuple[str, ...], flags: dict[str, Any]) -> Any:
+            default = click.core.ParameterSource.DEFAULT
+            given = {n: v for n, v in flags.items() if context.get_parameter_source(n) is not default}
+            return resolve(config_class, recipe or [path for path in [default_recipe(given)] if path], given)
+
+        def read(words: Sequence[str]) -> Any:
+            with made.make_context(fn.__name__, list(words)) as context:
+                return settings(context, context.params.pop("recipe"), context.params)
 
         fields = _in_order_of_help(config_class)
         for field in reversed(fields):  # click puts the option that is added last first
@@ -64,6 +68,7 @@ def command(
         run = click.option("--recipe", type=click.Path(), multiple=True, help=RECIPE_HELP)(run)
         made = Command(name=fn.__name__, callback=run, params=run.__click_params__[::-1], help=fn.__doc__)
         made.section_of = {field.name: field.metadata["section"] for field in fields}
+        made.read = read
         return made
 
     return decorate
@@ -81,6 +86,8 @@ class Command(click.Command):
 
     section_of: dict[str, str] = {}
     """{name of a parameter: heading of --help under which it is listed}; "" or absent: under the last heading."""
+    read: Callable[[Sequence[str]], Any]
+    """The config of a command line, without running the command. Raises click.ClickException or UserError."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options of --help under the headings of their sections, in the order in which the sections begin."""
@@ -95,6 +102,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
+        end_with_the_command_above()
         try:
             return super().invoke(ctx)
         except RunError as error:

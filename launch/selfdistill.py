@@ -12,11 +12,12 @@ from data.distill.report import OF_ROUND, round_row
 from data.distill.rounds import LATER, OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
 from data.errors import UserError
 from data.files import lock_folder, write_whole
-from data.puzzles import read_puzzles
+from data.puzzles import read_puzzles, shared_puzzles
 from data.status.status import reporting
 from launch.options import command, flag
 from launch.stages import begun, run_stage
 from trainer.record.runfolder import FINISHED
+from trainer.sft.settings import SftConfig
 
 
 @command(SelfDistillConfig)
@@ -24,10 +25,8 @@ def main(config: SelfDistillConfig) -> None:
     """Distil from the model, train it on its right answers, and take the result as the next teacher."""
     if config.rounds < 1:
         raise UserError(f"--rounds {config.rounds}: must be at least 1")
-    config.refuse_too_few(len(read_puzzles(config.puzzles)))  # before anything runs
     out, teacher = Path(config.out), Path(config.model)
-    if not (teacher / "config.json").is_file():
-        raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
+    refuse(config, teacher)
     with reporting(out, config.notify, "round") as report:
         lock_folder(out)
         record_settings(config, out)
@@ -45,6 +44,23 @@ def main(config: SelfDistillConfig) -> None:
     print(f"last model: {teacher}")
 
 
+def refuse(config: SelfDistillConfig, teacher: Path) -> None:
+    """Raises UserError for what a stage would be refused for when hours have passed, and for held-out puzzles that teach."""
+    from trainer.start.preflight import model_config, rank_problem  # seconds, which `--help` need not wait for
+
+    puzzles = read_puzzles(config.puzzles)
+    config.refuse_too_few(len(puzzles))
+    if not (teacher / "config.json").is_file():
+        raise UserError(f"--model {teacher}: no checkpoint folder (config.json is missing)")
+    if problem := rank_problem(config.lora_rank, model_config(config.model)):
+        raise UserError(problem)
+    SftConfig(
+        traces="traces.jsonl", model=config.model, out="sft", **{name: getattr(config, name) for name in OF_TRAINING}
+    )
+    if config.test and (shared := shared_puzzles(read_puzzles(config.test), puzzles, by_donor=False)):
+        raise UserError(f"--test {config.test}: shares {shared} with --puzzles; name puzzles that it is not taught on")
+
+
 def record_settings(config: SelfDistillConfig, out: Path) -> None:
     """Write the settings to OUT/config.json.
 
@@ -60,8 +76,8 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{flag(changed[0])} {getattr(config, changed[0])}: was {before.get(changed[0])} when {out} was begun; give "
-                "that, or name another --out"
+                f"{flag(changed[0])}: {out} was begun with {before.get(changed[0])}, and now it is "
+                f"{getattr(config, changed[0])}; give that, or name another --out"
             )
     write_json(recorded, settings)
 

@@ -1,12 +1,12 @@
 """Stages of the commands that run other commands (demo, selfdistill): each is a process of its own, and runs once."""
 
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
-from data.processes import environment_without_launcher
+from data.processes import environment_without_launcher, run_as_stage
 
 LAUNCH = Path(__file__).resolve().parent
 
@@ -17,7 +17,8 @@ def run_stage(
     """Run launch/VERB.py as a process, or as `ranks` processes under torchrun, unless its result exists.
 
     result: a file that the stage writes last. words are passed as they are, flags as --name value (None is left out).
-    Returns {stage: seconds} when the stage ran, else {}. A stage that fails ends this process with its exit code.
+    Returns {stage: seconds} when the stage ran, else {}. A stage that fails ends this process with its exit code, one that
+    was stopped with 143 or 130.
     """
     if result is not None and result.is_file():
         print(f"[{stage}] found {result}", flush=True)
@@ -30,9 +31,12 @@ def run_stage(
     env = environment_without_launcher()  # a stage that inherited RANK would join the world of this process
     env |= {"OMP_NUM_THREADS": "1"} if ranks > 1 else {}  # torchrun's own default, without its banner
     launcher = [sys.executable, *(["-m", "torch.distributed.run", *launcher[1:]] if ranks > 1 else [])]
-    done = subprocess.run([*launcher, str(LAUNCH / f"{verb}.py"), *arguments], env=env, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    code, asked = run_as_stage([*launcher, str(LAUNCH / f"{verb}.py"), *arguments], env)
+    if asked or (code == 0 and result is not None and not result.is_file()):  # a trainer that is stopped exits with 0
+        print(f"[{stage}] stopped; start the same command again to go on", file=sys.stderr, flush=True)
+        raise SystemExit(128 + (asked or signal.SIGTERM))
+    if code:
+        raise SystemExit(code)
     seconds = time.perf_counter() - start
     print(f"[{stage}] {seconds:.0f} s", flush=True)
     return {stage: round(seconds, 1)}

@@ -78,6 +78,8 @@ class SelfDistillConfig:
         settle_dtype(self, every_weight=not self.lora_rank)
         # refuses what the answers of a round would be refused for, before anything runs
         DistillConfig(puzzles=self.puzzles, out="traces.jsonl", teacher="vllm", hint=self.hint, **self.answers())
+        if self.workflow != "none" and self.stop_at:
+            raise UserError(f"--workflow {self.workflow} needs all --candidates: leave --stop-at out")
         if self.new_puzzles and self.limit is None:
             raise UserError("--new-puzzles: say with --limit how many puzzles a round answers")
 

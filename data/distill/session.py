@@ -24,6 +24,7 @@ from data.distill.responses import RawFile
 from data.distill.settings import DistillConfig
 from data.distill.workflow import WorkflowDraws, largest_requests, puzzle_of_step
 from data.errors import RunError, UserError
+from data.processes import how_to_go_on
 from data.puzzles import Puzzle, read_puzzles, write_rows
 from data.status.status import Report, reporting
 
@@ -196,7 +197,7 @@ class Interruptible:
         """Say how to continue, and leave with the exit code of the signal. Engines and judges end with the process."""
         self.raw.flush()
         name = signal.Signals(self.signal).name
-        print(f"stopped by {name}: every response is in {self.raw.path}; add --resume to go on", file=sys.stderr)
+        print(f"stopped by {name}: every response is in {self.raw.path}; {how_to_go_on()}", file=sys.stderr)
         sys.stdout.flush()
         os._exit(128 + self.signal)
 

@@ -194,6 +194,10 @@ class DistillConfig:
         """Raises UserError for settings that do not go with the workflow."""
         if self.workflow != "none" and self.hint:
             raise UserError(f"--hint shows the right answer, --workflow {self.workflow} finds its own: leave one out")
+        if self.workflow != "none" and self.candidates < 2:
+            raise UserError(
+                f"--candidates {self.candidates}: --workflow {self.workflow} needs at least 2 answers that vote"
+            )
         if self.workflow != "none" and self.stop_at > 1:
             raise UserError(f"--workflow {self.workflow} needs all --candidates: leave --stop-at out")
         for name, kinds in (("comparisons", ("debate", "tools")), ("lookups", ("tools",))):

@@ -7,6 +7,7 @@ of the file are in launch/README.md.
 import datetime
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ EVERY_SECONDS = 2.0
 """Least time between two writes of a command that counts cells, puzzles or questions: writing waits for the disk."""
 FILES = (".jsonl", ".parquet", ".h5ad")
 """Endings of what a command writes where it writes a file, and no folder."""
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a command that was asked to stop while a stage of it ran."""
 NOTIFY = "Shell command for the end of the run, also a failed or killed one; it gets RUN_OUT, RUN_STATE, RUN_ERROR, ..."
 """The help of --notify."""
 KILLED = (
@@ -170,10 +173,13 @@ class Report:
         """The command is over. One that was refused before it had begun to count leaves no file."""
         if self.ended or (error is not None and self.status is None):
             return
-        self.ended, code = True, None
+        code = None
+        if isinstance(error, SystemExit) and error.code in STOPPED:
+            return self.stop(error.code)
         if isinstance(error, SystemExit):  # a stage of it was refused or failed, and has said why
             code = error.code if isinstance(error.code, int) else 1
             error = UserError("a stage failed, see what it printed") if code else None
+        self.ended = True
         with suppress(UserError):  # work that is done stays done where the disk has no room for its status
             self.begin().end(error, code)
 

@@ -88,7 +88,9 @@ def read_arms(config: AblateConfig) -> dict[str, list[list[str]]]:
     if not found:
         raise UserError("--arms: name at least one configuration, or give --recipe launch/recipes/fig5.yaml")
     if wrong := [name for name in config.only if name not in found]:
-        raise UserError(f"--only {wrong[0]}: no such configuration; there are {', '.join(found)}")
+        raise UserError(f"--only {wrong[0]}: no such configuration; there are {', '.join(map(repr, found))}")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds: {max(config.seeds, key=config.seeds.count)} is named twice")
     return found
 
 

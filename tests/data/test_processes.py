@@ -5,9 +5,17 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
-from data.processes import LAUNCHER_VARIABLES, environment_without_launcher, module_environment
+from data.processes import (
+    LAUNCHER_VARIABLES,
+    STAGE_OF,
+    end_with_the_command_above,
+    environment_without_launcher,
+    how_to_go_on,
+    module_environment,
+)
 from tests.helpers.commands import ROOT
 
 CHILD = """
@@ -115,3 +123,48 @@ def test_freed_blocks_go_back_to_the_system():
         words = [sys.executable, "-c", HOLES.format(given=given)]
         freed[given] = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert freed[True] > 300 and freed[False] < 200, "MiB of 320"
+
+
+# ---- commands that run other commands
+
+ABOVE = """
+import sys
+from data.processes import run_as_stage
+print(*run_as_stage([sys.executable, "-c", sys.argv[1]], {}), flush=True)
+"""
+STAGE = """
+import os, time
+from data.processes import STAGE_OF, end_with_the_command_above, how_to_go_on
+end_with_the_command_above()
+assert STAGE_OF not in os.environ and how_to_go_on() == "start the same command again to go on"
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def start_a_stage() -> tuple[subprocess.Popen, psutil.Process]:
+    """A command, and the stage that it runs."""
+    above = subprocess.Popen([sys.executable, "-c", ABOVE, STAGE], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return above, psutil.Process(int(above.stdout.readline()))
+
+
+def test_a_stage_ends_with_the_command_above_it():
+    above, stage = start_a_stage()
+    above.kill()
+    above.wait()
+    stage.wait(60)  # raises when it lives on
+    above.stdout.close()
+
+
+def test_a_request_to_stop_is_handed_on_to_the_stage():
+    above, stage = start_a_stage()
+    above.terminate()
+    said, _ = above.communicate(timeout=60)
+    assert said.split() == [str(-signal.SIGTERM), str(int(signal.SIGTERM))] and above.returncode == 0
+    assert not stage.is_running()
+
+
+def test_a_command_of_its_own_is_told_of_resume(monkeypatch):
+    monkeypatch.delenv(STAGE_OF, raising=False)
+    end_with_the_command_above()
+    assert how_to_go_on() == "add --resume to go on"

@@ -27,7 +27,17 @@ from tests.helpers.commands import SMALL_GRPO, run_command, succeed
         (("--arms", "grpo --model x"), "write NAME=COMMAND"),
         (("--arms", "A=grpo --model {sfd}"), "{sfd} is none of {base}, {sft}, {puzzles}, {model}"),
         (("--arms", "A b=grpo", "--arms", "A-b=grpo"), "another configuration has this name"),
-        (("--arms", "A=grpo", "--only", "B"), "--only B: no such configuration; there are A"),
+        (("--arms", "A=grpo", "--only", "B"), "--only B: no such configuration; there are 'A'"),
+        (("--arms", "A=start", "--seeds", 1, "--seeds", 1), "--seeds: 1 is named twice"),
+        (
+            ("--arms", "A=grpo --model {sft} --puzzles {puzzles} --steps 0"),
+            "--arms A: grpo: --steps 0: must be at least 1",
+        ),
+        (("--arms", "A=grpo --modle {sft}"), "--arms A: grpo: No such option"),
+        (
+            ("--arms", "A=selfdistill --model {sft} --puzzles p.jsonl --rounds x"),
+            "--arms A: selfdistill: Invalid value",
+        ),
         (("--arms", "A=grpo 'x"), "No closing quotation"),
     ],
 )
@@ -57,7 +67,9 @@ def test_a_configuration_is_trained_evaluated_and_drawn(pipeline, tmp_path):
     status = json.loads((tmp_path / "out/status.json").read_text())
     assert (status["state"], status["unit"], status["step"], status["steps"]) == ("finished", "run", 1, 1)
     told = ("--notify", f'echo "$RUN_STATE $RUN_EXIT_CODE $RUN_STEP" > {tmp_path / "told"}')
-    done = run_command("ablate", *words, arm, "--arms", "B=grpo --model {sft} --puzzles {puzzles} --steps 0", *told)
+    done = run_command(
+        "ablate", *words, arm, "--arms", "B=grpo --model {sft} --puzzles {puzzles} --max-prompt-tokens 1", *told
+    )
     assert done.returncode == 2 and (tmp_path / "told").read_text().startswith("failed 2 ")
 
 

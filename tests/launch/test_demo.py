@@ -7,6 +7,7 @@ import yaml
 
 from data.puzzles import read_puzzles, read_rows
 from launch.demo import DemoConfig, flags, training_files
+from launch.stages import run_stage
 from tests.helpers.commands import run_command, succeed
 
 BUILD = ["min-cells=3", "max-cells=3", "top-genes=8", "puzzles-per-n=24", "test-puzzles-per-n=6"]
@@ -80,3 +81,10 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     assert "This run: held-out real cells" in page and "marker table, one to one" in page
     # the same command finds all stages done
     assert "already holds a finished demo" in succeed("demo", "--recipe", tmp_path / "demo.yaml")
+
+
+def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):
+    """A trainer that gets SIGTERM saves and exits with 0: what comes after it must not begin."""
+    with pytest.raises(SystemExit) as ended:
+        run_stage("atlas", tmp_path / "none", "simulate", out=tmp_path / "a.h5ad", donors=6, types=8, cells_per_type=2)
+    assert ended.value.code == 143 and "[atlas] stopped; start the same command again" in capsys.readouterr().err

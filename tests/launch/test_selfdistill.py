@@ -71,9 +71,9 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     again = succeed("selfdistill", *words)
     assert again.count("] found ") == 4, "evaluation, answers, training and evaluation are not run again"
     for more, says in (
-        (("--lr", 5e-4), "--lr 0.0005: was 0.001 when"),
+        (("--lr", 5e-4), "was begun with 0.001, and now it is 0.0005"),
         (("--model", tmp_path / "none"), "no checkpoint folder (config.json is missing)"),
-        (("--new-puzzles",), "--new-puzzles True: was None when"),
+        (("--new-puzzles",), "was begun with None, and now it is True"),
         (("--new-puzzles", "--rounds", 90), "90 rounds of 24 answer 2,160 puzzles, and"),
     ):
         refused = run_command("selfdistill", *words, *more)
@@ -95,7 +95,7 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     assert found["asked_about"] > 0 and len(asked) >= 2 * found["asked_about"]
     plain = ("--candidates", 3, "--eval-limit", 8, "--out", tmp_path / "tools")
     refused = run_command("selfdistill", *words, *plain)
-    assert refused.returncode == 2 and "--workflow none: was tools when" in refused.stderr
+    assert refused.returncode == 2 and "was begun with tools, and now it is none" in refused.stderr
     refused = run_command("selfdistill", *words, "--rounds", 0)
     assert refused.returncode == 2 and "--rounds 0: must be at least 1" in refused.stderr
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import read_sealed
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, shared_puzzles
 from rollout import Engine, Sampling
 from trainer.config import OnlineConfig
 from trainer.policy import Policy, Prompt
@@ -26,8 +26,6 @@ BEST_BY = "batch_accuracy"
 """The metric of --keep-best."""
 TEST_SPLITS = ("test", "unseen")
 """Splits of a build that nothing may be chosen by. Its puzzles are called test-000012 (data/build/build.py)."""
-NAMED = 3
-"""Examples that a refusal names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +122,9 @@ def refuse_leaks(held_out: list[Puzzle], training: list[Puzzle], file: str) -> s
             f"--validate {file}: {what} of a test split, by which nothing may be chosen, or it is no test any more; hold out "
             "donors of training instead (launch/hold_out.py)"
         )
-    donors = [{puzzle.meta.get("donor") for puzzle in puzzles} for puzzles in (held_out, training)]
-    shared = sorted(str(donor) for donor in (donors[0] & donors[1]) - {None})
-    known = {puzzle.user_message: puzzle.id for puzzle in training}
-    equal = [f"{puzzle.id} and {known[puzzle.user_message]}" for puzzle in held_out if puzzle.user_message in known]
-    for found, what in ((shared, "donor"), (equal, "equal puzzle")):
-        if found:
-            more = ", ..." if len(found) > NAMED else ""
-            raise UserError(
-                f"--validate {file}: shares {len(found)} {what}{'s' if len(found) > 1 else ''} with --puzzles "
-                f"({', '.join(found[:NAMED])}{more}); hold out whole donors (launch/hold_out.py)"
-            )
-    unknown = None in donors[0] | donors[1]
+    if shared := shared_puzzles(held_out, training):
+        raise UserError(
+            f"--validate {file}: shares {shared} with --puzzles; hold out whole donors (launch/hold_out.py)"
+        )
+    unknown = any(puzzle.meta.get("donor") is None for puzzle in (*held_out, *training))
     return f"--validate {file}: not every puzzle states its donor, so a shared one is not seen" if unknown else ""

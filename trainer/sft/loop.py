@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data.clusters.known import cell_types_file
 from data.errors import UserError
 from data.files import append_rows, replacing_folder, weight_files
+from data.processes import how_to_go_on
 from data.puzzles import read_rows
 from trainer.model.merge import write_checkpoint
 from trainer.packing import pack, split_by_tokens
@@ -332,7 +333,7 @@ def finish(run: Run, done: int) -> None:
     if run.answers:
         run.answers.close()
     if done < run.n_steps and not run.best.patience_is_over():
-        print(f"stopped after step {done} of {run.n_steps}; continue with --resume", flush=True)
+        print(f"stopped after step {done} of {run.n_steps}; {how_to_go_on()}", flush=True)
         return
     if run.world.is_main:  # the others wait in leave_world() for the end of the merge
         run.best.load_into(run.policy)
