@@ -86,5 +86,5 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
 def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):
     """A trainer that gets SIGTERM saves and exits with 0: what comes after it must not begin."""
     with pytest.raises(SystemExit) as ended:
-        run_stage("atlas", tmp_path / "none", "simulate", out=tmp_path / "a.h5ad", donors=6, types=8, cells_per_type=2)
+        run_stage("atlas", tmp_path / "none", "simulate", out=tmp_path / "a.h5ad", donors=6, types=12, cells_per_type=2)
     assert ended.value.code == 143 and "[atlas] stopped; start the same command again" in capsys.readouterr().err
