@@ -134,6 +134,7 @@ RANGES = {
         ("reward_workers", [0], "must be at least 1", [1]),
         ("reward_seconds", [0.0], "must be above 0", [1.0]),
         ("stop_at", [-1], "must be at least 0", [0]),
+        ("skip", [-1], "must be at least 0", [0]),
         ("retries", [-1], "must be at least 0", [0]),
         ("timeout_seconds", [0.0], "must be above 0", [1.0]),
         ("backoff_seconds", [-1.0], "must be at least 0", [0.0]),
