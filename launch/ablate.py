@@ -44,7 +44,7 @@ def main(config: AblateConfig) -> None:
     out, start = Path(config.out), Path(config.start)
     paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
     refuse_wrong_words(arms, paths)
-    if paths["puzzles"].is_file():  # before the cold start, where that can be seen
+    if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
         refuse_test_puzzles(arms, paths, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
     runs = [(name, seed) for seed in config.seeds for name in arms if name in config.only or not config.only]
@@ -54,7 +54,8 @@ def main(config: AblateConfig) -> None:
         prepare(demo)
         unlock_folder(start)
         files = held_out_files(start)
-        refuse_test_puzzles(arms, paths, files)
+        if not built:
+            refuse_test_puzzles(arms, paths, files)
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
             folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"

@@ -57,10 +57,9 @@ class _FusedLogprobs(torch.autograd.Function):
         entropies = torch.empty_like(logprobs) if entropy else None
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # [M,H]
         kept = None if slopes is None else weight.dtype  # under no_grad nothing is kept
+        all_of = passes_for(logprobs)
         for rows, logits in _chunks(hidden, weight, chunk):
-            logprobs[rows], spread, slope = passes_for(logits)(
-                logits, targets[rows], temperature, softcap, kept, entropy
-            )
+            logprobs[rows], spread, slope = all_of(logits, targets[rows], temperature, softcap, kept, entropy)
             if entropy:
                 entropies[rows] = spread
             if slopes is not None:
@@ -79,9 +78,10 @@ class _FusedLogprobs(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # added up in float32, rounded once at the end
+            all_of = passes_for(grad_weight)
             for rows, logits in _chunks(hidden, weight, ctx.chunk):
                 rest = (ctx.temperature, ctx.softcap, logits.dtype, False)
-                slope = passes_for(logits)(logits, targets[rows], *rest)[2]
+                slope = all_of(logits, targets[rows], *rest)[2]
                 grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])  # [V,m] @ [m,H]
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None  # one per argument of forward
@@ -123,9 +123,12 @@ def passes(
     return chosen - lse, entropies, None if slope is None else _slope(softmax, at, steepness).to(slope)
 
 
-def passes_for(logits: Tensor) -> Callable:
-    """`passes`, or its kernel where there is a GPU and Triton: to step through it on a GPU, let this return `passes`."""
-    if logits.is_cuda and logits.dtype == torch.float32 and importlib.util.find_spec("triton"):
+def passes_for(like: Tensor) -> Callable:
+    """`passes`, or its kernel, for logits with the dtype and device of `like`: the kernel where there is a GPU and Triton.
+
+    To step through `passes` on a GPU, let this return it.
+    """
+    if like.is_cuda and like.dtype == torch.float32 and importlib.util.find_spec("triton"):
         from trainer.model import head_kernel
 
         return head_kernel.passes

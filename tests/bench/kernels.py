@@ -176,12 +176,13 @@ def measure_head(small: bool) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            say(f"head_{n}_{name}_ms", milliseconds(both))
+            taken = milliseconds(both)
+            say(f"head_{n}_{name}_ms", taken)
             if DEVICE.type == "cuda":
                 say(f"head_{n}_{name}_gb", (torch.cuda.max_memory_allocated() - before) / 1e9)
             gradients[name], found[name] = leaf.grad, function(leaf, weight, targets[:n]).detach()
             # two products, a multiplication and an addition each
-            say(f"head_{n}_{name}_tflops", 4 * n * size * vocabulary / milliseconds(both) / 1e9)
+            say(f"head_{n}_{name}_tflops", 4 * n * size * vocabulary / taken / 1e9)
         for name, other in (("gradient", "plain"), ("kernel", "operations")):
             say(f"head_{n}_{name}_error", distance(gradients["fused"], gradients[other]))
             say(f"head_{n}_{name}_logprob_difference", float((found["fused"] - found[other]).abs().max()))
