@@ -7,6 +7,7 @@ V vocabulary, S tokens of the longest prompt with its response.
 """
 
 import datetime
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -110,6 +111,11 @@ class Policy:
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         fuse_adapters(self.model)
+        if device.type == "cuda" and importlib.util.find_spec("triton"):
+            from trainer.model.layer_kernels import fuse_layers
+
+            for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
+                fuse_layers(causal_lm, device)
         self.model.eval()
         keep_four_bits_exact(self.model)
 

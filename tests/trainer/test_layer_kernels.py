@@ -1,0 +1,86 @@
+"""The Triton kernels between a layer's matrix products: run by Triton's interpreter inside transformers' own models."""
+
+import json
+
+import pytest
+
+from tests.trainer.test_head_kernel import python
+
+pytest.importorskip("triton")
+
+INTERPRETED = """
+import copy, json, torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config, Qwen3Config
+from trainer.model import layer_kernels
+
+layer_kernels.runs_on = lambda x: True
+layer_kernels.BLOCK = 64  # full blocks, and one that is not
+shape = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+shape |= dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+found = {}
+for kind in (Qwen2Config, LlamaConfig, Qwen3Config, Gemma2Config, OlmoConfig):
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**shape)).to(dtype).requires_grad_(False)
+        for name, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, std=0.5 if "norm" in name else 0.2)
+        model.get_input_embeddings().weight.requires_grad_()
+        results = {}
+        for which, lm in (("exact", copy.deepcopy(model).double()), ("theirs", model), ("ours", copy.deepcopy(model))):
+            fused = layer_kernels.fuse_layers(lm, torch.device("cpu")) if which == "ours" else 0
+            logits = lm(torch.arange(11)[None], attention_mask=torch.ones(1, 11)).logits
+            logits.float().log_softmax(-1)[0, :, 7].sum().backward()
+            results[which] = logits.detach().double(), lm.get_input_embeddings().weight.grad.double()
+        errors = {
+            which: [float((a - b).norm() / b.norm()) for a, b in zip(results[which], results["exact"])]
+            for which in ("theirs", "ours")
+        }
+        found[f"{kind.__name__} {dtype}"] = [fused, errors["theirs"], errors["ours"]]
+trained = AutoModelForCausalLM.from_config(Qwen2Config(**shape))
+layer_kernels.fuse_layers(trained, torch.device("cpu"))
+trained(torch.arange(5)[None]).logits.sum().backward()
+assert all(p.grad is not None for p in trained.parameters()), "a weight that is trained gets its gradient"
+print(json.dumps(found))
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from trainer.model import layer_kernels
+
+half = "*bf16"
+kernels = {
+    "_norm": ({"rows": half, "weight": half, "out": half, "scales": "*fp32", "size": "i32", "epsilon": "fp32"}, 4096),
+    "_norm_backward": ({"grads": half, "rows": half, "weight": half, "scales": "*fp32", "out": half, "size": "i32"}, 4096),
+    "_gated": ({"gates": half, "ups": half, "out": half, "n": "i64"}, 2048),
+    "_gated_backward": (dict.fromkeys(("grads", "gates", "ups", "grad_gates", "grad_ups"), half) | {"n": "i64"}, 2048),
+}
+for name, (signature, block) in kernels.items():
+    source = ASTSource(
+        fn=getattr(layer_kernels, name), signature={**signature, "BLOCK": "constexpr"}, constexprs={"BLOCK": block}
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert len(made.asm["cubin"]) > 1000 and ".local" not in made.asm["ptx"], "registers are spilled"
+"""
+
+LAYERS = {"Qwen2Config": 7, "LlamaConfig": 7, "Qwen3Config": 11, "Gemma2Config": 0, "OlmoConfig": 2}
+"""Two layers with two norms and an MLP each, a last norm, and Qwen 3's norms of queries and keys. Gemma's norm multiplies by
+1 + w and its MLP has another activation; OLMo's norm has no weight."""
+
+
+@pytest.mark.slow(20)
+def test_models_give_the_same_numbers():
+    found = json.loads(python(INTERPRETED, TRITON_INTERPRET="1"))
+    assert len(found) == 10
+    for case, (fused, theirs, ours) in found.items():
+        assert fused == LAYERS[case.split()[0]], case
+        if "float32" in case:
+            assert max(ours) < 2e-6, case
+        else:  # rounded at the same places; but Triton's interpreter cuts digits off where a GPU rounds to the nearest
+            assert max(ours) < 0.05 and ours[0] < 3 * theirs[0] and ours[1] < 3 * theirs[1], (case, theirs, ours)
+
+
+@pytest.mark.slow(8)
+def test_they_compile_for_an_h100(tmp_path):
+    python(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
