@@ -146,7 +146,7 @@ class VLLMEngine(LocalEngine):
         """See LocalEngine."""
         if self.asleep:
             torch.cuda.empty_cache()  # torch keeps what the trainer has freed, and vLLM's allocator cannot take it from there
-            restore_kv_cache() if self.shares_weights else self.llm.wake_up()
+            self.llm.collective_rpc(restore_kv_cache) if self.shares_weights else self.llm.wake_up()
             self.asleep = False
 
     def sleep(self) -> None:

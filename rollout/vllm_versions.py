@@ -188,9 +188,13 @@ def discard_kv_cache(allocator: Any = None) -> None:
             cumem.unmap_and_release(piece.handle)
 
 
-def restore_kv_cache() -> None:
-    """Take memory for the KV cache again, at the same addresses; what it holds is of no use."""
-    _allocator().wake_up([KV_CACHE])
+def restore_kv_cache(worker: Any) -> None:
+    """Take memory for the KV cache of a vLLM worker again, at the same addresses; what it holds is of no use.
+
+    By the worker and not by its allocator alone: the runner keeps the addresses of its block tables in the same memory, and
+    the worker has it write them anew. Without that the next batch reads from a random address.
+    """
+    worker.wake_up([KV_CACHE])
 
 
 def _allocator() -> Any:

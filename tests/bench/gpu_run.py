@@ -12,6 +12,7 @@ them. The run folder and a made checkpoint are in --work (the 7B shape takes 25 
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -60,7 +61,7 @@ class Watch:
         self.name, self.run = name, run
         self.seconds: dict[str, list[float]] = {"sleep": [], "wake": []}
         self.most: dict[str, int] = {}
-        """{phase of a step, or "start": bytes of the GPU in use at most, by whomever}"""
+        """{phase of a step, or "start": bytes of the GPU that this process used at most}"""
         # torch's own figures would not do: they count vLLM's tensors, also while they sleep
         self.clock: Any = None
         threading.Thread(target=self._look, daemon=True).start()
@@ -68,9 +69,8 @@ class Watch:
     def _look(self) -> None:
         while torch.cuda.is_available():
             if torch.cuda.is_initialized():
-                free, total = torch.cuda.mem_get_info()
                 phase = self.clock.phase if self.clock else "start"
-                self.most[phase] = max(self.most.get(phase, 0), total - free)
+                self.most[phase] = max(self.most.get(phase, 0), own_gpu_bytes())
             time.sleep(0.05)
 
     def attach(self) -> None:
@@ -123,6 +123,22 @@ class Watch:
                 self.seconds[name].append(time.perf_counter() - start)
 
         return call
+
+
+def own_gpu_bytes() -> int:
+    """Memory of the GPU that this process uses; where the driver does not say, what all processes use."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device):
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                return process.usedGpuMemory
+    except Exception:  # noqa: S110, BLE001 (no such package, or whatever this driver answers)
+        pass
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def make_model(model: str, folder: Path, dtype: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import call, create_autospec
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from data.errors import RunError, UserError
 from rollout.vllm_versions import discard_kv_cache
 from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
-from trainer.model.shared import NotSharedError, SharedBase, prove, views_of
+from trainer.model.shared import NotSharedError, SharedBase, prove, sums_of, views_of
 
 PACKS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 SCRIPT = ROOT / "tests/helpers/shared_base.py"
@@ -152,6 +153,28 @@ def test_only_the_kv_cache_is_discarded(monkeypatch):
     pieces = {place: SimpleNamespace(tag=tag, handle=f"handle {place}") for place, tag in enumerate(tags)}
     discard_kv_cache(SimpleNamespace(pointer_to_data=pieces))
     assert gone == ["handle 1", "handle 3"]
+
+
+@pytest.mark.vllm
+def test_the_worker_restores_it():
+    """The worker, not its allocator: the runner keeps addresses in that memory, which it must write anew."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from rollout.vllm_engine import VLLMEngine
+
+    worker, engine = create_autospec(Worker, instance=True), object.__new__(VLLMEngine)
+    engine.asleep = engine.shares_weights = True
+    engine.llm = SimpleNamespace(collective_rpc=lambda method: [method(worker)])
+    engine.wake()
+    assert worker.mock_calls == [call.wake_up(["kv_cache"])] and not engine.asleep
+
+
+def test_the_sum_of_words_sees_a_change_wherever_a_tensor_lies():
+    whole = torch.arange(101, dtype=torch.int16)
+    for view in (whole[:100], whole[1:101], whole[:99], whole.view(torch.int8)[:7]):
+        before = sums_of({"x": view})[0]
+        view[-1] ^= 1
+        assert sums_of({"x": view})[0] != before
 
 
 def options(pipeline, out, *more) -> tuple:

@@ -166,4 +166,13 @@ def _words(tensor: Tensor) -> Tensor:
 
 def sums_of(views: dict[str, Tensor]) -> list[int]:
     """Of each view, the sum of its words. A change of one number changes it."""
-    return torch.stack([_words(view).sum(dtype=torch.int64) for view in views.values()]).tolist()
+    return torch.stack([_sum(view.flatten()) for view in views.values()]).tolist()
+
+
+def _sum(flat: Tensor) -> Tensor:
+    """The sum of a tensor's words, modulo 2^64; of 8 bytes each where its place in memory allows it."""
+    size = flat.element_size()
+    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
+        return flat.view(torch.int64).sum()
+    # a GPU widens all words before it adds them: 4 GB for the embedding of a 7B model, so a part at a time
+    return torch.stack([part.sum(dtype=torch.int64) for part in _words(flat).split(COMPARED)]).sum()
