@@ -88,8 +88,8 @@ def test_what_a_step_runs_through_is_short():
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
     assert sum(map(lines, step)) <= 3650  # of which a tenth is comments
-    # two of them run on a GPU only: the kernel of the head, and the checksums where the adapter is
-    assert len(reach("trainer.grpo")) <= 46
+    # a kernel computes what PyTorch's operations beside it do: nobody reads it to follow a step
+    assert len([name for name in reach("trainer.grpo") if not name.startswith("trainer.kernels")]) <= 45
 
 
 def test_what_a_ppo_step_runs_through_is_mostly_grpos():

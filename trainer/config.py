@@ -110,7 +110,10 @@ class TrainingConfig:
         False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
     )
     attn: str = speed(
-        "sdpa", "Attention kernels: PyTorch's own, or those of flash-attn-4 or flash-attn (GPU).", ("sdpa", "flash")
+        "auto",
+        "Attention kernels: PyTorch's own, or those of flash-attn-4 or flash-attn (GPU). auto: the latter where they are "
+        "installed and give PyTorch's numbers.",
+        ("auto", "sdpa", "flash"),
     )
     quantize: str = weights(
         "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")

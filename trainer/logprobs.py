@@ -129,7 +129,7 @@ def passes_for(like: Tensor) -> Callable:
     To step through `passes` on a GPU, let this return it.
     """
     if like.is_cuda and like.dtype == torch.float32 and importlib.util.find_spec("triton"):
-        from trainer.model import head_kernel
+        from trainer.kernels import head as head_kernel
 
         return head_kernel.passes
     return passes

@@ -112,8 +112,10 @@ class Policy:
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         fuse_adapters(self.model)
         if device.type == "cuda" and importlib.util.find_spec("triton"):
-            from trainer.model.layer_kernels import fuse_layers
+            from trainer.kernels.attention import fuse_rotary
+            from trainer.kernels.layers import fuse_layers
 
+            fuse_rotary(self.causal_lm, device, torch.bfloat16 if self.autocast else dtype)
             for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
                 fuse_layers(causal_lm, device)
         self.model.eval()

@@ -61,13 +61,17 @@ smollm2() {
     run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps $steps
 }
 
+TRL="--trl"
+"$PYTHON" -c "import trl" 2>/dev/null || TRL=""
 CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction 0.86"
-[ $# -gt 0 ] || set -- kernels shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_keep \
+[ $# -gt 0 ] || set -- kernels update shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_keep \
     shape_7b_eager shape_7b_copies card_24gb card_8gb sampling
 # shellcheck disable=SC2086
 for wanted in "$@"; do
     case $wanted in
     kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head lora checksums policy ;;
+    # one update with and without each kernel, flash-attn, checkpointing, and TRL's (where they are installed)
+    update) piece update 200 "$PYTHON" -m tests.bench.gpu_update --work "$WORK" ${TINY:+--tiny} --profile $TRL ;;
     quantized) piece quantized 40 "$PYTHON" -m tests.bench.kernels $SMALL quantized ;;
     small_bfloat16) run small_bfloat16 110 small --dtype bfloat16 ;;
     small_float32) run small_float32 90 small --dtype float32 -- --eager ;;

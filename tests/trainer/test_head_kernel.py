@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 INTERPRETED = """
 import json, torch
 from trainer.logprobs import passes
-from trainer.model import head_kernel
+from trainer.kernels import head as head_kernel
 
 head_kernel.BLOCK = 64  # blocks that are full, one that is not, and one alone
 torch.manual_seed(0)
@@ -45,7 +45,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trainer.model import head_kernel
+from trainer.kernels import head as head_kernel
 
 pointers = {"logits": "*fp32", "targets": "*i64", "logprobs": "*fp32", "entropies": "*fp32", "slopes": "*bf16"}
 numbers = {"vocabulary": "i32", "temperature": "fp32", "softcap": "fp32"}

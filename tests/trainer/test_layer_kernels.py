@@ -10,12 +10,16 @@ pytest.importorskip("triton")
 
 INTERPRETED = """
 import copy, json, torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config, Qwen3Config
-from trainer.model import layer_kernels
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config, Qwen3Config
+from trainer.kernels import attention as attention_kernels, layers as layer_kernels
+from trainer.model import attention
 
-layer_kernels.runs_on = lambda x: True
+def switch(on):
+    layer_kernels.runs_on = attention_kernels.runs_on = lambda x: on
+
+switch(True)
 layer_kernels.BLOCK = 64  # full blocks, and one that is not
-shape = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+shape = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1)
 shape |= dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
 found = {}
 for kind in (Qwen2Config, LlamaConfig, Qwen3Config, Gemma2Config, OlmoConfig):
@@ -27,19 +31,29 @@ for kind in (Qwen2Config, LlamaConfig, Qwen3Config, Gemma2Config, OlmoConfig):
         model.get_input_embeddings().weight.requires_grad_()
         results = {}
         for which, lm in (("exact", copy.deepcopy(model).double()), ("theirs", model), ("ours", copy.deepcopy(model))):
-            fused = layer_kernels.fuse_layers(lm, torch.device("cpu")) if which == "ours" else 0
-            logits = lm(torch.arange(11)[None], attention_mask=torch.ones(1, 11)).logits
+            switch(which == "ours")
+            fused, rotates = 0, []
+            if which == "ours":
+                fused = layer_kernels.fuse_layers(lm, torch.device("cpu"))
+                rotates = attention_kernels.fuse_rotary(lm, torch.device("cpu"), dtype)
+            logits = lm(torch.arange(6)[None], attention_mask=torch.ones(1, 6)).logits
             logits.float().log_softmax(-1)[0, :, 7].sum().backward()
             results[which] = logits.detach().double(), lm.get_input_embeddings().weight.grad.double()
         errors = {
             which: [float((a - b).norm() / b.norm()) for a, b in zip(results[which], results["exact"])]
             for which in ("theirs", "ours")
         }
-        found[f"{kind.__name__} {dtype}"] = [fused, errors["theirs"], errors["ours"]]
+        found[f"{kind.__name__} {dtype}"] = [fused, len(rotates), errors["theirs"], errors["ours"]]
 trained = AutoModelForCausalLM.from_config(Qwen2Config(**shape))
 layer_kernels.fuse_layers(trained, torch.device("cpu"))
 trained(torch.arange(5)[None]).logits.sum().backward()
 assert all(p.grad is not None for p in trained.parameters()), "a weight that is trained gets its gradient"
+other = AutoModelForCausalLM.from_config(CohereConfig(**shape))  # its pairs are neighbours, not halves
+assert attention_kernels.fuse_rotary(other, torch.device("cpu"), torch.float32) == []
+here, there = torch.randn(2, 7, 3, 8)
+lse = torch.randn(2, 3, 9)[:, :, 1:8] * 30  # not contiguous, and far apart
+for a, b in zip(attention_kernels.merged(here, there, *lse), attention.merged(here, there, *lse)):
+    torch.testing.assert_close(a, b)
 print(json.dumps(found))
 """
 
@@ -47,25 +61,37 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from trainer.model import layer_kernels
+from trainer.kernels import attention as attention_kernels, layers as layer_kernels
 
-half = "*bf16"
+half, number = "*bf16", "*fp32"
+rotated = dict.fromkeys(("x", "cosines", "sines", "out"), half) | dict.fromkeys(
+    ("token_stride", "head_stride", "heads", "half"), "i32"
+)
+merged = {"here": half, "there": half, "lse_here": number, "lse_there": number, "out": half, "both": number}
+merged |= dict.fromkeys(
+    ("tokens", "heads", "size", "here_head", "here_token", "there_head", "there_token"), "i32"
+)
+of_attention = {
+    "_rotate": (rotated, {"HEADS": 32, "HALF": 64, "BACKWARD": True}), "_merge": (merged, {"HEADS": 32, "SIZE": 128})
+}
 kernels = {
     "_norm": ({"rows": half, "weight": half, "out": half, "scales": "*fp32", "size": "i32", "epsilon": "fp32"}, 4096),
     "_norm_backward": ({"grads": half, "rows": half, "weight": half, "scales": "*fp32", "out": half, "size": "i32"}, 4096),
     "_gated": ({"gates": half, "ups": half, "out": half, "n": "i64"}, 2048),
     "_gated_backward": (dict.fromkeys(("grads", "gates", "ups", "grad_gates", "grad_ups"), half) | {"n": "i64"}, 2048),
 }
-for name, (signature, block) in kernels.items():
+cases = [(getattr(layer_kernels, name), of, {"BLOCK": block}, 8) for name, (of, block) in kernels.items()]
+cases += [(getattr(attention_kernels, name), of, settings, 4) for name, (of, settings) in of_attention.items()]
+for function, signature, settings, warps in cases:
     source = ASTSource(
-        fn=getattr(layer_kernels, name), signature={**signature, "BLOCK": "constexpr"}, constexprs={"BLOCK": block}
+        fn=function, signature={**signature, **dict.fromkeys(settings, "constexpr")}, constexprs=settings
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert len(made.asm["cubin"]) > 1000 and ".local" not in made.asm["ptx"], "registers are spilled"
 """
 
-LAYERS = {"Qwen2Config": 7, "LlamaConfig": 7, "Qwen3Config": 11, "Gemma2Config": 0, "OlmoConfig": 2}
-"""Two layers with two norms and an MLP each, a last norm, and Qwen 3's norms of queries and keys. Gemma's norm multiplies by
+LAYERS = {"Qwen2Config": 4, "LlamaConfig": 4, "Qwen3Config": 6, "Gemma2Config": 0, "OlmoConfig": 1}
+"""A layer with two norms and an MLP, a last norm, and Qwen 3's norms of queries and keys. Gemma's norm multiplies by
 1 + w and its MLP has another activation; OLMo's norm has no weight."""
 
 
@@ -73,8 +99,8 @@ LAYERS = {"Qwen2Config": 7, "LlamaConfig": 7, "Qwen3Config": 11, "Gemma2Config":
 def test_models_give_the_same_numbers():
     found = json.loads(python(INTERPRETED, TRITON_INTERPRET="1"))
     assert len(found) == 10
-    for case, (fused, theirs, ours) in found.items():
-        assert fused == LAYERS[case.split()[0]], case
+    for case, (fused, rotates, theirs, ours) in found.items():
+        assert fused == LAYERS[case.split()[0]] and rotates == 1, case
         if "float32" in case:
             assert max(ours) < 2e-6, case
         else:  # rounded at the same places; but Triton's interpreter cuts digits off where a GPU rounds to the nearest

@@ -25,6 +25,7 @@ builds the matrix of scores.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -156,12 +157,27 @@ def _both_calls(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, k
         # only the rows of shared responses change; prompts and single responses are complete after the first call
         there, lse_there = kernel.forward(_to_prompts(q, k, v, prompts, scale))
         here, lse_here = _take(out, prompts.queries), _take(lse, prompts.queries, 1)
-        both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
-        # the flash kernels give lse in float32, so both parts are added before the one rounding to the dtype of out
-        weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
-        _put(out, prompts.queries, (weights[0] * here + weights[1] * there).to(out.dtype))
+        joined, both = merge_for(here, lse_here)(here, there, lse_here, lse_there)
+        _put(out, prompts.queries, joined)
         _put(lse, prompts.queries, both, 1)
     return out, lse
+
+
+def merged(here: Tensor, there: Tensor, lse_here: Tensor, lse_there: Tensor) -> tuple[Tensor, Tensor]:
+    """(out [M,Hq,D], logsumexp [Hq,M]) over the keys of two calls; here and there [M,Hq,D], their logsumexp [Hq,M]."""
+    both = torch.logaddexp(lse_here, lse_there)  # stable: exp(lse) alone would overflow
+    # the flash kernels give lse in float32, so both parts are added before the one rounding to the dtype of out
+    weights = [(part - both).exp().T.unsqueeze(-1) for part in (lse_here, lse_there)]  # [M,Hq,1]
+    return (weights[0] * here + weights[1] * there).to(here.dtype), both
+
+
+def merge_for(out: Tensor, lse: Tensor) -> Callable:
+    """`merged`, or its kernel where there is a GPU and Triton. To step through `merged` on a GPU, let this return it."""
+    if out.is_cuda and lse.dtype == torch.float32 and importlib.util.find_spec("triton"):
+        from trainer.kernels import attention as attention_kernels
+
+        return attention_kernels.merged
+    return merged
 
 
 class _Running:
@@ -425,14 +441,20 @@ PLAIN = Kernel(_plain_forward, _plain_backward)
 def attention_name(attn: str, device: torch.device) -> str:
     """The name in transformers of our attention with the kernels of --attn.
 
-    attn: "sdpa" for PyTorch's own kernels, "flash" for those of the flash-attn package. Raises UserError if they cannot
-    run here.
+    attn: "sdpa" for PyTorch's own kernels; "flash" for those of the flash-attn package: raises UserError if they cannot run
+    here, or do not give PyTorch's numbers; "auto" for them where they do.
     """
-    if attn != "flash":
+    if attn == "sdpa":
         return ATTENTION
-    if problem := why_no_flash(device) or why_not_equal(flash_kernel(), VARLEN, device, torch.bfloat16):
+    missing = why_no_flash(device)
+    problem = missing or why_not_equal(flash_kernel(), VARLEN, device, torch.bfloat16)
+    if not problem:
+        return FLASH_ATTENTION
+    if attn == "flash":
         raise UserError(f"--attn flash: {problem}")
-    return FLASH_ATTENTION
+    if not missing:
+        warnings.warn(f"PyTorch's attention is used, not flash-attn's, since {problem}", stacklevel=2)
+    return ATTENTION
 
 
 def why_no_flash(device: torch.device) -> str:

@@ -45,8 +45,8 @@ def fuse_layers(model: nn.Module, device: torch.device) -> int:
 
 
 def runs_on(x: Tensor) -> bool:
-    """Do the kernels run where a tensor is?"""
-    return x.is_cuda
+    """Do the kernels run where a tensor is, at its precision? They compute in float32."""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def is_rms_norm(module: nn.Module) -> bool:
