@@ -133,28 +133,32 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, dtype, checkpo
         loss = policy.response_logprobs(batch).sum()
     shape = AutoConfig.from_pretrained(pipeline / "base")
     size, h, i = getattr(torch, dtype).itemsize, shape.hidden_size, shape.intermediate_size
-    estimate = activation_bytes(config, shape, 1200) + autocast_bytes(config, trained_bytes(config, policy.causal_lm))
+    estimate = activation_bytes(config, shape, 1200, False) + autocast_bytes(
+        config, trained_bytes(config, policy.causal_lm)
+    )
     estimate -= 1200 * size * (3 * i + 2 * h)  # gradients of the backward pass, which has not begun
     if checkpointing:  # the layer that is computed again is not alive yet
-        estimate -= 1200 * layer_bytes_per_token(config, shape, size)
+        estimate -= 1200 * layer_bytes_per_token(config, shape, size, False)
     assert loss.requires_grad and estimate == pytest.approx(sum(kept.values()), rel=0.15)
 
 
 # The 7B shape on one H200, r = 256, bfloat16, 2 prompts x 5 responses of the paper's lengths, one optimizer step: peak of
 # torch.cuda.max_memory_allocated() in bytes (tests/bench/README.md, "On a GPU"); there was no sampler and no hand-over.
-MEASURED = [({"checkpointing": True, "micro_tokens": 16384}, 30.6e9), ({"micro_tokens": 8192}, 73.4e9)]
+MEASURED = [({}, 62.7e9), ({"checkpointing": True}, 29.1e9), ({"checkpointing": True, "keep_attention": True}, 30.6e9)]
 
 
 @pytest.mark.parametrize(("settings", "measured"), MEASURED)
 def test_the_table_is_right_for_a_step_on_a_gpu(settings, measured):
     config = GrpoConfig(
         **{"model": str(SHAPE), "dtype": "bfloat16", "prompts_per_step": 2, "group_size": 5, **settings},
+        micro_tokens=8192,
         max_prompt_tokens=2000,
         max_response_tokens=1146,
     )
     base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
     memory = training_memory(config, launch(nodes=1, ranks=1, gib=140), base)
-    assert memory.peak - memory.kept["copy to hand over"] == pytest.approx(measured, rel=0.15)
+    found = memory.peak - memory.kept["copy to hand over"] - memory.kept["sampler's adapter"]
+    assert found == pytest.approx(measured, rel=0.07)  # above: the rows had 7,730 tokens, and might have 8,192
 
 
 def test_the_table_is_right_for_a_run_on_a_gpu():
@@ -204,6 +208,15 @@ def test_the_recipes_for_one_gpu_fit_and_their_headers_say_what_the_dry_run_says
         training, sampling = (float(values[f"while {what}"].split()[0]) for what in ("training", "sampling"))
         responses = float(values["sampler"].rpartition("for ")[2].split()[0])
         assert f"#             qwen2.5-{size:<8}  {training:8.1f}  {sampling:8.1f}  {responses:9.1f}\n" in header
+
+
+def test_the_table_is_right_for_a_card_of_24_gb():
+    """What the driver said that the process used while it sampled: 21,268 MiB (tests/bench/README.md)."""
+    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE), "prompts_per_step": 4}
+    values = {
+        row.what: row.value for row in estimate_memory(GrpoConfig(**settings), launch(nodes=1, ranks=1, gib=22.5))
+    }
+    assert float(values["while sampling"].split()[0]) == pytest.approx(21268 / 1024, rel=0.05)
 
 
 def test_a_shared_base_is_counted_once():

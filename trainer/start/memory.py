@@ -207,7 +207,8 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
         backward={
             # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
             "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
-            "activations": activation_bytes(cfg, base.config, tokens) + autocast_bytes(cfg, trained),
+            "activations": activation_bytes(cfg, base.config, tokens, launch.device == "cuda")
+            + autocast_bytes(cfg, trained),
             # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head
             "logits": min(CHUNK_LOGITS[launch.device], 1024 * base.config.vocab_size)
             * (4.0 + (size if size < 4 else 0)),
@@ -273,27 +274,29 @@ def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: floa
     return (weights if own_base else 0.0) + trained * ((1 if cfg.lora_rank else 0) + 1 + 2 * moment)
 
 
-def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
+def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> float:
     """Bytes that a packed row of `tokens` tokens takes when its backward pass begins. shape: the model's configuration."""
     h, size = shape.hidden_size, getattr(torch, cfg.dtype).itemsize
     # with --checkpointing the input of every layer (--keep-attention: and its attention's output), and all of the one layer
     # that is computed again
-    layer, n_layers = layer_bytes_per_token(cfg, shape, size), shape.num_hidden_layers
+    layer, n_layers = layer_bytes_per_token(cfg, shape, size, on_gpu), shape.num_hidden_layers
     again = h * size + (attention_bytes(shape, size) if cfg.keep_attention else 0)
     kept = n_layers * again + layer if cfg.checkpointing else n_layers * layer
     # gradients of the three large tensors of the last MLP; what the last norm and the head keep, and two gradients
     return tokens * (kept + 3 * size * shape.intermediate_size + 5 * size * h)
 
 
-def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int) -> float:
+def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
 
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
-    norms = 2 * (4 * h + size * h)  # two norms: the input in float32, and the output, which is the linear layers' input
+    # two norms: the input (PyTorch's operations keep it in float32, trainer/kernels as it is), and the output, which is
+    # the linear layers' input
+    norms = 2 * ((size if on_gpu and cfg.lora_rank else 4) * h + size * h)
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
-    mlp = size * 4 * i  # gate, its activation, up, and their product
+    mlp = size * (3 if on_gpu else 4) * i  # gate, up and their product; PyTorch's operations keep silu(gate) as well
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
