@@ -47,6 +47,7 @@ def fuse_rotary(model: nn.Module, device: torch.device, dtype: torch.dtype) -> l
     return changed
 
 
+@torch.enable_grad()
 def _gives_the_same(own: Callable, fused: Callable, device: torch.device, dtype: torch.dtype) -> bool:
     """Rotated queries and keys, and their gradients, of both functions, to the precision of their dtype."""
     generator = torch.Generator().manual_seed(0)
@@ -68,7 +69,9 @@ def _gives_the_same(own: Callable, fused: Callable, device: torch.device, dtype:
 def _fused_rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **named):
     """In place of a model file's function. q [1,Hq,L,D], k [1,Hkv,L,D], cos and sin [1,L,D] -> (q, k) rotated."""
     fits = not rest and not named and q.dim() == k.dim() == 4 and cos.shape == (1, *q.shape[2:])
-    if not (fits and runs_on(q) and q.dtype == k.dtype == cos.dtype):
+    # vLLM compiles transformers' class for a model that it has no code for, and the function with it
+    ours = fits and runs_on(q) and q.dtype == k.dtype == cos.dtype and not torch.compiler.is_compiling()
+    if not ours:
         return own(q, k, cos, sin, *rest, **named)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 

@@ -71,6 +71,7 @@ def _is_silu(function: nn.Module) -> bool:
     return torch.allclose(function(x), nn.functional.silu(x))
 
 
+@torch.enable_grad()
 def gives_the_same(module: nn.Module, x: Tensor, fused) -> bool:
     """Output and gradient of a module, with its own code and with ours, to the precision of their dtype."""
     found = []
