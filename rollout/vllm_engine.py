@@ -4,7 +4,7 @@ import os
 import re
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import RunError, UserError
 from data.files import weight_files
 from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
@@ -132,7 +132,7 @@ class VLLMEngine(LocalEngine):
             self.bound = answers[0]
             self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")  # vLLM's ids start at 1
         # with an empty cache a resumed run samples the same tokens as an uninterrupted one
-        self.llm.reset_prefix_cache()
+        self._forget_prefixes()
 
     def _merge(self, parcel: Parcel | None, manifest: Manifest) -> None:
         """Give the sampler the base's weights, with the adapter added unless the parcel is None."""
@@ -140,7 +140,12 @@ class VLLMEngine(LocalEngine):
         scale = self.lora["lora_alpha"] / self.lora["r"]
         answers = self.llm.collective_rpc("set_merged", args=(parcel, manifest, scale, self.model_dir))
         self.bound = answers[0]
-        self.llm.reset_prefix_cache()
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
+        """Empty the prefix cache: what it holds was computed with another adapter, or its memory is given away."""
+        if not self.llm.reset_prefix_cache():  # vLLM itself only logs it
+            raise RunError("vLLM did not empty its prefix cache, since a request is not finished; go on with --resume")
 
     def wake(self) -> None:
         """See LocalEngine."""
@@ -154,7 +159,7 @@ class VLLMEngine(LocalEngine):
         if self.may_sleep and not self.asleep:
             torch.cuda.synchronize()  # sleep() unmaps memory that a queued kernel could still read
             if self.shares_weights:
-                self.llm.reset_prefix_cache()
+                self._forget_prefixes()
                 discard_kv_cache()
             else:
                 self.llm.sleep(level=1)
@@ -303,6 +308,7 @@ class SyncWorker:
             dtype=manager.lora_config.lora_dtype,
             model_vocab_size=manager.vocab_size,
         )
+        sources = _sources(lora.loras, tensors)
         given = len(lora.loras)
         if 2 * given != len(tensors):
             raise SyncError(
@@ -321,6 +327,7 @@ class SyncWorker:
             piece for name in bound for piece in _slot_pieces(name, adapters.modules[name], slot, lora.get_lora(name))
         ]
         _check_slots(pieces)
+        pieces = [replace(piece, sent=sources.get(id(piece.sent), piece.sent)) for piece in pieces]
         plan = SlotPlan(parcel=parcel, config=dict(config), slot=slot, lora=lora, bound=len(bound), pieces=pieces)
         self.slot_plan = plan if plan.reads_the_parcel() else None
         return len(parcel.tensors) // 2, len(bound)
@@ -402,6 +409,16 @@ def as_vllm_packs(tensors: dict[str, Tensor], packs: dict[str, list[str]]) -> di
     return split
 
 
+def _sources(loras: dict[str, Any], tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+    """{id of a tensor of vLLM's LoRAModel: the parcel's tensor that it was made of}: a copy, if of another dtype or place."""
+    made = {}
+    for name, tensor in tensors.items():
+        module, half = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        if module in loras:
+            made[id(getattr(loras[module], half.lower()))] = tensor
+    return made
+
+
 def _packed_away(adapters, lora) -> set[str]:
     """Names of adapter modules that are part of a packed vLLM module (q_proj in qkv_proj)."""
     return {
@@ -454,13 +471,13 @@ class SlotPlan:
     config: dict
     slot: int
     lora: Any
-    """vLLM's LoRAModel, whose tensors are views into the parcel."""
+    """vLLM's LoRAModel."""
     bound: int
     pieces: list[SlotPiece]
 
     def reads_the_parcel(self) -> bool:
-        """Are all tensors views into the parcel? If vLLM changed dtype, device or order they are not, and every version
-        goes through vLLM's own loading."""
+        """Are all tensors views into the parcel? Where vLLM cut them (tensor parallel) they are not, and every version goes
+        through vLLM's own loading."""
         storage = self.parcel.buffer.untyped_storage().data_ptr()
         return all(piece.sent.untyped_storage().data_ptr() == storage for piece in self.pieces)
 

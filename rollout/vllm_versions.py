@@ -186,13 +186,15 @@ def discard_kv_cache(allocator: Any = None) -> None:
     for piece in allocator.pointer_to_data.values():
         if piece.tag == KV_CACHE:
             cumem.unmap_and_release(piece.handle)
+            piece.is_asleep = True  # some versions wake only what says so
 
 
 def restore_kv_cache(worker: Any) -> None:
     """Take memory for the KV cache of a vLLM worker again, at the same addresses; what it holds is of no use.
 
-    By the worker and not by its allocator alone: the runner keeps the addresses of its block tables in the same memory, and
-    the worker has it write them anew. Without that the next batch reads from a random address.
+    By the worker and not by its allocator alone: in the first versions of our range the runner keeps the addresses of its
+    block tables in the same memory, and the worker has it write them anew. Without that the next batch reads from a random
+    address.
     """
     worker.wake_up([KV_CACHE])
 

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle
 from trainer.logprobs import fused_logprobs
-from trainer.model.attention import attention_name
-from trainer.model.cost import cost_of
+from trainer.model.attention import NAMES, kernels_for
+from trainer.model.cost import cost_of, head_size
 from trainer.model.loading import (
     add_adapter,
     head_of,
     keep_four_bits_exact,
     load_base,
     load_tokenizer,
+    read_config,
     recompute_layers,
     why_not_shared,
 )
@@ -47,7 +48,7 @@ class Policy:
     with lora_rank 0, keep a second copy of the checkpoint's weights as the reference. quantize: "nf4" holds the linear
     layers of the base in 4 bits. autocast: matrix products in bfloat16; always so where the base is bfloat16 and an
     adapter, which stays float32, is trained on it. dora: weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa"
-    (PyTorch's attention kernels) or "flash" (flash-attn's). date: of a chat template that shows one; default: today.
+    (PyTorch's attention kernels), "flash" (flash-attn's) or "auto". date: of a chat template that shows one; default: today.
     base: the sampler's weights, to read the frozen ones from.
 
     Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
@@ -79,7 +80,11 @@ class Policy:
         # a float32 adapter on a bfloat16 base: autocast makes the products, the small updates stay in float32
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
-        self.attention = attention_name(attn, device)
+        config, products = read_config(model_dir), torch.bfloat16 if self.autocast else dtype
+        if attn == "auto" and why_not_shared(config):  # then another attention is used
+            attn = "sdpa"
+        self.attn = kernels_for(attn, device, products, head_size(config))
+        self.attention = NAMES[self.attn]
         empty, self.base = sharded or base is not None, base
         self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, empty, self.attention)
         if base is not None:
@@ -111,13 +116,12 @@ class Policy:
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         fuse_adapters(self.model)
-        if device.type == "cuda" and importlib.util.find_spec("triton"):
+        if lora_rank and device.type == "cuda" and importlib.util.find_spec("triton"):
             from trainer.kernels.attention import fuse_rotary
             from trainer.kernels.layers import fuse_layers
 
-            fuse_rotary(self.causal_lm, device, torch.bfloat16 if self.autocast else dtype)
-            for causal_lm in {id(lm): lm for lm in (self.causal_lm, self.reference_lm)}.values():
-                fuse_layers(causal_lm, device)
+            fuse_rotary(self.causal_lm, device)
+            fuse_layers(self.causal_lm, device)
         self.model.eval()
         keep_four_bits_exact(self.model)
 

@@ -90,16 +90,15 @@ def measure_ours(task: Task, profiles: bool) -> None:
     timed("without_fused_adapter", step)
     for module, forward in fused:
         module.forward = forward
-    other = {attention.ATTENTION: "sdpa", attention.FLASH_ATTENTION: "flash"}
-    say("update_attention_of_ours", other.pop(policy.attention))
-    (name, kernels), policy_attention = next(iter(other.items())), policy.attention
-    problem = attention.why_no_flash(policy.device) if kernels == "flash" else ""
-    if problem:
+    say("update_attention_of_ours", policy.attn)
+    kernels = "sdpa" if policy.attn == "flash" else "flash"
+    if problem := attention.why_no_flash(policy.device) if kernels == "flash" else "":
         say(f"update_{kernels}", f"skipped: {problem}")
     else:
-        policy.attention = policy.causal_lm.config._attn_implementation = name
+        own = policy.attention
+        policy.attention = policy.causal_lm.config._attn_implementation = attention.NAMES[kernels]
         timed(kernels, step)
-        policy.attention = policy.causal_lm.config._attn_implementation = policy_attention
+        policy.attention = policy.causal_lm.config._attn_implementation = own
     layers = policy.causal_lm.model.layers
     plain = [layer.forward for layer in layers]
     for name, keeps in (("checkpointing", False), ("checkpointing_keep_attention", True)):

@@ -1,6 +1,7 @@
 """Run by test_sync.py: adapters handed to real vLLM engines, and what is proven about them.
 
 torchrun --nproc-per-node 1 tests/helpers/sync_checks.py ranks CHECKPOINT      LoRA ranks 8 to 256, a damaged slot, 120 hand-overs
+torchrun --nproc-per-node 1 tests/helpers/sync_checks.py rounded CHECKPOINT    a float32 adapter in a bfloat16 sampler
 torchrun --nproc-per-node 2 tests/helpers/sync_checks.py parallel CHECKPOINT   one sampler over two processes
 """
 
@@ -88,6 +89,29 @@ def ranks(checkpoint: str, world: World) -> dict:
     return result
 
 
+def rounded(checkpoint: str, world: World) -> dict:
+    """A float32 adapter in a bfloat16 sampler: later hand-overs give the slots that vLLM's own loading gives."""
+    policy = policy_of(checkpoint, 8)
+    engine = VLLMEngine(checkpoint, lora=policy.lora, max_model_len=256, dtype="bfloat16", sampler_lora="kernel")
+    worker, found = worker_of(engine), []
+    for version, keeps_plan in enumerate((True, True, False)):
+        if version < 2:  # the third hands over what the second did
+            with torch.no_grad():
+                for parameter in policy.trainable().values():
+                    parameter.mul_(1.3)
+        if not keeps_plan:
+            worker.slot_plan = None
+        parcel = engine.parcel = Parcel.of(policy.adapter_tensors(), reuse=engine.parcel)
+        engine.load_adapter(parcel, parcel.manifest(), version)
+        modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
+        slots = [stack.clone() for module in modules for stack in (*module.lora_a_stacked, *module.lora_b_stacked)]
+        found.append((worker.slot_plan is not None, slots))
+    same = [all(map(torch.equal, found[i][1], found[2][1])) for i in (0, 1)]
+    dtypes = sorted({str(slot.dtype) for slot in found[2][1]})
+    engine.close()
+    return {"plans": [has for has, _ in found], "same": same, "dtypes": dtypes}
+
+
 def merged(checkpoint: str, world: World) -> dict:
     """The adapter added to the sampler's weights: proven like one beside them, and nothing is left of it afterwards."""
     policy = policy_of(checkpoint, 16)
@@ -168,7 +192,7 @@ def parallel(checkpoint: str, world: World, sampler_lora: str = "kernel") -> dic
 
 if __name__ == "__main__":
     joined = join_world()
-    checks = {"ranks": ranks, "parallel": parallel, "merged": merged}
+    checks = {"ranks": ranks, "parallel": parallel, "merged": merged, "rounded": rounded}
     checks["parallel, merged"] = partial(parallel, sampler_lora="merged")
     outcome = checks[sys.argv[1]](sys.argv[2], joined)
     print(f"RESULT {os.environ['RANK']} {json.dumps(outcome)}", flush=True)

@@ -78,6 +78,13 @@ def test_every_lora_rank_arrives_and_many_hand_overs_leak_nothing(pipeline):
 
 @pytest.mark.vllm
 @pytest.mark.slow(9)
+def test_later_hand_overs_round_as_the_first(pipeline):
+    (result,) = check("rounded", pipeline / "base")
+    assert result == {"plans": [True, True, True], "same": [False, True], "dtypes": ["torch.bfloat16"]}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(9)
 def test_an_adapter_merged_into_the_samplers_weights_leaves_nothing_behind(pipeline):
     (result,) = check("merged", pipeline / "base")
     assert result["merges"] and result["bound"] == [2 * 7, 2 * 7] and result["distance"] < 1e-5

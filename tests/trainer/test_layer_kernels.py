@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from tests.trainer.test_head_kernel import python
 
 pytest.importorskip("triton")
+layers = pytest.importorskip("trainer.kernels.layers")
 
 INTERPRETED = """
 import copy, json, torch
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, OlmoConfig, Qwen2Config, Qwen3Config
 from trainer.kernels import attention as attention_kernels, layers as layer_kernels
 from trainer.model import attention
@@ -18,6 +21,7 @@ def switch(on):
     layer_kernels.runs_on = attention_kernels.runs_on = lambda x: on
 
 switch(True)
+layer_kernels.rounds_alike = lambda norm, x: True  # the interpreter cuts digits off where a GPU rounds to the nearest
 layer_kernels.BLOCK = 64  # full blocks, and one that is not
 shape = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=1)
 shape |= dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
@@ -35,7 +39,7 @@ for kind in (Qwen2Config, LlamaConfig, Qwen3Config, Gemma2Config, OlmoConfig):
             fused, rotates = 0, []
             if which == "ours":
                 fused = layer_kernels.fuse_layers(lm, torch.device("cpu"))
-                rotates = attention_kernels.fuse_rotary(lm, torch.device("cpu"), dtype)
+                rotates = attention_kernels.fuse_rotary(lm, torch.device("cpu"))
             logits = lm(torch.arange(6)[None], attention_mask=torch.ones(1, 6)).logits
             logits.float().log_softmax(-1)[0, :, 7].sum().backward()
             results[which] = logits.detach().double(), lm.get_input_embeddings().weight.grad.double()
@@ -49,7 +53,15 @@ layer_kernels.fuse_layers(trained, torch.device("cpu"))
 trained(torch.arange(5)[None]).logits.sum().backward()
 assert all(p.grad is not None for p in trained.parameters()), "a weight that is trained gets its gradient"
 other = AutoModelForCausalLM.from_config(CohereConfig(**shape))  # its pairs are neighbours, not halves
-assert attention_kernels.fuse_rotary(other, torch.device("cpu"), torch.float32) == []
+assert attention_kernels.fuse_rotary(other, torch.device("cpu")) == []
+for size in (24, 4096):  # its norm subtracts the mean, which in long random vectors is nearly 0
+    norm = CohereLayerNorm(size)
+    assert layer_kernels.is_rms_norm(norm) and not layer_kernels.fuse_layers(norm, torch.device("cpu"))
+switch(True)
+rows = AutoModelForCausalLM.from_config(Qwen2Config(**shape)).requires_grad_(False)  # patched above
+theirs = rows(torch.arange(12).view(2, 6)).logits
+assert attention_kernels.fuse_rotary(rows, torch.device("cpu")) and layer_kernels.fuse_layers(rows, torch.device("cpu"))
+torch.testing.assert_close(rows(torch.arange(12).view(2, 6)).logits, theirs)  # two rows with one row of positions
 here, there = torch.randn(2, 7, 3, 8)
 lse = torch.randn(2, 3, 9)[:, :, 1:8] * 30  # not contiguous, and far apart
 for a, b in zip(attention_kernels.merged(here, there, *lse), attention.merged(here, there, *lse)):
@@ -72,7 +84,7 @@ merged |= dict.fromkeys(
     ("tokens", "heads", "size", "here_head", "here_token", "there_head", "there_token"), "i32"
 )
 of_attention = {
-    "_rotate": (rotated, {"HEADS": 32, "HALF": 64, "BACKWARD": True}), "_merge": (merged, {"HEADS": 32, "SIZE": 128})
+    "_rotate": (rotated, {"HEADS": 64, "HALF": 64, "BACKWARD": True}), "_merge": (merged, {"HEADS": 64, "SIZE": 128})
 }
 kernels = {
     "_norm": ({"rows": half, "weight": half, "out": half, "scales": "*fp32", "size": "i32", "epsilon": "fp32"}, 4096),
@@ -81,7 +93,7 @@ kernels = {
     "_gated_backward": (dict.fromkeys(("grads", "gates", "ups", "grad_gates", "grad_ups"), half) | {"n": "i64"}, 2048),
 }
 cases = [(getattr(layer_kernels, name), of, {"BLOCK": block}, 8) for name, (of, block) in kernels.items()]
-cases += [(getattr(attention_kernels, name), of, settings, 4) for name, (of, settings) in of_attention.items()]
+cases += [(getattr(attention_kernels, name), of, settings, 8) for name, (of, settings) in of_attention.items()]
 for function, signature, settings, warps in cases:
     source = ASTSource(
         fn=function, signature={**signature, **dict.fromkeys(settings, "constexpr")}, constexprs=settings
@@ -103,8 +115,22 @@ def test_models_give_the_same_numbers():
         assert fused == LAYERS[case.split()[0]] and rotates == 1, case
         if "float32" in case:
             assert max(ours) < 2e-6, case
-        else:  # rounded at the same places; but Triton's interpreter cuts digits off where a GPU rounds to the nearest
+        else:  # rounded at the same places, but by the interpreter
             assert max(ours) < 0.05 and ours[0] < 3 * theirs[0] and ours[1] < 3 * theirs[1], (case, theirs, ours)
+
+
+@pytest.mark.parametrize("rounds_twice", [True, False])
+def test_a_norm_that_rounds_once_is_left_alone(monkeypatch, rounds_twice):
+    norm = torch.nn.RMSNorm(512, eps=1e-6).to(torch.bfloat16)  # PyTorch's own rounds at the end
+
+    def other(module: torch.nn.RMSNorm, _, x: torch.Tensor) -> torch.Tensor:
+        normal = x.float() * (x.float().square().mean(-1, keepdim=True) + module.eps).rsqrt()
+        return module.weight * normal.to(x.dtype) if rounds_twice else (module.weight.float() * normal).to(x.dtype)
+
+    monkeypatch.setattr(layers, "_fused_norm", other)
+    norm.weight.data = 1 + torch.randn(512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(8, 512, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert layers.rounds_alike(norm, x) == (not rounds_twice)
 
 
 @pytest.mark.slow(8)

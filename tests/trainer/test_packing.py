@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen3Config
 
+from data.errors import UserError
 from trainer.logprobs import fused_logprobs
 from trainer.model import attention
 from trainer.model.attention import ATTENTION
@@ -331,6 +332,21 @@ def test_a_kernel_that_computes_something_else_is_refused():
     assert "(out differs by nan%)" in problem(
         good._replace(forward=lambda call: [x * torch.nan for x in good.forward(call)])
     )
+
+
+def test_auto_takes_flash_attention_only_where_it_is_right(monkeypatch):
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert attention.kernels_for("auto", cpu, half, 64) == "sdpa" == attention.kernels_for("sdpa", gpu, half, 64)
+    assert "do not compute in float32" in attention.why_no_flash(gpu, torch.float32)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: name)  # installed
+    asked, answers = [], ["", "dq differs", "dq differs"]
+    monkeypatch.setattr(attention, "why_not_equal", lambda *given: asked.append(given[2:]) or answers.pop(0))
+    assert attention.kernels_for("auto", gpu, half, 96) == "flash" and asked == [(gpu, half, 96)]
+    with pytest.warns(UserWarning, match="PyTorch's attention is used, not flash-attn's, since dq differs"):
+        assert attention.kernels_for("auto", gpu, half, 96) == "sdpa"
+    with pytest.raises(UserError, match="--attn flash: dq differs"):
+        attention.kernels_for("flash", gpu, half, 96)
+    assert attention.kernels_for("auto", gpu, torch.float32, 96) == "sdpa" and not answers  # nothing is compiled for it
 
 
 def test_flash_attention_4_is_called_as_its_own_varlen_function_does(monkeypatch):

@@ -173,7 +173,7 @@ def settings_here(bundle: Bundle, model: str | None) -> tuple[OnlineConfig, list
     config, unlike = bundle.config, []
     if model is not None:
         config = dataclasses.replace(config, model=model)
-    # not attention_name(): its refusal is for a run, whose user can leave the option out
+    # not kernels_for(): its refusal is for a run, whose user can leave the option out
     if config.attn == "flash" and why_no_flash(DEVICE):
         config = dataclasses.replace(config, attn="sdpa")
         unlike.append("the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised")

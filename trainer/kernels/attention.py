@@ -27,7 +27,7 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
-def fuse_rotary(model: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
+def fuse_rotary(model: nn.Module, device: torch.device) -> list[str]:
     """Let the attention layers of a model rotate with our kernel; returns the names of the model files that do.
 
     A layer finds the function by its name in the file of its class, so it is replaced there, for all models of that file.
@@ -40,7 +40,7 @@ def fuse_rotary(model: nn.Module, device: torch.device, dtype: torch.dtype) -> l
             continue
         if not isinstance(own, partial):
             fused = partial(_fused_rotary, own)
-            if not _gives_the_same(own, fused, device, dtype):
+            if not _gives_the_same(own, fused, device):
                 continue
             setattr(sys.modules[file], ROTARY, fused)
         changed.append(file)
@@ -48,29 +48,30 @@ def fuse_rotary(model: nn.Module, device: torch.device, dtype: torch.dtype) -> l
 
 
 @torch.enable_grad()
-def _gives_the_same(own: Callable, fused: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Rotated queries and keys, and their gradients, of both functions, to the precision of their dtype."""
+def _gives_the_same(own: Callable, fused: Callable, device: torch.device) -> bool:
+    """Rotated queries and keys, and their gradients, of both functions, in float32."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 3, 5, 8), (1, 1, 5, 8), (1, 5, 8), (1, 5, 8))
-    q, k, cos, sin = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    q, k, cos, sin = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     found = []
     for rotate in (own, fused):
         leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
         try:
             outs = rotate(*leaves, cos, sin)
             sum((out * out).sum() for out in outs).backward()
-        except TypeError:  # a function with other arguments
+        except Exception:  # noqa: BLE001 (whatever a function raises that wants other arguments)
             return False
         found.append([*(out.detach() for out in outs), *(leaf.grad for leaf in leaves)])
-    tolerance = 8 * torch.finfo(dtype).eps
-    return all(float((a - b).norm()) <= tolerance * float(a.norm()) for a, b in zip(*found, strict=True))
+    return all(float((a - b).norm()) <= 1e-4 * float(a.norm()) for a, b in zip(*found, strict=True))
 
 
 def _fused_rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **named):
     """In place of a model file's function. q [1,Hq,L,D], k [1,Hkv,L,D], cos and sin [1,L,D] -> (q, k) rotated."""
-    fits = not rest and not named and q.dim() == k.dim() == 4 and cos.shape == (1, *q.shape[2:])
     # vLLM compiles transformers' class for a model that it has no code for, and the function with it
-    ours = fits and runs_on(q) and q.dtype == k.dtype == cos.dtype and not torch.compiler.is_compiling()
+    ours = not torch.compiler.is_compiling() and not rest and not named and runs_on(q)
+    # rows side by side may have one row of positions in common
+    ours = ours and len(q) == len(k) == 1 and q.dim() == k.dim() == 4 and cos.shape == (1, *q.shape[2:])
+    ours = ours and q.dtype == k.dtype == cos.dtype
     if not ours:
         return own(q, k, cos, sin, *rest, **named)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
@@ -96,8 +97,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     if x.numel():
         tile = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
         strides = (x.stride(2), x.stride(1))
-        _rotate[(tokens,)](x, cos, sin, out, *strides, heads, size // 2, **tile, BACKWARD=backward, num_warps=4)
+        _rotate[(tokens,)](
+            x, cos, sin, out, *strides, heads, size // 2, **tile, BACKWARD=backward, num_warps=_warps(heads)
+        )
     return out.transpose(0, 1)[None]
+
+
+def _warps(heads: int) -> int:
+    """Groups of 32 threads of a program that holds one token of all heads."""
+    return 8 if heads > 32 else 4
 
 
 def merged(here: Tensor, there: Tensor, lse_here: Tensor, lse_there: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +120,7 @@ def merged(here: Tensor, there: Tensor, lse_here: Tensor, lse_there: Tensor) -> 
         tile = {"HEADS": triton.next_power_of_2(heads), "SIZE": triton.next_power_of_2(size)}
         places = (*lse_here.stride(), *lse_there.stride())
         _merge[(tokens,)](
-            here, there, lse_here, lse_there, out, both, tokens, heads, size, *places, **tile, num_warps=4
+            here, there, lse_here, lse_there, out, both, tokens, heads, size, *places, **tile, num_warps=_warps(heads)
         )
     return out, both
 
@@ -132,7 +140,7 @@ def _rotate(
     BACKWARD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)  # L * H * D may pass 2^31
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    head, column = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (column < half)
     dtype = out.dtype.element_ty
     at = x + token * token_stride + head * head_stride + column

@@ -37,7 +37,10 @@ def fuse_layers(model: nn.Module, device: torch.device) -> int:
         ):
             if fits(module):
                 if type(module) not in same:
-                    same[type(module)] = gives_the_same(*example(module, device), fused)
+                    one, x = example(module, device)
+                    same[type(module)] = gives_the_same(one, x, fused)
+                    if same[type(module)] and fused is _fused_norm:
+                        same[type(module)] = rounds_alike(one.to(torch.bfloat16), x.to(torch.bfloat16))
                 if same[type(module)]:
                     module.forward = partial(fused, module, module.forward)
                     found += 1
@@ -73,45 +76,51 @@ def _is_silu(function: nn.Module) -> bool:
 
 @torch.enable_grad()
 def gives_the_same(module: nn.Module, x: Tensor, fused) -> bool:
-    """Output and gradient of a module, with its own code and with ours, to the precision of their dtype."""
+    """Output and gradient of a module, with its own code and with ours, in float32."""
     found = []
     for forward in (module.forward, partial(fused, module, module.forward)):
         leaf = x.detach().requires_grad_()
-        out = forward(leaf)
-        out.backward(torch.ones_like(out))
+        try:
+            out = forward(leaf)
+            out.backward(torch.ones_like(out))
+        except Exception:  # noqa: BLE001 (whatever a module raises that wants other arguments)
+            return False
         found.append((out.detach(), leaf.grad))
-    tolerance = 8 * torch.finfo(x.dtype).eps
     return all(
-        ours.dtype == theirs.dtype and float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
-        for theirs, ours in zip(*found, strict=True)
+        float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()) for theirs, ours in zip(*found, strict=True)
     )
+
+
+def rounds_alike(norm: nn.Module, x: Tensor) -> bool:
+    """Outputs of the dtype and, but for the order of a sum, of the bits of a norm's own: it may round once, or twice."""
+    theirs, ours = norm.forward(x), _fused_norm(norm, norm.forward, x)
+    return theirs.dtype == ours.dtype and float((theirs != ours).float().mean()) < 0.02
 
 
 def _example_norm(norm: nn.Module, device: torch.device) -> tuple[nn.Module, Tensor]:
     # the module itself may be spread over ranks, or hold weights that hide a difference: all ones, or zeros
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(2, len(norm.weight), generator=generator).to(device, norm.weight.dtype)
+    # a mean that is not 0: a layer norm subtracts it
+    weight, *x = (1 + torch.randn(3, len(norm.weight), generator=generator)).to(device)
     example = copy.copy(norm)
-    example._parameters = {"weight": nn.Parameter(random[0], requires_grad=False)}
-    return example, random
+    example._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+    return example, torch.stack(x)
 
 
 def _example_mlp(mlp: nn.Module, device: torch.device) -> tuple[nn.Module, Tensor]:
     example, generator = copy.copy(mlp), torch.Generator().manual_seed(0)
     example._modules = {"act_fn": mlp.act_fn}
-    dtype = next(mlp.parameters()).dtype
-    dtype = dtype if dtype.is_floating_point else torch.bfloat16  # weights in 4 bits are stored as bytes
     for name, wide, narrow in (("gate_proj", 48, 16), ("up_proj", 48, 16), ("down_proj", 16, 48)):
         layer = nn.Linear(narrow, wide, bias=False)
         layer.weight.data = torch.randn(wide, narrow, generator=generator)
-        example._modules[name] = layer.to(device, dtype).requires_grad_(False)
-    return example, torch.randn(5, 16, generator=generator).to(device, dtype)
+        example._modules[name] = layer.to(device).requires_grad_(False)
+    return example, torch.randn(5, 16, generator=generator).to(device)
 
 
-def _fused_norm(norm: nn.Module, own_forward, x: Tensor) -> Tensor:
+def _fused_norm(norm: nn.Module, own_forward, x: Tensor, *more, **named) -> Tensor:
     """In place of a norm's forward; its own where its weight is trained, or its output would have another dtype."""
-    if not runs_on(x) or norm.weight.requires_grad or x.dtype != norm.weight.dtype:
-        return own_forward(x)
+    if more or named or not runs_on(x) or norm.weight.requires_grad or x.dtype != norm.weight.dtype:
+        return own_forward(x, *more, **named)
     return _Norm.apply(x, norm.weight, _epsilon(norm))
 
 

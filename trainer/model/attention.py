@@ -117,7 +117,9 @@ def _attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [L,H,D]
     if torch.is_autocast_enabled(q.device.type):  # rotary embeddings leave q and k in the dtype of the residual stream
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    kernel = flash_kernel() if flash else kernel_for(q)
+    kernel = kernel_for(q)
+    if flash and kernel is VARLEN:
+        kernel = flash_kernel()
     # None: transformers' place for the attention weights, which no kernel keeps
     return _SharedPrefixAttention.apply(q, k, v, layout, scaling or q.shape[-1] ** -0.5, kernel)[None], None
 
@@ -438,29 +440,37 @@ FLASH_ATTN_4 = Kernel(_flash_attn_4_forward, _flash_attn_4_backward)
 PLAIN = Kernel(_plain_forward, _plain_backward)
 
 
-def attention_name(attn: str, device: torch.device) -> str:
-    """The name in transformers of our attention with the kernels of --attn.
+def kernels_for(attn: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """What --attn comes to: "sdpa", PyTorch's own kernels, or "flash", those of the flash-attn package.
 
-    attn: "sdpa" for PyTorch's own kernels; "flash" for those of the flash-attn package: raises UserError if they cannot run
-    here, or do not give PyTorch's numbers; "auto" for them where they do.
+    attn: "flash" raises UserError where those cannot run, or do not give PyTorch's numbers; "auto" takes them where they do.
+    dtype: of the products. head_size: D.
     """
     if attn == "sdpa":
-        return ATTENTION
-    missing = why_no_flash(device)
-    problem = missing or why_not_equal(flash_kernel(), VARLEN, device, torch.bfloat16)
+        return attn
+    missing = why_no_flash(device, dtype)
+    problem = missing or why_not_equal(flash_kernel(), VARLEN, device, dtype, head_size)
     if not problem:
-        return FLASH_ATTENTION
+        return "flash"
     if attn == "flash":
         raise UserError(f"--attn flash: {problem}")
     if not missing:
         warnings.warn(f"PyTorch's attention is used, not flash-attn's, since {problem}", stacklevel=2)
-    return ATTENTION
+    return "sdpa"
 
 
-def why_no_flash(device: torch.device) -> str:
+NAMES = {"sdpa": ATTENTION, "flash": FLASH_ATTENTION}
+"""In transformers, of our attention with those kernels."""
+
+
+def why_no_flash(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     """Why the kernels of the flash-attn package cannot run on a device, and what to do; "" if they can."""
     if device.type != "cuda":
         return "needs an NVIDIA GPU; leave it out, and PyTorch's own flash kernels are used"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"its kernels do not compute in {str(dtype).removeprefix('torch.')}; add --dtype bfloat16, or leave it out"
+        )
     if importlib.util.find_spec("flash_attn") is None:
         return "no package is installed; pip install flash-attn-4 (from H100 on) or flash-attn, or leave it out"
     return ""
@@ -473,7 +483,7 @@ def flash_kernel() -> Kernel:
     return FLASH_ATTN_4 if newer and importlib.util.find_spec("flash_attn.cute") is not None else FLASH_ATTN
 
 
-def why_not_equal(kernel: Kernel, known: Kernel, device: torch.device, dtype: torch.dtype) -> str:
+def why_not_equal(kernel: Kernel, known: Kernel, device: torch.device, dtype: torch.dtype, head_size: int = 128) -> str:
     """Why a kernel cannot take the place of a known one, found by using both on two small groups; "" if it can.
 
     The functions of these packages that take a logsumexp are private: a new version may change what they mean.
@@ -481,13 +491,14 @@ def why_not_equal(kernel: Kernel, known: Kernel, device: torch.device, dtype: to
     spans, shared = ((0, 40), (40, 33), (73, 70), (143, 21)), Segments(((40, 103),), ((0, 40),), False, device)
     layout = Layout(Segments(spans, spans, True, device), shared)
     generator = torch.Generator(device).manual_seed(0)
-    # 128: the head size of nearly all models, so that a package that compiles does it for the run as well
-    inputs = [torch.randn(164, n, 128, generator=generator, device=device, dtype=dtype) for n in (4, 2, 2, 4)]
+    # the model's head size: a package that compiles does it for the run as well
+    shapes = [(164, n, head_size) for n in (4, 2, 2, 4)]
+    inputs = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
     found = []
     for each in (kernel, known):
         leaves = [x.detach().requires_grad_() for x in inputs[:3]]
         try:
-            out = _SharedPrefixAttention.apply(*leaves, layout, 128**-0.5, each)
+            out = _SharedPrefixAttention.apply(*leaves, layout, head_size**-0.5, each)
             out.backward(inputs[3])
         except Exception as error:  # whatever the package raises: another signature, no compiler, no such GPU
             return f"its kernels fail here ({type(error).__name__}: {first_sentence(error)}); leave it out"

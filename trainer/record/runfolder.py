@@ -78,6 +78,7 @@ FREE_ON_RESUME = {
     "base",
     "memory_fraction",
     "eager",
+    "attn",
     "reward_workers",
     "reward_seconds",
     "on_reward_error",

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -150,6 +150,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     if cfg.lora_rank:
         weight_files(Path(cfg.model))  # refuse now what the adapter could not be merged into at the end
     policy = load_policy(cfg, world.device)
+    cfg = replace(cfg, attn=policy.attn)  # what auto took
     examples, skipped = encode_traces(policy, rows, cfg)
     training, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
     check_held_out(held_out, policy, cfg)

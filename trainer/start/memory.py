@@ -296,7 +296,8 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     # the linear layers' input
     norms = 2 * ((size if on_gpu and cfg.lora_rank else 4) * h + size * h)
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
-    mlp = size * (3 if on_gpu else 4) * i  # gate, up and their product; PyTorch's operations keep silu(gate) as well
+    gated = on_gpu and cfg.lora_rank and getattr(shape, "hidden_act", "") == "silu"
+    mlp = size * (3 if gated else 4) * i  # gate, up and their product; PyTorch's operations keep silu(gate) as well
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms

@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ def prepare(
     cfg = with_date(cfg, world)
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy, engine = load_policy_and_base(cfg, world)
+    cfg = replace(cfg, attn=policy.attn)  # what auto took: a replay must know
     critic = make_critic(policy, cfg)
     prompts = encode_prompts(policy, puzzles, cfg, world)
     validator = Validator(cfg, policy, world, Path(cfg.out), held_out)
