@@ -1,8 +1,5 @@
 """Sampling with vLLM inside every rank: the engine shares process and torch.distributed world with the trainer."""
 
-import os
-import re
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from rollout.vllm_versions import (
     plain_weights,
     prepare_environment,
     restore_kv_cache,
+    why_not_started,
 )
 
 
@@ -226,27 +224,6 @@ class VLLMEngine(LocalEngine):
         """Stop the engine. Its process groups must be destroyed before torch.distributed's own."""
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-
-
-def why_not_started(model_dir: str, error: Exception) -> str:
-    """One sentence for an exception of vLLM's constructor. Its traceback is printed under VLLM_LOGGING_LEVEL=DEBUG."""
-    if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
-        traceback.print_exception(error)
-    if too_long := re.search(
-        r"max_model_len \((\d+)\) is greater than the derived max_model_len \(.*?=(\d+)", str(error)
-    ):
-        asked, most = map(int, too_long.groups())
-        return (
-            f"--max-response-tokens: the longest prompt and response would have {asked:,} tokens, and {model_dir} has "
-            f"positions for {most:,} (max_position_embeddings in its config.json); give {asked - most:,} fewer"
-        )
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = next((line for line in lines if "validation error for" not in line), lines[0])  # pydantic's heading
-    said = said if len(said) <= 300 else f"{said[:300]}..."
-    return (
-        f"--model {model_dir}: vLLM does not start with this model ({type(error).__name__}: {said}); use --engine torch where "
-        "the command has it, or a model that vLLM serves (VLLM_LOGGING_LEVEL=DEBUG shows the traceback)"
-    )
 
 
 def vllm_rank(rank: int) -> int:

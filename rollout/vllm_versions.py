@@ -5,7 +5,9 @@ a CPU). What else we use of vLLM is alike in them.
 """
 
 import os
+import re
 import secrets
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +35,27 @@ def prepare_environment(kv_cache_bytes: int) -> None:
         # a comparison that takes no time on a CPU. The numbers are the same
         torch.compiler.set_stance("force_eager")
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # about vLLM's own calls to torch
+
+
+def why_not_started(model_dir: str, error: Exception) -> str:
+    """One sentence for an exception of vLLM's constructor. Its traceback is printed under VLLM_LOGGING_LEVEL=DEBUG."""
+    if os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG":
+        traceback.print_exception(error)
+    if too_long := re.search(
+        r"max_model_len \((\d+)\) is greater than the derived max_model_len \(.*?=(\d+)", str(error)
+    ):
+        asked, most = map(int, too_long.groups())
+        return (
+            f"--max-response-tokens: the longest prompt and response would have {asked:,} tokens, and {model_dir} has "
+            f"positions for {most:,} (max_position_embeddings in its config.json); give {asked - most:,} fewer"
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if "validation error for" not in line), lines[0])  # pydantic's heading
+    said = said if len(said) <= 300 else f"{said[:300]}..."
+    return (
+        f"--model {model_dir}: vLLM does not start with this model ({type(error).__name__}: {said}); use --engine torch where "
+        "the command has it, or a model that vLLM serves (VLLM_LOGGING_LEVEL=DEBUG shows the traceback)"
+    )
 
 
 def gpu_settings(sequences: int, gpu_bytes: int, eager: bool) -> dict[str, Any]:

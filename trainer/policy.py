@@ -7,7 +7,6 @@ V vocabulary, S tokens of the longest prompt with its response.
 """
 
 import datetime
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,16 +18,17 @@ from transformers import PreTrainedModel
 
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle
+from trainer.kernels import fuse
 from trainer.logprobs import fused_logprobs
-from trainer.model.attention import NAMES, kernels_for
-from trainer.model.cost import cost_of, head_size
+from trainer.model.attention import NAMES
+from trainer.model.cost import cost_of
 from trainer.model.loading import (
     add_adapter,
+    attention_kernels,
     head_of,
     keep_four_bits_exact,
     load_base,
     load_tokenizer,
-    read_config,
     recompute_layers,
     why_not_shared,
 )
@@ -80,10 +80,7 @@ class Policy:
         # a float32 adapter on a bfloat16 base: autocast makes the products, the small updates stay in float32
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)
         self.trained: dict[str, torch.nn.Parameter] = {}
-        config, products = read_config(model_dir), torch.bfloat16 if self.autocast else dtype
-        if attn == "auto" and why_not_shared(config):  # then another attention is used
-            attn = "sdpa"
-        self.attn = kernels_for(attn, device, products, head_size(config))
+        self.attn = attention_kernels(model_dir, attn, device, torch.bfloat16 if self.autocast else dtype)
         self.attention = NAMES[self.attn]
         empty, self.base = sharded or base is not None, base
         self.model = self.causal_lm = load_base(model_dir, dtype, quantize, device, empty, self.attention)
@@ -116,12 +113,8 @@ class Policy:
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = not self.autocast  # else PEFT widens every layer's input to float32
         fuse_adapters(self.model)
-        if lora_rank and device.type == "cuda" and importlib.util.find_spec("triton"):
-            from trainer.kernels.attention import fuse_rotary
-            from trainer.kernels.layers import fuse_layers
-
-            fuse_rotary(self.causal_lm, device)
-            fuse_layers(self.causal_lm, device)
+        if lora_rank:
+            fuse(self.causal_lm, device)
         self.model.eval()
         keep_four_bits_exact(self.model)
 

@@ -29,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError, first_sentence
 from data.files import read_settings, refuse_pointer, weight_files
-from trainer.model.attention import keep_attention
+from trainer.model.attention import keep_attention, kernels_for
+from trainer.model.cost import head_size
 
 transformers_logging.disable_progress_bar()  # one line per loaded shard, on every rank
 
@@ -175,6 +176,14 @@ class Head:
     """Granite's logits_scaling; 1 / logit_scale of Cohere."""
     softcap: float | None = None
     """Gemma 2's final_logit_softcapping."""
+
+
+def attention_kernels(model_dir: str, attn: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What --attn comes to for a model: "sdpa" or "flash". dtype: of the products. See kernels_for."""
+    config = read_config(model_dir)
+    if attn == "auto" and why_not_shared(config):  # then another attention is used
+        return "sdpa"
+    return kernels_for(attn, device, dtype, head_size(config))
 
 
 def head_of(causal_lm: PreTrainedModel, model_dir: str) -> Head:
