@@ -10,9 +10,7 @@ a copy of the prompt per response, TFLOP/s the operations that the step needs, m
 
 import argparse
 import gc
-import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from peft.tuners.lora import Linear
 
 from tests.bench.gpu_run import make_model
-from tests.bench.kernels import say
+from tests.bench.kernels import milliseconds, say
 from tests.bench.update import Task, our_step, step_flops
 from trainer import logprobs
 from trainer.kernels import attention as attention_kernels
@@ -43,29 +41,15 @@ class Timed:
 
     def __call__(self, name: str, step: Callable[[], object], repeats: int = 2) -> None:
         try:
-            step()  # warms up
             if ON_GPU:
                 torch.cuda.reset_peak_memory_stats()
-            taken = [self._once(step) for _ in range(repeats)]
+            seconds = milliseconds(step, repeats) / 1000
         except (torch.OutOfMemoryError, RuntimeError) as error:
             say(f"update_{name}", f"failed: {str(error).splitlines()[0]}")
             return
-        seconds = statistics.median(taken)
         peak = torch.cuda.max_memory_allocated() / 1e9 if ON_GPU else 0.0
         rates = f"{self.tokens / seconds:.0f} tok/s, {self.flops / seconds / 1e12:.3g} TFLOP/s"
         say(f"update_{name}", f"{seconds:.3f} s, {rates}, {peak:.1f} GB")
-
-    def _once(self, step: Callable[[], object]) -> float:
-        wait()
-        start = time.perf_counter()
-        step()
-        wait()
-        return time.perf_counter() - start
-
-
-def wait() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def measure_ours(task: Task, profiles: bool) -> None:
@@ -125,7 +109,7 @@ def kept_step(task: Task) -> tuple[Callable[[], None], Policy, object]:
 def profile(step: Callable[[], None]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step()
-        wait()
+        torch.cuda.synchronize()
     events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     busy, end = 0.0, spans[0][0]

@@ -18,13 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from trainer.kernels.same import gives_the_same, runs_on
+
 ROTARY = "apply_rotary_pos_emb"
 """The function of this name in the file of a transformers model."""
-
-
-def runs_on(x: Tensor) -> bool:
-    """Do the kernels run where a tensor is, at its precision? They compute in float32."""
-    return x.is_cuda and x.dtype != torch.float64
 
 
 def fuse_rotary(model: nn.Module, device: torch.device) -> list[str]:
@@ -33,36 +30,24 @@ def fuse_rotary(model: nn.Module, device: torch.device) -> list[str]:
     A layer finds the function by its name in the file of its class, so it is replaced there, for all models of that file.
     That is done only if both functions give the same numbers on an example. On a CPU the file's own function is called.
     """
-    changed = []
+    generator, changed = torch.Generator().manual_seed(0), []
+    shapes = ((1, 3, 5, 8), (1, 1, 5, 8), (1, 5, 8), (1, 5, 8))
+    q, k, cos, sin = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     for file in sorted({type(module).__module__ for module in model.modules() if hasattr(module, "q_proj")}):
         own = getattr(sys.modules[file], ROTARY, None)
         if own is None:
             continue
         if not isinstance(own, partial):
             fused = partial(_fused_rotary, own)
-            if not _gives_the_same(own, fused, device):
+            if not gives_the_same(partial(_rotate_with, own, cos, sin), partial(_rotate_with, fused, cos, sin), q, k):
                 continue
             setattr(sys.modules[file], ROTARY, fused)
         changed.append(file)
     return changed
 
 
-@torch.enable_grad()
-def _gives_the_same(own: Callable, fused: Callable, device: torch.device) -> bool:
-    """Rotated queries and keys, and their gradients, of both functions, in float32."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 3, 5, 8), (1, 1, 5, 8), (1, 5, 8), (1, 5, 8))
-    q, k, cos, sin = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
-    found = []
-    for rotate in (own, fused):
-        leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
-        try:
-            outs = rotate(*leaves, cos, sin)
-            sum((out * out).sum() for out in outs).backward()
-        except Exception:  # noqa: BLE001 (whatever a function raises that wants other arguments)
-            return False
-        found.append([*(out.detach() for out in outs), *(leaf.grad for leaf in leaves)])
-    return all(float((a - b).norm()) <= 1e-4 * float(a.norm()) for a, b in zip(*found, strict=True))
+def _rotate_with(rotate: Callable, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(q, k, cos, sin)
 
 
 def _fused_rotary(own: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest, **named):

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from trainer.kernels.same import gives_the_same, runs_on
+
 LARGEST_NORM = 16384
 """H that one program holds: 64 KiB of registers."""
 BLOCK = 2048
@@ -31,25 +33,18 @@ def fuse_layers(model: nn.Module, device: torch.device) -> int:
     """
     found, same = 0, {}
     for module in model.modules():
-        for fits, fused, example in (
-            (is_rms_norm, _fused_norm, _example_norm),
-            (is_gated_mlp, _fused_mlp, _example_mlp),
-        ):
-            if fits(module):
-                if type(module) not in same:
-                    one, x = example(module, device)
-                    same[type(module)] = gives_the_same(one, x, fused)
-                    if same[type(module)] and fused is _fused_norm:
-                        same[type(module)] = rounds_alike(one.to(torch.bfloat16), x.to(torch.bfloat16))
-                if same[type(module)]:
-                    module.forward = partial(fused, module, module.forward)
-                    found += 1
+        if is_rms_norm(module):
+            fused, is_the_same = _fused_norm, norm_is_the_same
+        elif is_gated_mlp(module):
+            fused, is_the_same = _fused_mlp, mlp_is_the_same
+        else:
+            continue
+        if type(module) not in same:
+            same[type(module)] = is_the_same(module, device)
+        if same[type(module)]:
+            module.forward = partial(fused, module, module.forward)
+            found += 1
     return found
-
-
-def runs_on(x: Tensor) -> bool:
-    """Do the kernels run where a tensor is, at its precision? They compute in float32."""
-    return x.is_cuda and x.dtype != torch.float64
 
 
 def is_rms_norm(module: nn.Module) -> bool:
@@ -74,47 +69,34 @@ def _is_silu(function: nn.Module) -> bool:
     return torch.allclose(function(x), nn.functional.silu(x))
 
 
-@torch.enable_grad()
-def gives_the_same(module: nn.Module, x: Tensor, fused) -> bool:
-    """Output and gradient of a module, with its own code and with ours, in float32."""
-    found = []
-    for forward in (module.forward, partial(fused, module, module.forward)):
-        leaf = x.detach().requires_grad_()
-        try:
-            out = forward(leaf)
-            out.backward(torch.ones_like(out))
-        except Exception:  # noqa: BLE001 (whatever a module raises that wants other arguments)
-            return False
-        found.append((out.detach(), leaf.grad))
-    return all(
-        float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()) for theirs, ours in zip(*found, strict=True)
-    )
-
-
 def rounds_alike(norm: nn.Module, x: Tensor) -> bool:
     """Outputs of the dtype and, but for the order of a sum, of the bits of a norm's own: it may round once, or twice."""
     theirs, ours = norm.forward(x), _fused_norm(norm, norm.forward, x)
     return theirs.dtype == ours.dtype and float((theirs != ours).float().mean()) < 0.02
 
 
-def _example_norm(norm: nn.Module, device: torch.device) -> tuple[nn.Module, Tensor]:
+def norm_is_the_same(norm: nn.Module, device: torch.device) -> bool:
+    """Does a norm give the same numbers in both ways, and round them alike?"""
     # the module itself may be spread over ranks, or hold weights that hide a difference: all ones, or zeros
     generator = torch.Generator().manual_seed(0)
     # a mean that is not 0: a layer norm subtracts it
     weight, *x = (1 + torch.randn(3, len(norm.weight), generator=generator)).to(device)
     example = copy.copy(norm)
     example._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-    return example, torch.stack(x)
+    x, fused = torch.stack(x), partial(_fused_norm, example, example.forward)
+    return gives_the_same(example.forward, fused, x) and rounds_alike(example.to(torch.bfloat16), x.to(torch.bfloat16))
 
 
-def _example_mlp(mlp: nn.Module, device: torch.device) -> tuple[nn.Module, Tensor]:
+def mlp_is_the_same(mlp: nn.Module, device: torch.device) -> bool:
+    """Does an MLP give the same numbers in both ways? A small one of its class and activation is asked."""
     example, generator = copy.copy(mlp), torch.Generator().manual_seed(0)
     example._modules = {"act_fn": mlp.act_fn}
     for name, wide, narrow in (("gate_proj", 48, 16), ("up_proj", 48, 16), ("down_proj", 16, 48)):
         layer = nn.Linear(narrow, wide, bias=False)
         layer.weight.data = torch.randn(wide, narrow, generator=generator)
         example._modules[name] = layer.to(device).requires_grad_(False)
-    return example, torch.randn(5, 16, generator=generator).to(device)
+    x = torch.randn(5, 16, generator=generator).to(device)
+    return gives_the_same(example.forward, partial(_fused_mlp, example, example.forward), x)
 
 
 def _fused_norm(norm: nn.Module, own_forward, x: Tensor, *more, **named) -> Tensor:
