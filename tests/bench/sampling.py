@@ -1,6 +1,7 @@
 """Sampling: our vLLM engine against vllm.LLM.generate on the same requests, in one process, in turns.
 
     python -m tests.bench.sampling [--repeats 5] [--model embedded]
+    python -m tests.bench.sampling --model 40M --dtype bfloat16 --tokens 256     # on a GPU: both compiled, with CUDA graphs
 
 8 prompts x 5 responses, a quarter of the paper's prompt lengths, one LoRA adapter (r = 16) on both sides. Our side does
 what a training step does: it samples with its own seed, requests the log-prob of every token, and makes Rollout
@@ -19,6 +20,7 @@ import torch
 from rollout import Sampling
 from rollout.sync import Parcel
 from rollout.vllm_engine import VLLMEngine
+from rollout.vllm_versions import gpu_settings
 from tests.bench.update import Task, make_checkpoint
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
@@ -28,12 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: neither side compiles or captures CUDA graphs")
     parser.add_argument("--tokens", type=int, default=64, help="response tokens")
     parser.add_argument("--json", default="runs/bench/sampling.json")
     arguments = parser.parse_args()
     world = join_world()
     with tempfile.TemporaryDirectory() as folder:
-        task = Task(model=arguments.model, prompts=8, folder=folder)
+        task = Task(model=arguments.model, prompts=8, dtype=arguments.dtype, folder=folder)
         make_checkpoint(task, Path(folder))
         result = measure(task, arguments, world.device)
     Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,8 @@ def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    policy = Policy(task.folder, lora_rank=16, lora_alpha=32, seed=0, device=device, dtype=torch.float32)
+    dtype = getattr(torch, task.dtype)
+    policy = Policy(task.folder, lora_rank=16, lora_alpha=32, seed=0, device=device, dtype=dtype)
     with torch.no_grad():  # lora_B starts at 0: a trained adapter does not
         for parameter in policy.trainable().values():
             parameter.normal_(std=0.01)
@@ -56,14 +61,21 @@ def measure(task: Task, arguments: argparse.Namespace, device: torch.device) -> 
     policy.model.save_pretrained(adapter)
     prompts = [prompt for prompt, _ in task.groups()]
     longest = max(map(len, prompts)) + arguments.tokens
-    engine = VLLMEngine(task.folder, lora=policy.lora, max_model_len=longest)
+    same = {"sequences": 8 * task.group_size, "eager": arguments.eager}
+    engine = VLLMEngine(
+        task.folder, lora=policy.lora, max_model_len=longest, dtype=task.dtype, memory_fraction=0.2, **same
+    )
     parcel = Parcel.of(policy.adapter_tensors())
     engine.load_adapter(parcel, parcel.manifest(), version=0)
+    settings = {"enforce_eager": True}
+    if device.type == "cuda":
+        settings = gpu_settings(same["sequences"], torch.cuda.get_device_properties(device).total_memory, same["eager"])
     plain = LLM(
         task.folder,
-        dtype="float32",
+        dtype=task.dtype,
         max_model_len=longest,
-        enforce_eager=True,
+        max_num_seqs=same["sequences"],
+        **settings,
         enable_lora=True,
         max_lora_rank=16,
         max_loras=1,

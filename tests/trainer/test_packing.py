@@ -13,7 +13,7 @@ from trainer.logprobs import fused_logprobs
 from trainer.model import attention
 from trainer.model.attention import ATTENTION
 from trainer.model.cost import Cost
-from trainer.model.loading import recompute_layers, why_not_shared
+from trainer.model.loading import load_base, recompute_layers, why_not_shared
 from trainer.objective import aggregation_weights, grpo_terms
 from trainer.packing import balance, make_layout, pack, split_by_tokens
 from trainer.policy import predicting_packed, predicting_padded
@@ -347,6 +347,16 @@ def test_auto_takes_flash_attention_only_where_it_is_right(monkeypatch):
     with pytest.raises(UserError, match="--attn flash: dq differs"):
         attention.kernels_for("flash", gpu, half, 96)
     assert attention.kernels_for("auto", gpu, torch.float32, 96) == "sdpa" and not answers  # nothing is compiled for it
+
+
+def test_a_model_computes_under_each_name_of_our_attention(pipeline):
+    """transformers takes a name with "flash" in it for a package, and does not load the model."""
+    found = []
+    for name in attention.NAMES.values():
+        model = load_base(str(pipeline / "base"), torch.float32, "none", torch.device("cpu"), False, name)
+        assert model.config._attn_implementation == name
+        found.append(packed_logprobs(model)[0])
+    assert torch.equal(*found)
 
 
 def test_flash_attention_4_is_called_as_its_own_varlen_function_does(monkeypatch):
