@@ -61,15 +61,17 @@ smollm2() {
     run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps $steps
 }
 
+SAMPLING=""
+[ -n "${TINY:-}" ] || SAMPLING="--model 40M --dtype bfloat16 --tokens 256"
 TRL="--trl"
 "$PYTHON" -c "import trl" 2>/dev/null || TRL=""
-CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction 0.86"
+CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction"
 [ $# -gt 0 ] || set -- kernels update shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_keep \
     shape_7b_eager shape_7b_copies card_24gb card_8gb sampling
 # shellcheck disable=SC2086
 for wanted in "$@"; do
     case $wanted in
-    kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head lora checksums policy ;;
+    kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head lora around checksums policy ;;
     # one update with and without each kernel, flash-attn, checkpointing, and TRL's (where they are installed)
     update) piece update 200 "$PYTHON" -m tests.bench.gpu_update --work "$WORK" ${TINY:+--tiny} --profile $TRL ;;
     quantized) piece quantized 40 "$PYTHON" -m tests.bench.kernels $SMALL quantized ;;
@@ -82,12 +84,12 @@ for wanted in "$@"; do
     shape_7b_eager) run shape_7b_eager 120 qwen2.5-7b --dtype bfloat16 -- --steps 1 --eager ;;
     # --checkpointing without a second forward pass of attention: the same metrics, 3 GB more, a shorter update
     shape_7b_keep) run shape_7b_keep 140 qwen2.5-7b --dtype bfloat16 -- --keep-attention ;;
-    sampling) piece sampling 140 "$PYTHON" -m tests.bench.sampling --repeats 3 --json "$OUT/sampling.json" ;;
+    sampling) piece sampling 140 "$PYTHON" -m tests.bench.sampling --repeats 3 --json "$OUT/sampling.json" $SAMPLING ;;
     # the base in memory twice, as before --base shared: the same metrics, more memory, slower sleep and wake
     shape_7b_copies) run shape_7b_copies 240 qwen2.5-7b --dtype bfloat16 -- --base copies ;;
     # what the recipe one_gpu_24gb does, on a card with so many GiB; the table is to be right within 10 %
-    card_24gb) run card_24gb 240 qwen2.5-7b --dtype bfloat16 --limit-gib 22.5 -- $CARD ;;
-    card_8gb) run card_8gb 160 qwen2.5-1.5b --dtype bfloat16 --limit-gib 7.6 -- $CARD ;;
+    card_24gb) run card_24gb 240 qwen2.5-7b --dtype bfloat16 --limit-gib 22.5 -- $CARD 0.86 ;;
+    card_8gb) run card_8gb 160 qwen2.5-1.5b --dtype bfloat16 --limit-gib 7.6 -- $CARD 0.7 ;;
     *) result "${wanted}_skipped no piece has this name" ;;
     esac
 done

@@ -1,6 +1,6 @@
 """Kernels and small policies on this machine's device, against float64 or float32: what a GPU computes, and how fast.
 
-    python -m tests.bench.kernels attention head lora checksums policy quantized    # the pieces, in this order; default: all
+    python -m tests.bench.kernels attention head lora around checksums policy quantized   # the pieces, in this order; default: all
     python -m tests.bench.kernels --small                               # the same with small shapes, for a CPU
 
 Prints one line per number, `RESULT <name> <value>`. Relative errors are norms: |a - b| / |b|. On a CPU the kernels are
@@ -222,6 +222,43 @@ def measure_lora(small: bool) -> None:
     say("lora_gradient_difference", distance(found["fused"], found["peft"]))
 
 
+# ---- between the products: rotary embeddings, and the merge of attention's two calls
+
+
+def measure_around(small: bool) -> None:
+    """Our kernels for 8,192 tokens of the 7B shape against the code that they replace: numbers, and time. GPU only."""
+    if DEVICE.type != "cuda":
+        say("around", "skipped: the kernels run on a GPU only")
+        return
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    from trainer.kernels import attention as kernels
+
+    torch.manual_seed(0)
+    tokens = 256 if small else 8192
+    *inputs, out = random_inputs(tokens, 28, 4, 128)
+    q, k = (x.transpose(0, 1)[None].requires_grad_() for x in inputs[:2])
+    angles = 6 * torch.rand(1, tokens, 64, device=DEVICE)
+    waves = [torch.cat([wave, wave], -1).to(DTYPE) for wave in (angles.cos(), angles.sin())]
+    own = getattr(apply_rotary_pos_emb, "args", (apply_rotary_pos_emb,))[0]  # fuse_rotary may have replaced it
+    grads, found = [torch.randn_like(x) for x in (q, k)], []
+    for name, rotate in (("kernel", partial(kernels._fused_rotary, own)), ("operations", own)):
+
+        def both(rotate: Callable = rotate) -> None:
+            q.grad = k.grad = None
+            torch.autograd.backward(rotate(q, k, *waves), grads)
+
+        say(f"rotary_{name}_ms", milliseconds(both))
+        found.append([x.detach() for x in (*rotate(q, k, *waves), q.grad, k.grad)])
+    say("rotary_equal_bits", str(all(map(torch.equal, *found))))
+    say("rotary_error", max(map(distance, *found)))
+    lses = torch.randn(2, 28, tokens, device=DEVICE)
+    merges = {"kernel": kernels.merged, "operations": attention.merged}
+    for name, merge in merges.items():
+        say(f"merge_{name}_ms", milliseconds(partial(merge, out, out.flip(0), *lses)))
+    say("merge_error", max(map(distance, *(merge(out, out.flip(0), *lses) for merge in merges.values()))))
+
+
 # ---- the checksums of an adapter
 
 
@@ -317,6 +354,7 @@ PIECES = {
     "attention": measure_attention,
     "head": measure_head,
     "lora": measure_lora,
+    "around": measure_around,
     "checksums": measure_checksums,
     "policy": measure_policy,
     "quantized": measure_quantized,

@@ -98,8 +98,10 @@ for function, signature, settings, warps in cases:
     source = ASTSource(
         fn=function, signature={**signature, **dict.fromkeys(settings, "constexpr")}, constexprs=settings
     )
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    exact = attention_kernels.UNFUSED if function is attention_kernels._rotate else {}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **exact})
     assert len(made.asm["cubin"]) > 1000 and ".local" not in made.asm["ptx"], "registers are spilled"
+    assert not exact or "fma" not in made.asm["ptx"], "products are not rounded before they are added"
 """
 
 LAYERS = {"Qwen2Config": 4, "LlamaConfig": 4, "Qwen3Config": 6, "Gemma2Config": 0, "OlmoConfig": 1}

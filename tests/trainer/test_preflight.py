@@ -210,13 +210,14 @@ def test_the_recipes_for_one_gpu_fit_and_their_headers_say_what_the_dry_run_says
         assert f"#             qwen2.5-{size:<8}  {training:8.1f}  {sampling:8.1f}  {responses:9.1f}\n" in header
 
 
-def test_the_table_is_right_for_a_card_of_24_gb():
-    """What the driver said that the process used while it sampled: 21,268 MiB (tests/bench/README.md)."""
-    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE), "prompts_per_step": 4}
+@pytest.mark.parametrize(("eager", "gib"), [(True, 20.8), (False, 22.1)])
+def test_the_table_is_right_for_a_card_of_24_gb(eager, gib):
+    """gib: what the driver said that the process used while it sampled (tests/bench/README.md)."""
+    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE), "prompts_per_step": 4, "eager": eager}
     values = {
         row.what: row.value for row in estimate_memory(GrpoConfig(**settings), launch(nodes=1, ranks=1, gib=22.5))
     }
-    assert float(values["while sampling"].split()[0]) == pytest.approx(21268 / 1024, rel=0.05)
+    assert float(values["while sampling"].split()[0]) == pytest.approx(gib, rel=0.05)
 
 
 def test_a_shared_base_is_counted_once():
@@ -242,7 +243,7 @@ def test_a_shared_base_is_counted_once():
 
 def test_one_and_a_half_billion_weights_fit_a_card_of_8_gb():
     shape = str(ROOT / "launch/recipes/qwen2.5-1.5b")
-    config = GrpoConfig(**{**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": shape})
+    config = GrpoConfig(**{**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": shape, "memory_fraction": 0.7})
     rows = estimate_memory(config, launch(nodes=1, ranks=1, gib=7.6))
     values = {row.what: row.value for row in rows}
     assert not problems(rows)
@@ -255,9 +256,9 @@ def test_the_dry_run_says_what_would_fit_and_it_does():
     card = launch(nodes=1, ranks=1, gib=22.5)
     settings = {**read_recipe(GrpoConfig, "one_gpu_80gb"), "model": str(SHAPE), "lora_rank": 16, "memory_fraction": 0.6}
     (said,) = {problem.rpartition(": ")[2] for problem in problems(estimate_memory(GrpoConfig(**settings), card))}
-    assert said == "--memory-fraction 0.93 --micro-tokens 6072 would fit"
-    assert not problems(estimate_memory(GrpoConfig(**settings | {"memory_fraction": 0.93, "micro_tokens": 6072}), card))
-    larger = GrpoConfig(**settings | {"memory_fraction": 0.94, "micro_tokens": 6072})
+    assert said == "--memory-fraction 0.88 --micro-tokens 6072 would fit"
+    assert not problems(estimate_memory(GrpoConfig(**settings | {"memory_fraction": 0.88, "micro_tokens": 6072}), card))
+    larger = GrpoConfig(**settings | {"memory_fraction": 0.89, "micro_tokens": 6072})
     assert problems(estimate_memory(larger, card)), "no more than a hundredth is left"
     (said,) = {p.rpartition(": ")[2] for p in problems(estimate_memory(GrpoConfig(**settings), launch(1, 1, 12)))}
     assert said.startswith("take a smaller model")

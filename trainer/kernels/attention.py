@@ -22,6 +22,8 @@ from trainer.kernels.same import gives_the_same, runs_on
 
 ROTARY = "apply_rotary_pos_emb"
 """The function of this name in the file of a transformers model."""
+UNFUSED = {"enable_fp_fusion": False}
+"""Of a kernel whose products are rounded before they are added: the compiler would make one operation of both."""
 
 
 def fuse_rotary(model: nn.Module, device: torch.device) -> list[str]:
@@ -82,9 +84,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     if x.numel():
         tile = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(size // 2)}
         strides = (x.stride(2), x.stride(1))
-        _rotate[(tokens,)](
-            x, cos, sin, out, *strides, heads, size // 2, **tile, BACKWARD=backward, num_warps=_warps(heads)
-        )
+        settings = {"BACKWARD": backward, "num_warps": _warps(heads), **UNFUSED}
+        _rotate[(tokens,)](x, cos, sin, out, *strides, heads, size // 2, **tile, **settings)
     return out.transpose(0, 1)[None]
 
 
