@@ -1,6 +1,6 @@
 """Kernels and small policies on this machine's device, against float64 or float32: what a GPU computes, and how fast.
 
-    python -m tests.bench.kernels attention head lora around checksums policy quantized   # the pieces, in this order; default: all
+    python -m tests.bench.kernels attention head lora around checksums policy quantized   # in this order; default: all
     python -m tests.bench.kernels --small                               # the same with small shapes, for a CPU
 
 Prints one line per number, `RESULT <name> <value>`. Relative errors are norms: |a - b| / |b|. On a CPU the kernels are
