@@ -181,13 +181,14 @@ class Partial:
     """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
 
     def __init__(
-        self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool, afresh: str = "leave --resume out"
+        self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool, afresh: str = "name another --out"
     ) -> None:
         """settings: everything the answers depend on. resume: read the rows that a run with the same settings left. afresh:
         what starts again without them, for a message.
 
-        The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
-        settings, when a line before the last one is damaged, or when another process writes the folder.
+        The rows may be those of a finished run (predictions.jsonl). Raises UserError when the folder's rows were made with
+        other settings (without `resume`: by a model), when a line before the last one is damaged, or when another process
+        writes the folder.
         """
         self.path, self.afresh = Path(folder) / PARTIAL, afresh
         if self.path.parent.is_dir():  # a folder is made with the first answer: a refused command leaves none
@@ -199,6 +200,8 @@ class Partial:
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
         if resume:
             self.rows = {row["id"]: row for row in self._rows_left()}
+        else:
+            self._refuse_to_lose()
         self.started = False
 
     def add(self, rows: list[dict]) -> None:
@@ -227,27 +230,41 @@ class Partial:
 
     def _rows_left(self) -> list[dict]:
         """The rows that an earlier run left; [] when there are none."""
-        if not self.path.is_file():
-            finished = self.path.with_name("metrics.json")
-            predictions = self.path.with_name("predictions.jsonl")
-            if not (finished.is_file() and predictions.is_file()):
-                return []
-            self._refuse_other_settings(read_result(finished).get("run") or {}, finished)
-            return read_rows(predictions)
-        parsed = [row for _, row in appended_rows(self.path, _is_line)]
-        if not parsed:
-            return []
-        self._refuse_other_settings(parsed[0].get("settings", {}), self.path)
-        return [row for row in parsed[1:] if "id" in row]
+        settings, rows, path = self._left()
+        if settings is not None and (name := self._changed(settings)):
+            raise UserError(
+                f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
+                f"{self.settings.get(name)}: give the same, or {self.afresh} to start again"
+            )
+        return rows
 
-    def _refuse_other_settings(self, settings: dict[str, Any], path: Path) -> None:
-        """Raises UserError that names the first setting that differs from those of this run."""
-        for name in sorted(self.settings.keys() | settings.keys()):
-            if self.settings.get(name) != settings.get(name):
-                raise UserError(
-                    f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
-                    f"{self.settings.get(name)}: give the same, or {self.afresh} to start again"
-                )
+    def _refuse_to_lose(self) -> None:
+        """Raises UserError when the folder holds a model's answers to other settings: they took hours, or cost money."""
+        try:
+            settings, _, path = self._left()
+        except UserError:  # damaged: nothing that --resume could use
+            return
+        if settings and "model" in settings and (name := self._changed(settings)):
+            raise UserError(
+                f"--out: {path} was made with {name} {settings.get(name)}, and this run has {self.settings.get(name)}: "
+                f"name another folder, or remove {path.parent}"
+            )
+
+    def _left(self) -> tuple[dict[str, Any] | None, list[dict], Path]:
+        """(settings, rows, file) of an earlier run, finished or not; (None, [], file) when there is none."""
+        if self.path.is_file():
+            parsed = [row for _, row in appended_rows(self.path, _is_line)]
+            return (parsed[0].get("settings", {}) if parsed else None), [row for row in parsed if "id" in row], self.path
+        finished = self.path.with_name("metrics.json")
+        predictions = self.path.with_name("predictions.jsonl")
+        if not (finished.is_file() and predictions.is_file()):
+            return None, [], finished
+        return read_result(finished).get("run") or {}, read_rows(predictions), finished
+
+    def _changed(self, settings: dict[str, Any]) -> str:
+        """The name of the first setting that differs from those of this run; "" when none does."""
+        names = sorted(self.settings.keys() | settings.keys())
+        return next((name for name in names if self.settings.get(name) != settings.get(name)), "")
 
 
 def _is_line(row: dict[str, Any]) -> bool:

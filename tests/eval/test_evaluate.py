@@ -461,9 +461,13 @@ def test_a_chunk_that_lacks_an_answer_is_asked_whole_where_answers_hang_together
 def test_other_settings_or_a_damaged_file_are_not_resumed(tmp_path):
     Partial(tmp_path, {"model": "m", "seed": 1}, resume=False).add([{"id": "p0", "prediction": "x"}])
     with pytest.raises(
-        ValueError, match="was made with seed 1, and this run has 2: give the same, or leave --resume out"
+        ValueError, match="was made with seed 1, and this run has 2: give the same, or name another --out"
     ):
         Partial(tmp_path, {"model": "m", "seed": 2}, resume=True)
+    lost = f"--out: .*predictions.partial.jsonl was made with seed 1, and this run has 2: name another folder, or remove {tmp_path}"
+    with pytest.raises(UserError, match=lost):  # answers that cost hours, or money
+        Partial(tmp_path, {"model": "m", "seed": 2}, resume=False)
+    Partial(tmp_path, {"model": "m", "seed": 1}, resume=False)
     path = tmp_path / "predictions.partial.jsonl"
     path.write_text('{"settings": {}}\n{"id": \n{"id": "p1", "prediction": "x"}\n')
     with pytest.raises(ValueError, match="predictions.partial.jsonl, line 2: is damaged"):
@@ -655,11 +659,12 @@ def test_a_model_that_was_replaced_is_not_resumed(melanoma):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"1")
     (folder / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder / "base")}))
-    asked = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--resume")
     for model, changed in (("base", "base"), ("adapter", "adapter"), ("adapter", "base")):
-        config = EvaluateConfig(puzzles=("p",), model=str(folder / model), out=str(folder / "o"), temperature=0.0)
+        out = folder / f"{model}, {changed}"
+        asked = ("--puzzles", folder / "melanoma.jsonl", "--out", out, "--resume")
+        config = EvaluateConfig(puzzles=("p",), model=str(folder / model), out=str(out), temperature=0.0)
         held = settings_of(config, puzzles, fingerprint_of(config))
-        Partial(folder / "o", held, resume=False).add([{"id": "p0", "prediction": "x"}])
+        Partial(out, held, resume=False).add([{"id": "p0", "prediction": "x"}])
         assert settings_of(config, puzzles, fingerprint_of(config)) == held
         (folder / changed / "model.safetensors").write_bytes(
             (folder / changed / "model.safetensors").read_bytes() + b"2"
