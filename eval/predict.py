@@ -254,7 +254,11 @@ class Partial:
         """(settings, rows, file) of an earlier run, finished or not; (None, [], file) when there is none."""
         if self.path.is_file():
             parsed = [row for _, row in appended_rows(self.path, _is_line)]
-            return (parsed[0].get("settings", {}) if parsed else None), [row for row in parsed if "id" in row], self.path
+            return (
+                (parsed[0].get("settings", {}) if parsed else None),
+                [row for row in parsed if "id" in row],
+                self.path,
+            )
         finished = self.path.with_name("metrics.json")
         predictions = self.path.with_name("predictions.jsonl")
         if not (finished.is_file() and predictions.is_file()):

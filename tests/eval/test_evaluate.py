@@ -464,7 +464,7 @@ def test_other_settings_or_a_damaged_file_are_not_resumed(tmp_path):
         ValueError, match="was made with seed 1, and this run has 2: give the same, or name another --out"
     ):
         Partial(tmp_path, {"model": "m", "seed": 2}, resume=True)
-    lost = f"--out: .*predictions.partial.jsonl was made with seed 1, and this run has 2: name another folder, or remove {tmp_path}"
+    lost = f"--out: .*partial.jsonl was made with seed 1, and this run has 2: name another folder, or remove {tmp_path}"
     with pytest.raises(UserError, match=lost):  # answers that cost hours, or money
         Partial(tmp_path, {"model": "m", "seed": 2}, resume=False)
     Partial(tmp_path, {"model": "m", "seed": 1}, resume=False)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from torch import Tensor
 
 import trainer.policy
@@ -10,7 +12,7 @@ from tests.trainer.test_packing import GROUPS, tiny_model
 from trainer.logprobs import fused_logprobs
 from trainer.model.attention import ATTENTION
 from trainer.model.loading import recompute_layers
-from trainer.model.lora import fuse_adapters
+from trainer.model.lora import fuse_adapters, made_of
 from trainer.packing import pack
 from trainer.policy import matrix_products, predicting_packed
 from trainer.ppo.critic import Critic
@@ -76,3 +78,32 @@ def test_the_adapter_can_be_off_or_a_critics(pipeline, monkeypatch):
     assert not torch.allclose(found[1][0], found[1][1]) and torch.equal(found[1][1], found[1][2])
     for more in ({"dora": True}, {"quantize": "nf4"}):
         assert fuse_adapters(policy_of(pipeline, **more).model) == 0
+
+
+def test_an_input_is_made_again_only_as_it_was():
+    """In backward, of what it was made of; one that was written to since is kept."""
+    torch.manual_seed(0)
+    layer = Linear(torch.nn.Linear(6, 5).requires_grad_(False), "default", LoraConfig(), r=2, lora_alpha=4)
+    model, asked, grads = torch.nn.Sequential(layer), [], []
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    assert fuse_adapters(model) == 1
+
+    def double(x: Tensor) -> Tensor:
+        asked.append(tuple(x.shape))
+        return 2 * x
+
+    source = torch.randn(2, 3, 6, requires_grad=True)
+    for tells, changes in ((False, False), (True, False), (False, True), (True, True)):
+        x = 2 * source
+        x = made_of(x, double, source) if tells else x
+        if changes:
+            x += 1
+        model(x).square().sum().backward()
+        assert asked == ([(2, 3, 6)] if tells and not changes else [])
+        asked.clear()
+        grads.append([p.grad.clone() for p in (source, *model.parameters()) if p.requires_grad])
+        model.zero_grad()
+        source.grad = None
+    assert (
+        len(grads[0]) == 3 and all(map(torch.equal, grads[0], grads[1])) and all(map(torch.equal, grads[2], grads[3]))
+    )

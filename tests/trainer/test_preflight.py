@@ -145,6 +145,8 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, dtype, checkpo
 # The 7B shape on one H200, r = 256, bfloat16, 2 prompts x 5 responses of the paper's lengths, one optimizer step: peak of
 # torch.cuda.max_memory_allocated() in bytes (tests/bench/README.md, "On a GPU"); there was no sampler and no hand-over.
 MEASURED = [({}, 62.7e9), ({"checkpointing": True}, 29.1e9), ({"checkpointing": True, "keep_attention": True}, 30.6e9)]
+# In that version layers with an adapter kept their inputs: two norms of 3,584 and the product of 18,944 in each layer.
+NOT_KEPT_SINCE = 7730 * 2 * (2 * 3584 + 18944)
 
 
 @pytest.mark.parametrize(("settings", "measured"), MEASURED)
@@ -158,7 +160,9 @@ def test_the_table_is_right_for_a_step_on_a_gpu(settings, measured):
     base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
     memory = training_memory(config, launch(nodes=1, ranks=1, gib=140), base)
     found = memory.peak - memory.kept["copy to hand over"] - memory.kept["sampler's adapter"]
-    assert found == pytest.approx(measured, rel=0.07)  # above: the rows had 7,730 tokens, and might have 8,192
+    layers = 1 if config.checkpointing else 28
+    # above: the rows had 7,730 tokens, and might have 8,192
+    assert found == pytest.approx(measured - layers * NOT_KEPT_SINCE, rel=0.07)
 
 
 def test_the_table_is_right_for_a_run_on_a_gpu():

@@ -4,7 +4,8 @@
     gated MLP (arXiv:2002.05202): down(silu(gate(x)) up(x))
 
 Written with PyTorch's operations, a forward and a backward pass of a norm read or write its input some 25 times, those of
-the activation 13 times, and keep a tensor of every step for backward. Here it is 5 and 8 times, and only inputs are kept.
+the activation 13 times, and keep a tensor of every step for backward. Here it is 5 and 8 times, and only inputs are kept;
+layers with an adapter make the outputs again from them (trainer/model/lora.py).
 The numbers are those of transformers' own code, rounded at the same places; only sums are in another order.
 
 Axes: M tokens (or tokens x heads), H size of a norm, n all elements.
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from trainer.kernels.same import gives_the_same, runs_on
+from trainer.model.lora import made_of
 
 LARGEST_NORM = 16384
 """H that one program holds: 64 KiB of registers."""
@@ -103,14 +105,16 @@ def _fused_norm(norm: nn.Module, own_forward, x: Tensor, *more, **named) -> Tens
     """In place of a norm's forward; its own where its weight is trained, or its output would have another dtype."""
     if more or named or not runs_on(x) or norm.weight.requires_grad or x.dtype != norm.weight.dtype:
         return own_forward(x, *more, **named)
-    return _Norm.apply(x, norm.weight, _epsilon(norm))
+    epsilon = _epsilon(norm)
+    return made_of(_Norm.apply(x, norm.weight, epsilon), partial(_normal, epsilon=epsilon), x, norm.weight)
 
 
 def _fused_mlp(mlp: nn.Module, own_forward, x: Tensor) -> Tensor:
     """In place of a gated MLP's forward."""
     if not runs_on(x):
         return own_forward(x)
-    return mlp.down_proj(_Gated.apply(mlp.gate_proj(x), mlp.up_proj(x)))
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    return mlp.down_proj(made_of(_Gated.apply(gate, up), _gated_product, gate, up))
 
 
 class _Norm(torch.autograd.Function):
@@ -119,15 +123,10 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """x [...,H], weight [H] -> [...,H]."""
-        rows = x.reshape(-1, x.shape[-1])  # [M,H]
-        rows = rows if rows.is_contiguous() else rows.contiguous()
-        out, scales = torch.empty_like(rows), rows.new_empty(len(rows), dtype=torch.float32)
-        if len(rows):
-            size = {"BLOCK": triton.next_power_of_2(rows.shape[1]), "num_warps": _warps(rows.shape[1])}
-            _norm[(len(rows),)](rows, weight, out, scales, rows.shape[1], epsilon, **size)
+        out, rows, scales = _normal_with_scales(x, weight, epsilon)
         ctx.save_for_backward(rows, weight, scales)
         ctx.shape = x.shape
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -140,6 +139,21 @@ class _Norm(torch.autograd.Function):
         return out.view(ctx.shape), None, None
 
 
+def _normal(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return _normal_with_scales(x, weight, epsilon)[0]
+
+
+def _normal_with_scales(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [...,H], x as rows [M,H], 1 / sqrt(mean(x^2) + epsilon) [M])."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.is_contiguous() else rows.contiguous()
+    out, scales = torch.empty_like(rows), rows.new_empty(len(rows), dtype=torch.float32)
+    if len(rows):
+        size = {"BLOCK": triton.next_power_of_2(rows.shape[1]), "num_warps": _warps(rows.shape[1])}
+        _norm[(len(rows),)](rows, weight, out, scales, rows.shape[1], epsilon, **size)
+    return out.view(x.shape), rows, scales
+
+
 def _warps(size: int) -> int:
     """Groups of 32 threads of a program that holds `size` numbers."""
     return min(16, max(1, triton.next_power_of_2(size) // 512))
@@ -150,12 +164,8 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        if n := gate.numel():
-            _gated[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=8)
-        ctx.save_for_backward(gate, up)
-        return out
+        ctx.save_for_backward(gate.contiguous(), up.contiguous())
+        return _gated_product(gate, up)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -164,6 +174,15 @@ class _Gated(torch.autograd.Function):
         if n := gate.numel():
             _gated_backward[(triton.cdiv(n, BLOCK),)](grad, gate, up, grad_gate, grad_up, n, BLOCK=BLOCK, num_warps=8)
         return grad_gate, grad_up
+
+
+def _gated_product(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    if n := gate.numel():
+        _gated[(triton.cdiv(n, BLOCK),)](gate, up, out, n, BLOCK=BLOCK, num_warps=8)
+    return out
 
 
 @triton.jit

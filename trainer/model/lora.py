@@ -5,9 +5,13 @@
 PEFT writes (x A^T) B^T out, multiplies it and adds it: six passes over something as large as y, where the product with B
 can add to y as it goes (two). Backward alike: the scale goes to the [M,r] tensors, and dx is added to in place.
 
+The gradient of A needs x. Where another tensor that is kept anyway gives x in one pass over memory (the output of a norm,
+the product of a gated MLP), x is made again in backward and not kept: see `made_of`.
+
 Axes: M tokens, r rank.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,6 +31,19 @@ def fuse_adapters(model: torch.nn.Module) -> int:
     return len(layers)
 
 
+def made_of(out: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Tell the layers that get `out` how to make it again: make(*sources), bit for bit. The sources must be kept anyway."""
+    if out.requires_grad:
+        out.again = make, [source.detach() for source in sources], out._version
+    return out
+
+
+def _made_again(x: Tensor) -> tuple[Callable[..., Tensor] | None, list[Tensor]]:
+    """(make, sources) of made_of; (None, []) of a tensor that came from elsewhere, or was written to since."""
+    make, sources, version = getattr(x, "again", (None, [], 0))
+    return (make, sources) if x._version == version else (None, [])
+
+
 def _forward(layer: Linear, x: Tensor) -> Tensor:
     """In place of peft's forward. The adapter that is active (a policy's, or a critic's), or none."""
     base = layer.base_layer
@@ -36,30 +53,31 @@ def _forward(layer: Linear, x: Tensor) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     tensors = (x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight)
-    cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    return _LinearWithLora.apply(*cast, layer.scaling[name])
+    x, *cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return _LinearWithLora.apply(x, *cast, layer.scaling[name], *_made_again(x))
 
 
 class _LinearWithLora(torch.autograd.Function):
     """W and bias are frozen: they get no gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale: float) -> Tensor:
-        """x [...,in], weight [out,in], bias [out] or None, a [r,in], b [out,r] -> [...,out]."""
+    def forward(ctx, x, weight, bias, a, b, scale: float, make: Callable | None, sources: list[Tensor]) -> Tensor:
+        """x [...,in], weight [out,in], bias [out] or None, a [r,in], b [out,r] -> [...,out]. make, sources: see made_of."""
         rows = x.flatten(0, -2)  # [M,in]
         low = rows @ a.T  # [M,r]
         out = torch.nn.functional.linear(rows, weight, bias)
         out.addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, low)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(weight, a, b, low, *(sources if make else [rows]))
+        ctx.scale, ctx.shape, ctx.make = scale, x.shape, make
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, weight, a, b, low = ctx.saved_tensors
+        weight, a, b, low, *kept = ctx.saved_tensors
         grad = grad.flatten(0, -2)  # [M,out]
         grad_low = (grad @ b).mul_(ctx.scale)  # [M,r]
         grad_x = None
         if ctx.needs_input_grad[0]:  # not of the first layer: the embedding is frozen
             grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
-        return grad_x, None, None, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scale), None
+        rows = ctx.make(*kept).flatten(0, -2) if ctx.make else kept[0]
+        return grad_x, None, None, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scale), None, None, None

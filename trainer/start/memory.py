@@ -296,12 +296,12 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
-    # two norms: the input (PyTorch's operations keep it in float32, trainer/kernels as it is), and the output, which is
-    # the linear layers' input
-    norms = 2 * ((size if on_gpu and cfg.lora_rank else 4) * h + size * h)
+    kernels = on_gpu and cfg.lora_rank  # trainer/kernels: what a norm or an MLP makes for the linear layers is not kept
+    # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
+    norms = 2 * (size if kernels else 4 + size) * h
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
-    gated = on_gpu and cfg.lora_rank and getattr(shape, "hidden_act", "") == "silu"
-    mlp = size * (3 if gated else 4) * i  # gate, up and their product; PyTorch's operations keep silu(gate) as well
+    gated = kernels and getattr(shape, "hidden_act", "") == "silu"
+    mlp = size * (2 if gated else 4) * i  # gate, up; PyTorch's operations: silu(gate) and the product as well
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
