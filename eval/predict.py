@@ -25,10 +25,9 @@ from data.errors import RunError, UserError
 from data.files import append_rows, appended_rows, lock_folder, sealed_row, unlock_folder, write_whole
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
-from eval.run_files import read_result
+from eval.run_files import PARTIAL, WHOLE, read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
-PARTIAL = "predictions.partial.jsonl"
 REFUSED = "refused"
 """The finish_reason of an empty answer to a prompt that the endpoint refused for good."""
 _REFUSAL = re.compile(r"status (4\d\d): ")
@@ -181,13 +180,18 @@ class Partial:
     """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
 
     def __init__(
-        self, folder: str | os.PathLike, settings: dict[str, Any], resume: bool, afresh: str = "name another --out"
+        self,
+        folder: str | os.PathLike,
+        settings: dict[str, Any],
+        resume: bool,
+        afresh: str = "name another --out",
+        wanted: set[str] | None = None,
     ) -> None:
         """settings: everything the answers depend on. resume: read the rows that a run with the same settings left. afresh:
-        what starts again without them, for a message.
+        what starts again without them, for a message. wanted: ids of the puzzles of this run; None: not checked.
 
-        The rows may be those of a finished run (predictions.jsonl). Raises UserError when the folder's rows were made with
-        other settings (without `resume`: by a model), when a line before the last one is damaged, or when another process
+        The rows may be those of a finished run (predictions.jsonl). Raises UserError when they were made with other
+        settings, when answers of a model would be lost, when a line before the last one is damaged, or when another process
         writes the folder.
         """
         self.path, self.afresh = Path(folder) / PARTIAL, afresh
@@ -198,10 +202,12 @@ class Partial:
         self.tell: Callable[[int, int], None] = lambda done, total: None
         """Called with the puzzles that are answered, and all of them, after some were saved."""
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
+        before, rows, path = self._left()
         if resume:
-            self.rows = {row["id"]: row for row in self._rows_left()}
-        else:
-            self._refuse_to_lose()
+            self._refuse_other_settings(before, path)
+            self.rows = {row["id"]: row for row in rows}
+        if rows and not before.keys() & {"baseline", "predictions"} and not self._reads(path):
+            self._refuse_to_lose(before, rows, path, resume, wanted)
         self.started = False
 
     def add(self, rows: list[dict]) -> None:
@@ -228,47 +234,56 @@ class Partial:
             self.path.unlink()
         unlock_folder(self.path.parent)
 
-    def _rows_left(self) -> list[dict]:
-        """The rows that an earlier run left; [] when there are none."""
-        settings, rows, path = self._left()
-        if settings is not None and (name := self._changed(settings)):
+    def _refuse_other_settings(self, before: dict[str, Any], path: Path) -> None:
+        if name := self._changed(before) if path.is_file() else "":
             raise UserError(
-                f"--resume: {path} was made with {name} {settings.get(name)}, and this run has "
-                f"{self.settings.get(name)}: give the same, or {self.afresh} to start again"
-            )
-        return rows
-
-    def _refuse_to_lose(self) -> None:
-        """Raises UserError when the folder holds a model's answers to other settings: they took hours, or cost money."""
-        try:
-            settings, _, path = self._left()
-        except UserError:  # damaged: nothing that --resume could use
-            return
-        if settings and "model" in settings and (name := self._changed(settings)):
-            raise UserError(
-                f"--out: {path} was made with {name} {settings.get(name)}, and this run has {self.settings.get(name)}: "
-                f"name another folder, or remove {path.parent}"
+                f"--resume: {path} was made with {self._words(name, before)}: give the same, or {self.afresh} to start again"
             )
 
-    def _left(self) -> tuple[dict[str, Any] | None, list[dict], Path]:
-        """(settings, rows, file) of an earlier run, finished or not; (None, [], file) when there is none."""
+    def _refuse_to_lose(
+        self, before: dict[str, Any], rows: list[dict], path: Path, resume: bool, wanted: set[str] | None
+    ) -> None:
+        """Raises UserError when this run would replace a model's answers by others, or by fewer: they took hours, or money."""
+        if path == self.path and not resume:
+            raise UserError(
+                f"--out: {path} holds {len(rows):,} answers of an unfinished run: --resume goes on with it; or {self.afresh}"
+            )
+        if not resume and (name := self._changed(before)):
+            raise UserError(
+                f"--out: {path} was made with {self._words(name, before)}: name another folder, or remove {path}"
+            )
+        if more := {row["id"] for row in rows} - (wanted or {row["id"] for row in rows}):
+            raise UserError(
+                f"--out: {path} goes with answers to {len(more):,} puzzles that this run does not ask, {sorted(more)[0]} for "
+                "example: give --limit as before, or name another folder"
+            )
+
+    def _reads(self, path: Path) -> bool:
+        """Is the folder's own predictions.jsonl what this run reads?"""
+        source = self.settings.get("predictions")
+        return source is not None and Path(source).resolve() in (path.parent.resolve(), path.with_name(WHOLE).resolve())
+
+    def _left(self) -> tuple[dict[str, Any], list[dict], Path]:
+        """(settings, rows, file with the settings) of an earlier run, finished or not; no settings and rows if there is none."""
         if self.path.is_file():
             parsed = [row for _, row in appended_rows(self.path, _is_line)]
-            return (
-                (parsed[0].get("settings", {}) if parsed else None),
-                [row for row in parsed if "id" in row],
-                self.path,
-            )
-        finished = self.path.with_name("metrics.json")
-        predictions = self.path.with_name("predictions.jsonl")
+            return (parsed[0].get("settings", {}) if parsed else {}), [row for row in parsed if "id" in row], self.path
+        finished, predictions = self.path.with_name("metrics.json"), self.path.with_name(WHOLE)
         if not (finished.is_file() and predictions.is_file()):
-            return None, [], finished
+            return {}, [], finished
         return read_result(finished).get("run") or {}, read_rows(predictions), finished
 
-    def _changed(self, settings: dict[str, Any]) -> str:
+    def _changed(self, before: dict[str, Any]) -> str:
         """The name of the first setting that differs from those of this run; "" when none does."""
-        names = sorted(self.settings.keys() | settings.keys())
-        return next((name for name in names if self.settings.get(name) != settings.get(name)), "")
+        names = self.settings.keys() | before.keys()
+        if before.get("model_files") and before["model_files"] == self.settings.get("model_files"):
+            names -= {"model", "base"}  # the same files, named otherwise
+        return next((name for name in sorted(names) if self.settings.get(name) != before.get(name)), "")
+
+    def _words(self, name: str, before: dict[str, Any]) -> str:
+        if name == "model_files":
+            return "other files of the model"
+        return f"{name} {before.get(name)}, and this run has {self.settings.get(name)}"
 
 
 def _is_line(row: dict[str, Any]) -> bool:

@@ -115,10 +115,6 @@ def open_source(
     model = RemoteModel(config) if config.endpoint else LocalModel(load)
 
     def rows(puzzle_set: PuzzleSet, partial: Partial) -> list[dict]:
-        if partial.path.is_file() and not config.resume:
-            print(
-                f"{partial.path}: an unfinished run, which is replaced now; --resume would continue it", file=sys.stderr
-            )
         model.resume(partial)
         puzzles = puzzle_set.puzzles
         chunk = len(puzzles) if config.endpoint else config.chunk  # an endpoint's answers are saved one by one anyway

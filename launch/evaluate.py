@@ -49,9 +49,13 @@ def evaluate(config: EvaluateConfig, report: Report) -> None:
     model_files = fingerprint_of(config)
     answered, results = {}, {}
     before, total = 0, sum(len(puzzle_set.puzzles) for puzzle_set in sets)
-    for puzzle_set in sets:
-        folder = out if len(sets) == 1 else out / puzzle_set.name
-        partial = Partial(folder, settings_of(config, puzzle_set.whole, model_files), config.resume)
+    folders = [out if len(sets) == 1 else out / puzzle_set.name for puzzle_set in sets]
+    partials = []
+    for puzzle_set, folder in zip(sets, folders, strict=True):  # all of them before a model is asked anything
+        settings = settings_of(config, puzzle_set.whole, model_files)
+        wanted = {puzzle.id for puzzle in puzzle_set.puzzles}
+        partials.append(Partial(folder, settings, config.resume, wanted=wanted))
+    for puzzle_set, folder, partial in zip(sets, folders, partials, strict=True):
         partial.tell = lambda done, _, before=before: report.progress(before + done, total)
         rows = source.rows(puzzle_set, partial)
         before += len(puzzle_set.puzzles)

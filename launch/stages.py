@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from data.processes import environment_without_launcher, run_as_stage
+from eval.run_files import PARTIAL
 
 LAUNCH = Path(__file__).resolve().parent
 
@@ -56,4 +57,5 @@ def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **set
     # launch/evaluate.py makes a folder per file only when there are several files
     out = folder if len(files) > 1 else folder / Path(files[0]).stem
     last = folder / Path(files[-1]).stem / "metrics.json"
+    words += ["--resume"] if any(folder.glob(f"*/{PARTIAL}")) else []  # an earlier call was stopped
     return run_stage(stage, last, "evaluate", *words, limit=limit, out=out, **settings)

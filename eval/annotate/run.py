@@ -29,7 +29,8 @@ from eval.annotate.settings import AnnotateConfig, QuestionSettings
 from eval.annotate.votes import Reading, read_answer
 from eval.annotate.writing import add_to, csv_of, obs_columns_of, record_of, refuse_places, write_all
 from eval.baselines import known_markers
-from eval.predict import PARTIAL, Partial, answer_all
+from eval.predict import Partial, answer_all
+from eval.run_files import PARTIAL
 from eval.settings import EvaluateConfig, settings_of
 from eval.sources import Loaded, LocalModel, PuzzleSet, RemoteModel
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from data.errors import UserError
-from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles
+from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from eval.evaluation import puzzles_digest
 from eval.metrics import METRICS, answer_of, score
@@ -407,6 +407,38 @@ def test_puzzles_of_two_kinds_are_not_mixed(melanoma):
 # ---- resuming
 
 
+def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
+    """They took hours, or cost money."""
+    puzzles, settings = make_puzzles(3), {"model": "m", "model_files": "2 files, ab", "seed": 1}
+    ids = {puzzle.id for puzzle in puzzles}
+
+    def refused(why: str, resume: bool = False, wanted: set[str] | None = ids, **changed: object) -> bool:
+        with pytest.raises(UserError, match=why):
+            Partial(tmp_path, settings | changed, resume, wanted=wanted)
+        return True
+
+    partial = Partial(tmp_path, settings, resume=False)
+    rows = answer_all(puzzles, asker(Counter()), partial, chunk=4, whole_chunks=False, name="test")
+    assert refused("--out: .*partial.jsonl holds 3 answers of an unfinished run: --resume goes on with it")
+    (tmp_path / "predictions.partial.jsonl").write_text("{}\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    assert refused("predictions.partial.jsonl, line 1: is damaged")
+    partial.remove()
+    write_rows(tmp_path / "predictions.jsonl", rows)
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": settings}))
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    assert refused("was made with seed 1, and this run has 2: name another folder, or remove .*metrics.json", seed=2)
+    assert refused("was made with other files of the model: name another folder", model_files="2 files, cd")
+    for resume in (False, True):
+        assert refused("goes with answers to 1 puzzles that this run does not ask, p2", resume, ids - {"p2"})
+    Partial(tmp_path, settings, resume=False, wanted=ids)  # the same answers again
+    Partial(tmp_path, settings | {"model": "m, moved"}, resume=False, wanted=ids | {"p9"})
+    Partial(tmp_path, {"predictions": str(tmp_path)}, resume=False, wanted=ids)  # scored anew
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    for made_again in ({"baseline": "random"}, {"predictions": "answers.jsonl"}):
+        (tmp_path / "metrics.json").write_text(json.dumps({"run": made_again}))
+        Partial(tmp_path, settings, resume=False, wanted=set())
+
+
 def asker(asked: Counter, fail_after: int | None = None):
     """A model that answers right, one puzzle at a time, and counts what it was asked."""
 
@@ -464,10 +496,6 @@ def test_other_settings_or_a_damaged_file_are_not_resumed(tmp_path):
         ValueError, match="was made with seed 1, and this run has 2: give the same, or name another --out"
     ):
         Partial(tmp_path, {"model": "m", "seed": 2}, resume=True)
-    lost = f"--out: .*partial.jsonl was made with seed 1, and this run has 2: name another folder, or remove {tmp_path}"
-    with pytest.raises(UserError, match=lost):  # answers that cost hours, or money
-        Partial(tmp_path, {"model": "m", "seed": 2}, resume=False)
-    Partial(tmp_path, {"model": "m", "seed": 1}, resume=False)
     path = tmp_path / "predictions.partial.jsonl"
     path.write_text('{"settings": {}}\n{"id": \n{"id": "p1", "prediction": "x"}\n')
     with pytest.raises(ValueError, match="predictions.partial.jsonl, line 2: is damaged"):
@@ -670,7 +698,7 @@ def test_a_model_that_was_replaced_is_not_resumed(melanoma):
             (folder / changed / "model.safetensors").read_bytes() + b"2"
         )
         done = evaluate(*asked, "--model", folder / model)
-        assert done.exit_code == 2 and "was made with model_files" in done.stderr, done.output
+        assert done.exit_code == 2 and "was made with other files of the model" in done.stderr, done.output
     (folder / "base/model.safetensors").unlink()
     assert fingerprint_of(config) != held["model_files"]
 

@@ -75,20 +75,25 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 from trainer.kernels import layers
 from trainer.model import lora
+from trainer.model.loading import recompute_layers
 
 layers.runs_on = lambda x: True
 layers.rounds_alike = lambda norm, x: True  # as above
 shape = dict(vocab_size=50, hidden_size=24, intermediate_size=160, num_hidden_layers=3, num_attention_heads=3)
 
 
-def gradients(again):
+def gradients(again, dtype=torch.float32, checkpointing=False):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, num_key_value_heads=1, head_dim=8))
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**shape, num_key_value_heads=1, head_dim=8)).to(dtype)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.2)
+        if "lora_" in name:
+            weight.data = weight.float()
     assert layers.fuse_layers(model, torch.device("cpu")) == 3 * 3 + 1 and lora.fuse_adapters(model) == 3 * 7
+    if checkpointing:
+        recompute_layers(model.base_model.model)
     kept, own = {}, layers.made_of
     layers.made_of = own if again else lambda out, *how: out
 
@@ -96,19 +101,20 @@ def gradients(again):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", dtype, dtype != torch.float32):
         loss = model(torch.arange(32)[None], attention_mask=torch.ones(1, 32)).logits.float().log_softmax(-1)[0, :, 7].sum()
-    layers.made_of = own
     size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     loss.backward()
+    layers.made_of = own
     return size, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-less, again = gradients(True)
-more, kept = gradients(False)
-assert again.keys() == kept.keys() and len(kept) == 3 * 7 * 2
-for name, grad in kept.items():
-    assert grad.abs().max() > 0 and torch.equal(again[name], grad), name
+for how in (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True), (torch.float32, False):
+    less, again = gradients(True, *how)
+    more, kept = gradients(False, *how)
+    assert again.keys() == kept.keys() and len(kept) == 3 * 7 * 2
+    for name, grad in kept.items():
+        assert grad.abs().max() > 0 and torch.equal(again[name], grad), (how, name)
 # of each layer the product of the MLP and the outputs of two norms, float32; but not of the very first norm, since nothing
 # keeps the embeddings
 assert more - less == 32 * (3 * (160 + 2 * 24) - 24) * 4, (more, less)
@@ -128,9 +134,8 @@ merged = {"here": half, "there": half, "lse_here": number, "lse_there": number, 
 merged |= dict.fromkeys(
     ("tokens", "heads", "size", "here_head", "here_token", "there_head", "there_token"), "i32"
 )
-of_attention = {
-    "_rotate": (rotated, {"HEADS": 64, "HALF": 64, "BACKWARD": True}), "_merge": (merged, {"HEADS": 64, "SIZE": 128})
-}
+of_attention = [("_rotate", (rotated, {"HEADS": 64, "HALF": 64, "BACKWARD": back})) for back in (False, True)]
+of_attention.append(("_merge", (merged, {"HEADS": 64, "SIZE": 128})))
 kernels = {
     "_norm": ({"rows": half, "weight": half, "out": half, "scales": "*fp32", "size": "i32", "epsilon": "fp32"}, 4096),
     "_norm_backward": ({"grads": half, "rows": half, "weight": half, "scales": "*fp32", "out": half, "size": "i32"}, 4096),
@@ -138,7 +143,7 @@ kernels = {
     "_gated_backward": (dict.fromkeys(("grads", "gates", "ups", "grad_gates", "grad_ups"), half) | {"n": "i64"}, 2048),
 }
 cases = [(getattr(layer_kernels, name), of, {"BLOCK": block}, 8) for name, (of, block) in kernels.items()]
-cases += [(getattr(attention_kernels, name), of, settings, 8) for name, (of, settings) in of_attention.items()]
+cases += [(getattr(attention_kernels, name), of, settings, 8) for name, (of, settings) in of_attention]
 for function, signature, settings, warps in cases:
     source = ASTSource(
         fn=function, signature={**signature, **dict.fromkeys(settings, "constexpr")}, constexprs=settings

@@ -81,7 +81,7 @@ def test_the_adapter_can_be_off_or_a_critics(pipeline, monkeypatch):
 
 
 def test_an_input_is_made_again_only_as_it_was():
-    """In backward, of what it was made of; one that was written to since is kept."""
+    """In backward, from its sources; an input that was written to since is kept instead."""
     torch.manual_seed(0)
     layer = Linear(torch.nn.Linear(6, 5).requires_grad_(False), "default", LoraConfig(), r=2, lora_alpha=4)
     model, asked, grads = torch.nn.Sequential(layer), [], []

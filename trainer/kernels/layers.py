@@ -4,8 +4,8 @@
     gated MLP (arXiv:2002.05202): down(silu(gate(x)) up(x))
 
 Written with PyTorch's operations, a forward and a backward pass of a norm read or write its input some 25 times, those of
-the activation 13 times, and keep a tensor of every step for backward. Here it is 5 and 8 times, and only inputs are kept;
-layers with an adapter make the outputs again from them (trainer/model/lora.py).
+the activation 13 times, and keep a tensor of every step for backward. Here it is 5 and 8 times, and only inputs are kept.
+Layers with an adapter make the outputs again from them, 2 or 3 times more each (trainer/model/lora.py).
 The numbers are those of transformers' own code, rounded at the same places; only sums are in another order.
 
 Axes: M tokens (or tokens x heads), H size of a norm, n all elements.

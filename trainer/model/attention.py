@@ -41,7 +41,8 @@ from data.errors import UserError, first_sentence
 ATTENTION = "shared_prefix"
 """Name of our attention in transformers, with PyTorch's kernels."""
 FLASH_ATTENTION = "shared_prefix_fa"
-"""The same with the kernels of the flash-attn package. With "flash" in it transformers would look for a package of the name."""
+"""The same with the kernels of the flash-attn package. Were "flash" in the name, transformers would look for a package of that
+name."""
 
 aten = torch.ops.aten  # torch's public attention hides the logsumexp, without which two calls cannot be merged
 

@@ -5,8 +5,8 @@
 PEFT writes (x A^T) B^T out, multiplies it and adds it: six passes over something as large as y, where the product with B
 can add to y as it goes (two). Backward alike: the scale goes to the [M,r] tensors, and dx is added to in place.
 
-The gradient of A needs x. Where another tensor that is kept anyway gives x in one pass over memory (the output of a norm,
-the product of a gated MLP), x is made again in backward and not kept: see `made_of`.
+The gradient of A needs x. Where a quick kernel makes x from tensors that are kept anyway (the output of a norm, the product
+of a gated MLP), each layer makes x again in backward instead of keeping it: see `made_of`.
 
 Axes: M tokens, r rank.
 """
@@ -40,7 +40,9 @@ def made_of(out: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tenso
 
 def _made_again(x: Tensor) -> tuple[Callable[..., Tensor] | None, list[Tensor]]:
     """(make, sources) of made_of; (None, []) of a tensor that came from elsewhere, or was written to since."""
-    make, sources, version = getattr(x, "again", (None, [], 0))
+    if not hasattr(x, "again"):
+        return None, []
+    make, sources, version = x.again
     return (make, sources) if x._version == version else (None, [])
 
 

@@ -23,8 +23,10 @@ CONTEXT = 0.7 * GIB
 ASLEEP = 0.5 * GIB
 """What vLLM keeps on a GPU while it sleeps: CUDA graphs and workspaces (an upper estimate; not measured apart)."""
 GRAPHS = 1.2 * GIB
-"""CUDA graphs and compiled code of vLLM, which it takes beyond its share (--memory-fraction); none with --eager. On an H200
+"""What vLLM takes beyond its share (--memory-fraction) when it compiles and captures CUDA graphs; not taken apart. On an H200
 (vLLM 0.26, 7B, 20 responses) a run took 22.1 GiB while it sampled, and 20.8 with --eager."""
+OURS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""Families (model_type) whose norms and MLPs compute with trainer/kernels on a GPU; others are counted as PyTorch's."""
 GAPS = 0.03
 """Memory that torch's allocator holds beyond the tensors, as a share of them: blocks are rounded up, and have gaps."""
 
@@ -84,7 +86,8 @@ class RankMemory:
     peak: float
 
     def fits(self, cfg: OnlineConfig, launch: Launch) -> bool:
-        apart = cfg.placement == "split" and self.sampler.total > launch.rank_bytes
+        beside = CONTEXT + (0.0 if cfg.eager else GRAPHS) if launch.device == "cuda" else 0.0
+        apart = cfg.placement == "split" and self.sampler.total + beside > launch.rank_bytes
         return self.peak <= launch.rank_bytes and not apart
 
 
@@ -153,6 +156,7 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
         {"checkpointing": True},
         {"micro_tokens": min(cfg.micro_tokens, max(4096, one_row))},
         {"micro_tokens": min(cfg.micro_tokens, one_row)},
+        {"eager": True} if launch.device == "cuda" and cfg.engine == "vllm" else {},
     ]
     if importlib.util.find_spec("bitsandbytes") and cfg.shard == "none":
         changes += [{"optimizer": "adamw8bit"}, {"quantize": "nf4"} if cfg.lora_rank else {}]
@@ -296,12 +300,15 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
-    kernels = on_gpu and cfg.lora_rank  # trainer/kernels: what a norm or an MLP makes for the linear layers is not kept
+    # what such a norm or MLP makes for the linear layers with an adapter is not kept (trainer/model/lora.py)
+    plain = cfg.lora_rank and cfg.quantize == "none" and not getattr(cfg, "dora", False)
+    kernels = on_gpu and plain and shape.model_type in OURS
     # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
     norms = 2 * (size if kernels else 4 + size) * h
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
-    gated = kernels and getattr(shape, "hidden_act", "") == "silu"
-    mlp = size * (2 if gated else 4) * i  # gate, up; PyTorch's operations: silu(gate) and the product as well
+    mlp = (
+        size * (2 if kernels and shape.hidden_act == "silu" else 4) * i
+    )  # gate, up; PyTorch's operations: silu(gate) and the product as well
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
