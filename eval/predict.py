@@ -252,7 +252,7 @@ class Partial:
             raise UserError(
                 f"--out: {path} was made with {self._words(name, before)}: name another folder, or remove {path}"
             )
-        if more := {row["id"] for row in rows} - (wanted or {row["id"] for row in rows}):
+        if wanted is not None and (more := {row["id"] for row in rows} - wanted):
             raise UserError(
                 f"--out: {path} goes with answers to {len(more):,} puzzles that this run does not ask, {sorted(more)[0]} for "
                 "example: give --limit as before, or name another folder"

@@ -300,15 +300,15 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
-    # what such a norm or MLP makes for the linear layers with an adapter is not kept (trainer/model/lora.py)
-    plain = cfg.lora_rank and cfg.quantize == "none" and not getattr(cfg, "dora", False)
-    kernels = on_gpu and plain and shape.model_type in OURS
+    kernels = on_gpu and cfg.lora_rank and shape.model_type in OURS
+    # what such a norm or MLP makes for linear layers with our adapter (trainer/model/lora.py) is made again, and not kept
+    again = kernels and cfg.quantize == "none"
     # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
-    norms = 2 * (size if kernels else 4 + size) * h
+    norms = 2 * h * ((size if kernels else 4) + (0 if again else size))
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
-    mlp = (
-        size * (2 if kernels and shape.hidden_act == "silu" else 4) * i
-    )  # gate, up; PyTorch's operations: silu(gate) and the product as well
+    gated = kernels and shape.hidden_act == "silu"
+    # gate, up and their product; PyTorch's operations keep silu(gate) as well
+    mlp = size * i * (4 if not gated else 2 if again else 3)
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
