@@ -206,7 +206,9 @@ class Partial:
         if resume:
             self._refuse_other_settings(before, path)
             self.rows = {row["id"]: row for row in rows}
-        if rows and not before.keys() & {"baseline", "predictions"} and not self._reads(path):
+        # a baseline answers again in seconds, and predictions of another place are still there
+        elsewhere = "predictions" in before and not _reads(before, path)
+        if rows and "baseline" not in before and not elsewhere:
             self._refuse_to_lose(before, rows, path, resume, wanted)
         self.started = False
 
@@ -248,7 +250,7 @@ class Partial:
             raise UserError(
                 f"--out: {path} holds {len(rows):,} answers of an unfinished run: --resume goes on with it; or {self.afresh}"
             )
-        if not resume and (name := self._changed(before)):
+        if not resume and not _reads(self.settings, path) and (name := self._changed(before)):
             raise UserError(
                 f"--out: {path} was made with {self._words(name, before)}: name another folder, or remove {path}"
             )
@@ -258,11 +260,6 @@ class Partial:
                 "example: give --limit as before, or name another folder"
             )
 
-    def _reads(self, path: Path) -> bool:
-        """Is the folder's own predictions.jsonl what this run reads?"""
-        source = self.settings.get("predictions")
-        return source is not None and Path(source).resolve() in (path.parent.resolve(), path.with_name(WHOLE).resolve())
-
     def _left(self) -> tuple[dict[str, Any], list[dict], Path]:
         """(settings, rows, file with the settings) of an earlier run, finished or not; no settings and rows if there is none."""
         if self.path.is_file():
@@ -271,7 +268,10 @@ class Partial:
         finished, predictions = self.path.with_name("metrics.json"), self.path.with_name(WHOLE)
         if not (finished.is_file() and predictions.is_file()):
             return {}, [], finished
-        return read_result(finished).get("run") or {}, read_rows(predictions), finished
+        try:
+            return read_result(finished).get("run") or {}, read_rows(predictions), finished
+        except UserError as error:
+            raise UserError(f"{error}; put a copy of the file back, or name another --out") from None
 
     def _changed(self, before: dict[str, Any]) -> str:
         """The name of the first setting that differs from those of this run; "" when none does."""
@@ -284,6 +284,12 @@ class Partial:
         if name == "model_files":
             return "other files of the model"
         return f"{name} {before.get(name)}, and this run has {self.settings.get(name)}"
+
+
+def _reads(settings: dict[str, Any], path: Path) -> bool:
+    """Does an evaluation with these settings read the predictions.jsonl beside a file, its own?"""
+    source = settings.get("predictions")
+    return source is not None and Path(source).resolve() in (path.parent.resolve(), path.with_name(WHOLE).resolve())
 
 
 def _is_line(row: dict[str, Any]) -> bool:

@@ -35,7 +35,11 @@ class EvaluateConfig:
         "Puzzles, .parquet or .jsonl; repeat for several files (then OUT/<name> each, and their unweighted average).",
         section=FILES,
     )
-    out: str = option(MISSING, "Folder for metrics.json, evaluation.md and predictions.jsonl.", section=FILES)
+    out: str = option(
+        MISSING,
+        "Folder for metrics.json, evaluation.md and predictions.jsonl. A model's answers in it are not replaced by others.",
+        section=FILES,
+    )
     limit: int | None = option(
         None,
         "Use only the first LIMIT puzzles of each file; of single cells the whole batches among them.",

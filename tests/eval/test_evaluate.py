@@ -432,8 +432,16 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
         assert refused("goes with answers to 1 puzzles that this run does not ask, p2", resume, ids - {"p2"})
     Partial(tmp_path, settings, resume=False, wanted=ids)  # the same answers again
     Partial(tmp_path, settings | {"model": "m, moved"}, resume=False, wanted=ids | {"p9"})
-    Partial(tmp_path, {"predictions": str(tmp_path)}, resume=False, wanted=ids)  # scored anew
+    again = {"predictions": str(tmp_path)}  # scored anew
+    Partial(tmp_path, again, resume=False, wanted=ids)
+    assert refused("goes with answers to 1 puzzles", wanted=ids - {"p2"}, **again)
     assert (tmp_path / "predictions.jsonl").read_bytes() == before
+    (tmp_path / "predictions.jsonl").write_bytes(before[5:])
+    assert refused("predictions.jsonl, line 1: not JSON .*; put a copy of the file back, or name another --out")
+    (tmp_path / "predictions.jsonl").write_bytes(before)
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": again}))  # still the only copy of the answers
+    assert refused("was made with .*: name another folder")
+    Partial(tmp_path, again, resume=False, wanted=ids)
     for made_again in ({"baseline": "random"}, {"predictions": "answers.jsonl"}):
         (tmp_path / "metrics.json").write_text(json.dumps({"run": made_again}))
         Partial(tmp_path, settings, resume=False, wanted=set())
