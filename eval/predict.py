@@ -25,7 +25,7 @@ from data.errors import RunError, UserError
 from data.files import append_rows, appended_rows, lock_folder, sealed_row, unlock_folder, write_whole
 from data.prompts import ChatFormat
 from data.puzzles import Puzzle, read_rows
-from eval.run_files import PARTIAL, WHOLE, read_result
+from eval.run_files import PARTIAL, read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
 REFUSED = "refused"
@@ -265,7 +265,7 @@ class Partial:
         if self.path.is_file():
             parsed = [row for _, row in appended_rows(self.path, _is_line)]
             return (parsed[0].get("settings", {}) if parsed else {}), [row for row in parsed if "id" in row], self.path
-        finished, predictions = self.path.with_name("metrics.json"), self.path.with_name(WHOLE)
+        finished, predictions = self.path.with_name("metrics.json"), self.path.with_name("predictions.jsonl")
         if not (finished.is_file() and predictions.is_file()):
             return {}, [], finished
         try:
@@ -289,7 +289,8 @@ class Partial:
 def _reads(settings: dict[str, Any], path: Path) -> bool:
     """Does an evaluation with these settings read the predictions.jsonl beside a file, its own?"""
     source = settings.get("predictions")
-    return source is not None and Path(source).resolve() in (path.parent.resolve(), path.with_name(WHOLE).resolve())
+    own = (path.parent.resolve(), path.with_name("predictions.jsonl").resolve())
+    return source is not None and Path(source).resolve() in own
 
 
 def _is_line(row: dict[str, Any]) -> bool:

@@ -11,8 +11,8 @@ from data.errors import UserError
 from data.files import parse_json, write_whole
 from data.puzzles import read_rows
 
-WHOLE, PARTIAL = "predictions.jsonl", "predictions.partial.jsonl"
-"""The answers of an evaluation, finished and not."""
+PARTIAL = "predictions.partial.jsonl"
+"""The answers of an evaluation that is not finished."""
 STAGES = ("base", "sft", "grpo")
 SPLITS = ("test", "unseen", "cells")
 """Held-out puzzles; those of unseen diseases; those of held-out cells of a second file (launch/demo.py --cells-h5ad)."""
