@@ -571,12 +571,13 @@ def test_the_key_is_nowhere(serve, tmp_path):
     )
     given = words(tmp_path, server, "--accept", f"{tmp_path}/own.py:fn", "--retries", 0, "--candidates", 1)
     process = start(*given, env={"OPENAI_LOG": "debug"})
-    seen = b""
-    while process.poll() is None:
+    seen, said = b"", None
+    while said is None:  # and not "while it runs": it may end after a wait was over, with its output not read yet
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             seen += Path(f"/proc/{process.pid}/cmdline").read_bytes()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            seen += "".join(process.communicate(timeout=0.1)).encode()
+            said = "".join(process.communicate(timeout=0.1)).encode()
+    seen += said
     assert process.returncode == 0 and len(read_rows(tmp_path / "t.jsonl")) == 2, seen
     assert b"HTTP Request: POST" in seen and server.keys == {f"Bearer {KEY}"}
     server.behave = lambda number, of, asked: f"401 {KEY} is not valid"
