@@ -22,8 +22,10 @@ def main(config: ImportGgufConfig) -> None:
     """Write the checkpoint of a GGUF file: weights in float32, tokenizer, chat template, ends of a turn."""
     from trainer.model.from_gguf import import_gguf  # transformers takes seconds to load
 
-    weights = import_gguf(Path(config.file), Path(config.out))
+    weights, notes = import_gguf(Path(config.file), Path(config.out))
     print(f"wrote {config.out}: {weights:,} weights in float32")
+    for note in notes:
+        print(f"note: {note}")
 
 
 if __name__ == "__main__":
