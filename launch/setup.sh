@@ -85,7 +85,7 @@ if [ "$EXTRA" = cuda ]; then
     TAKEN="$("$VENV/bin/python" -c "$TOOK")"
     "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
         say "$TAKEN cannot use the GPU: driver $(driver) supports CUDA up to $(driver_cuda); update the driver, or install" \
-            "for the CPU: rm -r $VENV, then EXTRA=cpu make setup" >&2
+            "for the CPU: rm -r $VENV, then EXTRA=cpu make setup, and set CUDA_VISIBLE_DEVICES= (empty) for every command" >&2
         exit 1
     }
     say "$TAKEN, driver $(driver)"

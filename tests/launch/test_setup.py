@@ -96,7 +96,8 @@ def test_a_driver_that_is_too_old(setup):
     assert done.returncode == 1 and "done" not in done.stdout
     assert re.fullmatch(
         r"\[setup\] torch 2.13.0 \(CUDA 13.0\), vLLM 0.32.0 cannot use the GPU: driver 535.54.03 supports CUDA up to 12.2; "
-        r"update the driver, or install for the CPU: rm -r \S+/venv, then EXTRA=cpu make setup\n",
+        r"update the driver, or install for the CPU: rm -r \S+/venv, then EXTRA=cpu make setup, and set CUDA_VISIBLE_DEVICES= "
+        r"\(empty\) for every command\n",
         done.stderr,
     )
 

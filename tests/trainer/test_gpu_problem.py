@@ -1,5 +1,8 @@
 """A GPU that torch cannot use is one sentence, and not a run of days on the CPU."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -60,7 +63,8 @@ def test_a_driver_that_is_too_old_is_said_from_the_start(nvidia_smi, monkeypatch
 def test_a_torch_for_cpus_beside_a_gpu(nvidia_smi, monkeypatch):
     nvidia_smi("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)")
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is a build for CPUs: make setup again, or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU" in gpu_problem()
+    remedy = f"rm -r {Path(sys.prefix).name}, then make setup, or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+    assert f"is a build for CPUs: {remedy}" in gpu_problem()
 
 
 def test_no_gpu_is_no_problem(nvidia_smi, monkeypatch):

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -305,7 +306,10 @@ def gpu_problem() -> str:
         return ""
     remedy = "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
     if torch.version.cuda is None:
-        return f"nvidia-smi lists a GPU, but this torch {torch.__version__} is a build for CPUs: make setup again, {remedy}"
+        build = (
+            f"this torch {torch.__version__} is a build for CPUs"  # make setup alone would find that it is all there
+        )
+        return f"nvidia-smi lists a GPU, but {build}: rm -r {Path(sys.prefix).name}, then make setup, {remedy}"
     try:
         torch.cuda.init()
         why = "it says nothing more"
