@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,7 +47,8 @@ class Scorer:
     """Scores responses. path: a reward, as for load_reward.
 
     workers: number of processes. 0 scores in this process, without a time limit; a debugger then reaches the function.
-    Workers start with the first call of `score`, which raises UserError when one does not start.
+    Workers start with `start`, else with the first call of `score`. Both `ready` and `score` raise UserError when one does
+    not start.
     """
 
     def __init__(
@@ -58,6 +59,19 @@ class Scorer:
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
         # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
         self.threads = ThreadPoolExecutor(workers) if workers else None
+        self.starting: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Begin to start the worker processes, and do not wait for them."""
+        if self.threads is not None:
+            self.starting = [self.threads.submit(worker.start) for worker in self.workers]
+
+    def ready(self) -> None:
+        """Wait until the worker processes are ready."""
+        wait(self.starting)  # result() below may raise; no thread must still be at a worker
+        starting, self.starting = self.starting, []
+        for future in starting:
+            future.result()
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
@@ -94,6 +108,7 @@ class Scorer:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
         stop = threading.Event() if stop_at_failure else None
         assert self.threads is not None
+        self.ready()
         futures = [
             self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
         ]
@@ -102,6 +117,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the worker processes."""
+        wait(self.starting)
         for worker in self.workers:
             worker.stop()
         if self.threads is not None:
@@ -133,7 +149,7 @@ class _Worker:
 
         Returns the jobs to try again alone.
         """
-        self._start()
+        self.start()
         window = window if self.is_async else 1
         in_flight: dict[int, tuple[dict, float]] = {}
         while (queue or in_flight) and not (stop and stop.is_set()):
@@ -151,7 +167,7 @@ class _Worker:
                     return [job for job, _ in in_flight.values()]  # any of them may be the cause
                 index, reward = next(iter(in_flight)), reply
                 if queue:
-                    self._start()
+                    self.start()
             else:
                 index = reply.pop("index")
                 reward = Reward(**{**reply, "status": Status(reply["status"])})
@@ -164,7 +180,8 @@ class _Worker:
             self.stop()  # its answers are no longer wanted
         return []
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process, unless it runs. Returns when it is ready; raises UserError when it does not get so far."""
         if self.process is not None and self.process.poll() is not None:
             self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:

@@ -157,7 +157,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def say_step(name: str, row: dict) -> None:
     """Print a line of timing.jsonl."""
-    for phase in ("sample", "score", "update", "sync", "step"):
+    for phase in ("sample", "score", "update", "sync", "record", "step"):
         say(f"{name}_step_{row['step']}_{phase}_s", row[f"timing_s/{phase}"])
 
 

@@ -67,14 +67,22 @@ def test_the_run_stops_on_all_ranks_and_goes_on_when_told_to(pipeline, tmp_path,
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert ranks or done.returncode == 2
     (said,) = {line for line in done.stderr.splitlines() if "Error: step 1: " in line}
-    assert "each of the 12 responses was cut at the length limit" in said and "--resume --insist" in said
-    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert "each of the 12 responses was cut at the length limit" in said and "with --insist" in said
+    assert f"all are in {out}/refused_step/rollouts.jsonl" in said
+    rows = [json.loads(line) for line in (out / "refused_step/rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and {row["step"] for row in rows} == {1} and not (out / "finished.json").exists()
     assert repr(rows[0]["completion"]) in said
-    done = run_command("grpo", *given, "--resume", "--insist", ranks=ranks)
+    # no step was made: other settings may begin there, with --resume and without
+    resume = () if ranks else ("--resume",)
+    done = run_command("grpo", *given, "--max-response-tokens", 7, *resume, "--insist", ranks=ranks)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / "finished.json").exists()
     assert len((out / "rollouts.jsonl").read_text().splitlines()) == 12
+    assert {path.name for path in (out / "refused_step").iterdir()} == {
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "timing.jsonl",
+    }
 
 
 REWARDS = """

@@ -34,6 +34,8 @@ class StepLog:
 
     def __init__(self, out: Path, cfg: OnlineConfig, first_step: int) -> None:
         self.out, self.cfg, self.notes = out, cfg, []
+        self.began = 0.0
+        """When the recording of the step before began, by time.perf_counter(); 0: there was none."""
         self.bar = tqdm(total=cfg.steps, initial=first_step, desc=cfg.algorithm, unit="step", disable=None)
         self.loggers = Loggers(out, cfg, first_step)
 
@@ -46,13 +48,16 @@ class StepLog:
         sampled = sum(len(row["response_ids"]) for row in rows)
         times = {
             "step": step,
-            **clock.laps,  # without the phase 'record', which has not ended yet
+            **clock.laps,
+            # 'record', with a checkpoint where one was due, ends after this line is written: this is the step before's
+            "timing_s/record": clock.start - self.began if self.began else 0.0,
             "timing_s/step": seconds,
             "tokens_per_second": rate,
             "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),
             "sampling/share": clock.laps["timing_s/sample"] / seconds,
             **figures,
         }
+        self.began = clock.last
         for name, lines in (("metrics", [metrics]), ("rollouts", rows), ("timing", [times])):
             append_rows(self.out / f"{name}.jsonl", lines, seal=name == "rollouts")  # they are read again
         clock.world.step_made(step, self.cfg.steps, seconds)

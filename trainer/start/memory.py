@@ -86,7 +86,7 @@ class RankMemory:
     peak: float
 
     def fits(self, cfg: OnlineConfig, launch: Launch) -> bool:
-        beside = CONTEXT + (0.0 if cfg.eager else GRAPHS) if launch.device == "cuda" else 0.0
+        beside = beside_sampler(cfg) if launch.device == "cuda" else 0.0
         apart = cfg.placement == "split" and self.sampler.total + beside > launch.rank_bytes
         return self.peak <= launch.rank_bytes and not apart
 
@@ -126,6 +126,11 @@ def estimate_memory(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     return rows
 
 
+def beside_sampler(cfg: OnlineConfig) -> float:
+    """Bytes of a GPU that a sampling process takes beside its weights and KV cache."""
+    return CONTEXT + (0.0 if cfg.eager else GRAPHS)
+
+
 def rank_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> RankMemory:
     """What a rank needs. base: the model without its weights.
 
@@ -140,8 +145,8 @@ def rank_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> Ran
     beside = CONTEXT + GAPS * (memory.peak - held) + (ASLEEP if here else 0.0) if on_gpu else 0.0
     training = memory.peak + beside
     # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory
-    graphs = GRAPHS if here and not cfg.eager else 0.0
-    sampling = kept + memory.gathered + here + (CONTEXT + graphs + GAPS * (kept - held) if on_gpu else 0.0)
+    awake = beside_sampler(cfg) if here else CONTEXT
+    sampling = kept + memory.gathered + here + (awake + GAPS * (kept - held) if on_gpu else 0.0)
     peak = max(training, sampling) if on_gpu else training + memory.gathered + here
     return RankMemory(trainer=memory, sampler=sampler, beside=beside, training=training, sampling=sampling, peak=peak)
 

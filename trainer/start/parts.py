@@ -31,6 +31,7 @@ from trainer.record.runfolder import (
     check_run,
     open_run,
     restore_training,
+    set_first_step_aside,
     steps_saved,
     with_date,
     write_json,
@@ -98,7 +99,9 @@ def prepare(
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
     validator.restore()
+    scorer.start()  # beside the sampler, which takes longer: the first step waits for neither
     engine = engine or make_engine(cfg, policy, world)
+    scorer.ready()
     return Run(
         start=Step(step=first_step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out, critic=critic),
         prompts=prompts,
@@ -314,10 +317,11 @@ def refuse_a_useless_start(
     if problem:
         scored = any(row["reward"] is not None for row in rows)
         hint = "Is the cold start missing (launch/sft.py), or is --max-response-tokens too small?"
+        kept = set_first_step_aside(out, world.is_main)
         raise UserError(
-            f"step 1: {problem}; all are in {out / 'rollouts.jsonl'}. {asked}. "
-            f"{hint if scored else f'Does --reward {cfg.reward} score such responses?'} To go on all the same: "
-            "--resume --insist"
+            f"step 1: {problem}; all are in {kept / 'rollouts.jsonl'}. {asked}. "
+            f"{hint if scored else f'Does --reward {cfg.reward} score such responses?'} The same folder takes the command "
+            "with what was mended, or with --insist to go on all the same"
         )
     if world.is_main and not any(RESPONSE_LAYOUT.fullmatch(row["completion"]) for row in rows):
         print(
