@@ -55,7 +55,7 @@ smollm2() {
         result "smollm2_skipped no cold start in $SMOLLM2 (make smollm2 makes one)"
         return
     fi
-    puzzles="$SMOLLM2/puzzles/train.parquet"
+    puzzles="$SMOLLM2/train_both.parquet"
     steps=20
     [ -z "${TINY:-}" ] || steps=1
     run smollm2 100 "$SMOLLM2/sft/model" -- --recipe smollm2_grpo --puzzles "$puzzles" --steps $steps
@@ -63,27 +63,25 @@ smollm2() {
 
 SAMPLING=""
 [ -n "${TINY:-}" ] || SAMPLING="--model 40M --dtype bfloat16 --tokens 256"
-TRL="--trl"
-"$PYTHON" -c "import trl" 2>/dev/null || TRL=""
 CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction"
-[ $# -gt 0 ] || set -- kernels update shape_7b small_bfloat16 smollm2 quantized small_float32 shape_7b_warm shape_7b_keep \
-    shape_7b_eager shape_7b_copies card_24gb card_8gb sampling
+[ $# -gt 0 ] || set -- kernels smollm2 update shape_7b
 # shellcheck disable=SC2086
 for wanted in "$@"; do
     case $wanted in
     kernels) piece kernels 70 "$PYTHON" -m tests.bench.kernels $SMALL attention head lora around checksums policy ;;
-    # one update with and without each kernel, flash-attn, checkpointing, and TRL's (where they are installed)
-    update) piece update 200 "$PYTHON" -m tests.bench.gpu_update --work "$WORK" ${TINY:+--tiny} --profile $TRL ;;
+    # one update with and without each kernel, flash-attn and checkpointing; and TRL's, with what of it is installed
+    update) piece update 110 "$PYTHON" -m tests.bench.gpu_update --work "$WORK" ${TINY:+--tiny} --profile ;;
+    trl) piece trl 200 "$PYTHON" -m tests.bench.gpu_update --work "$WORK" ${TINY:+--tiny} --trl ;;
     quantized) piece quantized 40 "$PYTHON" -m tests.bench.kernels $SMALL quantized ;;
     small_bfloat16) run small_bfloat16 110 small --dtype bfloat16 ;;
     small_float32) run small_float32 90 small --dtype float32 -- --eager ;;
     smollm2) smollm2 ;;
     # three steps; then one with the compile cache of the first, and one without compiling
-    shape_7b) run shape_7b 240 qwen2.5-7b --dtype bfloat16 ;;
+    shape_7b) run shape_7b 210 qwen2.5-7b --dtype bfloat16 ;;
     shape_7b_warm) run shape_7b_warm 140 qwen2.5-7b --dtype bfloat16 -- --steps 1 ;;
     shape_7b_eager) run shape_7b_eager 120 qwen2.5-7b --dtype bfloat16 -- --steps 1 --eager ;;
     # --checkpointing without a second forward pass of attention: the same metrics, 3 GB more, a shorter update
-    shape_7b_keep) run shape_7b_keep 140 qwen2.5-7b --dtype bfloat16 -- --keep-attention ;;
+    shape_7b_keep) run shape_7b_keep 240 qwen2.5-7b --dtype bfloat16 -- --keep-attention ;;
     sampling) piece sampling 140 "$PYTHON" -m tests.bench.sampling --repeats 3 --json "$OUT/sampling.json" $SAMPLING ;;
     # the base in memory twice, as before --base shared: the same metrics, more memory, slower sleep and wake
     shape_7b_copies) run shape_7b_copies 240 qwen2.5-7b --dtype bfloat16 -- --base copies ;;

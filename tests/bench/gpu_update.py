@@ -1,18 +1,23 @@
 """One GRPO optimizer step of a 7B shape on a GPU, in one process: with and without each of our kernels, and TRL's.
 
-    python -m tests.bench.gpu_update --work /dev/shm/w --profile --trl     # random weights, r = 256, the paper's lengths
+    python -m tests.bench.gpu_update --work /dev/shm/w --profile   # random weights, r = 256, the paper's lengths
+    python -m tests.bench.gpu_update --work /dev/shm/w --trl       # the same of TRL
     python -m tests.bench.gpu_update --work /tmp/w --tiny                  # every line, on a CPU
 
 2 prompts x 5 responses (tests/bench/update.py). Prints `RESULT update_<variant> <seconds> s, ...`: tokens per second count
 a copy of the prompt per response, TFLOP/s the operations that the step needs, memory is the peak that PyTorch allocated.
---profile: also the GPU's busy time and its 40 longest kernels. --trl: TRL 1.16 without and with checkpointing.
+--profile: also the GPU's busy time and its 40 longest kernels. --trl: TRL 1.16 alone, without and with checkpointing, with
+Liger and with flash-attn-4 where they are installed; its fastest is what ours is to be compared with.
 """
 
 import argparse
 import gc
+import importlib.util
 import tempfile
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -57,6 +62,7 @@ def measure_ours(task: Task, profiles: bool) -> None:
     step, policy, cost = kept_step(task)
     timed = Timed(task, step_flops(task, cost, shared=True))
     timed("ours", step, 3)
+    say("update_waits_of_the_host", waits(step))
     if profiles and ON_GPU:
         profile(step)
     switches = {
@@ -64,6 +70,7 @@ def measure_ours(task: Task, profiles: bool) -> None:
         "rotary_kernel": (attention_kernels, "runs_on", lambda x: False),
         "merge_kernel": (attention, "merge_for", lambda out, lse: attention.merged),
         "head_kernel": (logprobs, "passes_for", lambda like: logprobs.passes),
+        "inputs_made_again": (layer_kernels, "made_of", lambda out, *how: out),
     }
     for name, (module, function, other) in switches.items():
         kept = getattr(module, function)
@@ -90,6 +97,23 @@ def measure_ours(task: Task, profiles: bool) -> None:
         timed(name, step)
         for layer, forward in zip(layers, plain, strict=True):
             layer.forward = forward
+
+
+def waits(step: Callable[[], object]) -> int:
+    """How often the host waits for the GPU in a step, by PyTorch's own count (it knows most kinds of waiting, not all)."""
+    if not ON_GPU:
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    places = Counter(f"{entry.filename}:{entry.lineno}" for entry in found if "synchroniz" in str(entry.message))
+    for place, count in places.most_common(10):
+        print(f"WAIT {count} x {place}", flush=True)
+    return places.total()
 
 
 def kept_step(task: Task) -> tuple[Callable[[], None], Policy, object]:
@@ -127,13 +151,32 @@ def measure_trl(task: Task) -> None:
     from tests.bench.update_trl import TrlStep
 
     timed = Timed(task, 0.0)
-    for checkpointing, micro_batch in ((False, 2), (True, 5)):
-        settings = {"lora_rank": task.rank, "micro_batch": micro_batch, "checkpointing": checkpointing, "liger": False}
-        made = TrlStep(task.folder, task.groups(), dtype=task.dtype, out=tempfile.mkdtemp(), **settings)
-        timed(f"trl{'_checkpointing' if checkpointing else ''}_micro_batch_{micro_batch}", made.step)
-        del made
-        gc.collect()
-        torch.cuda.empty_cache()
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    # flash_attention_4 needs transformers 5 and the package flash-attn-4, which is also what ours takes
+    kernels = ["sdpa"]
+    if ON_GPU and not attention.why_no_flash(torch.device("cuda")):
+        kernels.append("flash_attention_4")
+    for attn, liger in product(kernels, (False, True) if has_liger else (False,)):
+        for checkpointing, micro_batch in ((False, 2), (True, 5)):
+            parts_of_name = ("checkpointing" * checkpointing, f"micro_batch_{micro_batch}", "liger" * liger, attn)
+            name = "_".join(["trl", *filter(None, parts_of_name)])
+            settings = {
+                "lora_rank": task.rank,
+                "micro_batch": micro_batch,
+                "checkpointing": checkpointing,
+                "liger": liger,
+            }
+            try:
+                made = TrlStep(
+                    task.folder, task.groups(), dtype=task.dtype, out=tempfile.mkdtemp(), attn=attn, **settings
+                )
+            except Exception as error:  # of whatever library: the other settings are still wanted
+                say(f"update_{name}", f"failed: {str(error).splitlines()[0]}")
+                continue
+            timed(name, made.step)
+            del made
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def main() -> None:
@@ -150,12 +193,7 @@ def main() -> None:
     small = {"scale": 0.05, "rank": 8, "micro_tokens": 512}
     size = small if arguments.tiny else {"scale": 1.0, "rank": 256, "micro_tokens": 8192}
     task = Task(model=shape, prompts=2, dtype=dtype, folder=str(folder), **size)
-    measure_ours(task, arguments.profile)
-    if arguments.trl:
-        gc.collect()
-        if ON_GPU:
-            torch.cuda.empty_cache()
-        measure_trl(task)
+    measure_trl(task) if arguments.trl else measure_ours(task, arguments.profile)
 
 
 if __name__ == "__main__":

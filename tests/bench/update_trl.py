@@ -34,7 +34,8 @@ class TrlStep:
     N. liger: Liger's fused GRPO loss instead of TRL's own, as under use_liger_loss, which TRL 1.16 no longer has; on a
     GPU also TRL's use_liger_kernel (Triton kernels inside the layers). adapter: LoRA weights to start from, under the
     names of `Policy.adapter_tensors`. compact: apply the LM head to response tokens only, as TRL always does on a GPU;
-    on a CPU it scores prompts and padding too. The choice holds for the whole process, until the next TrlStep.
+    on a CPU it scores prompts and padding too. The choice holds for the whole process, until the next TrlStep. attn:
+    transformers' name of an attention kernel.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TrlStep:
         dtype: str = "float32",
         adapter: dict[str, Tensor] | None = None,
         compact: bool = False,
+        attn: str = "sdpa",
     ) -> None:
         group_size = len(groups[0][1])
         n_rows = len(groups) * group_size
@@ -77,7 +79,7 @@ class TrlStep:
             self.trainer = _Stepper(
                 model_dir,
                 reward_funcs=reward,
-                args=_config(groups, micro_batch, checkpointing, liger, out, dtype),
+                args=_config(groups, micro_batch, checkpointing, liger, out, dtype, attn),
                 train_dataset=Dataset.from_dict({"prompt": names}),
                 processing_class=load_tokenizer(model_dir),
                 peft_config=LoraConfig(
@@ -175,7 +177,7 @@ def _liger_loss(args: GRPOConfig) -> torch.nn.Module:
 
 
 def _config(
-    groups: list[Group], micro_batch: int, checkpointing: bool, liger: bool, out: str, dtype: str
+    groups: list[Group], micro_batch: int, checkpointing: bool, liger: bool, out: str, dtype: str, attn: str
 ) -> GRPOConfig:
     """Our paper preset as TRL's settings. TRL always adds 1e-4 to the standard deviation (ours: --advantage-eps)."""
     group_size = len(groups[0][1])
@@ -206,7 +208,7 @@ def _config(
         max_grad_norm=1.0,
         # the machine
         use_cpu=not torch.cuda.is_available(),
-        model_init_kwargs={"dtype": dtype},
+        model_init_kwargs={"dtype": dtype, "attn_implementation": attn},
         bf16=dtype == "bfloat16",
         gradient_checkpointing=checkpointing,
         use_liger_kernel=liger and torch.cuda.is_available(),
