@@ -338,7 +338,6 @@ def add_up_gradients(now: Step, learner: Learner, batch: StepInputs, sums: Token
 
     Raises FloatingPointError, leaving a bundle, when a term or the gradient is not finite on any rank.
     """
-    learner.optimizer.zero_grad(set_to_none=True)  # None frees the memory until the first backward pass
     passes = []
     for micro in now.world.paced(batch.micro_batches):
         terms = learner.terms(micro, batch.denominators)
@@ -514,11 +513,12 @@ def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: 
 def optimizer_step(now: Step, learner: Learner, batch: StepInputs, norm: Tensor) -> float:
     """Clip the gradient, then AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
     clip_gradients(list(learner.parameters.values()), norm, now.cfg.grad_clip)
-    if not batch.denominators.n_tokens:  # no response of the batch was scored, so there is nothing to learn
-        return 0.0
-    # warm-up counts sampled batches: all updates of a batch (--updates-per-batch) have the same rate
-    lr = learner.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    learner.optimizer.step()
+    lr = 0.0
+    if batch.denominators.n_tokens:  # else no response of the batch was scored, so there is nothing to learn
+        # warm-up counts sampled batches: all updates of a batch (--updates-per-batch) have the same rate
+        lr = learner.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+        learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)  # while the sampler works, their memory is its own
     return lr

@@ -3,7 +3,8 @@
 python tests/helpers/shared_base.py CASE COMMAND [OPTION ...]
 
 CASE shared: prints "RESULT {...}" about where the trainer's frozen weights lie. CASE plain: vLLM does not pack its weights, as
-under --base shared, so that two copies give the same numbers as one. CASE written: one number of a frozen weight is changed
+under --base shared, so that two copies give the same numbers as one. CASE not_shared: as on a GPU, --base auto tries to share,
+and finds that vLLM holds the model's weights in another way. CASE written: one number of a frozen weight is changed
 after the first update, in a way that autograd does not count.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import launch  # noqa: F401 (sets variables before the libraries are imported)
 from rollout.vllm_versions import plain_weights, prepare_environment
 from trainer import grpo
+from trainer.model.shared import NotSharedError
 from trainer.start import parts
 
 WRITTEN = "model.layers.1.self_attn.k_proj.base_layer.weight"
@@ -36,6 +38,10 @@ def look(policy: Any, engine: Any) -> None:
     print(f"RESULT {json.dumps(found)}", flush=True)
 
 
+def refuse(*held: Any) -> None:
+    raise NotSharedError("vLLM holds its layers in another way")
+
+
 def main() -> None:
     case, command, *options = sys.argv[1:]
     sys.argv = [command, *options]
@@ -52,6 +58,8 @@ def main() -> None:
 
     if case == "shared":
         parts.load_policy_and_base = load_and_look
+    if case == "not_shared":
+        parts.why_two_copies, parts.SharedBase = lambda *_: "", refuse
     if case == "written":
         grpo.optimizer_step = step_and_write
     if case == "plain":

@@ -220,6 +220,26 @@ def test_a_worker_serves_step_after_step(rewards):
     assert not any(map(alive, pids[0]))
 
 
+def test_workers_are_ready_before_the_first_response(rewards):
+    scorer = Scorer(f"{rewards}:plain", 2, 60.0)
+    scorer.start()
+    scorer.ready()
+    pids = [worker.process.pid for worker in scorer.workers]
+    assert all(map(alive, pids))
+    assert [reward.total for reward in scorer.score(["a", "bb"], [PUZZLE] * 2, [False] * 2)] == [1.0, 2.0]
+    assert [worker.process.pid for worker in scorer.workers] == pids
+    scorer.close()
+    here = Scorer(f"{rewards}:plain", 0)  # it has none, so there is nothing to wait for
+    here.start()
+    here.ready()
+    for wait in ("ready", "score"):  # whoever waits first says it
+        broken = Scorer("nowhere.py:fn", 1)
+        broken.start()
+        with pytest.raises(ValueError, match="--reward nowhere.py:fn: its scoring process did not start: no file"):
+            broken.ready() if wait == "ready" else broken.score(["a"], [PUZZLE], [False])
+        broken.close()
+
+
 def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as handle:

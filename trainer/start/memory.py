@@ -54,7 +54,7 @@ class TrainingMemory:
     """Bytes of a rank that trains."""
 
     kept: dict[str, float]
-    """{what: bytes} that is there all the time, also while the sampler works."""
+    """{what: bytes} that is there all the time, also while the sampler works, but for the gradients."""
     gathered: float
     """Whole tensors that a hand-over makes of sharded ones."""
     backward: dict[str, float]
@@ -141,7 +141,7 @@ def rank_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> Ran
     # shared weights, with the adapter's slots, stay where they are: the trainer counts them as its own
     held = sampler.weights if not why_two_copies(cfg, on_gpu) else 0.0
     here = 0.0 if cfg.placement == "split" or cfg.engine == "torch" else sampler.total - held
-    kept = sum(memory.kept.values())
+    kept = sum(memory.kept.values()) - memory.kept["gradients"]  # of which an optimizer step is the end
     beside = CONTEXT + GAPS * (memory.peak - held) + (ASLEEP if here else 0.0) if on_gpu else 0.0
     training = memory.peak + beside
     # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory

@@ -140,7 +140,6 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
         engine = make_vllm_engine(cfg, lora, **place, shares_weights=True)
         try:
             policy = load_policy(cfg, world.device, base=SharedBase(*engine.held_weights()))
-            engine.lora = policy.lora
         except NotSharedError as problem:  # of a model type that vLLM holds in another way
             why = str(problem)
             if cfg.base == "shared":
@@ -150,7 +149,10 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
     if world.is_main and cfg.engine == "vllm":
         what = f"two copies, the trainer's and the sampler's: {why}" if why else "one copy, which the sampler reads too"
         print(f"frozen base in memory: {what}", flush=True)
-    return policy or load_policy(cfg, world.device, cfg.shard == "fsdp"), engine
+    policy = policy or load_policy(cfg, world.device, cfg.shard == "fsdp")
+    if engine is not None:
+        engine.lora = policy.lora  # with the names of its layers, which only the policy knows
+    return policy, engine
 
 
 def load_policy(
