@@ -9,12 +9,8 @@ made. Each run is a folder of its own, OUT/NAME/seed-S: the same command goes on
 can share OUT when each is given other runs.
 """
 
-import importlib
 from pathlib import Path
 
-import click
-
-from data.errors import UserError
 from data.files import lock_folder, unlock_folder
 from data.status.status import reporting
 from eval.ablation.compare import read_arm
@@ -29,10 +25,11 @@ from eval.ablation.settings import (
     read_arms,
     refuse_test_puzzles,
 )
+from eval.demo.settings import DemoConfig, base_model, training_files
 from eval.run_files import held_out_files
-from launch.demo import DemoConfig, base_model, prepare, response_tokens, training_files
+from launch.demo import prepare, refuse_wrong_options, response_tokens
 from launch.options import command, resolve
-from launch.stages import begun, evaluate_files, run_stage
+from launch.stages import begun, evaluate_files, naming, read_stage, run_stage
 from trainer.record.runfolder import FINISHED, list_checkpoints
 
 
@@ -44,6 +41,8 @@ def main(config: AblateConfig) -> None:
     out, start = Path(config.out), Path(config.start)
     paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
     refuse_wrong_words(arms, paths)
+    with naming("--start-recipe"):
+        refuse_wrong_options(demo)
     if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
         refuse_test_puzzles(arms, paths, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
@@ -72,12 +71,9 @@ def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path])
     for name, commands in arms.items():
         for words in commands:
             verb, *given = filled(words, paths | {"model": paths["sft"]})
-            try:
+            with naming(f"--arms {name}: {verb}"):
                 if verb != START:
-                    importlib.import_module(f"launch.{verb}").main.read([*given, "--out", "out", "--seed", "0"])
-            except (click.ClickException, UserError) as error:
-                why = error.format_message() if isinstance(error, click.ClickException) else error
-                raise UserError(f"--arms {name}: {verb}: {why}") from None
+                    read_stage(verb, *given, out="out", seed=0)
 
 
 def run_arm(

@@ -12,78 +12,26 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from data.errors import UserError
+from data.build.settings import check_config
 from data.files import lock_folder
-from data.status.status import NOTIFY, Report, reporting
+from data.status.status import Report, reporting
 from eval.baselines import BASELINES
+from eval.demo.record import record_settings, refuse_other_settings
+from eval.demo.settings import COLD_START, SIMULATED_BUILD, DemoConfig, base_model, refuse_missing_files, training_files
 from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
 from launch.annotate import annotate_held_out, annotate_stage
-from launch.options import command, option
-from launch.stages import LAUNCH, begun, evaluate_files, run_stage
+from launch.options import command, read_recipe
+from launch.stages import begun, evaluate_files, naming, read_stage, run_stage
 from launch.together import write_both, write_labels
-from trainer.record.runfolder import FINISHED, list_checkpoints, provenance
+from reward import load_reward
+from trainer.config import GrpoConfig
+from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints, provenance
 
-RUN, ATLAS, TRAINING = "The run", "Atlas and puzzles", "Model and training"
-"""Headings of --help."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    out: str = option("runs/demo", "Run folder of the demo.", section=RUN)
-    seed: int = option(0, "Seed of every random choice of every stage.", section=RUN)
-    h5ad: str | None = option(None, "Your own single-cell file; default: a simulated atlas.", section=ATLAS)
-    donors: int = option(64, "Donors of the simulated atlas.", section=ATLAS)
-    types: int = option(40, "Cell types of the simulated atlas.", section=ATLAS)
-    noise: float = option(0.4, "Difficulty of the simulated atlas (0.5 easy, 2 hard).", section=ATLAS)
-    build: tuple[str, ...] = option(
-        (), "Options for launch/build.py as name=value, instead of those for the simulated atlas.", section=ATLAS
-    )
-    cells_h5ad: str | None = option(
-        None,
-        "A second file: trained on too, and its held-out puzzles are evaluated as the split 'cells'.",
-        section=ATLAS,
-    )
-    cells_build: tuple[str, ...] = option((), "Options for launch/build.py with the second file.", section=ATLAS)
-    model: str | None = option(
-        None,
-        "Checkpoint to start from; default: a small policy made from scratch (--hidden, --layers).",
-        section=TRAINING,
-    )
-    distill: tuple[str, ...] = option((), "Options for launch/distill.py as name=value.", section=TRAINING)
-    traces_from: int | None = option(
-        None, "Training puzzles (of each file) that the teacher answers; default: all.", section=TRAINING
-    )
-    hidden: int = option(128, "Hidden size of the embedded policy.", section=TRAINING)
-    layers: int = option(3, "Layers of the embedded policy.", section=TRAINING)
-    sft: tuple[str, ...] = option(
-        (), "Options for launch/sft.py as name=value, instead of those that train all weights.", section=TRAINING
-    )
-    sft_epochs: int = option(3, "Epochs of the cold start.", section=TRAINING)
-    sft_lr: float = option(3e-3, "Peak learning rate of the cold start.", section=TRAINING)
-    grpo_recipe: str = option(str(LAUNCH / "recipes/demo.yaml"), "Recipe of the GRPO stage.", section=TRAINING)
-    grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.", section=TRAINING)
-    annotate: tuple[str, ...] = option(
-        (),
-        "Options for launch/annotate.py as name=value: the last stage labels the clusters of the real file.",
-        section=RUN,
-    )
-    eval_puzzles: int = option(300, "Puzzles per held-out split that are evaluated.", section=RUN)
-    notify: str = option("", NOTIFY, section=RUN)
-
-
-SIMULATED_BUILD = (
-    *("min-cells=3", "max-cells=4", "top-genes=12", "drop-genes=ribosomal", "drop-genes=mitochondrial"),
-    *("puzzles-per-n=4000", "test-puzzles-per-n=150"),
-    *("unseen-disease=systemic lupus erythematosus", "unseen-disease=Crohn disease"),
-)
 PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
-COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
 @command(DemoConfig)
@@ -95,8 +43,11 @@ def main(config: DemoConfig) -> None:
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)
+    refuse_wrong_options(config)
+    refuse_other_settings(config, recipe_values(config), FREE_ON_RESUME)
     with reporting(out, config.notify, "part") as report:
         lock_folder(out)
+        record_settings(config, recipe_values(config))
         said = run_parts(config, report)
     print("\n".join(["", *said, "", f"report: {out / 'report.html'}"]))
 
@@ -181,14 +132,6 @@ def flags(options: Iterable[str]) -> list[str]:
     return [word for item in options for word in ("--" + item).split("=", 1)]
 
 
-def training_files(config: DemoConfig) -> tuple[Path, Path]:
-    """(training puzzles, traces), of both files where there are two."""
-    out = Path(config.out)
-    if config.cells_h5ad:
-        return out / "train_both.parquet", out / "traces_both.jsonl"
-    return out / "puzzles/train.parquet", out / "traces.jsonl"
-
-
 def annotate(config: DemoConfig, model: Path) -> str:
     """A sentence on the last stage: clusters of a file, labelled as a biologist would have them; "" if there is none.
 
@@ -204,18 +147,33 @@ def annotate(config: DemoConfig, model: Path) -> str:
     return annotate_held_out(out, model, response_tokens(config), config.seed)
 
 
-def refuse_missing_files(config: DemoConfig) -> None:
-    """Raises UserError, before anything is made, when a file or the checkpoint of the settings is not there."""
-    if config.model and not (Path(config.model) / "config.json").is_file():
-        raise UserError(f"--model {config.model}: no checkpoint there; `make smollm2` brings SmolLM2's")
-    for name, file in (("--h5ad", config.h5ad), ("--cells-h5ad", config.cells_h5ad)):
-        if file and not Path(file).exists():
-            raise UserError(f"{name} {file}: no such file; `make pbmc` and `make smollm2` bring the real cells")
+def refuse_wrong_options(config: DemoConfig) -> None:
+    """Raises UserError, before anything is made, for options that a stage would refuse when its turn comes, hours later."""
+    out, (puzzles, traces) = Path(config.out), training_files(config)
+    tuned, cells = out / "sft/model", config.cells_h5ad or config.h5ad or out / "atlas.h5ad"
+    cold_start = {"traces": traces, "model": base_model(config), "epochs": config.sft_epochs, "lr": config.sft_lr}
+    grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "puzzles": puzzles, "model": tuned}
+    for option, verb, words, result, more in (
+        ("--build", "build", flags(config.build or SIMULATED_BUILD), "puzzles", {}),
+        ("--cells-build", "build", flags(config.cells_build), "cells", {}),
+        ("--distill", "distill", flags(config.distill), traces.name, {"puzzles": puzzles, "limit": config.traces_from}),
+        ("--sft", "sft", flags(config.sft or COLD_START), "sft", cold_start),
+        ("--grpo-recipe", "grpo", (), "grpo", grpo),
+        ("--eval-puzzles", "evaluate", (), "eval", {"puzzles": puzzles, "model": tuned, "limit": config.eval_puzzles}),
+        ("--annotate", "annotate", (cells, *flags(config.annotate)), "annotate/labelled.h5ad", {"model": tuned}),
+    ):
+        with naming(option):
+            read = read_stage(verb, *words, **more, out=out / result)
+            if verb == "build":
+                check_config(read)
+            if verb == "grpo":
+                load_reward(read.reward)
 
 
-def base_model(config: DemoConfig) -> Path:
-    """The checkpoint before any training."""
-    return Path(config.model or Path(config.out) / "base")
+def recipe_values(config: DemoConfig) -> dict[str, Any]:
+    """The values of the recipe of the GRPO stage, with what it leaves out of the two that other stages need."""
+    defaults = {"steps": GrpoConfig.steps, "max_response_tokens": GrpoConfig.max_response_tokens}
+    return defaults | read_recipe(GrpoConfig, config.grpo_recipe)
 
 
 def training_ranks() -> int:
@@ -248,7 +206,7 @@ def evaluate_baselines(config: DemoConfig) -> dict[str, float]:
 
 def response_tokens(config: DemoConfig) -> int:
     """The response limit of the GRPO recipe, so that all stages cut responses at the same length."""
-    return yaml.safe_load(Path(config.grpo_recipe).read_text())["max_response_tokens"]
+    return recipe_values(config)["max_response_tokens"]
 
 
 if __name__ == "__main__":

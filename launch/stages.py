@@ -1,11 +1,18 @@
 """Stages of the commands that run other commands (demo, selfdistill): each is a process of its own, and runs once."""
 
+import importlib
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import click
+
+from data.errors import UserError
 from data.processes import environment_without_launcher, run_as_stage
 from eval.run_files import PARTIAL
 
@@ -24,8 +31,7 @@ def run_stage(
     if result is not None and result.is_file():
         print(f"[{stage}] found {result}", flush=True)
         return {}
-    given = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None]
-    arguments = [str(word) for word in (*words, *(word for pair in given for word in pair))]
+    arguments = command_line(words, flags)
     launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     print(f"\n[{stage}] $ {shlex.join([*launcher, f'launch/{verb}.py', *arguments])}", flush=True)
     start = time.perf_counter()
@@ -41,6 +47,30 @@ def run_stage(
     seconds = time.perf_counter() - start
     print(f"[{stage}] {seconds:.0f} s", flush=True)
     return {stage: round(seconds, 1)}
+
+
+def command_line(words: tuple[object, ...], flags: dict[str, object]) -> list[str]:
+    """The arguments of a command: words as they are, flags as --name value (None is left out)."""
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None]
+    return [str(word) for word in (*words, *(word for pair in given for word in pair))]
+
+
+def read_stage(verb: str, *words: object, **flags: object) -> Any:
+    """The settings with which launch/VERB.py would run; words and flags as for `run_stage`. It is not run.
+
+    Raises click.ClickException or UserError for what that command refuses before it reads a file.
+    """
+    return importlib.import_module(f"launch.{verb}").main.read(command_line(words, flags))
+
+
+@contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Turn what `read_stage` raises in the block into a UserError that begins with the option of the command above."""
+    try:
+        yield
+    except (click.ClickException, UserError) as error:
+        why = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        raise UserError(f"{option}: {why.removeprefix('--recipe ')}") from None
 
 
 def begun(folder: Path) -> list[str]:

@@ -1,15 +1,29 @@
-"""The demo as a command: a tiny run of every stage on two files, stopped in the middle and continued."""
+"""The demo as a command: what is refused before it begins, what may change when it goes on, every stage on two tiny files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
 
+from data.errors import UserError
 from data.puzzles import read_puzzles, read_rows
-from launch.demo import DemoConfig, flags, training_files
+from eval.demo.record import MADE, record_settings, refuse_other_settings
+from eval.run_files import summary_text
+from launch.demo import DemoConfig, flags, main, recipe_values, refuse_wrong_options, response_tokens, training_files
+from launch.options import RECIPES, resolve
 from launch.stages import run_stage
 from tests.helpers.commands import run_command, succeed
+from trainer.record.runfolder import ADAPTER, FREE_ON_RESUME
 
+OF_DEMO = [
+    path.stem
+    for path in sorted(RECIPES.glob("*.yaml"))
+    if {"h5ad", "cells_h5ad"} & set(yaml.safe_load(path.read_text()))
+]
 BUILD = ["min-cells=3", "max-cells=3", "top-genes=8", "puzzles-per-n=24", "test-puzzles-per-n=6"]
 
 
@@ -33,29 +47,137 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
     assert f"--model {tmp_path / 'none'}: no checkpoint there; `make smollm2` brings SmolLM2's" in done.stderr
 
 
+@pytest.mark.parametrize("recipe", [None, *OF_DEMO])
+def test_the_stages_take_the_options_of_every_recipe(recipe):
+    refuse_wrong_options(resolve(DemoConfig, [recipe] if recipe else [], {}))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--build", "min-cels=3"), "--build: No such option '--min-cels'"),
+        (
+            ("--cells-build", "min-cells=5", "--cells-build", "max-cells=3"),
+            "--cells-build: --min-cells 5 is larger than",
+        ),
+        (("--distill", "teacher-voice=loud"), "--distill: Invalid value for '--teacher-voice': 'loud' is not one of"),
+        (("--traces-from", "0"), "--distill: --limit 0: must be at least 1"),
+        (("--sft", "lora-rank=many"), "--sft: Invalid value for '--lora-rank': 'many' is not a valid integer"),
+        (("--sft-epochs", "0"), "--sft: --epochs 0: must be at least 1"),
+        (
+            ("--grpo-recipe", "smolm2_grpo"),
+            "--grpo-recipe: smolm2_grpo: no such file, and not one of cispo, dapo, demo",
+        ),
+        (("--grpo-recipe", "pbmc"), "pbmc.yaml: no setting is called 'h5ad'"),
+        (("--grpo-steps", "0"), "--grpo-recipe: --steps 0: must be at least 1"),
+        (("--eval-puzzles", "0"), "--eval-puzzles: --limit 0: must be at least 1"),
+        (("--annotate", "cluster=leiden"), "--annotate: No such option '--cluster'"),
+    ],
+)
+def test_an_option_that_a_late_stage_would_refuse_is_refused_at_once(tmp_path, words, says):
+    done = CliRunner().invoke(main, ["--out", str(tmp_path / "run"), *words])
+    assert done.exit_code == 2 and done.output.startswith("Error: --") and says in done.output, done.output
+    assert done.output.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_grpo_recipe_is_a_name_or_a_file_and_may_leave_the_response_limit_out(tmp_path):
+    (tmp_path / "mine.yaml").write_text("max_response_tokens: 20\n")
+    recipes = ("smollm2_grpo", "dapo", str(tmp_path / "mine.yaml"))
+    assert [response_tokens(DemoConfig(grpo_recipe=recipe)) for recipe in recipes] == [256, 3000, 20]
+
+
+def made(out: Path, *files: str) -> None:
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).touch()
+
+
+def begin(out: Path, **settings) -> DemoConfig:
+    """What the command does before its first stage."""
+    config = DemoConfig(out=str(out), **settings)
+    refuse_other_settings(config, recipe_values(config), FREE_ON_RESUME)
+    record_settings(config, recipe_values(config))
+    return config
+
+
+def test_a_setting_keeps_its_value_once_something_was_made_with_it(tmp_path):
+    begin(tmp_path, noise=-1.0)
+    begin(
+        tmp_path, noise=0.3, sft=("lora-rank=16", "autocast")
+    )  # the first stage had refused the noise: nothing is made
+    made(tmp_path, "atlas.h5ad", "puzzles/report.json")
+    with pytest.raises(UserError) as refused:
+        begin(tmp_path, noise=0.5, sft=("lora-rank=16", "autocast"))
+    assert str(refused.value) == (
+        f"--noise: {tmp_path} was begun with 0.3, and now gets 0.5; give the old value again, or name another --out"
+    )
+    free = {"notify": "true", "annotate": ("cluster-key=leiden",), "grpo_recipe": "smollm2_grpo", "sft_epochs": 1}
+    begin(tmp_path, noise=0.3, sft=("lora-rank=32", "autocast"), **free)  # no cold start is there yet
+    made(tmp_path, "sft/model/config.json")
+    with pytest.raises(
+        UserError, match="--sft: .* was begun with autocast, lora-rank=32, and now gets lora-rank=8; give"
+    ):
+        begin(tmp_path, noise=0.3, sft=("lora-rank=8",), **free)
+    begin(tmp_path, noise=0.3, sft=("save-every=5", "autocast", "lora-rank=32"), **free)  # checkpoints change no model
+    with pytest.raises(UserError, match="--sft-epochs: .* was begun with 1, and now gets 3; give the old value"):
+        begin(tmp_path, noise=0.3, sft=("lora-rank=32", "autocast"))
+
+
+def test_of_the_grpo_recipe_the_values_count_and_not_its_name(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("lr: 1.0e-3\nmax_response_tokens: 20\nsteps: 5\n")
+    out = tmp_path / "run"
+    begin(out, grpo_recipe=str(mine))
+    made(out, "eval/base/test/metrics.json")
+    same = tmp_path / "same.yaml"
+    same.write_text("lr: 0.001\nmax_response_tokens: 20\nsteps: 9\nsave_every: 1\n")
+    begin(out, grpo_recipe=str(same))  # GRPO has not ended, and its --resume takes more steps
+    made(out, "grpo/finished.json")
+    with pytest.raises(UserError, match="--grpo-steps: .* was begun with 9, and now gets 5; give the old value"):
+        begin(out, grpo_recipe=str(mine))
+    begin(out, grpo_recipe=str(mine), grpo_steps=9)
+    mine.write_text("lr: 1.0e-3\nmax_response_tokens: 30\nsteps: 9\n")
+    with pytest.raises(UserError, match="--grpo-recipe max-response-tokens: .* begun with 20, and now gets 30; give"):
+        begin(out, grpo_recipe=str(mine))
+
+
+def test_a_folder_without_a_record_goes_on(tmp_path):
+    """One of an earlier version, or of launch/ablate.py: nobody knows what it was made with, so nothing is claimed."""
+    made(tmp_path, "atlas.h5ad")
+    begin(tmp_path, noise=0.3)
+    assert not (tmp_path / "demo.json").exists()
+    begin(tmp_path, noise=0.5)
+
+
+def test_every_recorded_setting_is_one_of_the_command():
+    assert {name.partition(" ")[0] for name in MADE} <= set(vars(DemoConfig()))
+    assert set(vars(DemoConfig())) - set(MADE) == {"out", "annotate", "notify"}
+
+
 @pytest.mark.vllm
 @pytest.mark.slow(60)
 @pytest.mark.timeout(3600)  # twenty processes, one after the other
 def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
-    """A policy from scratch stands for the pretrained one: the path is the same, and it answers badly in seconds."""
-    atlas, cells = tmp_path / "atlas.h5ad", tmp_path / "cells.h5ad"
+    """The path of `make smollm2`; a policy from scratch stands for the pretrained one, and answers badly in seconds."""
+    atlas, cells, model = tmp_path / "atlas.h5ad", tmp_path / "cells.h5ad", tmp_path / "model"
     for seed, file in enumerate((atlas, cells)):
         succeed("simulate", "--out", file, "--donors", 8, "--types", 12, "--seed", seed)
+    succeed("build", "--h5ad", atlas, "--out", tmp_path / "words", *flags(BUILD))
+    succeed("create_policy", "--puzzles", tmp_path / "words/train.parquet", "--out", model, "--layers", 1)
     grpo = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "max_prompt_tokens": 192, "max_response_tokens": 12}
     grpo |= {"lora_rank": 4, "lora_alpha": 8, "lr": 1e-3, "insist": True}
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(grpo))
-    settings = {"out": str(tmp_path / "run"), "h5ad": str(atlas), "cells_h5ad": str(cells), "build": BUILD}
-    settings |= {
-        "cells_build": [*BUILD, "split=cell", "test-fraction=0.3"],
-        "hidden": 128,
-        "layers": 1,
-        "eval_puzzles": 4,
-    }
+    settings = {"out": str(tmp_path / "run"), "model": str(model), "h5ad": str(atlas), "cells_h5ad": str(cells)}
+    settings |= {"build": BUILD, "cells_build": [*BUILD, "split=cell", "test-fraction=0.3"], "eval_puzzles": 4}
     settings |= {"distill": ["teacher-voice=plain", "teacher-glance=0.5"], "grpo_recipe": str(tmp_path / "grpo.yaml")}
-    settings |= {"sft": ["lora-rank=0", "batch-size=16"], "sft_epochs": 1}
+    settings |= {"sft": ["lora-rank=4", "lora-alpha=8", "batch-size=16", "holdout=0.1"], "sft_epochs": 1}
+    settings |= {"annotate": ["cluster-key=cell_type", "screens=1", "samples=1", "max-donors=1"]}
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(settings))
-    printed = succeed("demo", "--recipe", tmp_path / "demo.yaml", timeout=3000)
-    run = tmp_path / "run"
+    done, run = run_command("demo", "--recipe", tmp_path / "demo.yaml", timeout=3000), tmp_path / "run"
+    printed = done.stdout
+    # the last stage: what this policy answers cannot label a cluster, and the run has its numbers and its page all the same
+    assert done.returncode == 1 and "none of 17 answers can be used" in done.stderr, done.stderr[-6000:]
+    assert f"[annotate] $ python launch/annotate.py {cells} --cluster-key cell_type --screens 1" in printed
     train, traces = run / "train_both.parquet", run / "traces_both.jsonl"
     halves = [read_puzzles(run / folder / "train.parquet") for folder in ("puzzles", "cells")]
     both = read_puzzles(train)
@@ -66,21 +188,30 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
         "<think>By their marker genes:",
     }
     assert read_puzzles(run / "puzzles/cells.parquet") == read_puzzles(run / "cells/test.parquet")
+    assert not (run / "base").exists() and re.search(r"^SFT {.*}  0\.\d min left$", printed, re.MULTILINE)
+    before, merged = (load_file(folder / "model.safetensors") for folder in (model, run / "sft/model"))
+    learnt = {name for name, tensor in merged.items() if not tensor.equal(before[name])}
+    assert learnt and all(name.endswith("proj.weight") for name in learnt), "of the adapter nothing else is merged"
+    assert list((run / "sft/checkpoints").glob(f"*/{ADAPTER}")) and not (run / "sft/model" / ADAPTER).exists()
     summary = json.loads((run / "summary.json").read_text())
     assert {stage: set(summary[stage]) for stage in ("base", "sft", "grpo")} == dict.fromkeys(
         ("base", "sft", "grpo"), {"test", "cells"}
     )
     assert set(summary["baselines"]) == {"random", "markers", "nearest", "nearest-assigned"}
     assert all(set(of_split) == {"test", "cells"} for of_split in summary["baselines"].values())
-    assert "markers           cells" in printed
+    assert "markers           cells" in summary_text(run)
     compared = json.loads((run / "eval/grpo/cells/metrics.json").read_text())
     assert {"difference", "interval"} <= set(compared["compare"]["metrics"]["batch_accuracy"])
     status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["unit"], status["step"], status["steps"]) == ("finished", "part", 6, 6)
+    assert (status["state"], status["unit"], status["step"], status["steps"]) == ("failed", "part", 5, 6)
     page = (run / "report.html").read_text()
     assert "This run: held-out real cells" in page and "marker table, one to one" in page
-    # the same command finds all stages done
-    assert "already holds a finished demo" in succeed("demo", "--recipe", tmp_path / "demo.yaml")
+    # all stages are done for who wants no annotation; what is made keeps its settings
+    recipe, settings["annotate"] = tmp_path / "without.yaml", []
+    recipe.write_text(yaml.safe_dump(settings))
+    assert "already holds a finished demo" in succeed("demo", "--recipe", recipe)
+    done = run_command("demo", "--recipe", tmp_path / "demo.yaml", "--eval-puzzles", 3)
+    assert done.returncode == 2 and f"--eval-puzzles: {run} was begun with 4, and now gets 3; give" in done.stderr
 
 
 def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
 from trainer.sft.examples import encode_traces, split_by_puzzle
 from trainer.sft.heldout import BestEpoch
-from trainer.sft.loop import accumulate, evaluate_loss, train
+from trainer.sft.loop import StepLog, accumulate, evaluate_loss, train
 from trainer.sft.settings import SftConfig
 
 CPU = torch.device("cpu")
@@ -105,6 +106,16 @@ def run(pipeline, out, judge=None, **more) -> list[dict]:
 
 
 @pytest.mark.slow(10)
+def test_plain_lines_say_how_long_the_run_still_takes(tmp_path, capsys):
+    """A line at every tenth of 20 steps: 18 are left, of a minute each on the mean."""
+    world = SimpleNamespace(is_main=True, step_made=lambda *step: None)
+    log = StepLog(SimpleNamespace(out=tmp_path, n_steps=20, first_step=0, world=world))
+    log.bar.disable = True  # as without a terminal
+    for step, seconds in ((1, 30.0), (2, 90.0)):
+        log.write({"step": step, "loss": 0.5}, {"step": step, "seconds": seconds})
+    assert capsys.readouterr().out == 'SFT {"step": 2, "loss": 0.5}  18.0 min left\n'
+
+
 def test_resume_after_a_kill_gives_the_same_metrics_and_model(pipeline, tmp_path):
     """Every run a process of its own: what else a test process has loaded may change the last bit of a sum."""
     more = ("--epochs", 3, "--save-every", 4)

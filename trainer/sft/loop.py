@@ -273,6 +273,7 @@ class StepLog:
         # disable None: tqdm shows the bar on a terminal only
         hidden = None if self.is_main else True
         self.bar = tqdm(total=run.n_steps, initial=run.first_step, desc="SFT", unit="step", disable=hidden)
+        self.seconds: list[float] = []
 
     def write(self, metrics: dict, timing: dict) -> None:
         """Append a step to the run folder and show it. On other ranks than 0: nothing."""
@@ -283,9 +284,12 @@ class StepLog:
         self.world.step_made(metrics["step"], self.n_steps, timing["seconds"])
         self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}")
         self.bar.update()
+        self.seconds.append(timing["seconds"])
         # without a terminal: ten lines per run, and one per evaluation
         if self.bar.disable and (metrics["step"] % max(1, self.n_steps // 10) == 0 or "eval_loss" in metrics):
-            print("SFT " + json.dumps(metrics), flush=True)
+            # of all steps: traces differ in length, so one step says little
+            left = (self.n_steps - metrics["step"]) * sum(self.seconds) / len(self.seconds)
+            print(f"SFT {json.dumps(metrics)}  {left / 60:.1f} min left", flush=True)
 
     def close(self) -> None:
         self.bar.close()

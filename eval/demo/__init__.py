@@ -1,0 +1,1 @@
+"""The whole story as one run: launch/demo.py."""
