@@ -47,8 +47,7 @@ class Scorer:
     """Scores responses. path: a reward, as for load_reward.
 
     workers: number of processes. 0 scores in this process, without a time limit; a debugger then reaches the function.
-    Workers start with `start`, else with the first call of `score`. Both `ready` and `score` raise UserError when one does
-    not start.
+    Workers start with `start`, else with the first `score`; `ready` and `score` raise UserError when one does not.
     """
 
     def __init__(
@@ -63,15 +62,12 @@ class Scorer:
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
-        if self.threads is not None:
-            self.starting = [self.threads.submit(worker.start) for worker in self.workers]
+        self.starting = [self.threads.submit(worker.start) for worker in self.workers]  # without workers none
 
     def ready(self) -> None:
         """Wait until the worker processes are ready."""
-        wait(self.starting)  # result() below may raise; no thread must still be at a worker
-        starting, self.starting = self.starting, []
-        for future in starting:
-            future.result()
+        while self.starting:
+            self.starting.pop().result()
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
@@ -117,7 +113,6 @@ class Scorer:
 
     def close(self) -> None:
         """End the worker processes."""
-        wait(self.starting)
         for worker in self.workers:
             worker.stop()
         if self.threads is not None:

@@ -432,8 +432,9 @@ def _slot_pieces(name: str, module, slot: int, weights) -> list[SlotPiece]:
 
 def _check_slots(pieces: list[SlotPiece]) -> None:
     """Raises SyncError that names the first module whose slot differs from the tensor sent."""
-    for piece in pieces:
-        if not torch.equal(piece.slot, piece.sent.to(device=piece.slot.device, dtype=piece.slot.dtype)):
+    same = torch.stack([(piece.slot == piece.sent.to(piece.slot)).all() for piece in pieces]).tolist()  # one wait
+    for piece, holds in zip(pieces, same, strict=True):
+        if not holds:
             raise SyncError(f"LoRA sync: the slot of {piece.module} does not hold the {piece.half} that was sent")
 
 

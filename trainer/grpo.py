@@ -1,7 +1,7 @@
 """GRPO (Group Relative Policy Optimization, arXiv:2402.03300) as Cell-o1 uses it (arXiv:2506.02911, Eq. 1).
 
-    torchrun --nproc-per-node 2 launch/grpo.py --recipe demo
-    python -m pdb launch/grpo.py --recipe demo             # one process, stops anywhere
+    torchrun --nproc-per-node 2 launch/grpo.py --recipe demo --out runs/two
+    python -m pdb launch/grpo.py --recipe demo --out runs/debug     # one process, stops anywhere
 
 Read `train_rank` first: its loop is the algorithm. Then `update`: one optimizer step. There is no critic, no
 replay of old batches, no callback.
@@ -359,6 +359,7 @@ def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInpu
     """
     cfg, policy, world = now.cfg, now.policy, now.world
     ours, packed = pack_our_share(now, groups)
+    batch = step_inputs(now, [groups[i] for i in ours], packed, number)  # counted before there are passes to wait for
     micros = [
         replace(
             micro,
@@ -367,7 +368,7 @@ def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInpu
         )
         for micro in world.paced(packed)
     ]
-    return step_inputs(now, [groups[i] for i in ours], micros, number)
+    return replace(batch, micro_batches=micros)
 
 
 def pack_our_share(now: Step, groups: list[ScoredGroup]) -> tuple[list[int], list[MicroBatch]]:

@@ -69,7 +69,7 @@ class TokenSums:
                 "tokens": terms.mask.sum(),
             }
             if terms.entropy is not None:
-                values["entropy"] = terms.entropy[terms.mask].sum()
+                values["entropy"] = terms.entropy.masked_fill(~terms.mask, 0.0).sum()  # entropy[mask] would wait
             if terms.distillation is not None:
                 values["distill_loss"] = (terms.weight * terms.distillation).sum()
             self.unread.append({**values, "mismatch_max": difference.abs().max()})

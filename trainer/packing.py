@@ -175,6 +175,19 @@ def _place(size: int, piece: tuple[int, list[int]], batches: list[tuple[int, lis
     batches.append((size, [piece]))
 
 
+class Denominators(NamedTuple):
+    """What per-token losses are divided by.
+
+    They are counted over ALL ranks and micro-batches of an optimizer step before its first backward pass. Dividing by a
+    micro-batch's own counts instead would make the loss depend on how the batch was cut up.
+    """
+
+    n_rows: float  # float, as World.total gives it
+    """Responses with at least one trained token."""
+    n_tokens: float
+    """Trained tokens."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """All that one forward and backward pass needs. N rows, T tokens of its longest response."""
@@ -186,6 +199,8 @@ class MicroBatch:
     packed: PackedBatch
     mask: Tensor
     """[N,T] bool, True = trained; all False for a row that is left out of the update, and in a filler."""
+    trained: Denominators
+    """Its share of the denominators: what `mask` counts, known without a read of the device."""
     advantages: Tensor
     """[N]; [N,T] in PPO"""
     sampler_logprobs: Tensor
@@ -209,24 +224,9 @@ class MicroBatch:
         return not self.rows
 
 
-class Denominators(NamedTuple):
-    """What per-token losses are divided by.
-
-    They are counted over ALL ranks and micro-batches of an optimizer step before its first backward pass. Dividing by a
-    micro-batch's own counts instead would make the loss depend on how the batch was cut up.
-    """
-
-    n_rows: float  # float, as World.total gives it
-    """Responses with at least one trained token."""
-    n_tokens: float
-    """Trained tokens."""
-
-
 def count_trained(micros: list[MicroBatch], world: World) -> Denominators:
     """The denominators of an optimizer step. micros: this rank's. Collective."""
-    # fillers and unscored responses have none; one read of the device for all
-    counts = torch.stack([torch.stack([micro.mask.any(-1).sum(), micro.mask.sum()]) for micro in micros])
-    return Denominators(*world.total(*counts.sum(0).tolist()))
+    return Denominators(*world.total(*(sum(count) for count in zip(*(micro.trained for micro in micros), strict=True))))
 
 
 @travels
@@ -314,11 +314,14 @@ def make_micro_batch(
 ) -> MicroBatch:
     """advantages, trained: [N]; sampler_logprobs: one number per response token, row after row."""
     packed = pack(groups, device)
+    responses = [response for _, responses in groups for response in responses]
+    lengths = [len(response) for response, kept in zip(responses, trained.tolist(), strict=True) if kept]
     return MicroBatch(
         groups=groups,
         rows=rows,
         packed=packed,
         mask=packed.mask & trained.to(device)[:, None],  # a response is trained whole or not at all
+        trained=Denominators(len(lengths), sum(lengths)),
         advantages=advantages.to(device),
         # in the advantages' dtype: float32 in training, float64 in the ledger
         sampler_logprobs=packed.unpack(torch.as_tensor(sampler_logprobs, dtype=advantages.dtype, device=device)),

@@ -231,8 +231,8 @@ def one_row_per_response(batch: PackedBatch) -> tuple[Tensor, Tensor]:
         else:  # a segment before `end` is a response to that prompt; one after it is a prompt with its only response
             sequences.append(torch.cat([prompt, tokens]) if first < end else tokens)
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-    prompt_tokens = torch.tensor(list(map(len, sequences)), device=ids.device) - batch.mask.sum(1)  # [N]
-    return ids, batch.rows * ids.shape[1] + prompt_tokens[batch.rows] + batch.cols - 1  # - 1: as predict_at
+    # a token's position is its column here. Lengths of the host would be copied to the device, which waits
+    return ids, batch.rows * ids.shape[1] + batch.position_ids[0, batch.predict_at]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor
 
-from rollout.device_crc import device_checksums
-from rollout.sync import Parcel, _checksums
+from rollout.crc import device_checksums, host_checksums
+from rollout.sync import Parcel
 from tests.bench.update import Task, make_checkpoint
 from trainer import logprobs
 from trainer.logprobs import fused_logprobs
@@ -271,8 +271,7 @@ def measure_checksums(small: bool) -> None:
     parcel = Parcel.of(tensors)
 
     def copied() -> list[int]:
-        data = memoryview(parcel.buffer.cpu().numpy())
-        return _checksums([data[first:end] for first, end in parcel.spans])
+        return host_checksums(parcel.buffer.cpu(), parcel.spans)
 
     ours = partial(device_checksums, parcel.buffer, parcel.spans)
     assert ours() == copied()

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rollout import Rollout, Sampling, device_crc
-from rollout.device_crc import device_checksums
+from rollout import Rollout, Sampling, crc
+from rollout.crc import device_checksums
 from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
 from rollout.split import Load, SamplerEnd, SamplerProcess, SplitEngine
-from rollout.sync import Canary, Parcel, SyncError, manifest_hash
+from rollout.sync import Canary, Parcel, SyncError, broadcast_adapter, manifest_hash
 from tests.helpers.commands import ROOT, run_command, succeed
 
 SMALL = (
@@ -187,8 +188,52 @@ def test_checksums_where_the_bytes_are_equal_zlibs(monkeypatch):
     buffer = torch.randint(0, 256, (at,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = [zlib.crc32(memoryview(buffer.numpy())[first:end]) for first, end in spans]
     assert device_checksums(buffer, spans) == expected
-    monkeypatch.setattr(device_crc, "BATCH_WORDS", 300)  # more batches than one of the tensors of 1,003 bytes
+    monkeypatch.setattr(crc, "BATCH_WORDS", 300)  # more batches than one of the tensors of 1,003 bytes
     assert device_checksums(buffer, spans) == expected
+
+
+@pytest.mark.parametrize("how", ["in place", "past autograd"])
+def test_a_parcel_that_changes_in_its_own_process_is_named(monkeypatch, how):
+    """There is one process, so its checksums are made once; verify() looks for writes and at the sum."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    made, checksums = [], Parcel.manifest
+    monkeypatch.setattr(Parcel, "manifest", lambda parcel: made.append(parcel) or checksums(parcel))
+    tensors = {"a": torch.ones(2, 3), "b": torch.arange(7.0)}
+    parcel, manifest = broadcast_adapter(tensors)
+    parcel.verify(manifest)
+    assert len(made) == 1 and manifest[0][-1] == zlib.crc32(struct.pack("<6f", *[1.0] * 6))
+    if how == "in place":  # two numbers change places: the sum stays
+        parcel.tensors["b"][4:6] = torch.tensor([5.0, 4.0])
+    else:
+        version = parcel.buffer._version
+        parcel.tensors["b"].data.view(torch.int32)[3] ^= 1
+        assert parcel.buffer._version == version
+    with pytest.raises(SyncError, match="b arrived as"):
+        parcel.verify(manifest)
+    # filled again, it is another version; the manifest of the one before is not accepted
+    tensors["a"][0, 0] = 2
+    again, later = broadcast_adapter(tensors, parcel)
+    again.verify(later)
+    assert again is parcel and len(made) == 3
+    with pytest.raises(SyncError, match="a arrived as"):
+        again.verify(manifest)
+
+
+def test_a_parcel_that_travelled_has_all_its_checksums_made_again(monkeypatch):
+    """Damage on the way is named, also where it leaves the sum, and in a parcel that once stayed in its process."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    parcel, _ = broadcast_adapter({"a": torch.ones(2, 3), "b": torch.arange(8.0)})
+
+    def damaging(tensor: torch.Tensor, src: int) -> None:
+        if tensor.dtype == torch.uint8:
+            words = tensor.data.view(torch.int64)
+            words[-2:] = words[-2:].flip(0)  # no write that autograd counts, and the same sum
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast", damaging)
+    parcel, manifest = broadcast_adapter({"a": torch.ones(2, 3), "b": torch.arange(8.0)}, parcel)
+    with pytest.raises(SyncError, match="b arrived as"):
+        parcel.verify(manifest)
 
 
 def test_the_canary_judges_by_distance_and_by_equality():

@@ -15,8 +15,9 @@ from trainer.model.attention import ATTENTION
 from trainer.model.cost import Cost
 from trainer.model.loading import load_base, recompute_layers, why_not_shared
 from trainer.objective import aggregation_weights, grpo_terms
-from trainer.packing import balance, make_layout, pack, split_by_tokens
+from trainer.packing import balance, count_trained, filler, make_layout, make_micro_batch, pack, split_by_tokens
 from trainer.policy import predicting_packed, predicting_padded
+from trainer.ranks.world import World
 
 GROUPS = [
     ([5, 6, 7, 8, 9], [[10, 11, 12], [13], [14, 15, 16, 17, 18, 19]]),
@@ -211,6 +212,16 @@ def test_ranks_get_even_loads_and_at_least_one_group():
         loads = [sum(costs[i] for i in items) for items in dealt]
         assert max(loads) <= max(1.03 * sum(costs) / ranks, max(costs)), loads
     assert balance([1.0, 1.0, 1.0, 1.0], 2) == [[0, 2], [1, 3]]
+
+
+def test_what_is_trained_is_counted_from_lengths_as_the_mask_counts_it():
+    """Responses of 3, 1, 6; 2; 2, 5 tokens, of which the second, the fourth and the last could not be scored."""
+    cpu, trained = torch.device("cpu"), torch.tensor([True, False, True, False, True, False])
+    micro = make_micro_batch(GROUPS, list(range(6)), torch.zeros(6), trained, [0.0] * 19, cpu)
+    empty = filler(cpu)
+    for each, expected in ((micro, (3, 3 + 6 + 2)), (empty, (0, 0))):
+        assert each.trained == expected == (each.mask.any(-1).sum(), each.mask.sum())
+    assert count_trained([micro, empty, micro], World(rank=0, size=1, device=cpu)) == (6.0, 22.0)
 
 
 def test_a_model_with_a_sliding_window_goes_row_by_row():
