@@ -2,7 +2,7 @@
 
     python launch/evaluate.py --puzzles test.parquet --model runs/demo/sft/model --out eval/sft
     python launch/evaluate.py --puzzles test.parquet --out eval/grpo --compare eval/sft \\
-        --model runs/demo/grpo/checkpoints/step-000060
+        --model runs/demo/grpo/checkpoints/step-000050
     python launch/evaluate.py --puzzles test.parquet --out eval/gpt-4o --samples 8 \\
         --model gpt-4o --endpoint https://api.openai.com/v1
     python launch/evaluate.py --puzzles test.parquet --out eval/vote --samples 8 --consensus \\

@@ -1,9 +1,9 @@
 """GRPO: train a LoRA adapter on cell-type puzzles with vLLM sampling.
 
 python launch/grpo.py                                   # the embedded default; builds what is missing
-torchrun --nproc-per-node 2 launch/grpo.py
+torchrun --nproc-per-node 2 launch/grpo.py --out runs/two    # on CPUs, or two GPUs; a new --out for each run
 torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
-python launch/grpo.py --recipe demo --recipe dapo       # another published objective on the embedded default
+python launch/grpo.py --recipe demo --recipe dapo --out runs/dapo   # another published objective on that default
 """
 
 import dataclasses

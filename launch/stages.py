@@ -1,4 +1,4 @@
-"""Stages of the commands that run other commands (demo, selfdistill): each is a process of its own, and runs once."""
+"""Stages of the commands that run other commands (demo, ablate, selfdistill): each is a process of its own, and runs once."""
 
 import importlib
 import shlex

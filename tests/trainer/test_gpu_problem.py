@@ -67,6 +67,19 @@ def test_a_torch_for_cpus_beside_a_gpu(nvidia_smi, monkeypatch):
     assert f"is a build for CPUs: {remedy}" in gpu_problem()
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for there, words in (
+        (1, "has 1 GPU, and every process needs its own; use --nproc-per-node 1,"),
+        (2, "has 2 GPUs, and"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        assert own_device(there - 1, there) == torch.device("cuda", there - 1)
+        with pytest.raises(UserError, match=f"^torchrun --nproc-per-node 4: this machine {words}"):
+            own_device(3, 4)
+
+
 def test_no_gpu_is_no_problem(nvidia_smi, monkeypatch):
     broken(monkeypatch, "No CUDA GPUs are available")
     for text in ("No devices were found", ""):

@@ -279,9 +279,14 @@ def load_moments(
 def own_device(local_rank: int, local_size: int) -> torch.device:
     """This rank's GPU, made the current device; or the CPU, with this rank's share of the cores as its threads.
 
-    Raises UserError where there is a GPU that torch cannot use.
+    Raises UserError where there is a GPU that torch cannot use, or one too few.
     """
     if torch.cuda.is_available():
+        if local_size > (there := torch.cuda.device_count()):
+            raise UserError(
+                f"torchrun --nproc-per-node {local_size}: this machine has {there} GPU{'s' * (there > 1)}, and every process "
+                f"needs its own; use --nproc-per-node {there}, or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # NCCL and vLLM work on the current device
         return device
