@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from data.atlas.markers import read_markers
 from data.errors import UserError
+from data.options import check_numbers
 from data.prompts import CANDIDATES_HEAD, SYSTEM_MESSAGE
 from data.puzzles import read_puzzles
 from launch.options import command, option
@@ -26,6 +27,13 @@ class CreatePolicyConfig:
     kv_heads: int = option(4, "Key/value heads.")
     intermediate: int = option(384, "MLP size.")
     seed: int = option(0, "Seed of the weights.")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"at least 1": ("hidden", "layers", "heads", "kv_heads", "intermediate")})
+        if self.hidden % (2 * self.heads):  # rotary embeddings turn pairs of dimensions
+            raise UserError(f"--hidden {self.hidden}: must be a multiple of {2 * self.heads}, twice --heads")
+        if self.heads % self.kv_heads:
+            raise UserError(f"--heads {self.heads}: must be a multiple of --kv-heads {self.kv_heads}")
 
 
 @command(CreatePolicyConfig)

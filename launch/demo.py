@@ -31,6 +31,14 @@ from reward import load_reward
 from trainer.config import GrpoConfig
 from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints, provenance
 
+OWN = {
+    "create_policy": {"hidden": "--hidden", "layers": "--layers"},
+    "distill": {"limit": "--traces-from"},
+    "sft": {"epochs": "--sft-epochs", "lr": "--sft-lr"},
+    "grpo": {"steps": "--grpo-steps"},
+    "evaluate": {"limit": "--eval-puzzles"},
+}
+"""{stage: {its setting: the demo's option that sets it}}."""
 PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
 
 
@@ -153,16 +161,18 @@ def refuse_wrong_options(config: DemoConfig) -> None:
     tuned, cells = out / "sft/model", config.cells_h5ad or config.h5ad or out / "atlas.h5ad"
     cold_start = {"traces": traces, "model": base_model(config), "epochs": config.sft_epochs, "lr": config.sft_lr}
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "puzzles": puzzles, "model": tuned}
+    shape = {} if config.model else {"hidden": config.hidden, "layers": config.layers}
     for option, verb, words, result, more in (
         ("--build", "build", flags(config.build or SIMULATED_BUILD), "puzzles", {}),
         ("--cells-build", "build", flags(config.cells_build), "cells", {}),
         ("--distill", "distill", flags(config.distill), traces.name, {"puzzles": puzzles, "limit": config.traces_from}),
+        ("--hidden", "create_policy", (), "base", shape),
         ("--sft", "sft", flags(config.sft or COLD_START), "sft", cold_start),
         ("--grpo-recipe", "grpo", (), "grpo", grpo),
         ("--eval-puzzles", "evaluate", (), "eval", {"puzzles": puzzles, "model": tuned, "limit": config.eval_puzzles}),
         ("--annotate", "annotate", (cells, *flags(config.annotate)), "annotate/labelled.h5ad", {"model": tuned}),
     ):
-        with naming(option):
+        with naming(option, **OWN.get(verb, {})):
             read = read_stage(verb, *words, **more, out=out / result)
             if verb == "build":
                 check_config(read)

@@ -64,12 +64,18 @@ def read_stage(verb: str, *words: object, **flags: object) -> Any:
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Turn what `read_stage` raises in the block into a UserError that begins with the option of the command above."""
+def naming(option: str, **own: str) -> Iterator[None]:
+    """Turn what `read_stage` raises in the block into a UserError that begins with the option of the command above.
+
+    own: {setting of the stage: option of the command above that sets it alone}.
+    """
     try:
         yield
     except (click.ClickException, UserError) as error:
         why = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        for setting, above in own.items():
+            if why.startswith(f"--{setting} "):
+                raise UserError(above + why.removeprefix(f"--{setting}")) from None
         raise UserError(f"{option}: {why.removeprefix('--recipe ')}") from None
 
 

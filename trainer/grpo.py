@@ -308,8 +308,9 @@ def update(now: Step, sampled: list[ScoredGroup]) -> tuple[TokenSums, dict[str, 
     cfg, world = now.cfg, now.world
     share = len(sampled) // cfg.updates_per_batch
     parts = [sampled[i * share : (i + 1) * share] for i in range(cfg.updates_per_batch)]  # whole groups
+    packed = [step_inputs(now, part, number) for number, part in enumerate(parts, start=1)]
     # all reference and old log-probs, before the first optimizer step changes the policy
-    batches = [prepare_batch(now, part, number) for number, part in enumerate(parts, start=1)]
+    batches = [with_logprobs(now, batch) for batch in packed]
     learner, totals = policy_learner(now), TokenSums()
     for batch in batches:
         sums = TokenSums()
@@ -352,23 +353,18 @@ def add_up_gradients(now: Step, learner: Learner, batch: StepInputs, sums: Token
     return norm
 
 
-def prepare_batch(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
-    """This rank's micro-batches of an optimizer step, with their reference and old log-probs. number: from 1. Collective.
+def step_inputs(now: Step, groups: list[ScoredGroup], number: int) -> StepInputs:
+    """This rank's micro-batches of optimizer step `number` (from 1) of a batch, and what all ranks' are divided by. Collective.
 
     Groups are dealt to ranks by what they cost to train on, whoever sampled them.
     """
-    cfg, policy, world = now.cfg, now.policy, now.world
-    ours, packed = pack_our_share(now, groups)
-    batch = step_inputs(now, [groups[i] for i in ours], packed, number)  # counted before there are passes to wait for
-    micros = [
-        replace(
-            micro,
-            ref_logprobs=reference_logprobs(policy, micro, cfg),
-            old_logprobs=logprobs_before_update(policy, micro, cfg),
-        )
-        for micro in world.paced(packed)
-    ]
-    return replace(batch, micro_batches=micros)
+    ours, micros = pack_our_share(now, groups)
+    return StepInputs(
+        update=number,
+        micro_batches=micros,
+        denominators=count_trained(micros, now.world),
+        responses=[row for i in ours for row in groups[i].rows],
+    )
 
 
 def pack_our_share(now: Step, groups: list[ScoredGroup]) -> tuple[list[int], list[MicroBatch]]:
@@ -385,14 +381,17 @@ def pack_our_share(now: Step, groups: list[ScoredGroup]) -> tuple[list[int], lis
     )
 
 
-def step_inputs(now: Step, ours: list[ScoredGroup], micros: list[MicroBatch], number: int) -> StepInputs:
-    """The inputs of optimizer step `number` (from 1) of a batch. Collective."""
-    return StepInputs(
-        update=number,
-        micro_batches=micros,
-        denominators=count_trained(micros, now.world),
-        responses=[row for group in ours for row in group.rows],
-    )
+def with_logprobs(now: Step, batch: StepInputs) -> StepInputs:
+    """The batch with reference and old log-probs. Collective where the model is sharded."""
+    micros = [
+        replace(
+            micro,
+            ref_logprobs=reference_logprobs(now.policy, micro, now.cfg),
+            old_logprobs=logprobs_before_update(now.policy, micro, now.cfg),
+        )
+        for micro in now.world.paced(batch.micro_batches)
+    ]
+    return replace(batch, micro_batches=micros)
 
 
 def loss_terms(policy: Policy, micro: MicroBatch, denominators: Denominators, cfg: OnlineConfig) -> LossTerms:

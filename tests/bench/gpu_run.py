@@ -157,8 +157,10 @@ def read_lines(path: Path) -> list[dict]:
 
 def say_step(name: str, row: dict) -> None:
     """Print a line of timing.jsonl."""
-    for phase in ("sample", "score", "update", "sync", "record", "step"):
+    for phase in ("sample", "score", "update", "sync", "step"):
         say(f"{name}_step_{row['step']}_{phase}_s", row[f"timing_s/{phase}"])
+    if row["step"] > 1:  # a line has the recording of the step before
+        say(f"{name}_step_{row['step'] - 1}_record_s", row["timing_s/record"])
 
 
 def report(watch: Watch, limit_gib: float | None, memory_fraction: float | None) -> None:

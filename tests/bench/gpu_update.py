@@ -62,7 +62,7 @@ def measure_ours(task: Task, profiles: bool) -> None:
     step, policy, cost = kept_step(task)
     timed = Timed(task, step_flops(task, cost, shared=True))
     timed("ours", step, 3)
-    say("update_waits_of_the_host", waits(step))
+    say("update_waits_of_the_host", waits(step) if ON_GPU else "skipped: counted on a GPU")
     if profiles and ON_GPU:
         profile(step)
     switches = {
@@ -101,8 +101,6 @@ def measure_ours(task: Task, profiles: bool) -> None:
 
 def waits(step: Callable[[], object]) -> int:
     """How often the host waits for the GPU in a step, by PyTorch's own count (it knows most kinds of waiting, not all)."""
-    if not ON_GPU:
-        return 0
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -166,14 +164,14 @@ def measure_trl(task: Task) -> None:
                 "checkpointing": checkpointing,
                 "liger": liger,
             }
+            made = None
             try:
                 made = TrlStep(
                     task.folder, task.groups(), dtype=task.dtype, out=tempfile.mkdtemp(), attn=attn, **settings
                 )
+                timed(name, made.step)
             except Exception as error:  # of whatever library: the other settings are still wanted
                 say(f"update_{name}", f"failed: {str(error).splitlines()[0]}")
-                continue
-            timed(name, made.step)
             del made
             gc.collect()
             torch.cuda.empty_cache()

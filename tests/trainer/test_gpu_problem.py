@@ -1,7 +1,6 @@
 """A GPU that torch cannot use is one sentence, and not a run of days on the CPU."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,23 +59,23 @@ def test_a_driver_that_is_too_old_is_said_from_the_start(nvidia_smi, monkeypatch
     assert gpu_problem() == "" and own_device(0, 1).type == "cpu"
 
 
-def test_a_torch_for_cpus_beside_a_gpu(nvidia_smi, monkeypatch):
+def test_a_torch_for_cpus_beside_a_gpu(nvidia_smi, tmp_path, monkeypatch):
     nvidia_smi("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)")
     monkeypatch.setattr(torch.version, "cuda", None)
-    remedy = f"rm -r {Path(sys.prefix).name}, then make setup, or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
-    assert f"is a build for CPUs: {remedy}" in gpu_problem()
+    cpu = "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert gpu_problem().endswith(f"is a build for CPUs: install a CUDA build of it, {cpu}")
+    (tmp_path / "pins.txt").touch()  # an environment of make setup
+    assert gpu_problem().endswith(f"is a build for CPUs: rm -r {tmp_path}, then make setup, {cpu}")
 
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for there, words in (
-        (1, "has 1 GPU, and every process needs its own; use --nproc-per-node 1,"),
-        (2, "has 2 GPUs, and"),
-    ):
+    for there, words in ((1, "1 GPU"), (2, "2 GPUs")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
         assert own_device(there - 1, there) == torch.device("cuda", there - 1)
-        with pytest.raises(UserError, match=f"^torchrun --nproc-per-node 4: this machine {words}"):
+        with pytest.raises(UserError, match=f"^4 processes on this machine see {words}, .* --nproc-per-node {there}"):
             own_device(3, 4)
 
 

@@ -28,10 +28,13 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if name in READS or by_mask:
-            self.counts[name] += 1
+        indexed = name in ("index", "index_put", "index_put_")
+        if name in READS or (indexed and any(x is not None and x.dtype == torch.bool for x in args[1])):
+            self.count(name)
         return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> None:
+        self.counts[name] += 1
 
 
 def sampled(prompts: int) -> list[ScoredGroup]:

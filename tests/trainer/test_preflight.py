@@ -192,9 +192,11 @@ def test_the_table_counts_ppos_critic_and_cuts_a_batch_into_minibatches():
     grpo = training_memory(GrpoConfig(**shape, group_size=2), launch(nodes=1, ranks=1, gib=140), base)
     ppo = memory(group_size=2)
     adapter = ppo.kept["adapter"]  # float32: weights, gradients and two moments
-    assert grpo.kept["critic"] == 0 and ppo.kept["critic"] == 4 * adapter > 0
+    assert grpo.kept["critic"] == 0 and ppo.kept["critic"] == 3 * adapter > 0
+    assert grpo.kept["critic's gradients"] == 0 and ppo.kept["critic's gradients"] == adapter
+    assert ppo.kept_while_sampling - grpo.kept_while_sampling == pytest.approx(3 * adapter)
     assert ppo.peak - grpo.peak == pytest.approx(4 * adapter)
-    assert memory(critic="c").kept["critic"] == ppo.kept["weights"] + 4 * adapter
+    assert memory(critic="c").kept["critic"] == ppo.kept["weights"] + 3 * adapter
     # a pass more changes no micro-batch; more minibatches make them shorter
     few = {"micro_tokens": 10**6, "max_prompt_tokens": 1000, "max_response_tokens": 500}
     whole, passes, parts = memory(**few), memory(**few, epochs=4), memory(**few, minibatches=4)

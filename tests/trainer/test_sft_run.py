@@ -105,7 +105,6 @@ def run(pipeline, out, judge=None, **more) -> list[dict]:
     return metrics(out)
 
 
-@pytest.mark.slow(10)
 def test_plain_lines_say_how_long_the_run_still_takes(tmp_path, capsys):
     """A line at every tenth of 20 steps: 18 are left, of a minute each on the mean."""
     world = SimpleNamespace(is_main=True, step_made=lambda *step: None)
@@ -116,6 +115,7 @@ def test_plain_lines_say_how_long_the_run_still_takes(tmp_path, capsys):
     assert capsys.readouterr().out == 'SFT {"step": 2, "loss": 0.5}  18.0 min left\n'
 
 
+@pytest.mark.slow(10)
 def test_resume_after_a_kill_gives_the_same_metrics_and_model(pipeline, tmp_path):
     """Every run a process of its own: what else a test process has loaded may change the last bit of a sum."""
     more = ("--epochs", 3, "--save-every", 4)

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainer.grpo
 from rollout.crc import device_checksums
 from rollout.sync import Parcel, SyncError, broadcast_adapter
 from rollout.vllm_engine import SlotPiece, _check_slots
-from tests.trainer.test_host_reads import READS, sampled
+from tests.trainer.test_host_reads import Reads, sampled
 from trainer.config import GrpoConfig
 from trainer.policy import Policy, predicting_padded
 from trainer.ranks.world import World
@@ -42,30 +41,14 @@ def tensors_in(values: object) -> list[Tensor]:
     return []
 
 
-class Reads(TorchDispatchMode):
-    """Counts operations whose result, or its size, the host must know; also those in the code of PyTorch, and backward."""
-
-    def __init__(self, waits: "Waits") -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype == torch.bool for x in args[1]
-        )
-        if name in READS or by_mask:
-            self.waits.count(name)
-        return func(*args, **(kwargs or {}))
-
-
 class Waits(TorchFunctionMode):
     """Counts reads of the device and copies to it. A tensor of the host is marked, and what is made of such tensors alone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
-        self.reads, self.quiet = Reads(self), 0
+        self.reads, self.quiet = Reads(), 0
+        self.reads.count = self.count  # in the code of PyTorch, and backward, too
 
     def count(self, what: str) -> None:
         if not self.quiet:

@@ -71,6 +71,8 @@ def import_gguf(file: Path, out: Path) -> tuple[int, list[str]]:
             **place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    except UserError:  # which is a ValueError, too
+        raise
     except ImportError as error:
         raise UserError(f"{file}: reading it needs the package gguf; pip install gguf ({first_line(error)})") from None
     except DAMAGE as error:

@@ -222,9 +222,8 @@ def update(now: Step, groups: list[ScoredGroup]) -> tuple[TokenSums, ValueSums, 
     policy, warming_up = policy_learner(now), now.step < cfg.critic_warmup
     policy_totals, value_totals, plans, parts = TokenSums(), ValueSums(), [], []
     for number, part in enumerate(minibatches(groups, cfg, now.step), start=1):
-        ours, micros = pack_our_share(now, part)
-        batch = step_inputs(now, [part[i] for i in ours], micros, number)
-        plans, parts = [*plans, micros], [*parts, part]
+        batch = step_inputs(now, part, number)
+        plans, parts = [*plans, batch.micro_batches], [*parts, part]
         values, sums = ValueSums(), TokenSums()
         # ---- both gradients, each of its own weights, before either optimizer step: a bundle then has all of them
         value_learner = critic_learner(critic)

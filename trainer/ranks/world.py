@@ -284,8 +284,8 @@ def own_device(local_rank: int, local_size: int) -> torch.device:
     if torch.cuda.is_available():
         if local_size > (there := torch.cuda.device_count()):
             raise UserError(
-                f"torchrun --nproc-per-node {local_size}: this machine has {there} GPU{'s' * (there > 1)}, and every process "
-                f"needs its own; use --nproc-per-node {there}, or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+                f"{local_size} processes on this machine see {there} GPU{'s' * (there > 1)}, and each needs its own: start fewer "
+                f"(torchrun --nproc-per-node {there}), or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # NCCL and vLLM work on the current device
@@ -311,10 +311,9 @@ def gpu_problem() -> str:
         return ""
     remedy = "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
     if torch.version.cuda is None:
-        build = (
-            f"this torch {torch.__version__} is a build for CPUs"  # make setup alone would find that it is all there
-        )
-        return f"nvidia-smi lists a GPU, but {build}: rm -r {Path(sys.prefix).name}, then make setup, {remedy}"
+        ours = (Path(sys.prefix) / "pins.txt").is_file()  # by launch/setup.sh, which alone would find that all is there
+        mend = f"rm -r {sys.prefix}, then make setup" if ours else "install a CUDA build of it"
+        return f"nvidia-smi lists a GPU, but this torch {torch.__version__} is a build for CPUs: {mend}, {remedy}"
     try:
         torch.cuda.init()
         why = "it says nothing more"

@@ -219,20 +219,6 @@ def has_steps(out: Path) -> bool:
     return (metrics.is_file() and metrics.stat().st_size > 0) or bool(list_checkpoints(out))
 
 
-def set_first_step_aside(out: Path, is_main: bool) -> Path:
-    """Make the folder one in which no step was made, so that any settings may begin there (has_steps).
-
-    Returns the folder inside it with the streams of the step, to which rank 0 moves them.
-    """
-    aside = out / "refused_step"
-    if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for name in ("metrics", "rollouts", "timing"):
-            (out / f"{name}.jsonl").rename(aside / f"{name}.jsonl")
-    return aside
-
-
 def steps_saved(out: Path) -> int:
     """The step of the newest checkpoint; 0 without one."""
     return max(map(step_of, list_checkpoints(out)), default=0)

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from data.files import append_rows, write_whole
+from data.files import append_rows, remove_folder, write_whole
 from trainer.config import OnlineConfig
 from trainer.metrics import Clock
 from trainer.objective import CLIPS
@@ -86,6 +86,24 @@ class StepLog:
     def close(self) -> None:
         self.bar.close()
         self.loggers.close()
+
+
+def set_first_step_aside(out: Path, is_main: bool) -> Path:
+    """Make the folder one in which no step was made, so that any settings may begin there (runfolder.has_steps).
+
+    Returns the folder inside it to which rank 0 moves what the step has left, and a rounded copy of the model.
+    """
+    aside = out / "refused_step"
+    if is_main:
+        if os.path.lexists(aside):  # of an earlier try
+            remove_folder(aside, must=True)
+        aside.mkdir()
+        stays = {aside.name, "config.json", "status.json"}
+        # metrics.jsonl last: while it is there, this is a run, and no other appends to its files
+        for path in sorted(out.iterdir(), key=lambda path: path.name == "metrics.jsonl"):
+            if path.name not in stays and path.suffix != ".lock" and not path.name.startswith("."):
+                path.rename(aside / path.name)
+    return aside
 
 
 def explain_zeros(metrics: dict, cfg: OnlineConfig) -> list[str]:

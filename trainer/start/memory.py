@@ -65,6 +65,11 @@ class TrainingMemory:
     """What the optimizer step holds besides."""
 
     @property
+    def kept_while_sampling(self) -> float:
+        """Gradients are freed by the optimizer step."""
+        return sum(bytes_ for what, bytes_ in self.kept.items() if "gradients" not in what)
+
+    @property
     def peak(self) -> float:
         """Of a training step. This is what torch.cuda.max_memory_allocated() reports."""
         backward = sum(self.backward.values()) - (self.kept["gradients"] if self.one_row else 0.0)
@@ -97,7 +102,7 @@ def estimate_memory(cfg: OnlineConfig, launch: Launch) -> list[Row]:
 
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
     rank = rank_memory(cfg, launch, base)
-    memory, sampler, kept = rank.trainer, rank.sampler, sum(rank.trainer.kept.values())
+    memory, sampler, kept = rank.trainer, rank.sampler, rank.trainer.kept_while_sampling
     rows = [
         Row(what=f"  {name}", value=gib(value)) for name, value in {**memory.kept, **memory.backward}.items() if value
     ]
@@ -141,7 +146,7 @@ def rank_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> Ran
     # shared weights, with the adapter's slots, stay where they are: the trainer counts them as its own
     held = sampler.weights if not why_two_copies(cfg, on_gpu) else 0.0
     here = 0.0 if cfg.placement == "split" or cfg.engine == "torch" else sampler.total - held
-    kept = sum(memory.kept.values()) - memory.kept["gradients"]  # of which an optimizer step is the end
+    kept = memory.kept_while_sampling
     beside = CONTEXT + GAPS * (memory.peak - held) + (ASLEEP if here else 0.0) if on_gpu else 0.0
     training = memory.peak + beside
     # on a GPU vLLM sleeps while the trainer runs, so the two peaks do not add up; on a CPU it keeps its memory
@@ -214,6 +219,7 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             "gradients": trained / shards,
             "AdamW moments": 2 * trained * moment / shards,
             "critic": critic_bytes(cfg, weights, trained, moment),
+            "critic's gradients": trained if cfg.algorithm == "PPO" else 0.0,
             "copy to hand over": float(trained),  # rollout/sync.py, Parcel: made once and filled again
         },
         gathered=float(trained) if shards > 1 else 0.0,
@@ -277,14 +283,14 @@ def slot_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> float:
 
 
 def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: float) -> float:
-    """Bytes of PPO's critic: what it trains, its gradients and moments, and its base where it shares none.
+    """Bytes of PPO's critic without its gradients: what it trains, its moments, and its base where it shares none.
 
     weights, trained, moment: the policy's; a critic is taken to have its shape. Its activations are gone before the policy's.
     """
     if cfg.algorithm != "PPO":
         return 0.0
     own_base = cfg.critic or not cfg.lora_rank
-    return (weights if own_base else 0.0) + trained * ((1 if cfg.lora_rank else 0) + 1 + 2 * moment)
+    return (weights if own_base else 0.0) + trained * ((1 if cfg.lora_rank else 0) + 2 * moment)
 
 
 def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> float:

@@ -31,12 +31,11 @@ from trainer.record.runfolder import (
     check_run,
     open_run,
     restore_training,
-    set_first_step_aside,
     steps_saved,
     with_date,
     write_json,
 )
-from trainer.record.steplog import StepLog
+from trainer.record.steplog import StepLog, set_first_step_aside
 
 PASS_RATE = "pass_rate"
 """Metadata of a puzzle with --curriculum: the share of answers to it that are right, in [0, 1]."""
@@ -99,9 +98,8 @@ def prepare(
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
     validator.restore()
-    scorer.start()  # beside the sampler, which takes longer: the first step waits for neither
     engine = engine or make_engine(cfg, policy, world)
-    scorer.ready()
+    scorer.start()  # they get ready while the first responses are sampled; a GPU's memory is vLLM's before it is a reward's
     return Run(
         start=Step(step=first_step, cfg=cfg, policy=policy, optimizer=optimizer, world=world, out=out, critic=critic),
         prompts=prompts,
@@ -315,11 +313,11 @@ def refuse_a_useless_start(
     problem, chat = nothing_usable(rows), policy.chat
     prompt = policy.tokenizer.decode(sampled[0].rollouts[0].prompt_ids[-16:])
     asked = f"The prompt ends in {prompt[-40:]!r}" + "".join(f", and {note}" for note in chat.notes)
+    kept = set_first_step_aside(out, world.is_main) if problem else out
     world.largest(0.0)  # rank 0 has written them before any rank ends the run
     if problem:
         scored = any(row["reward"] is not None for row in rows)
         hint = "Is the cold start missing (launch/sft.py), or is --max-response-tokens too small?"
-        kept = set_first_step_aside(out, world.is_main)
         raise UserError(
             f"step 1: {problem}; all are in {kept / 'rollouts.jsonl'}. {asked}. "
             f"{hint if scored else f'Does --reward {cfg.reward} score such responses?'} The same folder takes the command "
