@@ -142,9 +142,10 @@ class Header:
         kind = self.get(f"{self.get('general.architecture')}.rope.scaling.type", "none")
         if kind == "none" and not self.rope_factors:
             return {}
-        if kind == "none" and list(self.rope_factors) == ["rope_freqs.weight"]:
+        plain_settings = getattr(config, "rope_parameters", None) or {}  # of some families one for each kind of layer
+        if kind == "none" and list(self.rope_factors) == ["rope_freqs.weight"] and "rope_theta" in plain_settings:
             factors, like = self.rope_factors["rope_freqs.weight"], copy.deepcopy(config)
-            settings = {**config.rope_parameters, **LLAMA3, "factor": round(float(factors.max()), 4)}
+            settings = {**plain_settings, **LLAMA3, "factor": round(float(factors.max()), 4)}
             like.rope_parameters = settings
             plain = settings["rope_theta"] ** -(torch.arange(len(factors)) / len(factors))
             frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](like, torch.device("cpu"))
