@@ -52,10 +52,10 @@ def main(config: DemoConfig) -> None:
         return
     refuse_missing_files(config)
     refuse_wrong_options(config)
-    refuse_other_settings(config, recipe_values(config), FREE_ON_RESUME)
+    refuse_other_settings(config, recipe := recipe_values(config), FREE_ON_RESUME)
     with reporting(out, config.notify, "part") as report:
         lock_folder(out)
-        record_settings(config, recipe_values(config))
+        record_settings(config, recipe)
         said = run_parts(config, report)
     print("\n".join(["", *said, "", f"report: {out / 'report.html'}"]))
 

@@ -23,9 +23,8 @@ def main(config: ImportGgufConfig) -> None:
     from trainer.model.from_gguf import import_gguf  # transformers takes seconds to load
 
     weights, notes = import_gguf(Path(config.file), Path(config.out))
-    print(f"wrote {config.out}: {weights:,} weights in float32")
-    for note in notes:
-        print(f"note: {note}")
+    said = [f"wrote {config.out}: {weights:,} weights in float32", *(f"note: {note}" for note in notes)]
+    print("\n".join(said))
 
 
 if __name__ == "__main__":

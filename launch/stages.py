@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from data.errors import UserError
+from data.options import flag_of
 from data.processes import environment_without_launcher, run_as_stage
 from eval.run_files import PARTIAL
 
@@ -51,7 +52,7 @@ def run_stage(
 
 def command_line(words: tuple[object, ...], flags: dict[str, object]) -> list[str]:
     """The arguments of a command: words as they are, flags as --name value (None is left out)."""
-    given = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items() if value is not None]
+    given = [(flag_of(name), value) for name, value in flags.items() if value is not None]
     return [str(word) for word in (*words, *(word for pair in given for word in pair))]
 
 

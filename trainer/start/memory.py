@@ -67,7 +67,7 @@ class TrainingMemory:
     @property
     def kept_while_sampling(self) -> float:
         """Gradients are freed by the optimizer step."""
-        return sum(bytes_ for what, bytes_ in self.kept.items() if "gradients" not in what)
+        return sum(size for what, size in self.kept.items() if "gradients" not in what)
 
     @property
     def peak(self) -> float:
