@@ -102,11 +102,18 @@ def run_as_stage(words: list[str], env: dict[str, str]) -> tuple[int, int]:
             heard = []
         before = {number: signal.signal(number, hand_on) for number in heard}
         try:
-            code = process.wait()
+            code = _wait(process)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     return code, asked
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """The exit code. The wait has breaks: a signal that comes just before it is handled only when it ends, hours later."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=POLL_SECONDS)
 
 
 def end_with_the_command_above() -> None:

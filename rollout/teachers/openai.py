@@ -34,6 +34,8 @@ from rollout.teachers.replies import TryFailedError, read_completion, refusal_te
 
 LONGEST_WAIT = 60.0
 """Longest wait between two tries, in seconds, when the endpoint does not ask for another."""
+LONGEST_WITHOUT_SIGNALS = 0.2
+"""Longest wait for a completion, in seconds, before signals are looked for."""
 LONGEST_ASKED = 600.0
 """An endpoint that asks for a longer wait, in seconds, ends the run."""
 FAILED_IN_A_ROW = 10
@@ -120,7 +122,7 @@ class OpenAITeacher:
             asking = pool.submit(asyncio.run, self._ask_all(requests, arrived))
             asking.add_done_callback(lambda _: arrived.put(None))
             try:
-                while (completion := arrived.get()) is not None:
+                while (completion := _next(arrived)) is not None:
                     yield completion
             finally:
                 if not asking.done():  # the caller left the loop over the completions early
@@ -364,6 +366,17 @@ class OpenAITeacher:
     def _clean(self, text: str) -> str:
         """The text without the key: some endpoints quote it in an error message, as it is or escaped."""
         return self.secret.sub("[key]", text) if len(self.endpoint.key) >= SECRET_LENGTH else text
+
+
+def _next(arrived: queue.SimpleQueue) -> Completion | None:
+    """The next entry of the queue.
+
+    It never waits for long at once: a signal that comes just before a wait, or reaches another thread, is handled by Python
+    only when the wait ends, and an endpoint may take ten minutes to end it.
+    """
+    while True:
+        with suppress(queue.Empty):
+            return arrived.get(timeout=LONGEST_WITHOUT_SIGNALS)
 
 
 def is_loopback(base_url: str) -> bool:

@@ -128,8 +128,14 @@ def test_freed_blocks_go_back_to_the_system():
 # ---- commands that run other commands
 
 ABOVE = """
-import sys
+import signal, sys, threading
 from data.processes import run_as_stage
+
+def signal_itself():
+    sys.stdin.readline()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=signal_itself, daemon=True).start()
 print(*run_as_stage([sys.executable, "-c", sys.argv[1]], {}), flush=True)
 """
 STAGE = """
@@ -144,7 +150,8 @@ time.sleep(600)
 
 def start_a_stage() -> tuple[subprocess.Popen, psutil.Process]:
     """A command, and the stage that it runs."""
-    above = subprocess.Popen([sys.executable, "-c", ABOVE, STAGE], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    above = subprocess.Popen([sys.executable, "-c", ABOVE, STAGE], text=True, cwd=ROOT, **pipes)
     return above, psutil.Process(int(above.stdout.readline()))
 
 
@@ -153,13 +160,19 @@ def test_a_stage_ends_with_the_command_above_it():
     above.kill()
     above.wait()
     stage.wait(60)  # raises when it lives on
+    above.stdin.close()
     above.stdout.close()
 
 
-def test_a_request_to_stop_is_handed_on_to_the_stage():
+@pytest.mark.parametrize("reaches", ["the thread that waits", "another thread"])
+def test_a_request_to_stop_is_handed_on_to_the_stage(reaches):
+    """One that reaches another thread does not end the wait, no more than one that comes just before it."""
     above, stage = start_a_stage()
-    above.terminate()
-    said, _ = above.communicate(timeout=60)
+    if reaches == "another thread":
+        said, _ = above.communicate("now\n", timeout=300)
+    else:
+        above.terminate()
+        said, _ = above.communicate(timeout=300)
     assert said.split() == [str(-signal.SIGTERM), str(int(signal.SIGTERM))] and above.returncode == 0
     assert not stage.is_running()
 

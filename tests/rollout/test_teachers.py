@@ -378,6 +378,26 @@ def test_a_second_signal_gives_up_what_is_in_flight(serve, tmp_path):
     assert process.returncode == -signal.SIGINT and len(raw_rows(tmp_path)) == 1
 
 
+def test_a_signal_is_heard_during_a_wait_whichever_thread_it_reaches(serve):
+    """One that reaches another thread does not end the wait, no more than one that comes just before it."""
+    server, heard, in_time = serve(1, lambda number, of, asked: "hang"), threading.Event(), []
+    asking = teacher(server)
+
+    def signal_itself() -> None:
+        while not server.now:
+            time.sleep(0.02)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        in_time.append(heard.wait(300))
+        server.hold.set()
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: (asking.stop(), heard.set()))
+    try:
+        threading.Thread(target=signal_itself, daemon=True).start()
+        assert ask(asking, 1)["p0"].text == "lost" and in_time == [True] and asking.ended == "stopped"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 @pytest.mark.slow(2)
 @pytest.mark.parametrize("mood", ["402 pay first", "429@7200 enough for today"])
 def test_a_run_that_ends_by_itself_takes_in_what_is_in_flight(serve, mood):
