@@ -4,8 +4,8 @@
 
 For two models (tiny; the shape of Qwen2.5-0.5B) and two LoRA ranks, in turns:
 ours   `LocalEngine.deliver`: manifest, checksums before and after, slots read back; without and with the canary, which
-runs
-       the model on 16 tokens in trainer and sampler
+       runs the model on 16 tokens in trainer and sampler. On a CPU the sampler adds the adapter to its weights
+kernel the same without the canary, to a sampler that computes the adapter beside its weights (--sampler-lora kernel)
 file   save in PEFT's format to /dev/shm and load with vLLM's own add_lora; not verified
 merge  add s B A to a copy of every weight and load all weights into a vLLM engine without LoRA; not verified
 Prints a table and one RATIO line per comparison, and writes JSON.
@@ -116,7 +116,10 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
             str(folder), lora_rank=rank, lora_alpha=2 * rank, seed=0, device=torch.device("cpu"), dtype=torch.float32
         )
         randomise(policy)
-        engine = VLLMEngine(str(folder), lora=policy.lora, max_model_len=128, kv_cache_bytes=1 << 28)
+        room = {"lora": policy.lora, "max_model_len": 128, "kv_cache_bytes": 1 << 28}
+        engine = VLLMEngine(str(folder), **room)
+        # vLLM loads a file only into its kernels
+        beside = VLLMEngine(str(folder), **room, sampler_lora="kernel") if engine.merges else engine
         text = pack([(TEXT[:1], [TEXT[1:]])])
 
         def canary(policy=policy, text=text) -> Canary:
@@ -131,7 +134,7 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
         proof = canary()
         version = 0
 
-        def ours(with_canary: bool, policy=policy, engine=engine, canary=canary) -> None:
+        def ours(with_canary: bool, engine=engine, policy=policy, canary=canary) -> None:
             nonlocal version
             version += 1
             tensors = policy.adapter_tensors()
@@ -142,11 +145,12 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
                 engine.deliver(tensors, version, proof)
                 engine.prove = prove
 
-        times: dict[str, list[float]] = {"ours": [], "ours with canary": [], "file": [], "merge": []}
+        times: dict[str, list[float]] = {"ours": [], "ours with canary": [], "kernel": [], "file": [], "merge": []}
         for number in range(repeats + 1):  # the first round warms up
             laps = {
                 "ours": seconds(lambda: ours(False)),
-                "file": seconds(lambda n=number: through_file(engine, policy, shm, 100_000 + n)),
+                "kernel": seconds(lambda: ours(False, beside)),
+                "file": seconds(lambda n=number: through_file(beside, policy, shm, 100_000 + n)),
                 "ours with canary": seconds(lambda: ours(True)),
                 "merge": seconds(lambda: merge_and_load(full, policy)),
             }
@@ -154,7 +158,8 @@ def measure(name: str, folder: Path, repeats: int, shm: Path) -> list[dict]:
                 times[key].append(value)
         megabytes = sum(t.numel() * t.element_size() for t in policy.adapter_tensors().values()) / 1e6
         rows.append({"model": name, "rank": rank, "adapter_megabytes": megabytes, "seconds": times})
-        engine.llm.llm_engine.engine_core.shutdown()
+        for one in {engine, beside}:
+            one.llm.llm_engine.engine_core.shutdown()
     return rows
 
 
@@ -188,7 +193,7 @@ def report(rows: list[dict]) -> None:
         medians = " ".join(f"{1000 * statistics.median(values):15.1f} ms" for values in row["seconds"].values())
         print(f"{row['model']:6} {row['rank']:4} {row['adapter_megabytes']:7.1f} MB {medians}")
     for row in rows:
-        for ours in ("ours", "ours with canary"):
+        for ours in ("ours", "ours with canary", "kernel"):
             for other in ("file", "merge"):
                 ratios = sorted(b / a for a, b in zip(row["seconds"][ours], row["seconds"][other], strict=True))
                 label = f"sync_{row['model']}_r{row['rank']}_{other}_over_{ours.replace(' ', '_')}"
