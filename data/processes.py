@@ -87,25 +87,27 @@ def run_as_stage(words: list[str], env: dict[str, str]) -> tuple[int, int]:
     SIGTERM is handed on, and Ctrl-C too where no terminal has sent it to both. When this process is killed, the stage ends
     too: else it would write on, and keep the same command from going on.
     """
-    asked = 0
-    with subprocess.Popen(words, env=env | {STAGE_OF: str(os.getpid())}) as process:
+    asked, process = 0, None
 
-        def hand_on(number: int, _: object) -> None:
-            nonlocal asked
-            asked = number
-            if number == signal.SIGTERM or sys.stdin is None or not sys.stdin.isatty():
-                process.send_signal(number)
+    def hand_on(number: int, _: object) -> None:
+        nonlocal asked
+        asked = number
+        if process is not None and (number == signal.SIGTERM or sys.stdin is None or not sys.stdin.isatty()):
+            process.send_signal(number)
 
-        # nohup's and a shell's SIG_IGN stay
-        heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
-        if threading.current_thread() is not threading.main_thread():  # it alone may set handlers
-            heard = []
-        before = {number: signal.signal(number, hand_on) for number in heard}
-        try:
+    # nohup's and a shell's SIG_IGN stay
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():  # it alone may set handlers
+        heard = []
+    before = {number: signal.signal(number, hand_on) for number in heard}
+    try:
+        with subprocess.Popen(words, env=env | {STAGE_OF: str(os.getpid())}) as process:
+            if asked:  # while it was being started
+                hand_on(asked, None)
             code = _wait(process)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code, asked
 
 

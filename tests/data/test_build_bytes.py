@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import anndata
@@ -70,12 +69,30 @@ def test_workers_file_order_and_hash_seed_do_not_matter(atlases, expected, tmp_p
     assert read_puzzles(out / "train.parquet") == read_puzzles(out / "train.jsonl")
 
 
+STOPS_AFTER_A_FILE = """
+import time
+from data.build.staging import Staging
+from launch.build import main
+
+save = Staging.save
+
+def save_and_stop(*given):
+    save(*given)
+    print("saved a file", flush=True)
+    time.sleep(1000)
+
+Staging.save = save_and_stop
+main()
+"""
+
+
 def test_a_killed_build_goes_on_where_it_was(atlases, expected, tmp_path):
     """kill -9 after the first file. Only the others are read again; the bytes are those of an uninterrupted build."""
     out, staging = tmp_path / "out", tmp_path / ".out.building"
     command = [
         sys.executable,
-        "launch/build.py",
+        "-c",
+        STOPS_AFTER_A_FILE,
         *words(atlases),
         "--out",
         out,
@@ -85,15 +102,12 @@ def test_a_killed_build_goes_on_where_it_was(atlases, expected, tmp_path):
         "--workers",
         1,
     ]
-    slow = os.environ | {"PYTHONPATH": str(ROOT)}
-    # nobody reads from the pipe: the build stops when it reports its first finished file, or soon after
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=slow, stdout=subprocess.PIPE, text=True)
-    while not list(staging.glob("*.jsonl")) and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path.name for path in staging.glob("*.jsonl")}
-    assert not out.exists() and 1 <= len(finished) <= 4
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line == "saved a file\n" for line in process.stdout)
+        process.kill()
+    finished = list(staging.glob("*.jsonl"))
+    assert not out.exists() and len(finished) == 1
     done = build(*words(atlases), "--out", out, *SIZES, "--format", "both", "--workers", 2, "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished earlier") == len(finished)

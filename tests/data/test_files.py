@@ -201,10 +201,11 @@ def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
         holder.stdout.close()
 
 
-def test_a_lock_that_a_killed_run_leaves_to_its_child_for_an_instant_is_waited_for(tmp_path):
+def test_a_lock_that_a_killed_run_leaves_to_its_child_for_an_instant_is_waited_for(tmp_path, monkeypatch):
     """Between its fork and its exec a child holds what its parent held; a run may be resumed just then."""
     handle = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(data.files, "LOCK_PATIENCE", 300.0)
     threading.Timer(0.3, os.close, [handle]).start()
     lock_folder(tmp_path)
     unlock_folder(tmp_path)

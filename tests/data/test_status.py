@@ -106,7 +106,7 @@ def answers(puzzles: Path, begun: threading.Event, hold: threading.Event) -> Ser
     def behave(number: int, of: Puzzle, asked: int) -> dict:
         if number > 2:
             begun.set()
-            hold.wait(60)
+            hold.wait(600)
         return {"content": answer_of(of.answer, f"Cell 1 has {of.cells[0][0]}.")}
 
     return Server(read_puzzles(puzzles), behave)
@@ -120,11 +120,16 @@ def test_evaluate_tells_of_an_end_and_a_kill_and_distill_of_a_stop(pipeline, tmp
     asked = ("--puzzles", puzzles, "--model", "m", "--concurrency", 1, "--temperature", 1, *notify(said))
     words = (*asked, "--out", tmp_path / "eval", "--endpoint", server.url)
     process = start_command("evaluate", *words)
-    assert begun.wait(60)
+    assert begun.wait(600)
+    # the second answer is saved after the messenger has been told of the first
+    partial, deadline = tmp_path / "eval/predictions.partial.jsonl", time.monotonic() + 600
+    while not (partial.is_file() and partial.read_bytes().count(b"\n") > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert status_of(tmp_path / "eval/status.json")["state"] == "running"
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (said.is_file() and said.read_text().endswith("\n")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -138,10 +143,10 @@ def test_evaluate_tells_of_an_end_and_a_kill_and_distill_of_a_stop(pipeline, tmp
     begun.clear(), hold.clear()
     out = ("--out", tmp_path / "t.jsonl", "--teacher", "openai", "--base-url", server.url)
     process = start_command("distill", *asked, *out)
-    assert begun.wait(60)
+    assert begun.wait(600)
     process.send_signal(signal.SIGTERM)
     hold.set()
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(600) == 128 + signal.SIGTERM
     found = status_of(tmp_path / "t.status.json")
     assert (found["state"], found["exit_code"]) == ("stopped", 143)
     server.close()

@@ -363,6 +363,8 @@ def test_an_expert_clicks_through_reloads_exports_and_imports(files, width):
         other = n + 1 if n < 5 else n - 1
         browser.click("[data-verdict=right]")
         browser.click("[data-verdict=tie]")
+        browser.reload()  # what it shows now has been stored
+        assert browser.text("#done") == "2 of 5 judged"
     with Browser(files / "profile", files / "got") as browser:  # the browser was closed in between
         browser.open(page, width)
         assert browser.text("#done") == "2 of 5 judged" and browser.text("#title") == f"Case {other} of 5"

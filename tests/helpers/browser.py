@@ -25,6 +25,8 @@ LABELS = ["CD8-positive, alpha-beta memory T cell, CD45RO-positive", "B cell", "
 SCRIPT = "</script><script>document.title = 'broken'</script>"
 NAMES = ("Quokka-7B", "wombat")
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SECONDS = 600.0
+"""Longest wait for Chromium, which is slow on a busy machine."""
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
@@ -76,12 +78,20 @@ class Browser:
         self.events: list[dict] = []
         """Every event of the page so far, oldest first."""
         self.accept_dialogs = True
-        targets = self.send("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=self._first_page(), flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
             self.send(f"{domain}.enable")
         self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads), eventsEnabled=True)
+
+    def _first_page(self) -> str:
+        """Its target, which may come after Chromium's first answer."""
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            for target in self.send("Target.getTargets")["targetInfos"]:
+                if target["type"] == "page":
+                    return target["targetId"]
+            time.sleep(0.05)
+        raise AssertionError("Chromium opens no page")
 
     def send(self, method: str, **params: Any) -> dict:
         """Call a DevTools method and wait for its answer."""
@@ -91,7 +101,7 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._read(60)
+            answer = self._read(SECONDS)
             if answer.get("id") == number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
@@ -126,7 +136,7 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self.send("Browser.close")
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=SECONDS)
         os.close(self._to)
         os.close(self._from)
 
@@ -143,13 +153,13 @@ class Browser:
         self._load(lambda: self.send("Page.reload"))
 
     def _load(self, start) -> None:
-        before = len(self.events)
+        # a mark on the page before it, which may be about:blank and still loading: only the next page is without it
+        self.js("window.pageBefore = true")
         start()
-        self.wait(
-            lambda: any(e.get("method") == "Page.loadEventFired" for e in self.events[before:]), "the page to load"
-        )
+        loaded = "window.pageBefore !== true && document.readyState === 'complete'"
+        self.wait(lambda: self.js(loaded), "the page to load")
 
-    def wait(self, condition, what: str, seconds: float = 30) -> None:
+    def wait(self, condition, what: str, seconds: float = SECONDS) -> None:
         """Until the condition holds, looked at after every event and ten times a second."""
         end = time.monotonic() + seconds
         while not condition():

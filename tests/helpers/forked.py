@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -49,7 +49,7 @@ VLLM_LIBRARIES = (
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
 )
-TIMEOUT = 900.0
+TIMEOUT = 1800.0
 """Seconds after which a command counts as hanging, on a machine that may be busy."""
 GRACE = 30.0
 """Seconds that the other ranks have to end after SIGTERM; torchrun gives them as many."""
@@ -166,7 +166,8 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # the server has seen its end, and says so in a moment
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -174,7 +175,8 @@ class ForkedProcess:
     def kill_group(self) -> None:
         """Kill the process and all it started that did not leave its session."""
         if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self.wait()
 
 

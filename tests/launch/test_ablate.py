@@ -75,6 +75,7 @@ def test_a_configuration_is_trained_evaluated_and_drawn(pipeline, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.slow(180)
+@pytest.mark.timeout(3600)  # a dozen processes, one after the other
 def test_commands_run_one_after_another_from_the_model_before(pipeline, tmp_path):
     """The start as it is, which has the format; a step of GRPO, then a round from the merged model."""
     start = tmp_path / "start"

@@ -12,6 +12,7 @@ from tests.helpers.commands import run_command, succeed
 
 @pytest.mark.vllm
 @pytest.mark.slow(105)
+@pytest.mark.timeout(3600)  # a dozen processes, one after the other
 def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     """A cold start that has the format, one round; what is finished is not run again."""
     succeed(

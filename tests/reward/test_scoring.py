@@ -116,7 +116,7 @@ def rewards(tmp_path_factory) -> str:
 
 
 def score(
-    path: str, texts: list[str], workers: int = 1, seconds: float = 2.0, cut: tuple[str, ...] = ()
+    path: str, texts: list[str], workers: int = 1, seconds: float = 60.0, cut: tuple[str, ...] = ()
 ) -> list[Reward]:
     scorer = Scorer(path, workers, seconds)
     try:
@@ -136,16 +136,16 @@ def test_scores_come_back_in_order(rewards, workers):
 
 @pytest.mark.slow(2)
 def test_a_function_that_hangs_or_dies_costs_only_its_own_response(rewards):
-    got = score(f"{rewards}:plain", ["a", "hang", "bb", "die", "ccc", "exit", "dddd"], workers=2, seconds=1.0)
+    got = score(f"{rewards}:plain", ["a", "hang", "bb", "die", "ccc", "exit", "dddd"], workers=2, seconds=5.0)
     assert [r.total for r in got if r.scored] == [1.0, 2.0, 3.0, 4.0]
     assert [str(got[i].status) for i in (1, 3, 5)] == ["timeout", "error", "error"]
-    assert got[1].message == "it took longer than --reward-seconds 1"
+    assert got[1].message == "it took longer than --reward-seconds 5"
     assert "ended with exit code 7" in got[3].message and got[5].message == "SystemExit: 3 (rewards.py, line 18)"
 
 
 @pytest.mark.slow(3)
 def test_coroutines_run_side_by_side_and_time_out_alone(rewards):
-    got = score(f"{rewards}:meet", ["a" * n for n in range(1, 41)] + ["hang"], seconds=3.0)
+    got = score(f"{rewards}:meet", ["a" * n for n in range(1, 41)] + ["hang"], seconds=10.0)
     assert [r.total for r in got[:-1]] == [float(n) for n in range(1, 41)]
     assert got[-1].status is Status.TIMEOUT
 
@@ -153,7 +153,7 @@ def test_coroutines_run_side_by_side_and_time_out_alone(rewards):
 @pytest.mark.slow(8)
 def test_only_the_coroutine_at_fault_is_blamed(rewards):
     texts = ["a", "b", "die", "c", "block", "d"]
-    got = score(f"{rewards}:fragile", texts, seconds=2.0)
+    got = score(f"{rewards}:fragile", texts, seconds=5.0)
     assert [str(r.status) for r in got] == ["ok", "ok", "error", "ok", "timeout", "ok"]
     assert "exit code 7" in got[2].message
 
@@ -165,7 +165,7 @@ def test_numbers_become_floats_and_words_are_refused(rewards):
 
 
 def test_it_stops_at_the_first_failure_when_asked(rewards):
-    scorer = Scorer(f"{rewards}:plain", 1, 2.0)
+    scorer = Scorer(f"{rewards}:plain", 1, 60.0)
     got = scorer.score(["a", "raise", "b", "c"], [PUZZLE] * 4, [False] * 4, stop_at_failure=True)
     assert got[0].total == 1.0 and got[1].status is Status.ERROR and got[2:] == [None, None]
     again = scorer.score(["dd"], [PUZZLE], [False])
@@ -199,7 +199,7 @@ scorer.score(["hang"], [puzzle], [False])
     worker = int(trainer.stdout.readline())
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and alive(worker):
         time.sleep(0.2)
     assert not alive(worker)
@@ -244,7 +244,7 @@ def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as handle:
             return handle.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may go between the opening and the reading
         return False
 
 

@@ -187,6 +187,7 @@ def options(pipeline, out, *more) -> tuple:
 
 @pytest.mark.vllm
 @pytest.mark.slow(60)
+@pytest.mark.timeout(3600)
 def test_one_copy_gives_the_bytes_of_two_also_when_resumed(pipeline, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
     kernel = ("--base", "copies", "--sampler-lora", "kernel", "--save-steps", "2")

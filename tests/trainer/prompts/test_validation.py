@@ -131,6 +131,7 @@ def test_ppo_validates_and_resumes_to_the_same_bytes(options, tmp_path):
 
 @pytest.mark.vllm
 @pytest.mark.slow(40)
+@pytest.mark.timeout(3600)
 def test_validation_leaves_no_trace_in_vllm_and_a_resumed_run_writes_the_same_bytes(options, tmp_path):
     """vLLM keeps the keys of prompts that it has seen; a step after a validation must find what a resumed run finds."""
     words = [word for word in options if word not in ("--engine", "torch")]
