@@ -26,7 +26,8 @@ PBMC := runs/pbmc/pbmc68k_reduced.h5ad
 
 $(PBMC): | setup
 	@mkdir -p $(@D)
-	@$(RUN) -W ignore -c "import scanpy; scanpy.datasets.pbmc68k_reduced().write_h5ad('$@')"
+	@$(RUN) -W ignore -c "import scanpy; scanpy.datasets.pbmc68k_reduced().write_h5ad('$@.part')"
+	@mv $@.part $@
 
 pbmc: setup $(PBMC)
 	@$(RUN) launch/demo.py --recipe launch/recipes/pbmc.yaml

@@ -153,7 +153,8 @@ def write_build(
             (partial / LABELS).write_text(text, encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
-        for file in sorted(partial.iterdir()):
+        # the report last: who finds it finds all
+        for file in sorted(partial.iterdir(), key=lambda file: (file.name == "report.json", file.name)):
             flush(file)
             os.replace(file, out / file.name)
         for ending in FORMATS["both"]:

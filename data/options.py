@@ -4,7 +4,12 @@ import dataclasses
 import math
 import operator
 import re
+import types
+import typing
+from collections.abc import Iterable
 from typing import Any
+
+import click
 
 from data.errors import UserError
 
@@ -87,3 +92,46 @@ def settle_dtype(config: Any, **how: bool | None) -> None:
 def flag_of(name: str) -> str:
     """The flag of a setting: max_tokens is --max-tokens."""
     return "--" + name.replace("_", "-")
+
+
+def base_type(hint: Any) -> tuple[type, bool]:
+    """(scalar type, is it a list) of a type hint such as `int`, `str | None` or `tuple[str, ...]`."""
+    if typing.get_origin(hint) is types.UnionType:
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
+    """A YAML value as the type of its field. where: begins an error message. Raises click.UsageError."""
+    scalar, many = base_type(hint)
+    if value is None:
+        if type(None) in typing.get_args(hint):
+            return None
+        raise click.UsageError(f"{where}: needs a value")
+    if many:
+        return tuple(coerce(v, scalar, where, choices) for v in (value if isinstance(value, list) else [value]))
+    if isinstance(value, dict | list | set | tuple):  # never shown: aliases of YAML can stand for gigabytes
+        raise click.UsageError(f"{where}: needs one value, not several in brackets or lines")
+    if scalar is bool or isinstance(value, bool):
+        if scalar is bool and isinstance(value, bool):
+            return value
+        raise click.UsageError(f"{where}: {value!r} is not {'true or false' if scalar is bool else scalar.__name__}")
+    try:
+        # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), so numbers may come as text
+        if scalar is int and float(value) != int(float(value)):
+            raise ValueError
+        converted = int(float(value)) if scalar is int else scalar(value)
+    except (TypeError, ValueError, OverflowError):
+        raise click.UsageError(
+            f"{where}: {repr(value)[:80]} is not {'an' if scalar is int else 'a'} {scalar.__name__}"
+        ) from None
+    if choices and converted not in choices:
+        raise click.UsageError(f"{where}: {value!r} is not one of {', '.join(choices)}")
+    return converted
+
+
+def words_of(options: Iterable[str]) -> list[str]:
+    """Options given as name=value, as words of a command line; a name alone is a switch."""
+    return [word for item in options for word in ("--" + item).split("=", 1)]

@@ -8,19 +8,31 @@ Each stage is one of the commands of launch/, printed before it runs. A stage wh
 SFT and GRPO go on from their newest checkpoint: the same command continues a run that was stopped.
 """
 
+import functools
 import json
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data.build.settings import check_config
+from data.errors import UserError
 from data.files import lock_folder
+from data.options import words_of
 from data.status.status import Report, reporting
+from eval.annotate.run import refuse_missing_columns
 from eval.baselines import BASELINES
 from eval.demo.record import record_settings, refuse_other_settings
-from eval.demo.settings import COLD_START, SIMULATED_BUILD, DemoConfig, base_model, refuse_missing_files, training_files
+from eval.demo.settings import (
+    COLD_START,
+    OWN,
+    PARTS,
+    SIMULATED_BUILD,
+    DemoConfig,
+    base_model,
+    refuse_missing_files,
+    training_files,
+)
 from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
 from launch.annotate import annotate_held_out, annotate_stage
@@ -31,27 +43,23 @@ from reward import load_reward
 from trainer.config import GrpoConfig
 from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints, provenance
 
-OWN = {
-    "create_policy": {"hidden": "--hidden", "layers": "--layers"},
-    "distill": {"limit": "--traces-from"},
-    "sft": {"epochs": "--sft-epochs", "lr": "--sft-lr"},
-    "grpo": {"steps": "--grpo-steps"},
-    "evaluate": {"limit": "--eval-puzzles"},
-}
-"""{stage: {its setting: the demo's option that sets it}}."""
-PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
-
 
 @command(DemoConfig)
 def main(config: DemoConfig) -> None:
     """Run every stage, write summary.json and report.html, and annotate a file."""
     out = Path(config.out)
     labelled = out / "annotate/labelled.csv"
-    if (out / "summary.json").is_file() and (labelled.is_file() or (config.h5ad and not config.annotate)):
+    if all((out / name).is_file() for name in ("summary.json", "report.html")) and (
+        labelled.is_file() or (config.h5ad and not config.annotate)
+    ):
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)
     refuse_wrong_options(config)
+    if config.model:
+        from trainer.start.ahead import refuse_model  # torch: seconds, which `--help` need not wait for
+
+        refuse_model(base_model(config))
     refuse_other_settings(config, recipe := recipe_values(config), FREE_ON_RESUME)
     with reporting(out, config.notify, "part") as report:
         lock_folder(out)
@@ -69,7 +77,7 @@ def run_parts(config: DemoConfig, report: Report) -> list[str]:
         report.begin().counted(PARTS.index(part) + 1, len(PARTS), None)
 
     report.begin().counted(0, len(PARTS), None)
-    seconds = prepare(config)
+    seconds = prepare(config, functools.partial(refuse_what_comes_later, config))
     done("cold start")
     train = training_files(config)[0]
     seconds |= evaluate(config, "base", base_model(config))
@@ -93,8 +101,8 @@ def run_parts(config: DemoConfig, report: Report) -> list[str]:
     return said
 
 
-def prepare(config: DemoConfig) -> dict[str, float]:
-    """Run everything before GRPO: atlas, puzzles, traces, base checkpoint, SFT.
+def prepare(config: DemoConfig, before_training: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Run everything before GRPO: atlas, puzzles, traces, base checkpoint, SFT. before_training: called when all but SFT is done.
 
     Returns the seconds of each stage that ran.
     """
@@ -111,9 +119,10 @@ def prepare(config: DemoConfig) -> dict[str, float]:
     for name, (file, options) in sources.items():
         puzzles, traces = out / (name or "puzzles"), out / f"traces{name and '_'}{name}.jsonl"
         build = {"h5ad": file, "out": puzzles, **seed}
-        seconds |= run_stage(_stage("build", name), puzzles / "report.json", "build", *flags(options), **build)
+        seconds |= run_stage(_stage("build", name), puzzles / "report.json", "build", *words_of(options), **build)
         ask = {"puzzles": puzzles / "train.parquet", "out": traces, "limit": config.traces_from, **seed}
-        seconds |= run_stage(_stage("distill", name), traces, "distill", *flags(config.distill), **ask)
+        words = ["--resume"] if traces.with_suffix(".raw.jsonl").is_file() else []  # responses may have cost money
+        seconds |= run_stage(_stage("distill", name), traces, "distill", *words, *words_of(config.distill), **ask)
     train, traces = training_files(config)
     write_labels(out, list(sources))
     if config.cells_h5ad:
@@ -127,17 +136,33 @@ def prepare(config: DemoConfig) -> dict[str, float]:
         seconds |= run_stage("create policy", out / "base/config.json", "create_policy", *words, **policy)
     cold_start = {"traces": traces, "model": base_model(config), "out": out / "sft"}
     cold_start |= {"epochs": config.sft_epochs, "lr": config.sft_lr, **seed}
-    words, finished = [*begun(out / "sft"), *flags(config.sft or COLD_START)], out / "sft/model/config.json"
-    return seconds | run_stage("sft", finished, "sft", *words, ranks=training_ranks(), **cold_start)
+    words, finished = [*begun(out / "sft"), *words_of(config.sft or COLD_START)], out / "sft/model/config.json"
+    if not finished.is_file():
+        from trainer.start.ahead import cold_start_ranks
+
+        before_training()
+        cold_start["ranks"] = cold_start_ranks(base_model(config))
+    return seconds | run_stage("sft", finished, "sft", *words, **cold_start)
+
+
+def refuse_what_comes_later(config: DemoConfig) -> None:
+    """Raises UserError for what the stages after the cold start would refuse, hours later; says what they will leave out."""
+    from trainer.start.ahead import refuse_lengths
+
+    puzzles, traces = training_files(config)
+    if not held_out_files(Path(config.out)):
+        raise UserError(
+            f"--build: {config.out}/puzzles has no held-out puzzle to evaluate on; give a test-fraction above 0"
+        )
+    read = read_stage(
+        "grpo", recipe=config.grpo_recipe, model=base_model(config), puzzles=puzzles, out=Path(config.out) / "grpo"
+    )
+    for note in refuse_lengths(read, traces):
+        print(f"note: {note}", flush=True)
 
 
 def _stage(verb: str, name: str) -> str:
     return f"{verb} {name}".rstrip()
-
-
-def flags(options: Iterable[str]) -> list[str]:
-    """name=value options as words of a command line; a name alone is a switch."""
-    return [word for item in options for word in ("--" + item).split("=", 1)]
 
 
 def annotate(config: DemoConfig, model: Path) -> str:
@@ -148,7 +173,7 @@ def annotate(config: DemoConfig, model: Path) -> str:
     out = Path(config.out)
     if config.annotate:
         file, labelled = Path(config.cells_h5ad or config.h5ad or out / "atlas.h5ad"), out / "annotate/labelled.h5ad"
-        annotate_stage(file, labelled, model, response_tokens(config), *flags(config.annotate), seed=config.seed)
+        annotate_stage(file, labelled, model, response_tokens(config), *words_of(config.annotate), seed=config.seed)
         return f"annotation of the clusters of {file}: see {labelled.with_suffix('.html')}"
     if config.h5ad:
         return ""
@@ -163,14 +188,20 @@ def refuse_wrong_options(config: DemoConfig) -> None:
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "puzzles": puzzles, "model": tuned}
     shape = {} if config.model else {"hidden": config.hidden, "layers": config.layers}
     for option, verb, words, result, more in (
-        ("--build", "build", flags(config.build or SIMULATED_BUILD), "puzzles", {}),
-        ("--cells-build", "build", flags(config.cells_build), "cells", {}),
-        ("--distill", "distill", flags(config.distill), traces.name, {"puzzles": puzzles, "limit": config.traces_from}),
+        ("--build", "build", words_of(config.build or SIMULATED_BUILD), "puzzles", {}),
+        ("--cells-build", "build", words_of(config.cells_build), "cells", {}),
+        (
+            "--distill",
+            "distill",
+            words_of(config.distill),
+            traces.name,
+            {"puzzles": puzzles, "limit": config.traces_from},
+        ),
         ("--hidden", "create_policy", (), "base", shape),
-        ("--sft", "sft", flags(config.sft or COLD_START), "sft", cold_start),
+        ("--sft", "sft", words_of(config.sft or COLD_START), "sft", cold_start),
         ("--grpo-recipe", "grpo", (), "grpo", grpo),
         ("--eval-puzzles", "evaluate", (), "eval", {"puzzles": puzzles, "model": tuned, "limit": config.eval_puzzles}),
-        ("--annotate", "annotate", (cells, *flags(config.annotate)), "annotate/labelled.h5ad", {"model": tuned}),
+        ("--annotate", "annotate", (cells, *words_of(config.annotate)), "annotate/labelled.h5ad", {"model": tuned}),
     ):
         with naming(option, **OWN.get(verb, {})):
             read = read_stage(verb, *words, **more, out=out / result)
@@ -178,6 +209,8 @@ def refuse_wrong_options(config: DemoConfig) -> None:
                 check_config(read)
             if verb == "grpo":
                 load_reward(read.reward)
+            if verb == "annotate" and config.annotate and Path(cells).is_file():
+                refuse_missing_columns(Path(cells), read.cluster_key, read.truth_key)
 
 
 def recipe_values(config: DemoConfig) -> dict[str, Any]:
@@ -186,16 +219,10 @@ def recipe_values(config: DemoConfig) -> dict[str, Any]:
     return defaults | read_recipe(GrpoConfig, config.grpo_recipe)
 
 
-def training_ranks() -> int:
-    """Processes of the cold start: one per GPU; on a CPU two, which are faster than two threads."""
-    import torch  # seconds, which `--help` need not wait for
-
-    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
-
-
 def evaluate(config: DemoConfig, stage: str, model: Path, **more: object) -> dict[str, float]:
     """Evaluate a model on all held-out splits; see `evaluate_files`."""
     out, more = Path(config.out), {"model": model, "max_response_tokens": response_tokens(config), **more}
+    more |= {"chunk": 32} if config.model else {}  # a small policy answers all in seconds
     return evaluate_files(out / "eval" / stage, f"evaluate {stage}", held_out_files(out), config.eval_puzzles, **more)
 
 

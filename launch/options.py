@@ -10,7 +10,6 @@ import difflib
 import functools
 import os
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import yaml
 
 from data.errors import RunError, UserError
 from data.files import full_disk, reason_of
-from data.options import argument, option
+from data.options import argument, base_type, coerce, flag_of, option
 from data.processes import end_with_the_command_above
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,7 +142,7 @@ def resolve(config_class: type, recipes: Sequence[str | Path], given: dict[str, 
         if field.name in values:
             continue
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise click.UsageError(f"Missing option '{flag(field.name)}'.")
+            raise click.UsageError(f"Missing option '{flag_of(field.name)}'.")
     return config_class(**values)
 
 
@@ -178,62 +177,19 @@ def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
             raise click.UsageError(f"--recipe {path}: no setting is called '{key}'; the nearest is '{close[0]}'")
-        values[name] = _coerce(value, hints[name], f"--recipe {path}: {key}", fields[name].metadata["choices"])
+        values[name] = coerce(value, hints[name], f"--recipe {path}: {key}", fields[name].metadata["choices"])
     return values
-
-
-def flag(name: str) -> str:
-    """The flag of a field: "lora_rank" -> "--lora-rank"."""
-    return "--" + name.replace("_", "-")
-
-
-def _base_type(hint: Any) -> tuple[type, bool]:
-    """(scalar type, is it a list) of a type hint such as `int`, `str | None` or `tuple[str, ...]`."""
-    if typing.get_origin(hint) is types.UnionType:
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-def _coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
-    """A YAML value as the type of its field. where: begins an error message."""
-    scalar, many = _base_type(hint)
-    if value is None:
-        if type(None) in typing.get_args(hint):
-            return None
-        raise click.UsageError(f"{where}: needs a value")
-    if many:
-        return tuple(_coerce(v, scalar, where, choices) for v in (value if isinstance(value, list) else [value]))
-    if isinstance(value, dict | list | set | tuple):  # never shown: aliases of YAML can stand for gigabytes
-        raise click.UsageError(f"{where}: needs one value, not several in brackets or lines")
-    if scalar is bool or isinstance(value, bool):
-        if scalar is bool and isinstance(value, bool):
-            return value
-        raise click.UsageError(f"{where}: {value!r} is not {'true or false' if scalar is bool else scalar.__name__}")
-    try:
-        # YAML 1.1 reads 1e-4 as text (it wants 1.0e-4), so numbers may come as text
-        if scalar is int and float(value) != int(float(value)):
-            raise ValueError
-        converted = int(float(value)) if scalar is int else scalar(value)
-    except (TypeError, ValueError, OverflowError):
-        raise click.UsageError(
-            f"{where}: {repr(value)[:80]} is not {'an' if scalar is int else 'a'} {scalar.__name__}"
-        ) from None
-    if choices and converted not in choices:
-        raise click.UsageError(f"{where}: {value!r} is not one of {', '.join(choices)}")
-    return converted
 
 
 def _click_option(config_class: type, field: dataclasses.Field) -> Callable:
     """The decorator that adds the flag, or the positional argument, of a field."""
-    scalar, many = _base_type(typing.get_type_hints(config_class)[field.name])
+    scalar, many = base_type(typing.get_type_hints(config_class)[field.name])
     if field.metadata.get("argument"):
         return click.argument(field.name, type=scalar)
     default = None if field.default is dataclasses.MISSING else field.default
-    names = [flag(field.name)]
+    names = [flag_of(field.name)]
     if scalar is bool:
-        names = [f"{flag(field.name)}/--no-{field.name.replace('_', '-')}"]
+        names = [f"{flag_of(field.name)}/--no-{field.name.replace('_', '-')}"]
     choice = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else scalar
     return click.option(
         *names,

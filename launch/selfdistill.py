@@ -12,9 +12,10 @@ from data.distill.report import OF_ROUND, round_row
 from data.distill.rounds import LATER, OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
 from data.errors import UserError
 from data.files import lock_folder, write_whole
+from data.options import flag_of
 from data.puzzles import read_puzzles, shared_puzzles
 from data.status.status import reporting
-from launch.options import command, flag
+from launch.options import command
 from launch.stages import begun, run_stage
 from trainer.record.runfolder import FINISHED
 from trainer.sft.settings import SftConfig
@@ -76,7 +77,7 @@ def record_settings(config: SelfDistillConfig, out: Path) -> None:
         changed = [name for name, value in now.items() if before.get(name) != value]
         if changed:
             raise UserError(
-                f"{flag(changed[0])}: {out} was begun with {before.get(changed[0])}, and now it is "
+                f"{flag_of(changed[0])}: {out} was begun with {before.get(changed[0])}, and now it is "
                 f"{getattr(config, changed[0])}; give that, or name another --out"
             )
     write_json(recorded, settings)

@@ -43,8 +43,14 @@ def run_stage(
     if asked or (code == 0 and result is not None and not result.is_file()):  # a trainer that is stopped exits with 0
         print(f"[{stage}] stopped; start the same command again to go on", file=sys.stderr, flush=True)
         raise SystemExit(128 + (asked or signal.SIGTERM))
+    if code < 0 or code == 128 + signal.SIGKILL:
+        name = signal.Signals(-code if code < 0 else signal.SIGKILL).name
+        why = " (the system does that when memory is full)" if name == "SIGKILL" else ""
+        print(
+            f"[{stage}] was killed by {name}{why}; start the same command again to go on", file=sys.stderr, flush=True
+        )
     if code:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)
     seconds = time.perf_counter() - start
     print(f"[{stage}] {seconds:.0f} s", flush=True)
     return {stage: round(seconds, 1)}
@@ -94,5 +100,7 @@ def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **set
     # launch/evaluate.py makes a folder per file only when there are several files
     out = folder if len(files) > 1 else folder / Path(files[0]).stem
     last = folder / Path(files[-1]).stem / "metrics.json"
-    words += ["--resume"] if any(folder.glob(f"*/{PARTIAL}")) else []  # an earlier call was stopped
+    # an earlier call was stopped; a baseline answers again in seconds
+    begun = [*folder.glob(f"*/{PARTIAL}"), *folder.glob("*/metrics.json")] if "model" in settings else []
+    words += ["--resume"] if begun else []
     return run_stage(stage, last, "evaluate", *words, limit=limit, out=out, **settings)

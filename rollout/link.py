@@ -69,7 +69,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         whose = "another program"
         try:
-            if dist.TCPStore(host, port, timeout=timedelta(seconds=3), wait_for_workers=False).check(["who"]):
+            if dist.TCPStore(host, port, timeout=timedelta(seconds=10), wait_for_workers=False).check(["who"]):
                 whose = "another run (its token is not this run's)"
         except dist.DistError:
             pass  # the program there is no TCPStore

@@ -260,16 +260,22 @@ def provenance(model: Model, settings: QuestionSettings, command: str) -> dict[s
     }
 
 
+def refuse_missing_columns(source: Path, *keys: str | None) -> None:
+    """Raises UserError for the first of these obs columns that the file lacks."""
+    present = obs_columns(source)
+    for key in keys:
+        if key and key not in present:
+            raise UserError(
+                f"{source}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column of clusters with "
+                "--cluster-key, that of known labels with --truth-key"
+            )
+
+
 def read_truth(source: Path, key: str | None) -> list[str] | None:
     """[C] the known label of each cell, "" where there is none. Raises UserError for a column that is missing."""
     if key is None:
         return None
-    present = obs_columns(source)
-    if key not in present:
-        raise UserError(
-            f"{source}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column of known labels "
-            "with --truth-key"
-        )
+    refuse_missing_columns(source, key)
     return read_obs(source, [key])[key].texts(missing="")
 
 

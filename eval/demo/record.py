@@ -40,7 +40,7 @@ MADE: dict[str, tuple[str, ...]] = {
 }
 """{setting: files that were made with it}. Until one of them is there the setting may change; of a training that has begun
 and not ended, --resume says what may change. The settings that are not here change nothing that is made."""
-FREE = frozenset({"workers", "concurrency"})
+FREE = frozenset({"workers", "concurrency", "resume"})
 """Options of the stages that are no trainings which say how a machine is used, and may always change."""
 
 

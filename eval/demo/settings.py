@@ -63,6 +63,17 @@ SIMULATED_BUILD = (
 COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
+OWN = {
+    "create_policy": {"hidden": "--hidden", "layers": "--layers"},
+    "distill": {"limit": "--traces-from"},
+    "sft": {"epochs": "--sft-epochs", "lr": "--sft-lr"},
+    "grpo": {"steps": "--grpo-steps"},
+    "evaluate": {"limit": "--eval-puzzles"},
+}
+"""{stage: {its setting: the demo's option that sets it}}."""
+PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
+
+
 def training_files(config: DemoConfig) -> tuple[Path, Path]:
     """(training puzzles, traces), of both files where there are two."""
     out = Path(config.out)

@@ -425,3 +425,19 @@ def test_what_is_renamed_into_place_is_on_disk(tmp_path, atlases, monkeypatch):
     monkeypatch.setattr(os, "fsync", watched)
     write_build(tmp_path / "out", splits, report, ("parquet", "jsonl"))
     assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= flushed
+
+
+def test_the_report_of_a_build_comes_last(tmp_path, monkeypatch):
+    """Whoever finds it finds every split (launch/demo.py looks for it alone)."""
+    order, replace = [], os.replace
+
+    def noted(source, target):
+        order.append(os.path.basename(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", noted)
+    write_build(tmp_path / "out", {"unseen": [], "train": [], "test": []}, {"options": {}})
+    assert (
+        sorted(order) == ["report.json", "test.parquet", "train.parquet", "unseen.parquet"]
+        and order[-1] == "report.json"
+    )

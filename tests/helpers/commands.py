@@ -5,9 +5,14 @@ imports take. `fresh=True` starts a real process instead: for tests about startu
 libraries read when they are imported, and one run of each command. With TESTS_FRESH=1 in the environment all are real.
 """
 
+import contextlib
 import dataclasses
+import os
+import random
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +28,15 @@ SMALL_GRPO = (
     *("--lora-rank", 8, "--lora-alpha", 16, "--lr", 1e-2, "--insist"),
 )
 """Options of launch/grpo.py for a step of 12 short responses."""
+
+
+def free_port() -> int:
+    """A port of the loopback address that no connection is given by itself: those have numbers above 32767."""
+    for port in random.Random(os.getpid() + time.monotonic_ns()).sample(range(15000, 30000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port below 30000")
 
 
 STARTS_OTHERS = ("ablate", "demo", "selfdistill")

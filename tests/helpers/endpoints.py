@@ -151,13 +151,13 @@ class Server(Loopback):
             code, _, wait = code.partition("@")
             status, body = int(code), json.dumps({"error": {"message": said}})
             headers = {"Retry-After": wait or "0.01"} if status == 429 else {}
+        if isinstance(what, dict):  # before the last byte: who reads it may look here at once
+            with self.lock:
+                self.served.append(who)
         data = body.encode()
         begin_json(to, status, len(data), **headers)
         to.wfile.write(data[:20] if what == "short" else data)
         to.close_connection = what == "short"
-        if isinstance(what, dict):
-            with self.lock:
-                self.served.append(who)
 
     def close(self) -> None:
         self.hold.set()

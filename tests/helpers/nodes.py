@@ -1,5 +1,6 @@
 """Two "nodes" for the tests: network namespaces joined by a veth pair where the machine allows it, else loopback."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Node:
         return self.interface if self.prefix else os.uname().nodename
 
 
-@contextmanager
+@contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
     """Node 0 and node 1; an address of one is reached from the other, and loopback is not shared between namespaces."""
     names = [f"cp{os.getpid()}{end}" for end in "ab"]
@@ -63,6 +63,14 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Does it still run? A process that only waits to be reaped does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +136,12 @@ class Launched:
         """Processes below the launcher whose command line has `word`; all of them for ""."""
         below = psutil.Process(self.process.pid).children(recursive=True)
         # a forked process shows its whole command line as one word
-        return [process for process in below if not word or word in " ".join(process.cmdline()).split()]
+        found = []
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended a moment ago
+                if not word or word in " ".join(process.cmdline()).split():
+                    found.append(process)
+        return found
 
     def kill(self) -> None:
         """Leave nothing behind."""
@@ -138,10 +151,11 @@ class Launched:
         except (psutil.NoSuchProcess, ProcessLookupError):
             return
         for process in below:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        deadline = time.monotonic() + 300
+        while any(map(is_alive, below)) and time.monotonic() < deadline:  # until then one may hold a lock or a port
+            time.sleep(0.02)
 
 
 def torchrun(

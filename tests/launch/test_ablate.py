@@ -92,7 +92,7 @@ def test_commands_run_one_after_another_from_the_model_before(pipeline, tmp_path
     )
     words = ("--out", tmp_path / "out", "--start", start, "--seeds", 3, "--eval-puzzles", 4, "--samples", 2)
     words = (*words, "--arms", "SFT=start", "--arms", chain)
-    printed = succeed("ablate", *words)
+    printed = succeed("ablate", *words, timeout=3000)
     run = tmp_path / "out/A-chain/seed-3"
     assert f"--model {run}/command-1/merged" in printed, "the round begins at the merged model"
     points = json.loads((run / "points.json").read_text())

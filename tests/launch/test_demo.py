@@ -1,23 +1,31 @@
 """The demo as a command: what is refused before it begins, what may change when it goes on, every stage on two tiny files."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from data.errors import UserError
+from data.options import words_of
+from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from eval.demo.record import MADE, record_settings, refuse_other_settings
 from eval.run_files import summary_text
-from launch.demo import DemoConfig, flags, main, recipe_values, refuse_wrong_options, response_tokens, training_files
+from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
 from launch.options import RECIPES, resolve
-from launch.stages import run_stage
+from launch.stages import evaluate_files, run_stage
 from tests.helpers.commands import run_command, succeed
+from trainer.config import GrpoConfig
+from trainer.model.loading import load_tokenizer
 from trainer.record.runfolder import ADAPTER, FREE_ON_RESUME
+from trainer.start.ahead import cold_start_ranks, refuse_lengths
 
 OF_DEMO = [
     path.stem
@@ -28,7 +36,7 @@ BUILD = ["min-cells=3", "max-cells=3", "top-genes=8", "puzzles-per-n=24", "test-
 
 
 def test_options_become_words_of_a_command():
-    assert flags(("teacher-voice=plain", "constant=tissue=blood", "autocast")) == [
+    assert words_of(("teacher-voice=plain", "constant=tissue=blood", "autocast")) == [
         *("--teacher-voice", "plain"),
         *("--constant", "tissue=blood"),
         "--autocast",
@@ -164,7 +172,7 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     atlas, cells, model = tmp_path / "atlas.h5ad", tmp_path / "cells.h5ad", tmp_path / "model"
     for seed, file in enumerate((atlas, cells)):
         succeed("simulate", "--out", file, "--donors", 8, "--types", 12, "--seed", seed)
-    succeed("build", "--h5ad", atlas, "--out", tmp_path / "words", *flags(BUILD))
+    succeed("build", "--h5ad", atlas, "--out", tmp_path / "words", *words_of(BUILD))
     succeed("create_policy", "--puzzles", tmp_path / "words/train.parquet", "--out", model, "--layers", 1)
     grpo = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "max_prompt_tokens": 192, "max_response_tokens": 12}
     grpo |= {"lora_rank": 4, "lora_alpha": 8, "lr": 1e-3, "insist": True}
@@ -214,6 +222,100 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     assert "already holds a finished demo" in succeed("demo", "--recipe", recipe)
     done = run_command("demo", "--recipe", tmp_path / "demo.yaml", "--eval-puzzles", 3)
     assert done.returncode == 2 and f"--eval-puzzles: {run} was begun with 4, and now gets 3; give" in done.stderr
+
+
+@pytest.fixture
+def grown(pipeline, tmp_path):
+    """(settings of GRPO as a demo reads them, traces) of the pipeline, with other lengths."""
+
+    def settings(**changed) -> GrpoConfig:
+        lengths = {"max_prompt_tokens": 400, "max_response_tokens": 200, "prompts_per_step": 4, "lora_rank": 8}
+        files = {"model": str(pipeline / "base"), "puzzles": str(pipeline / "puzzles/train.parquet")}
+        return GrpoConfig(**files, **lengths | changed, out=str(tmp_path / "grpo"))
+
+    return settings, pipeline / "traces.jsonl"
+
+
+def test_what_grpo_would_refuse_is_refused_before_the_cold_start(grown):
+    settings, traces = grown
+    assert refuse_lengths(settings(), traces) == []
+    puzzles = read_puzzles(settings().puzzles)
+    with pytest.raises(UserError, match=r"--grpo-recipe: 0 of \d+ prompts fit its max_prompt_tokens 9 \(longest \d+\)"):
+        refuse_lengths(settings(max_prompt_tokens=9), traces)
+    with pytest.raises(
+        UserError, match=r"traces are longer than its max_response_tokens 9 \(longest \d+\): answers like"
+    ):
+        refuse_lengths(settings(max_response_tokens=9), traces)
+    assert "traces are longer" in refuse_lengths(settings(max_response_tokens=9, insist=True), traces)[0]
+    with pytest.raises(UserError, match="--max-prompt-tokens 400 .* more than the model's"):
+        refuse_lengths(settings(max_response_tokens=100_000), traces)
+    chat = ChatFormat(load_tokenizer(settings().model), settings().model)
+    lengths = sorted(len(chat.prompt_ids(puzzle.chat())) for puzzle in puzzles)
+    said = refuse_lengths(settings(max_prompt_tokens=lengths[-1] - 1), traces)
+    assert len(said) == 1 and f"of {len(puzzles)} prompts are longer than GRPO's max_prompt_tokens" in said[0]
+
+
+def test_a_cold_start_has_one_process_where_two_do_not_fit(pipeline, monkeypatch):
+    cores, room = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    assert cold_start_ranks(pipeline / "base") == min(2, cores)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=1 << 20))
+    assert cold_start_ranks(pipeline / "base") == 1
+
+
+def test_a_model_that_a_stage_would_refuse_is_refused_first(pipeline, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pipeline / "base", model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"num_experts": 8}))
+    done = CliRunner().invoke(main, ["--out", str(tmp_path / "run"), "--model", str(model)])
+    assert done.exit_code == 2 and "a mixture of experts (num_experts 8)" in done.output, done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_columns_of_the_annotation_are_looked_up_first(pipeline, tmp_path):
+    words = ["--out", str(tmp_path / "run"), "--h5ad", str(pipeline / "atlas.h5ad"), "--build", "min-cells=3"]
+    done = CliRunner().invoke(main, [*words, "--annotate", "cluster-key=louvain"])
+    assert done.exit_code == 2 and "--annotate: " in done.output and "no obs column 'louvain'" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow(8)
+def test_a_build_without_held_out_puzzles_is_refused_before_the_cold_start(tmp_path):
+    atlas, run = tmp_path / "atlas.h5ad", tmp_path / "run"
+    succeed("simulate", "--out", atlas, "--donors", 6, "--types", 12, "--cells-per-type", 4)
+    words = [word for item in (*BUILD, "test-fraction=0") for word in ("--build", item)]
+    done = run_command("demo", "--out", run, "--h5ad", atlas, *words)
+    assert done.returncode == 2 and "has no held-out puzzle to evaluate on; give a test-fraction above 0" in done.stderr
+    assert (run / "base/config.json").is_file() and not (run / "sft").exists()
+    (run / "traces.jsonl").unlink()  # as after a kill: the responses are there, and are not asked for again
+    again = run_command("demo", "--out", run, "--h5ad", atlas, *words)
+    assert again.returncode == 2 and "launch/distill.py --resume" in again.stdout, again.stdout + again.stderr
+
+
+def test_a_demo_whose_page_is_missing_is_not_finished(tmp_path):
+    made(tmp_path, "summary.json", "annotate/labelled.csv")
+    done = CliRunner().invoke(main, ["--out", str(tmp_path), "--grpo-recipe", "none"])
+    assert done.exit_code == 2 and "none: no such file" in done.output
+
+
+def test_a_stage_that_is_killed_is_said_to_be(tmp_path, capsys, monkeypatch):
+    (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("launch.stages.LAUNCH", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run_stage("sft", None, "dies")
+    said = capsys.readouterr().err
+    assert ended.value.code == 137 and "[sft] was killed by SIGKILL (the system does that when memory is full)" in said
+
+
+def test_an_evaluation_goes_on_after_the_splits_that_it_has(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("launch.stages.run_stage", lambda *words, **flags: asked.append("--resume" in words) or {})
+    files = ["a/test.parquet", "a/unseen.parquet"]
+    evaluate_files(tmp_path, "evaluate sft", files, 4, model="m")
+    made(tmp_path, "test/metrics.json")
+    evaluate_files(tmp_path, "evaluate sft", files, 4, model="m")
+    evaluate_files(tmp_path, "evaluate random", files, 4, baseline="random")  # in seconds, and it has no --resume
+    assert asked == [False, True, False]
 
 
 def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):

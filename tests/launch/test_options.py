@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from data.errors import RunError
-from launch.options import OTHER, argument, command, flag, option
+from data.options import flag_of
+from launch.options import OTHER, argument, command, option
 from tests.helpers.commands import ROOT
 
 COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if "__main__" in path.read_text())
@@ -81,7 +82,7 @@ def test_without_sections_the_heading_is_the_usual_one():
     def main(config) -> None:
         """Do it."""
 
-    assert sections(help_of(main)) == {"Options": ["--recipe", flag("out_folder"), "--help"]}
+    assert sections(help_of(main)) == {"Options": ["--recipe", flag_of("out_folder"), "--help"]}
 
 
 def test_a_run_that_failed_says_why_in_this_process_too():

@@ -62,7 +62,7 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
         "--accept-at",
         0.3,
     )
-    succeed("selfdistill", *words)
+    succeed("selfdistill", *words, timeout=3000)
     table = json.loads((tmp_path / "out/rounds.json").read_text())
     assert [row["round"] for row in table] == [0, 1]
     accepted = read_rows(tmp_path / "out/round-1/traces.jsonl")
@@ -84,7 +84,7 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     refused = run_command("selfdistill", *words, *more, "--hint")
     assert refused.returncode == 2 and "--hint shows the right answer, --workflow tools finds" in refused.stderr
     assert not (tmp_path / "tools").exists()
-    said = succeed("selfdistill", *words, *more, "--eval-limit", 8)
+    said = succeed("selfdistill", *words, *more, "--eval-limit", 8, timeout=3000)
     (row,) = json.loads((tmp_path / "tools/rounds.json").read_text())[1:]
     found = json.loads((tmp_path / "tools/round-1/traces.report.json").read_text())["workflow"]
     assert row["workflow"] == found["final"]["batch_accuracy"] and row["vote"] == found["vote"]["batch_accuracy"]

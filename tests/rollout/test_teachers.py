@@ -1,6 +1,7 @@
 """A teacher behind an endpoint that misbehaves: retries, kills, budgets, hints, and a key that stays secret."""
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -117,12 +118,13 @@ def served_raw(server: Server) -> None:
 def held(server: Server, together: int, first: int = 0) -> threading.Event:
     """From request `first` on, none is answered before `together` have arrived, nor before the event is set."""
     send, released, there = server.send, threading.Event(), threading.Barrier(together)
+    arrived = itertools.count()
 
     def wait(to, what, who: tuple, model: str) -> None:
-        if len(server.served) >= first:
-            there.wait(timeout=60)
+        if next(arrived) >= first:
+            there.wait(timeout=600)
             if isinstance(what, dict):
-                released.wait(timeout=60)
+                released.wait(timeout=600)
         send(to, what, who, model)
 
     server.send = wait
@@ -153,7 +155,7 @@ def test_a_misbehaving_endpoint_is_asked_until_it_answers_and_nothing_is_bought_
     kinds: list[str] = []
     meter = Meter(price_in=1.0, price_out=1.0)
     asking = teacher(
-        server, meter, lambda row: kinds.append("lost" if "lost" in row else "sent"), timeout_seconds=0.5, retries=30
+        server, meter, lambda row: kinds.append("lost" if "lost" in row else "sent"), timeout_seconds=10, retries=30
     )
     done = ask(asking, 9)
     assert [done[f"p{i}"].text for i in range(9)] == [right(puzzle(i)) for i in range(9)]
@@ -293,7 +295,7 @@ def test_a_connection_that_never_stood_cost_nothing():
             caller.setblocking(False)
             caller.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
-        endpoint = Endpoint(model="m", base_url=url, key=KEY, timeout_seconds=1.0, retries=0)
+        endpoint = Endpoint(model="m", base_url=url, key=KEY, timeout_seconds=10.0, retries=0)
         asking = OpenAITeacher(endpoint, meter, kinds.append, print)
         assert ask(asking, 1)["p0"].error == "no connection in time (1 try)"
     assert meter.lost == 0 and [list(row)[0] for row in kinds] == ["sent"]
@@ -329,7 +331,7 @@ def test_a_kill_loses_nothing_and_buys_nothing_twice(serve, tmp_path):
     server = serve(12, lambda number, of, asked: "hang" if number >= 7 else {"content": (wrong, right)[number % 2](of)})
     given = words(tmp_path, server, "--concurrency", 3, "--candidates", 3)
     process = start(*given)
-    until(lambda: len(raw_rows(tmp_path)) == 7 and server.now == 3, process)
+    until(lambda: len(raw_rows(tmp_path)) == 7 and (server.number, server.now) == (10, 3), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     with open(tmp_path / "t.raw.jsonl", "a") as handle:
@@ -355,7 +357,7 @@ def test_a_signal_waits_for_what_is_in_flight_and_says_how_to_go_on(serve, tmp_p
     released = held(server, together=2, first=4)
     given = words(tmp_path, server, "--concurrency", 2)
     process = start(*given)
-    until(lambda: len(server.served) == 4 and server.now == 2, process)
+    until(lambda: len(raw_rows(tmp_path)) == 4 and (server.number, server.now) == (6, 2), process)
     process.terminate()
     assert "waiting for the responses in flight (2)" in process.stderr.readline()
     released.set()
@@ -370,7 +372,7 @@ def test_a_signal_waits_for_what_is_in_flight_and_says_how_to_go_on(serve, tmp_p
 def test_a_second_signal_gives_up_what_is_in_flight(serve, tmp_path):
     server = serve(3, lambda number, of, asked: "hang" if number else {"content": right(of)})
     process = start(*words(tmp_path, server, "--concurrency", 2))
-    until(lambda: len(raw_rows(tmp_path)) == 1 and server.now == 2, process)
+    until(lambda: len(raw_rows(tmp_path)) == 1 and (server.number, server.now) == (3, 2), process)
     process.terminate()
     assert "a second signal gives them up" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
@@ -386,16 +388,16 @@ def test_a_signal_is_heard_during_a_wait_whichever_thread_it_reaches(serve):
     def signal_itself() -> None:
         while not server.now:
             time.sleep(0.02)
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
         in_time.append(heard.wait(300))
         server.hold.set()
 
-    before = signal.signal(signal.SIGUSR1, lambda *_: (asking.stop(), heard.set()))
+    before = signal.signal(signal.SIGUSR2, lambda *_: (asking.stop(), heard.set()))
     try:
         threading.Thread(target=signal_itself, daemon=True).start()
         assert ask(asking, 1)["p0"].text == "lost" and in_time == [True] and asking.ended == "stopped"
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before)
 
 
 @pytest.mark.slow(2)
@@ -430,7 +432,7 @@ def test_the_budget_is_never_passed_not_even_across_a_kill(serve, tmp_path):
     prices = ("--price-in", 1, "--price-out", 10, "--max-response-tokens", limit, "--budget", 0.06)
     given = words(tmp_path, server, "--concurrency", 4, "--candidates", 4, *prices)
     process = start(*given)
-    until(lambda: server.now == 4 and len(raw_rows(tmp_path)) == len(server.served), process)
+    until(lambda: (server.number, server.now) == (18, 4) and len(raw_rows(tmp_path)) == len(server.served), process)
     process.kill()
     process.wait()
     asked_before = server.number

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from data.errors import RunError
 from data.prompts import PROBE_RESPONSE
 from data.puzzles import read_puzzles, read_rows
 from rollout.teachers.openai import Endpoint, OpenAITeacher
-from tests.helpers.commands import succeed
+from tests.helpers.commands import free_port, succeed
 from tests.helpers.endpoints import here, puzzle, raw_rows, report
 from trainer.model.loading import load_tokenizer
 
@@ -44,9 +43,7 @@ def checkpoint(pipeline, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vllm_server(checkpoint, tmp_path_factory):
     """Base URL of a real vLLM server that serves the checkpoint as "tiny"."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -101,7 +98,7 @@ def vllm_server(checkpoint, tmp_path_factory):
         # vLLM removes its shared memory (some 420 MB in /dev/shm) only where it ends by itself, so it must
         process.terminate()
         try:
-            process.wait(timeout=120)
+            process.wait(timeout=600)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what is left of its session

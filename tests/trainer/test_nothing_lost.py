@@ -266,15 +266,14 @@ def test_the_owner_is_told_of_the_end_a_failure_and_a_kill(run, tmp_path):
     process = start_command("grpo", *words(run), "--out", tmp_path / "killed", "--steps", 4000, *notify)
     while not process.stdout.readline().startswith("step 2/"):
         assert process.poll() is None
-    deadline = time.monotonic() + 60
-    while status_of(tmp_path / "killed")["step"] != 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    # it is written before the line, and again with every step
+    assert status_of(tmp_path / "killed")["step"] >= 2
     assert status_of(tmp_path / "killed")["state"] == "running"
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 600
     while told.read_text().count("\n") < 3:
-        assert time.monotonic() < deadline + 60
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     killed = status_of(tmp_path / "killed")
     assert killed["state"] == "killed" and "--resume goes on from the newest checkpoint" in killed["error"]

@@ -1,6 +1,7 @@
 """Four-bit base, bfloat16 products, eight-bit AdamW, models of other types: through the real command, and number by number."""
 
 import json
+import platform
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from transformers import (
 )
 
 from tests.helpers.commands import run_command, succeed
+from trainer.config import GrpoConfig
 from trainer.model.loading import Head, head_of, through_nf4, why_not_shared
 from trainer.model.merge import sampler_model
 from trainer.packing import pack
 from trainer.policy import Policy
+from trainer.start.parts import has_bfloat16_products, load_policy
 
 REWARD = "def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n"
 SHORT = (
@@ -236,3 +239,15 @@ def test_what_a_model_does_to_its_logits_is_known():
     for config, head in heads:
         assert head_of(AutoModelForCausalLM.from_config(config), "x") == head
     assert "its type gemma2 is none of" in why_not_shared(Gemma2Config())
+
+
+def test_autocast_is_left_out_where_it_would_take_longer(pipeline, monkeypatch, capsys):
+    cfg = GrpoConfig(model=str(pipeline / "base"), puzzles="p", out="o", lora_rank=8, dtype="float32", autocast=True)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        assert load_policy(cfg, torch.device("cpu")).autocast is there
+        assert ("note: --autocast is left out" in capsys.readouterr().out) is not there
+    assert has_bfloat16_products(torch.device("cuda"))
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert has_bfloat16_products(torch.device("cpu"))

@@ -3,6 +3,9 @@
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from data.errors import UserError
 from data.status.notify import note_the_kill
 from data.status.status import RunStatus
 from rollout import Rollout
+from tests.helpers.commands import ROOT
 from trainer.packing import ScoredGroup, scored_groups
 from trainer.ranks import world
 from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, Watch
@@ -156,3 +160,15 @@ def test_a_rank_that_dies_before_the_ranks_meet_at_the_end_is_told(tmp_path, mon
         world.leave_world()
     told = json.loads((tmp_path / "status.json").read_text())
     assert (told["state"], told["exit_code"]) == ("failed", 1) and "rank 1 died" in told["error"]
+
+
+@pytest.mark.slow(6)
+def test_where_a_process_is_can_be_asked_also_when_it_is_the_only_one():
+    code = "import time\nfrom trainer.ranks.world import join_world\njoin_world()\nprint('joined', flush=True)\ntime.sleep(1000)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        assert "joined\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGUSR1)
+        assert any('File "<string>", line 5 in <module>' in line for line in process.stderr)
+        assert process.poll() is None
+        process.kill()

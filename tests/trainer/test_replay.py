@@ -166,8 +166,9 @@ def test_one_response_explained_and_the_page(on_policy, tmp_path):
     )
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
-        dom = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120, check=True).stdout
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+        words = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
+        dom = subprocess.run(words, capture_output=True, text=True, timeout=600, check=True).stdout
         assert dom.count("<article>") == 3 and "share of the loss" in dom and 'class="tokens"' in dom
 
 

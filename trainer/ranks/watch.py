@@ -6,10 +6,8 @@ stop by itself (a collective with a dead peer usually raises), and the process e
 would wait for a collective's time-out of half an hour, which does not name the rank.
 """
 
-import faulthandler
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -116,8 +114,6 @@ class Watch:
         self.over = threading.Event()
         self.rounds = self.unanswered = 0
         """Rounds of heartbeats made; looks of the guard in which no round was finished."""
-        # kill -USR1 prints where a process is, even while it runs native code
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.publish()  # at once: the others learn that this rank has joined
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
@@ -180,10 +176,10 @@ class Watch:
 
     def explain(self, error: BaseException) -> str:
         """Why a collective raised: the verdict, or "" if no other rank is to blame. Waits some seconds for one."""
-        # a rank is declared dead only after SILENT_SECONDS, while a collective with it fails at once
-        deadline = time.monotonic() + SILENT_SECONDS + 3 * BEAT_SECONDS
-        # longer while the store is silent: then the guard is about to say so
-        while not self.verdict and (time.monotonic() < deadline or self.unanswered > 3):
+        # a rank is declared dead only after SILENT_SECONDS, while a collective with it fails at once; in rounds, which a
+        # busy machine makes slowly; longer while the store is silent: then the guard is about to say so
+        enough, most = self.rounds + SILENT_SECONDS / BEAT_SECONDS + 3, time.monotonic() + 6 * SILENT_SECONDS
+        while not self.verdict and ((self.rounds < enough and time.monotonic() < most) or self.unanswered > 3):
             time.sleep(0.1)
         return self.verdict
 
@@ -345,7 +341,7 @@ def is_gone(pid: int) -> bool:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
             # the field before the state is the program's name in brackets, which may hold spaces and brackets itself
             return handle.read().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before the opening, or between it and the reading
         return True
 
 

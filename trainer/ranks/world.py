@@ -9,6 +9,7 @@ orders, they read each other's data.
 """
 
 import base64
+import faulthandler
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
@@ -334,6 +335,9 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     global _joined
     if _joined is not None:
         return _joined
+    # kill -USR1 prints where a process is, even while it runs native code
+    with suppress(OSError, ValueError):  # there is no standard error to print them on
+        faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     if "RANK" not in os.environ:
         with socket.socket() as probe:  # a free port
             probe.bind(("127.0.0.1", 0))

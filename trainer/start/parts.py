@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,10 +154,21 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
     return policy, engine
 
 
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Are products in bfloat16 faster than in float32 there? True for a processor that is not of the x86 family."""
+    known = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "_is_avx512_bf16_supported")
+    return device.type != "cpu" or not known or torch.cpu._is_avx512_bf16_supported()
+
+
 def load_policy(
     cfg: TrainingConfig, device: torch.device, sharded: bool = False, base: SharedBase | None = None
 ) -> Policy:
     """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
+    autocast = cfg.autocast and has_bfloat16_products(device)
+    if cfg.autocast and not autocast and os.environ.get("RANK", "0") == "0":
+        print(
+            "note: --autocast is left out: this CPU has no instructions for bfloat16 and would take longer", flush=True
+        )
     online = isinstance(cfg, OnlineConfig)
     policy = Policy(
         str(cfg.model),
@@ -170,7 +182,7 @@ def load_policy(
         keep_attention=cfg.keep_attention,
         frozen=online and cfg.beta > 0,  # the KL needs a reference; with an adapter that is the base itself
         quantize=cfg.quantize,
-        autocast=cfg.autocast,
+        autocast=autocast,
         dora=not online and cfg.dora,
         attn=cfg.attn,
         date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,

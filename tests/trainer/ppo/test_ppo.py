@@ -80,7 +80,7 @@ def test_a_run_leaves_what_its_settings_say(whole):
 
 @pytest.mark.slow(8)
 def test_kill_and_resume_give_the_same_bytes(options, whole, tmp_path):
-    process = start_command("ppo", *options, "--out", tmp_path / "cut", "--steps", 4000)
+    process = start_command("ppo", *options, "--out", tmp_path / "cut", "--steps", 4)
     while (line := process.stdout.readline()) and not line.startswith("step 3/"):
         pass
     process.send_signal(signal.SIGKILL)  # after step 3, checkpointed at step 2
