@@ -103,7 +103,7 @@ def run_as_stage(words: list[str], env: dict[str, str]) -> tuple[int, int]:
     try:
         with subprocess.Popen(words, env=env | {STAGE_OF: str(os.getpid())}) as process:
             if asked:  # while it was being started
-                hand_on(asked, None)
+                process.send_signal(asked)
             code = _wait(process)
     finally:
         for number, handler in before.items():

@@ -9,6 +9,7 @@ made. Each run is a folder of its own, OUT/NAME/seed-S: the same command goes on
 can share OUT when each is given other runs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from data.files import lock_folder, unlock_folder
@@ -42,7 +43,7 @@ def main(config: AblateConfig) -> None:
     paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
     refuse_wrong_words(arms, paths)
     with naming("--start-recipe"):
-        refuse_wrong_options(demo)
+        refuse_wrong_options(replace(demo, annotate=()))  # nothing is annotated here
     if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
         refuse_test_puzzles(arms, paths, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early

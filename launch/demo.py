@@ -30,6 +30,7 @@ from eval.demo.settings import (
     SIMULATED_BUILD,
     DemoConfig,
     base_model,
+    bought_already,
     refuse_missing_files,
     training_files,
 )
@@ -121,8 +122,8 @@ def prepare(config: DemoConfig, before_training: Callable[[], None] = lambda: No
         build = {"h5ad": file, "out": puzzles, **seed}
         seconds |= run_stage(_stage("build", name), puzzles / "report.json", "build", *words_of(options), **build)
         ask = {"puzzles": puzzles / "train.parquet", "out": traces, "limit": config.traces_from, **seed}
-        words = ["--resume"] if traces.with_suffix(".raw.jsonl").is_file() else []  # responses may have cost money
-        seconds |= run_stage(_stage("distill", name), traces, "distill", *words, *words_of(config.distill), **ask)
+        words = [*bought_already(traces, config), *words_of(config.distill)]
+        seconds |= run_stage(_stage("distill", name), traces, "distill", *words, **ask)
     train, traces = training_files(config)
     write_labels(out, list(sources))
     if config.cells_h5ad:
@@ -141,7 +142,7 @@ def prepare(config: DemoConfig, before_training: Callable[[], None] = lambda: No
         from trainer.start.ahead import cold_start_ranks
 
         before_training()
-        cold_start["ranks"] = cold_start_ranks(base_model(config))
+        cold_start["ranks"] = cold_start_ranks(base_model(config), "lora-rank=0" in (config.sft or COLD_START))
     return seconds | run_stage("sft", finished, "sft", *words, **cold_start)
 
 
@@ -209,7 +210,7 @@ def refuse_wrong_options(config: DemoConfig) -> None:
                 check_config(read)
             if verb == "grpo":
                 load_reward(read.reward)
-            if verb == "annotate" and config.annotate and Path(cells).is_file():
+            if verb == "annotate" and config.annotate and Path(cells).exists():
                 refuse_missing_columns(Path(cells), read.cluster_key, read.truth_key)
 
 
@@ -222,7 +223,6 @@ def recipe_values(config: DemoConfig) -> dict[str, Any]:
 def evaluate(config: DemoConfig, stage: str, model: Path, **more: object) -> dict[str, float]:
     """Evaluate a model on all held-out splits; see `evaluate_files`."""
     out, more = Path(config.out), {"model": model, "max_response_tokens": response_tokens(config), **more}
-    more |= {"chunk": 32} if config.model else {}  # a small policy answers all in seconds
     return evaluate_files(out / "eval" / stage, f"evaluate {stage}", held_out_files(out), config.eval_puzzles, **more)
 
 

@@ -44,7 +44,8 @@ def run_stage(
         print(f"[{stage}] stopped; start the same command again to go on", file=sys.stderr, flush=True)
         raise SystemExit(128 + (asked or signal.SIGTERM))
     if code < 0 or code == 128 + signal.SIGKILL:
-        name = signal.Signals(-code if code < 0 else signal.SIGKILL).name
+        number = -code if code < 0 else signal.SIGKILL
+        name = {int(one): one.name for one in signal.Signals}.get(number, f"signal {number}")
         why = " (the system does that when memory is full)" if name == "SIGKILL" else ""
         print(
             f"[{stage}] was killed by {name}{why}; start the same command again to go on", file=sys.stderr, flush=True

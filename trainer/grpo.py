@@ -181,12 +181,10 @@ def ask(engine: Engine, policy: Policy, batch: list[Prompt], cfg: OnlineConfig, 
 
 
 def make_canary(policy: Policy, text: list[int], cfg: TrainingConfig) -> Canary:
-    """A fixed text with its log-probs under the reference policy, which never change.
-
-    hand_over fills in the log-probs under the policy, which change with every step. text: token ids.
-    """
+    """A text (token ids) and its log-probs under the reference, which never change; hand_over adds the policy's."""
     reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
-    return Canary(ids=text, policy=[], reference=reference, tolerance=CANARY_TOLERANCE[cfg.compute_dtype])
+    tolerance = CANARY_TOLERANCE["bfloat16" if policy.autocast else cfg.dtype]
+    return Canary(ids=text, policy=[], reference=reference, tolerance=tolerance)
 
 
 @torch.no_grad()

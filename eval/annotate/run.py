@@ -264,7 +264,7 @@ def refuse_missing_columns(source: Path, *keys: str | None) -> None:
     """Raises UserError for the first of these obs columns that the file lacks."""
     present = obs_columns(source)
     for key in keys:
-        if key and key not in present:
+        if key is not None and key not in present:
             raise UserError(
                 f"{source}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column of clusters with "
                 "--cluster-key, that of known labels with --truth-key"

@@ -74,6 +74,13 @@ OWN = {
 PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
 
 
+def bought_already(traces: Path, config: DemoConfig) -> list[str]:
+    """["--resume"] for a teacher whose responses took hours or money, when an earlier call has left some, else []."""
+    teacher = next((option for option in reversed(config.distill) if option.startswith("teacher=")), "teacher=embedded")
+    left = teacher != "teacher=embedded" and traces.with_suffix(".raw.jsonl").is_file()
+    return ["--resume"] if left else []
+
+
 def training_files(config: DemoConfig) -> tuple[Path, Path]:
     """(training puzzles, traces), of both files where there are two."""
     out = Path(config.out)

@@ -132,8 +132,8 @@ import signal, sys, threading
 from data.processes import run_as_stage
 
 def signal_itself():
-    sys.stdin.readline()
-    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    if sys.stdin.readline():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
 threading.Thread(target=signal_itself, daemon=True).start()
 print(*run_as_stage([sys.executable, "-c", sys.argv[1]], {}), flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from data.options import words_of
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from eval.demo.record import MADE, record_settings, refuse_other_settings
+from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
 from launch.options import RECIPES, resolve
@@ -242,12 +244,8 @@ def test_what_grpo_would_refuse_is_refused_before_the_cold_start(grown):
     puzzles = read_puzzles(settings().puzzles)
     with pytest.raises(UserError, match=r"--grpo-recipe: 0 of \d+ prompts fit its max_prompt_tokens 9 \(longest \d+\)"):
         refuse_lengths(settings(max_prompt_tokens=9), traces)
-    with pytest.raises(
-        UserError, match=r"traces are longer than its max_response_tokens 9 \(longest \d+\): answers like"
-    ):
-        refuse_lengths(settings(max_response_tokens=9), traces)
-    assert "traces are longer" in refuse_lengths(settings(max_response_tokens=9, insist=True), traces)[0]
-    with pytest.raises(UserError, match="--max-prompt-tokens 400 .* more than the model's"):
+    assert "traces are longer" in refuse_lengths(settings(max_response_tokens=9), traces)[0]
+    with pytest.raises(UserError, match="--grpo-recipe: --max-prompt-tokens 400 .* more than the model's"):
         refuse_lengths(settings(max_response_tokens=100_000), traces)
     chat = ChatFormat(load_tokenizer(settings().model), settings().model)
     lengths = sorted(len(chat.prompt_ids(puzzle.chat())) for puzzle in puzzles)
@@ -256,6 +254,7 @@ def test_what_grpo_would_refuse_is_refused_before_the_cold_start(grown):
 
 
 def test_a_cold_start_has_one_process_where_two_do_not_fit(pipeline, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cores, room = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     assert cold_start_ranks(pipeline / "base") == min(2, cores)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=1 << 20))
@@ -287,9 +286,15 @@ def test_a_build_without_held_out_puzzles_is_refused_before_the_cold_start(tmp_p
     done = run_command("demo", "--out", run, "--h5ad", atlas, *words)
     assert done.returncode == 2 and "has no held-out puzzle to evaluate on; give a test-fraction above 0" in done.stderr
     assert (run / "base/config.json").is_file() and not (run / "sft").exists()
-    (run / "traces.jsonl").unlink()  # as after a kill: the responses are there, and are not asked for again
-    again = run_command("demo", "--out", run, "--h5ad", atlas, *words)
-    assert again.returncode == 2 and "launch/distill.py --resume" in again.stdout, again.stdout + again.stderr
+
+
+def test_responses_that_cost_something_are_not_asked_for_again(tmp_path):
+    traces, bought = tmp_path / "traces.jsonl", DemoConfig(distill=("teacher=openai", "model=m"))
+    assert bought_already(traces, bought) == []
+    made(tmp_path, "traces.raw.jsonl")
+    assert bought_already(traces, bought) == ["--resume"]
+    for free in ((), ("teacher=vllm", "teacher=embedded")):
+        assert bought_already(traces, DemoConfig(distill=free)) == []
 
 
 def test_a_demo_whose_page_is_missing_is_not_finished(tmp_path):

@@ -336,7 +336,7 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     if _joined is not None:
         return _joined
     # kill -USR1 prints where a process is, even while it runs native code
-    with suppress(OSError, ValueError):  # there is no standard error to print them on
+    with suppress(OSError, ValueError, RuntimeError):  # there is no standard error to print them on
         faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
     if "RANK" not in os.environ:
         with socket.socket() as probe:  # a free port

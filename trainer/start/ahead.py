@@ -1,6 +1,7 @@
 """What a command that trains twice (launch/demo.py) can know of GRPO before its cold start, which takes hours."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from trainer.start.memory import n_weights
 from trainer.start.model_check import check_model
 from trainer.start.preflight import check_launch, launch_of, refuse_problems
 
-COLD_START_COPIES = 2.5
-"""Memory of a process of the cold start on a CPU, in copies of the weights in float32: weights, gradients, activations."""
+COPIES = {"adapter": 2.0, "every weight": 5.0}
+"""Memory of a process of the cold start on a CPU, in copies of the weights in float32: weights and activations; where all are
+trained also gradients and the optimizer's two moments."""
 
 
 def refuse_model(model: Path) -> None:
@@ -29,7 +31,10 @@ def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:
 
     cfg: as GRPO will run, with the checkpoint before the cold start, which has the same tokenizer and shape.
     """
-    refuse_problems(check_launch(cfg, launch_of(cfg)))
+    try:
+        refuse_problems(check_launch(cfg, launch_of(replace(cfg, nodes=1, ranks_per_node=1))))
+    except UserError as error:
+        raise UserError(f"--grpo-recipe: {error}") from None
     chat = ChatFormat(load_tokenizer(str(cfg.model)), str(cfg.model))
     puzzles = read_puzzles(cfg.puzzles)
     prompts = [len(chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
@@ -47,11 +52,6 @@ def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:
         )
     answers = [len(chat.response_ids(row["assistant_msg"])) for row in read_rows(traces)]
     long = sum(length > cfg.max_response_tokens for length in answers)
-    if 2 * long > len(answers) and not cfg.insist:
-        raise UserError(
-            f"--grpo-recipe: {long} of {len(answers)} traces are longer than its max_response_tokens "
-            f"{cfg.max_response_tokens} (longest {max(answers)}): answers like them would be cut; raise it"
-        )
     if long:
         notes.append(
             f"{long} of {len(answers)} traces are longer than GRPO's max_response_tokens {cfg.max_response_tokens} (longest "
@@ -60,11 +60,13 @@ def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:
     return notes
 
 
-def cold_start_ranks(model: Path) -> int:
+def cold_start_ranks(model: Path, every_weight: bool = False) -> int:
     """Processes of the cold start: one per GPU; on a CPU two, which are faster than two threads, where both fit in memory."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    copy = 4 * n_weights(empty_model(str(model), torch.float32, "sdpa"))
-    return max(
-        1, min(2, len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / (COLD_START_COPIES * copy)))
+    needed = (
+        4
+        * n_weights(empty_model(str(model), torch.float32, "sdpa"))
+        * COPIES["every weight" if every_weight else "adapter"]
     )
+    return max(1, min(2, len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / needed)))

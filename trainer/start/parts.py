@@ -165,7 +165,7 @@ def load_policy(
 ) -> Policy:
     """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
     autocast = cfg.autocast and has_bfloat16_products(device)
-    if cfg.autocast and not autocast and os.environ.get("RANK", "0") == "0":
+    if cfg.autocast and not autocast and cfg.dtype == "float32" and os.environ.get("RANK", "0") == "0":
         print(
             "note: --autocast is left out: this CPU has no instructions for bfloat16 and would take longer", flush=True
         )
