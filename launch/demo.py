@@ -158,8 +158,9 @@ def refuse_what_comes_later(config: DemoConfig) -> None:
     read = read_stage(
         "grpo", recipe=config.grpo_recipe, model=base_model(config), puzzles=puzzles, out=Path(config.out) / "grpo"
     )
-    for note in refuse_lengths(read, traces):
-        print(f"note: {note}", flush=True)
+    with naming("--grpo-recipe"):
+        for note in refuse_lengths(read, traces):
+            print(f"note: {note}", flush=True)
 
 
 def _stage(verb: str, name: str) -> str:

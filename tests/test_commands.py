@@ -4,18 +4,17 @@ That a forked run of GRPO writes the bytes of a real one is seen in trainer/test
 for SFT in trainer/test_sft_run.py.
 """
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
 
-import psutil
 import pytest
 
 from tests.helpers.commands import ROOT, run_command, start_command, succeed
 from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, can_fork, run_forked
+from trainer.ranks.watch import is_gone
 
 WHAT_A_SCRIPT_SEES = """
 import json, os, random, signal, sys, threading
@@ -182,11 +181,10 @@ def test_a_command_that_hangs_is_killed_with_what_it_started(script):
     )
     with pytest.raises(subprocess.TimeoutExpired) as caught:
         run_command(path, timeout=15)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        started, deadline = psutil.Process(int(caught.value.output)), time.monotonic() + 300
-        while started.status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    started, deadline = int(caught.value.output), time.monotonic() + 300
+    while not is_gone(started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow(2)

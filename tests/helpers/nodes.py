@@ -15,6 +15,7 @@ import psutil
 
 from tests.helpers.commands import ROOT
 from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, ForkedProcess, can_fork
+from trainer.ranks.watch import is_gone
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,6 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Does it still run? A process that only waits to be reaped does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +147,8 @@ class Launched:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         deadline = time.monotonic() + 300
-        while any(map(is_alive, below)) and time.monotonic() < deadline:  # until then one may hold a lock or a port
+        # until then one may hold a lock or a port
+        while not all(is_gone(process.pid) for process in below) and time.monotonic() < deadline:
             time.sleep(0.02)
 
 

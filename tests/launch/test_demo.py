@@ -22,7 +22,7 @@ from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
 from launch.options import RECIPES, resolve
-from launch.stages import evaluate_files, run_stage
+from launch.stages import evaluate_files, naming, run_stage
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.model.loading import load_tokenizer
@@ -242,10 +242,16 @@ def test_what_grpo_would_refuse_is_refused_before_the_cold_start(grown):
     settings, traces = grown
     assert refuse_lengths(settings(), traces) == []
     puzzles = read_puzzles(settings().puzzles)
-    with pytest.raises(UserError, match=r"--grpo-recipe: 0 of \d+ prompts fit its max_prompt_tokens 9 \(longest \d+\)"):
+    with (
+        pytest.raises(UserError, match=r"--grpo-recipe: 0 of \d+ prompts fit its max_prompt_tokens 9 \(longest \d+\)"),
+        naming("--grpo-recipe"),
+    ):
         refuse_lengths(settings(max_prompt_tokens=9), traces)
     assert "traces are longer" in refuse_lengths(settings(max_response_tokens=9), traces)[0]
-    with pytest.raises(UserError, match="--grpo-recipe: --max-prompt-tokens 400 .* more than the model's"):
+    with (
+        pytest.raises(UserError, match="--grpo-recipe: --max-prompt-tokens 400 .* more than the model's"),
+        naming("--grpo-recipe"),
+    ):
         refuse_lengths(settings(max_response_tokens=100_000), traces)
     chat = ChatFormat(load_tokenizer(settings().model), settings().model)
     lengths = sorted(len(chat.prompt_ids(puzzle.chat())) for puzzle in puzzles)

@@ -20,6 +20,7 @@ from trainer.grpo import compare
 from trainer.inspect.ledger import contributions_by_group
 from trainer.inspect.rescore import rescore, summary_lines
 from trainer.metrics import reward_metrics
+from trainer.ranks.watch import is_gone
 from trainer.record.steplog import explain_zeros
 
 PUZZLE = Puzzle(
@@ -241,11 +242,7 @@ def test_workers_are_ready_before_the_first_response(rewards):
 
 
 def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as handle:
-            return handle.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # it may go between the opening and the reading
-        return False
+    return not is_gone(pid)
 
 
 def test_functions_in_trls_style(rewards):

@@ -31,17 +31,14 @@ def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:
 
     cfg: as GRPO will run, with the checkpoint before the cold start, which has the same tokenizer and shape.
     """
-    try:
-        refuse_problems(check_launch(cfg, launch_of(replace(cfg, nodes=1, ranks_per_node=1))))
-    except UserError as error:
-        raise UserError(f"--grpo-recipe: {error}") from None
+    refuse_problems(check_launch(cfg, launch_of(replace(cfg, nodes=1, ranks_per_node=1))))
     chat = ChatFormat(load_tokenizer(str(cfg.model)), str(cfg.model))
     puzzles = read_puzzles(cfg.puzzles)
     prompts = [len(chat.prompt_ids(puzzle.chat())) for puzzle in puzzles]
     fitting = sum(length <= cfg.max_prompt_tokens for length in prompts)
     if fitting < cfg.prompts_per_step:
         raise UserError(
-            f"--grpo-recipe: {fitting} of {len(prompts)} prompts fit its max_prompt_tokens {cfg.max_prompt_tokens} (longest "
+            f"{fitting} of {len(prompts)} prompts fit its max_prompt_tokens {cfg.max_prompt_tokens} (longest "
             f"{max(prompts)}), fewer than a step's {cfg.prompts_per_step}; raise it, or build shorter puzzles"
         )
     notes = []
