@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ class Browser:
 
     def send(self, method: str, **params: Any) -> dict:
         """Call a DevTools method and wait for its answer."""
+        answer = self._ask(method, **params)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return answer["result"]
+
+    def _ask(self, method: str, **params: Any) -> dict:
+        """The answer as it comes, {"result": ...} or {"error": ...}."""
         self._number = number = self._number + 1
         message = {"id": number, "method": method, "params": params}
         if self._session and not method.startswith(("Target.", "Browser.")):
@@ -103,8 +110,7 @@ class Browser:
         while True:
             answer = self._read(SECONDS)
             if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
+                return answer
             self._note(answer)
 
     def _note(self, event: dict) -> None:
@@ -152,24 +158,30 @@ class Browser:
     def reload(self) -> None:
         self._load(lambda: self.send("Page.reload"))
 
-    def _load(self, start) -> None:
+    def _load(self, start: Callable[[], object]) -> None:
         # a mark on the page before it, which may be about:blank and still loading: only the next page is without it
-        self.js("window.pageBefore = true")
+        self._evaluate("window.pageBefore = true")
         start()
-        loaded = "window.pageBefore !== true && document.readyState === 'complete'"
-        self.wait(lambda: self.js(loaded), "the page to load")
+        loaded = "!window.pageBefore && location.href !== 'about:blank' && document.readyState === 'complete'"
+        # a page that is left while it evaluates answers with an error: look again
+        self.wait(lambda: self._evaluate(loaded).get("result", {}).get("result", {}).get("value"), "the page to load")
 
-    def wait(self, condition, what: str, seconds: float = SECONDS) -> None:
-        """Until the condition holds, looked at after every event and ten times a second."""
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
+        """Until the condition holds, looked at again and again."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"waited {seconds} s for {what}"
             time.sleep(0.02)
-            self.js("0")  # takes in what has happened
+            self._evaluate("0")  # takes in what has happened
+
+    def _evaluate(self, expression: str) -> dict:
+        return self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page."""
-        done = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self._evaluate(expression)
+        assert "error" not in answer, f"{expression}: {answer['error']}"
+        done = answer["result"]
         assert "exceptionDetails" not in done, done.get("exceptionDetails")
         return done["result"].get("value")
 
