@@ -199,6 +199,12 @@ def test_a_replay_uses_the_attention_of_this_machine_and_needs_no_optimizer(on_p
     # the numbers recorded here are of PyTorch's kernels, so they are found again
     assert code == 0 and re.search(r"gradient_hash +recorded .*equal", text), error
     assert "note: the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised\n" in text
+    content["settings"] |= {"attn": "sdpa", "autocast": True, "dtype": "float32"}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    monkeypatch.setattr("trainer.inspect.replay.has_bfloat16_products", lambda device: False)
+    monkeypatch.setattr("trainer.start.parts.has_bfloat16_products", lambda device: False)
+    assert "note: no --autocast on this CPU: equal bytes are promised only if" in replay(bundle)[1]
+    monkeypatch.undo()
     # and nothing is said of a replay that computes as its run
     assert "note:" not in replay(on_policy / "steps/step-000001")[1]
 

@@ -51,9 +51,10 @@ def compare_with_recorded(bundle: Bundle, replayed: Replayed) -> tuple[list[str]
         if difference is not None:
             lines.append(f"{name} computed again: largest difference {difference:.3g}")
     if not replayed.equals(bundle):
+        kind = "GPUs, another kind of CPU (with --autocast)" if bundle.config.autocast else "GPUs"
         lines.append(
             f"recorded with torch {bundle.versions.get('torch')} on {len(bundle.ranks)} rank(s), now torch "
-            f"{torch.__version__}: other versions, GPUs or more than two ranks round differently"
+            f"{torch.__version__}: other versions, {kind} or more than two ranks round differently"
         )
     return lines, replayed.equals(bundle)
 

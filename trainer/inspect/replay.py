@@ -21,7 +21,7 @@ from trainer.ppo.critic import Critic, ValueSums
 from trainer.ppo.settings import PpoConfig
 from trainer.record.bundle import Bundle
 from trainer.record.nonfinite import BadToken, bad_term_of, find_bad_gradient
-from trainer.start.parts import load_policy
+from trainer.start.parts import has_bfloat16_products, load_policy
 
 DEVICE = torch.device("cpu")
 
@@ -177,6 +177,8 @@ def settings_here(bundle: Bundle, model: str | None) -> tuple[OnlineConfig, list
     if config.attn == "flash" and why_no_flash(DEVICE):
         config = dataclasses.replace(config, attn="sdpa")
         unlike.append("the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised")
+    if config.autocast and config.dtype == "float32" and not has_bfloat16_products(DEVICE):
+        unlike.append("no --autocast on this CPU: equal bytes are promised only if the run left it out, too")
     return config, unlike
 
 
