@@ -57,6 +57,9 @@ def prepare(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut 
     if config.dry_run:
         dry_run(config)
         return None
+    for name in ("nodes", "ranks_per_node", "rank_gib"):
+        if getattr(config, name):  # else a machine that is not there would be checked
+            raise UserError(f"--{name.replace('_', '-')}: describes a machine for --dry-run; leave it out of a run")
     if config.model and not config.puzzles:
         raise UserError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
@@ -104,6 +107,8 @@ def held_out_puzzles(config: OnlineConfig, training: list[Puzzle]) -> "HeldOut":
     note = refuse_leaks(held_out, training, str(config.validate))
     if note and os.environ.get("RANK", "0") == "0":
         click.echo(f"note: {note}", err=True)
+    if config.steps < config.validate_every and os.environ.get("RANK", "0") == "0":
+        click.echo(f"note: --validate-every {config.validate_every}: {config.steps} steps end before it", err=True)
     return HeldOut(puzzles=held_out, judge=paper_metrics)
 
 

@@ -334,8 +334,8 @@ class OnlineConfig(TrainingConfig):
     def _check_placement(self) -> None:
         """Raises UserError for settings that exclude one another."""
         if self.placement == "colocate":
-            for name in ("max_staleness", "restart_samplers"):
-                if getattr(self, name):
+            for name, unset in (("max_staleness", 0), ("restart_samplers", 0), ("sampler_ranks", 1)):
+                if getattr(self, name) != unset:
                     raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --placement split")
         elif self.sampler_ranks % self.tensor_parallel:
             raise UserError(

@@ -138,7 +138,7 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: OnlineConfig
     totals, tokens = sums.sums, max(sums.sums["tokens"], 1)  # 1: a step in which no response was scored
     lengths = [len(row["response_ids"]) for row in rows]
     status = Counter(row["status"] for row in rows)
-    return {
+    line = {
         "step": step,
         **reward_metrics(rows, cfg.group_size),
         **{f"status/{name}": count / len(rows) for name, count in sorted(status.items())},
@@ -162,6 +162,8 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: OnlineConfig
         "num_tokens": sum(lengths) + sum(row["prompt_tokens"] for row in rows) // cfg.group_size,  # a prompt once
         "adapter_hash": adapter_hash,
     }
+    # where nothing was trained on, nothing was measured
+    return line if totals["tokens"] else {k: v for k, v in line.items() if not k.startswith(("sampling/", "entropy"))}
 
 
 def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:

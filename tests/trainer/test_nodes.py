@@ -272,6 +272,8 @@ def test_options_that_exclude_one_another_are_refused(words, tmp_path):
     cases = [
         (["--max-staleness", 1], "--max-staleness 1: needs --placement split"),
         (["--max-staleness", 1, "--placement", "split"], "add --correction tis"),
+        (["--sampler-ranks", 2], "--sampler-ranks 2: needs --placement split"),
+        (["--rank-gib", 22.5], "--rank-gib: describes a machine for --dry-run; leave it out of a run"),
         (["--placement", "split"], "--sampler-ranks 1: the launch has 1 ranks, and at least one must train"),
         (["--tensor-parallel", 2], "--tensor-parallel 2: needs --engine vllm"),
         (["--prompts-per-step", 5, "--updates-per-batch", 2], "the second must divide the first"),

@@ -1,5 +1,6 @@
 """Four-bit base, bfloat16 products, eight-bit AdamW, models of other types: through the real command, and number by number."""
 
+import dataclasses
 import json
 import platform
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -131,6 +132,21 @@ def test_the_copy_is_made_once(pipeline, tmp_path):
     assert sampler_model("anything", "none", "float32", tmp_path) == "anything"
 
 
+def test_a_copy_of_another_model_is_made_anew(pipeline, tmp_path):
+    """A run that died before its first step may begin again with other settings, in the same folder."""
+    other = tmp_path / "other"
+    shutil.copytree(pipeline / "base", other)
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
+    copy = Path(sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path))
+    before = load_file(copy / "model.safetensors")[name]
+    sampler_model(str(other), "nf4", "float32", tmp_path)
+    assert torch.equal(load_file(copy / "model.safetensors")[name], before + 1)
+    sampler_model(str(other), "nf4", "bfloat16", tmp_path)
+    assert load_file(copy / "model.safetensors")[name].dtype == torch.bfloat16
+
+
 @pytest.mark.slow(3)
 def test_eight_bit_moments_resume_bit_for_bit(pipeline, tmp_path):
     more = ("--optimizer", "adamw8bit", "--engine", "torch", "--save-every", 1)
@@ -239,6 +255,14 @@ def test_what_a_model_does_to_its_logits_is_known():
     for config, head in heads:
         assert head_of(AutoModelForCausalLM.from_config(config), "x") == head
     assert "its type gemma2 is none of" in why_not_shared(Gemma2Config())
+
+
+def test_every_weight_in_bfloat16_is_said(pipeline, capsys):
+    cfg = GrpoConfig(model=str(pipeline / "base"), puzzles="p", out="o", lora_rank=0, dtype="bfloat16")
+    load_policy(cfg, torch.device("cpu"))
+    assert "note: --lora-rank 0 with --dtype bfloat16: weights of 8 bits round" in capsys.readouterr().out
+    load_policy(dataclasses.replace(cfg, dtype="float32"), torch.device("cpu"))
+    assert "bfloat16" not in capsys.readouterr().out
 
 
 def test_autocast_is_left_out_where_it_would_take_longer(pipeline, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Checkpoints: whole, checked, resumable; a damaged one is refused by name."""
 
+import dataclasses
 import json
 import resource
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from data.errors import UserError
+from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.record.runfolder import (
     PENDING,
@@ -17,8 +19,10 @@ from trainer.record.runfolder import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    reward_hash,
     rewind,
     save_checkpoint,
+    say_what_changed,
     training_file,
 )
 
@@ -82,6 +86,36 @@ def test_a_half_written_checkpoint_is_not_seen_and_a_damaged_one_is_named(tmp_pa
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="optimizer.safetensors: missing, damaged or changed"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_of_every_weight_on_a_base_that_is_one_itself(tmp_path):
+    base = tmp_path / "old/checkpoints/step-000100"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    (base / "state.json").write_text('{"step": 100}')
+    saved = Checkpoint(step=2, adapter=ADAPTER, adapter_config=None, moments=MOMENTS)
+    path = save_checkpoint(tmp_path / "new", saved, 2, model_dir=base)
+    assert load_checkpoint(path)[0] == 2 and (path / "config.json").read_text() == "{}"
+
+
+def test_another_number_of_samplers_is_said(tmp_path, capsys):
+    """Sums over other ranks differ in their last digits; a vLLM more draws other responses."""
+    config = GrpoConfig(model="m", puzzles="p", out=str(tmp_path), engine="vllm", tensor_parallel=1)
+    before = {"world_size": 1, "settings": dataclasses.asdict(config), "reward": reward_hash(config)}
+    others = "goes on with other responses than the unbroken one"
+    say_what_changed(config, before, SimpleNamespace(size=1))
+    assert capsys.readouterr().out == ""
+    say_what_changed(config, before, SimpleNamespace(size=2))
+    said = capsys.readouterr().out
+    assert "had 1 ranks that train and now has 2" in said
+    assert f"had 1 vLLM that sampled and now has 2: each draws its own random numbers, so the run {others}" in said
+    say_what_changed(dataclasses.replace(config, placement="split", sampler_ranks=3), before, SimpleNamespace(size=1))
+    assert "had 1 vLLM that sampled and now has 3" in capsys.readouterr().out
+    torch_engine = dataclasses.replace(config, engine="torch")
+    before["settings"] = dataclasses.asdict(torch_engine)
+    say_what_changed(torch_engine, before, SimpleNamespace(size=2))
+    said = capsys.readouterr().out
+    assert "had 1 ranks that train and now has 2" in said and others not in said
 
 
 def test_rewind_drops_later_rows_and_a_torn_last_line(tmp_path, capsys):

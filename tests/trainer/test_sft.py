@@ -70,6 +70,18 @@ def test_long_traces_are_skipped_not_cut(pipeline, tmp_path):
         encode_traces(policy, rows, SftConfig(**{**vars(cfg), "max_tokens": 3}))
 
 
+def test_the_authors_second_name_of_the_column_is_read(pipeline, tmp_path):
+    rows = read_rows(pipeline / "traces.jsonl")[:4]
+    cfg = SftConfig(traces="t", model=str(pipeline / "base"), out=str(tmp_path), lora_rank=0)
+    policy = Policy(cfg.model, lora_rank=0, lora_alpha=0, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+    named = [{"answer" if key == "assistant_msg" else key: value for key, value in row.items()} for row in rows]
+    (ours, _), (theirs, _) = encode_traces(policy, rows, cfg), encode_traces(policy, named, cfg)
+    assert [e.response_ids for e in ours] == [e.response_ids for e in theirs]
+    bare = [row | {"answer": row["answer"].rpartition("<answer>")[2].partition("<")[0]} for row in named]
+    with pytest.raises(ValueError, match="no row has a reasoning trace .* --target answer"):
+        encode_traces(policy, bare, cfg)
+
+
 def test_holdout_splits_by_puzzle(pipeline, tmp_path):
     rows = read_rows(pipeline / "traces.jsonl")[:10]
     cfg = SftConfig(traces="t", model=str(pipeline / "base"), out=str(tmp_path), lora_rank=0)

@@ -20,9 +20,10 @@ from tests.helpers.commands import run_command, start_command, succeed
 from trainer.policy import Policy
 from trainer.ranks.world import join_world, leave_world
 from trainer.sft.examples import encode_traces, split_by_puzzle
-from trainer.sft.heldout import BestEpoch
+from trainer.sft.heldout import BestEpoch, HeldOutAnswers
 from trainer.sft.loop import StepLog, accumulate, evaluate_loss, train
 from trainer.sft.settings import SftConfig
+from trainer.start.parts import load_policy
 
 CPU = torch.device("cpu")
 
@@ -227,6 +228,24 @@ def test_the_answer_alone(pipeline, tmp_path):
     with pytest.raises(ValueError, match="no row has a reasoning trace .* --target answer"):
         run(pipeline, tmp_path / "b", **bare)
     assert (tmp_path / "a/model").is_dir() and not (tmp_path / "b").exists()
+
+
+def test_the_sampler_sleeps_until_the_first_epoch_is_over(pipeline, tmp_path, monkeypatch):
+    calls = []
+
+    class Recorder:
+        def __init__(self, *args, **settings):
+            calls.append(("made", settings["may_sleep"]))
+
+        def sleep(self):
+            calls.append("sleeps")
+
+    monkeypatch.setattr("rollout.vllm_engine.VLLMEngine", Recorder)
+    cfg = SftConfig(traces=str(pipeline / "traces.jsonl"), model=str(pipeline / "base"), out=str(tmp_path), lora_rank=8)
+    policy = load_policy(cfg, torch.device("cpu"))
+    examples, _ = encode_traces(policy, read_rows(cfg.traces)[:4], cfg)
+    HeldOutAnswers(cfg, policy, examples, SimpleNamespace(rank=0, size=1), lambda *answers: {})
+    assert calls == [("made", True), "sleeps"]
 
 
 @pytest.mark.vllm

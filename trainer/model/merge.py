@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import INDEX, replacing_folder, weight_files
+from data.files import INDEX, model_hashes, replacing_folder, weight_files
 from trainer.model.loading import linear_weights, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
 SAMPLER_BASE = "sampler_base"
+MADE_OF = "made_of.json"
+"""In it: the dtype, and what the files of the base hash to."""
 SETTINGS = ("config.json", "generation_config.json", INDEX, "README.md", "state.json")
 """Files that are not copied from the base: they are written anew, or belong to a run."""
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -131,7 +133,8 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
     """The checkpoint that vLLM samples from: the policy's own base weights.
 
     With quantize "nf4": a copy in OUT/sampler_base whose linear weights were rounded to 4 bits and back. So sampler and
-    trainer have the same weights, and the canary proves it. The first process that calls this writes the copy.
+    trainer have the same weights, and the canary proves it. The first process that calls this writes the copy; one that
+    a start with another model or dtype left there is made anew.
     """
     if quantize == "none":
         return model_dir
@@ -139,9 +142,13 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # sync point: the other ranks of the node wait here for the copy
-        if not (folder / "config.json").is_file():  # there, so whole: see the rename in write_checkpoint
+        made_of = json.dumps({"dtype": dtype, **model_hashes(model_dir)})
+        # there, so whole: see the rename in write_checkpoint
+        if not (folder / MADE_OF).is_file() or (folder / MADE_OF).read_text(encoding="utf-8") != made_of:
             base_dtype = getattr(torch, dtype)
-            write_checkpoint(model_dir, folder, base_dtype, quantize=quantize, base_dtype=base_dtype)
+            write_checkpoint(
+                model_dir, folder, base_dtype, quantize=quantize, base_dtype=base_dtype, extra={MADE_OF: made_of}
+            )
     return str(folder)
 
 

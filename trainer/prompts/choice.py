@@ -33,6 +33,7 @@ def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) 
     # a fresh order per epoch, drawn from (seed, epoch) alone: a resumed run finds the same one
     order = list(range(len(prompts)))
     random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
+    del order[steps_per_epoch * per_step :]  # before they are sorted, or the hardest would never be asked
     order.sort(key=lambda i: prompts[i].difficulty)  # where none is known, the shuffled order stays
     return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
 

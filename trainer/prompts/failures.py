@@ -119,14 +119,15 @@ def lessons_of(
 
     Too long: more than --max-prompt-tokens + --max-response-tokens in all, the longest text that the run has anyway.
     """
-    puzzles, lessons, too_long = {prompt.puzzle.id: prompt.puzzle for prompt in prompts}, [], 0
+    # by the prompt, not the puzzle's id, which puzzles of two builds can share
+    puzzles, lessons, too_long = {tuple(prompt.ids): prompt.puzzle for prompt in prompts}, [], 0
     for place, group in enumerate(groups):
         scored = [i for i, row in enumerate(group.rows) if row["reward"] is not None]
         right = [i for i in scored if is_right(group.rows[i], cfg)]
         wrong = [i for i in scored if i not in right]
         if not right or not wrong:
             continue
-        puzzle = puzzles[group.rollouts[0].puzzle_id]
+        puzzle = puzzles[tuple(group.rollouts[0].prompt_ids)]
         shown = chat.prompt_ids(showing_an_answer(puzzle.chat(), group.rows[right[0]]["completion"]))
         room = cfg.max_prompt_tokens + cfg.max_response_tokens - len(shown)
         fitting = [i for i in wrong if len(group.rollouts[i].response_ids) <= room]

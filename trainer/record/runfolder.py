@@ -267,20 +267,33 @@ def open_run(config: Any, world: World) -> Path:
 
 def say_what_changed(config: Any, record: dict[str, Any], world: World) -> None:
     """Print what is other than when the run was last begun, and is no reason to refuse it."""
-    out, steps = config.out, steps_saved(Path(config.out))
+    out, steps, notes = config.out, steps_saved(Path(config.out)), []
     ranks = record.get("world_size", world.size)
     if ranks != world.size:
-        print(
-            f"note: {out} had {ranks} ranks that train and now has {world.size}: sums are rounded in another order, so the "
-            "numbers can differ in their last digits from those of the unbroken run",
-            flush=True,
+        notes.append(
+            f"{out} had {ranks} ranks that train and now has {world.size}: sums are rounded in another order, so the "
+            "numbers can differ in their last digits from those of the unbroken run"
         )
-    if record.get("reward", now := reward_hash(config)) != now:
-        print(f"note: the file of --reward {config.reward} was changed since {out} was last begun", flush=True)
+    before, now = samplers_of(record["settings"], ranks), samplers_of(dataclasses.asdict(config), world.size)
+    if before != now:
+        notes.append(
+            f"{out} had {before} vLLM that sampled and now has {now}: each draws its own random numbers, so the run goes "
+            "on with other responses than the unbroken one"
+        )
+    if record.get("reward", hashed := reward_hash(config)) != hashed:
+        notes.append(f"the file of --reward {config.reward} was changed since {out} was last begun")
     if steps and steps == getattr(config, "steps", None):
-        print(
-            f"note: {out} has made all of its {steps} steps already; --steps with a larger number goes on", flush=True
-        )
+        notes.append(f"{out} has made all of its {steps} steps already; --steps with a larger number goes on")
+    for note in notes:
+        print(f"note: {note}", flush=True)
+
+
+def samplers_of(settings: dict[str, Any], trainers: int) -> int:
+    """How many vLLM share the prompts of a step; 0 with another engine, whose draws do not depend on it."""
+    if settings.get("engine") != "vllm":
+        return 0
+    ranks = settings.get("sampler_ranks", 1) if settings.get("placement") == "split" else trainers
+    return ranks // settings.get("tensor_parallel", 1)
 
 
 def data_hashes(config: Any) -> dict[str, str]:
@@ -376,7 +389,8 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
             write_json(partial / "adapter_config.json", saved.adapter_config)
         else:
             for path in Path(model_dir).iterdir():
-                if path.is_file() and ".safetensors" not in path.name:
+                # a base that is a checkpoint of a run has a state.json of its own
+                if path.is_file() and ".safetensors" not in path.name and path.name != "state.json":
                     shutil.copy(path, partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {str(path.relative_to(partial)): crc32_of(path) for path in written}

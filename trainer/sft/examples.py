@@ -26,6 +26,11 @@ class Example:
         return self.puzzle.id
 
 
+def trace_of(row: dict) -> str:
+    """The text to learn from, of a row that Puzzle.from_row reads: the authors name its column in two ways."""
+    return row["assistant_msg"] if "assistant_msg" in row else row["answer"]
+
+
 def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[list[Example], int]:
     """(examples that fit --max-tokens, number of traces that do not fit). rows: of the --traces file.
 
@@ -38,7 +43,7 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
             puzzle = Puzzle.from_row(row)
         except ValueError as error:
             raise UserError(f"{cfg.traces}, row {number}: {error}") from None
-        text = row["assistant_msg"] if cfg.target == "trace" else answer_only(puzzle)
+        text = trace_of(row) if cfg.target == "trace" else answer_only(puzzle)
         valid += parse_response(text, len(puzzle.answer)).valid  # of all traces, also those left out below
         prompt_ids = policy.chat.prompt_ids(puzzle.chat())
         response_ids = policy.chat.response_ids(text)  # with the end of turn, which teaches the model to stop

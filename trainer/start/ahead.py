@@ -12,6 +12,7 @@ from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from trainer.config import GrpoConfig
 from trainer.model.loading import empty_model, load_tokenizer
+from trainer.sft.examples import trace_of
 from trainer.start.memory import n_weights
 from trainer.start.model_check import check_model
 from trainer.start.preflight import check_launch, launch_of, refuse_problems
@@ -47,7 +48,7 @@ def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:
             f"{len(prompts) - fitting} of {len(prompts)} prompts are longer than GRPO's max_prompt_tokens "
             f"{cfg.max_prompt_tokens} (longest {max(prompts)}): GRPO leaves them out"
         )
-    answers = [len(chat.response_ids(row["assistant_msg"])) for row in read_rows(traces)]
+    answers = [len(chat.response_ids(trace_of(row))) for row in read_rows(traces)]
     long = sum(length > cfg.max_response_tokens for length in answers)
     if long:
         notes.append(

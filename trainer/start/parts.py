@@ -169,6 +169,11 @@ def load_policy(
         print(
             "note: --autocast is left out: this CPU has no instructions for bfloat16 and would take longer", flush=True
         )
+    if not cfg.lora_rank and cfg.dtype == "bfloat16" and os.environ.get("RANK", "0") == "0":
+        print(
+            "note: --lora-rank 0 with --dtype bfloat16: weights of 8 bits round most steps away; --dtype float32 keeps them",
+            flush=True,
+        )
     online = isinstance(cfg, OnlineConfig)
     policy = Policy(
         str(cfg.model),
@@ -289,9 +294,10 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
     if world.is_main:
         print_notes(policy)
         taken = cfg.steps * cfg.prompts_per_step
-        if cfg.curriculum and taken < len(fitting):
+        of_pass = len(fitting) // cfg.prompts_per_step * cfg.prompts_per_step
+        if cfg.curriculum and taken < of_pass:
             print(
-                f"note: --curriculum: {cfg.steps} steps take the {taken} easiest of {len(fitting)} puzzles, and none of the "
+                f"note: --curriculum: {cfg.steps} steps take the {taken} easiest of {of_pass} puzzles, and none of the "
                 "others",
                 flush=True,
             )

@@ -60,6 +60,8 @@ def replay(*arguments: object):
 def test_a_run_leaves_what_its_settings_say(whole):
     steps = metrics(whole)
     assert steps[0]["grad_norm"] == 0 and steps[0]["kl"] == 0 and steps[0]["critic/lr"] == 1e-2, "critic warm-up"
+    compared = ["sampling/effective_sample_size" in step for step in steps]
+    assert compared == [False, True, True, True], "no policy pass, so nothing to compare the sampler with"
     assert all(step["grad_norm"] > 0 and step["critic/vf_loss"] > 0 for step in steps[1:])
     assert len({step["adapter_hash"] for step in steps}) == 4 and steps[1]["clip_ratio/high_mean"] > 0
     # the critic's head starts at 0: what it then expects moves towards the returns

@@ -1,5 +1,6 @@
 """The term of --distill-failures by hand and against a plain loop, its estimator, and who teaches whom."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -133,13 +134,13 @@ def puzzle(name: str = "p") -> Puzzle:
     return Puzzle(id=name, context="", cells=[["A"], ["B"]], candidates=["x", "y"], answer=["x", "y"])
 
 
-def group(*right: int | None, lengths: list[int] | None = None, parts: bool = True) -> ScoredGroup:
+def group(*right: int | None, lengths: list[int] | None = None, parts: bool = True, prompt: int = 1) -> ScoredGroup:
     """right: 1, 0, or None where a response was not scored."""
     lengths = lengths or [2] * len(right)
     rollouts = [
         Rollout(
             puzzle_id="p",
-            prompt_ids=[1],
+            prompt_ids=[prompt],
             response_ids=[5] * length,
             sampler_logprobs=[-1.0] * length,
             finish_reason="stop",
@@ -175,6 +176,15 @@ def test_the_first_right_response_teaches_all_wrong_ones_of_its_group():
     assert shown == (
         asked + "\n\nA correct answer to this puzzle is:\n<answer>number 2</answer>\n\nNow answer the puzzle yourself."
     )
+
+
+def test_puzzles_of_two_builds_may_share_an_id():
+    cfg = GrpoConfig(distill_failures=0.1, max_prompt_tokens=2000, max_response_tokens=1000)
+    other = dataclasses.replace(puzzle(), cells=[["C"], ["D"]])
+    prompts = [Prompt(puzzle=puzzle(), ids=[1]), Prompt(puzzle=other, ids=[2])]
+    found, _ = lessons_of([group(1, 0, prompt=1), group(1, 0, prompt=2)], prompts, Letters(), cfg)
+    for lesson, own in zip(found, (puzzle(), other), strict=True):
+        assert "".join(map(chr, lesson.prompt_ids)).startswith("\n".join(turn["content"] for turn in own.chat()))
 
 
 def test_what_would_be_too_long_is_left_without_a_lesson_and_counted():

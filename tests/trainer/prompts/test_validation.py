@@ -10,7 +10,7 @@ import pytest
 from data.build.splits import hold_out_donors
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
-from launch.grpo import paper_metrics
+from launch.grpo import held_out_puzzles, paper_metrics
 from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command, succeed
 from trainer.config import GrpoConfig
 from trainer.prompts.validation import refuse_leaks
@@ -116,6 +116,15 @@ def test_a_run_learns_the_same_with_and_without_validation(options, whole, tmp_p
     rows = metrics(tmp_path / "run")
     assert not any(name.startswith("validation/") for row in rows for name in row)
     assert rows == [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in metrics(whole)]
+
+
+def test_a_run_that_ends_before_its_first_validation_says_so(held, capsys):
+    cfg = GrpoConfig(validate=str(held / "small.parquet"), steps=10)
+    training = read_puzzles(held / "train.parquet")
+    held_out_puzzles(cfg, training)
+    assert "note: --validate-every 20: 10 steps end before it" in capsys.readouterr().err
+    held_out_puzzles(replace(cfg, steps=20), training)
+    assert "--validate-every" not in capsys.readouterr().err
 
 
 @pytest.mark.slow(6)
