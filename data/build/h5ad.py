@@ -106,8 +106,14 @@ def _why_not_opened(reason: str) -> str:
 
 def _check_is_there(path: Path) -> None:
     """Raise UserError, with the remedy, when the path is no file or folder that can be read."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    try:
+        path.stat()
+    except PermissionError:
+        raise UserError(
+            f"{path}: you have no permission to enter a folder on the way to it; its owner can give it (chmod a+x FOLDER)"
+        ) from None
+    except OSError:  # of several kinds, such as a name that is too long
+        raise UserError(f"{path}: no such file") from None
     if path.is_dir():
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"{path}: you have no permission to read it; give yourself permission (chmod -R u+rX)")

@@ -20,7 +20,7 @@ from data.errors import UserError
 from data.files import reason_of, replacing, require_free_space
 from data.formats.checksum import add_checksum, drop_checksum
 from data.formats.filters import load_plugins
-from data.formats.stores import store_root
+from data.formats.stores import content_stamp, store_root
 
 UNS_KEY = "cell_type_llm"
 ROOM = 64_000_000
@@ -30,18 +30,22 @@ BYTES_PER_VALUE = 16
 LARGEST_INT = 2**63 - 1
 
 
-def write_annotated(source: Path, out: Path, columns: dict[str, np.ndarray], uns: dict[str, Any]) -> list[str]:
+def write_annotated(
+    source: Path, out: Path, columns: dict[str, np.ndarray], uns: dict[str, Any], stamp: list[int] | None = None
+) -> list[str]:
     """Write a copy of an .h5ad file with more columns of obs and more members of uns. Returns notes on what was replaced.
 
     columns: {name: [C] values}. Texts, in an array or a pandas.Categorical, become a categorical, in which None and NaN
         are missing; numbers and booleans stay what they are.
     uns: {name: value}, JSON-able values. A list of texts or numbers becomes an array; what HDF5 has no form for (None, a
         list of lists, a dictionary with '/' in a key) is written as its JSON text.
+    stamp: content_stamp(source) when the cells were read, to which the columns belong; None: just now.
     The file is written completely or not at all. Raises UserError, with one sentence, when the source is no .h5ad file,
-    `out` is the source, or `out` cannot be written.
+    `out` is the source, the source was changed after `stamp`, or `out` cannot be written.
     """
     source, out = Path(source), Path(out)
-    _refuse_places(source, out)
+    refuse_copy(source, out)
+    refuse_changed(source, stamp)
     with open_h5ad(source) as file:
         n_cells = table_index(file, "obs", source).shape[0]
     for name, values in columns.items():
@@ -53,6 +57,7 @@ def write_annotated(source: Path, out: Path, columns: dict[str, np.ndarray], uns
         raise UserError(f"{out}: cannot be written ({reason_of(error)}); make room or name another place") from None
     with replacing(out) as partial:
         shutil.copyfile(source, partial)
+        refuse_changed(source, stamp)
         drop_checksum(partial)  # of an atlas that we simulated
         load_plugins()
         with h5py.File(partial, "r+") as file:
@@ -62,7 +67,16 @@ def write_annotated(source: Path, out: Path, columns: dict[str, np.ndarray], uns
     return notes
 
 
-def _refuse_places(source: Path, out: Path) -> None:
+def refuse_changed(source: Path, stamp: list[int] | None) -> None:
+    """Raise UserError when the file is another than when its cells were read. stamp: its content_stamp then."""
+    if stamp is not None and content_stamp(source) != stamp:
+        raise UserError(
+            f"{source}: was changed while the model answered, and the labels belong to the cells as they were; start again "
+            "(--resume uses the answers to questions that are the same)"
+        )
+
+
+def refuse_copy(source: Path, out: Path) -> None:
     """Raise UserError when the source cannot be copied as a file, or would be overwritten."""
     if source.is_dir() or (source.is_file() and store_root(source) is not None):
         raise UserError(

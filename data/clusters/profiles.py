@@ -11,7 +11,7 @@ read in blocks, and the sums of at most SUMS_AT_ONCE values are held at a time.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,8 +139,13 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
         kind = value_kind(matrix, used, allow_scaled=None, is_gene=genes.is_gene)
         notes.append(_note_on_values(matrix, kind))
         averaged = _averages(matrix, genes, used, kind, lambda n_rows: advance(n_rows, len(used)))
-        lists = _lists(averaged, genes, groups, settings.top_genes)
         kept = _named_by_a_gene(genes)
+        lists = [
+            (by_expression, by_difference, mean[kept])
+            for by_expression, by_difference, mean in _lists(averaged, genes, groups, settings.top_genes)
+        ]
+        notes += _notes_on_silent(source, groups, lists)
+        heard = [(group, found) for group, found in zip(groups, lists, strict=True) if found[0]]
         profiles = [
             ClusterProfile(
                 sample=group.sample,
@@ -150,12 +155,12 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
                 by_difference=by_difference,
                 context=context_sentence(facts[group.sample_code]),
                 tissue=tissue_of(cells, group.rows),
-                mean=mean[kept],
+                mean=mean,
             )
-            for group, (by_expression, by_difference, mean) in zip(groups, lists, strict=True)
+            for group, (by_expression, by_difference, mean) in heard
         ]
     profile_of_cell = np.full(len(cells.usable), -1, dtype=np.int32)
-    for number, group in enumerate(groups):
+    for number, (group, _) in enumerate(heard):
         profile_of_cell[group.rows] = number
     named = np.where(cells.usable, cells.clusters.codes, -1)
     return Profiles(
@@ -222,6 +227,19 @@ def _notes_on_small(cells: ClusteredCells, groups: list[_Group], settings: Profi
     lost = [name for name in cells.clusters[np.flatnonzero(cells.usable)].counts() if name not in seen]
     nowhere = f"; the clusters {', '.join(map(repr, sorted(lost, key=_natural)[:5]))} have no profile" if lost else ""
     return [f"{n_left} cells are in a cluster with fewer than {settings.min_cells} cells in their sample{nowhere}"]
+
+
+def _notes_on_silent(source: Source, groups: list[_Group], lists: Sequence[tuple]) -> list[str]:
+    """A note on clusters without an expressed gene, which have no profile. Raises UserError when there is no other."""
+    silent = [group.cluster for group, (by_expression, *_) in zip(groups, lists, strict=True) if not by_expression]
+    if not silent:
+        return []
+    names = ", ".join(map(repr, sorted(set(silent), key=_natural)[:5]))
+    if len(silent) == len(groups):
+        raise UserError(f"{source}: no cluster has an expressed gene; name the layer with the values (--layer)")
+    return [
+        f"no gene is expressed in the cells of {len(silent)} clusters in their sample ({names}): they have no profile"
+    ]
 
 
 def _genes(matrix: Matrix, stated: str | None, settings: ProfileSettings) -> tuple[Genes, str | None, list[str]]:

@@ -4,6 +4,8 @@ A list is a file or a text with commas. A line of a file is a label, or a label,
 that begin with "#" are skipped.
 """
 
+import itertools
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +42,9 @@ def candidates_of(
 
     Raises UserError for a list that cannot be used, and when the model knows labels but none of a sample's tissue.
     """
-    tissues: dict[str, str] = {}
+    tissues: dict[str, list[str]] = {}
     for profile in profiles:
-        tissues.setdefault(profile.sample, profile.tissue)
+        tissues.setdefault(profile.sample, []).append(profile.tissue)
     labels = known.labels if known else {}
     ontology = {
         normalise_label(name): label.ontology_term_id for name, label in labels.items() if label.ontology_term_id
@@ -50,21 +52,24 @@ def candidates_of(
     if given == OPEN:
         return {sample: Candidates([], "open-ended, as asked for", ontology) for sample in tissues}
     if given is not None:
-        labels, terms, where = listed(given)
+        labels, terms, where = listed(given, labels)
         return {sample: Candidates(labels, where, ontology | terms) for sample in tissues}
     if known is None:
         source = "open-ended, because neither --candidates nor the model lists labels"
         return {sample: Candidates([], source) for sample in tissues}
-    return {sample: _of_tissue(known, tissue, sample, ontology) for sample, tissue in tissues.items()}
+    return {sample: _of_tissues(known, named, sample, ontology) for sample, named in tissues.items()}
 
 
-def listed(given: str | Sequence[str]) -> tuple[list[str], dict[str, str], str]:
-    """(labels, {normalised label: Cell Ontology id}, where they come from) of a list. Raises UserError."""
+def listed(given: str | Sequence[str], known: Iterable[str] = ()) -> tuple[list[str], dict[str, str], str]:
+    """(labels, {normalised label: Cell Ontology id}, where they come from) of a list. Raises UserError.
+
+    known: labels of the model, by which a name with a comma in it is recognised.
+    """
     where, terms = "a list", {}
     lines = list(given)
     if isinstance(given, str):
         path = Path(given)
-        is_file = path.is_file()
+        is_file = os.path.isfile(given)  # Path.is_file raises for a text that is too long for a name
         if not is_file and "," not in given:
             raise UserError(
                 f"--candidates {given}: no such file, and no list of labels with commas between them; give one of both, "
@@ -75,6 +80,8 @@ def listed(given: str | Sequence[str]) -> tuple[list[str], dict[str, str], str]:
             lines = path.read_text(encoding="utf-8-sig").splitlines() if is_file else given.split(",")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--candidates {path}: cannot be read as text ({error}); give a label per line") from None
+        if not is_file:
+            _refuse_cut_names(lines, known)
     labels: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
@@ -95,16 +102,33 @@ def listed(given: str | Sequence[str]) -> tuple[list[str], dict[str, str], str]:
     return list(labels.values()), terms, where
 
 
-def _of_tissue(known: KnownLabels, tissue: str, sample: str, ontology: dict[str, str]) -> Candidates:
-    """The labels that the model knows for a tissue, which may be 'a || b'; for a sample of unknown tissue all labels."""
-    parts = several_values(tissue)
+def _refuse_cut_names(pieces: list[str], known: Iterable[str]) -> None:
+    """Raises UserError where commas between labels seem to cut a label, such as 'CD8-positive, alpha-beta T cell'."""
+    whole = {normalise_label(label) for label in known}
+    for piece, after in itertools.pairwise(pieces):
+        both = f"{piece.strip()}, {after.strip()}"
+        if re.search(r"-(positive|negative)$", piece.strip()) or normalise_label(both) in whole:
+            raise UserError(
+                f"--candidates: is {both!r} one label? Labels with a comma in them need a file, a label a line, and "
+                "--candidates FILE"
+            )
+
+
+def _of_tissues(known: KnownLabels, named: list[str], sample: str, ontology: dict[str, str]) -> Candidates:
+    """The labels that the model knows for the tissues of a sample's clusters; all labels where one has no known tissue.
+
+    A tissue may be 'a || b'.
+    """
+    parts = list(dict.fromkeys(part for tissue in named for part in several_values(tissue))) if all(named) else []
+    tissue = " || ".join(parts)
     labels = sorted({label for part in parts for label in known.in_tissue(part)}) if parts else sorted(known.labels)
-    if len(labels) < 2:
+    none = [part for part in parts if not known.in_tissue(part)]
+    if none or len(labels) < 2:
         where = f" (sample {sample!r})" if sample else ""
         raise UserError(
-            f"the model knows {len(labels)} label for the tissue {tissue!r}{where}, and was trained on "
-            f"{', '.join(known.tissues[:8]) or 'no stated tissue'}: list labels with --candidates, or give --candidates "
-            f"{OPEN}"
+            f"the model knows {0 if none else len(labels)} label for the tissue {none[0] if none else tissue!r}{where}, and "
+            f"was trained on {', '.join(known.tissues[:8]) or 'no stated tissue'}: list labels with --candidates, or give "
+            f"--candidates {OPEN}"
         )
     return Candidates(
         labels, f"labels that the model was trained on, of {tissue or 'all tissues: the file states none'}", ontology

@@ -22,7 +22,9 @@ def doubts_of(cluster: Annotated, annotation: Annotation, table: dict[str, list[
     """
     found, tally, said = cluster.found, cluster.found.tally, []
     if not cluster.profiles:
-        return ["It has too few cells in every sample, so the model was not asked about it."]
+        return [
+            "It has too few cells in every sample, or none with an expressed gene, so the model was not asked about it."
+        ]
     if found.label is None:
         return [f"None of {tally.asked} answers gave it a label that can be used."]
     if found.second and tally.votes[found.second] >= CLOSE * tally.valid:

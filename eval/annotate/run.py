@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs
+from data.clusters.annotated import refuse_changed
 from data.clusters.known import KnownLabels, check_genes_known
 from data.clusters.profiles import Advance, Profiles, profiles_of, read_profiles
 from data.errors import UserError
+from data.formats.memory import InMemory
+from data.formats.stores import content_stamp
 from data.puzzles import Puzzle
 from eval.annotate.annotation import Annotation, Questions, annotate_profiles, counts_of
 from eval.annotate.candidates import candidates_of
@@ -138,13 +141,20 @@ def annotate(
                 "answers: name a folder that keeps the endpoint's answers, so that none is paid for twice (resume=True)"
             )
         model = Model(model)
+    elif asked.base:
+        raise UserError(
+            "base: the model is open already; name its base with launch.annotate.open_model(FOLDER, base=...)"
+        )
     asked = asked.as_trained(model.known)
     adata = adata.copy() if copy else adata
+    truth = read_truth(InMemory(adata), asked.truth_key)
     profiles = profiles_of(adata, cluster_key, asked)
     with tempfile.TemporaryDirectory() as scratch:
         annotation = ask_and_decide(profiles, model, asked, Path(answers or scratch), resume, given)
     for sentence in annotation.notes:
         print(f"note: {sentence}")
+    if truth is not None:
+        print(agreement_line(agreement_of(annotation, str(asked.truth_key), profiles.cluster_of_cell.tolist(), truth)))
     columns = obs_columns_of(annotation, profiles.cluster_of_cell)
     add_to(adata, columns, record_of(annotation, provenance(model, asked, "eval.annotate.annotate")))
     return adata
@@ -186,7 +196,8 @@ def annotate_file(
     """
     config = config.as_trained(model.known)
     source, out = Path(config.file), Path(config.out)
-    refuse_places(out)
+    refuse_places(source, out, config.candidates)
+    stamp = content_stamp(source) if source.exists() else None  # read_profiles says that it is missing
     truth = read_truth(source, config.truth_key)
     with watch() as advance:
         profiles = read_profiles(source, config.cluster_key, config, advance)
@@ -194,6 +205,7 @@ def annotate_file(
     agreement = None
     if truth is not None:
         agreement = agreement_of(annotation, str(config.truth_key), profiles.cluster_of_cell.tolist(), truth)
+    refuse_changed(source, stamp)
     table = known_markers(())
     record = provenance(model, config, command)
     shown = Shown(
@@ -207,7 +219,7 @@ def annotate_file(
     columns = obs_columns_of(annotation, profiles.cluster_of_cell)
     page = annotation_page(annotation, shown)
     rows = csv_of(annotation, table, agreement)
-    replaced = write_all(source, out, columns, record_of(annotation, record), rows, page)
+    replaced = write_all(source, out, columns, record_of(annotation, record), rows, page, stamp)
     return annotation, agreement, replaced
 
 
@@ -260,7 +272,7 @@ def provenance(model: Model, settings: QuestionSettings, command: str) -> dict[s
     }
 
 
-def refuse_missing_columns(source: Path, *keys: str | None) -> None:
+def refuse_missing_columns(source: Path | InMemory, *keys: str | None) -> None:
     """Raises UserError for the first of these obs columns that the file lacks."""
     present = obs_columns(source)
     for key in keys:
@@ -271,7 +283,7 @@ def refuse_missing_columns(source: Path, *keys: str | None) -> None:
             )
 
 
-def read_truth(source: Path, key: str | None) -> list[str] | None:
+def read_truth(source: Path | InMemory, key: str | None) -> list[str] | None:
     """[C] the known label of each cell, "" where there is none. Raises UserError for a column that is missing."""
     if key is None:
         return None
@@ -302,7 +314,12 @@ def summary_lines(annotation: Annotation, agreement: Agreement | None) -> Iterab
     if annotation.n_invalid:
         yield f"answers of an invalid format, which count for nothing: {annotation.n_invalid:,}"
     if agreement is not None:
-        yield (
-            f"for {agreement.clusters_right} of {agreement.n_clusters} clusters the best label is what most of their cells have "
-            f"in {agreement.key}"
-        )
+        yield agreement_line(agreement)
+
+
+def agreement_line(agreement: Agreement) -> str:
+    """How many clusters got the label of --truth-key."""
+    return (
+        f"for {agreement.clusters_right} of {agreement.n_clusters} clusters the best label is what most of their cells have "
+        f"in {agreement.key}"
+    )

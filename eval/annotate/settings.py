@@ -1,5 +1,6 @@
 """The settings of an annotation (launch/annotate.py, eval.annotate.annotate), and which of them exclude one another."""
 
+import os
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,11 +113,16 @@ class AnnotateConfig(QuestionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("file", "out", "model", "base", "candidates"):
+            try:
+                (getattr(self, name) or "").encode()
+            except UnicodeEncodeError:  # the page and the record could not hold it
+                raise UserError(f"{getattr(self, name)!r}: the name is not UTF-8; rename it") from None
         if Path(self.out).suffix != ".h5ad":
             raise UserError(f"--out {self.out}: must end in .h5ad")
         if Path(self.out).resolve() == Path(self.file).resolve():
             raise UserError(f"--out {self.out}: is the input, which is never changed; name another file")
-        above = next(folder for folder in Path(self.out).absolute().parents if folder.exists())
+        above = next(folder for folder in Path(self.out).absolute().parents if os.path.exists(folder))
         if not above.is_dir():
             raise UserError(f"--out {self.out}: {above} is a file and no folder; name another place")
         self.asked(self.model, self.answers, self.resume)  # refuses what an evaluation refuses, before a file is read

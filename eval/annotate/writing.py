@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.clusters.annotated import storable, write_annotated
+from data.clusters.annotated import refuse_copy, storable, write_annotated
 from data.errors import UserError
 from data.files import replacing
 from eval.annotate.annotation import Annotated, Annotation
@@ -108,17 +109,20 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "@", "\t") else value
 
 
-def write_all(source: Path, out: Path, columns: dict, record: dict, rows_text: str, page: str) -> list[str]:
+def write_all(
+    source: Path, out: Path, columns: dict, record: dict, rows_text: str, page: str, stamp: list[int] | None = None
+) -> list[str]:
     """Write OUT, and beside it .csv and .html: all three or none. Returns notes on what was replaced in the copy.
 
-    columns: of obs_columns_of. record: of record_of. rows_text: of csv_of. page: HTML. Raises UserError that names the file
+    columns: of obs_columns_of. record: of record_of. rows_text: of csv_of. page: HTML. stamp: of
+    write_annotated. Raises UserError that names the file
     when one cannot be written.
     """
     with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
         rows.write_text(rows_text, encoding="utf-8")
         html.write_text(page, encoding="utf-8")
         # last and largest: where it cannot be written, the other two keep their temporary names and go
-        return write_annotated(source, out, columns, {KEY: record})
+        return write_annotated(source, out, columns, {KEY: record}, stamp)
 
 
 def add_to(adata: Any, columns: dict[str, Any], record: dict[str, Any]) -> None:
@@ -128,8 +132,20 @@ def add_to(adata: Any, columns: dict[str, Any], record: dict[str, Any]) -> None:
     adata.uns[KEY] = {name: storable(value) for name, value in record.items()}
 
 
-def refuse_places(out: Path) -> None:
-    """Raises UserError when a folder stands where a file is to be written, before a model is asked."""
-    for path in (out, out.with_suffix(".csv"), out.with_suffix(".html")):
+def refuse_places(source: Path, out: Path, candidates: str | None = None) -> None:
+    """Raises UserError, before a model is asked, when the source cannot be copied, or a file of the user's would be lost.
+
+    candidates: --candidates, which may be a file.
+    """
+    table = out.with_suffix(".csv")
+    for path in (out, table, out.with_suffix(".html")):
         if path.is_dir():
             raise UserError(f"{path}: is a folder, and a file is to be written there; name another --out")
+        if candidates and os.path.isfile(candidates) and path.exists() and os.path.samefile(candidates, path):
+            raise UserError(f"--out {out}: {path.name} is the file of --candidates; name another --out")
+    if table.is_file():
+        with open(table, encoding="utf-8", errors="replace") as file:
+            ours = file.readline().startswith(",".join(CSV_COLUMNS[:3]))
+        if not ours:
+            raise UserError(f"{table}: is no table of this command, and would be replaced; name another --out")
+    refuse_copy(source, out)

@@ -419,6 +419,15 @@ def test_folders_and_files_without_permission(tmp_path, atlas):
     done = subprocess.run([*words, *command(tmp_path, secret, tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and "secret.h5ad: you have no permission to read it" in done.stderr, done.stderr
     secret.chmod(0o644)
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    shutil.copy(atlas, closed / "atlas.h5ad")
+    closed.chmod(0o700 if os.geteuid() == 0 else 0)
+    done = subprocess.run(
+        [*words, *command(tmp_path, closed / "atlas.h5ad", tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no permission to enter a folder on the way to it" in done.stderr, done.stderr
+    closed.chmod(0o700)
     done = subprocess.run([*words, *command(tmp_path, secret, locked / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr, done.stderr
     assert not list(locked.iterdir()) and not (tmp_path / "out").exists()

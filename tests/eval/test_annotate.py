@@ -12,6 +12,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 
 from data.clusters.known import KnownLabel, KnownLabels
 from data.clusters.profiles import ClusterProfile, profiles_of
@@ -30,6 +31,7 @@ from eval.annotate.doubts import agreement_of, doubts_of
 from eval.annotate.evidence import cited, markers_of, rationales, sentences_about
 from eval.annotate.page import highlighted
 from eval.annotate.questions import SCREEN, VOTE, Layout, SampleQuestions, deal, divide
+from eval.annotate.run import annotate_file
 from eval.annotate.settings import AnnotateConfig, QuestionSettings
 from eval.annotate.votes import Reading, beliefs, count_votes, decide, label_clusters, read_answer
 from eval.annotate.writing import csv_of, obs_columns_of, record_of
@@ -370,6 +372,26 @@ def test_a_tissue_that_the_model_does_not_know_is_refused_by_name():
         candidates_of([profile("1", ["G"], [1], tissue="brain")], None, KNOWN)
 
 
+def test_a_donor_of_several_tissues_gets_the_labels_of_all():
+    both = [profile("0", ["G"], [1]), profile("1", ["G"], [1], tissue="lung")]
+    assert candidates_of(both, None, KNOWN)["d1"].labels == sorted(KNOWN.labels)
+    assert candidates_of(both[:1], None, KNOWN)["d1"].labels == KNOWN.in_tissue("blood")
+    unknown = [*both, profile("2", ["G"], [1], tissue="brain")]
+    with pytest.raises(UserError, match="knows 0 label for the tissue 'brain'"):
+        candidates_of(unknown, None, KNOWN)
+    stated = [*both[:1], profile("2", ["G"], [1], tissue="")]
+    assert candidates_of(stated, None, KNOWN)["d1"].labels == sorted(KNOWN.labels)
+
+
+def test_a_list_with_commas_may_be_longer_than_a_file_name_and_cuts_no_label():
+    names = [f"cell type {i}" for i in range(40)]
+    assert candidates_of([profile("1", ["G"], [1])], ",".join(names), None)["d1"].labels == names
+    known = dataclasses.replace(KNOWN, labels=KNOWN.labels | {"T cell, resting": next(iter(KNOWN.labels.values()))})
+    for given in ("CD8-positive, alpha-beta T cell,B cell", "B cell, T cell, resting"):
+        with pytest.raises(UserError, match="one label. Labels with a comma in them need a file, a label a line"):
+            candidates_of([profile("1", ["G"], [1])], given, known)
+
+
 # ---- evidence
 
 
@@ -429,6 +451,55 @@ def test_copy_leaves_the_input_alone():
         adata, cluster_key="leiden", model=model_that(reads_markers), copy=True, candidates="T cell,B cell"
     )
     assert "cell_type_llm" in found.obs and "cell_type_llm" not in adata.obs and "cell_type_llm" not in adata.uns
+
+
+def test_a_cluster_without_an_expressed_gene_is_not_asked_about(capsys):
+    adata = clustered(list(TYPES), parts=1)
+    rows = (adata.obs["leiden"] == "1").to_numpy()
+    adata.X = scipy.sparse.csr_matrix(adata.X.toarray() * ~rows[:, None])
+    model = model_that(reads_markers)
+    annotate(adata, cluster_key="leiden", model=model, candidates=list(TYPES), max_cells=3, samples=4)
+    assert set(adata.obs["cell_type_llm"][rows]) == {"uncertain"}
+    assert set(adata.obs["cell_type_llm"][~rows]) == {TYPES[0], *TYPES[2:]}
+    assert not any(
+        line.endswith(": ") or line.endswith(":")
+        for p in model.prompts
+        for line in p.splitlines()
+        if "Cell " in line[:5]
+    )
+    assert "no gene is expressed in the cells of 1 clusters in their sample ('1')" in capsys.readouterr().out
+    adata.X = scipy.sparse.csr_matrix(adata.shape, dtype=np.float32)
+    with pytest.raises(UserError):
+        annotate(adata, cluster_key="leiden", model=model, candidates=list(TYPES), max_cells=3)
+
+
+def test_known_labels_are_compared_in_memory_too(capsys):
+    adata = clustered(list(TYPES), parts=1)
+    given = {"cluster_key": "leiden", "candidates": list(TYPES), "max_cells": 3, "samples": 4}
+    annotate(adata, model=model_that(reads_markers), truth_key="cell_type", **given)
+    assert "for 4 of 4 clusters the best label is what most of their cells have in cell_type" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no obs column 'nothing'"):
+        annotate(adata, model=model_that(reads_markers), truth_key="nothing", **given)
+    with pytest.raises(UserError, match="base: the model is open already"):
+        annotate(adata, model=model_that(reads_markers), base="somewhere", **given)
+
+
+def test_a_file_that_changes_while_the_model_answers_is_not_labelled(tmp_path):
+    adata = clustered(list(TYPES), parts=1)
+    adata.write_h5ad(tmp_path / "mine.h5ad")
+
+    def answers(puzzle):
+        adata[::-1].copy().write_h5ad(tmp_path / "mine.h5ad")
+        return reads_markers(puzzle)
+
+    given = {"cluster_key": "leiden", "candidates": ",".join(TYPES), "max_cells": 3, "samples": 4}
+    asked = AnnotateConfig(file=str(tmp_path / "mine.h5ad"), out=str(tmp_path / "out.h5ad"), model="m", **given)
+    with pytest.raises(UserError, match="mine.h5ad: was changed while the model answered.*--resume"):
+        annotate_file(asked, model_that(answers), "annotate")
+    assert not list(tmp_path.glob("out.h5ad*")) and not list(tmp_path.glob("out.csv*"))
+    annotate_file(dataclasses.replace(asked, resume=True), model_that(reads_markers), "annotate")
+    labelled = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert (labelled["cell_type_llm"].astype(str) == labelled["cell_type"].astype(str)).all()
 
 
 def test_labels_and_names_in_obs_change_no_prompt():

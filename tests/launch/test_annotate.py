@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import anndata
@@ -122,6 +123,21 @@ def test_output_that_cannot_be_written_leaves_nothing_half(mine, server):
     done = call(mine, server.url, exit_code=2)
     assert "out.html: is a folder" in done.stderr and not server.prompts
     assert sorted(path.name for path in mine.parent.iterdir()) == ["mine.h5ad", "out.html"]
+
+
+def test_what_could_not_be_written_in_the_end_is_refused_before_anything_is_asked(mine, server):
+    adata = anndata.read_h5ad(mine)
+    adata.write_zarr(mine.with_name("mine.zarr"))
+    assert "is a zarr store" in call(mine.with_name("mine.zarr"), server.url, exit_code=2).stderr
+    odd = os.fsencode(mine.with_name("f")) + b"\xfcr.h5ad"
+    os.link(mine, odd)
+    assert "is not UTF-8; rename it" in call(Path(os.fsdecode(odd)), server.url, exit_code=2).stderr
+    table = mine.with_name("out.csv")
+    table.write_text("\n".join(TYPES))
+    for more in ((), ("--candidates", table)):
+        assert "out.csv" in call(mine, server.url, *more, exit_code=2).stderr
+    assert table.read_text() == "\n".join(TYPES)
+    assert not server.prompts and not mine.with_name("out.answers").exists()
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on this machine")
