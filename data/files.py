@@ -131,9 +131,12 @@ def naming_what_cannot_be_written(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_whole(path: str | os.PathLike, content: bytes | str) -> Path:
-    """Write a file with `replacing`. Text is encoded as UTF-8; its line ends are not changed."""
+    """Write a file with `replacing`. Text is encoded as UTF-8; its line ends are not changed.
+
+    Half a character, with which an answer may end that was cut, is written as JSON writes it: \\ud83d.
+    """
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
     return Path(path)
 
 
@@ -217,6 +220,25 @@ def take_lock(handle: int) -> None:
             time.sleep(0.05)
 
 
+def locked_or_said(handle: int, path: str | os.PathLike) -> bool:
+    """take_lock; where the disk knows no locks (NFS mounted with nolock, Lustre without flock), a note and False.
+
+    path: named in the note.
+    """
+    try:
+        take_lock(handle)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"note: {path}: this disk knows no locks ({reason_of(error)}), so nothing keeps a second run out",
+            file=sys.stderr,
+            flush=True,
+        )
+        return False
+    return True
+
+
 def lock_folder(folder: str | os.PathLike) -> None:
     """Make this process the only one that writes a folder, until it ends or calls `unlock_folder`. A missing folder is made.
 
@@ -233,7 +255,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
             # writable: NFS locks nothing else. no link: the file that it points to would be emptied
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
-                take_lock(handle)
+                known = locked_or_said(handle, folder)
             except BlockingIOError:
                 who = os.read(handle, 300).decode(errors="replace").strip()
                 os.close(handle)
@@ -241,15 +263,11 @@ def lock_folder(folder: str | os.PathLike) -> None:
                     f"{folder}: another run is writing there ({who or 'it has just begun'}); wait for its end, or name "
                     "another folder"
                 ) from None
-            except OSError as error:
+            except OSError:
                 os.close(handle)
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                    raise
-                print(
-                    f"note: {folder}: this disk knows no locks ({reason_of(error)}), so nothing keeps a second run out",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                raise
+            if not known:
+                os.close(handle)
                 return
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(path)):

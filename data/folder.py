@@ -15,7 +15,7 @@ from typing import Any
 from data.build.staging import Staging
 from data.clusters.known import LABELS, PUZZLE_OPTIONS, KnownLabel, KnownLabels
 from data.errors import UserError
-from data.files import flush, parse_json, reason_of, remove_folder, take_lock
+from data.files import flush, locked_or_said, parse_json, reason_of, remove_folder
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}
@@ -72,6 +72,7 @@ def read_splits(files: Sequence[str]) -> dict[str, list[Puzzle]]:
         ambiguous = any(other == stem and beside != folder for beside, other in places)
         number = 1 + places[:i].count((folder, stem))
         name = (f"{folder}/{stem}" if ambiguous else stem) + (f" ({number})" if number > 1 else "")
+        name = f"{folder}/{stem}" if name == "total" and len(files) > 1 else name  # the sum has that name
         splits[name] = read_puzzles(file) if read_rows(file) else []
     if not any(splits.values()):
         raise UserError(f"{files[0]}: holds no puzzle; build some with launch/build.py")
@@ -186,7 +187,7 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
     staging.folder.mkdir(parents=True, exist_ok=True)
     with open(os.open(staging.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
         try:
-            take_lock(lock.fileno())
+            locked_or_said(lock.fileno(), out)
         except BlockingIOError:
             raise UserError(
                 f"--out {out}: another build is writing there; wait for it, or name another folder"

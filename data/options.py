@@ -6,7 +6,8 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -135,3 +136,19 @@ def coerce(value: Any, hint: Any, where: str, choices: tuple[str, ...]) -> Any:
 def words_of(options: Iterable[str]) -> list[str]:
     """Options given as name=value, as words of a command line; a name alone is a switch."""
     return [word for item in options for word in ("--" + item).split("=", 1)]
+
+
+@contextmanager
+def naming(option: str, **own: str) -> Iterator[None]:
+    """Turn what a command below refuses in the block into a UserError that begins with the option of the command above.
+
+    own: {setting of the stage: option of the command above that sets it alone}.
+    """
+    try:
+        yield
+    except (click.ClickException, UserError) as error:
+        why = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        for setting, above in own.items():
+            if why.startswith(f"--{setting} "):
+                raise UserError(above + why.removeprefix(f"--{setting}")) from None
+        raise UserError(f"{option}: {why.removeprefix('--recipe ')}") from None

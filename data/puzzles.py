@@ -362,7 +362,8 @@ def save_rows(path: Path, rows: list[dict[str, Any]], like: Sequence[dict[str, A
     name, for values that parquet cannot store.
     """
     if path.suffix != ".parquet":
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_bytes(lines.encode("utf-8", "backslashreplace"))  # a cut answer may end in half a character
         return
     import pyarrow
     import pyarrow.parquet as parquet

@@ -9,6 +9,7 @@ Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 
 ..., ...}
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from data.describe import NOT_STATED, disease_of, tissue_of
 from data.puzzles import Puzzle
 from data.variants import regroup
-from eval.bootstrap import LEVEL, RESAMPLES, Sums, added_up, intervals, percentile_intervals, sums_of, units_of
+from eval.bootstrap import LEVEL, RESAMPLES, added_up, intervals, percentile_intervals, sums_of, units_of
 from eval.metrics import (
     METRICS,
     PuzzleScore,
@@ -249,7 +250,7 @@ def k_sample(
     }
     right = [sum(score.batch_right for score in of_puzzle) for of_puzzle in samples]
     passes = np.array([[pass_at_k(k, n, draws) for draws in range(1, k + 1)] for n in right])  # [P, k]
-    limits = percentile_intervals(Sums(passes, np.ones_like(passes)).draws("pass@k", *names))
+    limits = percentile_intervals(added_up(passes, np.ones_like(passes), units_of(puzzles)).draws("pass@k", *names))
     found["pass_at_k"] = {
         str(i + 1): {"value": float(passes[:, i].mean()), "interval": limit} for i, limit in enumerate(limits)
     }
@@ -270,7 +271,7 @@ def greedy_answers(rows: Sequence[dict], puzzles: Sequence[Puzzle], unit: str, *
     if not all(isinstance(text, str) for text in texts):
         return {}
     counts = [row.get("greedy_tokens") for row in rows]
-    known = unit == "tokens" and all(isinstance(n, int | float) for n in counts)
+    known = unit == "tokens" and all(isinstance(n, int | float) and math.isfinite(n) for n in counts)
     return {"greedy": group_metrics(score_all(texts, puzzles, counts if known else None), puzzles, "greedy", *names)}
 
 

@@ -25,7 +25,7 @@ from eval.breakdowns import (
 from eval.metrics import METRICS, cell_vote, lacking_tokens, metrics_of, score_all, scores_of
 from eval.predict import REFUSED
 from eval.published import average_markdown, comparable, evaluation_markdown
-from eval.reasons import faults_of, scored_answers
+from eval.reasons import faults_of, finish_reasons, scored_answers
 from eval.similarity import LabelEncoder, similarity
 
 
@@ -89,7 +89,7 @@ def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
     Each key is left out where there is nothing to say.
     """
     refused = sum(
-        reason == REFUSED for row in rows for reason in row.get("samples_finish_reasons") or [row.get("finish_reason")]
+        reason == REFUSED for row in rows for reason in finish_reasons(row, len(row.get("samples") or [None]))
     )
     lacking, notes = lacking_tokens(rows), list(notes)
     if refused:

@@ -166,7 +166,7 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
     where: begins an error message. Raises UserError when a puzzle has no prediction, when an id has several predictions
     and not as many puzzles, or when a row is no prediction.
     """
-    checked = [_checked(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
+    checked = [checked_row(row, f"{where}prediction row {number}") for number, row in enumerate(rows)]
     if not any("id" in row for row in checked):
         if len(checked) != len(puzzles):
             raise UserError(
@@ -195,13 +195,15 @@ def match_rows(rows: Sequence[dict], puzzles: Sequence[Puzzle], where: str = "")
     return matched
 
 
-def _checked(row: dict, where: str) -> dict:
+def checked_row(row: dict, where: str) -> dict:
     """The row; one without `prediction` gets its first sample as prediction.
 
     Raises UserError when it is no prediction.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object with the text column 'prediction'")
+    if isinstance(row.get("id"), list | dict):
+        raise UserError(f"{where}: its id is {str(row['id'])[:40]!r}; write the puzzle's id, a text or a number")
     samples = row.get("samples")
     if samples is not None and not (isinstance(samples, list) and samples and all(isinstance(s, str) for s in samples)):
         raise UserError(f"{where}: 'samples' must be a list of texts")

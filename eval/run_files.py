@@ -22,6 +22,11 @@ HEADLINE = ("batch_accuracy", "cell_accuracy", "format_validity", "uniqueness", 
 """The metrics that a table on the terminal shows."""
 
 
+def unfinished(folder: Path) -> list[str]:
+    """["--resume"] where an evaluation of one file was stopped, else []."""
+    return ["--resume"] if (folder / PARTIAL).is_file() else []
+
+
 def write_summary(out: Path, run: dict[str, Any]) -> None:
     """Write OUT/summary.json from OUT/eval/STAGE/SPLIT/metrics.json.
 

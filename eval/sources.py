@@ -18,7 +18,7 @@ from data.puzzles import Puzzle, read_puzzles
 from data.variants import regroup
 from eval import baselines
 from eval.evaluation import puzzles_digest, variant_of_all
-from eval.metrics import match_rows, read_predictions
+from eval.metrics import checked_row, match_rows, read_predictions
 from eval.predict import REFUSED, Answered, Ask, Partial, answer_all, ask_teacher, count_tokens
 from eval.run_files import read_result
 from eval.settings import EvaluateConfig
@@ -234,7 +234,9 @@ def predictions_file(config: EvaluateConfig, flag: str, name: str) -> Path:
 def rows_to_compare(config: EvaluateConfig, puzzle_set: PuzzleSet) -> tuple[str, list[dict]]:
     """(name, matched rows) of the model of --compare. Raises UserError unless it answered the same puzzles."""
     path = predictions_file(config, "compare", puzzle_set.name)
-    rows, result = read_predictions(path), read_result(path.with_name("metrics.json"))
+    rows = [checked_row(row, f"--compare {path}: row {number}") for number, row in enumerate(read_predictions(path))]
+    # beside a file of another name lie the numbers of other answers
+    result = read_result(path.with_name("metrics.json")) if path.name == "predictions.jsonl" else {}
     theirs = (result.get("puzzles") or {}).get("digest")
     # predictions of more puzzles, or of other cells under the same ids, cannot be paired
     beyond = {row["id"] for row in rows if "id" in row} - {puzzle.id for puzzle in puzzle_set.puzzles}

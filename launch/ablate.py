@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.files import lock_folder, unlock_folder
+from data.options import naming
 from data.status.status import reporting
-from eval.ablation.compare import read_arm
+from eval.ablation.compare import read_arm, refuse_other_samples
 from eval.ablation.made import Made, models_of, places, write_points
 from eval.ablation.results import write_results
 from eval.ablation.settings import (
@@ -24,13 +25,15 @@ from eval.ablation.settings import (
     filled,
     folder_name,
     read_arms,
+    record_commands,
+    refuse_other_commands,
     refuse_test_puzzles,
 )
 from eval.demo.settings import DemoConfig, base_model, training_files
-from eval.run_files import held_out_files
+from eval.run_files import held_out_files, unfinished
 from launch.demo import prepare, refuse_wrong_options, response_tokens
 from launch.options import command, resolve
-from launch.stages import begun, evaluate_files, naming, read_stage, run_stage
+from launch.stages import begun, evaluate_files, read_stage, run_stage
 from trainer.record.runfolder import FINISHED, list_checkpoints
 
 
@@ -41,13 +44,14 @@ def main(config: AblateConfig) -> None:
     demo = resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
     out, start = Path(config.out), Path(config.start)
     paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
-    refuse_wrong_words(arms, paths)
+    trained = refuse_wrong_words(arms, paths)
     with naming("--start-recipe"):
         refuse_wrong_options(replace(demo, annotate=()))  # nothing is annotated here
     if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
-        refuse_test_puzzles(arms, paths, held_out_files(start))
+        refuse_test_puzzles(trained, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
     runs = [(name, seed) for seed in config.seeds for name in arms if name in config.only or not config.only]
+    refuse_other_commands({out / folder_name(name) / f"seed-{seed}": (name, arms[name]) for name, seed in runs})
     with reporting(out, config.notify, "run") as report:
         report.progress(0, len(runs))
         lock_folder(start)  # two machines must not build the start at once
@@ -55,7 +59,7 @@ def main(config: AblateConfig) -> None:
         unlock_folder(start)
         files = held_out_files(start)
         if not built:
-            refuse_test_puzzles(arms, paths, files)
+            refuse_test_puzzles(trained, files)
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
             folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
@@ -63,18 +67,21 @@ def main(config: AblateConfig) -> None:
             evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
         report.progress(len(runs), len(runs))
     folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
-    text = write_results(out, [read_arm(*arm) for arm in folders.items()], files, config.eval_puzzles)
+    compared = [read_arm(*arm, [Path(file).stem for file in files]) for arm in folders.items()]
+    text = write_results(out, compared, files, config.eval_puzzles)
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
 
 
-def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path]) -> None:
-    """Raises UserError for a command of a configuration that would be refused when its turn comes."""
+def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path]) -> dict[str, list[str]]:
+    """{name: the files of puzzles that it trains on}. Raises UserError for a command that would be refused in its turn."""
+    trained: dict[str, list[str]] = {name: [] for name in arms}
     for name, commands in arms.items():
         for words in commands:
             verb, *given = filled(words, paths | {"model": paths["sft"]})
             with naming(f"--arms {name}: {verb}"):
                 if verb != START:
-                    read_stage(verb, *given, out="out", seed=0)
+                    trained[name].append(read_stage(verb, *given, out="out", seed=0).puzzles)
+    return trained
 
 
 def run_arm(
@@ -85,6 +92,7 @@ def run_arm(
     Returns all models that they made; with checkpoints also those on the way.
     """
     made: list[Made] = []
+    record_commands(folder, commands)
     model = paths["sft"]
     for number, words in enumerate(commands, start=1):
         run, named = (folder, stage) if len(commands) == 1 else (folder / f"command-{number}", f"{stage}, {words[0]}")
@@ -113,14 +121,14 @@ def evaluate_arm(
         cut = {"model": one.model, "max_response_tokens": one.longest or longest}
         evaluate_files(into, f"evaluate {stage}, {one.name}", files, config.eval_puzzles, **cut)
     if config.samples:
-        several = {"samples": config.samples, "puzzles": files[0], "limit": config.eval_puzzles}
-        run_stage(
-            f"sample {stage}", folder / "samples/metrics.json", "evaluate", out=folder / "samples", **cut, **several
-        )
+        into = folder / "samples"
+        refuse_other_samples(into, config.samples)
+        several = cut | {"samples": config.samples, "puzzles": files[0], "limit": config.eval_puzzles, "out": into}
+        run_stage(f"sample {stage}", into / "metrics.json", "evaluate", *unfinished(into), **several)
     for checkpoint in list_checkpoints(folder) if config.curve_puzzles else ():
-        into = {"puzzles": files[0], "limit": config.curve_puzzles, "out": folder / "curve" / checkpoint.name}
-        into |= cut | {"model": checkpoint}
-        run_stage(f"{stage}, {checkpoint.name}", into["out"] / "metrics.json", "evaluate", **into)
+        at = folder / "curve" / checkpoint.name
+        into = cut | {"model": checkpoint, "puzzles": files[0], "limit": config.curve_puzzles, "out": at}
+        run_stage(f"{stage}, {checkpoint.name}", at / "metrics.json", "evaluate", *unfinished(at), **into)
     write_points(folder, made, folders)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from data.build.settings import check_config
 from data.errors import UserError
 from data.files import lock_folder
-from data.options import words_of
+from data.options import naming, words_of
 from data.status.status import Report, reporting
 from eval.annotate.run import refuse_missing_columns
 from eval.baselines import BASELINES
@@ -38,7 +38,7 @@ from eval.report.faults import fault_sentences
 from eval.run_files import held_out_files, summary_text, write_summary
 from launch.annotate import annotate_held_out, annotate_stage
 from launch.options import command, read_recipe
-from launch.stages import begun, evaluate_files, naming, read_stage, run_stage
+from launch.stages import begun, evaluate_files, read_stage, run_stage
 from launch.together import write_both, write_labels
 from reward import load_reward
 from trainer.config import GrpoConfig

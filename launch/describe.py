@@ -24,6 +24,8 @@ class DescribeConfig:
 @command(DescribeConfig)
 def main(config: DescribeConfig) -> None:
     """Write tables, a figure and a data card of any set of puzzles, ours or the published ones."""
+    if not config.puzzles:
+        raise UserError("--puzzles: name at least one file of puzzles")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise UserError(f"--out {config.out}: is a file, not a folder")
     report = read_report(config.report) if config.report else report_beside(config.puzzles, click.echo)

@@ -4,14 +4,13 @@ python launch/hold_out.py --puzzles mine/puzzles/train.parquet --out mine/held
 python launch/grpo.py --puzzles mine/held/train.parquet --validate mine/held/validation.parquet ...
 """
 
-import shutil
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from data.build.splits import hold_out_donors
-from data.clusters.known import LABELS
+from data.clusters.known import LABELS, read_labels
 from data.errors import UserError
-from data.files import replacing_folder
+from data.files import replacing_folder, write_whole
 from data.options import check_numbers
 from data.puzzles import read_puzzles, save_rows
 from launch.options import command, option
@@ -42,7 +41,7 @@ def main(config: HoldOutConfig) -> None:
             save_rows(partial / f"{name}.parquet", [puzzle.to_row() for puzzle in puzzles])
         labels = Path(config.puzzles).parent / LABELS
         if labels.is_file():  # what the model will know: launch/export.py looks for it beside the puzzles
-            shutil.copy(labels, partial)
+            write_whole(partial / LABELS, read_labels(labels).only_in(train).to_json())
     donors = [len({puzzle.meta["donor"] for puzzle in puzzles}) for puzzles in (train, validation)]
     print(
         f"{config.out}: {len(train)} puzzles of {donors[0]} donors to train on, {len(validation)} of {donors[1]} held out"

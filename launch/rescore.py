@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from data.errors import UserError
+from data.options import check_numbers
 from data.puzzles import read_puzzles, read_rows, write_rows
 from launch.options import argument, command, option
 from reward import load_reward
@@ -25,6 +26,9 @@ class RescoreConfig:
     out: str | None = option(None, "Write one line per response, .jsonl.")
     reward_workers: int = option(1, "Processes that score; 0 scores in this process (to debug a reward).")
     reward_seconds: float = option(60.0, "Time limit per response, in a worker process.")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"at least 0": ("reward_workers",), "above 0": ("reward_seconds",)})
 
 
 @command(RescoreConfig)

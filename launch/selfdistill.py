@@ -15,6 +15,7 @@ from data.files import lock_folder, write_whole
 from data.options import flag_of
 from data.puzzles import read_puzzles, shared_puzzles
 from data.status.status import reporting
+from eval.run_files import unfinished
 from launch.options import command
 from launch.stages import begun, run_stage
 from trainer.record.runfolder import FINISHED
@@ -106,7 +107,7 @@ def evaluate(config: SelfDistillConfig, model: Path, folder: Path) -> dict[str, 
         return {}
     settings = {name: getattr(config, name) for name in ("max_response_tokens", "dtype")}
     settings |= {"model": model, "out": folder, "puzzles": config.test, "limit": config.eval_limit}
-    words = ["--eager"] if config.eager else []
+    words = [*(["--eager"] if config.eager else []), *unfinished(folder)]
     run_stage(f"evaluate {folder.parent.name}/{folder.name}", folder / "metrics.json", "evaluate", *words, **settings)
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 

@@ -57,6 +57,10 @@ KEPT=""
 [ "$EXTRA" = cpu ] || KEPT="$("$PYTHON" -c "$KEEP" 2>/dev/null || true)"
 say "virtual environment $VENV"
 "$PYTHON" -m venv ${KEPT:+--system-site-packages} "$VENV"
+if [ -n "$KEPT" ] && [ "$("$VENV/bin/python" -c "$KEEP" 2>/dev/null)" != "$KEPT" ]; then
+    say "torch $KEPT of $PYTHON is in an environment of its own, which $VENV cannot read: another is installed"
+    KEPT=""
+fi
 : >"$LOG"
 if [ -n "$KEPT" ]; then
     say "torch $KEPT of $PYTHON works with the driver here, and is kept"

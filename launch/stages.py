@@ -5,14 +5,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
-
-from data.errors import UserError
 from data.options import flag_of
 from data.processes import environment_without_launcher, run_as_stage
 from eval.run_files import PARTIAL
@@ -69,22 +64,6 @@ def read_stage(verb: str, *words: object, **flags: object) -> Any:
     Raises click.ClickException or UserError for what that command refuses before it reads a file.
     """
     return importlib.import_module(f"launch.{verb}").main.read(command_line(words, flags))
-
-
-@contextmanager
-def naming(option: str, **own: str) -> Iterator[None]:
-    """Turn what `read_stage` raises in the block into a UserError that begins with the option of the command above.
-
-    own: {setting of the stage: option of the command above that sets it alone}.
-    """
-    try:
-        yield
-    except (click.ClickException, UserError) as error:
-        why = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        for setting, above in own.items():
-            if why.startswith(f"--{setting} "):
-                raise UserError(above + why.removeprefix(f"--{setting}")) from None
-        raise UserError(f"{option}: {why.removeprefix('--recipe ')}") from None
 
 
 def begun(folder: Path) -> list[str]:

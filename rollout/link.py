@@ -219,10 +219,13 @@ def all_gather_bytes(data: bytes) -> list[bytes]:
 def make_group(store: dist.Store, rank: int, size: int, host: str, device: torch.device) -> dist.ProcessGroup:
     """The process group of the adapter's broadcast; rank 0 is the trainer. NCCL on GPUs, else gloo on interface `host`.
 
-    All `size` processes must call it: gloo connects every pair of them here, and waits for them up to JOIN_SECONDS.
+    All `size` processes must call it: every pair of them is connected here. gloo waits for them up to JOIN_SECONDS.
     """
     if device.type == "cuda":
-        return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+        # NCCL connects with the first broadcast and blocks meanwhile: now, before a sampler has anything to run out of memory for
+        group.broadcast(torch.zeros(1, device=device), 0).wait()
+        return group
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timedelta(seconds=JOIN_SECONDS)  # of joining and of each broadcast

@@ -345,7 +345,8 @@ def add_up_gradients(now: Step, learner: Learner, batch: StepInputs, sums: Token
         sums.add(terms, loss)
         passes.append((micro, without_graph(terms)))
     norm = sum_gradients(list(learner.parameters.values()), now.world)
-    sums.read()  # only now is a number read, which waits for the GPU: it never idles between two micro-batches
+    with now.world.waiting("the sum of gradients"):
+        sums.read()  # only now is a number read, which waits for the GPU: it never idles between two micro-batches
     refuse_what_is_not_finite(now, learner, batch, first_bad_of(passes), norm)
     sums.grad_norm = float(norm)  # before clipping
     return norm

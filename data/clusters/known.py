@@ -6,12 +6,13 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from data.errors import UserError
 from data.files import read_settings, seen_from
+from data.puzzles import Puzzle
 
 LABELS = "labels.json"
 """Written by a build beside train.parquet."""
@@ -81,6 +82,14 @@ class KnownLabels:
             puzzles |= {name: max(self.puzzles[name], other.puzzles[name]) for name in ("max_cells", "top_genes")}
             puzzles["drop_genes"] = [name for name in self.puzzles["drop_genes"] if name in other.puzzles["drop_genes"]]
         return KnownLabels(dict(sorted(labels.items())), sorted({*self.genes, *other.genes}), None, puzzles)
+
+    def only_in(self, puzzles: Iterable[Puzzle]) -> Self:
+        """The labels and genes that occur in some puzzles; `n` stays that of all training files."""
+        puzzles = list(puzzles)
+        told = {label for puzzle in puzzles for label in puzzle.answer}
+        genes = {gene for puzzle in puzzles for cell in puzzle.cells for gene in cell}
+        kept = {name: label for name, label in self.labels.items() if name in told}
+        return replace(self, labels=kept, genes=[gene for gene in self.genes if gene in genes])
 
     def to_json(self) -> str:
         """The content of labels.json."""

@@ -157,7 +157,9 @@ class Draws:
                 raise UserError(f"two different puzzles have the id {puzzle.id}: give each its own")
 
     def puzzle_of(self, completion: Completion) -> Puzzle | None:
-        """The puzzle that a completion is for, by which it is judged; None for one of another run."""
+        """The puzzle that a completion is for, by which it is judged; None for one that this run would not ask for."""
+        if not completion.hinted and completion.attempt >= self.plan.candidates:
+            return None  # of a run with more --candidates
         return self.by_id.get(completion.puzzle_id)
 
     def needs_verdict(self, completion: Completion) -> bool:

@@ -108,7 +108,7 @@ def write_trace(
     for number, (genes, label) in enumerate(zip(puzzle.cells, labels, strict=True), start=1):
         cited = [gene for gene in genes if gene in markers.get(label, ())][: config.cited]
         lines.append(sentence(number, label, None if at_a_glance else cited))
-    if rng.random() < config.slip:
+    if rng.random() < config.slip and len(labels) > 1:
         i, j = rng.sample(range(len(labels)), 2)
         labels[i], labels[j] = labels[j], labels[i]
     end = "" if rng.random() < config.bad_format else "</answer>"

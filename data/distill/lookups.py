@@ -26,7 +26,9 @@ INSTRUCTIONS = (
 LEFT = "\nYou can look up {left} more."
 NONE_LEFT = "\nYou can look up nothing more. Give your answer in the usual format."
 NOT_UNDERSTOOD = "not understood; write <call>markers(GENE)</call> or <call>profile(CELL TYPE)</call>"
-_CALL = re.compile(r"<call>\s*(markers|profile)\(([^<>\n]{1,200})\)\s*(?:</call>|\Z)")
+LONGEST_CALL = 200
+"""Letters of what a request may ask for."""
+_CALL = re.compile(rf"<call>\s*(markers|profile)\(([^<>\n]{{1,{LONGEST_CALL}}})\)\s*(?:</call>|\Z)")
 
 
 class Tables:
@@ -53,6 +55,11 @@ class Tables:
             for genes, label in zip(puzzle.cells, puzzle.answer, strict=True):
                 found.setdefault(normalise_label(label), Counter()).update(genes)
         return found
+
+    @cached_property
+    def longest_markers(self) -> str:
+        """The call for markers with the longest result."""
+        return max((f"markers({gene})" for gene in self.marked), key=lambda call: len(call + self.markers(call[8:-1])))
 
     def markers(self, gene: str) -> str:
         """The cell types that a gene marks, as text."""

@@ -26,7 +26,7 @@ from typing import Any
 from data.distill.distill import Completion, RequestKey
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
-from data.files import parse_json, sealed_row, take_lock, unsealed_row
+from data.files import locked_or_said, naming_what_cannot_be_written, parse_json, sealed_row, unsealed_row
 from data.puzzles import Puzzle
 
 REMOVED = "{}: was removed or replaced while responses were written to it; start again"
@@ -86,8 +86,9 @@ class RawFile:
         self.broken = ""
         if resume and not path.is_file():
             raise UserError(f"--resume: there is no {path}; leave --resume out to start anew")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        with naming_what_cannot_be_written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             self._begin(settings, meter, resume, replace)
         except ValueError:
@@ -97,7 +98,7 @@ class RawFile:
     def _begin(self, settings: dict[str, Any], meter: Meter, resume: bool, replace: bool) -> None:
         """Lock the file, read what an earlier run wrote, and cut off an incomplete last line."""
         try:
-            take_lock(self.handle)
+            locked_or_said(self.handle, self.path)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is writing it; wait, or name another --out") from None
         head, end, torn = self.path.read_bytes().rpartition(b"\n")
@@ -135,6 +136,8 @@ class RawFile:
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         for name in {**now, **before}:
+            if name == "model_files" and name not in before:
+                continue  # of a run before 2026-11-28
             if before.get(name) != now.get(name):
                 what = "--puzzles" if name == "prompts" else name
                 raise UserError(

@@ -1,6 +1,8 @@
 """The settings of a distillation (launch/distill.py), and which of them exclude one another."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from data.distill.embedded_teacher import VOICES
 from data.distill.responses import prompts_hash
 from data.distill.workflow import WORKFLOWS, Workflow
 from data.errors import UserError
+from data.files import model_hashes
 from data.options import DTYPES, check_numbers, check_temperature, flag_of, option, settle_dtype
 from data.puzzles import Puzzle
 from data.status.status import NOTIFY
@@ -189,6 +192,9 @@ class DistillConfig:
             settle_dtype(self)
         check_numbers(self, RANGES)
         check_temperature(self.temperature)
+        default = type(self).hint_candidates
+        if self.workflow == "none" and not self.hint and self.hint_candidates != default:
+            raise UserError("--hint-candidates goes with --hint or --workflow; give one of them too, or leave it out")
 
     def _refuse_half_a_workflow(self) -> None:
         """Raises UserError for settings that do not go with the workflow."""
@@ -254,4 +260,7 @@ class DistillConfig:
         """What decides the content of a response: the first line of the raw file. puzzles: of the whole file."""
         used = {name: getattr(self, name) for name in MEANING if self.teacher in OF_TEACHER[name]}
         used |= {name: getattr(self, name) for name, before in NEWER.items() if getattr(self, name) != before}
+        if self.teacher == "vllm":  # another model may lie under the same name
+            files = [model_hashes(place) for place in (self.model, self.base) if place]
+            used["model_files"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         return {"teacher": self.teacher, **used, "seed": self.seed, "prompts": prompts_hash(puzzles)}

@@ -28,7 +28,7 @@ from typing import Any
 from data.distill.consensus import Consensus, consensus
 from data.distill.distill import Completion, Draws, Plan, Request, RequestKey, Verdict
 from data.distill.hints import find_leak, find_mention
-from data.distill.lookups import CALL_END, NOT_UNDERSTOOD, Tables, call_in, lookup_text
+from data.distill.lookups import CALL_END, LONGEST_CALL, NOT_UNDERSTOOD, Tables, call_in, lookup_text
 from data.errors import UserError
 from data.prompts import normalise_label
 from data.puzzles import Puzzle
@@ -104,7 +104,7 @@ class WorkflowDraws(Draws):
 
     def puzzle_of(self, completion: Completion) -> Puzzle | None:
         """See Draws; that of a step is the puzzle that it is about."""
-        return self.by_id.get(completion.puzzle_id) or self.origin.get(completion.puzzle_id)
+        return super().puzzle_of(completion) or self.origin.get(completion.puzzle_id)
 
     def needs_verdict(self, completion: Completion) -> bool:
         """Answers and written traces; what comes between is no answer to the puzzle."""
@@ -343,7 +343,9 @@ def largest_requests(workflow: Workflow, puzzle: Puzzle, tables: Tables | None) 
         shown = listed(puzzle.candidates if len(puzzle.cells) > 1 else puzzle.candidates[:1])
         requests.append(Request(puzzle=puzzle, attempt=0, ask=RIVALS.format(one=shown, other=shown)))
     if workflow.kind == "tools":
-        found = [tables.result(f"profile({label})", puzzle) for label in puzzle.candidates]
+        calls = [f"profile({label})" for label in puzzle.candidates] + [tables.longest_markers]
+        # a call that asks for what is not there is repeated in its result
+        found = [tables.result(call, puzzle) for call in (*calls, f"profile({'x' * LONGEST_CALL})")]
         longest = [max([*found, NOT_UNDERSTOOD], key=len)] * workflow.lookups
         requests.append(Request(puzzle=puzzle, attempt=0, ask=lookup_text(longest, workflow.lookups)))
     return requests

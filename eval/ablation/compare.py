@@ -44,11 +44,11 @@ class Arm:
     runs: list[Run]
 
 
-def read_arm(name: str, folders: dict[int, Path]) -> Arm:
-    """folders: {seed: run folder}. Seeds whose trained model has not been evaluated are left out."""
+def read_arm(name: str, folders: dict[int, Path], splits: Sequence[str]) -> Arm:
+    """folders: {seed: run folder}. Seeds whose trained model has not been evaluated on all splits are left out."""
     runs = []
     for seed, folder in sorted(folders.items()):
-        if not list((folder / "eval").glob("*/metrics.json")):
+        if not all((folder / "eval" / split / "metrics.json").is_file() for split in splits):
             continue
         checkpoints = sorted((folder / "curve").glob("step-*/metrics.json"))
         curve = [
@@ -148,6 +148,13 @@ def by_size(scores: Sequence[Sequence[PuzzleScore]]) -> dict[str, float]:
     flat = [score for of_puzzle in scores for score in of_puzzle]
     sizes = sorted({score.n_cells for score in flat})
     return {str(n): float(np.mean([score.batch_right for score in flat if score.n_cells == n])) for n in sizes}
+
+
+def refuse_other_samples(folder: Path, k: int) -> None:
+    """Raises UserError where a folder of several answers holds another number of them to a puzzle than k."""
+    held = (read_result(folder / "metrics.json").get("k_sample") or {}).get("k", k)
+    if held != k:
+        raise UserError(f"--samples {k}: {folder} holds {held} answers to each puzzle; give {held}, or remove it")
 
 
 def variety(arm: Arm, puzzles: Sequence[Puzzle]) -> dict[str, float] | None:

@@ -21,6 +21,11 @@ def write_results(out: Path, arms: list[Arm], files: list[str], limit: int) -> s
     puzzles = {Path(file).stem: read_puzzles(file)[:limit] for file in files}
     found = {split: compare_arms(arms, split, of_split) for split, of_split in puzzles.items()}
     varieties = {arm.name: variety(arm, next(iter(puzzles.values()))) for arm in arms}
+    if len(different := {one["k"] for one in varieties.values() if one}) > 1:
+        raise UserError(
+            f"{out}: the configurations have {min(different):g} to {max(different):g} answers to a puzzle in samples/; "
+            "remove the folders of the fewer, and run again with one --samples"
+        )
     text = ablation_markdown(found, arms[0].name, varieties)
     numbers = {**found, **({"varieties": varieties} if any(varieties.values()) else {})}
     write_whole(out / "ablation.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")

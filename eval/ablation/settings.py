@@ -1,13 +1,14 @@
 """The settings of launch/ablate.py, and the configurations that they name."""
 
-import itertools
+import json
 import re
 import shlex
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from data.errors import UserError
-from data.options import option
+from data.files import read_settings, write_whole
+from data.options import check_numbers, option
 from data.puzzles import Puzzle, read_puzzles
 from data.status.status import NOTIFY
 
@@ -21,6 +22,10 @@ THEN = "then"
 """The word between two commands of an arm."""
 PLACES = ("base", "sft", "puzzles", "model")
 """What a command of an arm may name in braces; {model} is what the command before it made, for the first one {sft}."""
+COMMANDS = "commands.json"
+"""In the folder of a run: the commands of its arm, before anything is filled in."""
+FINISHED = "finished.json"
+"""As in trainer.record.runfolder, which loads torch."""
 COMMON, RUNS = "The common start", "The runs"
 """Headings of --help."""
 
@@ -57,6 +62,11 @@ class AblateConfig:
         "Answers (temperature 1) of each last model to a puzzle of the first split: how many differ, and is one right; 0: none.",
         section=RUNS,
     )
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"at least 1": ("eval_puzzles",), "at least 0": ("curve_puzzles", "samples")})
+        if self.samples == 1:
+            raise UserError("--samples 1: how many answers differ needs at least 2; 0 asks for none")
 
 
 def read_arms(config: AblateConfig) -> dict[str, list[list[str]]]:
@@ -121,15 +131,15 @@ def filled(words: list[str], paths: dict[str, Path]) -> list[str]:
     return words
 
 
-def refuse_test_puzzles(arms: dict[str, list[list[str]]], paths: dict[str, Path], files: list[str]) -> None:
-    """Raises UserError when a command of an arm would train on a puzzle that the arms are compared on. files: of these."""
+def refuse_test_puzzles(trained: dict[str, list[str | None]], files: list[str]) -> None:
+    """Raises UserError when an arm would train on a puzzle that the arms are compared on.
+
+    trained: {name of an arm: the puzzle files of its commands}. files: of the puzzles that are compared on.
+    """
     held_out = {content_of(puzzle): (file, puzzle.id) for file in files for puzzle in read_puzzles(file)}
     checked: set[str] = set()
-    for name, commands in arms.items():
-        given = [filled(command, {**paths, "model": paths["sft"]}) for command in commands]
-        # both --puzzles FILE and --puzzles=FILE
-        words = [part for command in given for word in command for part in word.split("=", 1)]
-        for file in {value for flag, value in itertools.pairwise(words) if flag == "--puzzles"} - checked:
+    for name, given in trained.items():
+        for file in sorted({file for file in given if file} - checked):
             checked.add(file)
             for puzzle in read_puzzles(file):
                 if (known := held_out.get(content_of(puzzle))) is not None:
@@ -137,6 +147,29 @@ def refuse_test_puzzles(arms: dict[str, list[list[str]]], paths: dict[str, Path]
                         f"--arms {name}: it would train on puzzle {puzzle.id} of {file}, which is {known[1]} of {known[0]}, "
                         "on which the configurations are compared; name training puzzles, such as {puzzles}"
                     )
+
+
+def refuse_other_commands(runs: dict[Path, tuple[str, list[list[str]]]]) -> None:
+    """Raises UserError where a finished run was made with other commands than are given now.
+
+    runs: {folder of a run: (name of its arm, its commands)}. A folder that does not say its commands is taken as it is.
+    """
+    for folder, (name, commands) in runs.items():
+        if not (folder / COMMANDS).is_file():
+            continue
+        made = read_settings(folder / COMMANDS)["commands"]
+        # a run that finished nothing may be begun with what was mended
+        if made != commands and [*folder.glob(FINISHED), *folder.glob(f"command-*/{FINISHED}")]:
+            before = f" {THEN} ".join(map(shlex.join, made))
+            raise UserError(
+                f"--arms {name}: {folder} was made with {before!r}; give that again, or another name, or another --out"
+            )
+
+
+def record_commands(folder: Path, commands: list[list[str]]) -> None:
+    """Write what `refuse_other_commands` compares."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / COMMANDS, json.dumps({"commands": commands}, ensure_ascii=False) + "\n")
 
 
 def content_of(puzzle: Puzzle) -> tuple:

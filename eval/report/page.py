@@ -337,7 +337,11 @@ def _glossary_section() -> str:
 def _settings_section(run: dict[str, Any]) -> str:
     seconds = {stage: f"{value:,.0f} s" for stage, value in (run.get("seconds") or {}).items()}
     versions = (run.get("versions") or {}) | ({"git commit": run["git_commit"]} if run.get("git_commit") else {})
-    tables = {"Time taken": seconds, "Settings": run.get("config"), "Versions": versions}
+    tables = {
+        "Time taken by the last call of the command": seconds,
+        "Settings": run.get("config"),
+        "Versions": versions,
+    }
     blocks = [details(title, _settings_table(values)) for title, values in tables.items() if values]
     return section("made", "How this run was made", "".join(blocks) or missing("Not recorded in summary.json."))
 

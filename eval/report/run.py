@@ -171,9 +171,10 @@ def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[
     by_id, in_tokens = {puzzle.id: puzzle for puzzle in puzzles}, all(token_counts(row) is not None for row in rows)
     answers = []
     for number, row in enumerate(rows, start=1):
-        puzzle, text = by_id.get(row.get("id")), _text(row)
+        name = row.get("id")
+        puzzle, text = None if isinstance(name, list | dict) else by_id.get(name), _text(row)
         if puzzle is None:
-            raise UserError(f"{path}: puzzle {row.get('id')} is not in {puzzles_file}; run launch/evaluate.py again")
+            raise UserError(f"{path}: puzzle {name} is not in {puzzles_file}; run launch/evaluate.py again")
         if text is None:
             raise UserError(f"{path}, line {number}: has no text 'prediction'; run launch/evaluate.py again")
         score = score_one(text, puzzle, token_counts(row)[0] if in_tokens else None)

@@ -105,7 +105,7 @@ def answers_by_id(rows: list[dict], puzzles: list[Puzzle], where: str) -> dict[s
         name = row.get("id", puzzles[number].id if number < len(puzzles) else None)
         if not isinstance(row.get("prediction"), str):
             raise UserError(f"{where}, row {number}: needs the text column 'prediction'; it has {', '.join(row)}")
-        if name not in known:
+        if isinstance(name, list | dict) or name not in known:
             raise UserError(f"{where}, row {number}: puzzle {name} is not in the --puzzles file")
         if name in answers:
             raise UserError(f"{where}, row {number}: puzzle {name} is answered a second time; keep one answer of it")

@@ -33,6 +33,8 @@ def read_responses(
             continue
         for suffix, text in texts_of(row, f"{file}, row {number}"):
             name = row.get("puzzle_id") or row.get("id")
+            if isinstance(name, list | dict):
+                raise UserError(f"{file}, row {number}: its id is {str(name)[:40]!r}; write the puzzle's id, a text")
             if "user_msg" in row:
                 name = Puzzle.from_row(row).id
             if name is None and len(rows) == len(puzzles):
@@ -61,6 +63,8 @@ def texts_of(row: dict[str, Any], where: str) -> list[tuple[str, str]]:
     if isinstance(row.get("completion"), str):
         return [(f"-step{row.get('step', 0)}-{row.get('response', 0)}", row["completion"])]
     if row.get("samples"):
+        if not isinstance(row["samples"], list) or not all(isinstance(text, str) for text in row["samples"]):
+            raise UserError(f"{where}: 'samples' must be a list of texts")
         return [(f"-{k}", text) for k, text in enumerate(row["samples"], start=1)]
     if isinstance(row.get("prediction"), str):
         return [("", row["prediction"])]

@@ -109,7 +109,7 @@ class OpenAITeacher:
         self.stopping, self.abandoned = threading.Event(), threading.Event()
         """stopping: send no new request. abandoned: nobody reads the completions, so cancel the requests in flight."""
         self.secret = spellings_of(endpoint.key)
-        self.token_field, self.send_seed = "max_tokens", True
+        self.token_field, self.send_seed, self.send_stop = "max_tokens", True, True
         self.not_before = 0.0
         """Time, as time.monotonic(), from which the endpoint takes requests again."""
         self.in_flight = self.answered = self.refused = self.failed = 0
@@ -285,7 +285,7 @@ class OpenAITeacher:
             "temperature": self.endpoint.temperature,
             self.token_field: self.endpoint.max_response_tokens,
         }
-        if request.stop:
+        if request.stop and self.send_stop:
             body["stop"] = [request.stop]
         if self.endpoint.top_p is not None:
             body["top_p"] = self.endpoint.top_p
@@ -296,7 +296,7 @@ class OpenAITeacher:
     def _adapt(self, body: dict[str, Any], error: openai.APIStatusError) -> bool:
         """Whether the endpoint refused a field that is now renamed or left out for all requests.
 
-        Newer OpenAI models have another name for max_tokens, and some endpoints do not know `seed`.
+        Newer OpenAI models have another name for max_tokens, and some endpoints do not know `seed` or `stop`.
         """
         text = refusal_text(error)
         if error.status_code not in (400, 422) or not _FIELD_REFUSED.search(text):
@@ -306,6 +306,9 @@ class OpenAITeacher:
             return True
         if "seed" in body and re.search(r"\bseed\b", text):
             self.send_seed = False
+            return True
+        if "stop" in body and re.search(r"\bstop\b", text):
+            self.send_stop = False  # what comes after the look-up is not read
             return True
         return False
 

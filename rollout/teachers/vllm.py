@@ -92,12 +92,16 @@ class VLLMTeacher:
             for i, (part,) in zip(going, parts, strict=True):
                 ids = said[i] + part.response_ids
                 ended = ids[-1] in sampling.stop_ids or stop in self.chat.response_text(ids)
+                # the model's own limit can come before max_tokens
+                full = len(ids) >= sampling.max_tokens or (
+                    part.finish_reason == "length" and len(part.response_ids) < rest
+                )
                 found[i] = replace(
                     part,
                     prompt_ids=prompts[i],
                     response_ids=ids,
                     sampler_logprobs=[*(found[i].sampler_logprobs if i in found else []), *part.sampler_logprobs],
-                    finish_reason="stop" if ended else "length" if len(ids) >= sampling.max_tokens else "",
+                    finish_reason="stop" if ended else "length" if full else "",
                 )
             going = [i for i in going if not found[i].finish_reason]
         return [found[i] for i in range(len(prompts))]

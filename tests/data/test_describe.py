@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from data.card import data_card, without_folders, write_description
-from data.describe import disease_of, escape, statistics_markdown, tissue_of, wrapped
-from data.folder import read_report, report_beside
+from data.describe import disease_of, escape, statistics_markdown, tissue_of, with_total, wrapped
+from data.folder import read_report, read_splits, report_beside
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from data.variants import cell_level, open_ended
 from tests.helpers.commands import FIXTURES, run_command, succeed
@@ -268,6 +268,18 @@ def test_the_command_describes_a_build_with_its_report(pipeline, tmp_path):
     succeed("describe", *words, "--out", tmp_path / "again", env={"PYTHONHASHSEED": "5"}, fresh=True)
     for name in ("statistics.md", "data_card.md"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_file_called_total_is_not_the_total_and_an_empty_list_is_refused(tmp_path):
+    rows = read_puzzles(SAMPLE)
+    write_puzzles(tmp_path / "train.jsonl", rows[:2])
+    write_puzzles(tmp_path / "total.jsonl", rows[:1])
+    splits = read_splits([str(tmp_path / "train.jsonl"), str(tmp_path / "total.jsonl")])
+    assert list(splits) == ["train", f"{tmp_path.name}/total"]
+    assert {name: len(puzzles) for name, puzzles in with_total(splits).items()}["total"] == 3
+    (tmp_path / "r.yaml").write_text("puzzles: []\n")
+    done = run_command("describe", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "--puzzles: name at least one file of puzzles" in done.stderr
 
 
 def test_the_command_describes_published_rows(tmp_path):

@@ -1,12 +1,15 @@
 """Distillation without a network: embedded teacher, choice of requests, hints, verdicts, raw file, report."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import random
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from data.distill.distill import Completion, Draws, Plan, Verdict, distill
 from data.distill.embedded_teacher import (
@@ -22,6 +25,7 @@ from data.distill.hints import HINT, LEAKS, find_leak, hinted_chat
 from data.distill.meter import TEMPLATE_TOKENS, Meter
 from data.distill.report import acceptance_table, make_report
 from data.distill.responses import RawFile, prompts_hash
+from data.distill.settings import DistillConfig
 from data.errors import RunError
 from data.files import sealed_row
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
@@ -163,6 +167,54 @@ def test_a_puzzle_that_only_met_errors_gets_no_hint_and_all_are_drawn_at_once():
     for attempt in range(3):
         draws.take(drawn("", attempt, error="status 500"), Verdict(accepted=False, reason="endpoint_error"))
     assert draws.next_requests() == []
+
+
+def test_fewer_candidates_than_an_earlier_run_drew_are_those_of_the_smaller_number():
+    answers = [drawn("<answer>no</answer>", 0), drawn("<answer>no</answer>", 1), drawn(RIGHT, 2)]
+    for k, kept in ((3, 1), (2, 0)):
+        draws = Draws([PUZZLE], Plan(candidates=k, stop_at=0))
+        for completion in answers:
+            if draws.puzzle_of(completion) is not None:
+                draws.take(completion, Verdict(accepted=completion.text == RIGHT))
+        assert len(draws.accepted(PUZZLE)) == kept
+
+
+def test_a_puzzle_of_one_cell_has_nothing_to_exchange():
+    one = Puzzle(id="one", context="", cells=[["CD3D"]], candidates=["T cell"], answer=["T cell"])
+    assert "T cell" in write_trace(one, {}, random.Random(0), TeacherConfig(slip=1.0))
+
+
+def test_another_model_in_the_same_folder_is_another_meaning(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"w": torch.zeros(3)}, model / "model.safetensors")
+    config = DistillConfig(puzzles="p", out="t.jsonl", teacher="vllm", model=str(model))
+    before = config.meaning([PUZZLE])
+    assert config.meaning([PUZZLE]) == before
+    save_file({"w": torch.ones(3)}, model / "model.safetensors")
+    assert config.meaning([PUZZLE]) != before
+    path = tmp_path / "t.raw.jsonl"
+    with opened(path, settings=before) as raw:
+        raw.append(drawn("x"))
+    with pytest.raises(ValueError, match="--resume: model_files was"):
+        opened(path, settings=config.meaning([PUZZLE]), resume=True)
+    # a file of a run before this was recorded
+    older = tmp_path / "older.raw.jsonl"
+    with opened(older, settings={k: v for k, v in before.items() if k != "model_files"}) as raw:
+        raw.append(drawn("x"))
+    opened(older, settings=before, resume=True).__exit__(None, None, None)
+
+
+def test_responses_on_a_disk_without_locks_or_in_a_place_that_is_no_folder(tmp_path, monkeypatch, capsys):
+    def knows_none(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("data.files.fcntl.flock", knows_none)
+    with opened(tmp_path / "t.raw.jsonl") as raw:
+        raw.append(drawn("x"))
+    assert "this disk knows no locks" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"cannot be written \(.*\)"):
+        opened(tmp_path / "t.raw.jsonl/t.raw.jsonl")
 
 
 def test_which_accepted_trace_is_kept():

@@ -397,6 +397,8 @@ def test_parts_and_the_longest_request():
     longest = [len(r.chat()[1]["content"]) for r in largest_requests(Workflow(kind="tools"), PUZZLE, tables)]
     asked = PUZZLE.user_message + lookup_text([tables.result("profile(monocyte)", PUZZLE)] * 4, 4)
     assert max(longest) >= len(asked)
+    for call in ("markers(EPCAM)", "markers(CD3D)", f"profile({'y' * 200})", f"markers({'y' * 200})"):
+        assert max(longest) >= len(PUZZLE.user_message + lookup_text([tables.result(call, PUZZLE)] * 4, 4)), call
     vote = consensus(SPLIT, PUZZLE.candidates)
     assert vote.labels == LABELS and vote.shares == pytest.approx([2 / 3, 2 / 3, 1 / 3, 2 / 3])
 
@@ -450,6 +452,7 @@ def test_settings_that_do_not_go_together_are_refused():
         ({"workflow": "consensus", "stop_at": 2}, "needs all --candidates: leave --stop-at out"),
         ({"workflow": "consensus", "comparisons": 5}, "--comparisons goes with --workflow debate or tools"),
         ({"lookups": 5}, "--lookups goes with --workflow tools"),
+        ({"hint_candidates": 8}, "--hint-candidates goes with --hint or --workflow"),
         ({"workflow": "tools", "lookups": 0}, "--lookups 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=words):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
-from eval.ablation.compare import compare_arms, points_of, read_arm, variety
+from eval.ablation.compare import compare_arms, points_of, read_arm, refuse_other_samples, variety
 from eval.ablation.figure import colour_of, draw_arms
 from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
@@ -42,7 +43,7 @@ def arms(tmp_path):
         1: made_run(tmp_path / "A/1", [True, True, False, False], [0.0, 0.5, 0.8]),
     }
     other = {0: made_run(tmp_path / "B/0", [True, False, False, False], [-1.0, -1.0]), 1: tmp_path / "B/1"}
-    return [read_arm("A", first), read_arm("B", other)]
+    return [read_arm("A", first, ["test"]), read_arm("B", other, ["test"])]
 
 
 def test_means_over_seeds_and_the_paired_difference(arms):
@@ -70,7 +71,7 @@ def test_the_figure_is_a_picture_with_every_configuration(arms, tmp_path, curve)
             folder = tmp_path / f"A/0/curve/step-{step:06d}"
             folder.mkdir(parents=True)
             (folder / "metrics.json").write_text(json.dumps({"batch_accuracy": share}))
-        arms[0] = read_arm("A", {0: tmp_path / "A/0"})
+        arms[0] = read_arm("A", {0: tmp_path / "A/0"}, ["test"])
         assert arms[0].runs[0].curve == [(1, 0.25), (3, 0.5)]
     draw_arms(arms, {"test": compare_arms(arms, "test", PUZZLES)}, tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
@@ -116,7 +117,7 @@ def chain(tmp_path):
     start = made_run(tmp_path / "S/0", [True, False, False, False], [])
     write_points(start, [Made(name="start", model=start, sampled=0, longest=None)], [start / "eval"])
     folders = {seed: made_points(tmp_path / f"C/{seed}", {"workflow": share}) for seed, share in ((0, 0.5), (1, 0.7))}
-    return [read_arm("S", {0: start}), read_arm("C", folders)]
+    return [read_arm("S", {0: start}, ["test"]), read_arm("C", folders, ["test"])]
 
 
 def test_models_of_a_chain_with_what_they_cost(chain):
@@ -163,10 +164,40 @@ def test_how_different_answers_are(chain, tmp_path):
     folder.mkdir()
     write_rows(folder / "predictions.jsonl", rows)
     (folder / "metrics.json").write_text("{}")
-    arm = read_arm("S", {0: tmp_path / "S/0"})
+    arm = read_arm("S", {0: tmp_path / "S/0"}, ["test"])
     found = variety(arm, PUZZLES)
     assert found == {"k": 3, "distinct": (2 + 1 + 1 + 1) / 4, "right_once": 0.25, "mean": pytest.approx(1 / 3 / 4)}
     assert variety(chain[1], PUZZLES) is None
+
+
+def test_other_numbers_of_answers_are_not_compared(chain, tmp_path):
+    write_rows(tmp_path / "test.jsonl", [p.to_row() for p in PUZZLES])
+    for name, seeds, k in (("S", 1, 3), ("C", 2, 2)):
+        for seed in range(seeds):
+            folder = tmp_path / f"{name}/{seed}/samples"
+            folder.mkdir()
+            write_rows(folder / "predictions.jsonl", [{"id": p.id, "samples": ["no"] * k} for p in PUZZLES])
+            (folder / "metrics.json").write_text(json.dumps({"k_sample": {"k": k}}))
+    arms = [read_arm(arm.name, {run.seed: run.evaluated.parent for run in arm.runs}, ["test"]) for arm in chain]
+    with pytest.raises(UserError, match="have 2 to 3 answers to a puzzle in samples/"):
+        write_results(tmp_path, arms, [str(tmp_path / "test.jsonl")], 4)
+    with pytest.raises(UserError, match="--samples 8: .*S/0/samples holds 3 answers to each puzzle; give 3"):
+        refuse_other_samples(tmp_path / "S/0/samples", 8)
+    refuse_other_samples(tmp_path / "S/0/samples", 3)
+    refuse_other_samples(tmp_path / "S/0/nothing", 3)
+
+
+def test_a_seed_that_is_being_evaluated_elsewhere_is_left_out(arms, tmp_path):
+    """B is evaluated on one of the two splits so far."""
+    a, b = (read_arm(name, {0: tmp_path / f"{name}/0"}, ["test", "unseen"]) for name in "AB")
+    assert not a.runs and not b.runs
+    shutil.copytree(tmp_path / "A/0/eval/test", tmp_path / "A/0/eval/unseen")
+    assert read_arm("A", {0: tmp_path / "A/0"}, ["test", "unseen"]).runs
+    for split in ("test", "unseen"):
+        write_rows(tmp_path / f"{split}.jsonl", [p.to_row() for p in PUZZLES])
+    files = [str(tmp_path / f"{split}.jsonl") for split in ("test", "unseen")]
+    both = [read_arm(name, {0: tmp_path / f"{name}/0"}, ["test", "unseen"]) for name in "AB"]
+    assert "| A |" in (text := write_results(tmp_path, both, files, 4)) and "| B |" not in text
 
 
 def test_tokens_of_a_run_and_of_rounds(tmp_path):

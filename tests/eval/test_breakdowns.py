@@ -176,6 +176,15 @@ def test_k_samples_by_hand():
         assert found[vote]["response_length"] == 6.0  # a vote costs all the answers
 
 
+def test_pass_at_k_of_single_cells_is_drawn_by_batches():
+    """Of two batches of three cells one is all right and one all wrong: a draw of batches is 0, a half or 1."""
+    cells = cell_level(puzzle(ABC, "p")) + cell_level(puzzle(ABC, "q"))
+    texts = [[answer_of(one.answer) if i < 3 else "no"] * 2 for i, one in enumerate(cells)]
+    samples = [score_all(of, [one] * 2, [1, 1]) for of, one in zip(texts, cells, strict=True)]
+    found = k_sample(texts, samples, cells, 0)["pass_at_k"]["1"]
+    assert (found["value"], found["interval"]) == (0.5, [0.0, 1.0])
+
+
 def test_the_confidence_of_a_vote_by_hand():
     one, two, three = puzzle(ABC[:2], "p"), puzzle(ABC[:2], "q"), puzzle(ABC[:2], "r")
     right, wrong, half = answer_of(ABC[:2]), answer_of(ABC[1::-1]), answer_of([ABC[0], "martian"])

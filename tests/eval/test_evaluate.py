@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -312,14 +313,41 @@ def test_baselines_by_command(pipeline, tmp_path):
         (("--model", "m", "--endpoint", "https://user:word@far.example/v1"), "--endpoint holds a key or a password"),
         (("--predictions", "none.jsonl"), "--predictions none.jsonl: no such file"),
         (("--baseline", "random", "--medcpt", "."), "--medcpt .: no config.json there"),
+        (("--predictions", "FOLDER/odd.jsonl"), "prediction row 0: its id is \"['p0']\"; write the puzzle's id"),
+        (("--predictions", "FOLDER/half.jsonl", "--compare", "FOLDER/odd.jsonl"), "row 0: its id is \"['p0']\""),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(melanoma, arguments, words):
     folder, _ = melanoma
+    (folder / "odd.jsonl").write_text('{"id": ["p0"], "prediction": "x"}\n' * 8)
     always = ("--puzzles", folder / "melanoma.jsonl", "--out", folder / "o", "--key-env", "NO_SUCH_KEY")
     done = evaluate(*always, *(str(word).replace("FOLDER", str(folder)) for word in arguments))
     assert done.exit_code == 2 and words in done.stderr and isinstance(done.exception, SystemExit)
     assert not (folder / "o").exists()
+
+
+def test_answers_that_were_cut_inside_a_character_and_odd_numbers_beside_them(melanoma):
+    folder, puzzles = melanoma
+    cut = "no <think> \ud83d"
+    rows = [{"id": p.id, "samples": [cut, cut], "samples_finish_reasons": 3} for p in puzzles]
+    rows = [row | {"greedy": cut, "greedy_tokens": float("nan")} for row in rows]
+    (folder / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--predictions", folder / "k.jsonl", "--consensus")
+    evaluated(*asked, "--out", folder / "o")
+    assert [row["samples"][0] for row in read_rows(folder / "o/predictions.jsonl")] == [cut] * 8
+    assert metrics_of(folder / "o")["batch_accuracy"] == 0
+
+
+def test_a_compared_file_has_its_own_name_whatever_lies_beside_it(melanoma):
+    folder, _ = melanoma
+    answers = folder / "answers"
+    answers.mkdir()
+    for name in ("half", "most"):
+        shutil.copy(folder / f"{name}.jsonl", answers)
+    evaluated("--puzzles", folder / "melanoma.jsonl", "--predictions", answers / "half.jsonl", "--out", answers)
+    asked = ("--puzzles", folder / "melanoma.jsonl", "--predictions", answers / "half.jsonl")
+    evaluated(*asked, "--out", folder / "o", "--compare", answers / "most.jsonl")
+    assert metrics_of(folder / "o")["compare"]["other"] == str(answers / "most.jsonl")
 
 
 def test_a_damaged_metrics_json_is_named(melanoma):

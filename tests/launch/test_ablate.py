@@ -8,8 +8,10 @@ import pytest
 
 from data.errors import UserError
 from data.puzzles import read_puzzles, write_puzzles
-from eval.ablation.settings import refuse_test_puzzles
+from eval.ablation.made import Made
+from eval.ablation.settings import AblateConfig, record_commands, refuse_other_commands, refuse_test_puzzles
 from eval.run_files import held_out_files
+from launch.ablate import evaluate_arm, refuse_wrong_words
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 
 
@@ -39,6 +41,8 @@ from tests.helpers.commands import SMALL_GRPO, run_command, succeed
             "--arms A: selfdistill: Invalid value",
         ),
         (("--arms", "A=grpo 'x"), "No closing quotation"),
+        (("--arms", "A=start", "--eval-puzzles", 0), "--eval-puzzles 0: must be at least 1"),
+        (("--arms", "A=start", "--samples", 1), "--samples 1: how many answers differ needs at least 2"),
     ],
 )
 def test_what_is_no_configuration_is_refused(tmp_path, words, says):
@@ -66,6 +70,8 @@ def test_a_configuration_is_trained_evaluated_and_drawn(pipeline, tmp_path):
     assert f"[A: one step, seed 3] found {run / 'finished.json'}" in again
     status = json.loads((tmp_path / "out/status.json").read_text())
     assert (status["state"], status["unit"], status["step"], status["steps"]) == ("finished", "run", 1, 1)
+    other = run_command("ablate", *words, arm.replace("--steps 1", "--steps 2"))
+    assert other.returncode == 2 and "--arms A: one step: " in other.stderr and "was made with" in other.stderr
     told = ("--notify", f'echo "$RUN_STATE $RUN_EXIT_CODE $RUN_STEP" > {tmp_path / "told"}')
     done = run_command(
         "ablate", *words, arm, "--arms", "B=grpo --model {sft} --puzzles {puzzles} --max-prompt-tokens 1", *told
@@ -115,13 +121,51 @@ def test_an_arm_that_trains_on_test_puzzles_is_refused(pipeline, tmp_path):
     test, sft = str(pipeline / "puzzles/test.parquet"), tmp_path
     paths = {"base": sft, "sft": sft, "puzzles": pipeline / "puzzles/train.parquet"}
     files = held_out_files(pipeline)
-    refuse_test_puzzles({"A": [["grpo", "--puzzles", "{puzzles}"], ["selfdistill", "--model={model}"]]}, paths, files)
+    (tmp_path / "mine.yaml").write_text(f"puzzles: {test}\n")
+
+    def check(*commands: list[str]) -> None:
+        refuse_test_puzzles(refuse_wrong_words({"A": list(commands)}, paths), files)
+
+    plain = ["grpo", "--model", "{sft}", "--puzzles", "{puzzles}"]
+    check(plain, ["selfdistill", "--model={model}", "--puzzles", "{puzzles}"])
     for words in (["--puzzles", test], [f"--puzzles={test}"]):
-        arms = {"A": [["grpo", "--puzzles", "{puzzles}"], ["selfdistill", *words]]}
         with pytest.raises(UserError, match=r"--arms A: it would train on puzzle test-\d+ of .*, which is test-"):
-            refuse_test_puzzles(arms, paths, files)
-    with pytest.raises(UserError, match="--arms B: .*unseen"):  # under another id too
+            check(plain, ["selfdistill", "--model={model}", *words])
+    with pytest.raises(UserError, match=r"--arms A: it would train on puzzle test-\d+ of .*, which is test-"):
+        check(["grpo", "--recipe", str(tmp_path / "mine.yaml"), "--model", "{sft}"])
+    with pytest.raises(UserError, match="--arms A: .*unseen"):  # under another id too
         renamed = tmp_path / "renamed.jsonl"
         puzzles = read_puzzles(pipeline / "puzzles/unseen.parquet")
         write_puzzles(renamed, [dataclasses.replace(p, id=f"mine-{i}") for i, p in enumerate(puzzles)])
-        refuse_test_puzzles({"B": [["grpo", "--puzzles", str(renamed)]]}, paths, files)
+        check(["grpo", "--model", "{sft}", "--puzzles", str(renamed)])
+
+
+def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):
+    one, other = [["grpo", "--lr", "1e-4"]], [["grpo", "--lr", "1e-3"]]
+    record_commands(tmp_path, one)
+    refuse_other_commands({tmp_path: ("A", other)})  # nothing has finished: what was mended may be tried
+    (tmp_path / "command-1").mkdir()
+    for done in ("finished.json", "command-1/finished.json"):
+        (tmp_path / done).write_text("{}")
+        refuse_other_commands({tmp_path: ("A", one), tmp_path / "new": ("B", one)})
+        with pytest.raises(UserError, match="--arms A: .* was made with 'grpo --lr 1e-4'; give that again, or another"):
+            refuse_other_commands({tmp_path: ("A", other)})
+        (tmp_path / done).unlink()
+
+
+def test_samples_and_the_curve_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("launch.ablate.run_stage", lambda *words, **flags: asked.append("--resume" in words) or {})
+    for name in ("evaluate_files", "write_points"):
+        monkeypatch.setattr(f"launch.ablate.{name}", lambda *words, **flags: None)
+    checkpoint = tmp_path / "checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    config = AblateConfig(out=str(tmp_path), samples=2, curve_puzzles=4)
+    made = [Made(name="grpo", model=checkpoint, sampled=1, longest=8)]
+    evaluate_arm(config, tmp_path, "A", made, ["test.parquet"], 8)
+    for folder in ("samples", "curve/step-000001"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "predictions.partial.jsonl").touch()
+    evaluate_arm(config, tmp_path, "A", made, ["test.parquet"], 8)
+    assert asked == [False, False, True, True]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from data.options import words_of
+from data.options import naming, words_of
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from eval.demo.record import MADE, record_settings, refuse_other_settings
@@ -22,7 +22,7 @@ from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
 from launch.options import RECIPES, resolve
-from launch.stages import evaluate_files, naming, run_stage
+from launch.stages import evaluate_files, run_stage
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.model.loading import load_tokenizer

@@ -127,7 +127,7 @@ RANGES = {
         ("top_p", [0.0, 1.5], "must be above 0 and at most 1", [0.1, None]),
         ("memory_fraction", [0.0, 1.5], "must be above 0 and at most 1", [1.0]),
         ("candidates", [0], "must be at least 1", [1]),
-        ("hint_candidates", [0], "must be at least 1", [1]),
+        ("hint_candidates", [0], "must be at least 1", [4]),
         ("max_response_tokens", [0], "must be at least 1", [1]),
         ("concurrency", [0], "must be at least 1", [1, None]),
         ("limit", [0], "must be at least 1", [1]),

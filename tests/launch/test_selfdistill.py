@@ -7,7 +7,23 @@ import pytest
 from data.distill.rounds import SelfDistillConfig
 from data.errors import UserError
 from data.puzzles import read_rows
+from launch.selfdistill import evaluate
 from tests.helpers.commands import run_command, succeed
+
+
+def test_an_evaluation_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    asked = []
+
+    def stage(name, result, *words, **flags):
+        asked.append("--resume" in words)
+        result.write_text("{}")
+
+    monkeypatch.setattr("launch.selfdistill.run_stage", stage)
+    config = SelfDistillConfig(model="m", puzzles="p", out=str(tmp_path), test="t.parquet")
+    evaluate(config, tmp_path, tmp_path)
+    (tmp_path / "predictions.partial.jsonl").touch()
+    evaluate(config, tmp_path, tmp_path)
+    assert asked == [False, True]
 
 
 @pytest.mark.vllm

@@ -15,7 +15,10 @@ PYTHON = """#!/bin/sh
 echo "$*" >>"$CALLS"
 case "$*" in
 *"-m venv"*) for venv; do :; done; mkdir -p "$venv/bin"; cp "$0" "$venv/bin/python" ;;
-*"(2, 11) <="*) [ -z "$OWN_TORCH" ] || echo "$OWN_TORCH" ;;
+*"(2, 11) <="*)
+    case "$0" in */venv/*) [ -z "$HIDDEN" ] || exit 1 ;; esac
+    [ -z "$OWN_TORCH" ] || echo "$OWN_TORCH"
+    ;;
 *"--dry-run"*) echo "Would install $WOULD_INSTALL" ;;
 *"not torch.cuda"*) exit "$CUDA_FAILS" ;;
 *"import torch"*print*) echo "torch 2.13.0 (CUDA 13.0), vLLM 0.32.0" ;;
@@ -44,7 +47,14 @@ def setup(tmp_path):
                 continue
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
-        env = {"OWN_TORCH": "", "WOULD_INSTALL": "torch-2.13.0+cpu", "CUDA_FAILS": "0", "GPUS": gpus or "", **answers}
+        env = {
+            "OWN_TORCH": "",
+            "HIDDEN": "",
+            "WOULD_INSTALL": "torch-2.13.0+cpu",
+            "CUDA_FAILS": "0",
+            "GPUS": gpus or "",
+            **answers,
+        }
         env |= {"CALLS": str(tmp_path / "calls"), "VENV": str(tmp_path / "venv"), "PYTHON": "python3"}
         # without this machine's own nvidia-smi, where there is one
         path = [folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, "nvidia-smi").exists()]
@@ -89,6 +99,16 @@ def test_a_working_torch_of_the_range_is_kept(setup):
     assert "torch 2.11.0 of python3 works with the driver here, and is kept" in done.stdout
     assert "--system-site-packages" in venv and pins == ["torch==2.11.0"]
     assert not any(install.startswith("torch") for install in installs) and installs[-1].endswith("-e .[cuda,test]")
+
+
+def test_a_torch_that_the_environment_cannot_read_is_not_kept(setup):
+    """`python3` of an activated environment: one made from it reads the packages of the Python below."""
+    done, (_, _, torch, _), pins = setup(ONE_GPU, OWN_TORCH="2.11.0", HIDDEN="1")
+    assert (
+        "torch 2.11.0 of python3 is in an environment of its own, which " in done.stdout
+        and "is kept" not in done.stdout
+    )
+    assert torch == "torch==2.13.0" and pins == NEWEST
 
 
 def test_a_driver_that_is_too_old(setup):

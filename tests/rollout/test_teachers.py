@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from data.distill.distill import Completion, Request
+from data.distill.lookups import call_in
 from data.distill.meter import Meter
 from data.distill.responses import RawFile
 from data.errors import RunError
@@ -522,6 +523,18 @@ def test_an_endpoint_is_told_where_to_stop():
     body = teacher._body(request)
     assert body["stop"] == ["</call>"] and body["messages"][1]["content"].endswith(" Look it up.")
     assert "stop" not in teacher._body(Request(puzzle=puzzle(0), attempt=0))
+
+
+def test_an_endpoint_that_knows_no_stop_is_asked_without_it(serve):
+    def behave(number: int, of: Puzzle, asked: int) -> dict | str:
+        if "stop" in server.bodies[-1]:
+            return "400 Unsupported parameter: 'stop' is not supported with this model."
+        return {"content": "<call>markers(CD3D)</call> and more"}
+
+    server = serve(1, behave)
+    request = Request(puzzle=puzzle(0), attempt=0, ask=" Look it up.", stop="</call>")
+    (done,) = teacher(server).sample([request])
+    assert not done.error and call_in(done.text) == "markers(CD3D)" and "stop" not in server.bodies[-1]
 
 
 def test_a_hinted_trace_is_kept_only_when_it_does_not_show_the_hint(serve, tmp_path):

@@ -19,6 +19,7 @@ from trainer.start.memory import (
     GAPS,
     activation_bytes,
     autocast_bytes,
+    beside_sampler,
     estimate_memory,
     layer_bytes_per_token,
     rank_memory,
@@ -345,3 +346,36 @@ def test_dry_run_prints_a_table_and_loads_nothing(pipeline, tmp_path):
         8,
     )
     assert "1 nodes x 1 ranks on cpu" in here
+
+
+def test_every_adapter_that_is_under_way_is_counted_under_split():
+    """7B, r = 256: 645,922,816 numbers in float32. With --max-staleness 4 five are kept, and the sampler receives one."""
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+    split = {"placement": "split", "sampler_ranks": 8, "correction": "tis", "lora_rank": 256}
+    one = 645_922_816 * 4
+    for k in (0, 4):
+        memory = training_memory(paper(**split, max_staleness=k), launch(gib=80), base)
+        assert memory.kept["copy to hand over"] == one * (1 + k)
+    machine = launch(gib=80)
+    full = paper(**split, memory_fraction=0.965, tensor_parallel=1)
+    rank = rank_memory(full, machine, base)
+    room = machine.rank_bytes - rank.sampler.total
+    assert room > beside_sampler(full), "without the adapter it would fit"
+    assert room < beside_sampler(full) + one and not rank.fits(full, machine)
+
+
+def test_attention_in_float32_on_a_gpu_holds_its_scores():
+    """No kernel: four matrices of 28 heads x 4 x 3,000 responses' tokens x 3,072 of the prompt, in float32."""
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+    plain = paper(dtype="float32", micro_tokens=16_384, group_size=4)
+    memory = training_memory(plain, launch(gib=80), base)
+    assert memory.backward["attention scores"] == 4 * 4 * 28 * 12_000 * 3_072
+    for other in (paper(), dataclasses.replace(plain, dtype="bfloat16")):
+        assert training_memory(other, launch(gib=80), base).backward["attention scores"] == 0
+
+
+def test_the_script_for_slurm_runs_on_both_ends_of_the_range():
+    """torch 2.11's torchrun knows no --shutdown-timeout; Slurm gives a task one core unless it is told otherwise."""
+    script = (ROOT / "launch/recipes/paper.sbatch").read_text()
+    assert "--shutdown-timeout" not in script and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280" in script
+    assert "#SBATCH --exclusive\n" in script and "#SBATCH --mem=0\n" in script

@@ -7,6 +7,7 @@ import threading
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from rollout import RunError
@@ -14,6 +15,7 @@ from rollout.link import Address
 from tests.helpers.commands import ROOT, free_port
 from trainer.ranks import watch as watching
 from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, Beat, Watch, is_gone, stacks
+from trainer.ranks.world import World
 from trainer.start.sampler import START, _notice
 
 
@@ -72,6 +74,18 @@ def test_the_rank_that_works_hangs_not_those_that_wait_for_it(watch):
     assert deadlock.startswith("rank 2") and deadlock.endswith("waiting for the rollouts of step 4")
     tied = watch.judge([beat(1, seconds=70, progress=8), beat(2, seconds=70, progress=8)], now)
     assert tied.startswith("rank 1 on node 1 (far, process 1) (or rank 2, as far as it) hangs")
+
+
+def test_a_rank_that_reads_a_sum_of_nccl_waits_too(watch, monkeypatch):
+    """NCCL's all_reduce only asks for the sum; the read of the number is what waits."""
+    seen = []
+    world = World(rank=0, size=3, device=torch.device("cpu"), watch=watch)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *how: seen.append(watch.me.waiting))
+    for name in ("tolist", "item"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, read=read: seen.append(watch.me.waiting) or read(t))
+    assert world.total(1, 2) == [1, 2] and world.largest(3.0) == 3
+    assert seen == ["a sum over the ranks"] * 2 + ["a maximum over the ranks"] * 2
 
 
 def test_a_failure_and_a_rank_that_never_came(watch):

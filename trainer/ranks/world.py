@@ -114,7 +114,7 @@ class World:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         with self.waiting("a sum over the ranks"):
             dist.all_reduce(tensor)
-        return tensor.tolist()
+            return tensor.tolist()  # NCCL only asks for the sum: here is where a rank waits for it
 
     def largest(self, value: float) -> float:
         """Maximum over the ranks. Collective."""
@@ -123,7 +123,7 @@ class World:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         with self.waiting("a maximum over the ranks"):
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return tensor.item()
+            return tensor.item()
 
     def gather(self, items: list) -> list:
         """The items of all ranks, on every rank. Collective.

@@ -92,7 +92,8 @@ class RankMemory:
 
     def fits(self, cfg: OnlineConfig, launch: Launch) -> bool:
         beside = beside_sampler(cfg) if launch.device == "cuda" else 0.0
-        apart = cfg.placement == "split" and self.sampler.total + beside > launch.rank_bytes
+        parcel = self.trainer.kept["copy to hand over"] / (1 + cfg.max_staleness) if launch.device == "cuda" else 0.0
+        apart = cfg.placement == "split" and self.sampler.total + beside + parcel > launch.rank_bytes
         return self.peak <= launch.rank_bytes and not apart
 
 
@@ -220,7 +221,8 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             "AdamW moments": 2 * trained * moment / shards,
             "critic": critic_bytes(cfg, weights, trained, moment),
             "critic's gradients": trained if cfg.algorithm == "PPO" else 0.0,
-            "copy to hand over": float(trained),  # rollout/sync.py, Parcel: made once and filled again
+            # rollout/sync.py, Parcel: made once and filled again; under split one for each adapter that is under way
+            "copy to hand over": trained * (1.0 + cfg.max_staleness),
         },
         gathered=float(trained) if shards > 1 else 0.0,
         backward={
@@ -228,6 +230,7 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
             "activations": activation_bytes(cfg, base.config, tokens, launch.device == "cuda")
             + autocast_bytes(cfg, trained),
+            "attention scores": score_bytes(cfg, base.config, tokens) if launch.device == "cuda" else 0.0,
             # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head
             "logits": min(CHUNK_LOGITS[launch.device], 1024 * base.config.vocab_size)
             * (4.0 + (size if size < 4 else 0)),
@@ -236,6 +239,19 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
         # the roots of the second moments, of all weights at once on a GPU
         optimizer=trained / shards if launch.device == "cuda" and not eight_bits else 0.0,
     )
+
+
+def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
+    """Of one layer's attention on a GPU, where float32 has no kernel and its backward pass holds four score matrices.
+
+    With shared prompts the responses to a prompt look at it in one call, and each at itself in another.
+    """
+    if cfg.compute_dtype != "float32":
+        return 0.0
+    prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
+    own = min(tokens - prompt, cfg.group_size * response)
+    scores = max(own * prompt, max(prompt, response) ** 2) if cfg.packing == "shared" else (prompt + response) ** 2
+    return 4 * 4.0 * shape.num_attention_heads * scores
 
 
 def sampler_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:

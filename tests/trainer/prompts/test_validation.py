@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.build.splits import hold_out_donors
+from data.clusters.known import read_labels
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from launch.grpo import held_out_puzzles, paper_metrics
@@ -116,6 +117,27 @@ def test_a_run_learns_the_same_with_and_without_validation(options, whole, tmp_p
     rows = metrics(tmp_path / "run")
     assert not any(name.startswith("validation/") for row in rows for name in row)
     assert rows == [{k: v for k, v in row.items() if not k.startswith("validation/")} for row in metrics(whole)]
+
+
+def test_the_labels_of_held_out_donors_alone_are_not_told(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    rows = [puzzle(f"p{i}", f"donor {i}", gene=f"G{i}") for i in range(4)]
+    pair = ["monocyte", "B cell"]
+    rows.append(replace(rows[3], id="p4", cells=[["LYZ"], ["MS4A1"]], candidates=pair, answer=pair))
+    write_puzzles(mine / "train.parquet", rows)
+    label = {"ontology_term_id": None, "tissues": ["blood"], "n": 9}
+    names, genes = ["B cell", "T cell", "monocyte"], sorted({g for p in rows for cell in p.cells for g in cell})
+    (mine / "labels.json").write_text(json.dumps({"labels": dict.fromkeys(names, label), "genes": genes}))
+    for seed in range(20):
+        succeed("hold_out", "--puzzles", mine / "train.parquet", "--out", tmp_path / f"held{seed}", "--seed", seed)
+        known = read_labels(tmp_path / f"held{seed}/labels.json")
+        train = read_puzzles(tmp_path / f"held{seed}/train.parquet")
+        assert set(known.labels) == {one for p in train for one in p.answer}
+        assert set(known.genes) == {gene for p in train for cell in p.cells for gene in cell}
+        if "monocyte" not in known.labels:
+            return
+    raise AssertionError("donor 3 was never held out")
 
 
 def test_a_run_that_ends_before_its_first_validation_says_so(held, capsys):
