@@ -112,8 +112,10 @@ def _check_is_there(path: Path) -> None:
         raise UserError(
             f"{path}: you have no permission to enter a folder on the way to it; its owner can give it (chmod a+x FOLDER)"
         ) from None
-    except OSError:  # of several kinds, such as a name that is too long
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if path.is_dir():
         if not os.access(path, os.R_OK | os.X_OK):
             raise UserError(f"{path}: you have no permission to read it; give yourself permission (chmod -R u+rX)")

@@ -78,16 +78,17 @@ def refuse_changed(source: Path, stamp: list[int] | None) -> None:
 
 def refuse_copy(source: Path, out: Path) -> None:
     """Raise UserError when the source cannot be copied as a file, or would be overwritten."""
-    if source.is_dir() or (source.is_file() and store_root(source) is not None):
+    # os.path: a folder that may not be entered is for the reader to name
+    if os.path.isdir(source) or (os.path.isfile(source) and store_root(source) is not None):
         raise UserError(
             f"{source}: is a zarr store, to which no labels are written; make an .h5ad file of it in Python: "
             f"anndata.read_zarr({source.name!r}).write_h5ad({source.stem + '.h5ad'!r})"
         )
     if out.suffix != ".h5ad":
         raise UserError(f"--out {out}: the file name must end in .h5ad")
-    if out.is_dir():
+    if os.path.isdir(out):
         raise UserError(f"--out {out}: is a folder; name a file that ends in .h5ad")
-    if out.exists() and source.exists() and os.path.samefile(source, out):
+    if os.path.exists(out) and os.path.exists(source) and os.path.samefile(source, out):
         raise UserError(f"--out {out}: is the input, which is never changed; name another file")
 
 

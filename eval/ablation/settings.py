@@ -158,8 +158,9 @@ def refuse_other_commands(runs: dict[Path, tuple[str, list[list[str]]]]) -> None
         if not (folder / COMMANDS).is_file():
             continue
         made = read_settings(folder / COMMANDS)["commands"]
+        done = [*folder.glob(FINISHED), *folder.glob(f"command-*/{FINISHED}"), *folder.glob("eval/*/metrics.json")]
         # a run that finished nothing may be begun with what was mended
-        if made != commands and [*folder.glob(FINISHED), *folder.glob(f"command-*/{FINISHED}")]:
+        if made != commands and done:
             before = f" {THEN} ".join(map(shlex.join, made))
             raise UserError(
                 f"--arms {name}: {folder} was made with {before!r}; give that again, or another name, or another --out"

@@ -5,6 +5,7 @@ Answers are kept in the file of eval/predict.py: nothing is asked, or bought, tw
 """
 
 import datetime
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -197,7 +198,7 @@ def annotate_file(
     config = config.as_trained(model.known)
     source, out = Path(config.file), Path(config.out)
     refuse_places(source, out, config.candidates)
-    stamp = content_stamp(source) if source.exists() else None  # read_profiles says that it is missing
+    stamp = content_stamp(source) if os.path.exists(source) else None  # read_profiles says that it is missing
     truth = read_truth(source, config.truth_key)
     with watch() as advance:
         profiles = read_profiles(source, config.cluster_key, config, advance)

@@ -114,9 +114,8 @@ def write_all(
 ) -> list[str]:
     """Write OUT, and beside it .csv and .html: all three or none. Returns notes on what was replaced in the copy.
 
-    columns: of obs_columns_of. record: of record_of. rows_text: of csv_of. page: HTML. stamp: of
-    write_annotated. Raises UserError that names the file
-    when one cannot be written.
+    columns: of obs_columns_of. record: of record_of. rows_text: of csv_of. page: HTML. stamp: of write_annotated. Raises
+    UserError that names the file when one cannot be written.
     """
     with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
         rows.write_text(rows_text, encoding="utf-8")
@@ -139,11 +138,11 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
     """
     table = out.with_suffix(".csv")
     for path in (out, table, out.with_suffix(".html")):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{path}: is a folder, and a file is to be written there; name another --out")
-        if candidates and os.path.isfile(candidates) and path.exists() and os.path.samefile(candidates, path):
+        if candidates and os.path.isfile(candidates) and os.path.exists(path) and os.path.samefile(candidates, path):
             raise UserError(f"--out {out}: {path.name} is the file of --candidates; name another --out")
-    if table.is_file():
+    if os.path.isfile(table):
         with open(table, encoding="utf-8", errors="replace") as file:
             ours = file.readline().startswith(",".join(CSV_COLUMNS[:3]))
         if not ours:

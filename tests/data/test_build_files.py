@@ -427,6 +427,16 @@ def test_folders_and_files_without_permission(tmp_path, atlas):
         [*words, *command(tmp_path, closed / "atlas.h5ad", tmp_path / "out")], capture_output=True, text=True
     )
     assert done.returncode == 2 and "no permission to enter a folder on the way to it" in done.stderr, done.stderr
+    words_of_annotate = [
+        sys.executable,
+        str(ROOT / "launch/annotate.py"),
+        str(closed / "atlas.h5ad"),
+        "--cluster-key",
+        "c",
+    ]
+    asked = ["--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--out", str(tmp_path / "labelled.h5ad")]
+    done = subprocess.run([*words, *words_of_annotate, *asked], capture_output=True, text=True)
+    assert done.returncode == 2 and "no permission to enter a folder on the way to it" in done.stderr, done.stderr
     closed.chmod(0o700)
     done = subprocess.run([*words, *command(tmp_path, secret, locked / "out")], capture_output=True, text=True)
     assert done.returncode == 2 and "cannot be written (Permission denied)" in done.stderr, done.stderr

@@ -144,8 +144,8 @@ def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):
     one, other = [["grpo", "--lr", "1e-4"]], [["grpo", "--lr", "1e-3"]]
     record_commands(tmp_path, one)
     refuse_other_commands({tmp_path: ("A", other)})  # nothing has finished: what was mended may be tried
-    (tmp_path / "command-1").mkdir()
-    for done in ("finished.json", "command-1/finished.json"):
+    for done in ("finished.json", "command-1/finished.json", "eval/test/metrics.json"):
+        (tmp_path / done).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / done).write_text("{}")
         refuse_other_commands({tmp_path: ("A", one), tmp_path / "new": ("B", one)})
         with pytest.raises(UserError, match="--arms A: .* was made with 'grpo --lr 1e-4'; give that again, or another"):
