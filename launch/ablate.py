@@ -72,9 +72,9 @@ def main(config: AblateConfig) -> None:
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
 
 
-def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path]) -> dict[str, list[str]]:
+def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path]) -> dict[str, list[str | None]]:
     """{name: the files of puzzles that it trains on}. Raises UserError for a command that would be refused in its turn."""
-    trained: dict[str, list[str]] = {name: [] for name in arms}
+    trained: dict[str, list[str | None]] = {name: [] for name in arms}
     for name, commands in arms.items():
         for words in commands:
             verb, *given = filled(words, paths | {"model": paths["sft"]})

@@ -25,7 +25,7 @@ PLACES = ("base", "sft", "puzzles", "model")
 COMMANDS = "commands.json"
 """In the folder of a run: the commands of its arm, before anything is filled in."""
 FINISHED = "finished.json"
-"""As in trainer.record.runfolder, which loads torch."""
+"""As in trainer.record.runfolder, which eval does not import."""
 COMMON, RUNS = "The common start", "The runs"
 """Headings of --help."""
 

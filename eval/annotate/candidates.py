@@ -120,13 +120,15 @@ def _of_tissues(known: KnownLabels, named: list[str], sample: str, ontology: dic
     A tissue may be 'a || b'.
     """
     parts = list(dict.fromkeys(part for tissue in named for part in several_values(tissue))) if all(named) else []
-    tissue = " || ".join(parts)
-    labels = sorted({label for part in parts for label in known.in_tissue(part)}) if parts else sorted(known.labels)
-    none = [part for part in parts if not known.in_tissue(part)]
-    if none or len(labels) < 2:
+    tissue, of_part = " || ".join(parts), {part: known.in_tissue(part) for part in parts}
+    labels = sorted({label for own in of_part.values() for label in own}) if parts else sorted(known.labels)
+    unknown = [part for part, own in of_part.items() if not own]
+    if unknown:
+        tissue, labels = unknown[0], []
+    if len(labels) < 2:
         where = f" (sample {sample!r})" if sample else ""
         raise UserError(
-            f"the model knows {0 if none else len(labels)} label for the tissue {none[0] if none else tissue!r}{where}, and "
+            f"the model knows {len(labels)} label for the tissue {tissue!r}{where}, and "
             f"was trained on {', '.join(known.tissues[:8]) or 'no stated tissue'}: list labels with --candidates, or give "
             f"--candidates {OPEN}"
         )
