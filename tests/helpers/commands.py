@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import os
 import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +81,24 @@ def start_command(
         return ForkedProcess(command)
     words = [sys.executable, str(command.script), *command.arguments]
     return subprocess.Popen(words, cwd=cwd, env=command.env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def kill_at(said: str, out: Path, script: str | Path, *arguments: object) -> None:
+    """Start a command that writes OUT and kill it at its line that begins with `said`.
+
+    On a busy machine it may end before the kill comes. That would prove nothing, so it is then done once more.
+    """
+    for _ in range(5):
+        process = start_command(script, *arguments)
+        while (line := process.stdout.readline()) and not line.startswith(said):
+            pass
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        assert line.startswith(said), f"it ended with {code} and did not say {said!r}"
+        if code == -signal.SIGKILL:
+            return
+        shutil.rmtree(out)
+    raise AssertionError(f"it ended five times before the kill came: {code}")
 
 
 def succeed(*args, **kwargs) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command, succeed
+from tests.helpers.commands import ROOT, SMALL_GRPO, kill_at, run_command, start_command, succeed
 
 SMALL = (*SMALL_GRPO, "--save-every", 2)
 
@@ -106,12 +106,7 @@ def test_kill_and_resume_give_the_same_metrics_bit_for_bit(pipeline, tmp_path, l
     more = ("--reward", length_reward)  # with vLLM; test_nodes.py does it with the torch engine, sampling ahead
     grpo(pipeline, tmp_path / "whole", "--steps", 4, *more, fresh=True)
     words = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "cut"]
-    process = start_command("grpo", *words, *SMALL, "--steps", 4, *more)
-    while (line := process.stdout.readline()) and not line.startswith("step 3/"):
-        pass
-    process.send_signal(signal.SIGKILL)  # after step 3, checkpointed at step 2
-    process.wait()
-    assert line.startswith("step 3/")
+    kill_at("step 3/", tmp_path / "cut", "grpo", *words, *SMALL, "--steps", 4, *more)  # checkpointed at step 2
     grpo(pipeline, tmp_path / "cut", "--steps", 4, "--resume", *more)
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert (tmp_path / "cut/rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()

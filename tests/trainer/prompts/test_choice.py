@@ -1,7 +1,6 @@
 """Which prompts a step asks: --curriculum and --oversample."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from rollout import Rollout
-from tests.helpers.commands import SMALL_GRPO, run_command, start_command, succeed
+from tests.helpers.commands import SMALL_GRPO, kill_at, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.metrics import Clock
 from trainer.packing import ScoredGroup
@@ -196,12 +195,7 @@ def test_a_batch_is_full_of_mixed_groups_and_the_waste_is_reported(whole):
 
 @pytest.mark.slow(3)
 def test_kill_and_resume_give_the_same_bytes(options, whole, tmp_path):
-    process = start_command("grpo", *options, "--out", tmp_path / "cut", "--steps", 4)
-    while (line := process.stdout.readline()) and not line.startswith("step 3/"):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert line.startswith("step 3/")
+    kill_at("step 3/", tmp_path / "cut", "grpo", *options, "--out", tmp_path / "cut", "--steps", 4)
     succeed("grpo", *options, "--out", tmp_path / "cut", "--steps", 4, "--resume")
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
