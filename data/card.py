@@ -22,6 +22,7 @@ from data.describe import (
     statistics_markdown,
     statistics_png,
     summary_table,
+    tenths,
 )
 from data.errors import UserError
 from data.files import write_whole
@@ -217,7 +218,7 @@ def _leaks(found: dict[str, Any], splits: Splits) -> str:
         [
             f"{pair['first']} -> {pair['second']}",
             f"{pair['shared_cells']:,}",
-            f"{pair['puzzles_with_shared_cell']:,} ({100 * pair['share_with_shared_cell']:.1f} %)",
+            f"{pair['puzzles_with_shared_cell']:,} ({tenths(pair['share_with_shared_cell'])} %)",
             NOT_STATED if pair["shared_donors"] is None else f"{len(pair['shared_donors']):,}",
             f"{pair['near_duplicate_lists']:,}",
             f"{pair['same_batches']:,}",

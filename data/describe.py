@@ -1,7 +1,7 @@
 """Tables and figure of a set of puzzles, ours or published, as in the Cell-o1 paper (arXiv:2506.02911).
 
-Only the content of the paper's Table 5 (puzzles per disease; 6,912 train + 1,095 test = 8,007) is certain to us. The
-numbers of the other tables (6 tissues, 7 cell types, 8 cells per puzzle) are inferred from their order in the paper.
+The paper has puzzles per disease (Table 5; 6,912 train + 1,095 test = 8,007) and cells per cell type (Tables 7 and 8); its
+Table 6 counts the cell types of each tissue, where we count puzzles and cells.
 """
 
 import io
@@ -72,9 +72,9 @@ def _column(*names: str) -> Callable[[Puzzle], str]:
 
 
 DISEASES = _by_puzzle("Diseases (after Table 5 of the paper)", "disease", disease_of)
-TISSUES = _by_puzzle("Tissues (after Table 6)", "tissue", tissue_of)
-CELL_TYPES = Breakdown(title="Cell types (after Table 7)", value="cell type", of_cells=lambda p: p.answer)
-SIZES = _by_puzzle("Cells per puzzle, N (after Table 8)", "N", lambda p: len(p.cells))
+TISSUES = _by_puzzle("Tissues", "tissue", tissue_of)
+CELL_TYPES = Breakdown(title="Cell types (after Tables 7 and 8)", value="cell type", of_cells=lambda p: p.answer)
+SIZES = _by_puzzle("Cells per puzzle, N", "N", lambda p: len(p.cells))
 DATASETS = _by_puzzle("Datasets", "dataset", _column("dataset", "source"))
 GENES = Breakdown(title="Genes per cell", value="genes listed", of_cells=lambda p: [len(cell) for cell in p.cells])
 DONORS = _by_puzzle("Donors", "donor", _column("donor"))
@@ -169,8 +169,16 @@ def escape(text: str) -> str:
     return re.sub(r"([\\|<`]|(?<!\*)\*(?!\*))", r"\\\1", text)
 
 
+def tenths(share: float) -> str:
+    """A share in percent with one decimal: 0.618 -> "61.8". "0.0" and "100.0" stand for exactly 0 and 1."""
+    text = f"{100 * share:.1f}"
+    if text == "0.0" and share:
+        return "<0.1"
+    return ">99.9" if text == "100.0" and share != 1 else text
+
+
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / max(1, whole):.1f} %"
+    return f"{tenths(part / max(1, whole))} %"
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -221,12 +221,21 @@ def take_lock(handle: int) -> None:
 
 
 def locked_or_said(handle: int, path: str | os.PathLike) -> bool:
-    """take_lock; where the disk knows no locks (NFS mounted with nolock, Lustre without flock), a note and False.
+    """take_lock; where the disk knows no locks (Lustre without flock), a note and False.
 
     path: named in the note.
     """
+    return _or_said(take_lock, handle, path)
+
+
+def wait_for_lock(handle: int, path: str | os.PathLike) -> bool:
+    """Return once this process has the lock of an open file. As locked_or_said where the disk knows no locks."""
+    return _or_said(lambda handle: fcntl.flock(handle, fcntl.LOCK_EX), handle, path)
+
+
+def _or_said(lock: Callable[[int], object], handle: int, path: str | os.PathLike) -> bool:
     try:
-        take_lock(handle)
+        lock(handle)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
@@ -243,7 +252,7 @@ def lock_folder(folder: str | os.PathLike) -> None:
     """Make this process the only one that writes a folder, until it ends or calls `unlock_folder`. A missing folder is made.
 
     The operating system drops the lock when the process dies, however it dies. Raises UserError when another process has
-    it. Where a network disk knows no locks (NFS mounted with nolock, Lustre without flock), a note says so.
+    it. Where a network disk knows no locks (Lustre without flock), a note says so.
     """
     folder = Path(folder)
     path = folder.resolve() / LOCK

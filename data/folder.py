@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.build.staging import Staging
-from data.clusters.known import LABELS, PUZZLE_OPTIONS, KnownLabel, KnownLabels
+from data.clusters.known import LABELS, PUZZLE_OPTIONS, USUAL, KnownLabel, KnownLabels
 from data.errors import UserError
 from data.files import flush, locked_or_said, parse_json, reason_of, remove_folder
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
@@ -170,6 +170,7 @@ def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle], options:
     genes = {gene for puzzle in train for cell in puzzle.cells for gene in cell}
     known = {label: KnownLabel(**of_label) for label, of_label in labels.items()}
     puzzles = {name: options[name] for name in PUZZLE_OPTIONS}
+    puzzles |= {name: options[name] for name, usual in USUAL.items() if options.get(name, usual) != usual}
     return KnownLabels(known, sorted(genes), puzzles=puzzles).to_json()
 
 

@@ -160,7 +160,7 @@ class ChatFormat:
     def prompt_ids(self, chat: list[dict[str, str]]) -> list[int]:
         """[P] tokens of the prompt."""
         # the template has written all special tokens: a tokenizer that adds BOS would double it
-        return list(self.tokenizer(self.prompt_text(chat), add_special_tokens=False)["input_ids"])
+        return self._embedded(self.tokenizer(self.prompt_text(chat), add_special_tokens=False)["input_ids"])
 
     def response_ids(self, text: str) -> list[int]:
         """[T] tokens of a whole response as the model would sample them: what the prompt left to say, and the end of turn."""
@@ -169,7 +169,16 @@ class ChatFormat:
             if self.opening[-1].isspace():
                 text = text.lstrip()
         # tokenized apart from the prompt, as a sampled response is
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.turn_end]
+        return [*self._embedded(self.tokenizer.encode(text, add_special_tokens=False)), self.turn_end]
+
+    def _embedded(self, ids: list[int]) -> list[int]:
+        """The tokens themselves. Raises UserError for one that the model has no embedding of."""
+        if ids and max(ids) >= self.vocabulary:
+            raise UserError(
+                f"{self.model}: the text holds token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), and the model embeds "
+                f"{self.vocabulary} (vocab_size); take that text out, or resize the embedding"
+            )
+        return list(ids)
 
     def response_text(self, ids: list[int]) -> str:
         """The text of a response: with the tag that the prompt ended in, without the end of turn and padding.
@@ -235,7 +244,14 @@ class ChatFormat:
         size = self._settings("config.json").get("vocab_size")
         token, last = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         self.vocabulary = size if isinstance(size, int) else last + 1
-        if last >= self.vocabulary:
+        beyond = {name: number for name, number in self.tokenizer.get_vocab().items() if number >= self.vocabulary}
+        own = {self.tokenizer.pad_token, self.tokenizer.eos_token, self.tokenizer.bos_token, *RESPONSE_TAGS}
+        if beyond and beyond.keys() <= self.tokenizer.get_added_vocab().keys() - own:
+            self.notes.append(  # such as the place of an image in the text models of Gemma 3
+                f"the tokenizer has {len(beyond)} tokens that the model does not embed (such as {next(iter(beyond))!r}); a text "
+                "with one is refused"
+            )
+        elif beyond:
             raise UserError(
                 f"{self.model}: its tokenizer has token {last} ({token!r}), but the model embeds {size} (vocab_size); take "
                 "the tokenizer that the model was trained with, or resize its embedding"
@@ -351,13 +367,24 @@ class ChatFormat:
 
     def _check_answers(self) -> None:
         """Raises UserError when the tokenizer cannot write an answer, or the model would stop in the middle of one."""
-        ids = self.response_ids(PROBE_RESPONSE)
+        ids = self._embedded(self.response_ids(PROBE_RESPONSE))
         for token in ids[:-1]:
             if token in self.ends:
                 raise UserError(
                     f"{self.model}: {' and '.join(self.ends[token])} names token {token} "
                     f"({self.tokenizer.decode([token])!r}) as the end of a response, but ordinary answers contain it; "
                     "correct eos_token_id there"
+                )
+        for text in (PROBE_USER, PROBE_RESPONSE):
+            again = self.tokenizer.decode(
+                self.tokenizer.encode(text, add_special_tokens=False),
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            )
+            if "".join(again.split()) == "".join(text.split()) and again.split() != text.split():
+                raise UserError(
+                    f"{self.model}: its tokenizer loses spaces and line breaks ({text!r} becomes {again!r}), so it is not the "
+                    "one that the model was trained with; take its tokenizer.json"
                 )
         read = self.response_text(ids)
         if not RESPONSE_LAYOUT.fullmatch(read):

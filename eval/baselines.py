@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 
-from data.atlas.markers import read_markers
+from data.atlas.markers import as_in_table, read_markers
 from data.audit import audit
 from data.distill.embedded_teacher import MarkerTable, marker_table
 from data.errors import UserError
@@ -123,8 +123,8 @@ def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
 
 def overlap(puzzle: Puzzle, table: MarkerTable) -> np.ndarray:
     """[cells, candidates] number of the candidate's markers among the cell's genes; 0 for a label without markers."""
-    cells = [set(genes) for genes in puzzle.cells]
-    markers = [set(table.get(normalise_label(label), ())) for label in puzzle.candidates]
+    cells = [as_in_table(genes) for genes in puzzle.cells]
+    markers = [as_in_table(table.get(normalise_label(label), ())) for label in puzzle.candidates]
     return np.array([[len(genes & of_label) for of_label in markers] for genes in cells], dtype=float)
 
 

@@ -6,20 +6,21 @@ arXiv:2506.02911), so they can be compared with ours only as far as the puzzles 
 Example: published_rows(table="Table 3", setting="melanoma")[-1].cell_accuracy == 0.8591
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.describe import markdown_table
+from data.describe import NOT_STATED, markdown_table, tenths
 from eval import reasons
 
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
 NOTE = (
     "Published numbers are of the paper's models on the paper's puzzles; they compare with ours as far as the puzzles "
-    "do. Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of the other tables it is not "
-    "known."
+    "do. Published cell accuracy is shown as pooled over cells: Table 3's is (checked), of Tables 2 and 12 it is not known. "
+    "Table 11's is not (its values are no shares of its 991 cells), so it stands as the mean over batches."
 )
 KEY_MODELS = ("Qwen2.5-7B-Instruct", "IT Qwen2.5-7B", "o1", "Cell-o1")
 """Models whose published rows the report's tables show: base, base tuned on answers alone, teacher, and result."""
@@ -96,8 +97,10 @@ def comparable(variant: str, diseases: list[str], with_similarity: bool = False)
     if variant == "open":
         rows = [row for row in rows if row.setting == "open-ended"]
     if variant == "batch":
-        found = {disease_of_table_3(name) for name in diseases} - {None}
-        settings = {*found, "average"} if found == set(DISEASES) else found
+        named = [disease_of_table_3(name) for name in diseases if name not in ("normal", NOT_STATED)]
+        found = set(named) - {None}
+        # beside a mean over these four and no other
+        settings = {*found, "average"} if found == set(DISEASES) and len(named) == len(DISEASES) else found
         rows += [row for row in published_rows("Table 3") if row.setting in settings]
         rows += published_rows("Table 12", "constrained") if with_similarity else []
     return {
@@ -145,9 +148,9 @@ def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
     parts += [*filter(None, [reasons.markdown(result)])]
     parts += [f"## The metrics\n\n{_metrics_table(result)}\n\n{_glossary(result)}"]
     if "k_sample" in result:
-        parts.append(_k_sample(result["k_sample"]))
+        parts.append(_k_sample(result))
     if "compare" in result:
-        parts.append(_compare(result["compare"]))
+        parts.append(_compare(result))
     if "decomposition" in result:
         parts.append(_decomposition(result))
     if "similarity" in result:
@@ -158,7 +161,9 @@ def evaluation_markdown(title: str, result: dict[str, Any]) -> str:
         parts.append(
             average_table("Unweighted average over diseases (as in Table 3)", found["disease_average"], result)
         )
-    parts += [_distribution(found["batch_distribution"]), _cell_types(found["cell_type"])]
+    if result["puzzles"]["variant"] != "cell":  # of a single cell all are right, or none
+        parts.append(_distribution(found["batch_distribution"]))
+    parts.append(_cell_types(found["cell_type"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -207,14 +212,20 @@ def _metrics_table(result: dict[str, Any]) -> str:
     """Our metrics with intervals, then the paper's models that were measured in the same way."""
     rows = [[result["name"], *_shares(result, COLUMNS)]]
     rows += [_published_row(row) for row in result["published"]["rows"] if row["table"] == "Table 2"]
-    return markdown_table(["", *COLUMNS.values()], rows)
+    return markdown_table(["", *_titles(result, COLUMNS)], rows)
+
+
+def _titles(result: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """The titles of the columns of these metrics. A single cell is no batch: there they say cells."""
+    alone = {"batch_accuracy": "cells right"} if result["puzzles"]["variant"] == "cell" else {}
+    return [alone.get(name, COLUMNS[name]) for name in names]
 
 
 def _glossary(result: dict[str, Any]) -> str:
     unit = result["response_length_unit"]
     return (
         "In brackets: the 95 % interval, by bootstrap over batches; an interval of a single value means that all "
-        "batches are alike, which says little when there are few. 'Mean over batches' is the paper's definition of "
+        "batches are (nearly) alike, which says little when there are few. 'Mean over batches' is the paper's definition of "
         "cell accuracy (B.1); 'pooled' counts all cells together. An answer of an invalid format has no cell right. "
         "Uniqueness: different labels / cells. Response length is in "
         f"{'words' if unit == 'words' else unit + ' of the model'}, the published ones in tokens of Qwen2.5.\n\n"
@@ -226,13 +237,15 @@ def _published_row(row: dict[str, Any], columns: dict[str, str] = COLUMNS) -> li
     """The name of a published row, then its cells in the order of the columns."""
     setting = "" if row["setting"] in ("test", "open-ended", "average") else f", {row['setting']}"
     cells = {name: _percent(row[name]) for name in COLUMNS if name in row}
-    cells["cell_accuracy"], cells["cell_accuracy_micro"] = "", cells.pop("cell_accuracy", "")
+    if row["table"] != "Table 11":
+        cells["cell_accuracy"], cells["cell_accuracy_micro"] = "", cells.pop("cell_accuracy", "")
     cells["response_length"] = f"{row['response_length']:,.1f}" if "response_length" in row else ""
     cells["mean_similarity"] = _number(row["medcpt"], 3) if "medcpt" in row else ""
     return [f"{row['model']}{setting}, {row['table']} (published)", *(cells.get(name, "") for name in columns)]
 
 
-def _k_sample(found: dict[str, Any]) -> str:
+def _k_sample(result: dict[str, Any]) -> str:
+    found, unit = result["k_sample"], "cell" if result["puzzles"]["variant"] == "cell" else "batch"
     k = found["k"]
     names = {
         **({"greedy": "one answer, greedy"} if "greedy" in found else {}),
@@ -243,7 +256,7 @@ def _k_sample(found: dict[str, Any]) -> str:
     rows = [[label, *_shares(found[name], COLUMNS)] for name, label in names.items()]
     passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
     return (
-        f"## {k} answers per batch\n\n{markdown_table(['', *COLUMNS.values()], rows)}\n\n"
+        f"## {k} answers per {unit}\n\n{markdown_table(['', *_titles(result, COLUMNS)], rows)}\n\n"
         "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
         "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
         f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
@@ -261,9 +274,9 @@ def confidence_sentence(found: dict[str, Any]) -> str:
     )
 
 
-def _compare(found: dict[str, Any]) -> str:
-    rows = []
-    for name, title in COLUMNS.items():
+def _compare(result: dict[str, Any]) -> str:
+    found, rows = result["compare"], []
+    for name, title in zip(COLUMNS, _titles(result, COLUMNS), strict=True):
         one, show, scale = found["metrics"][name], _shown(name), 1 if name == "response_length" else 100
         difference, low, high = (f"{scale * x:+.1f}" for x in (one["difference"], *one["interval"]))
         rows.append(
@@ -332,7 +345,7 @@ def _by_value(name: str, groups: list[dict[str, Any]], result: dict[str, Any]) -
     columns = [
         head,
         "puzzles",
-        *(COLUMNS[metric] for metric in GROUP_COLUMNS),
+        *_titles(result, GROUP_COLUMNS),
         *(["cells right by chance"] if with_chance else []),
     ]
     return f"## {title}\n\n{markdown_table(columns, rows)}{more}"
@@ -380,11 +393,11 @@ def _cell(value: float, interval: list[float] | None, show: Any) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{tenths(low)} to {tenths(high)} %"
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{tenths(share)} %"
 
 
 def _number(value: float | None, digits: int) -> str:

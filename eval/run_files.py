@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet
 
 from data.errors import UserError
-from data.files import parse_json, write_whole
+from data.files import parse_json, read_sealed, write_whole
 from data.puzzles import read_rows
 
 PARTIAL = "predictions.partial.jsonl"
@@ -38,6 +38,10 @@ def write_summary(out: Path, run: dict[str, Any]) -> None:
     for of_split in summary["baselines"].values():
         for metrics in of_split.values():
             metrics.pop("response_length", None)  # of an answer without reasoning: no length to compare with a model's
+    for folder in folders:  # why its numbers are too good, or chance
+        for file in folder.glob("*/metrics.json"):
+            if notes := read_result(file).get("notes"):
+                summary["baselines"][folder.name.removeprefix(BASELINE)][file.parent.name]["notes"] = notes
     summary["run"] = run
     write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
@@ -68,9 +72,21 @@ def summary_text(run_dir: str | os.PathLike) -> str:
 
 
 def held_out_files(run_dir: Path) -> list[str]:
-    """The files of RUN/puzzles/SPLIT.parquet that hold a puzzle; the builder writes those of empty splits too."""
+    """The files of RUN/puzzles/SPLIT.parquet that hold a puzzle; the builder writes those of empty splits too.
+
+    Raises UserError when one of them is no Parquet file.
+    """
     files = [run_dir / "puzzles" / f"{split}.parquet" for split in SPLITS]
-    return [str(file) for file in files if file.is_file() and pyarrow.parquet.read_metadata(file).num_rows > 0]
+    return [str(file) for file in files if file.is_file() and _rows_in(file) > 0]
+
+
+def _rows_in(file: Path) -> int:
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{file}: cannot be read as Parquet ({error}); put a copy back, or build the puzzles again"
+        ) from None
 
 
 def read_summary(run_dir: str | os.PathLike) -> dict[str, Any]:
@@ -104,6 +120,22 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise UserError(f"{path}: holds no metrics; run launch/evaluate.py again")
     return result
+
+
+def record_beside(rollouts: Path) -> dict[str, Any]:
+    """config.json of the GRPO run that a rollouts.jsonl belongs to; {"settings": {}} where there is none beside it.
+
+    Raises UserError for a run of PPO, whose advantages compare no groups.
+    """
+    path = rollouts.parent / "config.json"
+    record = read_sealed(path) if path.is_file() else {}
+    if not isinstance(record.get("settings"), dict):  # of a checkpoint, for example
+        return {"settings": {}}
+    if "critic_lr" in record["settings"]:
+        raise UserError(
+            f"{rollouts}: of a PPO run, whose advantages come from a critic; only those of GRPO can be compared"
+        )
+    return record
 
 
 def read_steps(path: str | os.PathLike) -> list[dict[str, Any]]:

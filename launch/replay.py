@@ -48,7 +48,7 @@ def main(config: ReplayConfig) -> None:
         value_ledger_lines,
         write_ledger,
     )
-    from trainer.inspect.explain import explain_response
+    from trainer.inspect.explain import explain_response, share_formula
     from trainer.inspect.ledger import ledger, value_ledger
     from trainer.inspect.replay import replay
     from trainer.ppo.settings import PpoConfig
@@ -80,7 +80,12 @@ def main(config: ReplayConfig) -> None:
         if config.html:
             prompts = prompts_of(bundle, replayed.policy.tokenizer)
             settings = {name: getattr(bundle.config, name) for name in SETTINGS_SHOWN if hasattr(bundle.config, name)}
-            write_whole(config.html, step_page(bundle.step, settings, bundle.responses, rows, prompts))
+            page = step_page(
+                *(bundle.step, settings, bundle.responses, rows, prompts),
+                formula=share_formula(bundle.config, any("distillation" in row for row in rows)),
+                ppo=isinstance(bundle.config, PpoConfig),
+            )
+            write_whole(config.html, page)
             print(f"wrote {config.html}")
     elif config.row is not None or config.html or config.ledger or config.value_ledger:
         print("--row, --html and the ledgers need terms that are finite: nothing was written for them")

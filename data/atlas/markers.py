@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,15 @@ class MarkerEntry:
     """DOIs of the atlases or databases that list these markers."""
     ontology_term_id: str | None = None
     """Id of the type in the Cell Ontology; None in a table without the column."""
+
+
+RENAMED = {"CIMIP1": "C20orf85", "CIMAP3": "PIFO"}
+"""{symbol of today: the one in our table}. The table stays as it is: the bytes of the simulated atlas depend on it."""
+
+
+def as_in_table(genes: Iterable[str]) -> set[str]:
+    """Genes under the names of the marker table."""
+    return {RENAMED.get(gene, gene) for gene in genes}
 
 
 def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntry]:

@@ -20,6 +20,8 @@ CELL_TYPES = "cell_types.json"
 """The same content in the folder of a model."""
 PUZZLE_OPTIONS = {"max_cells": int, "top_genes": int, "drop_genes": list}
 """Options of a build on which the look of a prompt depends, with their types in JSON."""
+USUAL = {"rank": "expression", "profile": "cell"}
+"""Two more of them with their usual values; recorded where they are others."""
 ADAPTER_CONFIG = "adapter_config.json"
 SHARE_KNOWN = 0.5
 """Share of the genes in common below which a model is not asked."""
@@ -120,7 +122,7 @@ def _puzzles(path: Path, value: Any) -> dict[str, Any]:
     fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in PUZZLE_OPTIONS.items())
     if value and not fits:
         raise UserError(f"{path}: its puzzles lack {', '.join(PUZZLE_OPTIONS)}; build the puzzles again")
-    return {name: value[name] for name in PUZZLE_OPTIONS} if value else {}
+    return {name: value[name] for name in (*PUZZLE_OPTIONS, *USUAL) if name in value} if value else {}
 
 
 def _known(path: Path, label: str, value: Any) -> KnownLabel:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 
-from data.atlas.markers import read_markers
+from data.atlas.markers import RENAMED, read_markers
 from data.prompts import normalise_label
 from data.puzzles import Puzzle
 
@@ -45,7 +45,7 @@ class Tables:
         for label, entry in read_markers().items():
             for gene in entry.markers:
                 found.setdefault(gene.upper(), []).append(label)
-        return found
+        return found | {new.upper(): found[old.upper()] for new, old in RENAMED.items()}
 
     @cached_property
     def listed(self) -> dict[str, Counter]:

@@ -141,6 +141,8 @@ class Report:
         self.ended = False
         self.first = (0, 0.0)
         """What was done when the counting began, and when that was."""
+        self.counted = (0, 0)
+        """What was done at last, and of how many."""
         self.last = 0.0
         """When the file was written."""
 
@@ -154,7 +156,11 @@ class Report:
         """So many of all are done. The file is rewritten at most every EVERY_SECONDS, and at the last."""
         now = time.monotonic()
         if self.status is None:
-            self.first, self.last = (done, now), -EVERY_SECONDS
+            self.last = -EVERY_SECONDS
+        # a command may count a second stage from 0, or to another number: its seconds are its own
+        if self.status is None or done < self.counted[0] or total != self.counted[1]:
+            self.first = (done, now)
+        self.counted = (done, total)
         before, began = self.first
         if now - self.last < EVERY_SECONDS and done != total:
             return

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from data.describe import escape
 from eval.ablation.made import OF_ROUND
 
 
@@ -106,4 +107,4 @@ def heading(*titles: str) -> list[str]:
 
 
 def line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(escape, cells))} |"

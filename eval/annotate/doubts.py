@@ -32,7 +32,8 @@ def doubts_of(cluster: Annotated, annotation: Annotation, table: dict[str, list[
     if tally.asked - tally.valid >= INVALID * tally.asked:
         said.append(f"{tally.asked - tally.valid} of {tally.asked} answers about it cannot be used.")
     favourites = {sample: max(votes, key=lambda label: votes[label]) for sample, votes in tally.by_sample.items()}
-    other = [sample for sample, label in favourites.items() if label != found.label]
+    # a tie is no other favourite
+    other = [sample for sample, votes in tally.by_sample.items() if votes[favourites[sample]] > votes[found.label]]
     if other and len(favourites) > 1:
         shown = ", ".join(f"{sample or 'unnamed'}: {favourites[sample]}" for sample in other[:3])
         said.append(f"In {len(other)} of {len(favourites)} samples most votes are for another label ({shown}).")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from data.atlas.markers import as_in_table
 from data.prompts import RESPONSE_LAYOUT, normalise_label
 from eval.annotate.votes import Reading
 from eval.traces.names import find_cells
@@ -104,6 +105,7 @@ class Markers:
 
 def markers_of(label: str, genes: Iterable[str], table: dict[str, list[str]]) -> Markers:
     """The markers of a label that are, and are not, among some genes. table: {normalised label: markers}."""
-    listed, markers = set(genes), table.get(normalise_label(label), [])
-    found = tuple(gene for gene in markers if gene in listed)
-    return Markers(label, found, tuple(gene for gene in markers if gene not in listed), bool(markers))
+    listed, markers = as_in_table(genes), table.get(normalise_label(label), [])
+    is_listed = {gene: bool(as_in_table([gene]) & listed) for gene in markers}
+    missing = tuple(gene for gene in markers if not is_listed[gene])
+    return Markers(label, tuple(gene for gene in markers if is_listed[gene]), missing, bool(markers))

@@ -162,6 +162,9 @@ def _umap(annotation: Annotation, shown: Shown) -> str:
     caption = (
         "Each dot is a cell, at its place in obsm['X_umap'], in the colour of its label; the names are the clusters'."
     )
+    shown_colours = [colour for label, colour in colours.items() if label in used]
+    if len(set(shown_colours)) < len(shown_colours):
+        caption += f" There are {len(COLOURS)} colours: some labels share a colour, and the names tell them apart."
     if len(labels) > MOST_POINTS:
         caption += f" {MOST_POINTS:,} of {len(labels):,} cells are drawn, chosen at random."
     return figure(svg, "UMAP", caption, f'<ul class="legend">{legend}</ul>')

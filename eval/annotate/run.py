@@ -238,6 +238,8 @@ def ask_and_decide(
     Raises UserError when the model has no candidates for a sample, or does not know the genes.
     """
     candidates = candidates_of(profiles.profiles, given, model.known)
+    if note := settings.unlike_training(model.known):
+        print(f"note: {note}", file=sys.stderr)
     # said before minutes or money are spent: a forgotten list of labels makes every question open-ended
     for source in sorted({some.source for some in candidates.values()}):
         print(f"candidates: {source}", file=sys.stderr)

@@ -52,10 +52,10 @@ class QuestionSettings(ProfileSettings):
         "Gene class never listed: ribosomal or mitochondrial; repeatable, or several with commas; default: as the model was "
         "trained, else none.",
     )
-    genes_by: str = questions(
-        "both",
-        "How a cluster's genes are ranked in a prompt: by the difference from the sample's other clusters, by expression (as "
-        "in training), or both in turns.",
+    genes_by: str | None = questions(
+        None,
+        "How a cluster's genes are ranked in a prompt: by the difference from the sample's other clusters, by expression, or "
+        "both in turns; default: difference for a model of puzzles built with --rank deg, else both.",
         GENES_BY,
     )
     screens: int = questions(2, "Times that every cluster meets every candidate before the votes.")
@@ -88,7 +88,22 @@ class QuestionSettings(ProfileSettings):
         """The settings with what was left out filled in: from the puzzles that the model was trained on, else defaults."""
         trained = UNTRAINED | (known.puzzles if known else {})
         trained["drop_genes"] = tuple(trained["drop_genes"])
+        trained["genes_by"] = "difference" if trained.pop("rank", "") == "deg" else "both"
+        trained.pop("profile", None)
         return replace(self, **{name: value for name, value in trained.items() if getattr(self, name) is None})
+
+    @staticmethod
+    def unlike_training(known: KnownLabels | None) -> str:
+        """A note where genes are ranked in another way than in the puzzles that the model was trained on; "" elsewhere."""
+        built = known.puzzles if known else {}
+        if built.get("rank") == "hvg":
+            return "the model was trained on lists of highly variable genes (--rank hvg), and is shown lists of all genes here"
+        if built.get("profile") == "cluster" and built.get("rank") != "deg":
+            return (
+                "the model was trained on means of counts (--profile cluster), and is shown means of logarithms here, whose "
+                "order can differ"
+            )
+        return ""
 
     def asked(self, model: str, out: Path, resume: bool) -> EvaluateConfig:
         """How a model is asked, in the terms of an evaluation. out: folder of the answers."""

@@ -252,7 +252,7 @@ def batch_interval(scores: dict[str, Any]) -> tuple[float, float] | None:
 
 def percent(share: float) -> str:
     """0.618 -> "62 %". "0 %" and "100 %" stand for exactly 0 and 1; others near them become "<1 %" and ">99 %"."""
-    if 0 < share < 0.005:
+    if 0 < share <= 0.005:  # half a percent would be rounded to an even number: 0
         return "<1 %"
     return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
@@ -260,7 +260,8 @@ def percent(share: float) -> str:
 @contextmanager
 def drawn_png(path: str | os.PathLike, *, width: float, height: float) -> Iterator[Figure]:
     """An empty figure to draw on, written to path as a whole at the end of the block. width, height: inches of 150 pixels."""
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from data.describe import tenths
+
 TEMPLATE = Path(__file__).with_name("report.html")
 EMPTY = "&ndash;"
 """A missing value in a table."""
@@ -108,8 +110,8 @@ def share(value: float | None, interval: Sequence[float] | None = None) -> str:
     """A share in percent, with its 95 % interval below it."""
     if value is None:
         return EMPTY
-    under = f"<br> <small>{100 * interval[0]:.1f} to {100 * interval[1]:.1f}</small>" if interval else ""
-    return f"{100 * value:.1f}&nbsp;%{under}"
+    under = f"<br> <small>{escape(f'{tenths(interval[0])} to {tenths(interval[1])}')}</small>" if interval else ""
+    return f"{escape(tenths(value))}&nbsp;%{under}"
 
 
 def number(value: float | None, interval: Sequence[float] | None = None, digits: int = 0) -> str:

@@ -33,6 +33,7 @@ from eval.report.figures import (
     curve_svg,
     dot_spacing,
     percent,
+    series,
     smoothing_window,
     split_name,
 )
@@ -213,6 +214,11 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
             for s, evaluation in of_stage.items()
             for said in evaluation.notes
         )
+        lacking += "".join(
+            missing(f"{name}, {BASELINE_NAMES.get(baseline, baseline)}: {said}.")
+            for baseline, of_split in (summary.get("baselines") or {}).items()
+            for said in of_split.get(split, {}).get("notes", ())
+        )
         variant = variant_of_split(of_stage)
         if variant in ("cell", "open"):
             compared.append(split)
@@ -252,7 +258,7 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     return (
         (
             "Small print below a number is its 95 % interval (bootstrap over puzzles; an interval of a single value "
-            "means that all puzzles came out alike). "
+            "means that all puzzles came out (nearly) alike). "
             if intervals
             else ""
         )
@@ -319,9 +325,12 @@ def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: s
     if not steps:
         return section(stage, title, missing(f"This run folder has no {file_name}, so there is no curve to show."))
     every, window = dot_spacing(len(steps)), smoothing_window(len(steps))
-    dots = "Dots are single steps" if every == 1 else f"Dots are single steps (every {every}th is drawn)"
+    dots = "Dots are single steps" if every == 1 else f"Dots are single steps (one in {every} is drawn)"
     line = f"the line is the running mean over {window} steps" if window > 1 else "the line joins them"
-    intro = note(f"{count(len(steps), 'optimizer step')}. {dots}, {line}.")
+    recorded = [len(series(steps, key)[0]) for curve in curves for key in curve.lines]
+    seldom = any(0 < n and smoothing_window(n) < window for n in recorded)
+    fewer = " Of what was measured in fewer steps, fewer values are averaged, or the line joins them."
+    intro = note(f"{count(len(steps), 'optimizer step')}. {dots}, {line}.{fewer if seldom else ''}")
     drawn = [(curve, curve_svg(curve, steps)) for curve in curves]
     absent = [curve.title for curve, svg in drawn if svg is None and not curve.optional]
     lacking = missing(f"Not recorded in {file_name}: {', '.join(absent)}.") if absent else ""

@@ -32,13 +32,22 @@ COLUMNS = (
 
 
 def step_page(
-    step: int, settings: dict[str, Any], responses: list[dict], rows: list[dict[str, Any]], prompts: dict[str, str]
+    step: int,
+    settings: dict[str, Any],
+    responses: list[dict],
+    rows: list[dict[str, Any]],
+    prompts: dict[str, str],
+    *,
+    formula: str,
+    ppo: bool = False,
 ) -> str:
     """The page of a step as HTML.
 
     settings: of the objective. responses: {puzzle_id, response, reward, status} of each. rows: the loss ledger, with
-    one row per token. prompts: {puzzle_id: text}.
+    one row per token. prompts: {puzzle_id: text}. formula: of a token's share of the loss. ppo: a step of PPO, where each
+    token has an advantage of its own.
     """
+    names = (*COLUMNS, *[name for name in ("distillation",) if rows and name in rows[0]])
     tokens: list[list[dict]] = [[] for _ in responses]
     for row in rows:
         tokens[row["row"]].append(row)
@@ -49,7 +58,7 @@ def step_page(
             numbers[place],
             {"id": response["puzzle_id"], "prompt": prompts.get(response["puzzle_id"], ""), "rows": []},
         )
-        columns = {name: [_short(token[name]) for token in own] for name in COLUMNS}
+        columns = {name: [_short(token[name]) for token in own] for name in names}
         group["rows"].append(
             {
                 "row": place,
@@ -60,7 +69,12 @@ def step_page(
             }
         )
     loss = sum(row["contribution"] for row in rows)
-    data = {"groups": list(groups.values()), "scales": _scales(rows)}
+    advantage = (
+        "one number per token: the rewards still to come, against what the critic expected."
+        if ppo
+        else "one number per response, how its reward compares with its group's."
+    )
+    data = {"groups": list(groups.values()), "scales": _scales(rows), "formula": formula, "advantage": advantage}
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None)
     lead = (
         f"{len(responses)} responses in {len(groups)} groups, {sum(row['mask'] for row in rows):,} trained tokens. "
@@ -69,7 +83,7 @@ def step_page(
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return (
         with_policy(TEMPLATE.read_text(encoding="utf-8"))
-        .replace("{{title}}", f"GRPO step {step}, token by token")
+        .replace("{{title}}", f"{'PPO' if ppo else 'GRPO'} step {step}, token by token")
         .replace("{{lead}}", escape(lead))
         .replace("{{data}}", text)
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.describe import tenths
 from data.errors import UserError
 from eval.review.page import KIND, NAMES, SIDES, WHOLE, WORDING, read_object
 
@@ -225,7 +226,7 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
 
     def share(value: dict[str, Any]) -> str:
         low, high = value["interval"]
-        return f"{100 * value['share']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        return f"{tenths(value['share'])} % ({tenths(low)} to {tenths(high)})"
 
     def kappa(value: float | None) -> str:
         return "not defined" if value is None else f"{value:.2f}"

@@ -61,7 +61,11 @@ type 2 cell = at2; endothelial cell = endothelium; type b pancreatic cell = beta
 pancreatic d cell = delta cell; microglial cell = microglia; cardiac muscle cell = cardiomyocyte; malignant cell =
 tumor cell; malignant cell = cancer cell; erythrocyte = red blood cell; oligodendrocyte precursor cell =
 oligodendrocyte progenitor cell; mueller cell = muller cell; microglial cell = microglia cell; oligodendrocyte
-precursor cell = opc; hematopoietic stem cell = hsc; plasmacytoid dendritic cell = pdc
+precursor cell = opc; hematopoietic stem cell = hsc; plasmacytoid dendritic cell = pdc; club cell = clara cell;
+alveolar type 1 cell = type 1 pneumocyte; alveolar type 2 cell = type 2 pneumocyte; lung neuroendocrine cell = pulmonary
+neuroendocrine cell; type ec enteroendocrine cell = enterochromaffin cell; enterocyte of colon = colonocyte;
+erythroblast = normoblast; plasma cell = plasma b cell; cd56 dim natural killer cell = cd56dim nk cell; cd56 bright
+natural killer cell = cd56bright nk cell
 """.split(";")
 ]
 """[[words of a label, words of a synonym of it], ...]"""
@@ -242,12 +246,15 @@ def _as_candidate(form: tuple[str, ...], candidates: dict[str, frozenset[str]]) 
 
 def _short_forms(words: tuple[str, ...]) -> set[tuple[str, ...]]:
     """Short forms of a label: without "of ...", its first words, "positive", "alpha-beta", or the last "cell"."""
+    whole = {new for old, new in _SYNONYMS if old == words and "of" in old}  # "enterocyte of colon" is cut below
     heads = {words, words[: words.index("of")] if "of" in words else words}
+    heads |= {head[:-1] for head in heads if head[-1] == "human" and len(head) > 1}  # "... natural killer cell, human"
     heads |= {tuple(word for word in head if word != "positive") for head in heads}
     heads |= {tuple(word for word in head if word not in ("alpha", "beta")) for head in heads if "t" in head}
     # last words name the type ("memory T cell" -> "T cell"), but never drop the "non" of "non-classical"
     forms = {head[i:] for head in heads for i in range(len(head)) if not {"non", "negative"} & set(head[:i])}
     forms |= {form[: -len(old)] + new for old, new in _SYNONYMS for form in forms if form[-len(old) :] == old}
+    forms |= whole
     forms |= {form[:-1] for form in forms if form[-1] == "cell" and len(form) > 2 and form[-2] not in ("t", "b")}
     forms |= {form[-1:] for form in forms if form[-1].endswith(("blast", "cyte", "phage"))}
     forms |= {("neuron",)} if words[-1].endswith("neuron") else set()

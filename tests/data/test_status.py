@@ -51,6 +51,19 @@ def test_a_report_counts_what_is_done(tmp_path, monkeypatch):
     assert (found["state"], found["exit_code"], found["seconds_left"], found["error"]) == ("finished", 0, 0.0, "")
 
 
+def test_a_second_stage_of_a_command_has_its_own_rate(tmp_path, monkeypatch):
+    """launch/annotate.py: 300 questions of screening, then 64 votes, a second each."""
+    now, out = [1000.0], tmp_path / "out.h5ad"
+    monkeypatch.setattr(told.time, "monotonic", lambda: now[0])
+    with reporting(out, "", "question", beside=True) as report:
+        for total, asked in ((300, 300), (64, 7)):
+            for done in range(asked + 1):
+                report.progress(done, total)
+                now[0] += 1
+        found = json.loads(next(tmp_path.glob("*.json")).read_text())
+        assert found["seconds_per_step"] == 1 and found["seconds_left"] == found["steps"] - found["step"] > 50
+
+
 def test_a_refusal_before_the_work_leaves_no_file(tmp_path):
     with pytest.raises(UserError), reporting(tmp_path / "o", "touch told", "cell"):
         raise UserError("no")

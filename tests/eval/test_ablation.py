@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from eval.ablation.compare import compare_arms, points_of, read_arm, refuse_othe
 from eval.ablation.figure import colour_of, draw_arms
 from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
-from eval.ablation.tables import ablation_markdown
+from eval.ablation.tables import ablation_markdown, line
 from eval.evaluation import puzzles_digest
+from eval.report.figures import drawn_png
 from tests.helpers.endpoints import puzzle
 
 PUZZLES = [puzzle(number) for number in range(4)]
@@ -241,3 +243,10 @@ def test_the_figure_of_rounds_shows_the_start_and_every_model(chain, tmp_path):
         assert image.size == (1800, 720)
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
         assert (31, 131, 201) in colours, "the first configuration that trains"
+
+
+def test_a_name_with_a_bar_or_a_dollar_stays_in_its_cell_and_can_be_drawn(tmp_path):
+    assert re.split(r"(?<!\\)\|", line("beta 0|1", "3"))[1:-1] == [r" beta 0\|1 ", " 3 "]
+    with drawn_png(tmp_path / "a.png", width=2, height=2) as figure:
+        figure.add_subplot().set_title(r"$\foo$ costs $10")
+    assert (tmp_path / "a.png").is_file()

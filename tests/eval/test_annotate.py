@@ -16,7 +16,10 @@ import scipy.sparse
 
 from data.clusters.known import KnownLabel, KnownLabels
 from data.clusters.profiles import ClusterProfile, profiles_of
+from data.distill.lookups import Tables
 from data.errors import RunError, UserError
+from data.folder import labels_text
+from data.puzzles import Puzzle
 from eval.annotate import annotate
 from eval.annotate.annotation import Questions, annotate_profiles, chosen_profiles
 from eval.annotate.calibration import (
@@ -35,6 +38,7 @@ from eval.annotate.run import annotate_file
 from eval.annotate.settings import AnnotateConfig, QuestionSettings
 from eval.annotate.votes import Reading, beliefs, count_votes, decide, label_clusters, read_answer
 from eval.annotate.writing import csv_of, obs_columns_of, record_of
+from eval.baselines import known_markers, overlap
 from eval.metrics import answer_of
 from tests.helpers.clusters import GENES, TYPES, clustered, model_that, reads_markers
 
@@ -586,14 +590,21 @@ def test_known_genes_and_a_name_without_endpoint_are_checked():
 
 @pytest.fixture
 def annotation():
-    """Clusters 0 (T cell, 3 of 4 votes), 1 (B cell, all), and "tiny", which was not asked about."""
+    return annotation_of()
+
+
+def annotation_of(**more):
+    """Clusters 0 (T cell, 3 of 4 votes), 1 (B cell, all), 2 (monocyte, all), and "tiny", which was not asked about."""
     adata = clustered(["T cell", "B cell", "monocyte"], parts=1)
+    names = adata.obs["leiden"].astype(str).to_numpy(copy=True)
+    names[-2:] = "tiny"
+    adata.obs["leiden"] = pd.Categorical(names)
 
     def unsure(puzzle):
         answer = reads_markers(puzzle)
-        return answer.replace("T cell |", "monocyte |") if "round 3" in puzzle.id else answer
+        return answer.replace("T cell |", "monocyte |") if puzzle.id.startswith("vote-0-3-") else answer
 
-    asked = settings(candidates=",".join(TYPES))
+    asked = settings(candidates=",".join(TYPES), **more)
     profiles = profiles_of(adata, "leiden", asked)
     candidates = candidates_of(profiles.profiles, asked.candidates, KNOWN)
     questions = Questions(profiles, candidates, asked)
@@ -629,6 +640,59 @@ def test_columns_csv_and_record(annotation):
     assert json.loads(record["candidates"]) == list(TYPES) and json.loads(record["versions"]) == {"a": "1"}
 
 
+def test_a_tie_of_a_sample_is_no_vote_for_another_label(annotation):
+    cluster = next(c for c in annotation[0].clusters.values() if c.found.label == "T cell")
+    votes = {"d1": Counter({"T cell": 8}), "d2": Counter({"monocyte": 4, "T cell": 4})}
+    tally = dataclasses.replace(cluster.found.tally, by_sample=votes)
+    tied = dataclasses.replace(cluster, found=dataclasses.replace(cluster.found, tally=tally))
+    assert not [said for said in doubts_of(tied, annotation[0], {}) if "another label" in said]
+    votes["d2"]["monocyte"] += 1
+    assert "In 1 of 2 samples most votes are for another label (d2: monocyte)." in doubts_of(tied, annotation[0], {})
+
+
+def test_symbols_of_today_are_markers_too():
+    """C20orf85 and PIFO of our table are CIMIP1 and CIMAP3 in GENCODE 48."""
+    label, table = "ciliated columnar cell of tracheobronchial tree", known_markers(())
+    found = markers_of(label, ["CIMIP1", "PIFO", "FOXJ1"], table)
+    assert found.found == ("C20orf85", "PIFO", "FOXJ1") and len(found.missing) == 10
+    puzzle = Puzzle(id="p", context="", cells=[["CIMIP1", "CIMAP3"]], candidates=[label], answer=[label])
+    assert overlap(puzzle, table).tolist() == [[2.0]]
+    assert label in Tables([]).markers("CIMIP1")
+
+
+def test_a_label_below_the_limit_is_uncertain_and_what_speaks_against_it_is_said(annotation):
+    (t_cell,) = [cluster for cluster in annotation[0].clusters.values() if cluster.found.label == "T cell"]
+    assert (t_cell.found.share, t_cell.found.second, t_cell.label, t_cell.ontology) == (
+        *(0.75, "monocyte"),
+        *("T cell", "CL:0000084"),
+    )
+    strict, profiles = annotation_of(min_confidence=0.96)  # 3 of 4 votes are 0.955 after calibration
+    (unsure,) = [cluster for cluster in strict.clusters.values() if cluster.found.label == "T cell"]
+    (sure,) = [cluster for cluster in strict.clusters.values() if cluster.found.label == "B cell"]
+    assert (unsure.label, unsure.ontology, sure.label) == ("uncertain", "unknown", "B cell")
+    columns = obs_columns_of(strict, profiles.cluster_of_cell)
+    first = profiles.cluster_of_cell.tolist().index(unsure.cluster)
+    names = ("cell_type_llm", "cell_type_llm_second", "cell_type_llm_ontology_term_id")
+    assert [columns[name][first] for name in names] == ["uncertain", "monocyte", "unknown"]
+    rows = {row["cluster"]: row for row in csv.DictReader(io.StringIO(csv_of(strict, {})))}
+    row = rows[unsure.cluster]
+    assert (row["label"], row["best_label"], row["share_of_votes"], row["second"], row["second_share"]) == (
+        *("uncertain", "T cell"),
+        *("0.750", "monocyte", "0.250"),
+    )
+    said = doubts_of(unsure, strict, {"t cell": ["FOXP3"], "monocyte": list(unsure.genes[:2])})
+    assert said == [
+        "1 of 4 votes are for monocyte.",
+        "None of the 1 marker genes of T cell is among its listed genes.",
+        "The marker table speaks more for monocyte (2 marker genes listed, against 0).",
+        "It has 12 cells only.",
+    ]
+    (tiny,) = [cluster for cluster in strict.clusters.values() if cluster.cluster == "tiny"]
+    assert tiny.label == "uncertain" and doubts_of(tiny, strict, {})[0].startswith(
+        "It has too few cells in every sample"
+    )
+
+
 def test_agreement_and_doubts(annotation):
     found, profiles = annotation
     clusters = profiles.cluster_of_cell.tolist()
@@ -636,10 +700,30 @@ def test_agreement_and_doubts(annotation):
     wrong = clusters[0]
     truth = ["neuron" if c == wrong else t for c, t in zip(clusters, truth, strict=True)]
     of = agreement_of(found, "cell_type", clusters, truth)
-    assert (of.clusters_right, of.n_clusters) == (2, 3) and of.of_cluster[wrong] == ("neuron", 1.0)
+    assert (of.clusters_right, of.n_clusters) == (2, 4) and of.of_cluster[wrong] == ("neuron", 1.0)
     assert of.cells_right == sum(c != wrong for c in clusters) and of.n_cells == len(clusters)
     said = doubts_of(found.clusters[wrong], found, {"t cell": ["FOXP3"], "b cell": ["FOXP3"], "monocyte": ["FOXP3"]})
     assert any("None of the 1 marker genes" in sentence for sentence in said)
+
+
+def test_genes_are_ranked_as_in_the_puzzles_of_the_training_where_clusters_allow_it():
+    options = {"max_cells": 4, "top_genes": 9, "drop_genes": []}
+    plain = json.loads(labels_text({}, [], {**options, "rank": "expression", "profile": "cell"}))["puzzles"]
+    assert plain == options, "what is usual is not recorded"
+    ways = {}
+    for rank, profile in (("deg", "cell"), ("hvg", "cell"), ("expression", "cluster"), ("expression", "cell")):
+        text = labels_text({}, [], {**options, "rank": rank, "profile": profile})
+        known = KnownLabels({}, [], None, json.loads(text)["puzzles"])
+        asked = QuestionSettings(cluster_key="leiden").as_trained(known)
+        ways[rank, profile] = (asked.genes_by, QuestionSettings.unlike_training(known)[:35])
+    assert ways == {
+        ("deg", "cell"): ("difference", ""),
+        ("hvg", "cell"): ("both", "the model was trained on lists of h"),
+        ("expression", "cluster"): ("both", "the model was trained on means of c"),
+        ("expression", "cell"): ("both", ""),
+    }
+    known = KnownLabels({}, [], None, {**options, "rank": "deg"})
+    assert QuestionSettings(cluster_key="leiden", genes_by="both").as_trained(known).genes_by == "both"
 
 
 def test_a_model_is_asked_as_it_was_trained_unless_told_otherwise():

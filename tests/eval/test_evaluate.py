@@ -22,6 +22,7 @@ from data.variants import convert
 from eval.evaluation import puzzles_digest
 from eval.metrics import METRICS, answer_of, score
 from eval.predict import Answer, Partial, answer_all, ask_engine, refused_for_good, row_of
+from eval.published import DISEASES, comparable
 from eval.settings import EvaluateConfig, settings_of
 from launch.evaluate import fingerprint_of, main
 from rollout import Sampling
@@ -191,9 +192,13 @@ def test_cell_level_and_open_ended_files(melanoma, tmp_path):
     page, together = (folder / "cell/evaluation.md").read_text().split("## Cells put together into batches (Table 11)")
     assert "24 single cells of 8 batches" in page and "Table 11 (published)" not in page
     assert (
-        "| Cell-o1, cell-level, reasoning, Table 11 (published) | 1.1 % |  | 50.2 % | 84.3 % | 66.1 % | 718.5 |"
+        "| Cell-o1, cell-level, reasoning, Table 11 (published) | 1.1 % | 50.2 % |  | 84.3 % | 66.1 % | 718.5 |"
         in together
-    )
+    ), "its values are no shares of 991 cells"
+    assert "batches all right" not in page and "| cells right |" in page, "a single cell is no batch"
+    assert "Cells right in single batches" not in together and "Cells right in single batches" not in page
+    assert "average" in {row["setting"] for row in comparable("batch", [*DISEASES, "normal"])["rows"]}
+    assert "average" not in {row["setting"] for row in comparable("batch", [*DISEASES, "influenza"])["rows"]}
     assert "not beside exact matches" in (folder / "open/evaluation.md").read_text()
     assert "Table 12 (published)" not in (folder / "open/evaluation.md").read_text()
     assert metrics_of(folder / "open")["batch_accuracy"] == pytest.approx(7 / 8)

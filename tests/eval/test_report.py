@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.describe import tenths
+from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
 from eval.evaluation import evaluation_of
 from eval.metrics import score, wilson_interval
 from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
+from eval.report.html import share
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
-from eval.run_files import summary_text
+from eval.run_files import summary_text, write_summary
 from tests.helpers.commands import run_command
 
 pytestmark = pytest.mark.slow(1)
@@ -440,7 +443,7 @@ def test_published_numbers_of_cells_stand_beside_cells_put_together(run_dir):
     )
     assert cells_of(row_of(together, "after GRPO, an invalid cell spoils its batch"))[:2] == ["66.7\xa0%", "93.3\xa0%"]
     head = '<span class="published">Cell-o1, cell-level, reasoning <small>published</small>'
-    assert cells_of(row_of(together, head)) == ["1.1\xa0%", "\u2013", "50.2\xa0%", "84.3\xa0%", "66.1\xa0%", "718"]
+    assert cells_of(row_of(together, head)) == ["1.1\xa0%", "50.2\xa0%", "\u2013", "84.3\xa0%", "66.1\xa0%", "718"]
     assert "not beside the metrics of single cells" in together and "All 14 published rows" in together
 
 
@@ -469,6 +472,10 @@ def test_published_accuracies_of_open_ended_answers_stand_beside_similarities(ru
 
 def test_headline_rounding():
     assert [percent(x) for x in (0, 0.001, 0.618, 0.999, 1)] == ["0 %", "<1 %", "62 %", ">99 %", "100 %"]
+    assert [percent(x) for x in (1 / 200, 1 - 1 / 200)] == ["<1 %", ">99 %"]  # "0" to the nearest even number
+    shares = (0, 1 / 4500, 0.0005, 0.618, 4498 / 4500, 1)
+    assert [tenths(x) for x in shares] == ["0.0", "<0.1", "0.1", "61.8", ">99.9", "100.0"]
+    assert share(4498 / 4500, (0.9991, 1.0)) == "&gt;99.9&nbsp;%<br> <small>99.9 to 100.0</small>"
     summary = {"base": {"test": {"batch_accuracy": 0.001}}}
     assert headline(summary) == (
         "Before training the annotator names every cell of a batch right in <1 % of the puzzles of held-out donors."
@@ -555,6 +562,34 @@ def test_held_out_cells_of_a_second_file_are_a_split_of_their_own(run_dir):
     page = write_report(run_dir).read_text()
     assert "This run: held-out real cells" in read(page, "results") and 'href="#where-cells"' in page
     assert page.count("Published, on other puzzles: Table 2") == 2 and "other puzzles: Table 3" not in page
+
+
+def test_what_a_baseline_warns_of_is_on_the_page(run_dir):
+    result = json.loads((run_dir / "summary.json").read_text())["sft"]["test"] | {
+        "notes": ["the training puzzles leak"]
+    }
+    (run_dir / "eval/baseline-nearest/test").mkdir(parents=True)
+    (run_dir / "eval/baseline-nearest/test/metrics.json").write_text(json.dumps(result))
+    write_summary(run_dir, json.loads((run_dir / "summary.json").read_text())["run"])
+    page = write_report(run_dir).read_text()
+    assert "held-out donors, nearest training profile: the training puzzles leak." in html.unescape(
+        read(page, "results")
+    )
+
+
+def test_a_split_file_that_is_no_parquet_is_named(run_dir):
+    (run_dir / "puzzles").mkdir(exist_ok=True)
+    (run_dir / "puzzles/test.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="puzzles/test.parquet: cannot be read as Parquet"):
+        write_report(run_dir)
+
+
+def test_the_sentence_on_lines_holds_for_what_is_measured_seldom_too(run_dir):
+    rows = [{"step": step, "loss": 1.0, **({"eval_loss": 1.0} if step % 100 == 0 else {})} for step in range(1, 301)]
+    (run_dir / "sft").mkdir(exist_ok=True)
+    (run_dir / "sft/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = html.unescape(read(write_report(run_dir).read_text(), "sft"))
+    assert "the line is the running mean over 31 steps. Of what was measured in fewer steps" in text
 
 
 def test_baselines_stand_beside_the_stages(run_dir):

@@ -43,6 +43,26 @@ def claims(reasoning: str, puzzle: Puzzle = PUZZLE) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("club cell", "Clara cell"),
+        ("lung neuroendocrine cell", "pulmonary neuroendocrine cell"),
+        ("type EC enteroendocrine cell", "enterochromaffin cell"),
+        ("enterocyte of colon", "colonocyte"),
+        ("erythroblast", "normoblast"),
+        ("pulmonary alveolar type 2 cell", "type II pneumocyte"),
+        ("plasma cell", "plasma B cell"),
+        ("CD16-positive, CD56-dim natural killer cell, human", "CD56dim NK cell"),
+    ],
+)
+def test_another_name_of_a_candidate_is_no_type_outside_the_list(label, name):
+    labels = [label, "mast cell"]
+    puzzle = Puzzle(id="c", context="", cells=[["G"]] * 2, candidates=labels, answer=labels)
+    found = traced(f"Cell 1 has markers, so it is a {name}. Cell 2 is a mast cell.", puzzle=puzzle)
+    assert found.outside == () and [(step.cell, step.label) for step in found.steps] == list(enumerate(labels, start=1))
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("Cell 1: JCHAIN, MZB1, so plasma cell", [(1, PLASMA)]),

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+from trainer.config import GrpoConfig
 from trainer.inspect.ledger import total_contribution
 from trainer.ppo.settings import PpoConfig
 from trainer.record.bundle import Bundle
@@ -74,6 +75,12 @@ def explain_response(
         else f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push {_direction(trained)}"
     )
     return "\n".join(lines)
+
+
+def share_formula(cfg: GrpoConfig | PpoConfig, distilled: bool) -> str:
+    """What a token's share of the loss is made of. distilled: the step has --distill-failures."""
+    kl, more = " + beta x KL" if cfg.loss_beta else "", " + distillation" if distilled else ""
+    return f"weight x (surrogate x correction{kl}{more})"
 
 
 def _direction(trained: list[dict]) -> str:
