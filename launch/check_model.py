@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import click
 
+from data.errors import UserError
+from data.options import check_numbers
 from data.puzzles import Puzzle, read_puzzles
 from launch.options import argument, command, option
 from trainer.start.preflight import Row, format_rows
@@ -37,6 +39,11 @@ class CheckModelConfig:
     puzzles: str | None = option(None, "Ask the first puzzle of this file; default: a small one of blood cells.")
     answer_tokens: int = option(64, "Length of the greedy answer that is shown; 0 loads no weights.")
     json: bool = option(False, "Print the table as JSON.")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, {"at least 0": ("answer_tokens",)})
+        if self.puzzles and not self.answer_tokens:
+            raise UserError("--puzzles: no puzzle is asked with --answer-tokens 0; leave one of the two out")
 
 
 @command(CheckModelConfig)

@@ -108,7 +108,8 @@ def vllm_teacher(config: DistillConfig, chats: list[list[dict[str, str]]], meter
     """A checkpoint, or an adapter on one, in a vLLM engine with room for the longest prompt of `chats` and a response."""
     from rollout import Sampling
     from rollout.teachers.vllm import VLLMTeacher
-    from trainer.model.opening import open_checkpoint, start_engine
+    from trainer.model.opening import open_checkpoint
+    from trainer.model.serving import start_engine
     from trainer.ranks.world import leave_world
 
     opened = open_checkpoint(str(config.model), config.base)

@@ -114,7 +114,8 @@ def tokenizer_of(config: EvaluateConfig):
 
 def load_model(config: EvaluateConfig, sets: list[PuzzleSet]) -> Loaded:
     """Load the checkpoint, or an adapter on one, into vLLM with room for the longest prompt and response."""
-    from trainer.model.opening import open_checkpoint, start_engine
+    from trainer.model.opening import open_checkpoint
+    from trainer.model.serving import start_engine
     from trainer.ranks.world import leave_world
 
     opened = open_checkpoint(str(config.model), config.base)

@@ -1,19 +1,21 @@
 """Models of other people: chat templates, tokenizers, ends of a turn, architectures. Right, or refused before step 1."""
 
+import copy
 import datetime
 import json
 import re
 import shutil
 from pathlib import Path
 
+import mistral_common
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
-from data.prompts import RESPONSE_TAGS, ChatFormat
+from data.prompts import RESPONSE_TAGS, ChatFormat, chat
 from data.puzzles import read_puzzles, read_rows
 from reward.cellpuzzles import batch_reward
 from rollout import count_repeats
@@ -27,6 +29,7 @@ from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
+from trainer.start.parts import load_policy
 from trainer.start.preflight import context_of
 
 DAY = datetime.date(2026, 2, 3)
@@ -301,6 +304,16 @@ def test_ends_that_cannot_be_are_refused(tokenizers, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100}))
     with pytest.raises(UserError, match="but the model embeds 100"):
         ChatFormat(tokenizer, tmp_path)
+    # a token beyond the embedding that no text holds, as the place of an image in the text models of Gemma 3
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(tokenizer)}))
+    with_image = copy.deepcopy(tokenizer)
+    with_image.add_tokens(["<image_soft_token>"], special_tokens=True)
+    asked = ChatFormat(with_image, tmp_path)
+    assert asked.notes == [
+        "the tokenizer has 1 tokens that the model does not embed (such as '<image_soft_token>'); a text with one is refused"
+    ]
+    with pytest.raises(UserError, match=r"the text holds token \d+ \('<image_soft_token>'\), and the model embeds"):
+        asked.prompt_ids(chat("Assign.", "Cell 1: <image_soft_token>"))
     (tmp_path / "config.json").unlink()
     tokenizer = tagged_tokenizer_without_ends(tokenizer)
     with pytest.raises(UserError, match="nothing says which token ends a response"):
@@ -753,6 +766,39 @@ def test_gpt_oss_and_falcon_h1_are_refused_in_a_sentence(pipeline, tmp_path):
     assert problem_of(folder, lora=False) == ""
     with pytest.raises(UserError, match="PEFT cannot put an adapter on a falcon_h1"):
         policy_of(folder)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.5])
+def test_a_head_that_scales_in_another_way_is_not_trained_as_another_model(pipeline, tmp_path, scaling):
+    """HyperCLOVA X multiplies its logits by what Granite divides them by."""
+    tokenizer = load_tokenizer(str(pipeline / "base"))
+    folder = make_checkpoint(tmp_path / "m", tokenizer, "hyperclovax", logits_scaling=scaling, head_dim=32)
+    cfg = SftConfig(traces="t", model=str(folder), out="o", lora_rank=4, lora_alpha=8)
+    if scaling == 1.0:
+        load_policy(cfg, torch.device("cpu"))
+        return
+    with pytest.raises(UserError, match="of this hyperclovax would be others than those of its own class"):
+        load_policy(cfg, torch.device("cpu"))
+
+
+def test_the_tokenizer_is_what_its_file_says_whatever_class_is_named(pipeline, tmp_path):
+    """transformers' Llama class drops the spaces of a byte-level vocabulary, as that of DeepSeek-R1-Distill-Llama is."""
+    folder = make_checkpoint(tmp_path / "m", load_tokenizer(str(pipeline / "base")), "llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizerFast"}))
+    for name in ("", "tekken.json"):
+        if name:  # with it, transformers would take Mistral's own library, which knows no chat template
+            shutil.copy(Path(mistral_common.__file__).parent / "data/tekken_240718.json", folder / name)
+        tokenizer = load_tokenizer(str(folder))
+        text = "Cell 1: CD3D, CD8A\n\nMatch T cell"
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text and tokenizer.chat_template
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(tokenizers, tmp_path):
+    tokenizer = copy.deepcopy(with_template(tokenizers["byte-level"], CHAT_TEMPLATE))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\s"), "")
+    with pytest.raises(UserError, match="its tokenizer loses spaces and line breaks"):
+        ChatFormat(tokenizer, tmp_path)
 
 
 @pytest.mark.slow(2)

@@ -60,7 +60,8 @@ class Engine:
     """A checkpoint in vLLM that answers questions."""
 
     def __init__(self, folder: Path) -> None:
-        from trainer.model.opening import open_checkpoint, start_engine
+        from trainer.model.opening import open_checkpoint
+        from trainer.model.serving import start_engine
 
         self.opened = open_checkpoint(str(folder))
         self.engine = start_engine(self.opened, longest=600, dtype="float32", memory_fraction=0.4)

@@ -7,17 +7,21 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data.clusters.known import read_known_labels
+from data.errors import UserError
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
-from trainer.model.loading import load_tokenizer
-from trainer.model.merge import write_checkpoint
+from trainer.model.export import export_model
+from trainer.model.loading import load_tokenizer, through_nf4
+from trainer.model.merge import merged_weight, write_checkpoint
+from trainer.model.opening import open_checkpoint
+from trainer.model.serving import served_base
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
 from trainer.sft.settings import SftConfig
@@ -285,6 +289,9 @@ def test_what_cannot_be_exported(pipeline, trained, tmp_path):
     )
     checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
     done = run_command("export", "--model", checkpoint, "--base", other, "--out", tmp_path / "x")
+    assert done.returncode == 2 and "was trained on another model.safetensors" in done.stderr
+    alone = adapter_folder(noisy_policy(pipeline / "base"), tmp_path / "alone", pipeline / "base")
+    done = run_command("export", "--model", alone, "--base", other, "--out", tmp_path / "x")
     assert done.returncode == 2 and "has no weight for the adapter's" in done.stderr and not (tmp_path / "x").exists()
 
 
@@ -308,3 +315,97 @@ def test_one_chat_layout_in_distillation_sft_grpo_and_evaluation(pipeline):
         [*puzzle.chat(), {"role": "assistant", "content": row["assistant_msg"]}], tokenize=False
     )
     assert tokenizer.decode(example.prompt_ids + example.response_ids) == whole.removesuffix("\n")
+
+
+def adapter_folder(policy: Policy, folder, base, **settings):
+    """The adapter in PEFT's format, with other settings where they are given; None leaves one out."""
+    folder.mkdir()
+    save_file({name: t.contiguous() for name, t in adapter_of(policy).items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", **policy.lora, "base_model_name_or_path": str(base), **settings}
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_rslora_is_scaled_by_the_root_of_its_rank():
+    name, adapter = "model.layers.0.mlp.up_proj.weight", {"A": torch.ones(4, 1), "B": torch.ones(1, 4)}
+    tensors = {f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight": t for side, t in adapter.items()}
+    config = {"lora_alpha": 2, "r": 4}
+    assert merged_weight(torch.zeros(1, 1), name, tensors, config).item() == 4 * 2 / 4
+    assert merged_weight(torch.zeros(1, 1), name, tensors, config | {"use_rslora": True}).item() == 4 * 2 / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"init_lora_weights": "pissa"}, 'begun with init_lora_weights "pissa", which takes a part out of the base'),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens cannot be merged here"),
+        ({"peft_type": "IA3"}, "an adapter of type IA3; only LoRA"),
+        ({"r": None}, "has no r, so the adapter is not whole"),
+    ],
+)
+def test_an_adapter_that_would_be_merged_into_another_model_is_refused(pipeline, tmp_path, settings, says):
+    folder = adapter_folder(noisy_policy(pipeline / "base"), tmp_path / "adapter", pipeline / "base", **settings)
+    with pytest.raises(UserError) as refused:
+        opened = open_checkpoint(folder, served=False)
+        export_model(opened, tmp_path / "out", dtype="float32", adapter_only=False, metrics=[])
+    assert says in str(refused.value) and not (tmp_path / "out").exists()
+    with pytest.raises(UserError):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_of_another_shape_is_refused_before_vllm_fills_it_up(pipeline, tmp_path):
+    policy = noisy_policy(pipeline / "base")
+    open_checkpoint(adapter_folder(policy, tmp_path / "whole", pipeline / "base"))
+    for number, (change, says) in enumerate(
+        (
+            (
+                lambda name, t: (name, t[:, :-1] if "lora_A" in name else t),
+                "is it the base that this adapter was trained on",
+            ),
+            (
+                lambda name, t: (name, t[:-1] if "lora_B" in name else t),
+                "is it the base that this adapter was trained on",
+            ),
+            (lambda name, t: (name.replace("layers.0", "layers.9"), t), "has no such weight"),
+            (lambda name, t: (name.replace("lora_A.weight", "lora_embedding_A"), t), "cannot be served; merge it"),
+        )
+    ):
+        folder = tmp_path / f"wrong-{number}"
+        shutil.copytree(tmp_path / "whole", folder)
+        tensors = dict(change(name, t) for name, t in adapter_of(policy).items())
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=says):
+            open_checkpoint(folder)
+
+
+def test_an_adapter_of_a_run_stays_on_the_base_that_it_was_trained_on(pipeline, trained, tmp_path):
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    open_checkpoint(checkpoint)
+    shutil.copytree(pipeline / "base", tmp_path / "other")
+    tensors = load_file(tmp_path / "other/model.safetensors")
+    tensors[min(tensors)] += 0.1
+    save_file(tensors, tmp_path / "other/model.safetensors", {"format": "pt"})
+    done = run_command("export", "--model", checkpoint, "--base", tmp_path / "other", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "was trained on another model.safetensors than" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_over_four_bits_is_asked_over_four_bits(pipeline, tmp_path):
+    """As it was trained, as it sampled, and as it is exported."""
+    run = tmp_path / "run"
+    folder = adapter_folder(noisy_policy(pipeline / "base", quantize="nf4"), tmp_path / "adapter", pipeline / "base")
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.move(folder, run / "checkpoints/step-000001")
+    record = {"settings": {"quantize": "nf4", "dtype": "float32"}}
+    (run / "config.json").write_text(json.dumps(record))
+    opened = open_checkpoint(run / "checkpoints/step-000001")
+    served = load_file(f"{served_base(opened)}/model.safetensors")
+    rounded = through_nf4(load_file(pipeline / "base/model.safetensors")["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(served["model.layers.0.mlp.up_proj.weight"], rounded)
+    (tmp_path / "link").symlink_to(run / "checkpoints/step-000001")
+    assert served_base(open_checkpoint(tmp_path / "link")) == served_base(opened), (
+        "its run is found through a link, too"
+    )
+    (run / "config.json").write_text(json.dumps({"settings": {"quantize": "none", "dtype": "float32"}}))
+    assert served_base(opened) == str(pipeline / "base")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from data.errors import UserError
 from tests.helpers.commands import run_command, succeed
-from trainer.model.from_gguf import import_gguf
+from trainer.model.from_gguf import Header, import_gguf
 from trainer.model.loading import load_tokenizer
 
 pytest.importorskip("gguf")
@@ -91,6 +92,19 @@ def test_the_stretched_rotary_embedding_of_llama_3_is_kept(pipeline, tmp_path):
         torch.testing.assert_close(made(ids).logits, original(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_what_transformers_does_not_read_of_an_architecture_is_set(file):
+    """The base of StarCoder 2's rotary embedding, Phi-3's window."""
+    header = Header(file)
+    header.get = {
+        "general.architecture": "starcoder2",
+        "starcoder2.rope.freq_base": 100_000.0,
+        "starcoder2.attention.sliding_window": 2047,
+    }.get
+    config = SimpleNamespace(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, sliding_window=None)
+    header.correct(file, config)
+    assert config.rope_parameters["rope_theta"] == 100_000.0 and config.sliding_window == 2047
+
+
 def test_digits_are_cut_as_the_file_says(pipeline, original, tmp_path):
     cuts = {}
     for way in ("default", "smollm", "an-unknown-one"):
@@ -120,6 +134,11 @@ def test_digits_are_cut_as_the_file_says(pipeline, original, tmp_path):
             lambda writer: writer.add_tensor("rope_freqs.weight", torch.tensor([1.0] * 15 + [4.0]).numpy()),
             "-",
             r"scales its rotary embedding \(rope_freqs.weight\)",
+        ),
+        (
+            lambda writer: writer.add_sliding_window(64),
+            "-",
+            "its layers attend in a window of 64 tokens, which would be lost",
         ),
         (lambda writer: writer.add_string("llama.rope.scaling.type", "yarn"), "-", r"\(rope.scaling.type yarn\)"),
         (

@@ -1,7 +1,9 @@
 """Four-bit base, bfloat16 products, eight-bit AdamW, models of other types: through the real command, and number by number."""
 
 import dataclasses
+import errno
 import json
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -130,6 +132,23 @@ def test_the_copy_is_made_once(pipeline, tmp_path):
     assert sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path) == first
     assert (Path(first) / "model.safetensors").stat().st_mtime_ns == made
     assert sampler_model("anything", "none", "float32", tmp_path) == "anything"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_the_copy_needs_no_locks_of_the_disk(pipeline, tmp_path, monkeypatch, capsys, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("data.files.fcntl.flock", refuse)
+    assert (Path(sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path)) / "model.safetensors").is_file()
+    assert "this disk knows no locks" in capsys.readouterr().err
+
+
+def test_a_copy_that_is_there_needs_no_right_to_write(pipeline, tmp_path, monkeypatch):
+    """The run of a colleague, whose adapter is evaluated."""
+    first = sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path)
+    monkeypatch.setattr("trainer.model.merge.wait_for_lock", lambda *_: pytest.fail("nothing is written"))
+    assert sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path) == first
 
 
 def test_a_copy_of_another_model_is_made_anew(pipeline, tmp_path):

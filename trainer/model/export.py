@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save
 
 from data.clusters.known import cell_types_file
+from data.errors import UserError
 from data.files import read_settings, remove_folder
 from trainer.model.merge import write_checkpoint
-from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, run_of
+from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, changes_base, run_of
 from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
@@ -51,6 +52,12 @@ def export_model(
     if adapter_only:
         write_adapter(out, opened, files)
         return
+    if opened.settings and changes_base(opened.settings):
+        start = json.dumps(opened.settings["init_lora_weights"])
+        raise UserError(
+            f"{opened.folder}: the adapter was begun with init_lora_weights {start}, which takes a part out of the base's "
+            "weights first: it cannot be merged here; merge it with PEFT (merge_and_unload)"
+        )
     # the base as it was held in training: its dtype there, and through 4 bits where it was quantised
     # a checkpoint of trained weights has no base below it, so it is only converted
     settings = run.get("settings", {}) if opened.adapter is not None else {}

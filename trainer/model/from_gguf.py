@@ -85,6 +85,7 @@ def import_gguf(file: Path, out: Path) -> tuple[int, list[str]]:
             f"{file}: holds {header.weights:,} weights, and transformers makes a model of {weights:,}: it would not be the "
             "same model; get it as a Hugging Face checkpoint"
         )
+    header.correct(file, model.config)
     if scaled := header.rope_scaling(file, model.config):
         model.config.rope_parameters = scaled
     # the weights are plain numbers now; while the model calls itself quantised, save_pretrained refuses
@@ -132,6 +133,29 @@ class Header:
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
         named = [tokenizer.eos_token_id, *(self.get(f"tokenizer.ggml.{key}") for key in keys)]
         return list(dict.fromkeys(int(end) for end in named if end is not None))
+
+    def correct(self, file: Path, config: PretrainedConfig) -> None:
+        """Set what transformers does not read of some architectures: the rotary embedding's base, the window of attention.
+
+        Raises UserError for a window that the model's class has no place for.
+        """
+        kind = self.get("general.architecture")
+        base, window = self.get(f"{kind}.rope.freq_base"), self.get(f"{kind}.attention.sliding_window")
+        rotary = getattr(config, "rope_parameters", None) or {}
+        if base and "rope_theta" in rotary and abs(rotary["rope_theta"] / base - 1) > 1e-6:
+            rotary["rope_theta"] = float(base)
+        if window and getattr(config, "sliding_window", None) != window:
+            # where only some layers have it, or a switch turns it on, the file does not say enough
+            if (
+                not hasattr(config, "sliding_window")
+                or hasattr(config, "use_sliding_window")
+                or hasattr(config, "layer_types")
+            ):
+                raise UserError(
+                    f"{file}: its layers attend in a window of {window} tokens, which would be lost; get the model as a Hugging "
+                    "Face checkpoint"
+                )
+            config.sliding_window = int(window)
 
     def rope_scaling(self, file: Path, config: PretrainedConfig) -> dict[str, Any]:
         """The rotary embedding's settings if the file scales it, else {}. Raises UserError for a scaling unknown here.

@@ -280,11 +280,9 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
             f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing), and nothing is downloaded"
         )
     # also those that others read later (ChatFormat): a damaged file is named before a library stumbles over it
-    found = {
-        name: read_settings(folder / name)
-        for name in ("config.json", "generation_config.json", *TOKENIZER_SETTINGS)
-        if (folder / name).is_file()
-    }
+    for name in ("config.json", "generation_config.json", *TOKENIZER_SETTINGS):
+        if (folder / name).is_file():
+            read_settings(folder / name)
     vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
     if not vocabularies:
         raise UserError(
@@ -292,10 +290,11 @@ def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
         )
     for path in vocabularies:
         refuse_pointer(path)
-    # for a Qwen2 model AutoTokenizer would use Qwen2's own tokenizer class, which drops our word pattern
-    own = found.get("tokenizer_config.json", {}).get("tokenizer_class") == "TokenizersBackend"
+    # tokenizer.json says all. AutoTokenizer would take the class that the model's type, or tokenizer_config.json, names, which
+    # builds a tokenizer of its own: Qwen2's drops our word pattern, Llama's every space of a byte-level vocabulary
+    kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(model_dir, trust_remote_code=False)
+        return kind.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # the library tokenizers raises plain Exception for a file that it cannot read
         raise UserError(
             f"--model {model_dir}: its tokenizer cannot be loaded ({first_sentence(error)}); copy its files again"

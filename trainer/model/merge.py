@@ -4,7 +4,6 @@ LoRA (arXiv:2106.09685): W + s B A with s = alpha / r. DoRA (arXiv:2402.09353): 
 m. If the base was held in 4 bits in training (QLoRA, arXiv:2305.14314), W is the weight after the rounding to 4 bits.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import INDEX, model_hashes, replacing_folder, weight_files
+from data.files import INDEX, model_hashes, naming_what_cannot_be_written, replacing_folder, wait_for_lock, weight_files
 from trainer.model.loading import linear_weights, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
@@ -30,7 +29,7 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ggu
 """Suffixes of files with weights in some format."""
 MERGED = ("lora_A.weight", "lora_B.weight", MAGNITUDE, f"{MAGNITUDE}.weight")
 """Names of an adapter's tensors of one linear layer, that can be merged."""
-UNSUPPORTED = ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
+UNSUPPORTED = ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "alora_invocation_tokens")
 """Settings of PEFT adapters that cannot be merged here."""
 
 
@@ -139,12 +138,20 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
     if quantize == "none":
         return model_dir
     folder = Path(out) / SAMPLER_BASE
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(SAMPLER_BASE + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # sync point: the other ranks of the node wait here for the copy
-        made_of = json.dumps({"dtype": dtype, **model_hashes(model_dir)})
-        # there, so whole: see the rename in write_checkpoint
-        if not (folder / MADE_OF).is_file() or (folder / MADE_OF).read_text(encoding="utf-8") != made_of:
+    made_of = json.dumps({"dtype": dtype, **model_hashes(model_dir)})
+
+    def is_there() -> bool:  # so whole: see the rename in write_checkpoint
+        return (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text(encoding="utf-8") == made_of
+
+    if is_there():  # perhaps in a folder of somebody else's
+        return str(folder)
+    place = folder.with_name(SAMPLER_BASE + ".lock")
+    with naming_what_cannot_be_written(place):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(place, "w")  # noqa: SIM115 (closed below)
+    with lock:
+        wait_for_lock(lock.fileno(), folder)  # sync point: the other ranks of the node wait here for the copy
+        if not is_there():
             base_dtype = getattr(torch, dtype)
             write_checkpoint(
                 model_dir, folder, base_dtype, quantize=quantize, base_dtype=base_dtype, extra={MADE_OF: made_of}

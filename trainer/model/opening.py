@@ -11,19 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import parse_json, read_sealed, read_settings, seen_from
+from data.files import model_hashes, parse_json, read_sealed, read_settings, seen_from, weight_files
 from data.prompts import ChatFormat
 from trainer.record.runfolder import ADAPTER, refuse_damaged_files
 
-if TYPE_CHECKING:  # both take seconds to load
+if TYPE_CHECKING:  # takes seconds to load
     from transformers import PreTrainedTokenizerBase
-
-    from rollout.vllm_engine import VLLMEngine
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
@@ -84,11 +82,16 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     if not is_adapter(folder):
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
+    if lacking := [name for name in ("r", "lora_alpha", "target_modules") if not settings.get(name)]:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: has no {lacking[0]}, so the adapter is not whole; copy it again")
     under = base_under(folder, settings, base)
     if (
         under != folder and not (under / "config.json").is_file()
     ):  # a run folder that was moved, or another working directory
         raise UserError(f"{folder}: an adapter on {under}, where no checkpoint is; name its checkpoint with --base")
+    refuse_other_base(folder, under)
+    if served:
+        refuse_misfit(folder, adapter, under)
     return OpenedModel(folder, under, adapter, settings)
 
 
@@ -108,6 +111,7 @@ def read_adapter(path: Path, for_vllm: bool = True) -> tuple[dict[str, Tensor], 
         config = parse_json((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path / ADAPTER_CONFIG}: damaged, not JSON ({error})") from None
+    refuse_other_kinds(path / ADAPTER_CONFIG, config)
     if for_vllm and config.get("use_dora"):
         raise UserError(
             f"{path}: a DoRA adapter (use_dora), which vLLM cannot serve; merge it (launch/export.py), or train plain "
@@ -125,15 +129,59 @@ def base_under(folder: Path, settings: dict[str, Any], base: str | None = None) 
     return Path(base) if base else seen_from(folder, Path(settings.get("base_model_name_or_path") or folder))
 
 
+def refuse_other_base(folder: Path, base: Path) -> None:
+    """Raises UserError when an adapter of a run of ours would be put on other weights than it was trained on."""
+    trained_on = run_of(folder).get("model")
+    if not isinstance(trained_on, dict):
+        return
+    there = model_hashes(base)
+    for name in sorted(trained_on):
+        if name.endswith(".safetensors") and there.get(name, trained_on[name]) != trained_on[name]:
+            raise UserError(
+                f"{folder}: was trained on another {name} than {base} holds (other SHA-256), so its answers would be those of "
+                "no model that was trained; name the checkpoint that it began from with --base"
+            )
+
+
+def refuse_misfit(folder: Path, adapter: dict[str, Tensor], base: Path) -> None:
+    """Raises UserError when an adapter has parts that cannot be served, or is of another shape than the base's weights.
+
+    vLLM itself fills up a smaller adapter with zeros. Headers are read, no weights.
+    """
+    shapes: dict[str, list[int]] = {}
+    for path in weight_files(base):
+        with safe_open(path, "pt") as handle:
+            shapes |= {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    for name, tensor in adapter.items():
+        module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            raise UserError(
+                f"{folder}: the adapter's {name} cannot be served; merge it into its base (launch/export.py)"
+            )
+        weight = shapes.get(f"{module}.weight")
+        width = tensor.shape[1] if part == "A.weight" else tensor.shape[0]
+        if weight is None or width != weight[1 if part == "A.weight" else 0]:
+            held = "no such weight" if weight is None else f"a weight of {' x '.join(map(str, weight))}"
+            raise UserError(
+                f"{folder}: the adapter's {name} is {' x '.join(map(str, tensor.shape))}, and {base} has {held}; is it the base "
+                "that this adapter was trained on?"
+            )
+
+
 def run_of(folder: Path) -> dict[str, Any]:
     """config.json of the run that a checkpoint belongs to: settings, versions, git commit. {} without a run."""
+    place = run_folder_of(folder)
+    return read_settings(place / "config.json") if place else {}
+
+
+def run_folder_of(folder: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None without a run."""
+    folder = folder.resolve()  # it may be named by a link, or from inside checkpoints/
     # config.json of the run is one level above OUT/model, and two above OUT/checkpoints/step-000010
     for place in (folder.parent, folder.parent.parent):
-        if (place / "config.json").is_file():
-            found = read_settings(place / "config.json")
-            if "settings" in found:  # else it is the config.json of a model
-                return found
-    return {}
+        if (place / "config.json").is_file() and "settings" in read_settings(place / "config.json"):
+            return place  # else it is the config.json of a model
+    return None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -153,16 +201,31 @@ def served_settings(folder: Path) -> dict[str, Any] | None:
         settings = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); copy the adapter again") from None
+    refuse_other_kinds(path, settings)
     unserved = [name for name in UNSERVED if settings.get(name)]
     # these two have harmless values that are true in Python, such as "none", so UNSERVED cannot hold them
     unserved += ["bias"] if settings.get("bias", "none") != "none" else []
-    unserved += [n for n in ("init_lora_weights",) if str(settings.get(n)).lower() not in PLAIN_STARTS]
+    unserved += ["init_lora_weights"] if changes_base(settings) else []
     if unserved:
         raise UserError(
             f"{path}: has {unserved[0]} {json.dumps(settings[unserved[0]])}, with which an adapter cannot be served: "
             "merge it into its base (PEFT's merge_and_unload) and name the merged checkpoint"
         )
     return settings
+
+
+def changes_base(settings: dict[str, Any]) -> bool:
+    """Did the adapter's start change the base's weights too (PiSSA, OLoRA, LoftQ)? settings: its adapter_config.json."""
+    return str(settings.get("init_lora_weights")).lower() not in PLAIN_STARTS
+
+
+def refuse_other_kinds(path: Path, settings: Any) -> None:
+    """Raises UserError for an adapter that is no LoRA. path: of its adapter_config.json."""
+    kind = settings.get("peft_type", "LORA") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise UserError(
+            f"{path}: an adapter of type {kind}; only LoRA (peft_type LORA) is read here, merge it with PEFT"
+        )
 
 
 def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
@@ -181,31 +244,3 @@ def files_fingerprint(folder: str | Path, base: str | None = None) -> str:
         if path.is_file()
     ]
     return f"{len(found)} files, {hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]}"
-
-
-def start_engine(
-    opened: OpenedModel, *, longest: int, dtype: str, memory_fraction: float, sequences: int = 256, eager: bool = False
-) -> "VLLMEngine":
-    """A vLLM engine in this process that holds the model. Joins the world: after engine.close(), call leave_world().
-
-    longest: most tokens of prompt and response together. memory_fraction: share of a GPU's memory that the engine may
-    use. sequences: responses asked for at a time. eager: see rollout/vllm_versions.py.
-    """
-    from rollout.sync import Parcel
-    from rollout.vllm_engine import VLLMEngine
-    from trainer.ranks.world import join_world
-
-    join_world()  # vLLM's external launcher needs a world, also for one process
-    engine = VLLMEngine(
-        str(opened.base),
-        lora=opened.lora,
-        max_model_len=longest,
-        dtype=dtype,
-        sequences=sequences,
-        eager=eager,
-        memory_fraction=memory_fraction,
-    )
-    if opened.adapter:
-        parcel = Parcel.of(opened.adapter)
-        engine.load_adapter(parcel, parcel.manifest(), version=1)  # no canary: no trainer is here to compare with
-    return engine

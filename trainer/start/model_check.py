@@ -83,8 +83,8 @@ def architecture_row(base: PreTrainedModel) -> Row:
     value = f"{type(base).__name__}, {sum(p.numel() for p in base.parameters()):,} weights"
     if kind not in (*SHARES_PROMPTS, *RUNS_TOO):
         value += (
-            f" ({kind} is none of the types that our tests run, and vLLM may not load it; the canary proves that it is "
-            "sampled as it is trained, or stops the run)"
+            f" ({kind} is none of the types that our tests run, and vLLM may not load it; log-probs are compared with "
+            "those of its own class before it is trained)"
         )
     return Row(what="architecture", value=value)
 

@@ -21,9 +21,10 @@ from rollout import Engine
 from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import OnlineConfig, TrainingConfig
+from trainer.model.loading import INSTEAD, RUNS_TOO, SHARES_PROMPTS
 from trainer.model.merge import sampler_model
 from trainer.model.shared import NotSharedError, SharedBase, base_refused, why_two_copies
-from trainer.packing import ScoredGroup
+from trainer.packing import ScoredGroup, pack
 from trainer.policy import Policy, Prompt
 from trainer.prompts.validation import HeldOut, Validator
 from trainer.ranks.world import StopRequest, World
@@ -193,6 +194,8 @@ def load_policy(
         date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
         base=base,
     )
+    if not sharded and base is None:
+        refuse_another_softmax(policy, str(cfg.model))
     # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = online and cfg.packing == "shared" and policy.cannot_share
     if cannot_share and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -200,6 +203,28 @@ def load_policy(
             f"--packing plain, one row per response: {cfg.model} cannot share prompts, since {cannot_share}", flush=True
         )
     return policy
+
+
+@torch.no_grad()
+def refuse_another_softmax(policy: Policy, model_dir: str) -> None:
+    """Raises UserError when our log-probs of a model type that no test runs are not those of its own class.
+
+    Some scale or cap the logits in ways that `head_of` does not know; trained so, it would be another model.
+    """
+    lm = policy.causal_lm
+    if lm.config.model_type in (*SHARES_PROMPTS, *RUNS_TOO):
+        return
+    ids = list(range(1, 17))
+    ours = policy.response_logprobs(pack([(ids[:1], [ids[1:]])], policy.device))[0]
+    with policy.decoding():
+        logits = lm(input_ids=torch.tensor([ids], device=policy.device), use_cache=False).logits[0, :-1].float()
+    theirs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:], device=policy.device)[:, None])[:, 0]
+    distance = (ours - theirs).abs().mean().item()
+    if not distance <= 0.05:  # nats; of bfloat16, and nan is a failure too
+        raise UserError(
+            f"--model {model_dir}: the log-probs of this {lm.config.model_type} would be others than those of its own class in "
+            f"transformers ({distance:.3g} nats on average), so another model would be trained; {INSTEAD}"
+        )
 
 
 def make_optimizer(
