@@ -137,6 +137,9 @@ class LocalEngine(ABC):
     def sleep(self) -> None:  # noqa: B027
         """Called after sampling: release memory to the trainer."""
 
+    def forget(self) -> None:  # noqa: B027 (most engines keep nothing)
+        """Drop what is kept from prompts of before, so that what is sampled next depends on nothing else."""
+
     def deliver(self, tensors: dict[str, Tensor], version: int, canary: Canary) -> None:
         """See Engine."""
         self.parcel, manifest = broadcast_adapter(tensors, self.parcel)  # sync point

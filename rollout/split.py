@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.errors import UserError
 from rollout import Rollout, Sampling, count_repeats
 from rollout.link import (
     JOIN_SECONDS,
@@ -37,6 +38,14 @@ from rollout.link import (
     take_signed,
 )
 from rollout.sync import Canary, Manifest, Parcel, RunError, SyncError, manifest_hash
+
+REFUSED = "refused"
+"""Key of the notice of a sampler that cannot start for a reason that the user must mend."""
+
+
+def over_key(engine: int) -> str:
+    """The key of the notice that a sampler has done its last order: from then on its death is no loss."""
+    return f"e{engine}/over"
 
 
 class SamplerLost(RunError):
@@ -151,8 +160,10 @@ class SplitEngine:
             item = Load(version=version, manifest=manifest, parcel=parcel, canary=canary, lora=self.lora)
             for orders in self.queues:
                 orders.put(item)
-            while self.synchronous and any(orders.unfinished_tasks for orders in self.queues):
-                self._check_failure("the samplers to take the adapter")
+            # around the whole loop, here and below: the watch looks at any moment
+            with self.waiting("the samplers to take the adapter"):
+                while self.synchronous and any(orders.unfinished_tasks for orders in self.queues):
+                    self._pause()
 
     def ask(
         self, step: int, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, part: str = ""
@@ -181,8 +192,9 @@ class SplitEngine:
         for place in range(self.rank, len(prompts), self.size):  # this rank's share
             # taken, not read: rollouts of past steps would fill rank 0's memory
             key = rollouts_key(step, part, place)
-            while (sampled := take_signed(self.store, key, self.address.token)) is None:
-                self._check_failure(f"the rollouts of step {step + 1}")
+            with self.waiting(f"the rollouts of step {step + 1}"):
+                while (sampled := take_signed(self.store, key, self.address.token)) is None:
+                    self._pause()
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(
                     f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
@@ -213,13 +225,15 @@ class SplitEngine:
             thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
         self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 
-    def _check_failure(self, what: str) -> None:
-        """Sleep briefly. Raises SamplerLost if a sampler is gone; every rank that polls sees the same failure."""
-        with self.waiting(what):
-            time.sleep(0.01)
+    def _pause(self) -> None:
+        """Sleep briefly. Raises as `_raise_failure`."""
+        time.sleep(0.01)
         self._raise_failure()
 
     def _raise_failure(self) -> None:
+        """Raises SamplerLost if a sampler is gone, UserError if one was refused; every rank that polls sees the same."""
+        if (refused := read_notice(self.store, REFUSED, self.address.token)) is not None:
+            raise UserError(refused)
         if (failure := read_notice(self.store, "failure", self.address.token)) is not None:
             raise SamplerLost(failure)
 
@@ -230,6 +244,8 @@ class SplitEngine:
         store = self.store.clone()  # a client serves one thread at a time
         try:
             self._work(engine, store)
+        except UserError:
+            pass  # the sampler has left its sentence for all ranks
         except RunError as error:
             post_notice(store, "failure", str(error), self.address.token)
         finally:
@@ -265,8 +281,12 @@ class SplitEngine:
                     self.restarts_left[engine] -= 1
                     print(f"{lost}; it is started again (attempt {attempt + 2})", file=sys.stderr, flush=True)
             self.queues[engine].task_done()  # deliver() waits for this if it is synchronous
+        post_notice(store, over_key(engine), "nothing is left to sample", self.address.token)
         if session is not None:
-            session.stop()
+            try:
+                session.stop()
+            except SamplerLost as lost:  # all that it sampled is here, and trained on
+                print(f"{lost}, after its last order: nothing is lost", file=sys.stderr, flush=True)
 
     def _drop_repeats(self, repeated: list[Generate], version: int, store: dist.Store) -> list[Generate]:
         """Remove what was put again for ranks that had taken it already. version: of the adapter that is to be loaded.
@@ -391,6 +411,8 @@ class Session:
             self._check_alive()
 
     def _check_alive(self) -> None:
+        if (refused := read_notice(self.store, REFUSED, self.token)) is not None:
+            raise UserError(refused)
         if (lost := read_notice(self.store, f"{self.prefix}/lost", self.token)) is not None:
             raise SamplerLost(lost)
 

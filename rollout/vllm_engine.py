@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed import DistError
 
 from data.errors import RunError, UserError
 from data.files import weight_files
@@ -107,8 +108,8 @@ class VLLMEngine(LocalEngine):
                 **adapter,
             )
         except Exception as error:  # whatever vLLM raises about a model that it has not the code for
-            # of other ranks: a rank that is gone shows itself by a collective that fails, and the watch explains it
-            if size > 1 and (isinstance(error, torch.distributed.DistError) or type(error) is RuntimeError):
+            # a rank that is gone shows itself by a collective that fails, and the watch explains it
+            if max(size, tensor_parallel) > 1 and (isinstance(error, DistError) or type(error) is RuntimeError):
                 raise
             raise UserError(why_not_started(model_dir, error)) from error
         finally:
@@ -126,22 +127,18 @@ class VLLMEngine(LocalEngine):
             self.merged = (parcel, manifest)
             self._merge(parcel, manifest)
         else:
-            answers = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))
-            self.bound = answers[0]
+            self.bound = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))[0]
             self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")  # vLLM's ids start at 1
-        # with an empty cache a resumed run samples the same tokens as an uninterrupted one
-        self._forget_prefixes()
+        self.forget()  # then a resumed run samples the same tokens as an uninterrupted one
 
     def _merge(self, parcel: Parcel | None, manifest: Manifest) -> None:
         """Give the sampler the base's weights, with the adapter added unless the parcel is None."""
-        assert self.lora is not None
         scale = self.lora["lora_alpha"] / self.lora["r"]
-        answers = self.llm.collective_rpc("set_merged", args=(parcel, manifest, scale, self.model_dir))
-        self.bound = answers[0]
-        self._forget_prefixes()
+        self.bound = self.llm.collective_rpc("set_merged", args=(parcel, manifest, scale, self.model_dir))[0]
+        self.forget()
 
-    def _forget_prefixes(self) -> None:
-        """Empty the prefix cache: what it holds was computed with another adapter, or its memory is given away."""
+    def forget(self) -> None:
+        """See LocalEngine. Empties the prefix cache; also where another adapter filled it, or its memory is given away."""
         if not self.llm.reset_prefix_cache():  # vLLM itself only logs it
             raise RunError("vLLM did not empty its prefix cache, since a request is not finished; go on with --resume")
 
@@ -157,7 +154,7 @@ class VLLMEngine(LocalEngine):
         if self.may_sleep and not self.asleep:
             torch.cuda.synchronize()  # sleep() unmaps memory that a queued kernel could still read
             if self.shares_weights:
-                self._forget_prefixes()
+                self.forget()
                 discard_kv_cache()
             else:
                 self.llm.sleep(level=1)

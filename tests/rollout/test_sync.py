@@ -6,7 +6,10 @@ import struct
 import threading
 import time
 import zlib
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +17,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rollout import Rollout, Sampling, crc
+from data.errors import UserError
+from rollout import LocalEngine, Rollout, Sampling, crc
 from rollout.crc import device_checksums
 from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
-from rollout.split import Load, SamplerEnd, SamplerProcess, SplitEngine
+from rollout.split import (
+    REFUSED,
+    Load,
+    SamplerEnd,
+    SamplerProcess,
+    Session,
+    SplitEngine,
+    over_key,
+    rollouts_key,
+)
 from rollout.sync import Canary, Parcel, SyncError, broadcast_adapter, manifest_hash
 from tests.helpers.commands import ROOT, run_command, succeed
 
@@ -258,6 +271,48 @@ def test_the_canary_judges_by_distance_and_by_equality():
     )  # nan: named later
 
 
+def test_a_sampler_that_is_not_the_policy_is_found_by_the_difference_of_its_base():
+    """Rounding widens the limit only so far: here the base itself differs by 1 nat."""
+    canary = Canary(ids=[1, 2], policy=[-1.0], reference=[-1.0], tolerance=1e-4)
+    with pytest.raises(SyncError, match="differ by 2 nats on average, more than 0.001 "):
+        canary.check([-3.0], [-2.0])
+    assert canary.check([-1.0009], [-1.0009 - 1e-9]) == pytest.approx(9e-4)  # up to ten times the tolerance
+
+
+class Deaf(LocalEngine):
+    """It takes an adapter and goes on with the one before."""
+
+    def generate(self, puzzle_ids, prompts, sampling, repeats=()):
+        raise NotImplementedError
+
+    def load_adapter(self, parcel, manifest, version):
+        self.version = version
+
+    def prompt_logprobs(self, ids, adapter=True):
+        return [-9.0]
+
+
+def test_a_hand_over_ends_with_the_canary(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    with pytest.raises(SyncError, match="the sampler is not the policy"):
+        Deaf().deliver({"a": torch.ones(2)}, 0, CANARY)
+    Deaf().deliver({"a": torch.ones(2)}, 0, replace(CANARY, policy=[-9.0]))
+
+
+def test_a_hand_over_to_another_process_ends_with_the_canary():
+    store, address = open_store("127.0.0.1", 0)
+    life = threading.Thread(target=sampler_life, args=(address, 0))
+    life.start()
+    session = Session(store, 0, 0, SimpleNamespace(members=1, address=address, device=torch.device("cpu"), off={}))
+    parcel = Parcel.of({"w": torch.ones(3)})
+    load = Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None)
+    session.load(load)
+    with pytest.raises(SyncError, match="the sampler is not the policy"):  # it answers as CANARY's policy
+        session.load(replace(load, canary=replace(CANARY, policy=[-9.0])))
+    session.stop()
+    life.join()
+
+
 def test_the_store_listens_on_one_address_and_takes_signed_values_only(capsys):
     store, address = open_store("127.0.0.1", 0)
     socket.create_connection(("127.0.0.1", address.port), timeout=5).close()
@@ -355,6 +410,96 @@ def sampler_life(address, generation: int, idle: bool = False, dies: threading.E
             return
         end.answer()
     end.answer()
+
+
+def test_a_rank_waits_from_its_first_look_to_its_last():
+    """The watch may ask at any moment: a rank that looks into the store waits, too."""
+    store, address = open_store("127.0.0.1", 0)
+    now, seen = [], []
+
+    @contextmanager
+    def waiting(what):
+        now.append(what)
+        yield
+        now.pop()
+
+    class Looked:
+        def check(self, keys):
+            seen.append(list(now))
+            return store.check(keys)
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+    engine = SplitEngine(
+        *(address, Looked()),
+        **{
+            "rank": 1,
+            "size": 2,
+            "samplers": 1,
+            "members": 1,
+            "lora": None,
+            "device": torch.device("cpu"),
+            "waiting": waiting,
+        },
+    )
+    engine.version, engine.hash = 0, "h"
+    engine.ask(
+        0, ["a", "b"], [[1, 2], [3]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
+    )
+    sampled = {"version": 0, "hash": "h", "responses": [([5], [-0.5], "stop")], "seconds": 0.1}
+    other = store.clone()
+
+    def put():
+        while len(seen) < 6:
+            time.sleep(0.01)
+        put_signed(other, rollouts_key(0, "", 1), sampled, address.token)
+
+    writer = threading.Thread(target=put)
+    writer.start()
+    assert engine.collect(0)[0][0].response_ids == [5]
+    writer.join()
+    assert len(seen) >= 6 and all(at == ["the rollouts of step 1"] for at in seen) and not now
+
+
+def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
+    store, address = open_store("127.0.0.1", 0)
+    engine = SplitEngine(
+        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
+    )
+
+    def dies_when_told_to_stop() -> None:
+        me = SamplerProcess(engine=0, member=0, members=1, generation=0)
+        end = SamplerEnd(address, me, torch.device("cpu"))
+        end.hello()
+        order = end.next_order()
+        end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
+        end.answer(on=CANARY.policy, off=None)
+        assert end.next_order()["do"] == "stop" and read_notice(end.store, over_key(0), address.token)
+        post_notice(end.store, f"{me.prefix}/lost", "sampler 0 was killed", address.token)
+
+    life = threading.Thread(target=dies_when_told_to_stop)
+    life.start()
+    parcel = Parcel.of({"w": torch.ones(3)})
+    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.close()
+    life.join()
+    assert "sampler 0 was killed, after its last order: nothing is lost" in capsys.readouterr().err
+
+
+def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
+    store, address = open_store("127.0.0.1", 0)
+    engine = SplitEngine(
+        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
+    )
+    parcel = Parcel.of({"w": torch.ones(3)})
+    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.ask(0, ["a"], [[1]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,)))
+    post_notice(store, REFUSED, "sampler 0: --model m: vLLM does not start", address.token)  # before it said hello
+    with pytest.raises(UserError, match="^sampler 0: --model m: vLLM does not start$"):
+        engine.collect(0)
+    engine.threads[0].join(timeout=60)
+    assert not engine.threads[0].is_alive() and read_notice(store, "failure", address.token) is None
 
 
 @pytest.mark.parametrize("idle", [True, False])

@@ -231,6 +231,35 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     assert len({row["adapter_hash"] for row in metrics(tmp_path / "cut")}) == 40
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(60)
+def test_vllm_in_a_process_of_its_own_samples_as_in_the_ranks_own(words, start, tmp_path):
+    """The adapter travels by broadcast, is added to the other process's weights, and the canary proves it; killed, it goes on."""
+    with_vllm = (*SMALL, "--steps", 3, "--save-every", 3)
+    succeed("grpo", *words(tmp_path / "one"), *with_vllm)
+    split = [*words(tmp_path / "two"), *with_vllm, "--placement", "split", "--restart-samplers", 1]
+    launched = start(torchrun(*split, ranks=2), tmp_path / "log")
+    launched.wait_for("step 1/")
+    (sampler,) = launched.descendants("trainer.start.sampler")
+    sampler.kill()
+    assert launched.end() == 0, launched.output
+    assert "it is started again (attempt 2)" in launched.output
+    assert_same_numbers(tmp_path / "two", metrics(tmp_path / "one"))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(30)
+def test_a_sampler_that_vllm_refuses_is_one_sentence_and_is_not_started_again(words, start, tmp_path):
+    split = [*words(tmp_path / "run"), *SMALL, "--steps", 3, "--placement", "split", "--restart-samplers", 2]
+    launched = start(torchrun(*split, ranks=2), tmp_path / "log", {"VLLM_CPU_KVCACHE_SPACE": "100000"}, fresh=True)
+    assert launched.end() != 0
+    said = launched.said
+    assert "Error: sampler 0: --model " in said and "vLLM does not start with this model" in said, said
+    assert "started again" not in said and "store" not in said, said
+    assert "sampler.py" not in said and "vllm_engine.py" not in said, "a traceback of ours"
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_one_flipped_bit_on_the_wire_is_refused_and_named(words, start, tmp_path):
     (tmp_path / "flip.py").write_text(FLIP)
     command = [ROOT / "launch/grpo.py", *words(tmp_path / "run"), *SHORT, "--placement", "split"]

@@ -1,7 +1,9 @@
 """What is checked before a model is loaded, the memory estimate against what autograd keeps, and the paper's recipe."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -96,6 +98,20 @@ def test_weights_and_adapter_are_exact():
 )
 def test_what_does_not_fit_is_named(more, says):
     assert any(says in problem for problem in problems(check_launch(paper(**more), launch())))
+
+
+def test_ppo_that_does_not_fit_is_a_note_and_no_refusal_of_what_nobody_gave():
+    """Its critic cannot be sharded, so --shard fsdp is no remedy."""
+    config = PpoConfig(model=str(SHAPE), dtype="bfloat16")
+    found = problems(estimate_memory(config, launch(nodes=1, ranks=2, gib=6)))
+    assert any("take a smaller model" in problem for problem in found), found
+
+
+def test_key_value_heads_that_are_null_are_as_many_as_heads(tmp_path):
+    shutil.copytree(SHAPE, tmp_path / "m")
+    settings = json.loads((tmp_path / "m/config.json").read_text()) | {"num_key_value_heads": None}
+    (tmp_path / "m/config.json").write_text(json.dumps(settings))
+    assert not problems(check_launch(paper(model=str(tmp_path / "m")), launch()))
 
 
 def test_four_bits_and_eight_bit_moments_are_counted():

@@ -81,9 +81,11 @@ class Validator:
         return {f"validation/{name}": value for name, value in found.items()}
 
     def restore(self) -> None:
-        """Go on from what the newest checkpoint has recorded, if there is one."""
-        newest = list_checkpoints(self.out)[-1:]
-        self.best = read_sealed(newest[0] / "state.json").get("best", {}) if newest else {}
+        """Go on from what the newest checkpoint has recorded, if there is one. Collective."""
+        # rank 0 may just have set a damaged one aside, which another rank, or node, might still see
+        newest = list_checkpoints(self.out)[-1:] if self.world.is_main else []
+        best = read_sealed(newest[0] / "state.json").get("best", {}) if newest else {}
+        self.best = self.world.gather_in_rank_order(best)[0]
         self.point_to_best()
 
     def point_to_best(self) -> None:

@@ -110,6 +110,8 @@ class Watch:
         self.on_lost: Callable[[BaseException], None] = lambda error: None
         """Called before the process is ended because the main thread is stuck."""
         self.last_told, self.late_told = self.began, False
+        self.teller: threading.Thread | None = None
+        """Calls on_wait."""
         self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
         self.over = threading.Event()
         self.rounds = self.unanswered = 0
@@ -145,9 +147,12 @@ class Watch:
         # a counter in the store and not a collective: ranks that only sample are in no process group with the others.
         # it is never reset, so each `what` works once per launch
         place = "meet/" + "-".join(what.split())
-        self.store.add(place, 1)
-        while self.store.add(place, 0) < self.size and not self.verdict:
-            time.sleep(MEET_SECONDS)
+        try:
+            self.store.add(place, 1)
+            while self.store.add(place, 0) < self.size and not self.verdict:
+                time.sleep(MEET_SECONDS)
+        except RuntimeError as error:  # the rank that holds the store is gone
+            raise RankLost(self.explain(error) or f"the store of the launch is gone ({first_line(error)})") from None
         if self.verdict:
             raise RankLost(self.verdict)
 
@@ -287,7 +292,16 @@ class Watch:
             return
         self.last_told = time.monotonic()
         working = [f"{beat} in {beat.place()}" for beat in beats if not (beat.done or beat.waiting)]
-        self.on_wait(f"{', '.join(working) or what}, for {seconds:.0f} s")
+        if (
+            self.teller is None or not self.teller.is_alive()
+        ):  # it writes a file: a slow disk must not stop the heartbeats
+            text = f"{', '.join(working) or what}, for {seconds:.0f} s"
+            self.teller = threading.Thread(target=self._tell, args=(text,), daemon=True)
+            self.teller.start()
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):  # it is no more than a note
+            self.on_wait(text)
 
     def give_up(self) -> None:
         """Print the stacks of a hang, and end the process with the verdict unless the main thread ends first."""

@@ -171,7 +171,7 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
     ]
     if importlib.util.find_spec("bitsandbytes") and cfg.shard == "none":
         changes += [{"optimizer": "adamw8bit"}, {"quantize": "nf4"} if cfg.lora_rank else {}]
-    if cfg.placement == "colocate" and launch.ranks > 1:
+    if cfg.placement == "colocate" and launch.ranks > 1 and cfg.algorithm != "PPO":  # whose critic cannot be sharded
         changes.append({"quantize": "none", "optimizer": "adamw", "shard": "fsdp"})
     made: dict[str, Any] = {}
     for change in ({}, *changes):
@@ -186,7 +186,7 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
                 made["memory_fraction"] = share
                 tried = replace(cfg, **made)
                 rank = rank_memory(tried, launch, base)
-        if rank.fits(tried, launch) and rank.sampler.cache > rank.sampler.response:
+        if rank.fits(tried, launch) and (cfg.engine != "vllm" or rank.sampler.cache > rank.sampler.response):
             words = {name: value for name, value in made.items() if getattr(cfg, name) != value}
             flags = [f"--{n.replace('_', '-')}{'' if v is True else f' {v}'}" for n, v in words.items()]
             return f"{' '.join(flags)} would fit"

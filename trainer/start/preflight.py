@@ -124,7 +124,7 @@ def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     context = context_of(model) or longest
     told = model.get("max_position_embeddings") or longest
     heads = model.get("num_attention_heads", tp)
-    kv_heads = model.get("num_key_value_heads", heads)
+    kv_heads = model.get("num_key_value_heads") or heads  # null: as many
     parts, by = batch_parts(cfg)
     share = max(trainers, 1) * parts
     samplers = (cfg.sampler_ranks if split else launch.ranks) // tp

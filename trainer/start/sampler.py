@@ -8,12 +8,14 @@ reads its settings and the run's token from standard input. It ends with its kee
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import IO
@@ -21,11 +23,11 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
-from data.errors import first_line
+from data.errors import UserError, first_line
 from data.processes import module_environment
 from rollout import LocalEngine, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
-from rollout.split import SamplerEnd, SamplerProcess
+from rollout.split import REFUSED, SamplerEnd, SamplerProcess, over_key
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
 from trainer.ranks.world import World, own_device
@@ -33,6 +35,10 @@ from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
+REFUSED_CODE = 2
+"""With which a sampler process ends that cannot start for a reason that the user must mend."""
+STOP_SECONDS = 60.0
+"""How long a sampler may take to stop after its last order."""
 START = "import sys; from data.processes import end_with_parent; end_with_parent(int(sys.argv[1]))"
 START += "; from trainer.start.sampler import main; main()"
 """Run by the sampler process. It ends with its keeper from the first: the imports alone can take half a minute."""
@@ -57,10 +63,20 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
         if world.watch:
             world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # makes it print its stacks
         # until this process ends, or another keeper reports that its process of the same sampler has died
-        while process.poll() is None and lost_text() is None:
+        ends = math.inf
+        while process.poll() is None and lost_text() is None and time.monotonic() < ends:
+            if _notice(store, over_key(engine), address, engine) is not None:
+                ends = min(ends, time.monotonic() + STOP_SECONDS)  # a restarted one, whom nobody will tell to stop
             time.sleep(0.1)
         if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
             return  # it was told to stop, so a crash of a library during its exit does not matter
+        if process.poll() == REFUSED_CODE:  # another start would be refused for the same reason
+            refused = f"sampler {engine}: it cannot start; rank 0 says why"
+            with suppress(RunError):  # the trainers may have said it, and be gone
+                refused = _notice(store, REFUSED, address, engine) or refused
+            with world.waiting("the trainers to stop"):
+                time.sleep(5)  # as below
+            raise UserError(refused)
         process.kill()  # still alive if another process of the same sampler died: all of them restart together
         code = process.wait()
         reader.join(timeout=5)
@@ -70,6 +86,8 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
             step = f" of step {world.watch.me.step}" if world.watch and world.watch.me.step else ""
             who = f"sampler {engine} ({world.watch.me if world.watch else ''}, its process {process.pid})"
             post_notice(store, lost, f"{who} {how} in {where}{step}", address.token)
+        if _notice(store, over_key(engine), address, engine) is not None:
+            return  # nothing is left to sample
     with world.waiting("the trainers to stop"):
         time.sleep(5)  # let the trainers print their error first: torchrun ends all ranks as soon as one fails
     raise RunError(f"{lost_text()}; --restart-samplers {cfg.restart_samplers} allows no further start")
@@ -149,7 +167,16 @@ def main() -> None:
         world_size=me.members,
         store=dist.PrefixStore(f"{end.prefix}/world", end.store),
     )
-    engine = make_engine(cfg, me, device)
+    try:
+        engine = make_engine(cfg, me, device)
+    except UserError as error:
+        if me.generation:  # it has worked before, so the user's input is not why
+            raise RunError(str(error)) from error
+        # the keeper and the trainers say it, and end
+        post_notice(end.store, REFUSED, f"sampler {me.engine}: {error}", address.token)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(REFUSED_CODE)  # at once: vLLM takes seconds to go, and by then the trainers' store is gone
     end.hello()  # only now: the trainer then makes the broadcast group, and waits for this process in it
     carry_out_orders(end, engine)
     engine.close()
@@ -187,6 +214,7 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         return {"on": engine.prompt_logprobs(order["canary"]), "off": off}
     if order["do"] == "generate":
         start = time.perf_counter()
+        engine.forget()  # several orders may follow one adapter; one that is repeated after a restart gives the same then
         groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]), order["repeats"])
         if end.member == 0:
             seconds = time.perf_counter() - start

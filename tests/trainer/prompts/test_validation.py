@@ -1,9 +1,9 @@
 """--validate, --keep-best and launch/hold_out.py: who is held out, what is measured, and that the run is otherwise the same."""
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,9 +12,9 @@ from data.clusters.known import read_labels
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from launch.grpo import held_out_puzzles, paper_metrics
-from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, start_command, succeed
+from tests.helpers.commands import ROOT, SMALL_GRPO, kill_at, run_command, succeed
 from trainer.config import GrpoConfig
-from trainer.prompts.validation import refuse_leaks
+from trainer.prompts.validation import Validator, refuse_leaks
 
 SCRIPT = ROOT / "tests/helpers/validated.py"
 SMALL = (*SMALL_GRPO, "--engine", "torch", "--reward-workers", 0, "--save-every", 2, "--date", "2026-11-26")
@@ -86,12 +86,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(whole):
 
 @pytest.mark.slow(4)
 def test_kill_and_resume_give_the_same_bytes_and_the_same_best(options, whole, tmp_path):
-    process = start_command(SCRIPT, "grpo", *options, "--out", tmp_path / "cut", "--steps", 5)
-    while (line := process.stdout.readline()) and not line.startswith("step 4/"):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert line.startswith("step 4/")
+    kill_at("step 4/", tmp_path / "cut", SCRIPT, "grpo", *options, "--out", tmp_path / "cut", "--steps", 5)
     succeed(SCRIPT, "grpo", *options, "--out", tmp_path / "cut", "--steps", 5, "--resume")
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (whole / name).read_bytes(), name
@@ -239,3 +234,15 @@ def test_donors_are_held_out_whole_and_from_every_tissue():
 
 def test_a_run_of_an_older_version_had_no_validation():
     assert GrpoConfig().validate is None and not GrpoConfig().keep_best
+
+
+def test_all_ranks_go_on_from_what_rank_0_reads_as_the_best(tmp_path):
+    """Rank 0 has just set a damaged checkpoint aside; rank 1 may still see it under its name."""
+    checkpoint = tmp_path / "checkpoints/step-000020"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("damaged")
+    of_rank_0 = {"step": 10, "batch_accuracy": 0.5}
+    world = SimpleNamespace(is_main=False, gather_in_rank_order=lambda mine: [of_rank_0, mine])
+    validator = Validator(GrpoConfig(), SimpleNamespace(chat=None), world, tmp_path, None)
+    validator.restore()
+    assert validator.best == of_rank_0
