@@ -9,13 +9,15 @@ made. Each run is a folder of its own, OUT/NAME/seed-S: the same command goes on
 can share OUT when each is given other runs.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from data.files import lock_folder, unlock_folder
 from data.options import naming
 from data.status.status import reporting
-from eval.ablation.compare import read_arm, refuse_other_samples
+from eval.ablation.compare import read_arm, refuse_other_puzzles, refuse_other_samples
 from eval.ablation.made import Made, models_of, places, write_points
 from eval.ablation.results import write_results
 from eval.ablation.settings import (
@@ -29,12 +31,13 @@ from eval.ablation.settings import (
     refuse_other_commands,
     refuse_test_puzzles,
 )
+from eval.demo.record import refuse_other_settings
 from eval.demo.settings import DemoConfig, base_model, training_files
 from eval.run_files import held_out_files, unfinished
-from launch.demo import prepare, refuse_wrong_options, response_tokens
+from launch.demo import prepare, recipe_values, refuse_wrong_options, response_tokens
 from launch.options import command, resolve
 from launch.stages import begun, evaluate_files, read_stage, run_stage
-from trainer.record.runfolder import FINISHED, list_checkpoints
+from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints
 
 
 @command(AblateConfig)
@@ -44,14 +47,17 @@ def main(config: AblateConfig) -> None:
     demo = resolve(DemoConfig, [config.start_recipe] if config.start_recipe else [], {"out": config.start})
     out, start = Path(config.out), Path(config.start)
     paths = {"base": base_model(demo), "sft": start / "sft/model", "puzzles": training_files(demo)[0]}
-    trained = refuse_wrong_words(arms, paths)
+    trained, values = refuse_wrong_words(arms, paths), values_of(arms)
     with naming("--start-recipe"):
         refuse_wrong_options(replace(demo, annotate=()))  # nothing is annotated here
+        if config.start_recipe:
+            refuse_other_settings(demo, recipe_values(demo), FREE_ON_RESUME)
     if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
         refuse_test_puzzles(trained, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
     runs = [(name, seed) for seed in config.seeds for name in arms if name in config.only or not config.only]
-    refuse_other_commands({out / folder_name(name) / f"seed-{seed}": (name, arms[name]) for name, seed in runs})
+    folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
+    refuse_other_commands({folders[name][seed]: (name, arms[name]) for name, seed in runs}, values)
     with reporting(out, config.notify, "run") as report:
         report.progress(0, len(runs))
         lock_folder(start)  # two machines must not build the start at once
@@ -60,15 +66,16 @@ def main(config: AblateConfig) -> None:
         files = held_out_files(start)
         if not built:
             refuse_test_puzzles(trained, files)
+        refuse_other_puzzles([one for of in folders.values() for one in of.values()], files, config.eval_puzzles)
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
-            folder, stage = out / folder_name(name) / f"seed-{seed}", f"{name}, seed {seed}"
+            folder, stage = folders[name][seed], f"{name}, seed {seed}"
+            record_commands(folder, arms[name], values[name])
             made = run_arm(folder, stage, arms[name], seed, paths, config.checkpoints)
             evaluate_arm(config, folder, stage, made, files, response_tokens(demo))
+        compared = [read_arm(*arm, [Path(file).stem for file in files]) for arm in folders.items()]
+        text = write_results(out, compared, files, config.eval_puzzles)
         report.progress(len(runs), len(runs))
-    folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
-    compared = [read_arm(*arm, [Path(file).stem for file in files]) for arm in folders.items()]
-    text = write_results(out, compared, files, config.eval_puzzles)
     print(f"\n{text}\ntables: {out / 'ablation.md'}\nfigure: {out / 'ablation.png'}")
 
 
@@ -84,6 +91,16 @@ def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path])
     return trained
 
 
+def values_of(arms: dict[str, list[list[str]]]) -> dict[str, list[dict[str, Any]]]:
+    """{name: the settings of each of its commands}, with those of their recipes, and without what may change on --resume."""
+    read = {
+        name: [vars(read_stage(*words, out="out", seed=0)) for words in commands if words[0] != START]
+        for name, commands in arms.items()
+    }
+    kept = {n: [{k: v for k, v in one.items() if k not in FREE_ON_RESUME} for one in of] for n, of in read.items()}
+    return json.loads(json.dumps(kept, default=str))  # JSON's types, as in the record
+
+
 def run_arm(
     folder: Path, stage: str, commands: list[list[str]], seed: int, paths: dict[str, Path], checkpoints: bool
 ) -> list[Made]:
@@ -92,7 +109,6 @@ def run_arm(
     Returns all models that they made; with checkpoints also those on the way.
     """
     made: list[Made] = []
-    record_commands(folder, commands)
     model = paths["sft"]
     for number, words in enumerate(commands, start=1):
         run, named = (folder, stage) if len(commands) == 1 else (folder / f"command-{number}", f"{stage}, {words[0]}")

@@ -53,6 +53,7 @@ def main(config: DemoConfig) -> None:
     if all((out / name).is_file() for name in ("summary.json", "report.html")) and (
         labelled.is_file() or (config.h5ad and not config.annotate)
     ):
+        refuse_other_settings(config, recipe_values(config), FREE_ON_RESUME)
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
         return
     refuse_missing_files(config)

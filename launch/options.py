@@ -152,7 +152,7 @@ def read_recipe(config_class: type, path: str | Path) -> dict[str, Any]:
     path: a file, or the name of one of launch/recipes/, such as demo.
     """
     shipped = RECIPES / f"{path}.yaml"
-    path = shipped if shipped.is_file() and not Path(path).exists() else path
+    path = shipped if shipped.is_file() and not Path(path).is_file() else path
     if not Path(path).is_file():
         names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise click.UsageError(f"--recipe {path}: no such file, and not one of {names}")

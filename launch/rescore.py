@@ -4,13 +4,13 @@ python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward reward.cellpuzzl
 python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward my_rewards.py:fn --out rescored.jsonl
 """
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from data.errors import UserError
 from data.options import check_numbers
-from data.puzzles import read_puzzles, read_rows, write_rows
+from data.puzzles import read_rows, write_rows
+from eval.run_files import record_beside
 from launch.options import argument, command, option
 from reward import load_reward
 
@@ -38,11 +38,13 @@ def main(config: RescoreConfig) -> None:
     if config.out and not config.out.endswith(".jsonl"):
         raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
     rows = read_rows(config.rollouts)
-    lacking = [name for name in COLUMNS if not rows or name not in rows[0]]
+    record = record_beside(Path(config.rollouts))
+    settings = record["settings"]
+    puzzle_file = config.puzzles or settings.get("puzzles")
+    needed = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer")))
+    lacking = [name for name in needed if not rows or name not in rows[0]]
     if lacking:
         raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
-    settings = run_settings(Path(config.rollouts).parent)
-    puzzle_file = config.puzzles or settings.get("puzzles")
     if puzzle_file is None:
         raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
     if config.step:
@@ -51,10 +53,10 @@ def main(config: RescoreConfig) -> None:
             raise UserError(f"{config.rollouts}: holds no rollout of step {config.step[0]}")
 
     from reward.scoring import Scorer
-    from trainer.inspect.rescore import rescore, summary_lines
+    from trainer.inspect.rescore import puzzles_of_run, rescore, summary_lines
 
+    puzzles = puzzles_of_run(puzzle_file, record.get("data", {}).get("puzzles"))
     scorer = Scorer(config.reward, config.reward_workers, config.reward_seconds)
-    puzzles = {puzzle.id: puzzle for puzzle in read_puzzles(puzzle_file)}
     overlong = (settings.get("max_response_tokens", 0), settings.get("overlong_buffer", 0))
     how = (settings.get("advantage", "grpo"), settings.get("advantage_eps", 1e-6))
     rescored = rescore(rows, puzzles, scorer, *how, overlong)
@@ -64,12 +66,6 @@ def main(config: RescoreConfig) -> None:
     if config.out:
         write_rows(config.out, rescored)
         print(f"wrote {config.out}")
-
-
-def run_settings(folder: Path) -> dict:
-    """The settings of the run that a rollouts file belongs to; {} when there is no config.json."""
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def evaluate_files(folder: Path, stage: str, files: list[str], limit: int, **set
     words = [word for file in files for word in ("--puzzles", file)]
     # launch/evaluate.py makes a folder per file only when there are several files
     out = folder if len(files) > 1 else folder / Path(files[0]).stem
-    last = folder / Path(files[-1]).stem / "metrics.json"
+    last = folder / "average.json" if len(files) > 1 else out / "metrics.json"
     # an earlier call was stopped; a baseline answers again in seconds
     begun = [*folder.glob(f"*/{PARTIAL}"), *folder.glob("*/metrics.json")] if "model" in settings else []
     words += ["--resume"] if begun else []

@@ -278,7 +278,7 @@ def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout
 
 def with_penalty(reward: Reward, rollout: Rollout, cfg: OnlineConfig) -> Reward:
     """The reward with the soft over-long penalty of --overlong-buffer, which becomes a part of it."""
-    if not cfg.overlong_buffer:
+    if not cfg.overlong_buffer or not reward.scored:
         return reward
     penalty = overlong_penalty(len(rollout.response_ids), cfg.max_response_tokens, cfg.overlong_buffer)
     return replace(reward, total=reward.total + penalty, parts={**reward.parts, "overlong_penalty": penalty})

@@ -178,7 +178,7 @@ def reward_metrics(rows: list[dict], group_size: int) -> dict[str, float]:
         shares["all_equal"] = kinds["all_equal"] / len(groups)
     parts: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        for name, value in row["parts"].items():
+        for name, value in row["parts"].items() if row["reward"] is not None else ():
             parts[name].append(value)
     return {
         "reward": all_rewards.mean().item() if len(all_rewards) else None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.errors import UserError
 from data.prompts import normalise_label
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, read_puzzles
 from eval.ablation.made import Point, read_points
 from eval.bootstrap import intervals, paired
 from eval.evaluation import puzzles_digest
@@ -71,6 +71,19 @@ def read_arm(name: str, folders: dict[int, Path], splits: Sequence[str]) -> Arm:
 def scores_of_arm(arm: Arm, split: str, puzzles: Sequence[Puzzle]) -> list[list[PuzzleScore]]:
     """[P][seeds] scores of the answers of a configuration's last models."""
     return scores_in([run.evaluated for run in arm.runs], split, puzzles)
+
+
+def refuse_other_puzzles(folders: Sequence[Path], files: Sequence[str], limit: int) -> None:
+    """Raises UserError when a run was evaluated on other puzzles than the first `limit` of each file."""
+    for file in files:
+        wanted = puzzles_digest(read_puzzles(file)[:limit])
+        for folder in folders:
+            result = read_result(folder / "eval" / Path(file).stem / "metrics.json")
+            if result and (result.get("puzzles") or {}).get("digest") != wanted:
+                raise UserError(
+                    f"--eval-puzzles {limit}: {folder / 'eval'} was evaluated on other puzzles of {file}; give the number of "
+                    "before, or remove that folder to evaluate again"
+                )
 
 
 def scores_in(evaluated: Sequence[Path], split: str, puzzles: Sequence[Puzzle]) -> list[list[PuzzleScore]]:

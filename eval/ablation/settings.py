@@ -5,6 +5,7 @@ import re
 import shlex
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 from data.files import read_settings, write_whole
@@ -85,6 +86,10 @@ def read_arms(config: AblateConfig) -> dict[str, list[list[str]]]:
                 f"--arms {line!r}: write NAME=COMMAND, with one of {', '.join(VERBS)} as the command, for example "
                 f"'A: GRPO=grpo --model {{sft}}', several of them with '{THEN}' between, or NAME={START}"
             )
+        if given := next((word for word in shlex.split(words) if re.match("--(seed|out)(=|$)", word)), None):
+            raise UserError(
+                f"--arms {line!r}: {given.partition('=')[0]} is given to every run here; use --seeds and --out"
+            )
         if unknown := set(re.findall(r"{(.*?)}", words)) - set(PLACES):
             raise UserError(f"--arms {line!r}: {{{min(unknown)}}} is none of {', '.join(map('{{{}}}'.format, PLACES))}")
         for number, command in enumerate(commands[1:], start=2):
@@ -149,15 +154,19 @@ def refuse_test_puzzles(trained: dict[str, list[str | None]], files: list[str]) 
                     )
 
 
-def refuse_other_commands(runs: dict[Path, tuple[str, list[list[str]]]]) -> None:
-    """Raises UserError where a finished run was made with other commands than are given now.
+def refuse_other_commands(
+    runs: dict[Path, tuple[str, list[list[str]]]], values: dict[str, list[dict[str, Any]]] | None = None
+) -> None:
+    """Raises UserError where a finished run was made with other commands, or other settings, than are given now.
 
-    runs: {folder of a run: (name of its arm, its commands)}. A folder that does not say its commands is taken as it is.
+    runs: {folder of a run: (name of its arm, its commands)}. values: as for `record_commands`, of each arm. A folder that
+    does not say its commands is taken as it is.
     """
     for folder, (name, commands) in runs.items():
         if not (folder / COMMANDS).is_file():
             continue
-        made = read_settings(folder / COMMANDS)["commands"]
+        recorded = read_settings(folder / COMMANDS)
+        made = recorded["commands"]
         done = [*folder.glob(FINISHED), *folder.glob(f"command-*/{FINISHED}"), *folder.glob("eval/*/metrics.json")]
         # a run that finished nothing may be begun with what was mended
         if made != commands and done:
@@ -165,12 +174,20 @@ def refuse_other_commands(runs: dict[Path, tuple[str, list[list[str]]]]) -> None
             raise UserError(
                 f"--arms {name}: {folder} was made with {before!r}; give that again, or another name, or another --out"
             )
+        for was, now in zip(recorded.get("values", []) if done else [], (values or {}).get(name, []), strict=False):
+            if changed := [key for key in was if key in now and was[key] != now[key]]:  # a recipe was edited
+                key = changed[0]
+                raise UserError(
+                    f"--arms {name}: {folder} was made with {key} {was[key]}, and now gets {now[key]}; give the old value "
+                    "again, or another name, or another --out"
+                )
 
 
-def record_commands(folder: Path, commands: list[list[str]]) -> None:
-    """Write what `refuse_other_commands` compares."""
+def record_commands(folder: Path, commands: list[list[str]], values: list[dict[str, Any]] | None = None) -> None:
+    """Write what `refuse_other_commands` compares. values: the settings of each command, those of its recipes among them."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / COMMANDS, json.dumps({"commands": commands}, ensure_ascii=False) + "\n")
+    record = {"commands": commands, "values": values or []}
+    write_whole(folder / COMMANDS, json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def content_of(puzzle: Puzzle) -> tuple:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import UserError
-from data.options import option
+from data.options import flag_of, option
 from data.status.status import NOTIFY
 
 RUN, ATLAS, TRAINING = "The run", "Atlas and puzzles", "Model and training"
@@ -54,6 +54,14 @@ class DemoConfig:
     eval_puzzles: int = option(300, "Puzzles per held-out split that are evaluated.", section=RUN)
     notify: str = option("", NOTIFY, section=RUN)
 
+    def __post_init__(self) -> None:
+        for name, own in SET_HERE.items():
+            for item in getattr(self, name):
+                given = item.partition("=")[0].replace("_", "-")
+                # the demo gives these itself, after the others: click would take the last in silence
+                if given in own and not (given == "limit" and self.traces_from is None):
+                    raise UserError(f"{flag_of(name)} {item}: the demo sets --{given} itself; use {own[given]}")
+
 
 SIMULATED_BUILD = (
     *("min-cells=3", "max-cells=4", "top-genes=12", "drop-genes=ribosomal", "drop-genes=mitochondrial"),
@@ -63,6 +71,21 @@ SIMULATED_BUILD = (
 COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
+SET_HERE = {
+    "build": {"h5ad": "--h5ad", "out": "--out", "seed": "--seed"},
+    "cells_build": {"h5ad": "--cells-h5ad", "out": "--out", "seed": "--seed"},
+    "distill": {"puzzles": "--h5ad", "out": "--out", "limit": "--traces-from", "seed": "--seed"},
+    "sft": {
+        "traces": "--distill",
+        "model": "--model",
+        "out": "--out",
+        "epochs": "--sft-epochs",
+        "lr": "--sft-lr",
+        "seed": "--seed",
+    },
+    "annotate": {"model": "--model", "out": "--out", "max-response-tokens": "--grpo-recipe", "seed": "--seed"},
+}
+"""{setting of the demo: {option of its stage: the demo's own option for it}}."""
 OWN = {
     "create_policy": {"hidden": "--hidden", "layers": "--layers"},
     "distill": {"limit": "--traces-from"},

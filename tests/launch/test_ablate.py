@@ -5,13 +5,19 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
 from data.errors import UserError
 from data.puzzles import read_puzzles, write_puzzles
+from eval.ablation.compare import refuse_other_puzzles
 from eval.ablation.made import Made
 from eval.ablation.settings import AblateConfig, record_commands, refuse_other_commands, refuse_test_puzzles
+from eval.demo.record import record_settings
+from eval.demo.settings import DemoConfig
+from eval.evaluation import puzzles_digest
 from eval.run_files import held_out_files
-from launch.ablate import evaluate_arm, refuse_wrong_words
+from launch.ablate import evaluate_arm, main, refuse_wrong_words, values_of
+from launch.demo import recipe_values
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 
 
@@ -41,6 +47,8 @@ from tests.helpers.commands import SMALL_GRPO, run_command, succeed
             "--arms A: selfdistill: Invalid value",
         ),
         (("--arms", "A=grpo 'x"), "No closing quotation"),
+        (("--arms", "A=grpo --model {sft} --seed 5"), "--seed is given to every run here; use --seeds and --out"),
+        (("--arms", "A=grpo --model {sft} --out=here"), "--out is given to every run here"),
         (("--arms", "A=start", "--eval-puzzles", 0), "--eval-puzzles 0: must be at least 1"),
         (("--arms", "A=start", "--samples", 1), "--samples 1: how many answers differ needs at least 2"),
     ],
@@ -151,6 +159,55 @@ def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):
         with pytest.raises(UserError, match="--arms A: .* was made with 'grpo --lr 1e-4'; give that again, or another"):
             refuse_other_commands({tmp_path: ("A", other)})
         (tmp_path / done).unlink()
+
+
+def test_a_recipe_that_was_edited_under_a_finished_run_is_refused(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    arms = {"A": [["grpo", "--recipe", str(recipe), "--model", "{sft}"]]}
+    recipe.write_text("lr: 1.0e-3\nsave_every: 5\n")
+    record_commands(tmp_path, arms["A"], values_of(arms)["A"])
+    (tmp_path / "finished.json").write_text("{}")
+    recipe.write_text("lr: 1.0e-3\nsave_every: 7\n")  # which --resume may change
+    refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
+    recipe.write_text("lr: 5.0e-2\n")
+    with pytest.raises(UserError, match="--arms A: .* was made with lr 0.001, and now gets 0.05; give the old value"):
+        refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
+
+
+def test_a_run_that_was_evaluated_on_other_puzzles_is_refused_before_the_others_run(pipeline, tmp_path):
+    file = str(pipeline / "puzzles/test.parquet")
+    digest = puzzles_digest(read_puzzles(file)[:2])
+    (tmp_path / "seed-0/eval/test").mkdir(parents=True)
+    (tmp_path / "seed-0/eval/test/metrics.json").write_text(json.dumps({"puzzles": {"digest": digest}}))
+    refuse_other_puzzles([tmp_path / "seed-0", tmp_path / "seed-1"], [file], 2)
+    with pytest.raises(UserError, match="--eval-puzzles 3: .*seed-0/eval was evaluated on other puzzles of"):
+        refuse_other_puzzles([tmp_path / "seed-0", tmp_path / "seed-1"], [file], 3)
+
+
+def test_a_start_recipe_with_other_values_than_the_start_was_made_with_is_refused(tmp_path):
+    config = DemoConfig(out=str(tmp_path / "start"), noise=0.4)
+    (tmp_path / "start").mkdir()
+    record_settings(config, recipe_values(config))
+    (tmp_path / "start/atlas.h5ad").touch()
+    (tmp_path / "other.yaml").write_text("noise: 0.9\n")
+    words = ("--out", tmp_path / "out", "--start", tmp_path / "start", "--arms", "A=start")
+    done = run_command("ablate", *words, "--start-recipe", tmp_path / "other.yaml")
+    assert done.returncode == 2 and "--noise: " in done.stderr and "begun with 0.4, and now gets 0.9" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_cannot_be_written_is_no_success(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise UserError("no table")
+
+    monkeypatch.setattr("launch.ablate.prepare", lambda demo: (tmp_path / "start").mkdir(exist_ok=True))
+    monkeypatch.setattr("launch.ablate.write_results", refuse)
+    monkeypatch.setattr("launch.ablate.evaluate_arm", lambda *_: None)
+    (tmp_path / "start").mkdir()
+    words = ["--out", str(tmp_path / "out"), "--start", str(tmp_path / "start"), "--arms", "A=start"]
+    done = CliRunner().invoke(main, words)
+    status = json.loads((tmp_path / "out/status.json").read_text())
+    assert done.exit_code == 2 and (status["state"], status["exit_code"], status["error"]) == ("failed", 2, "no table")
 
 
 def test_samples_and_the_curve_go_on_where_they_were_stopped(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from launch.audit_packages import main, needed
 
 
-def ask(answer: bytes):
+def ask(answer: bytes, length: int | None = None):
     """(what the command did, the queries that it sent)"""
     sent = []
 
@@ -18,6 +18,8 @@ def ask(answer: bytes):
         def do_POST(self) -> None:
             sent.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"])
             self.send_response(200)
+            if length:  # more than comes
+                self.send_header("Content-Length", str(length))
             self.end_headers()
             self.wfile.write(answer)
 
@@ -47,5 +49,8 @@ def test_without_weaknesses_and_without_the_database_the_exit_code_is_0():
     for answer in (b"<html>", b"[]", b'{"results": [{}]}', b'{"results": null}'):
         done, _ = ask(answer)
         assert done.exit_code == 0 and "nothing was checked: http://127.0.0.1" in done.output
-    done = CliRunner().invoke(main, ["--url", "http://127.0.0.1:9/"])
+    for url in ("http://127.0.0.1:9/", "api.osv.dev/v1/querybatch"):
+        done = CliRunner().invoke(main, ["--url", url])
+        assert done.exit_code == 0 and "nothing was checked" in done.output
+    done, _ = ask(b"{}", length=100)
     assert done.exit_code == 0 and "nothing was checked" in done.output

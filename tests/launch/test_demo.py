@@ -21,7 +21,7 @@ from eval.demo.record import MADE, record_settings, refuse_other_settings
 from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
-from launch.options import RECIPES, resolve
+from launch.options import RECIPES, read_recipe, resolve
 from launch.stages import evaluate_files, run_stage
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
@@ -84,6 +84,13 @@ def test_the_stages_take_the_options_of_every_recipe(recipe):
         (("--grpo-steps", "0"), "--grpo-steps 0: must be at least 1"),
         (("--eval-puzzles", "0"), "--eval-puzzles 0: must be at least 1"),
         (("--annotate", "cluster=leiden"), "--annotate: No such option '--cluster'"),
+        (("--sft", "lr=banana"), "--sft lr=banana: the demo sets --lr itself; use --sft-lr"),
+        (("--build", "seed=3"), "--build seed=3: the demo sets --seed itself; use --seed"),
+        (
+            ("--traces-from", "9", "--distill", "limit=3"),
+            "--distill limit=3: the demo sets --limit itself; use --traces-from",
+        ),
+        (("--annotate", "max_response_tokens=9"), "the demo sets --max-response-tokens itself; use --grpo-recipe"),
     ],
 )
 def test_an_option_that_a_late_stage_would_refuse_is_refused_at_once(tmp_path, words, says):
@@ -309,6 +316,20 @@ def test_a_demo_whose_page_is_missing_is_not_finished(tmp_path):
     assert done.exit_code == 2 and "none: no such file" in done.output
 
 
+def test_a_finished_demo_is_not_taken_for_one_with_other_settings(tmp_path):
+    begin(tmp_path, seed=0)
+    made(tmp_path, "atlas.h5ad", "summary.json", "report.html", "annotate/labelled.csv")
+    same, other = (CliRunner().invoke(main, ["--out", str(tmp_path), "--seed", seed]) for seed in "01")
+    assert same.exit_code == 0 and "already holds a finished demo" in same.output
+    assert other.exit_code == 2 and "--seed: " in other.output and "was begun with 0, and now gets 1" in other.output
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert read_recipe(GrpoConfig, "demo")["lora_rank"] > 0
+
+
 def test_a_stage_that_is_killed_is_said_to_be(tmp_path, capsys, monkeypatch):
     (tmp_path / "dies.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr("launch.stages.LAUNCH", tmp_path)
@@ -319,14 +340,18 @@ def test_a_stage_that_is_killed_is_said_to_be(tmp_path, capsys, monkeypatch):
 
 
 def test_an_evaluation_goes_on_after_the_splits_that_it_has(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr("launch.stages.run_stage", lambda *words, **flags: asked.append("--resume" in words) or {})
+    asked, last = [], []
+    monkeypatch.setattr(
+        "launch.stages.run_stage",
+        lambda stage, result, *words, **flags: last.append(result) or asked.append("--resume" in words) or {},
+    )
     files = ["a/test.parquet", "a/unseen.parquet"]
     evaluate_files(tmp_path, "evaluate sft", files, 4, model="m")
     made(tmp_path, "test/metrics.json")
     evaluate_files(tmp_path, "evaluate sft", files, 4, model="m")
     evaluate_files(tmp_path, "evaluate random", files, 4, baseline="random")  # in seconds, and it has no --resume
     assert asked == [False, True, False]
+    assert set(last) == {tmp_path / "average.json"}, "what the command writes last"
 
 
 def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):

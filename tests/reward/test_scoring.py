@@ -2,23 +2,28 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data.puzzles import Puzzle
+from data.errors import UserError
+from data.files import sha256
+from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from eval.report import stepview
 from reward import Reward, Status, load_reward
 from reward.scoring import Scorer
 from rollout import group_numbers
 from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.config import GrpoConfig
-from trainer.grpo import compare
+from trainer.grpo import compare, with_penalty
 from trainer.inspect.ledger import contributions_by_group
-from trainer.inspect.rescore import rescore, summary_lines
+from trainer.inspect.rescore import puzzles_of_run, rescore, summary_lines
 from trainer.metrics import reward_metrics
 from trainer.ranks.watch import is_gone
 from trainer.record.steplog import explain_zeros
@@ -417,6 +422,28 @@ def test_or_is_dropped_and_counted(run):
         assert step["groups/dropped_responses"] == pytest.approx(1 - len(scored) / len(own))
 
 
+def test_parts_are_means_over_the_responses_that_have_a_reward():
+    rows = [{**row, "parts": {"x": value}} for row, value in zip(rows_of([1.0, None]), (0.5, -1.0), strict=True)]
+    assert reward_metrics(rows, 2)["rewards/x"] == 0.5
+    cfg, failed = GrpoConfig(overlong_buffer=0.5, max_response_tokens=4), Reward(total=math.nan, status=Status.TIMEOUT)
+    long = SimpleNamespace(response_ids=[1, 2, 3, 4])
+    assert with_penalty(failed, long, cfg) is failed
+    assert with_penalty(Reward(total=1.0), long, cfg).parts["overlong_penalty"] < 0
+
+
+def test_answers_are_scored_on_the_puzzles_that_were_asked(tmp_path):
+    labels = ["x", "y"]
+    one = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=labels, answer=labels)
+    write_puzzles(tmp_path / "p.jsonl", [one, one])
+    asked = sha256(tmp_path / "p.jsonl")
+    assert puzzles_of_run(str(tmp_path / "p.jsonl"), asked) == {"p": read_puzzles(tmp_path / "p.jsonl")[0]}
+    write_puzzles(tmp_path / "p.jsonl", [one, replace(one, answer=["y", "x"])])
+    with pytest.raises(UserError, match=r"p.jsonl: is not the file that the run asked \(other SHA-256\)"):
+        puzzles_of_run(str(tmp_path / "p.jsonl"), asked)
+    with pytest.raises(UserError, match="two different puzzles are called p"):
+        puzzles_of_run(str(tmp_path / "p.jsonl"), None)
+
+
 def test_a_puzzle_that_stands_twice_in_a_step_has_two_groups():
     """Training compares each group for itself; so do rescoring, the ledger's sums and the page of a step."""
 
@@ -445,7 +472,7 @@ def test_a_puzzle_that_stands_twice_in_a_step_has_two_groups():
     assert contributions_by_group(tokens) == {"p": -0.25, "p (again)": 14.0}
     more = dict.fromkeys(stepview.COLUMNS, 0) | {"mask": True}
     responses = [{**row, "status": "ok"} for row in rows[:4]]
-    page = stepview.step_page(1, {}, responses, [more | token for token in tokens], {"p": "?"})
+    page = stepview.step_page(1, {}, responses, [more | token for token in tokens], {"p": "?"}, formula="w x s")
     assert "4 responses in 2 groups" in page and page.count('"id":"p"') == 2
 
 
@@ -472,4 +499,15 @@ def test_rescore_says_what_changes(run, tmp_path):
         ([rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--step", 9], "holds no rollout of step 9"),
     ):
         done = run_command("rescore", *arguments)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]
+    shutil.copy(rollouts, tmp_path / "rollouts.jsonl")
+    config = tmp_path / "config.json"
+    for text, says in (
+        ("{", "config.json: damaged, not JSON"),
+        ('{"model_type": "llama"}', "name them with --puzzles"),
+        ('{"settings": {"critic_lr": 1e-5}}', "of a PPO run, whose advantages come from a critic"),
+        ('{"settings": {"puzzles": "p.parquet"}, "data": {"puzzles": "0"}}', "p.parquet"),
+    ):
+        config.write_text(text)
+        done = run_command("rescore", tmp_path / "rollouts.jsonl", "--reward", "reward.cellpuzzles:batch_reward")
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]

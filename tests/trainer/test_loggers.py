@@ -174,3 +174,10 @@ def test_names_are_checked_and_a_missing_package_is_refused():
                 GrpoConfig(log=name)
         else:
             assert GrpoConfig(log=f"{name}, {name}", tensorboard=name == "tensorboard").loggers == (name,)
+
+
+def test_names_that_are_damaged_are_made_anew(tmp_path, capsys):
+    (tmp_path / "loggers.json").write_text("{")
+    names = steplog.names_of_run(tmp_path)
+    assert set(names) == {"wandb", "mlflow"} and "loggers.json is damaged" in capsys.readouterr().err
+    assert steplog.names_of_run(tmp_path) == names and not capsys.readouterr().err

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
-from data.puzzles import read_puzzles
+from data.puzzles import read_puzzles, write_puzzles
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.grpo import Step, refuse_what_is_not_finite
@@ -185,6 +185,23 @@ def test_another_base_checkpoint_is_noticed(pipeline, on_policy, tmp_path):
     assert float(difference[1]) > 1e-4
 
 
+def test_a_checkpoint_with_fewer_words_is_refused(pipeline, on_policy, tmp_path):
+    """Of the same shape, so that the adapter fits: every embedded policy has a word list of its own."""
+    few = read_puzzles(pipeline / "puzzles/train.parquet")[:1]
+    write_puzzles(tmp_path / "one.jsonl", few)
+    shape = json.loads((pipeline / "base/config.json").read_text())
+    names = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    names |= {"kv-heads": "num_key_value_heads", "intermediate": "intermediate_size"}
+    words = [word for flag, name in names.items() for word in (f"--{flag}", shape[name])]
+    succeed("create_policy", "--puzzles", tmp_path / "one.jsonl", "--out", tmp_path / "small", *words)
+    code, _, error = replay(on_policy / "steps/step-000001", "--model", tmp_path / "small")
+    assert (
+        code == 2
+        and re.search(r"step-000001: holds token \d+, and .*small has \d+", error)
+        and "Traceback" not in error
+    )
+
+
 def test_a_replay_uses_the_attention_of_this_machine_and_needs_no_optimizer(on_policy, tmp_path, monkeypatch):
     """A bundle of a GPU run with flash-attn and 8-bit AdamW, looked at on a laptop without these packages."""
     bundle = tmp_path / "step-000001"
@@ -199,7 +216,11 @@ def test_a_replay_uses_the_attention_of_this_machine_and_needs_no_optimizer(on_p
     # the numbers recorded here are of PyTorch's kernels, so they are found again
     assert code == 0 and re.search(r"gradient_hash +recorded .*equal", text), error
     assert "note: the run used --attn flash, the replay uses PyTorch's kernels: equal bytes are not promised\n" in text
-    content["settings"] |= {"attn": "sdpa", "autocast": True, "dtype": "float32"}
+    content["settings"] |= {"attn": "sdpa", "quantize": "nf4"}
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    code, _, error = replay(bundle)
+    assert code == 2 and f"{bundle}: cannot be replayed here: --quantize nf4" in error and "damaged" not in error
+    content["settings"] |= {"quantize": "none", "autocast": True, "dtype": "float32"}
     (bundle / "bundle.json").write_text(json.dumps(content))
     monkeypatch.setattr("trainer.inspect.replay.has_bfloat16_products", lambda device: False)
     monkeypatch.setattr("trainer.start.parts.has_bfloat16_products", lambda device: False)

@@ -188,6 +188,17 @@ def policy_of(bundle: Bundle, config: OnlineConfig) -> Policy:
     shapes = {name: tuple(t.shape) for name, t in policy.adapter_tensors().items()}
     if shapes != {name: tuple(t.shape) for name, t in bundle.adapter.items()}:
         raise UserError(f"{bundle.path}: its adapter does not fit the checkpoint {config.model}; name another --model")
+    largest = max(
+        max(*prompt, *(token for response in responses for token in response))
+        for inputs in bundle.ranks
+        for micro in inputs.micro_batches
+        for prompt, responses in micro.groups
+    )
+    if largest >= policy.chat.vocabulary:
+        raise UserError(
+            f"{bundle.path}: holds token {largest}, and {config.model} has {policy.chat.vocabulary}: it is another checkpoint "
+            "than the step's; name that with --model"
+        )
     policy.load_adapter(bundle.adapter)
     return policy
 

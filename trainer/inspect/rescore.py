@@ -3,15 +3,34 @@
 import math
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.errors import UserError
-from data.puzzles import Puzzle
+from data.files import sha256
+from data.puzzles import Puzzle, read_puzzles
 from reward.scoring import Scorer
 from rollout import group_numbers
 from trainer.advantages import group_advantages, overlong_penalty
+
+
+def puzzles_of_run(file: str, recorded: str | None) -> dict[str, Puzzle]:
+    """{id: puzzle} of a file. recorded: SHA-256 of the file that the run asked, if that is known.
+
+    Raises UserError for another file, whose ids may mean other puzzles, and for an id that means two puzzles.
+    """
+    puzzles = read_puzzles(file)
+    if recorded and sha256(Path(file)) != recorded:
+        raise UserError(f"{file}: is not the file that the run asked (other SHA-256); name that with --puzzles")
+    found: dict[str, Puzzle] = {}
+    for puzzle in puzzles:
+        if found.setdefault(puzzle.id, puzzle) != puzzle:
+            raise UserError(
+                f"{file}: two different puzzles are called {puzzle.id}, so their responses cannot be told apart"
+            )
+    return found
 
 
 def rescore(

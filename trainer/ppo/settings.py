@@ -37,7 +37,9 @@ class PpoConfig(OnlineConfig):
     kl_control: str = objective(
         "fixed", "beta of --kl-in reward: constant, or steered towards --kl-target.", ("fixed", "adaptive")
     )
-    kl_target: float = objective(0.1, "KL per token that --kl-control adaptive aims at, in nats.")
+    kl_target: float = objective(
+        0.1, "KL that --kl-control adaptive aims at, in nats: mean over responses of their mean per token."
+    )
     kl_horizon: int = objective(10000, "Responses in which --kl-control adaptive corrects an error.")
     aggregation: str = objective(
         "token-mean",
@@ -83,6 +85,13 @@ class PpoConfig(OnlineConfig):
         if self.kl_control == "adaptive" and not self.reward_beta:
             raise UserError(
                 "--kl-control adaptive: steers the KL in the reward; it needs --kl-in reward and --beta above 0"
+            )
+        responses = self.prompts_per_step * self.group_size
+        if self.kl_control == "adaptive" and responses >= 5 * self.kl_horizon:
+            # beta changes by up to 0.2 x responses / horizon of itself: a negative one would pay for leaving the reference
+            raise UserError(
+                f"--kl-horizon {self.kl_horizon}: a step of {responses} responses could make beta negative; give more than "
+                f"{responses // 5}"
             )
         if self.shard == "fsdp":
             raise UserError("--shard fsdp: the critic is not sharded; use --shard none")

@@ -216,7 +216,10 @@ def _bundle_of(path: Path, content: dict[str, Any], kinds: tuple[type[OnlineConf
             f"{content['git_commit']}"
         )
     # the packages of these two may be missing here, and a replay neither writes for TensorBoard nor steps an optimizer
-    config = kind(**{**content["settings"], "tensorboard": False, "log": "", "optimizer": "adamw"})
+    try:
+        config = kind(**{**content["settings"], "tensorboard": False, "log": "", "optimizer": "adamw"})
+    except UserError as error:  # such as --quantize nf4 without bitsandbytes
+        raise UserError(f"{path}: cannot be replayed here: {error}") from None
     adapter, critic = (
         {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         for prefix in ("adapter.", "critic.")

@@ -6,9 +6,10 @@ fails is left out from then on, and never stops a run.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from netrc import netrc
 from pathlib import Path
@@ -18,7 +19,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from data.files import append_rows, remove_folder, write_whole
+from data.files import append_rows, parse_json, remove_folder, write_whole
 from trainer.config import OnlineConfig
 from trainer.metrics import Clock
 from trainer.objective import CLIPS
@@ -46,6 +47,7 @@ class StepLog:
         seconds, step = clock.total(), metrics["step"]
         rate = metrics["num_tokens"] / seconds
         sampled = sum(len(row["response_ids"]) for row in rows)
+        whole = metrics.get("dynamic_sampling/num_gen_batches", 1) == 1
         times = {
             "step": step,
             **clock.laps,
@@ -53,7 +55,8 @@ class StepLog:
             "timing_s/record": clock.start - self.began if self.began else 0.0,
             "timing_s/step": seconds,
             "tokens_per_second": rate,
-            "sampling/tokens_per_second": sampled / max(sampler_seconds, 1e-9),
+            # not where rollouts came from a checkpoint, or those of groups that were replaced took time too
+            **({"sampling/tokens_per_second": sampled / sampler_seconds} if sampler_seconds and whole else {}),
             "sampling/share": clock.laps["timing_s/sample"] / seconds,
             **figures,
         }
@@ -185,11 +188,16 @@ Logger = tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]
 
 def names_of_run(out: Path) -> dict[str, str]:
     """{logger: what it calls this run}, from OUT/loggers.json; new names where there is none."""
-    path = out / NAMES
-    if not path.is_file():
-        names = {"wandb": uuid4().hex[:12], "mlflow": uuid4().hex[:12]}
-        write_whole(path, json.dumps(names) + "\n")
-    return json.loads(path.read_text())
+    path, found = out / NAMES, None
+    if path.is_file():
+        with suppress(ValueError):
+            found = parse_json(path.read_bytes())
+        if not isinstance(found, dict):
+            print(f"note: {path} is damaged: the loggers get new names for this run", file=sys.stderr, flush=True)
+    if not isinstance(found, dict):
+        found = {"wandb": uuid4().hex[:12], "mlflow": uuid4().hex[:12]}
+        write_whole(path, json.dumps(found) + "\n")
+    return found
 
 
 def open_tensorboard(out: Path, settings: dict[str, Any], first_step: int, names: dict[str, str]) -> Logger:

@@ -140,7 +140,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     rows = read_rows(cfg.traces)
     if not rows:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
-    cell_types_file(cfg.labels)  # refuse a bad file now, not after the training
+    cell_types_file(cfg.labels, cfg.traces, cfg.model)  # refuse a bad file now, not after the training
     check_run(cfg)
     cfg = with_date(cfg, world)
     check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)

@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
-from tests.helpers.commands import SMALL_GRPO, run_command, start_command, succeed
+from tests.helpers.commands import SMALL_GRPO, kill_at, run_command, succeed
 from trainer.ppo.settings import PpoConfig
 
 SMALL = (
@@ -82,12 +81,8 @@ def test_a_run_leaves_what_its_settings_say(whole):
 
 @pytest.mark.slow(8)
 def test_kill_and_resume_give_the_same_bytes(options, whole, tmp_path):
-    process = start_command("ppo", *options, "--out", tmp_path / "cut", "--steps", 4)
-    while (line := process.stdout.readline()) and not line.startswith("step 3/"):
-        pass
-    process.send_signal(signal.SIGKILL)  # after step 3, checkpointed at step 2
-    process.wait()
-    assert line.startswith("step 3/")
+    # checkpointed at step 2
+    kill_at("step 3/", tmp_path / "cut", "ppo", *options, "--out", tmp_path / "cut", "--steps", 4)
     succeed("ppo", *options, "--out", tmp_path / "cut", "--steps", 4, "--resume")
     names = ("metrics.jsonl", "rollouts.jsonl", "checkpoints/step-000004/adapter_model.safetensors")
     for name in (*names, "checkpoints/step-000004/training/optimizer.safetensors"):
@@ -141,7 +136,12 @@ def test_a_step_is_replayed_bit_for_bit_with_a_ledger_of_each_loss(whole, tmp_pa
         if name == "loss":
             assert len({row["advantage"] for row in rows if row["row"] == "0"}) > 1, "an advantage per token"
     assert "Return: GAE with gamma 1, lambda 1" in text and "already in the rewards" in text
-    assert page.read_text().count('"token":') == 6
+    html = page.read_text()
+    assert html.count('"token":') == 6 and "PPO step 3, token by token" in html
+    data = json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+    assert data["formula"] == "weight x (surrogate x correction)" and data["advantage"].startswith(
+        "one number per token"
+    )
 
 
 def test_a_warm_up_step_is_replayed_by_its_critic_alone(whole):
@@ -169,6 +169,10 @@ def test_settings_that_cannot_work_are_refused():
     for settings, says in (
         ({"prompts_per_step": 4, "minibatches": 3}, "--prompts-per-step 4 and --minibatches 3: the second must divide"),
         ({"kl_control": "adaptive", "kl_in": "loss"}, "--kl-control adaptive: steers the KL in the reward"),
+        (
+            {"kl_control": "adaptive", "prompts_per_step": 32, "group_size": 8, "kl_horizon": 51},
+            "--kl-horizon 51: a step of 256 responses could make beta negative; give more than 51",
+        ),
         ({"kl_control": "adaptive", "beta": 0.0}, "it needs --kl-in reward and --beta above 0"),
         ({"shard": "fsdp"}, "--shard fsdp: the critic is not sharded; use --shard none"),
     ):
