@@ -195,12 +195,13 @@ class SplitEngine:
             with self.waiting(f"the rollouts of step {step + 1}"):
                 while (sampled := take_signed(self.store, key, self.address.token)) is None:
                     self._pause()
+                seconds = take_signed(self.store, f"{key}/seconds", self.address.token)
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(
                     f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
                     f"asked for under {version} ({identity})"
                 )
-            self.seconds = sampled["seconds"]  # of the sampler that was read last
+            self.seconds = self.seconds if seconds is None else seconds  # of the sampler that was read last
             groups.append(
                 [
                     Rollout(
@@ -296,7 +297,9 @@ class SplitEngine:
         # an adapter of `version` is delivered once all ranks have collected, and trained on, all steps before it
         for item in repeated:
             for place in item.places if item.step < version else []:
-                drop(store, rollouts_key(item.step, item.part, place))
+                key = rollouts_key(item.step, item.part, place)
+                drop(store, key)
+                drop(store, f"{key}/seconds")
         return [item for item in repeated if item.step >= version]
 
     def _generation(self, engine: int) -> int:
@@ -476,4 +479,6 @@ class SamplerEnd:
             responses = [(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group]
             sampled = {"version": group[0].adapter_version, "hash": group[0].adapter_hash, "responses": responses}
             key = rollouts_key(step, part, place)
-            put_signed(self.store, key, {**sampled, "seconds": seconds}, self.address.token)
+            # apart: an order that is repeated after a restart may meet its reader, and then puts the very same bytes
+            put_signed(self.store, f"{key}/seconds", seconds, self.address.token)
+            put_signed(self.store, key, sampled, self.address.token)

@@ -447,7 +447,7 @@ def test_a_rank_waits_from_its_first_look_to_its_last():
     engine.ask(
         0, ["a", "b"], [[1, 2], [3]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
     )
-    sampled = {"version": 0, "hash": "h", "responses": [([5], [-0.5], "stop")], "seconds": 0.1}
+    sampled = {"version": 0, "hash": "h", "responses": [([5], [-0.5], "stop")]}
     other = store.clone()
 
     def put():
@@ -460,6 +460,39 @@ def test_a_rank_waits_from_its_first_look_to_its_last():
     assert engine.collect(0)[0][0].response_ids == [5]
     writer.join()
     assert len(seen) >= 6 and all(at == ["the rollouts of step 1"] for at in seen) and not now
+
+
+def test_an_order_that_is_repeated_while_its_rollouts_are_read_puts_the_same_bytes():
+    """The first reader's signature, the second writer's parts: if they differed, the rollouts would be refused and lost."""
+    store, address = open_store("127.0.0.1", 0)
+    end = SamplerEnd(address, SamplerProcess(engine=0, member=0, members=1, generation=0), torch.device("cpu"))
+    rollout = Rollout(
+        puzzle_id="p",
+        prompt_ids=[1],
+        response_ids=[5],
+        sampler_logprobs=[-0.5],
+        finish_reason="stop",
+        adapter_version=0,
+        adapter_hash="h",
+    )
+    end.deliver_rollouts(0, [0], [[rollout]], 1.0)
+
+    class Meets:
+        """A store in which the repeated order puts its parts between the reader's look at the head and at the parts."""
+
+        def get(self, key):
+            found = store.get(key)
+            if key == "rollouts/0/0":
+                end.deliver_rollouts(0, [0], [[rollout]], 2.0)
+            return found
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+    engine = SplitEngine(address, Meets(), rank=0, size=1, samplers=0, members=1, lora=None, device=torch.device("cpu"))
+    engine.hash = "h"
+    engine.ask(0, ["p"], [[1]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,)))
+    assert engine.collect(0)[0][0].response_ids == [5] and engine.seconds == 2.0
 
 
 def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
@@ -532,6 +565,6 @@ def test_a_restarted_sampler_leaves_nothing_in_the_store(idle, capsys):
     engine.close()
     second.join()
     assert "sampler 0 was killed; it is started again (attempt 2)" in capsys.readouterr().err
-    rollouts = [f"rollouts/0/{place}" + part for place in (0, 1) for part in ("", "/0")]
+    rollouts = [f"rollouts/0/{place}" + part for place in (0, 1) for part in ("", "/0", "/seconds", "/seconds/0")]
     orders = [f"e0/g0/order/{number}/0" + part for number in (1, 2) for part in ("", "/0")]
     assert [key for key in rollouts + orders if store.check([key])] == []
