@@ -140,7 +140,7 @@ def test_a_recipe_runs_nothing_and_is_bounded(tmp_path):
 def step_page_with(text: str) -> str:
     tokens = [dict.fromkeys(COLUMNS, 0) | {"mask": True, "token": text, "row": 0}]
     responses = [{"puzzle_id": text, "response": 1, "reward": 1, "status": text}]
-    return step_page(1, {"reward": text}, responses, tokens, {text: text}, formula=text)
+    return step_page(1, {"reward": text}, responses, tokens, {0: text}, formula=text)
 
 
 @pytest.mark.parametrize("template", [REPORT, STEP, REVIEW], ids=lambda path: path.stem)

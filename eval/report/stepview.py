@@ -36,7 +36,7 @@ def step_page(
     settings: dict[str, Any],
     responses: list[dict],
     rows: list[dict[str, Any]],
-    prompts: dict[str, str],
+    prompts: dict[int, str],
     *,
     formula: str,
     ppo: bool = False,
@@ -44,8 +44,8 @@ def step_page(
     """The page of a step as HTML.
 
     settings: of the objective. responses: {puzzle_id, response, reward, status} of each. rows: the loss ledger, with
-    one row per token. prompts: {puzzle_id: text}. formula: of a token's share of the loss. ppo: a step of PPO, where each
-    token has an advantage of its own.
+    one row per token. prompts: {place in responses: text}. formula: of a token's share of the loss. ppo: a step of PPO,
+    where each token has an advantage of its own.
     """
     names = (*COLUMNS, *[name for name in ("distillation",) if rows and name in rows[0]])
     tokens: list[list[dict]] = [[] for _ in responses]
@@ -56,7 +56,7 @@ def step_page(
     for place, (response, own) in enumerate(zip(responses, tokens, strict=True)):
         group = groups.setdefault(
             numbers[place],
-            {"id": response["puzzle_id"], "prompt": prompts.get(response["puzzle_id"], ""), "rows": []},
+            {"id": response["puzzle_id"], "prompt": prompts.get(place, ""), "rows": []},
         )
         columns = {name: [_short(token[name]) for token in own] for name in names}
         group["rows"].append(

@@ -472,8 +472,11 @@ def test_a_puzzle_that_stands_twice_in_a_step_has_two_groups():
     assert contributions_by_group(tokens) == {"p": -0.25, "p (again)": 14.0}
     more = dict.fromkeys(stepview.COLUMNS, 0) | {"mask": True}
     responses = [{**row, "status": "ok"} for row in rows[:4]]
-    page = stepview.step_page(1, {}, responses, [more | token for token in tokens], {"p": "?"}, formula="w x s")
+    page = stepview.step_page(
+        1, {}, responses, [more | token for token in tokens], {0: "the first prompt", 2: "the second"}, formula="w x s"
+    )
     assert "4 responses in 2 groups" in page and page.count('"id":"p"') == 2
+    assert page.count("the first prompt") == page.count("the second") == 1, "puzzles of two builds may share an id"
 
 
 def test_rescore_says_what_changes(run, tmp_path):

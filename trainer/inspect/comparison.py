@@ -116,13 +116,14 @@ def write_ledger(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def prompts_of(bundle: Bundle, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """{puzzle id: its prompt as text} of a step."""
-    prompts = {}
+def prompts_of(bundle: Bundle, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """{number of a response in the step: its prompt as text}. Not by puzzle: those of two builds may share an id."""
+    prompts, first = {}, 0
     for inputs in bundle.ranks:
         for micro in inputs.micro_batches:
             places = iter(micro.rows)  # rows are numbered in the order of packing: group after group
             for prompt, responses in micro.groups:
                 for _ in responses:
-                    prompts[inputs.responses[next(places)]["puzzle_id"]] = tokenizer.decode(prompt)
+                    prompts[first + next(places)] = tokenizer.decode(prompt)
+        first += len(inputs.responses)
     return prompts
