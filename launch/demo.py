@@ -190,7 +190,9 @@ def refuse_wrong_options(config: DemoConfig) -> None:
     cold_start = {"traces": traces, "model": base_model(config), "epochs": config.sft_epochs, "lr": config.sft_lr}
     grpo = {"recipe": config.grpo_recipe, "steps": config.grpo_steps, "puzzles": puzzles, "model": tuned}
     shape = {} if config.model else {"hidden": config.hidden, "layers": config.layers}
+    atlas = {} if config.h5ad else {"donors": config.donors, "types": config.types, "noise": config.noise}
     for option, verb, words, result, more in (
+        ("--noise", "simulate", (), "atlas.h5ad", {**atlas, "seed": config.seed}),
         ("--build", "build", words_of(config.build or SIMULATED_BUILD), "puzzles", {}),
         ("--cells-build", "build", words_of(config.cells_build), "cells", {}),
         (

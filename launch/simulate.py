@@ -7,7 +7,7 @@ python launch/simulate.py --out big.h5ad --cells 1000000 --genes 20000 --donors 
 from dataclasses import MISSING, dataclass
 
 from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS
-from data.atlas.simulate import write_atlas
+from data.atlas.simulate import check_atlas_settings, write_atlas
 from data.atlas.stream import stream_atlas, summarise_atlas
 from data.errors import UserError
 from launch.options import command, option
@@ -37,6 +37,9 @@ class SimulateConfig:
     compression: str = option(
         "gzip", "gzip as in CELLxGENE's files, lzf (larger, written faster) or none.", tuple(COMPRESSIONS)
     )
+
+    def __post_init__(self) -> None:
+        check_atlas_settings(self.donors, self.seed, self.cells_per_type, self.noise)
 
 
 @command(SimulateConfig)

@@ -92,7 +92,7 @@ def nothing_usable(rows: list[dict]) -> str:
         cut if row["status"] == Status.TRUNCATED else row.get("message") or f"its status is {row['status']}"
         for row in rows
     )
-    commonest = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    commonest = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     order = (Status.INVALID_FORMAT, *NOT_SCORED, Status.TRUNCATED)
     first = min(rows, key=lambda row: order.index(row["status"]))  # a whole response says more than a cut one
     text = first["completion"]

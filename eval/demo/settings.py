@@ -87,6 +87,7 @@ SET_HERE = {
 }
 """{setting of the demo: {option of its stage: the demo's own option for it}}."""
 OWN = {
+    "simulate": {"donors": "--donors", "types": "--types", "noise": "--noise", "seed": "--seed"},
     "create_policy": {"hidden": "--hidden", "layers": "--layers"},
     "distill": {"limit": "--traces-from"},
     "sft": {"epochs": "--sft-epochs", "lr": "--sft-lr"},
@@ -119,6 +120,10 @@ def base_model(config: DemoConfig) -> Path:
 
 def refuse_missing_files(config: DemoConfig) -> None:
     """Raises UserError, before anything is made, when a file or the checkpoint of the settings is not there."""
+    if (Path(config.out) / "config.json").exists():  # labels.json and more of it would be replaced
+        raise UserError(
+            f"--out {config.out}: holds a checkpoint, or a run of a trainer (config.json); name another folder"
+        )
     if config.model and not (Path(config.model) / "config.json").is_file():
         raise UserError(f"--model {config.model}: no checkpoint there; `make smollm2` brings SmolLM2's")
     for name, file in (("--h5ad", config.h5ad), ("--cells-h5ad", config.cells_h5ad)):

@@ -84,6 +84,8 @@ def test_the_stages_take_the_options_of_every_recipe(recipe):
         (("--grpo-steps", "0"), "--grpo-steps 0: must be at least 1"),
         (("--eval-puzzles", "0"), "--eval-puzzles 0: must be at least 1"),
         (("--annotate", "cluster=leiden"), "--annotate: No such option '--cluster'"),
+        (("--donors", "0"), "--donors 0 is too few: give at least 6"),
+        (("--seed", "-1"), "--seed -1 is negative: give 0 or more"),
         (("--sft", "lr=banana"), "--sft lr=banana: the demo sets --lr itself; use --sft-lr"),
         (("--build", "seed=3"), "--build seed=3: the demo sets --seed itself; use --seed"),
         (
@@ -322,6 +324,13 @@ def test_a_finished_demo_is_not_taken_for_one_with_other_settings(tmp_path):
     same, other = (CliRunner().invoke(main, ["--out", str(tmp_path), "--seed", seed]) for seed in "01")
     assert same.exit_code == 0 and "already holds a finished demo" in same.output
     assert other.exit_code == 2 and "--seed: " in other.output and "was begun with 0, and now gets 1" in other.output
+
+
+def test_a_folder_with_a_checkpoint_is_not_taken_for_a_demo(tmp_path):
+    made(tmp_path, "config.json", "labels.json")
+    done = CliRunner().invoke(main, ["--out", str(tmp_path)])
+    assert done.exit_code == 2 and "holds a checkpoint, or a run of a trainer (config.json)" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "labels.json"]
 
 
 def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path, monkeypatch):

@@ -289,7 +289,7 @@ def test_what_cannot_be_exported(pipeline, trained, tmp_path):
     )
     checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
     done = run_command("export", "--model", checkpoint, "--base", other, "--out", tmp_path / "x")
-    assert done.returncode == 2 and "was trained on another model.safetensors" in done.stderr
+    assert done.returncode == 2 and "was trained on another config.json than" in done.stderr
     alone = adapter_folder(noisy_policy(pipeline / "base"), tmp_path / "alone", pipeline / "base")
     done = run_command("export", "--model", alone, "--base", other, "--out", tmp_path / "x")
     assert done.returncode == 2 and "has no weight for the adapter's" in done.stderr and not (tmp_path / "x").exists()
@@ -389,6 +389,19 @@ def test_an_adapter_of_a_run_stays_on_the_base_that_it_was_trained_on(pipeline, 
     done = run_command("export", "--model", checkpoint, "--base", tmp_path / "other", "--out", tmp_path / "out")
     assert done.returncode == 2 and "was trained on another model.safetensors than" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    for name, old, new in (
+        ("config.json", '"vocab_size"', '"head_scale": 2, "vocab_size"'),
+        ("tokenizer.json", '"added_tokens"', '"added_tokens" '),
+    ):
+        folder = tmp_path / f"other-{name}"
+        shutil.copytree(pipeline / "base", folder)
+        (folder / name).write_text((folder / name).read_text().replace(old, new, 1))
+        with pytest.raises(UserError, match=f"was trained on another {name} than"):
+            open_checkpoint(checkpoint, str(folder))
+    with pytest.raises(UserError, match="is a whole checkpoint and no adapter over one; leave --base out"):
+        open_checkpoint(pipeline / "base", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="is the folder of a run; name its model, .*checkpoints/step-.* or .*model"):
+        open_checkpoint(trained)
 
 
 def test_an_adapter_over_four_bits_is_asked_over_four_bits(pipeline, tmp_path):

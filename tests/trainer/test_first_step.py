@@ -32,11 +32,11 @@ def test_the_reasons_are_counted_and_one_response_is_shown():
     ]
     assert nothing_usable(rows) == (
         "each of the 8 responses has an invalid format or was cut, so there is nothing to learn from: "
-        f"{NO_TAG} (3); it was cut at --max-response-tokens (2); {TWICE} (2). Puzzle p1 was answered 'no tags'"
+        f"3 x {NO_TAG}; 2 x it was cut at --max-response-tokens; 2 x {TWICE}. Puzzle p1 was answered 'no tags'"
     )
     assert nothing_usable([row(Status.TRUNCATED, text="a" * 300 + "b" * 300)] * 2) == (
-        "each of the 2 responses was cut at the length limit, so there is nothing to learn from: it was cut at "
-        f"--max-response-tokens (2). Puzzle p1 was answered '{'a' * 200} ... {'b' * 200}'"
+        "each of the 2 responses was cut at the length limit, so there is nothing to learn from: 2 x it was cut at "
+        f"--max-response-tokens. Puzzle p1 was answered '{'a' * 200} ... {'b' * 200}'"
     )
 
 
@@ -50,8 +50,8 @@ def test_one_other_response_is_enough():
 def test_a_step_that_was_not_scored_is_as_useless():
     none = "the function returned None"
     assert nothing_usable([row(Status.DECLINED, none)] * 3 + [row(Status.TIMEOUT)]) == (
-        "each of the 4 responses was not scored, so there is nothing to learn from: the function returned None (3); its "
-        "status is timeout (1). Puzzle p1 was answered 'no tags'"
+        "each of the 4 responses was not scored, so there is nothing to learn from: 3 x the function returned None; 1 x its "
+        "status is timeout. Puzzle p1 was answered 'no tags'"
     )
     assert nothing_usable([row(Status.ERROR, "KeyError"), row(Status.TRUNCATED)]).startswith(
         "each of the 2 responses has an invalid format or was cut, or was not scored, so "

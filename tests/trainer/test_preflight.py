@@ -100,6 +100,16 @@ def test_what_does_not_fit_is_named(more, says):
     assert any(says in problem for problem in problems(check_launch(paper(**more), launch())))
 
 
+def test_two_copies_that_do_not_fit_are_told_of_the_one_that_does():
+    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE)}
+    machine = launch(nodes=1, ranks=1, gib=22.5)
+    assert not problems(estimate_memory(GrpoConfig(**settings), machine))
+    (said,) = problems(estimate_memory(GrpoConfig(**settings, base="copies"), machine))
+    assert "--base auto would fit" in said
+    (said,) = problems(estimate_memory(GrpoConfig(**settings, quantize="nf4"), machine))
+    assert "--quantize none would fit" in said
+
+
 def test_ppo_that_does_not_fit_is_a_note_and_no_refusal_of_what_nobody_gave():
     """Its critic cannot be sharded, so --shard fsdp is no remedy."""
     config = PpoConfig(model=str(SHAPE), dtype="bfloat16")
@@ -298,7 +308,7 @@ def test_the_dry_run_says_what_would_fit_and_it_does():
     card = launch(nodes=1, ranks=1, gib=22.5)
     settings = {**read_recipe(GrpoConfig, "one_gpu_80gb"), "model": str(SHAPE), "lora_rank": 16, "memory_fraction": 0.6}
     (said,) = {problem.rpartition(": ")[2] for problem in problems(estimate_memory(GrpoConfig(**settings), card))}
-    assert said == "--memory-fraction 0.88 --micro-tokens 6072 would fit"
+    assert said == "--micro-tokens 6072 --memory-fraction 0.88 would fit"
     assert not problems(estimate_memory(GrpoConfig(**settings | {"memory_fraction": 0.88, "micro_tokens": 6072}), card))
     larger = GrpoConfig(**settings | {"memory_fraction": 0.89, "micro_tokens": 6072})
     assert problems(estimate_memory(larger, card)), "no more than a hundredth is left"

@@ -80,6 +80,9 @@ def open_checkpoint(folder: str | Path, base: str | None = None, *, served: bool
     # before any tensor is read: a refusal names the setting, and is there at once
     settings = served_settings(folder) if served else None
     if not is_adapter(folder):
+        if base:
+            raise UserError(f"--base {base}: {folder} is a whole checkpoint and no adapter over one; leave --base out")
+        refuse_run_folder(folder)
         return OpenedModel(folder, folder, None, None)
     adapter, settings = read_adapter(folder, for_vllm=served)
     if lacking := [name for name in ("r", "lora_alpha", "target_modules") if not settings.get(name)]:
@@ -129,14 +132,25 @@ def base_under(folder: Path, settings: dict[str, Any], base: str | None = None) 
     return Path(base) if base else seen_from(folder, Path(settings.get("base_model_name_or_path") or folder))
 
 
+def refuse_run_folder(folder: Path) -> None:
+    """Raises UserError that names the model of a run, for the folder of the run itself."""
+    made = [*sorted((folder / "checkpoints").glob("step-*"))[-1:], *[folder / "model"]]
+    made = [place for place in made if place.is_dir()]
+    if made and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--model {folder}: is the folder of a run; name its model, {' or '.join(map(str, made))}")
+
+
 def refuse_other_base(folder: Path, base: Path) -> None:
-    """Raises UserError when an adapter of a run of ours would be put on other weights than it was trained on."""
+    """Raises UserError when an adapter of a run of ours would be put on another model than it was trained on.
+
+    Weights, settings, tokenizer and chat template count, as for --resume.
+    """
     trained_on = run_of(folder).get("model")
     if not isinstance(trained_on, dict):
         return
     there = model_hashes(base)
     for name in sorted(trained_on):
-        if name.endswith(".safetensors") and there.get(name, trained_on[name]) != trained_on[name]:
+        if there.get(name, trained_on[name]) != trained_on[name]:
             raise UserError(
                 f"{folder}: was trained on another {name} than {base} holds (other SHA-256), so its answers would be those of "
                 "no model that was trained; name the checkpoint that it began from with --base"

@@ -164,6 +164,8 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
     """
     one_row = cfg.max_prompt_tokens + cfg.max_response_tokens
     changes: list[dict[str, Any]] = [
+        {"base": "auto"},  # one copy for both where it can be, which may take less than two in 4 bits
+        {"quantize": "none"} if cfg.quantize == "nf4" and launch.device == "cuda" else {},
         {"checkpointing": True},
         {"micro_tokens": min(cfg.micro_tokens, max(4096, one_row))},
         {"micro_tokens": min(cfg.micro_tokens, one_row)},
@@ -176,18 +178,19 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
     made: dict[str, Any] = {}
     for change in ({}, *changes):
         made = {**made, **change}
-        tried = replace(cfg, **made)
+        values = dict(made)  # the share of vLLM is of this change alone
+        tried = replace(cfg, **values)
         rank = rank_memory(tried, launch, base)
         if launch.device == "cuda" and cfg.engine == "vllm" and cfg.placement == "colocate":
             # all that vLLM may have beside the trainer; a hundredth is left
             room = launch.rank_bytes - (rank.sampling - cfg.memory_fraction * launch.rank_bytes)
             share = math.floor(100 * room / launch.rank_bytes) / 100
             if (rank.sampling > launch.rank_bytes or rank.sampler.cache <= rank.sampler.response) and 0 < share < 1:
-                made["memory_fraction"] = share
-                tried = replace(cfg, **made)
+                values["memory_fraction"] = share
+                tried = replace(cfg, **values)
                 rank = rank_memory(tried, launch, base)
         if rank.fits(tried, launch) and (cfg.engine != "vllm" or rank.sampler.cache > rank.sampler.response):
-            words = {name: value for name, value in made.items() if getattr(cfg, name) != value}
+            words = {name: value for name, value in values.items() if getattr(cfg, name) != value}
             flags = [f"--{n.replace('_', '-')}{'' if v is True else f' {v}'}" for n, v in words.items()]
             return f"{' '.join(flags)} would fit"
     return "take a smaller model, a smaller --lora-rank or shorter responses, or share it out (--shard fsdp, --tensor-parallel)"
