@@ -2,7 +2,7 @@
 # make demo    simulate an atlas, build puzzles, distill, SFT, GRPO with vLLM, evaluate, report: runs/demo/report.html
 # make pbmc    the same on real cells (PBMC 68k, shipped inside scanpy): runs/pbmc/report.html
 # make smollm2 SmolLM2-135M, a pretrained model, on the atlas and the real cells together: runs/smollm2/report.html
-# make test    the whole test suite: about 9 minutes on 2 idle cores (more on a busy machine)
+# make test    the whole test suite: about 16 minutes on 2 idle cores (more on a busy machine)
 # make test-fast   what needs neither vLLM nor several seconds: about 75 seconds
 # make campaign MINUTES=60   look for faults: kills, disks, networks, fuzz, rewards, soak (tests/campaign/README.md)
 # make audit   known weaknesses of the installed packages, where api.osv.dev can be reached
