@@ -34,22 +34,24 @@ def write_summary(out: Path, run: dict[str, Any]) -> None:
     """
     summary: dict[str, dict] = {stage: _metrics_of_splits(out / "eval" / stage) for stage in STAGES}
     folders = sorted((out / "eval").glob(f"{BASELINE}*"))
-    summary["baselines"] = {folder.name.removeprefix(BASELINE): _metrics_of_splits(folder) for folder in folders}
+    # the notes say why the numbers of a baseline are too good, or chance
+    summary["baselines"] = {
+        folder.name.removeprefix(BASELINE): _metrics_of_splits(folder, "notes") for folder in folders
+    }
     for of_split in summary["baselines"].values():
         for metrics in of_split.values():
             metrics.pop("response_length", None)  # of an answer without reasoning: no length to compare with a model's
-    for folder in folders:  # why its numbers are too good, or chance
-        for file in folder.glob("*/metrics.json"):
-            if notes := read_result(file).get("notes"):
-                summary["baselines"][folder.name.removeprefix(BASELINE)][file.parent.name]["notes"] = notes
     summary["run"] = run
     write_whole(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
-def _metrics_of_splits(folder: Path) -> dict[str, Any]:
-    """{split: metrics} of the metrics.json files below a folder."""
-    files = sorted(folder.glob("*/metrics.json"))
-    return {file.parent.name: without_breakdowns(read_result(file)) for file in files}
+def _metrics_of_splits(folder: Path, *more: str) -> dict[str, Any]:
+    """{split: metrics} of the metrics.json files below a folder. more: keys that are kept beside the numbers."""
+    found = {file.parent.name: read_result(file) for file in sorted(folder.glob("*/metrics.json"))}
+    return {
+        split: without_breakdowns(result) | {key: result[key] for key in more if result.get(key)}
+        for split, result in found.items()
+    }
 
 
 def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:

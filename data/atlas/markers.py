@@ -36,9 +36,14 @@ RENAMED = {"CIMIP1": "C20orf85", "CIMAP3": "PIFO"}
 """{symbol of today: the one in our table}. The table stays as it is: the bytes of the simulated atlas depend on it."""
 
 
+def name_in_table(gene: str) -> str:
+    """A gene under the name that the marker table has for it."""
+    return RENAMED.get(gene, gene)
+
+
 def as_in_table(genes: Iterable[str]) -> set[str]:
     """Genes under the names of the marker table."""
-    return {RENAMED.get(gene, gene) for gene in genes}
+    return set(map(name_in_table, genes))
 
 
 def read_markers(path: str | os.PathLike = MARKERS_FILE) -> dict[str, MarkerEntry]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data.atlas.markers import as_in_table
+from data.atlas.markers import as_in_table, name_in_table
 from data.prompts import RESPONSE_LAYOUT, normalise_label
 from eval.annotate.votes import Reading
 from eval.traces.names import find_cells
@@ -106,6 +106,5 @@ class Markers:
 def markers_of(label: str, genes: Iterable[str], table: dict[str, list[str]]) -> Markers:
     """The markers of a label that are, and are not, among some genes. table: {normalised label: markers}."""
     listed, markers = as_in_table(genes), table.get(normalise_label(label), [])
-    is_listed = {gene: bool(as_in_table([gene]) & listed) for gene in markers}
-    missing = tuple(gene for gene in markers if not is_listed[gene])
-    return Markers(label, tuple(gene for gene in markers if is_listed[gene]), missing, bool(markers))
+    found = tuple(gene for gene in markers if name_in_table(gene) in listed)
+    return Markers(label, found, tuple(gene for gene in markers if gene not in found), bool(markers))

@@ -71,21 +71,6 @@ SIMULATED_BUILD = (
 COLD_START = ("lora-rank=0", "batch-size=8", "warmup-steps=20", "weight-decay=0.01", "holdout=0.02")
 
 
-SET_HERE = {
-    "build": {"h5ad": "--h5ad", "out": "--out", "seed": "--seed"},
-    "cells_build": {"h5ad": "--cells-h5ad", "out": "--out", "seed": "--seed"},
-    "distill": {"puzzles": "--h5ad", "out": "--out", "limit": "--traces-from", "seed": "--seed"},
-    "sft": {
-        "traces": "--distill",
-        "model": "--model",
-        "out": "--out",
-        "epochs": "--sft-epochs",
-        "lr": "--sft-lr",
-        "seed": "--seed",
-    },
-    "annotate": {"model": "--model", "out": "--out", "max-response-tokens": "--grpo-recipe", "seed": "--seed"},
-}
-"""{setting of the demo: {option of its stage: the demo's own option for it}}."""
 OWN = {
     "simulate": {"donors": "--donors", "types": "--types", "noise": "--noise", "seed": "--seed"},
     "create_policy": {"hidden": "--hidden", "layers": "--layers"},
@@ -95,6 +80,15 @@ OWN = {
     "evaluate": {"limit": "--eval-puzzles"},
 }
 """{stage: {its setting: the demo's option that sets it}}."""
+EVERY = {"out": "--out", "seed": "--seed"}
+SET_HERE = {
+    "build": EVERY | {"h5ad": "--h5ad"},
+    "cells_build": EVERY | {"h5ad": "--cells-h5ad"},
+    "distill": EVERY | OWN["distill"] | {"puzzles": "--h5ad"},
+    "sft": EVERY | OWN["sft"] | {"traces": "--distill", "model": "--model"},
+    "annotate": EVERY | {"model": "--model", "max-response-tokens": "--grpo-recipe"},
+}
+"""{setting of the demo: {option of its stage: the demo's own option for it}}."""
 PARTS = ("cold start", "evaluation before", "GRPO", "evaluation after", "report", "annotation")
 
 

@@ -374,6 +374,13 @@ def test_a_value_of_any_other_form_is_refused_at_once(foreign, capsys):
 
 
 CANARY = Canary(ids=[1, 2], policy=[-1.0], reference=None, tolerance=1e-4)
+SAMPLING = Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
+
+
+def split_engine(address, store, **more) -> SplitEngine:
+    """The trainers' side of one sampler that may be started again once."""
+    settings = {"rank": 0, "size": 1, "samplers": 1, "members": 1, "lora": None, "restarts": 1, **more}
+    return SplitEngine(address, store, device=torch.device("cpu"), **settings)
 
 
 def sampler_life(address, generation: int, idle: bool = False, dies: threading.Event | None = None) -> None:
@@ -431,22 +438,9 @@ def test_a_rank_waits_from_its_first_look_to_its_last():
         def __getattr__(self, name):
             return getattr(store, name)
 
-    engine = SplitEngine(
-        *(address, Looked()),
-        **{
-            "rank": 1,
-            "size": 2,
-            "samplers": 1,
-            "members": 1,
-            "lora": None,
-            "device": torch.device("cpu"),
-            "waiting": waiting,
-        },
-    )
+    engine = split_engine(address, Looked(), rank=1, size=2, waiting=waiting)
     engine.version, engine.hash = 0, "h"
-    engine.ask(
-        0, ["a", "b"], [[1, 2], [3]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
-    )
+    engine.ask(0, ["a", "b"], [[1, 2], [3]], SAMPLING)
     sampled = {"version": 0, "hash": "h", "responses": [([5], [-0.5], "stop")]}
     other = store.clone()
 
@@ -489,17 +483,15 @@ def test_an_order_that_is_repeated_while_its_rollouts_are_read_puts_the_same_byt
         def __getattr__(self, name):
             return getattr(store, name)
 
-    engine = SplitEngine(address, Meets(), rank=0, size=1, samplers=0, members=1, lora=None, device=torch.device("cpu"))
+    engine = split_engine(address, Meets(), samplers=0)
     engine.hash = "h"
-    engine.ask(0, ["p"], [[1]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,)))
+    engine.ask(0, ["p"], [[1]], SAMPLING)
     assert engine.collect(0)[0][0].response_ids == [5] and engine.seconds == 2.0
 
 
 def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
     store, address = open_store("127.0.0.1", 0)
-    engine = SplitEngine(
-        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
-    )
+    engine = split_engine(address, store)
 
     def dies_when_told_to_stop() -> None:
         me = SamplerProcess(engine=0, member=0, members=1, generation=0)
@@ -522,12 +514,10 @@ def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
 
 def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
     store, address = open_store("127.0.0.1", 0)
-    engine = SplitEngine(
-        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
-    )
+    engine = split_engine(address, store)
     parcel = Parcel.of({"w": torch.ones(3)})
     engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
-    engine.ask(0, ["a"], [[1]], Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,)))
+    engine.ask(0, ["a"], [[1]], SAMPLING)
     post_notice(store, REFUSED, "sampler 0: --model m: vLLM does not start", address.token)  # before it said hello
     with pytest.raises(UserError, match="^sampler 0: --model m: vLLM does not start$"):
         engine.collect(0)
@@ -539,9 +529,7 @@ def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
 def test_a_restarted_sampler_leaves_nothing_in_the_store(idle, capsys):
     """Its order is repeated whole, also for prompts whose rollouts a rank has taken; the next adapter ends that step."""
     store, address = open_store("127.0.0.1", 0)
-    engine = SplitEngine(
-        address, store, rank=0, size=1, samplers=1, members=1, lora=None, device=torch.device("cpu"), restarts=1
-    )
+    engine = split_engine(address, store)
     parcel = Parcel.of({"w": torch.ones(3)})
     loads = [
         Load(version=version, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None) for version in (0, 1)
@@ -551,8 +539,7 @@ def test_a_restarted_sampler_leaves_nothing_in_the_store(idle, capsys):
     first.start()
     engine.version, engine.hash = 0, "h"
     engine.queues[0].put(loads[0])
-    sampling = Sampling(n=1, max_tokens=4, temperature=1.0, top_p=1.0, seed=0, stop_ids=(2,))
-    engine.ask(0, ["a", "b"], [[1, 2], [3]], sampling)
+    engine.ask(0, ["a", "b"], [[1, 2], [3]], SAMPLING)
     second = threading.Thread(target=sampler_life, args=(address, 1))
     if idle:
         second.start()

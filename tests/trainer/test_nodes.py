@@ -108,6 +108,13 @@ def assert_same_numbers(out: Path, reference: list[dict]) -> None:
         assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6)
 
 
+def kill_sampler_at(launched: Launched, said: str) -> None:
+    """Kill the process of the one sampler when the run has said a line."""
+    launched.wait_for(said)
+    (sampler,) = launched.descendants("trainer.start.sampler")
+    sampler.kill()
+
+
 def on_two_nodes(start, nodes, arguments: list, tmp_path: Path, fresh: bool = False) -> list[Launched]:
     launched = []
     for number, node in enumerate(nodes):
@@ -208,9 +215,7 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2, "--correction", "tis"]
     arguments = [*words(tmp_path / "restarted"), *ahead, "--restart-samplers", 1]
     restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log")
-    restarted.wait_for("step 3/")
-    (sampler,) = restarted.descendants("trainer.start.sampler")
-    sampler.kill()
+    kill_sampler_at(restarted, "step 3/")
     assert restarted.end() == 0, restarted.output
     assert "it is started again (attempt 2)" in restarted.output
 
@@ -239,9 +244,7 @@ def test_vllm_in_a_process_of_its_own_samples_as_in_the_ranks_own(words, start, 
     succeed("grpo", *words(tmp_path / "one"), *with_vllm)
     split = [*words(tmp_path / "two"), *with_vllm, "--placement", "split", "--restart-samplers", 1]
     launched = start(torchrun(*split, ranks=2), tmp_path / "log")
-    launched.wait_for("step 1/")
-    (sampler,) = launched.descendants("trainer.start.sampler")
-    sampler.kill()
+    kill_sampler_at(launched, "step 1/")
     assert launched.end() == 0, launched.output
     assert "it is started again (attempt 2)" in launched.output
     assert_same_numbers(tmp_path / "two", metrics(tmp_path / "one"))
