@@ -39,6 +39,8 @@ from rollout.link import (
 )
 from rollout.sync import Canary, Manifest, Parcel, RunError, SyncError, manifest_hash
 
+ABANDON_SECONDS = 2.0
+"""How long a rank that failed waits for its threads to leave the store."""
 REFUSED = "refused"
 """Key of the notice of a sampler that cannot start for a reason that the user must mend."""
 
@@ -46,6 +48,10 @@ REFUSED = "refused"
 def over_key(engine: int) -> str:
     """The key of the notice that a sampler has done its last order: from then on its death is no loss."""
     return f"e{engine}/over"
+
+
+class AbandonedError(Exception):
+    """This rank has failed, so its threads stop where they are."""
 
 
 class SamplerLost(RunError):
@@ -134,6 +140,7 @@ class SplitEngine:
         self.off: dict[int, list[float]] = {}
         """Per sampler, its log-probs of the canary with the adapter off."""
         self.restarts_left = [restarts] * samplers
+        self.abandoned = threading.Event()
         self.queues: list[queue.Queue] = [queue.Queue() for _ in range(samplers if rank == 0 else 0)]
         self.threads = [
             threading.Thread(target=self._drive, args=(e,), name=f"sampler {e}", daemon=True)
@@ -226,6 +233,17 @@ class SplitEngine:
             thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
         self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 
+    def abandon(self) -> None:
+        """After a failure of this rank: end the threads without telling the samplers, who end with the trainers' store."""
+        # Python ends a daemon thread inside a call of the store by unwinding through C++, which then aborts the process:
+        # exit code -6 and "terminate called" in place of the error
+        self.abandoned.set()
+        for orders in self.queues:
+            orders.put(None)
+        deadline = time.monotonic() + ABANDON_SECONDS
+        for thread in self.threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
     def _pause(self) -> None:
         """Sleep briefly. Raises as `_raise_failure`."""
         time.sleep(0.01)
@@ -245,8 +263,8 @@ class SplitEngine:
         store = self.store.clone()  # a client serves one thread at a time
         try:
             self._work(engine, store)
-        except UserError:
-            pass  # the sampler has left its sentence for all ranks
+        except (UserError, AbandonedError):
+            pass  # the sampler has left its sentence for all ranks; or this rank says why it failed
         except RunError as error:
             post_notice(store, "failure", str(error), self.address.token)
         finally:
@@ -282,6 +300,8 @@ class SplitEngine:
                     self.restarts_left[engine] -= 1
                     print(f"{lost}; it is started again (attempt {attempt + 2})", file=sys.stderr, flush=True)
             self.queues[engine].task_done()  # deliver() waits for this if it is synchronous
+        if self.abandoned.is_set():
+            return
         post_notice(store, over_key(engine), "nothing is left to sample", self.address.token)
         if session is not None:
             try:
@@ -409,7 +429,8 @@ class Session:
 
     def _pause(self, waited: int) -> None:
         """Sleep between two looks into the store; check now and then that the sampler is alive."""
-        time.sleep(0.001 if waited < 100 else 0.02)
+        if self.owner.abandoned.wait(0.001 if waited < 100 else 0.02):
+            raise AbandonedError
         if waited % 25 == 0:
             self._check_alive()
 

@@ -33,6 +33,7 @@ from rollout.split import (
 )
 from rollout.sync import Canary, Parcel, SyncError, broadcast_adapter, manifest_hash
 from tests.helpers.commands import ROOT, run_command, succeed
+from trainer.ranks.world import World, guarded
 
 SMALL = (
     "--prompts-per-step",
@@ -523,6 +524,22 @@ def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
         engine.collect(0)
     engine.threads[0].join(timeout=60)
     assert not engine.threads[0].is_alive() and read_notice(store, "failure", address.token) is None
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_rank_that_fails_leaves_no_thread_in_the_store(waits):
+    """C++ aborts a process that ends while a thread of it is in a call of the store."""
+    store, address = open_store("127.0.0.1", 0)
+    engine, world = split_engine(address, store), World(rank=0, size=1, device=torch.device("cpu"))
+    world.at_failure.append(engine.abandon)
+    if waits:  # for the hello of a sampler that never comes
+        parcel = Parcel.of({"w": torch.ones(3)})
+        engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    with pytest.raises(UserError, match="a reward failed"), guarded(world):
+        raise UserError("a reward failed")
+    assert not engine.threads[0].is_alive()
+    assert read_notice(store, "failure", address.token) is None, "its sampler is not the one to blame"
+    assert read_notice(store, over_key(0), address.token) is None
 
 
 @pytest.mark.parametrize("idle", [True, False])

@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -63,6 +63,8 @@ class World:
     """Number of this rank among those that only sample; None if it trains."""
     keep_alive: list = field(default_factory=list)
     """Objects that must exist until every rank is done: a store that others still read."""
+    at_failure: list[Callable[[], None]] = field(default_factory=list)
+    """Called when this rank's work has failed: ends threads that use a store."""
     listeners: list[RunStatus] = field(default_factory=list)
     """On rank 0: what is told of every step, of a request to stop and of the end."""
 
@@ -456,6 +458,8 @@ def guarded(world: World) -> Iterator[None]:
             verdict = world.watch.explain(error) if is_collective_failure(error) else ""
             world.watch.close(failed=verdict or f"{type(error).__name__}: {first_line(error)}")
             lost = RankLost(f"{world.watch.me} stops in {world.watch.me.place()}: {verdict}") if verdict else None
+        while world.at_failure:
+            world.at_failure.pop()()
         world.ended(lost or error)
         unlock_folders()  # of a process that goes on, such as a notebook
         if lost:

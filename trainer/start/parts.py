@@ -287,7 +287,7 @@ def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitE
         )  # the samplers' keepers read it until the end; the server must outlive the engine
         world.store.set("sync/address", json.dumps(vars(address)))
     address = Address(**json.loads(world.store.get("sync/address")))  # blocks until rank 0 has set it
-    return SplitEngine(
+    engine = SplitEngine(
         address,
         store or join_store(address, f"rank {world.rank}"),
         rank=world.rank,
@@ -300,6 +300,8 @@ def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitE
         synchronous=cfg.max_staleness == 0,
         waiting=world.waiting,
     )
+    world.at_failure.append(engine.abandon)
+    return engine
 
 
 def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, world: World) -> list[Prompt]:

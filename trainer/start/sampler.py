@@ -37,6 +37,8 @@ STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
 REFUSED_CODE = 2
 """With which a sampler process ends that cannot start for a reason that the user must mend."""
+REFUSED_SECONDS = 2.0
+"""How long a sampler process that has said why it cannot start may take to end."""
 STOP_SECONDS = 60.0
 """How long a sampler may take to stop after its last order."""
 START = "import sys; from data.processes import end_with_parent; end_with_parent(int(sys.argv[1]))"
@@ -64,10 +66,16 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
             world.watch.on_hang = partial(process.send_signal, signal.SIGUSR1)  # makes it print its stacks
         # until this process ends, or another keeper reports that its process of the same sampler has died
         ends = math.inf
-        while process.poll() is None and lost_text() is None and time.monotonic() < ends:
-            if _notice(store, over_key(engine), address, engine) is not None:
-                ends = min(ends, time.monotonic() + STOP_SECONDS)  # a restarted one, whom nobody will tell to stop
-            time.sleep(0.1)
+        try:
+            while process.poll() is None and lost_text() is None and time.monotonic() < ends:
+                if _notice(store, over_key(engine), address, engine) is not None:
+                    ends = min(ends, time.monotonic() + STOP_SECONDS)  # a restarted one, whom nobody will tell to stop
+                time.sleep(0.1)
+        except RunError:  # rank 0 has ended with its store: it may be quicker to say that this process was refused
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=REFUSED_SECONDS)
+            if process.poll() != REFUSED_CODE:
+                raise
         if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
             return  # it was told to stop, so a crash of a library during its exit does not matter
         if process.poll() == REFUSED_CODE:  # another start would be refused for the same reason
