@@ -321,11 +321,19 @@ def _warnings(split: SplitFacts) -> Iterator[str]:
         yield f"short lists: {cells}, too few to tell cells apart by"
 
 
+def tenths(share: float) -> str:
+    """A share in percent with one decimal: 0.618 -> "61.8". "0.0" and "100.0" stand for exactly 0 and 1."""
+    text = f"{100 * share:.1f}"
+    if text == "0.0" and share:
+        return "<0.1"
+    return ">99.9" if text == "100.0" and share != 1 else text
+
+
 def _share(count: int, total: int) -> str:
     """For example 'all 90 puzzles' or '12 of 90 puzzles (13.3 %)'."""
     if count == total > 1:
         return f"all {total} puzzles"
-    return f"{count} of {_number(total, 'puzzle')} ({100 * count / total:.1f} %)"
+    return f"{count} of {_number(total, 'puzzle')} ({tenths(count / total)} %)"
 
 
 def _number(count: int, noun: str) -> str:
@@ -396,7 +404,7 @@ def audit_text(audited: Audit) -> str:
         (
             f"{pair.first} -> {pair.second}",
             pair.shared_cells,
-            f"{pair.puzzles_with_shared_cell} ({100 * pair.share_with_shared_cell:.1f} %)",
+            f"{pair.puzzles_with_shared_cell} ({tenths(pair.share_with_shared_cell)} %)",
             "not stated" if pair.shared_donors is None else len(pair.shared_donors),
             pair.near_duplicate_lists,
             pair.same_batches,

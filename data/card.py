@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.audit import audit
+from data.audit import audit, tenths
 from data.describe import (
     DISEASES,
     NOT_STATED,
@@ -22,7 +22,6 @@ from data.describe import (
     statistics_markdown,
     statistics_png,
     summary_table,
-    tenths,
 )
 from data.errors import UserError
 from data.files import write_whole

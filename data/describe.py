@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from statistics import median
 
-from data.audit import SplitFacts, audit
+from data.audit import SplitFacts, audit, tenths
 from data.puzzles import Puzzle
 
 Splits = dict[str, Sequence[Puzzle]]
@@ -167,14 +167,6 @@ def escape(text: str) -> str:
     """The text with Markdown's special characters escaped; '**bold**' stays bold."""
     text = " ".join(text.split())
     return re.sub(r"([\\|<`]|(?<!\*)\*(?!\*))", r"\\\1", text)
-
-
-def tenths(share: float) -> str:
-    """A share in percent with one decimal: 0.618 -> "61.8". "0.0" and "100.0" stand for exactly 0 and 1."""
-    text = f"{100 * share:.1f}"
-    if text == "0.0" and share:
-        return "<0.1"
-    return ">99.9" if text == "100.0" and share != 1 else text
 
 
 def _percent(part: int, whole: int) -> str:

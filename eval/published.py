@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from data.describe import NOT_STATED, markdown_table, tenths
+from data.audit import tenths
+from data.describe import NOT_STATED, markdown_table
 from eval import reasons
 
 FILE = Path(__file__).with_name("published.tsv")

@@ -128,6 +128,8 @@ def dry_run(config: OnlineConfig) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))
+    if config.resume:
+        check_run(dataclasses.replace(config, puzzles=config.puzzles or str(DEMO / "puzzles/train.parquet")))
     launch = launch_of(config)
     rows = check_launch(config, launch)
     from trainer.start.model_check import check_model

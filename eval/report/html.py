@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from data.describe import tenths
+from data.audit import tenths
 
 TEMPLATE = Path(__file__).with_name("report.html")
 EMPTY = "&ndash;"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data.describe import tenths
+from data.audit import tenths
 from data.errors import UserError
 from eval.review.page import KIND, NAMES, SIDES, WHOLE, WORDING, read_object
 

@@ -72,6 +72,15 @@ def test_the_same_cell_id_in_another_file_is_another_cell():
     assert only_pair([stated("a", "uv", "d1", 0)], [other])[0].leaks == ()
 
 
+def test_a_leak_of_one_puzzle_in_thousands_is_not_0_percent():
+    train = [stated("a", "uvw", "d1", 0)]
+    test = [stated(str(i), (f"{i}x", f"{i}y", f"{i}z"), f"e{i}", 100 * (i + 1)) for i in range(2000)]
+    found = only_pair(train, [*test, stated("q", "klm", "d1", 900_000)])[0]
+    assert found.leaks == (
+        "1 of 2001 puzzles (<0.1 %) of test from a donor that train has too: 1 donor (for example d1)",
+    )
+
+
 def test_donors_shared_on_purpose_are_a_warning():
     found, _ = only_pair([stated("a", "uv", "d1", 0)], [stated("b", "xy", "d1", 1000)], donors_apart=False)
     assert found.leaks == ()

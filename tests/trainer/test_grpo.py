@@ -177,4 +177,7 @@ def test_a_folder_with_another_run_is_refused(pipeline, tmp_path, length_reward)
     assert again.returncode == 2 and "already holds a run; add --resume" in again.stderr
     other = run_command("grpo", *arguments, "--engine", "torch", "--resume", "--reward", length_reward, "--beta", 0.5)
     assert other.returncode == 2 and "--resume: beta was 0.001" in other.stderr
+    dry = run_command("grpo", *arguments, "--engine", "torch", "--resume", "--dry-run")  # says what the run would say
+    assert dry.returncode == 2 and "--resume: reward was" in dry.stderr, dry.stderr
+    assert "; give the old value again, or name another --out" in dry.stderr
     assert (out / "metrics.jsonl").read_bytes() == before

@@ -169,13 +169,13 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         raise UserError(holds_a_run(out, allow_resume))
     # through JSON, so that both sides have JSON's types
     record = read_record(out)
-    before, now = record["settings"], json.loads(json.dumps(dataclasses.asdict(config)))
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
     # a setting that an older version did not record had its default behaviour
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    before = {field.name: field.default for field in dataclasses.fields(config)} | record["settings"]
     free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
-    changed = [key for key in now if key not in free and before.get(key, defaults[key]) != now[key]]
-    if changed:
-        raise UserError(f"--resume: {changed[0]} was {before.get(changed[0])!r} in {out}, now {now[changed[0]]!r}")
+    if key := next((key for key in now if key not in free and before[key] != now[key]), ""):
+        was = f"{key} was {before[key]!r} in {out}, now {now[key]!r}"
+        raise UserError(f"--resume: {was}; give the old value again, or name another --out")
     refuse_other_files(config, record)
     made = steps_saved(out)
     if made > now.get("steps", made):
