@@ -154,9 +154,12 @@ def write_build(
             (partial / LABELS).write_text(text, encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         out.mkdir(exist_ok=True)
-        # the report last: who finds it finds all
-        for file in sorted(partial.iterdir(), key=lambda file: (file.name == "report.json", file.name)):
+        # the report last, and an older one gone first: who finds it finds all, and nothing of another build
+        files = sorted(partial.iterdir(), key=lambda file: (file.name == "report.json", file.name))
+        for file in files:
             flush(file)
+        (out / "report.json").unlink(missing_ok=True)
+        for file in files:
             os.replace(file, out / file.name)
         for ending in FORMATS["both"]:
             for split in splits if ending not in formats else ():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.build.columns import Column, clean_text, constant_column
+from data.build.columns import Column, clean_text, constant_column, whole_numbers
 from data.build.contexts import CONTEXT_COLUMNS, without_unfit
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs, table_index, uns_text
 from data.errors import UserError
@@ -46,10 +46,13 @@ REQUIRED_COLUMNS = ("cell_type", "donor_id", "suspension_type", "tissue", "disea
 ORGANISM_COLUMNS = ("organism", "organism_ontology_term_id")
 ORGANISMS = {
     name.lower(): organism
-    for organism, taxon in {"Homo sapiens": "NCBITaxon:9606", "Mus musculus": "NCBITaxon:10090"}.items()
-    for name in (organism, taxon)
+    for organism, others in {
+        "Homo sapiens": ("NCBITaxon:9606", "human", "H. sapiens", "hsapiens", "homo_sapiens"),
+        "Mus musculus": ("NCBITaxon:10090", "mouse", "house mouse", "M. musculus", "mmusculus", "mus_musculus"),
+    }.items()
+    for name in (organism, *others)
 }
-"""Name or taxon, in lower case -> name. Other organisms keep the name that the file gives them."""
+"""Name, usual word or taxon, in lower case -> name. Other organisms keep the name that the file gives them."""
 POOLED = re.compile(r"pooled( (donors?|samples?|individuals?|subjects?|patients?|cells))?", re.IGNORECASE)
 """CELLxGENE's donor_id for cells of several individuals that were not told apart. In other columns: not known."""
 SUSPENSION_KINDS = ("cell", "nucleus", "na")
@@ -67,7 +70,7 @@ class CellRules:
     """Which cells of a file a build uses. The fields are those of data.build.settings.BuildConfig."""
 
     organism: str | None = None
-    """Use the cells of this organism only; a file without it gives no cells."""
+    """Use the cells of this organism only; all cells of a file that states none count as of it."""
     include_non_primary: bool = False
     suspension: tuple[str, ...] = ("cell",)
     """Of "cell", "nucleus" and "na" (not known)."""
@@ -144,11 +147,12 @@ def read_cells(
         notes.append(f"the file states no organism: all its cells count as {rules.organism}")
     elif rules.organism:
         wanted = organisms.where(lambda name: name.lower() == organism_name(rules.organism).lower())
-        others = "" if wanted.any() else f" (the file has {', '.join(sorted(organisms.names))})"
+        held = sorted(organisms.counts())
+        others = "" if wanted.any() else f" (the file has {', '.join(held)})"
         of_organism = f"organism is not {rules.organism!r}{others}"
         unusable[of_organism] = ~wanted
         if others:
-            remedies[of_organism] = f"--organism {sorted(organisms.names)[0]!r}"
+            remedies[of_organism] = f"--organism {held[0]!r}"
     kept, dropped = np.ones(n_read, dtype=bool), {}
     for reason, bad in unusable.items():
         dropped[reason] = int((kept & bad).sum())
@@ -163,7 +167,8 @@ def read_cells(
     if n_unknown := int((batch.codes[kept_rows] < 0).sum()):
         notes.append(f"{n_unknown} cells have no known batch: they are grouped by donor only")
     usable = {name: column[kept_rows] for name, column in cells.items()}
-    organism = one_organism(path, organisms[kept_rows]) if organisms else None
+    stated = organism_name(rules.organism) if rules.organism else None
+    organism = one_organism(path, organisms[kept_rows]) if organisms else stated
     if not rules.allow_numeric_labels:
         if "cell_type" in columns:
             _refuse_clusters(path, usable["cell_type"], columns["cell_type"], rules)
@@ -198,6 +203,7 @@ def read_in_words(
     obs, notes = read_obs(path, list(columns.values())), []
     cells = {name: obs[key] if name == "donor_id" else _without_pooled(obs[key]) for name, key in columns.items()}
     cells |= {name: constant_column(value, n_cells) for name, value in supplied.items()}
+    cells |= {name: whole_numbers(cells[name]) for name in ("donor_id", "batch") if name in cells}
     for name in cells:
         cells[name], more = with_usual_words(name, cells[name])
         notes += more

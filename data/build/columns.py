@@ -78,6 +78,16 @@ class Column:
         return {name: n for name, n in zip(self.names, n_cells, strict=True) if n}
 
 
+def whole_numbers(column: Column) -> Column:
+    """A column of ids in which "1.0" is "1", when all ids end so: what pandas makes of numbers when one is missing.
+
+    Another file of the same study may hold the numbers themselves.
+    """
+    if not column.names or not all(re.fullmatch(r"\d+\.0", name) for name in column.names):
+        return column
+    return Column(column.codes, [name.removesuffix(".0") for name in column.names], column.placeholders)
+
+
 def constant_column(text: str, n_cells: int) -> Column:
     """A column with the same value for every cell."""
     return Column(np.zeros(n_cells, dtype=np.int32), [text])

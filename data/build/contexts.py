@@ -109,6 +109,15 @@ RULES: dict[str, dict[str, str]] = {
 """obs column -> {regular expression for the whole value, case ignored: sentence}. The first match gives its sentence;
 without a match the column gives none."""
 
+TISSUES = {
+    "Condition": r"skin|derm(is|al)|scalp",
+    "medical_conditions": (
+        r"brain|cerebr|cerebell|hippocamp|gyrus|thalam|neocortex|\w*(frontal|temporal|parietal|occipital|cingulate|entorhinal"
+        r"|motor|visual|insular)( \w+)* (cortex|lobe)|amygdala|white matter|ventricle wall|mening"
+    ),
+}
+"""obs column -> what its tissue must hold, where a tissue is known. Other files use these general names for other facts."""
+
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
 
@@ -193,8 +202,13 @@ def context_sentence(facts: dict[str, str]) -> str:
         healthy = known["disease"].lower() == NORMAL
         diagnosis = "is healthy with no diagnosed disease" if healthy else f"has been diagnosed with {known['disease']}"
         sentences.append(f"The patient {diagnosis}.")
-    extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known]
+    extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known and _fits(name, known)]
     return " ".join(sentences + [sentence for sentence in extras if sentence])
+
+
+def _fits(name: str, known: dict[str, str]) -> bool:
+    """Whether the wording of a column is for such a tissue."""
+    return "tissue" not in known or re.search(TISSUES.get(name, ""), known["tissue"], re.IGNORECASE) is not None
 
 
 def _extra(rules: dict[str, str], value: str) -> str:

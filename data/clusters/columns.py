@@ -69,7 +69,7 @@ def read_clustered_cells(source: Source, cluster_key: str, settings: ProfileSett
     notes += [*more, *in_words]
     organism = one_organism(source, organisms[np.flatnonzero(usable)]) if organisms is not None else None
     # other animals are not counted in years
-    if "development_stage" in facts and organism in (None, "Homo sapiens"):
+    if "development_stage" in facts and (organism or organism_name(settings.organism)) == "Homo sapiens":
         facts["development_stage"], more = ages_in_words(facts["development_stage"])
         notes += more
     for name in (*NUMERIC_REFUSED, *FREE_TEXT):
@@ -188,7 +188,7 @@ def _notes_on_nuclei(source: Source, rows: np.ndarray) -> list[str]:
 def facts_of_samples(cells: ClusteredCells) -> tuple[dict[int, dict[str, str]], list[str]]:
     """({code of a sample: {context column: value}} of what all usable cells of the sample agree on, notes).
 
-    All puzzles of a sample have one context, so a fact on a part of its cells is left out.
+    All puzzles of a sample have one context, so a fact on a part of its cells, or known for a part, is left out.
     """
     rows = np.flatnonzero(cells.usable)
     samples = cells.samples.codes[rows]
@@ -204,12 +204,15 @@ def facts_of_samples(cells: ClusteredCells) -> tuple[dict[int, dict[str, str]], 
         values: dict[int, list[int]] = {}
         for pair in pairs.tolist():
             values.setdefault(pair // len(column.names) - 1, []).append(pair % len(column.names))
+        partly = set(np.unique(samples[~known]).tolist()) & values.keys()
         for sample, codes in values.items():
-            if len(codes) == 1:
+            if len(codes) == 1 and sample not in partly:
                 facts[sample][name] = column.names[codes[0]]
-        if n_mixed := sum(len(codes) > 1 for codes in values.values()):
-            where = f"in {n_mixed} of {len(facts)} samples" if len(facts) > 1 else "among the cells"
-            notes.append(f"the {name.replace('_', ' ')} differs {where}: no context states it there")
+        mixed = {sample for sample, codes in values.items() if len(codes) > 1}
+        for found, how in ((mixed, "differs"), (partly - mixed, "is not known for all cells")):
+            where = f"in {len(found)} of {len(facts)} samples" if len(facts) > 1 else "of the file"
+            if found:
+                notes.append(f"the {name.replace('_', ' ')} {how} {where}: no context states it there")
     return facts, notes
 
 

@@ -95,6 +95,9 @@ class InMemory:
 
 def _table(frame: Any, file: StoreGroup) -> MemoryGroup:
     """obs or var. A column whose name is no text cannot be named in a file, and is left out."""
+    twice = [key for key in frame.columns[frame.columns.duplicated()] if isinstance(key, str)]
+    if twice:
+        raise UserError(f"adata: its table has two columns named {twice[0]!r}; rename one of them")
     columns = {key: lambda key=key: _column(frame[key], file) for key in frame.columns if isinstance(key, str)}
     index = {"_index": lambda: MemoryArray(np.array(frame.index.astype(str), dtype=object), file)}
     return MemoryGroup(columns | index, file, _index="_index")

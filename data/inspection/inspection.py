@@ -21,6 +21,7 @@ from data.build.cells import (
     REQUIRED_COLUMNS,
     Cells,
     check_labels,
+    organism_name,
 )
 from data.build.columns import Column
 from data.build.h5ad import open_h5ad, table_index, uns_text
@@ -59,14 +60,14 @@ def inspect_file(path: str | os.PathLike, config: BuildConfig = DEFAULT) -> File
     problems = [] if layer else [_no_layer(path, layers)]
     named = layer or next((one.name for one in layers if one.encoding), None)  # the names matter without values, too
     genes, gene_list = _genes(path, named, config.gene_key)
-    chosen = _with_columns(config, columns)
+    organism, source = _organism(path, genes, gene_list, columns)
+    chosen = _with_columns(config, columns, config.organism or organism)
     chosen = dataclasses.replace(
         chosen,
         layer="auto" if layer in (None, _automatic(layers)) else layer,
         gene_key=genes.key if genes and genes.key else config.gene_key,
     )
     usable, chosen, more = _usable(path, chosen, columns)
-    organism, source = _organism(path, genes, gene_list, columns)
     facts = FileFacts(
         path=path,
         kind=kind,
@@ -155,7 +156,7 @@ def _gene_problems(genes: GeneFacts | None) -> list[str]:
     return [genes.problem] if genes is not None and genes.problem else []
 
 
-def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfig:
+def _with_columns(config: BuildConfig, columns: list[ColumnFacts], organism: str | None) -> BuildConfig:
     """The settings with a column, or a constant, for each fact that a build needs. What the user chose is kept."""
     by_name = {column.name: column for column in columns}
     chosen: dict[str, Any] = {}
@@ -166,7 +167,7 @@ def _with_columns(config: BuildConfig, columns: list[ColumnFacts]) -> BuildConfi
         field = flag[2:].replace("-", "_")
         key = getattr(config, field)
         bad_labels = name == "cell_type" and key in by_name and _no_labels(by_name[key])
-        no_words = name in MAY_BE_ABSENT and key in by_name and _no_words(name, by_name[key])
+        no_words = name in MAY_BE_ABSENT and key in by_name and _no_words(name, by_name[key], organism)
         if key != name or (key in by_name and not bad_labels and not no_words) or name in given:
             continue
         guess = guessed_column(name, columns, taken)
@@ -187,10 +188,11 @@ def _no_labels(column: ColumnFacts) -> bool:
     return bool(ids) or column.kind in ("clusters", "numbers", "empty") or column.n_values < 2
 
 
-def _no_words(name: str, column: ColumnFacts) -> bool:
-    """Whether a build refuses a column of words, because it holds only numbers or ids."""
+def _no_words(name: str, column: ColumnFacts, organism: str | None) -> bool:
+    """Whether no context should state a column of words, because it holds only numbers or ids."""
     texts = [text for text, _ in column.most_common]
-    if name == "development_stage" and column.kind in ("numbers", "clusters"):
+    in_years = organism_name(organism or "human") == "Homo sapiens"  # other animals are not counted so
+    if in_years and name == "development_stage" and column.kind in ("numbers", "clusters"):
         values = Column(np.arange(len(texts), dtype=np.int32), texts)
         return not texts or not ages_in_words(values)[1]
     usual = USUAL.get(name, str)

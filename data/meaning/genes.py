@@ -284,7 +284,8 @@ def _types(values: list[str | None] | None) -> list[str | None]:
     """[G] the type of the rows that are no genes, else None; [] for a column that does not say what is a gene."""
     plain = {value: _plain(value) for value in set(values or ()) if value}
     if GENE_TYPES & set(plain.values()):  # one type is that of genes, so all others are not
-        return [None if value and plain[value] in GENE_TYPES else value or "without a type" for value in values or ()]
+        # no value says nothing: an outer join leaves none for the genes of a file without the column
+        return [None if not value or plain[value] in GENE_TYPES else value for value in values or ()]
     return [value if value and plain[value] in OTHER_TYPES else None for value in values or ()]
 
 

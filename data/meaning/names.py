@@ -120,6 +120,10 @@ def nameless(names: list[str]) -> list[str | None]:
     return ["without a name" if name in bad else None for name in names]
 
 
+_REAL = re.compile(r"SLA-\d+")
+"""Names that look like copies and are genes: SLA-1 of the pig's MHC, beside SLA, the Src-like adaptor."""
+
+
 def copies_of(names: list[str]) -> dict[str, str]:
     """{name with a number that made it unique: the name without}: CD3D-1 is CD3D when both are there.
 
@@ -128,7 +132,7 @@ def copies_of(names: list[str]) -> dict[str, str]:
     known = set(names)
     copies = {name: match[1] for name in known if (match := _COPY.fullmatch(name)) and match[1] in known}
     symbols = known_symbols(set(copies)) if copies else set()
-    return {name: other for name, other in copies.items() if name not in symbols}
+    return {name: other for name, other in copies.items() if name not in symbols and not _REAL.fullmatch(name)}
 
 
 def without_copies(names: list[str], is_gene: list[bool]) -> tuple[list[str], list[str]]:

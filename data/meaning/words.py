@@ -61,11 +61,11 @@ def with_usual_words(name: str, column: Column) -> tuple[Column, list[str]]:
 
 
 def ages_in_words(column: Column) -> tuple[Column, list[str]]:
-    """(a column of development stages in which 40 is "40-year-old stage", a note), when it holds whole numbers of years.
+    """(a column of development stages in which 40 is "40-year-old stage", a note), when its numbers are whole years.
 
-    Else (the column, []).
+    Words among them, such as adult or >89, stay as they are. Else (the column, []).
     """
-    ages = [text.removesuffix(".0") for text in column.counts()]
+    ages = [text.removesuffix(".0") for text in column.counts() if is_number(text)]
     if not ages or not all(age.isdecimal() and 1 <= int(age) <= OLDEST for age in ages):
         return column, []
     return _renamed(

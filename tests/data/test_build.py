@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 from collections import Counter
 
@@ -536,6 +537,24 @@ def test_an_existing_folder_gets_the_new_files_and_keeps_others(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
     assert read_puzzles(out / "train.parquet") == splits["train"][:2]
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_build_that_is_killed_leaves_no_report_of_an_older_one(tmp_path, monkeypatch):
+    """Else train of the new seed would stand beside test of the old one, under the old report."""
+    splits, report = build_puzzles([write_atlas(tmp_path / "atlas.h5ad")], SMALL)
+    write_build(tmp_path / "out", splits, report)
+    moved = []
+
+    def killed(source, target):
+        moved.append(target)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    monkeypatch.setattr("data.folder.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_build(tmp_path / "out", splits, report)
+    assert (tmp_path / "out/test.parquet").is_file() and not (tmp_path / "out/report.json").exists()
 
 
 @pytest.mark.slow(4)

@@ -216,7 +216,7 @@ def test_a_matrix_stored_by_genes_gives_the_same_bytes(tmp_path):
 
 def test_a_context_states_what_all_cells_of_a_sample_share():
     adata = small(
-        tissue=["blood", "blood", "lung", "lung", "lung", "lung", None, "blood"],
+        tissue=["blood", "blood", "lung", "lung", "lung", "lung", "lung", "blood"],
         disease="healthy",
         development_stage=[40, 40, 40, 40, 51, 51, 51, 51],
         self_reported_ethnicity=[1, 1, 1, 1, 2, 2, 2, 2],
@@ -229,6 +229,22 @@ def test_a_context_states_what_all_cells_of_a_sample_share():
     assert [p.tissue for p in found.profiles] == ["lung", "blood", "lung"]
     assert "the tissue differs in 1 of 2 samples: no context states it there" in found.notes
     assert any("'self_reported_ethnicity' holds only numbers: no context states it" in note for note in found.notes)
+
+
+def test_a_fact_that_is_known_for_a_part_of_the_cells_is_stated_for_none():
+    """As after anndata.concat(join="outer") of two files of which one states the disease."""
+    disease = [None, "COVID-19", None, None, "COVID-19", "COVID-19", "COVID-19", None]
+    found = profiles_of(small(disease=disease), "leiden", TWO)
+    two, ten, other = found.profiles
+    assert "COVID" not in two.context + ten.context and "diagnosed with COVID-19" in other.context
+    assert "the disease is not known for all cells in 1 of 2 samples: no context states it there" in found.notes
+
+
+def test_two_columns_of_one_name_in_memory():
+    adata = small()
+    adata.obs = pd.concat([adata.obs, adata.obs[["tissue"]]], axis=1)
+    with pytest.raises(UserError, match="adata: its table has two columns named 'tissue'; rename one"):
+        profiles_of(adata, "leiden", TWO)
 
 
 def test_without_columns_a_constant_supplies_a_fact_and_all_cells_are_one_sample():
@@ -285,6 +301,13 @@ def test_other_organisms():
         profiles_of(mouse, "leiden", TWO)
     found = profiles_of(mouse, "leiden", ProfileSettings(min_cells=2, organism="Mus musculus"))
     assert found.organism == "Mus musculus" and "Lyz0" in found.genes
+    aged = profiles_of(
+        small(np.tile(COUNTS, (1, 12)), mouse.var_names, development_stage=8),
+        "leiden",
+        ProfileSettings(min_cells=2, organism="Mus musculus"),
+    )
+    assert not any("8" in profile.context for profile in aged.profiles), "weeks, perhaps"
+    assert profiles_of(small(organism="human"), "leiden", TWO).organism == "Homo sapiens"
     stated = small(organism="Mus musculus")
     with pytest.raises(
         UserError, match="adata: holds cells of Mus musculus; the model knows the genes of Homo sapiens"

@@ -359,6 +359,14 @@ def test_scaled_tags_beside_counts_of_genes(tmp_path, plain):
     assert rows == plain[1] and report["values"] == "counts"
 
 
+def test_genes_without_a_type_are_genes(tmp_path, plain):
+    """anndata.concat(join="outer") leaves no type for the genes of a file without the column."""
+    adata = atlas()
+    adata.var["feature_types"] = ["Gene Expression"] * 7 + [None] * 3
+    rows, report = built(saved(tmp_path / "a.h5ad", adata))
+    assert rows == plain[1] and not any("no genes" in note for note in report["notes"])
+
+
 def test_biotypes_are_no_reason_to_leave_a_gene_out(tmp_path, plain):
     adata = atlas()
     adata.var["feature_type"] = ["protein_coding"] * 9 + ["lncRNA"]

@@ -17,7 +17,7 @@ from data.build.rank import top_genes
 from data.inspection.inspection import inspect_file
 from data.meaning.genes import gene_table
 from data.meaning.labels import names_no_cell_type, transposed
-from data.meaning.names import no_genes
+from data.meaning.names import copies_of, no_genes
 from tests.data.test_real_files import IDS, N_CELLS, SYMBOLS, as_integers, atlas, built, plain, refusal, saved, with_obs
 from tests.data.test_values import counts_of, to_one_depth
 
@@ -172,6 +172,11 @@ def test_copies_of_a_gene_are_one_gene(tmp_path):
     assert all(len(genes) == len(set(genes)) for genes in lists)
     counts = atlas().X.toarray()
     assert lists[7][0] == read[counts[7].argmax()]
+
+
+def test_numbered_genes_of_the_pig_are_no_copies():
+    """SLA-1, SLA-2, ... are MHC class I; SLA is another gene, the Src-like adaptor."""
+    assert copies_of(["SLA", "SLA-1", "SLA-11", "CD3D", "CD3D-1"]) == {"CD3D-1": "CD3D"}
 
 
 # --- second round

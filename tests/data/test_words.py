@@ -2,6 +2,7 @@
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 
 from data.build.cells import read_cells
@@ -66,6 +67,49 @@ def test_ages_in_years(tmp_path, number):
     assert not inspect_file(path).problems
     mouse = with_obs(tmp_path / "b.h5ad", development_stage=ages, organism="Mus musculus")
     assert "'development_stage' holds only numbers" in refusal(mouse)  # weeks, perhaps
+    assert "--development-stage-key none" in inspect_file(mouse).command
+    assert "'development_stage' holds only numbers" in refusal(path, organism="mouse")  # the option says so
+
+
+def test_ages_among_words(tmp_path):
+    """De-identified files have >89; the numbers of the others are years all the same."""
+    ages = ["40"] * (N_CELLS - 4) + [">89"] * 4
+    path = with_obs(tmp_path / "a.h5ad", development_stage=ages)
+    stages = read_cells(path, SMALL.column_keys, {}).columns["development_stage"].texts()
+    assert stages == ["40-year-old stage"] * (N_CELLS - 4) + [">89"] * 4
+
+
+@pytest.mark.parametrize("word", ["human", "Homo_sapiens", "NCBITaxon:9606", "Homo sapiens"])
+def test_usual_words_for_an_organism(tmp_path, word):
+    path = with_obs(tmp_path / "a.h5ad", organism=word, development_stage=40)
+    for wanted in (None, "human", "Homo sapiens"):
+        rows, report = built(path, organism=wanted)
+        assert rows and report["organism"] == "Homo sapiens" and "40-year-old stage" in rows[0][1]["user_msg"]
+    assert "keep them with --organism 'Homo sapiens'" in refusal(path, organism="mouse")
+
+
+def test_an_organism_of_no_cell_is_not_offered(tmp_path):
+    adata = atlas()
+    adata.obs["organism"] = pd.Categorical(["Mus musculus"] * N_CELLS, ["Homo sapiens", "Mus musculus"])
+    message = refusal(saved(tmp_path / "a.h5ad", adata), organism="rat")
+    assert "--organism 'Mus musculus'" in message and "Homo sapiens" not in message
+
+
+def test_ids_that_were_numbers_are_whole(tmp_path):
+    donors = [f"{i // 16 + 1}.0" for i in range(N_CELLS)]
+    path = with_obs(tmp_path / "a.h5ad", donor_id=donors)
+    assert set(read_cells(path, SMALL.column_keys, {}).columns["donor_id"].texts()) == {"1", "2", "3", "4"}
+    path = with_obs(tmp_path / "b.h5ad", donor_id=["v" + donor for donor in donors])
+    assert "v1.0" in read_cells(path, SMALL.column_keys, {}).columns["donor_id"].texts()
+
+
+def test_general_names_of_columns_are_worded_for_their_tissue_only():
+    for tissue in ("blood", "kidney cortex", "upper lobe of lung"):
+        facts = {"Condition": "Healthy", "medical_conditions": "Tumor", "tissue": tissue}
+        assert context_sentence(facts) == f"The cell is from, originating from the {tissue}."
+    assert "no reported skin condition" in context_sentence({"Condition": "Healthy", "tissue": "skin of forearm"})
+    for tissue in ("brain", "middle temporal gyrus", "temporal cortex", "frontal lobe", "hippocampal formation"):
+        assert "brain tumor" in context_sentence({"medical_conditions": "Tumor", "tissue": tissue})
 
 
 @pytest.mark.parametrize("name, flag", [("sex", "sex_key"), ("tissue", "tissue_key"), ("disease", "disease_key")])
