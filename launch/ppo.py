@@ -1,7 +1,7 @@
 """PPO: as launch/grpo.py, with a critic that learns beside the policy.
 
 python launch/ppo.py                                    # the embedded default; builds what is missing
-torchrun --nproc-per-node 8 launch/ppo.py --model sft/model --puzzles train.parquet --out runs/mine
+torchrun --nproc-per-node 8 launch/ppo.py --model sft/model --puzzles train.parquet --lr 1e-5 --out runs/mine
 """
 
 from pathlib import Path

@@ -15,8 +15,8 @@ from launch.options import command, option
 class ReportConfig:
     run: str = option(
         MISSING,
-        "Run folder, for example runs/demo. The page shows what the folder holds of eval/{base,sft,grpo}/{test,unseen} "
-        "(written by launch/evaluate.py), puzzles/{test,unseen}.parquet, sft/, grpo/ and summary.json.",
+        "Run folder, for example runs/demo. The page shows what the folder holds of eval/{base,sft,grpo}/{test,unseen,cells} "
+        "(or, of one file, eval/{base,sft,grpo}), puzzles/{test,unseen,cells}.parquet, sft/, grpo/ and summary.json.",
     )
     show: int = option(3, "Number of best and of worst puzzles that the page shows.")
     png: str | None = option(None, "Also draw the learning curve into this .png file.")

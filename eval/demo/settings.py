@@ -45,7 +45,7 @@ class DemoConfig:
     sft_epochs: int = option(3, "Epochs of the cold start.", section=TRAINING)
     sft_lr: float = option(3e-3, "Peak learning rate of the cold start.", section=TRAINING)
     grpo_recipe: str = option("demo", "Recipe of the GRPO stage: a file, or a name as for --recipe.", section=TRAINING)
-    grpo_steps: int | None = option(None, "Optimizer steps of the GRPO stage; default: the recipe's.", section=TRAINING)
+    grpo_steps: int | None = option(None, "Steps of the GRPO stage; default: the recipe's.", section=TRAINING)
     annotate: tuple[str, ...] = option(
         (),
         "Options for launch/annotate.py as name=value: the last stage labels the clusters of the real file.",
