@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -54,6 +55,29 @@ def check_numbers(config: Any, ranges: dict[str, tuple[str, ...]]) -> None:
             value = getattr(config, name, None)
             if value is not None and not all(holds(value, number) for holds, number in bounds):
                 raise UserError(f"{flag_of(name)} {value}: must be {text}")
+
+
+def check_endpoint(flag: str, url: str, key_env: str) -> None:
+    """Raises UserError, without quoting the value, when a URL cannot be used, or it or --key-env may hold a secret.
+
+    Both are written down beside the answers.
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        usable = False
+    if not usable or re.search(r"\s|[?#]|://[^/]*@", url):
+        raise UserError(
+            f"{flag}: write it as https://HOST/v1, without user, password or query; the key goes into --key-env"
+        )
+    check_key_env(key_env)
+
+
+def check_key_env(key_env: str) -> None:
+    """Raises UserError, without quoting the value, when --key-env may hold the key itself."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key_env):
+        raise UserError("--key-env: give the NAME of an environment variable, in capitals; never the key itself")
 
 
 def check_temperature(temperature: float | None) -> None:

@@ -3,10 +3,9 @@
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from data.errors import UserError
-from data.options import DTYPES, check_numbers, check_temperature, option, settle_dtype
+from data.options import DTYPES, check_endpoint, check_key_env, check_numbers, check_temperature, option, settle_dtype
 from data.puzzles import Puzzle
 from data.status.status import NOTIFY
 from eval.baselines import BASELINES
@@ -142,8 +141,9 @@ class EvaluateConfig:
                 raise UserError(f"--{name} goes with --{needed}; give that too, or leave it out")
         if self.endpoint and self.base:
             raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
-        if self.endpoint and ("@" in urlsplit(self.endpoint).netloc or urlsplit(self.endpoint).query):
-            raise UserError("--endpoint holds a key or a password, which would be written down: use --key-env instead")
+        check_key_env(self.key_env)
+        if self.endpoint:
+            check_endpoint("--endpoint", self.endpoint, self.key_env)
         if self.model is None and (self.samples > 1 or self.resume):
             raise UserError("--samples and --resume are for a --model; leave them out")
         if self.consensus and self.baseline:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data.distill.report import OF_ROUND, round_row
-from data.distill.rounds import LATER, OF_TRAINING, OF_WORKFLOW, SelfDistillConfig
+from data.distill.rounds import OF_TRAINING, SelfDistillConfig, record_settings
 from data.errors import UserError
 from data.files import lock_folder, write_whole
-from data.options import flag_of
 from data.puzzles import read_puzzles, shared_puzzles
 from data.status.status import reporting
 from eval.run_files import unfinished
@@ -61,27 +60,6 @@ def refuse(config: SelfDistillConfig, teacher: Path) -> None:
     )
     if config.test and (shared := shared_puzzles(read_puzzles(config.test), puzzles, by_donor=False)):
         raise UserError(f"--test {config.test}: shares {shared} with --puzzles; name puzzles that it is not taught on")
-
-
-def record_settings(config: SelfDistillConfig, out: Path) -> None:
-    """Write the settings to OUT/config.json.
-
-    Raises UserError when an earlier call had another setting (--rounds may grow).
-    """
-    left_out = ("out", "rounds", "eager", "notify", *(OF_WORKFLOW if config.workflow == "none" else ()))
-    left_out += () if config.new_puzzles else ("new_puzzles",)
-    settings = {name: value for name, value in vars(config).items() if name not in left_out}
-    recorded = out / "config.json"
-    if recorded.is_file():
-        before = json.loads(recorded.read_text(encoding="utf-8"))
-        now = settings | {name: None for name in LATER if name in before and name not in settings}
-        changed = [name for name, value in now.items() if before.get(name) != value]
-        if changed:
-            raise UserError(
-                f"{flag_of(changed[0])}: {out} was begun with {before.get(changed[0])}, and now it is "
-                f"{getattr(config, changed[0])}; give that, or name another --out"
-            )
-    write_json(recorded, settings)
 
 
 def run_round(config: SelfDistillConfig, teacher: Path, folder: Path, number: int) -> Path:

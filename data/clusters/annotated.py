@@ -72,8 +72,17 @@ def refuse_changed(source: Path, stamp: list[int] | None) -> None:
     if stamp is not None and content_stamp(source) != stamp:
         raise UserError(
             f"{source}: was changed while the model answered, and the labels belong to the cells as they were; start again "
-            "(--resume uses the answers to questions that are the same)"
+            "(--resume uses the answers if all questions are still the same)"
         )
+
+
+def holds_uns(path: Path, key: str) -> bool:
+    """Whether a file is an .h5ad with this entry of uns."""
+    try:
+        with h5py.File(path, "r") as file:
+            return f"uns/{key}" in file
+    except OSError:  # no HDF5
+        return False
 
 
 def refuse_copy(source: Path, out: Path) -> None:

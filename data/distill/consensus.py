@@ -32,22 +32,22 @@ class Consensus:
         """[N] the one-to-one assignment with most votes of all that differ from `chosen`; None when no other got a vote.
 
         Each of the best assignments without one of the chosen pairs is found, and the best of them is the second best of
-        all (Murty 1968, doi:10.1287/opre.16.3.682). Among equals the one that changes the first cell. It got a vote when
-        an answer agrees with it on a cell where it differs from `chosen`.
+        all (Murty 1968, doi:10.1287/opre.16.3.682). It got a vote when an answer agrees with it on a cell where it differs
+        from `chosen`. Among equals one that got a vote, then the one that changes the first cell.
         """
-        found: tuple[float, list[int]] | None = None
+        found: tuple[float, bool, list[int]] | None = None
         for cell, column in enumerate(self.chosen):
             others = self.votes.astype(float)
             # so low that no sum of votes makes up for it, and the pair is taken only where there is no other
             others[cell, column] = -1.0 - len(self.chosen) * self.votes.max()
             rival = best_assignment(others)
             total = float(others[np.arange(len(rival)), rival].sum())
-            if rival[cell] != column and (found is None or total > found[0]):
-                found = (total, rival)
-        if found is None:
-            return None
-        differs = [i for i, (ours, other) in enumerate(zip(self.chosen, found[1], strict=True)) if ours != other]
-        return found[1] if sum(self.votes[i, found[1][i]] for i in differs) > 0 else None
+            voted = any(
+                ours != new and self.votes[i, new] for i, (ours, new) in enumerate(zip(self.chosen, rival, strict=True))
+            )
+            if rival[cell] != column and (found is None or (total, voted) > found[:2]):
+                found = (total, voted, rival)
+        return found[2] if found is not None and found[1] else None
 
 
 def consensus(answers: Sequence[Sequence[str]], candidates: Sequence[str]) -> Consensus | None:

@@ -11,6 +11,7 @@ is not paid for when an earlier one is accepted.
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
-from data.prompts import chat
+from data.prompts import chat, normalise_label
 from data.puzzles import Puzzle
 
 KEEP_RULES = ("first", "shortest", "all", "random")
@@ -155,11 +156,16 @@ class Draws:
         for puzzle in puzzles:
             if puzzle.chat() != self.by_id[puzzle.id].chat() or puzzle.answer != self.by_id[puzzle.id].answer:
                 raise UserError(f"two different puzzles have the id {puzzle.id}: give each its own")
+            offered = [normalise_label(label) for label in puzzle.candidates]
+            if twice := [label for label, n in Counter(offered).items() if n > 1]:
+                raise UserError(f"puzzle {puzzle.id}: lists the candidate {twice[0]!r} twice; leave it out")
+            if offered and (lost := [x for x in puzzle.answer if normalise_label(x) not in offered]):
+                raise UserError(f"puzzle {puzzle.id}: its answer {lost[0]!r} is none of its candidates; leave it out")
 
     def puzzle_of(self, completion: Completion) -> Puzzle | None:
         """The puzzle that a completion is for, by which it is judged; None for one that this run would not ask for."""
-        if not completion.hinted and completion.attempt >= self.plan.candidates:
-            return None  # of a run with more --candidates
+        if completion.attempt >= (self.plan.hint_candidates if completion.hinted else self.plan.candidates):
+            return None  # of a run with more --candidates, or with --hint
         return self.by_id.get(completion.puzzle_id)
 
     def needs_verdict(self, completion: Completion) -> bool:

@@ -1,12 +1,15 @@
 """The settings of a self-distillation (launch/selfdistill.py): its answers are options of a distillation, its training of SFT."""
 
+import json
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 from data.distill.settings import DistillConfig
 from data.distill.workflow import WORKFLOWS
 from data.errors import UserError
-from data.options import DTYPES, option, settle_dtype
+from data.files import model_hashes, sha256, write_whole
+from data.options import DTYPES, flag_of, option, settle_dtype
 from data.status.status import NOTIFY
 
 FILES, ANSWERS, TRAINING = "Model, puzzles and rounds", "The answers of a round", "The training of a round"
@@ -99,3 +102,33 @@ class SelfDistillConfig:
     def answers(self) -> dict[str, Any]:
         """The settings of a round's answers, as launch/distill.py takes them."""
         return {name: getattr(self, name) for name in ("model", *OF_ANSWERS, *OF_WORKFLOW)}
+
+
+def record_settings(config: SelfDistillConfig, out: Path) -> None:
+    """Write the settings to OUT/config.json, with the hashes of the files.
+
+    Raises UserError when an earlier call had another setting (--rounds may grow), or when a file is another one since then.
+    """
+    left_out = ("out", "rounds", "eager", "notify", *(OF_WORKFLOW if config.workflow == "none" else ()))
+    left_out += () if config.new_puzzles else ("new_puzzles",)
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
+    paths = {name: Path(path) for name in ("puzzles", "test") if (path := getattr(config, name))}
+    files = {name: sha256(path) for name, path in paths.items() if path.is_file()}
+    files["model"] = model_hashes(config.model)
+    recorded = out / "config.json"
+    if recorded.is_file():
+        before = json.loads(recorded.read_text(encoding="utf-8"))
+        was = before.pop("files", {})  # an older version recorded none
+        now = settings | {name: None for name in LATER if name in before and name not in settings}
+        changed = [name for name, value in now.items() if before.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{flag_of(changed[0])}: {out} was begun with {before.get(changed[0])}, and now it is "
+                f"{getattr(config, changed[0])}; give that, or name another --out"
+            )
+        for name in [name for name in files if was.get(name, files[name]) != files[name]]:
+            raise UserError(
+                f"--{name} {getattr(config, name)}: is not what {out} was begun with (other SHA-256); put that back, or name "
+                "another --out"
+            )
+    write_whole(recorded, json.dumps(settings | {"files": files}, indent=1, ensure_ascii=False) + "\n")

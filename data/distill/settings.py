@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from data.distill.responses import prompts_hash
 from data.distill.workflow import WORKFLOWS, Workflow
 from data.errors import UserError
 from data.files import model_hashes
-from data.options import DTYPES, check_numbers, check_temperature, flag_of, option, settle_dtype
+from data.options import DTYPES, check_endpoint, check_numbers, check_temperature, flag_of, option, settle_dtype
 from data.puzzles import Puzzle
 from data.status.status import NOTIFY
 
@@ -182,7 +181,7 @@ class DistillConfig:
         if self.teacher != "embedded" and not self.model:
             raise UserError(f"--teacher {self.teacher} needs --model")
         if self.teacher == "openai":
-            self._refuse_secrets()
+            check_endpoint("--base-url", self.base_url, self.key_env)
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
         self._refuse_half_a_workflow()
@@ -212,15 +211,6 @@ class DistillConfig:
                 raise UserError(
                     f"{flag_of(name)} goes with --workflow {' or '.join(kinds)}; give that too, or leave it out"
                 )
-
-    def _refuse_secrets(self) -> None:
-        """Raises UserError, without quoting the value, when the URL or the name of the variable may hold a secret."""
-        if re.search(r"://[^/]*@|[?#]", self.base_url) or not re.match(r"https?://[^/]", self.base_url):
-            raise UserError(
-                "--base-url: write it as https://HOST/v1, without user, password or query; the key goes into --key-env"
-            )
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.key_env):
-            raise UserError("--key-env: give the NAME of an environment variable, in capitals; never the key itself")
 
     @property
     def raw_file(self) -> Path:

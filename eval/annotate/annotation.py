@@ -37,7 +37,7 @@ class Annotated:
     found: ClusterLabel
     """Best label, second choice, share of votes, votes."""
     confidence: float
-    """The calibrated share of votes."""
+    """The calibrated share of the answers that gave it the label; an answer that cannot be used gave none."""
     ontology: str
     """Cell Ontology id of `label`, or UNKNOWN_TERM."""
     profiles: tuple[ClusterProfile, ...]
@@ -172,7 +172,7 @@ def annotate_profiles(
     for cluster in [*asked_about, *(name for name in sorted(n_cells) if name not in found)]:
         label = found.get(cluster) or ClusterLabel(cluster=cluster, label=None, second=None, share=0.0, tally=Tally())
         own = sorted((p for p in questions.profiles if p.cluster == cluster), key=lambda p: -p.n_cells)
-        confidence = calibrated(label.share, table)
+        confidence = calibrated(label.tally.votes[str(label.label)] / max(1, label.tally.asked), table)
         sure = label.label is not None and confidence >= settings.min_confidence
         terms = {name: term for profile in own for name, term in candidates[profile.sample].ontology.items()}
         clusters[cluster] = Annotated(

@@ -31,6 +31,8 @@ from eval.report.html import (
     share,
 )
 
+MADE_BY = "A language model read the genes of every cluster"
+"""In every page of this command: by it eval/annotate/writing.py knows one."""
 STYLE = """
 mark { background: #ffe08a; color: #1c2126; border-radius: 3px; padding: 0 .15em; }
 .genes-of { overflow-wrap: anywhere; font-size: .93rem; }
@@ -103,9 +105,8 @@ def annotation_page(annotation: Annotation, shown: Shown) -> str:
 
 def _lead(annotation: Annotation, shown: Shown) -> str:
     text = (
-        f"A language model read the genes of every cluster, several times and in different company "
-        f"({count(annotation.n_answers, 'answer')}), and its answers voted. It can be wrong: read the reasons and the "
-        "doubts before you use a label."
+        f"{MADE_BY}, several times and in different company ({count(annotation.n_answers, 'answer')}), and its answers "
+        "voted. It can be wrong: read the reasons and the doubts before you use a label."
     )
     if shown.agreement is not None and shown.agreement.n_clusters:
         a = shown.agreement

@@ -21,6 +21,7 @@ from data.clusters.annotated import refuse_changed
 from data.clusters.known import KnownLabels, check_genes_known
 from data.clusters.profiles import Advance, Profiles, profiles_of, read_profiles
 from data.errors import UserError
+from data.files import unlock_folder
 from data.formats.memory import InMemory
 from data.formats.stores import content_stamp
 from data.puzzles import Puzzle
@@ -82,7 +83,11 @@ class Answers:
                 f"{path}: holds answers of an earlier run, which may have cost money; add --resume to use them, or remove "
                 "the folder"
             )
-        self.partial = Partial(asked.out, settings, asked.resume, afresh=f"remove {asked.out}")
+        try:
+            self.partial = Partial(asked.out, settings, asked.resume, afresh=f"remove {asked.out}")
+        except UserError:
+            unlock_folder(asked.out)  # a notebook goes on
+            raise
         puzzles = [question.puzzle for question in first] + longest
         load = model.load
         if load is not None:
@@ -99,8 +104,9 @@ class Answers:
         return [read_answer(question, row["prediction"]) for question, row in zip(questions, rows, strict=True)]
 
     def close(self) -> None:
-        """Free the model. The file of answers stays."""
+        """Free the model, and let others write the folder. The file of answers stays."""
         self.source.close()
+        unlock_folder(self.partial.path.parent)
 
 
 def annotate(

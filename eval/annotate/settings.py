@@ -9,7 +9,7 @@ from typing import Self
 from data.clusters.known import SHARE_KNOWN, KnownLabels
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
-from data.options import DTYPES, argument, check_numbers, option
+from data.options import DTYPES, argument, check_endpoint, check_key_env, check_numbers, option
 from data.status.status import NOTIFY
 from eval.annotate.questions import GENES_BY
 from eval.annotate.votes import SHARING
@@ -81,6 +81,9 @@ class QuestionSettings(ProfileSettings):
         check_numbers(self, RANGES)
         if self.endpoint and self.base:
             raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
+        check_key_env(self.key_env)
+        if self.endpoint:
+            check_endpoint("--endpoint", self.endpoint, self.key_env)
         if self.truth_key == self.cluster_key:
             raise UserError(f"--truth-key {self.truth_key}: is the column of clusters; name the column of known labels")
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.clusters.annotated import refuse_copy, storable, write_annotated
+from data.clusters.annotated import holds_uns, refuse_copy, storable, write_annotated
 from data.errors import UserError
 from data.files import replacing
 from eval.annotate.annotation import Annotated, Annotation
 from eval.annotate.doubts import Agreement
 from eval.annotate.evidence import markers_of
+from eval.annotate.page import MADE_BY
 
 KEY = "cell_type_llm"
 COLUMNS = (KEY, f"{KEY}_confidence", f"{KEY}_second", f"{KEY}_ontology_term_id")
@@ -136,8 +137,8 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
 
     candidates: --candidates, which may be a file.
     """
-    table = out.with_suffix(".csv")
-    for path in (out, table, out.with_suffix(".html")):
+    table, html = out.with_suffix(".csv"), out.with_suffix(".html")
+    for path in (out, table, html):
         if os.path.isdir(path):
             raise UserError(f"{path}: is a folder, and a file is to be written there; name another --out")
         if candidates and os.path.isfile(candidates) and os.path.exists(path) and os.path.samefile(candidates, path):
@@ -147,4 +148,8 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
             ours = file.readline().startswith(",".join(CSV_COLUMNS[:3]))
         if not ours:
             raise UserError(f"{table}: is no table of this command, and would be replaced; name another --out")
+    if os.path.isfile(html) and MADE_BY not in html.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{html}: is no page of this command, and would be replaced; name another --out")
     refuse_copy(source, out)
+    if os.path.isfile(out) and not holds_uns(out, KEY):
+        raise UserError(f"{out}: holds no labels of this command, and would be replaced; name another --out")

@@ -52,6 +52,17 @@ def test_the_rival_is_the_second_best_assignment_and_needs_a_vote():
     assert consensus([["A"]], ["A"]).rival() is None, "there is no other assignment"
 
 
+def test_among_equal_rivals_one_with_a_vote_is_taken():
+    answers = [["A", "A", "A"], ["B", "A", "C"], ["A", "A", "A"]]
+    found = consensus(answers, ABC)
+    assert found.chosen == [
+        1,
+        0,
+        2,
+    ]  # 1 + 3 + 1; A, B, C has 2 + 0 + 1, and C, A, B, without a vote of its own, 0 + 3 + 0
+    assert found.rival() == [0, 1, 2]
+
+
 def test_the_rival_against_all_assignments():
     """On random votes: no assignment but the chosen one has more votes than the rival."""
     rng = np.random.default_rng(0)

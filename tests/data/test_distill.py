@@ -26,7 +26,7 @@ from data.distill.meter import TEMPLATE_TOKENS, Meter
 from data.distill.report import acceptance_table, make_report
 from data.distill.responses import RawFile, prompts_hash
 from data.distill.settings import DistillConfig
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.files import sealed_row
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
@@ -177,6 +177,31 @@ def test_fewer_candidates_than_an_earlier_run_drew_are_those_of_the_smaller_numb
             if draws.puzzle_of(completion) is not None:
                 draws.take(completion, Verdict(accepted=completion.text == RIGHT))
         assert len(draws.accepted(PUZZLE)) == kept
+
+
+def test_without_hint_the_hinted_candidates_of_an_earlier_run_are_no_traces():
+    """Else who drops --hint would still train on answers that the teacher was shown."""
+    for hints, kept in ((0, 0), (1, 1)):
+        draws = Draws([PUZZLE], Plan(candidates=1, hint_candidates=hints))
+        for completion in (drawn("<answer>no</answer>", 0), drawn(RIGHT, 0, hinted=True)):
+            if draws.puzzle_of(completion) is not None:
+                draws.take(completion, Verdict(accepted=completion.text == RIGHT))
+        assert len(draws.accepted(PUZZLE)) == kept
+    late = drawn(RIGHT, 3, hinted=True)
+    assert Draws([PUZZLE], Plan(hint_candidates=1)).puzzle_of(late) is None
+
+
+@pytest.mark.parametrize(
+    ("candidates", "answer", "said"),
+    [
+        (["T cell", "t cell"], ["T cell", "t cell"], "puzzle p: lists the candidate 't cell' twice; leave it out"),
+        (["T cell", "B cell"], ["T cell", "NK cell"], "puzzle p: its answer 'NK cell' is none of its candidates"),
+    ],
+)
+def test_puzzles_that_nobody_can_solve_are_refused(candidates, answer, said):
+    with pytest.raises(UserError) as refused:
+        Draws([dataclasses.replace(PUZZLE, id="p", candidates=candidates, answer=answer)], Plan())
+    assert said in str(refused.value)
 
 
 def test_a_puzzle_of_one_cell_has_nothing_to_exchange():
@@ -558,6 +583,10 @@ def test_the_command_resumes_to_the_same_files_and_replaces_what_cost_nothing(tm
         (["--teacher", "openai", "--model", "m"], "set the environment variable OPENAI_API_KEY to its key"),
         (["--teacher", "openai", "--model", "m", "--key-env", "sk-secret"], "--key-env: give the NAME"),
         (["--teacher", "openai", "--model", "m", "--base-url", "http://me:sk-secret@h/v1"], "--base-url: write it as"),
+        *(
+            (["--teacher", "openai", "--model", "m", "--base-url", url], "--base-url: write it as https://HOST/v1")
+            for url in ("http://localhost:80o0/v1", "http://[::1/v1", "http://h:99999/v1", "http://h/v1\n", "h:8000/v1")
+        ),
         (["--teacher", "openai", "--model", "m", "--key-env", "BAD_KEY"], "--key-env BAD_KEY: its value holds a space"),
         (["--teacher", "openai", "--model", "m", "--base-url", "http://127.evil.com/v1"], "OPENAI_API_KEY to its key"),
         (["--candidates", 0], "--candidates 0: must be at least 1"),

@@ -118,6 +118,23 @@ def test_an_answer_that_gives_the_final_assignment_is_its_trace(judge):
     assert (found["from_answers"], found["written"], found["not_written"], found["asked_about"]) == (1, 0, 0, 0)
 
 
+def test_hinted_answers_of_a_run_without_a_workflow_are_not_its_written_traces(judge):
+    """They were written from the answer, and were never checked for a mention of the vote."""
+    said = "It was decided by vote."
+    held = [
+        Completion(puzzle_id="p", attempt=i, hinted=True, text=trace(LABELS, said), finish_reason="stop")
+        for i in range(4)
+    ]
+
+    def say(request: Request) -> str:
+        return trace(LABELS) if request.hinted else trace(SPLIT[request.attempt])
+
+    draws, teacher, _ = run(judge, say, recorded=held)
+    clean, other, _ = run(judge, say)
+    assert teacher.steps() == other.steps() == ["answer"] * 3 + ["write"]
+    assert draws.rows("first", 0) == clean.rows("first", 0) != []
+
+
 def test_a_vote_that_no_answer_gave_is_argued_for(judge):
     """The case that a workflow is for: all three answers are wrong, and the vote is right."""
     clean = trace(LABELS)

@@ -359,6 +359,7 @@ def test_candidates_come_from_the_list_else_from_the_model_else_are_open(tmp_pat
     [
         ("no-such-file.txt", "no such file, and no list of labels with commas"),
         ("T cell,t  CELL", "--candidates, line 2: lists 't CELL' again; leave one out"),
+        ("T cell,B cell;CL:0000236", "--candidates, line 2: put a tab, and nothing else, before CL:0000236"),
         ("T cell,", "lists one label, so there is nothing to choose"),
         ("T cell,B | cell", "separates answers"),
         ("T cell,<answer>", "looks like a tag"),
@@ -537,6 +538,34 @@ def test_answers_in_a_folder_are_not_asked_again(tmp_path):
         UserError, match="--resume: .* was made with questions .clusters, candidates, options. .*remove"
     ):
         annotate(adata, model=second, copy=True, resume=True, seed=1, **given)
+
+
+def test_the_folder_of_answers_is_free_when_annotate_returns(tmp_path):
+    """Else an idle notebook would keep everybody else out."""
+    from data.files import _locked
+
+    adata, before = clustered(["T cell", "B cell"], parts=1), dict(_locked)
+    model = model_that(reads_markers)
+    annotate(adata, cluster_key="leiden", candidates=list(TYPES), model=model, answers=tmp_path)
+    with pytest.raises(UserError, match="add --resume to use them"):
+        annotate(adata, cluster_key="leiden", candidates=list(TYPES), model=model, answers=tmp_path)
+    with pytest.raises(UserError, match="--resume: .* was made with temperature"):
+        again = {"answers": tmp_path, "resume": True, "temperature": 0.5}
+        annotate(adata, cluster_key="leiden", candidates=list(TYPES), model=model, **again)
+    assert _locked == before and not (tmp_path / ".lock").exists()
+
+
+def test_answers_that_cannot_be_used_lower_the_confidence():
+    """One usable vote of eight is no certainty."""
+    votes = []
+
+    def once(puzzle):
+        votes.append(puzzle)
+        return reads_markers(puzzle) if len(votes) <= 5 else "no idea"
+
+    adata = clustered(["T cell", "B cell"], parts=1)
+    annotate(adata, cluster_key="leiden", candidates=list(TYPES), model=model_that(once))
+    assert adata.obs["cell_type_llm_confidence"].max() < 0.5 and set(adata.obs["cell_type_llm"]) == {"uncertain"}
 
 
 def test_a_model_that_names_no_candidate_ends_without_labels():

@@ -315,7 +315,12 @@ def test_baselines_by_command(pipeline, tmp_path):
         (("--model", "m", "--samples", "0"), "--samples 0: must be at least 1"),
         (("--baseline", "random", "--resume"), "--samples and --resume are for a --model"),
         (("--model", "m", "--endpoint", "https://far.example/v1"), "environment variable NO_SUCH_KEY holds no key"),
-        (("--model", "m", "--endpoint", "https://user:word@far.example/v1"), "--endpoint holds a key or a password"),
+        (("--model", "m", "--endpoint", "https://user:word@far.example/v1"), "--endpoint: write it as https://HOST/v1"),
+        *(
+            (("--model", "m", "--endpoint", url), "--endpoint: write it as")
+            for url in ("localhost:8000/v1", "http://h:x/v1")
+        ),
+        (("--model", "m", "--key-env", "sk-secret"), "--key-env: give the NAME of an environment variable"),
         (("--predictions", "none.jsonl"), "--predictions none.jsonl: no such file"),
         (("--baseline", "random", "--medcpt", "."), "--medcpt .: no config.json there"),
         (("--predictions", "FOLDER/odd.jsonl"), "prediction row 0: its id is \"['p0']\"; write the puzzle's id"),

@@ -109,13 +109,24 @@ def test_an_endpoint_that_fails_half_way_is_paid_once(mine, server):
         (("--truth-key", "nothing"), "no obs column 'nothing'"),
         (("--candidates", "T cell"), "no such file, and no list of labels"),
         (("--top-genes", 0), "--top-genes 0"),
-        (("--endpoint", "http://user:pass@127.0.0.1/v1"), "holds a key or a password"),
+        (("--endpoint", "http://user:pass@127.0.0.1/v1"), "--endpoint: write it as https://HOST/v1"),
+        (("--endpoint", "http://[::1/v1"), "--endpoint: write it as https://HOST/v1"),
+        (("--key-env", "sk-secret"), "--key-env: give the NAME of an environment variable"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_asked(mine, server, more, said):
     done = call(mine, server.url, *more, exit_code=2)
     assert said in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not server.prompts and sorted(path.name for path in mine.parent.iterdir()) == ["mine.h5ad"]
+
+
+@pytest.mark.parametrize("name", ["out.html", "out.h5ad"])
+def test_a_file_of_the_user_is_not_replaced(mine, server, name):
+    own = mine.with_name(name)
+    own.write_text("<p>my own report</p>")
+    done = call(mine, server.url, exit_code=2)
+    assert f"{name}: " in done.stderr and "would be replaced; name another --out" in done.stderr
+    assert own.read_text() == "<p>my own report</p>" and not server.prompts
 
 
 def test_output_that_cannot_be_written_leaves_nothing_half(mine, server):

@@ -6,12 +6,11 @@ import json
 import pytest
 import torch
 
-from data.distill.rounds import SelfDistillConfig
+from data.distill.rounds import SelfDistillConfig, record_settings
 from data.distill.settings import DistillConfig
 from data.errors import UserError
 from data.options import resolved_dtype
 from eval.settings import EvaluateConfig, settings_of
-from launch.selfdistill import record_settings
 from trainer.config import GrpoConfig
 from trainer.record.runfolder import check_run, write_json
 from trainer.sft.settings import SftConfig

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from data.distill.rounds import SelfDistillConfig
+from data.distill.rounds import SelfDistillConfig, record_settings
 from data.errors import UserError
-from data.puzzles import read_rows
+from data.puzzles import read_puzzles, read_rows, write_puzzles
 from launch.selfdistill import evaluate
 from tests.helpers.commands import run_command, succeed
 
@@ -95,6 +95,14 @@ def test_rounds_run_and_are_found_again(pipeline, tmp_path):
     ):
         refused = run_command("selfdistill", *words, *more)
         assert refused.returncode == 2 and says in refused.stderr
+    held_out = tmp_path / "test.jsonl"
+    write_puzzles(held_out, read_puzzles(pipeline / "puzzles/test.parquet")[:2])
+    config = SelfDistillConfig(model=str(pipeline / "base"), puzzles=str(held_out), out="o", test=str(held_out))
+    (tmp_path / "changed").mkdir()
+    record_settings(config, tmp_path / "changed")
+    write_puzzles(held_out, read_puzzles(pipeline / "puzzles/test.parquet")[:3])
+    with pytest.raises(UserError, match="--puzzles .*: is not what .* was begun with .other SHA-256.; put that back"):
+        record_settings(config, tmp_path / "changed")
     # a workflow, from the same model: its own accuracy is the ceiling of what the round can teach
     more = ("--workflow", "tools", "--candidates", 3, "--lookups", 1, "--comparisons", 2, "--out", tmp_path / "tools")
     refused = run_command("selfdistill", *words, *more, "--hint")

@@ -9,6 +9,7 @@ an answer.
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from trainer.record.runfolder import (
     with_date,
     write_json,
 )
-from trainer.sft.examples import Example, encode_traces, split_by_puzzle
+from trainer.sft.examples import Example, encode_traces, note_on_formats, split_by_puzzle
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
@@ -152,6 +153,13 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     policy = load_policy(cfg, world.device)
     cfg = replace(cfg, attn=policy.attn)  # what auto took
     examples, skipped = encode_traces(policy, rows, cfg)
+    longest = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
+    context = context_of(policy.causal_lm.config.to_dict()) or math.inf
+    if longest > context:
+        raise UserError(
+            f"--max-tokens {cfg.max_tokens}: a trace has {longest} tokens with its prompt, and the model {context} positions; "
+            f"give --max-tokens {context} --overlong skip to leave such traces out, or take another model"
+        )
     training, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
     check_held_out(held_out, policy, cfg)
     out = open_run(cfg, world)
@@ -174,6 +182,8 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     )
     if world.is_main:
         print_notes(policy)
+        if note := note_on_formats(rows, cfg):
+            print(f"note: {note}", file=sys.stderr, flush=True)
         counts = f"{len(training)} traces, {len(held_out)} held out, {skipped} too long"
         print(f"SFT: {counts}, {run.n_steps} steps", flush=True)
     return run
