@@ -280,6 +280,19 @@ def pass_rates(rows: Sequence[dict], puzzles: Sequence[Puzzle]) -> list[float]:
     return [fmean(score.batch_right for score in of_puzzle) for of_puzzle in scores]
 
 
+def with_pass_rates(puzzles: Sequence[Puzzle], file: str) -> list[Puzzle]:
+    """The puzzles with the share of answers in --curriculum that are right. Raises UserError if one has no answer there."""
+    if not Path(file).is_file():
+        raise UserError(
+            f"--curriculum {file}: no such file; launch/evaluate.py --puzzles TRAINING --samples 8 writes a predictions.jsonl"
+        )
+    rates = pass_rates(match_rows(read_predictions(file), puzzles, f"--curriculum {file}: "), puzzles)
+    return [
+        dataclasses.replace(puzzle, meta=puzzle.meta | {"pass_rate": rate})
+        for puzzle, rate in zip(puzzles, rates, strict=True)
+    ]
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Probability that k answers contain a right one, drawn without replacement from n of which `right` are right.
 

@@ -2,12 +2,14 @@
 
 python launch/grpo.py                                   # the embedded default; builds what is missing
 torchrun --nproc-per-node 2 launch/grpo.py --out runs/two    # on CPUs, or two GPUs; a new --out for each run
-torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --out runs/mine
+torchrun --nproc-per-node 8 launch/grpo.py --model sft/model --puzzles train.parquet --lr 1e-5 --out runs/mine
 python launch/grpo.py --recipe demo --recipe dapo --out runs/dapo   # another published objective on that default
 """
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import click
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
 from data.puzzles import Puzzle, read_puzzles
-from eval.metrics import match_rows, pass_rates, read_predictions, score
+from eval.metrics import score, with_pass_rates
 from launch.options import command
 from reward import load_reward
 from trainer.config import GrpoConfig, OnlineConfig
@@ -63,9 +65,13 @@ def prepare(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut 
     if config.model and not config.puzzles:
         raise UserError("--model needs --puzzles: the training puzzles (launch/build.py makes them)")
     if config.model is None:
-        build_embedded(config)
-        puzzles = config.puzzles or str(DEMO / "puzzles/train.parquet")
-        config = dataclasses.replace(config, model=str(DEMO / "sft/model"), puzzles=puzzles)
+        with embedded(config) as built:
+            return read_and_check(built)
+    return read_and_check(config)
+
+
+def read_and_check(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut | None]":
+    """The files of a run, and all that can be refused before its model is loaded."""
     if config.placement == "colocate":  # under split, a rank that only samples may start when the folder exists already
         check_run(config)
     puzzles = read_puzzles(str(config.puzzles))
@@ -83,20 +89,6 @@ def prepare(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], HeldOut 
             if row.problem:
                 click.echo(f"note: {row.what} {row.value}: {row.problem}", err=True)
     return config, puzzles, held_out
-
-
-def with_pass_rates(puzzles: list[Puzzle], file: str) -> list[Puzzle]:
-    """The puzzles with the share of answers in --curriculum that are right. Raises UserError if one has no answer there."""
-    if not Path(file).is_file():
-        raise UserError(
-            f"--curriculum {file}: no such file; launch/evaluate.py --puzzles TRAINING --samples 8 writes a predictions.jsonl"
-        )
-    rows = match_rows(read_predictions(file), puzzles, f"--curriculum {file}: ")
-    rates = pass_rates(rows, puzzles)
-    return [
-        dataclasses.replace(puzzle, meta=puzzle.meta | {"pass_rate": rate})
-        for puzzle, rate in zip(puzzles, rates, strict=True)
-    ]
 
 
 def held_out_puzzles(config: OnlineConfig, training: list[Puzzle]) -> "HeldOut":
@@ -127,9 +119,9 @@ def dry_run(config: OnlineConfig) -> None:
     """Print what a run would need, without loading a model. Exit code 2 when it cannot work."""
     if os.environ.get("RANK", "0") != "0":
         return
-    config = dataclasses.replace(config, model=config.model or str(DEMO / "sft/model"))
+    config = on_demo(config)
     if config.resume:
-        check_run(dataclasses.replace(config, puzzles=config.puzzles or str(DEMO / "puzzles/train.parquet")))
+        check_run(config)
     launch = launch_of(config)
     rows = check_launch(config, launch)
     from trainer.start.model_check import check_model
@@ -144,8 +136,18 @@ def dry_run(config: OnlineConfig) -> None:
         raise SystemExit(2)
 
 
-def build_embedded(config: OnlineConfig) -> None:
-    """Simulate, build, distill and cold-start the embedded default on rank 0 while the other ranks wait."""
+def on_demo(config: OnlineConfig) -> OnlineConfig:
+    """The settings with the files of the embedded default where no model is named."""
+    puzzles = config.puzzles or str(DEMO / "puzzles/train.parquet")
+    return config if config.model else dataclasses.replace(config, model=str(DEMO / "sft/model"), puzzles=puzzles)
+
+
+@contextmanager
+def embedded(config: OnlineConfig) -> Iterator[OnlineConfig]:
+    """Simulate, build, distill and cold-start the embedded default on rank 0 while the other ranks wait; its settings.
+
+    The ranks watch each other from here on, so a refusal inside it must end the watch, or it would look like a death.
+    """
     from trainer.ranks.world import guarded, join_world
 
     world = join_world(config.ranks_apart, config.hang_seconds)
@@ -157,6 +159,7 @@ def build_embedded(config: OnlineConfig) -> None:
             prepare(DemoConfig(out=str(DEMO)))
             unlock_folder(DEMO)
         world.meet("the embedded default to be built")
+        yield on_demo(config)
 
 
 if __name__ == "__main__":

@@ -231,6 +231,7 @@ class SplitEngine:
             orders.put(None)  # ends the thread's loop, after all earlier orders
         for thread in self.threads:
             thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
+        self.abandon()
         self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 
     def abandon(self) -> None:
@@ -339,9 +340,12 @@ class Session:
             self._await(f"{self.prefix}/hello/{member}")
         # only now: making the group blocks until all are there, and a process that died while loading would never come
         post_notice(store, f"{self.prefix}/group", "come", self.token)
-        self.group = make_group(
-            dist.PrefixStore(self.prefix, store), 0, 1 + owner.members, owner.address.host, owner.device
-        )
+        try:
+            self.group = make_group(
+                dist.PrefixStore(self.prefix, store), 0, 1 + owner.members, owner.address.host, owner.device
+            )
+        except RuntimeError as error:  # a process of the sampler may have died since its hello
+            self._lost_or(error)
 
     def load(self, item: Load) -> None:
         """Broadcast an adapter, and check the answers of the sampler's processes: checksums and canary."""
@@ -361,7 +365,7 @@ class Session:
         work = self.group.broadcast(item.parcel.buffer, 0)
         while not work.is_completed():  # poll: wait() would block for minutes if the sampler died
             self._check_alive()
-            time.sleep(0.0005)
+            self._sleep(0.0005)
         try:
             work.wait()
         except RuntimeError as error:
@@ -429,10 +433,14 @@ class Session:
 
     def _pause(self, waited: int) -> None:
         """Sleep between two looks into the store; check now and then that the sampler is alive."""
-        if self.owner.abandoned.wait(0.001 if waited < 100 else 0.02):
-            raise AbandonedError
+        self._sleep(0.001 if waited < 100 else 0.02)
         if waited % 25 == 0:
             self._check_alive()
+
+    def _sleep(self, seconds: float) -> None:
+        """Raises AbandonedError when this rank has failed."""
+        if self.owner.abandoned.wait(seconds):
+            raise AbandonedError
 
     def _check_alive(self) -> None:
         if (refused := read_notice(self.store, REFUSED, self.token)) is not None:
@@ -441,10 +449,10 @@ class Session:
             raise SamplerLost(lost)
 
     def _lost_or(self, error: RuntimeError) -> None:
-        """After a failed broadcast. Raises SamplerLost if the keeper reports a death within 10 s, else SyncError."""
+        """After a failure of the group. Raises SamplerLost if the keeper reports a death within 10 s, else SyncError."""
         for _ in range(100):
             self._check_alive()
-            time.sleep(0.1)
+            self._sleep(0.1)
         raise SyncError(f"LoRA sync to sampler {self.engine} failed: {error}") from error
 
 

@@ -108,8 +108,11 @@ class RunStatus:
         with suppress(UserError):  # the disk is full: the run itself will say so
             self.write(waiting_for=who)
 
-    def end(self, error: BaseException | None, code: int | None = None) -> None:
-        """The run is over. Waits for the command of --notify. code: the exit code, where the error does not say it."""
+    def end(self, error: BaseException | None, code: int | None = None, wait: float = NOTIFY_SECONDS) -> None:
+        """The run is over. Waits for the command of --notify, `wait` seconds at most; it goes on after that.
+
+        code: the exit code, where the error does not say it.
+        """
         step = self.shown["step"]
         cut = self.stopping and (step is None or step != self.shown["steps"])
         state = "failed" if error else "stopped" if cut else "finished"
@@ -122,7 +125,7 @@ class RunStatus:
         if self.messenger is not None:
             self.tell({name: self.shown[name] for name in ("state", "error", "exit_code", "step", "steps")})
             with suppress(subprocess.TimeoutExpired):
-                self.messenger.wait(timeout=NOTIFY_SECONDS)
+                self.messenger.wait(timeout=wait)
             self.messenger = None
 
     def tell(self, message: dict[str, Any]) -> None:

@@ -84,14 +84,14 @@ def test_a_child_ends_with_its_parent(by, how):
 def test_a_child_that_comes_too_late_ends_at_once():
     """Its parent is not the process that it was told: that one has ended, and another has taken the child in."""
     words = [sys.executable, "-c", CHILD, "kernel", "1" if os.getpid() != 1 else "2"]
-    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_nothing_happens_while_the_parent_lives():
     code = "from data.processes import end_with_parent; end_with_parent(int(__import__('sys').argv[1])); print('done')"
     words = [sys.executable, "-c", code, str(os.getpid())]
-    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(words, env=module_environment(), capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
@@ -159,7 +159,7 @@ def test_a_stage_ends_with_the_command_above_it():
     above, stage = start_a_stage()
     above.kill()
     above.wait()
-    stage.wait(60)  # raises when it lives on
+    stage.wait(600)  # raises when it lives on
     above.stdin.close()
     above.stdout.close()
 

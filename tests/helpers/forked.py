@@ -49,7 +49,7 @@ VLLM_LIBRARIES = (
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
 )
-TIMEOUT = 1100.0
+TIMEOUT = 1700.0
 """Seconds after which a command counts as hanging, on a machine that may be busy."""
 GRACE = 30.0
 """Seconds that the other ranks have to end after SIGTERM; torchrun gives them as many."""

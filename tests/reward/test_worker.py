@@ -319,7 +319,7 @@ input()
     assert gone(group)
 
 
-def gone(group: int, within: float = 30.0) -> bool:
+def gone(group: int, within: float = 300.0) -> bool:
     """Has every process of the group ended, now or soon?"""
     deadline = time.monotonic() + within
     while True:

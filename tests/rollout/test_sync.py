@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
-from rollout import LocalEngine, Rollout, Sampling, crc
+from rollout import LocalEngine, Rollout, Sampling, crc, split
 from rollout.crc import device_checksums
 from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
 from rollout.split import (
@@ -304,7 +304,7 @@ def test_a_hand_over_to_another_process_ends_with_the_canary():
     store, address = open_store("127.0.0.1", 0)
     life = threading.Thread(target=sampler_life, args=(address, 0))
     life.start()
-    session = Session(store, 0, 0, SimpleNamespace(members=1, address=address, device=torch.device("cpu"), off={}))
+    session = Session(store, 0, 0, split_engine(address, store, samplers=0))
     parcel = Parcel.of({"w": torch.ones(3)})
     load = Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None)
     session.load(load)
@@ -526,20 +526,56 @@ def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
     assert not engine.threads[0].is_alive() and read_notice(store, "failure", address.token) is None
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_a_rank_that_fails_leaves_no_thread_in_the_store(waits):
+class NeverDone:
+    """A group whose broadcast does not end."""
+
+    def broadcast(self, buffer, source):
+        return SimpleNamespace(is_completed=lambda: False)
+
+
+@pytest.mark.parametrize("waits", ["for hello", "in the broadcast", ""])
+def test_a_rank_that_fails_leaves_no_thread_in_the_store(waits, monkeypatch):
     """C++ aborts a process that ends while a thread of it is in a call of the store."""
     store, address = open_store("127.0.0.1", 0)
     engine, world = split_engine(address, store), World(rank=0, size=1, device=torch.device("cpu"))
     world.at_failure.append(engine.abandon)
-    if waits:  # for the hello of a sampler that never comes
+    if waits == "in the broadcast":
+        put_signed(store, "e0/g0/hello/0", {"pid": 1}, address.token)
+        monkeypatch.setattr("rollout.split.make_group", lambda *arguments: NeverDone())
+    if waits:
         parcel = Parcel.of({"w": torch.ones(3)})
         engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
     with pytest.raises(UserError, match="a reward failed"), guarded(world):
+        while waits == "in the broadcast" and not store.check(["e0/g0/order/1/0"]):
+            time.sleep(0.01)
         raise UserError("a reward failed")
     assert not engine.threads[0].is_alive()
     assert read_notice(store, "failure", address.token) is None, "its sampler is not the one to blame"
     assert read_notice(store, over_key(0), address.token) is None
+
+
+def test_a_sampler_that_dies_between_hello_and_its_group_is_started_again(capsys, monkeypatch):
+    """gloo then fails to connect; the keeper reports the death."""
+    store, address = open_store("127.0.0.1", 0)
+    engine, groups = split_engine(address, store), []
+
+    def fails_once(*arguments):
+        groups.append(arguments)
+        if len(groups) == 1:
+            post_notice(store, "e0/g0/lost", "sampler 0 was killed", address.token)
+            raise RuntimeError("Connection closed by peer")
+        return made(*arguments)
+
+    made = split.make_group
+    monkeypatch.setattr(split, "make_group", fails_once)
+    put_signed(store, "e0/g0/hello/0", {"pid": 1}, address.token)
+    second = threading.Thread(target=sampler_life, args=(address, 1))
+    second.start()
+    parcel = Parcel.of({"w": torch.ones(3)})
+    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.close()
+    second.join()
+    assert "sampler 0 was killed; it is started again (attempt 2)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("idle", [True, False])

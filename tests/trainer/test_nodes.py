@@ -22,7 +22,13 @@ ENDLESS = (*SMALL, "--engine", "torch", "--steps", 100_000, "--save-every", 1000
 REWARD = """
 import os, pathlib, time
 
+calls = 0
+
 def length(completion, puzzle):
+    global calls
+    calls += 1
+    while calls > int(os.environ.get("STOP_AFTER", 10**9)) and not pathlib.Path(os.environ["GO"]).exists():
+        time.sleep(0.05)  # of which responses the run waits for the test
     return -abs(len(completion) - 20) / 20
 
 def takes_its_time(completion, puzzle):
@@ -108,11 +114,17 @@ def assert_same_numbers(out: Path, reference: list[dict]) -> None:
         assert row["kl"] == pytest.approx(expected["kl"], rel=1e-3, abs=1e-6)
 
 
-def kill_sampler_at(launched: Launched, said: str) -> None:
-    """Kill the process of the one sampler when the run has said a line."""
+def stopping_after(steps: int, tmp_path: Path) -> dict[str, str]:
+    """Environment with which a run of SMALL waits in the step after these until tmp_path/go is there."""
+    return {"STOP_AFTER": str(steps * 12), "GO": str(tmp_path / "go")}
+
+
+def kill_sampler_at(launched: Launched, said: str, go: Path) -> None:
+    """Kill the process of the one sampler when the run has said a line; then let the run go on."""
     launched.wait_for(said)
     (sampler,) = launched.descendants("trainer.start.sampler")
     sampler.kill()
+    go.touch()
 
 
 def on_two_nodes(start, nodes, arguments: list, tmp_path: Path, fresh: bool = False) -> list[Launched]:
@@ -214,12 +226,14 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     """Sampling two steps ahead: a run whose sampler is killed early, and one killed as a whole later on, and resumed."""
     ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2, "--correction", "tis"]
     arguments = [*words(tmp_path / "restarted"), *ahead, "--restart-samplers", 1]
-    restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log")
-    kill_sampler_at(restarted, "step 3/")
+    stops = stopping_after(3, tmp_path)
+    restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log", stops)
+    kill_sampler_at(restarted, "step 3/", tmp_path / "go")
     assert restarted.end() == 0, restarted.output
     assert "it is started again (attempt 2)" in restarted.output
 
-    cut = start(torchrun(*words(tmp_path / "cut"), *ahead, ranks=2), tmp_path / "cut.log")
+    stops = stopping_after(20, tmp_path / "never")
+    cut = start(torchrun(*words(tmp_path / "cut"), *ahead, ranks=2), tmp_path / "cut.log", stops)
     cut.wait_for("step 20/")
     cut.kill()
     resumed = start(torchrun(*words(tmp_path / "cut"), *ahead, "--resume", ranks=2), tmp_path / "resumed.log")
@@ -243,8 +257,8 @@ def test_vllm_in_a_process_of_its_own_samples_as_in_the_ranks_own(words, start, 
     with_vllm = (*SMALL, "--steps", 3, "--save-every", 3)
     succeed("grpo", *words(tmp_path / "one"), *with_vllm)
     split = [*words(tmp_path / "two"), *with_vllm, "--placement", "split", "--restart-samplers", 1]
-    launched = start(torchrun(*split, ranks=2), tmp_path / "log")
-    kill_sampler_at(launched, "step 1/")
+    launched = start(torchrun(*split, ranks=2), tmp_path / "log", stopping_after(1, tmp_path))
+    kill_sampler_at(launched, "step 1/", tmp_path / "go")
     assert launched.end() == 0, launched.output
     assert "it is started again (attempt 2)" in launched.output
     assert_same_numbers(tmp_path / "two", metrics(tmp_path / "one"))

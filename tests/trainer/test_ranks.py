@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ import torch.distributed as dist
 
 from data.errors import UserError
 from data.status.notify import note_the_kill
-from data.status.status import RunStatus
+from data.status.status import NOTIFY_SECONDS, RunStatus
+from launch.grpo import prepare
 from rollout import Rollout
 from tests.helpers.commands import ROOT
+from trainer.config import GrpoConfig
 from trainer.packing import ScoredGroup, scored_groups
 from trainer.ranks import world
 from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, Watch
@@ -204,3 +207,28 @@ def test_where_a_process_is_can_be_asked_also_when_it_is_the_only_one():
         assert any(re.search(r'File "<string>", line [45] in <module>', line) for line in process.stderr)
         assert process.poll() is None
         process.kill()
+
+
+def test_an_error_is_not_held_back_by_a_slow_command_of_notify():
+    """The launcher ends all ranks some seconds after the first: rank 0 must have said why by then."""
+    waits = []
+    listener = SimpleNamespace(end=lambda error, wait: waits.append(wait))
+    for watch in (None, object()):
+        for error in (None, UserError("no")):
+            one = world.World(rank=0, size=1, device=torch.device("cpu"), watch=watch, listeners=[listener])
+            one.ended(error)
+    assert waits == [NOTIFY_SECONDS] * 3 + [world.NOTIFY_FAILED_SECONDS] and world.NOTIFY_FAILED_SECONDS < 8
+
+
+def test_what_a_default_run_refuses_ends_its_watch(monkeypatch, tmp_path):
+    """Without --model the ranks have joined before the files are read: a refusal would look like a death to the others."""
+    ended = []
+    joined = world.World(rank=0, size=1, device=torch.device("cpu"), at_failure=[lambda: ended.append(True)])
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "runs/demo/sft/model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    monkeypatch.setattr(world, "join_world", lambda *settings: joined)
+    with pytest.raises(UserError, match="runs/demo/puzzles/train.parquet: no such file"):
+        prepare(GrpoConfig())
+    assert ended == [True]

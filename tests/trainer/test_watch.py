@@ -14,7 +14,7 @@ from rollout import RunError
 from rollout.link import Address
 from tests.helpers.commands import ROOT, free_port
 from trainer.ranks import watch as watching
-from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, Beat, Watch, is_gone, stacks
+from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, SILENT_LOOKS, Beat, Watch, is_gone, stacks
 from trainer.ranks.world import World
 from trainer.start.sampler import START, _notice
 
@@ -43,10 +43,21 @@ def test_all_is_well(watch):
 def test_silence_is_death(watch):
     now = watch.began
     watch.judge([beat(1), beat(2)], now)
-    assert watch.judge([beat(1), beat(2, number=14)], now + 9.9) == ""
+    for look in range(SILENT_LOOKS):
+        assert watch.judge([beat(1), beat(2, number=10 + look)], now + 9.5 + look / 100) == ""
     verdict = watch.judge([beat(1), beat(2, number=16)], now + 11)
     assert verdict == "rank 1 on node 1 (far, process 1) died in phase 'update' of step 3: no sign of life for 11 s"
     assert watch.judge([beat(1, done=True), beat(2, number=17)], now + 12) == ""  # it left in order
+
+
+def test_a_pause_of_this_machine_is_nobodys_death(watch):
+    watch.over.set()
+    watch.thread.join()  # its own looks would count
+    now = watch.began
+    watch.judge([beat(1), beat(2)], now)
+    for look in range(SILENT_LOOKS - 1):
+        assert watch.judge([beat(1), beat(2)], now + 60 + look) == ""
+    assert "no sign of life for 64 s" in watch.judge([beat(1), beat(2)], now + 64)
 
 
 def test_a_process_of_this_machine_that_is_gone_needs_no_silence(watch):

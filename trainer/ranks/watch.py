@@ -26,6 +26,8 @@ BEAT_SECONDS = 1.0
 """Time between two heartbeats."""
 SILENT_SECONDS = 10.0
 """A rank without a heartbeat for this long counts as dead."""
+SILENT_LOOKS = 5
+"""And without one in so many looks of the rank that judges."""
 JOIN_SECONDS = 300.0
 """A rank that has sent no heartbeat this long after the start of this rank is lost; after --hang-seconds where that is less."""
 LATE_SECONDS = 30.0
@@ -40,6 +42,8 @@ CLOSE_SECONDS = 5.0
 """How long a rank that ends waits for its last word to reach the store."""
 GRACE_SECONDS = 8.0
 """Time from the verdict to the end of the process."""
+STACKS_SECONDS = 15.0
+"""How long a rank waits for the others' stacks after a hang."""
 WAITING_SECONDS = 10.0
 """A wait for another rank that lasts so long is written to status.json."""
 
@@ -112,7 +116,9 @@ class Watch:
         self.last_told, self.late_told = self.began, False
         self.teller: threading.Thread | None = None
         """Calls on_wait."""
-        self.heard: dict[int, tuple[int, float]] = {}  # rank -> (number of its last heartbeat, when it came)
+        self.heard: dict[int, tuple[int, float, int]] = {}
+        """rank -> (number of its last heartbeat, when it came, at which of this rank's looks)."""
+        self.looks = 0
         self.over = threading.Event()
         self.rounds = self.unanswered = 0
         """Rounds of heartbeats made; looks of the guard in which no round was finished."""
@@ -238,16 +244,19 @@ class Watch:
 
     def judge(self, beats: list[Beat], now: float) -> str:
         """The verdict on the others at time `now` (of time.monotonic); "" while all is well."""
+        self.looks += 1
         for beat in beats:
             if beat.done:  # its silence is no death
                 continue
             if beat.failed:
                 return f"{beat} failed in {beat.place()}: {beat.failed}"
-            number, heard = self.heard.get(beat.rank, (-1, now))  # -1: the first heartbeat is always new
+            # -1: the first heartbeat is always new
+            number, heard, look = self.heard.get(beat.rank, (-1, now, self.looks))
             # compare numbers, not times: the clocks of two nodes may differ
             if beat.number != number:
-                self.heard[beat.rank] = (beat.number, now)
-            elif now - heard > SILENT_SECONDS:
+                self.heard[beat.rank] = (beat.number, now, self.looks)
+            # seconds alone would blame the others for a pause of this machine, or of the store
+            elif now - heard > SILENT_SECONDS and self.looks - look >= SILENT_LOOKS:
                 return f"{beat} died in {beat.place()}: no sign of life for {now - heard:.0f} s"
             elif beat.host == self.me.host and is_gone(beat.pid):
                 return f"{beat} died in {beat.place()}: its process is gone"
@@ -317,8 +326,11 @@ class Watch:
         """Every rank stores its own stacks; the first rank that is alive prints the stacks of all."""
         self.on_hang()
         self.store.set(f"watch/stacks/{self.me.rank}", stacks())
-        time.sleep(3 * BEAT_SECONDS)  # the other ranks reach their verdict with their next heartbeat
-        there = [rank for rank in range(self.size) if self.store.check([f"watch/stacks/{rank}"])]
+        # the other ranks reach their verdict with their next heartbeat; one in native code never stores any
+        there, deadline = [self.me.rank], time.monotonic() + STACKS_SECONDS
+        while len(there) < self.size and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS)
+            there = [rank for rank in range(self.size) if self.store.check([f"watch/stacks/{rank}"])]
         if self.me.rank != there[0]:
             return
         for rank in there:

@@ -33,12 +33,14 @@ from torch.distributed.tensor import DTensor
 from data.errors import UserError, first_line
 from data.files import unlock_folders
 from data.processes import give_freed_memory_back
-from data.status.status import RunStatus
+from data.status.status import NOTIFY_SECONDS, RunStatus
 from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
 from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch
 
 HANG_SECONDS = 1800.0
+NOTIFY_FAILED_SECONDS = 3.0
+"""How long a rank that failed, among others, waits for the command of --notify before it says why."""
 TENSOR, KIND = "\0tensor", "\0kind"
 """Keys that stand for a tensor and a dataclass in JSON. No text of a user begins with a zero byte."""
 EIGHT_BIT = "__bnb_optimizer_quant_state__"
@@ -99,8 +101,10 @@ class World:
 
     def ended(self, error: BaseException | None) -> None:
         """Tell the run's owner that it is over, and why. Once."""
+        # the launcher ends all ranks soon after the first: an error must be printed before that
+        wait = NOTIFY_SECONDS if self.watch is None or error is None else NOTIFY_FAILED_SECONDS
         while self.listeners:
-            self.listeners.pop().end(error)
+            self.listeners.pop().end(error, wait=wait)
 
     def meet(self, what: str) -> None:
         """A barrier over all ranks of the launch, including those that sample. what: what this rank waits for."""
