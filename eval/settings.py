@@ -143,7 +143,7 @@ class EvaluateConfig:
             raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
         check_key_env(self.key_env)
         if self.endpoint:
-            check_endpoint("--endpoint", self.endpoint, self.key_env)
+            check_endpoint("--endpoint", self.endpoint)
         if self.model is None and (self.samples > 1 or self.resume):
             raise UserError("--samples and --resume are for a --model; leave them out")
         if self.consensus and self.baseline:

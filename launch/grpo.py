@@ -122,6 +122,7 @@ def dry_run(config: OnlineConfig) -> None:
     config = on_demo(config)
     if config.resume:
         check_run(config)
+        unlock_folder(config.out)  # it only looks
     launch = launch_of(config)
     rows = check_launch(config, launch)
     from trainer.start.model_check import check_model

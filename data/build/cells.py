@@ -102,7 +102,7 @@ class Cells:
     dropped: dict[str, int]
     """{reason: number of cells dropped for it}. A cell counts under its first reason only."""
     organism: str | None
-    """The organism of the usable cells; None when the file does not state it."""
+    """The organism of the usable cells; None when neither the file nor --organism states it."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the report about missing columns and assumptions."""
     remedies: dict[str, str] = field(default_factory=dict)
@@ -176,6 +176,8 @@ def read_cells(
         if "development_stage" in usable and organism in (None, "Homo sapiens"):
             usable["development_stage"], more = ages_in_words(usable["development_stage"])
             notes += more
+            if more and organism is None:
+                notes.append("the file states no organism: its ages count as years of people; else give --organism")
         notes += _check_numbers(path, usable, {name: columns[name] for name in usable.keys() & columns.keys()})
     notes += notes_on_tissue_type(path, kept_rows)
     notes += _notes_on_kept_labels(usable["cell_type"], rules)

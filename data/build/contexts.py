@@ -109,14 +109,20 @@ RULES: dict[str, dict[str, str]] = {
 """obs column -> {regular expression for the whole value, case ignored: sentence}. The first match gives its sentence;
 without a match the column gives none."""
 
-TISSUES = {
-    "Condition": r"skin|derm(is|al)|scalp",
-    "medical_conditions": (
-        r"brain|cerebr|cerebell|hippocamp|gyrus|thalam|neocortex|\w*(frontal|temporal|parietal|occipital|cingulate|entorhinal"
-        r"|motor|visual|insular)( \w+)* (cortex|lobe)|amygdala|white matter|ventricle wall|mening"
-    ),
-}
-"""obs column -> what its tissue must hold, where a tissue is known. Other files use these general names for other facts."""
+_SKIN = r"\b(skin|derm\w*|epiderm\w*|scalp|foot|forearm|arm|hand|hindlimb|forelimb|leg|face)\b"
+_BRAIN = (
+    r"brain|cerebr|cerebell|neuro|central nervous|hippocamp|gyrus|sulcus|thalam|neocortex|^cortex$|amygdala|insula|striat"
+    r"|putamen|caudate|accumbens|pallidus|nigra|claustrum|brodmann|white matter|corpus callosum|choroid|mening|dura|pons"
+    r"|medulla oblongata|spinal|(lateral|third|fourth) ventric|subventric|(frontal|temporal|parietal|occipital|cingulate"
+    r"|entorhinal|perirhinal|retrosplenial|motor|visual|auditory|somatosensory|association|insular)( \w+)* (cortex|lobe|pole)"
+)
+TISSUES = {("Condition", "healthy"): _SKIN, ("medical_conditions", "tumor|both|other"): _BRAIN}
+"""(obs column, values) -> what its tissue must hold, where a tissue is known.
+
+The wording is that of one atlas of skin and one of the brain (Table 9); other files use these general names and words for
+other facts. The regions are names that UBERON gives to parts of the two; one that is missing costs a sentence, and a wrong
+one makes a false sentence.
+"""
 
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
 
@@ -207,8 +213,12 @@ def context_sentence(facts: dict[str, str]) -> str:
 
 
 def _fits(name: str, known: dict[str, str]) -> bool:
-    """Whether the wording of a column is for such a tissue."""
-    return "tissue" not in known or re.search(TISSUES.get(name, ""), known["tissue"], re.IGNORECASE) is not None
+    """Whether the wording of a column's value is for the tissue."""
+    return "tissue" not in known or all(
+        re.search(tissue, known["tissue"], re.IGNORECASE)
+        for (column, values), tissue in TISSUES.items()
+        if column == name and re.fullmatch(values, known[name], re.IGNORECASE)
+    )
 
 
 def _extra(rules: dict[str, str], value: str) -> str:

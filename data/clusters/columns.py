@@ -209,7 +209,7 @@ def facts_of_samples(cells: ClusteredCells) -> tuple[dict[int, dict[str, str]], 
             if len(codes) == 1 and sample not in partly:
                 facts[sample][name] = column.names[codes[0]]
         mixed = {sample for sample, codes in values.items() if len(codes) > 1}
-        for found, how in ((mixed, "differs"), (partly - mixed, "is not known for all cells")):
+        for found, how in ((mixed, "differs"), (partly - mixed, "is known for a part of the cells only")):
             where = f"in {len(found)} of {len(facts)} samples" if len(facts) > 1 else "of the file"
             if found:
                 notes.append(f"the {name.replace('_', ' ')} {how} {where}: no context states it there")

@@ -141,6 +141,20 @@ class Plan:
     """Largest number of candidates with a hint, for a puzzle of which every candidate was rejected."""
 
 
+def refuse_unsolvable(puzzles: list[Puzzle]) -> None:
+    """Raises UserError for a puzzle that no answer can solve: no teacher should be paid for it."""
+    for puzzle in puzzles:
+        offered = [normalise_label(label) for label in puzzle.candidates]
+        if twice := [label for label, n in Counter(offered).items() if n > 1]:
+            raise UserError(
+                f"puzzle {puzzle.id}: lists the candidate {twice[0]!r} twice; leave the puzzle out of the file"
+            )
+        if offered and (lost := [x for x in puzzle.answer if normalise_label(x) not in offered]):
+            raise UserError(
+                f"puzzle {puzzle.id}: its answer {lost[0]!r} is none of its candidates; leave the puzzle out of the file"
+            )
+
+
 class Draws:
     """The candidates drawn and judged so far, by puzzle, and the requests to make next.
 
@@ -156,11 +170,6 @@ class Draws:
         for puzzle in puzzles:
             if puzzle.chat() != self.by_id[puzzle.id].chat() or puzzle.answer != self.by_id[puzzle.id].answer:
                 raise UserError(f"two different puzzles have the id {puzzle.id}: give each its own")
-            offered = [normalise_label(label) for label in puzzle.candidates]
-            if twice := [label for label, n in Counter(offered).items() if n > 1]:
-                raise UserError(f"puzzle {puzzle.id}: lists the candidate {twice[0]!r} twice; leave it out")
-            if offered and (lost := [x for x in puzzle.answer if normalise_label(x) not in offered]):
-                raise UserError(f"puzzle {puzzle.id}: its answer {lost[0]!r} is none of its candidates; leave it out")
 
     def puzzle_of(self, completion: Completion) -> Puzzle | None:
         """The puzzle that a completion is for, by which it is judged; None for one that this run would not ask for."""

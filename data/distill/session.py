@@ -16,7 +16,17 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from data.distill.distill import Completion, Draws, Plan, Request, RequestKey, Teacher, Verdict, distill
+from data.distill.distill import (
+    Completion,
+    Draws,
+    Plan,
+    Request,
+    RequestKey,
+    Teacher,
+    Verdict,
+    distill,
+    refuse_unsolvable,
+)
 from data.distill.lookups import Tables
 from data.distill.meter import Meter
 from data.distill.report import acceptance_table, headline, make_report, write_report
@@ -62,6 +72,8 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
             f"--puzzles {config.puzzles}: the embedded teacher answers batch-level puzzles only, and this file holds "
             f"'{min(variants)}' ones; choose --teacher openai or vllm"
         )
+    if not config.raw_file.exists():  # else its answers are there, and belong to the file as it is
+        refuse_unsolvable(chosen)
     plan = Plan(
         candidates=config.candidates,
         stop_at=config.stop_at,

@@ -14,7 +14,16 @@ from data.distill.responses import prompts_hash
 from data.distill.workflow import WORKFLOWS, Workflow
 from data.errors import UserError
 from data.files import model_hashes
-from data.options import DTYPES, check_endpoint, check_numbers, check_temperature, flag_of, option, settle_dtype
+from data.options import (
+    DTYPES,
+    check_endpoint,
+    check_key_env,
+    check_numbers,
+    check_temperature,
+    flag_of,
+    option,
+    settle_dtype,
+)
 from data.puzzles import Puzzle
 from data.status.status import NOTIFY
 
@@ -181,7 +190,8 @@ class DistillConfig:
         if self.teacher != "embedded" and not self.model:
             raise UserError(f"--teacher {self.teacher} needs --model")
         if self.teacher == "openai":
-            check_endpoint("--base-url", self.base_url, self.key_env)
+            check_endpoint("--base-url", self.base_url)
+            check_key_env(self.key_env)
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise UserError(f"--out {self.out}: name a file that ends in .jsonl or .parquet")
         self._refuse_half_a_workflow()

@@ -298,7 +298,8 @@ def _organism(
     """(organism or None, where it is stated)."""
     for column in columns:
         if column.name in ORGANISM_COLUMNS and column.most_common:
-            return ", ".join(text for text, _ in column.most_common), f"obs column {column.name}"
+            names = dict.fromkeys(organism_name(text) for text, _ in column.most_common)
+            return ", ".join(names), f"obs column {column.name}"
     if (stated := uns_text(path, ORGANISM_COLUMNS)) is not None:
         return stated, "uns"
     guess = organism_of_names(genes, gene_list) if genes else None

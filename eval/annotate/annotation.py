@@ -172,7 +172,7 @@ def annotate_profiles(
     for cluster in [*asked_about, *(name for name in sorted(n_cells) if name not in found)]:
         label = found.get(cluster) or ClusterLabel(cluster=cluster, label=None, second=None, share=0.0, tally=Tally())
         own = sorted((p for p in questions.profiles if p.cluster == cluster), key=lambda p: -p.n_cells)
-        confidence = calibrated(label.tally.votes[str(label.label)] / max(1, label.tally.asked), table)
+        confidence = calibrated(label.tally.share_of_answers(label.label), table)
         sure = label.label is not None and confidence >= settings.min_confidence
         terms = {name: term for profile in own for name, term in candidates[profile.sample].ontology.items()}
         clusters[cluster] = Annotated(

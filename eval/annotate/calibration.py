@@ -1,6 +1,6 @@
-"""From a share of votes to a confidence that means accuracy: 0.8 is right in about 8 of 10 clusters.
+"""From a share of answers to a confidence that means accuracy: 0.8 is right in about 8 of 10 clusters.
 
-A share of votes is no probability: eight answers of one model make the same mistake eight times. calibration.tsv holds
+Such a share is no probability: eight answers of one model make the same mistake eight times. calibration.tsv holds
 a monotone table of share and accuracy, fitted by isotonic regression on clusters of known type
 (tests/bench/annotate.py made it; its header says on what). It was fitted with one small model on a simulated atlas: with
 your model, compare with a truth column (--truth-key) before you rely on the numbers.
@@ -24,7 +24,7 @@ def read_calibration(path: Path = TABLE) -> tuple[np.ndarray, np.ndarray]:
 
 
 def calibrated(share: float, table: tuple[np.ndarray, np.ndarray]) -> float:
-    """The confidence of a share of votes, interpolated in the table; 0 for the share 0 (no vote)."""
+    """The confidence of a share of answers, interpolated in the table; 0 for the share 0 (no vote)."""
     return float(np.interp(share, *table)) if share > 0 else 0.0
 
 

@@ -91,7 +91,9 @@ def listed(given: str | Sequence[str], known: Iterable[str] = ()) -> tuple[list[
         if term and not _TERM.fullmatch(term):
             raise UserError(f"{where}, line {number}: {term!r} is no Cell Ontology id; write it as CL:0000236")
         if held := _TERM.search(label):
-            raise UserError(f"{where}, line {number}: put a tab, and nothing else, before {held[0]}")
+            raise UserError(
+                f"{where}, line {number}: {label!r} holds a Cell Ontology id; write LABEL, a tab, {held[0]}"
+            )
         if normalise_label(label) in labels:
             raise UserError(f"{where}, line {number}: lists {label!r} again; leave one out")
         labels[normalise_label(label)] = label

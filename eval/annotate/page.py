@@ -48,7 +48,7 @@ blockquote { border-left: 3px solid var(--line); margin: .4rem 0; padding: .1rem
 article h3 small { font-weight: 400; } .left td, .left th { text-align: left; }
 """
 CALIBRATED = (
-    "How a share of votes became a confidence: eval/annotate/calibration.tsv, a table of shares and of how often the label "
+    "How a share of answers became a confidence: eval/annotate/calibration.tsv, a table of shares and of how often the label "
     "was right, fitted on simulated cells with one small model. Another model, or real cells, may be right less often at the "
     "same share: compare with cells of known type (--truth-key)."
 )
@@ -125,7 +125,7 @@ def _overview(annotation: Annotation, shown: Shown) -> str:
             f'<a href="#cluster-{place}">{escape(cluster.cluster)}</a>',
             f"{_swatch(colours[cluster.label])}{escape(cluster.label)}{best_guess(cluster)}",
             share(cluster.confidence),
-            f"{tally.votes[found.label]} of {tally.valid}" if found.label else EMPTY,
+            f"{tally.votes[found.label]} of {count(tally.asked, 'answer')}" if found.label else EMPTY,
             escape(found.second) if found.second else EMPTY,
             escape(cluster.ontology) if cluster.ontology != UNKNOWN_TERM else EMPTY,
             number(cluster.n_cells),
@@ -136,8 +136,8 @@ def _overview(annotation: Annotation, shown: Shown) -> str:
             row.append(right + escape(truth[0]) if truth else EMPTY)
         rows.append(row)
     says = note(
-        "Confidence is the share of votes, translated into the accuracy that such a share had on cells of known type (see the "
-        "end of the page). Below the limit a cluster is uncertain."
+        "Confidence is the share of the answers that gave the label, translated into the accuracy that such a share had on cells "
+        "of known type (see the end of the page). Below the limit a cluster is uncertain."
     )
     return html_table(columns, rows, "left") + says
 

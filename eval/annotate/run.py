@@ -35,6 +35,7 @@ from eval.annotate.votes import Reading, read_answer
 from eval.annotate.writing import add_to, csv_of, obs_columns_of, record_of, refuse_places, write_all
 from eval.baselines import known_markers
 from eval.predict import Partial, answer_all
+from eval.report.html import count
 from eval.run_files import PARTIAL
 from eval.settings import EvaluateConfig, settings_of
 from eval.sources import Loaded, LocalModel, PuzzleSet, RemoteModel
@@ -83,18 +84,18 @@ class Answers:
                 f"{path}: holds answers of an earlier run, which may have cost money; add --resume to use them, or remove "
                 "the folder"
             )
-        try:
-            self.partial = Partial(asked.out, settings, asked.resume, afresh=f"remove {asked.out}")
-        except UserError:
-            unlock_folder(asked.out)  # a notebook goes on
-            raise
         puzzles = [question.puzzle for question in first] + longest
         load = model.load
-        if load is not None:
-            self.source = LocalModel(lambda: load(asked, [PuzzleSet("clusters", "", puzzles, puzzles)]))
-        else:
-            self.source = RemoteModel(asked)
-        self.source.resume(self.partial)
+        try:
+            self.partial = Partial(asked.out, settings, asked.resume, afresh=f"remove {asked.out}")
+            if load is not None:
+                self.source = LocalModel(lambda: load(asked, [PuzzleSet("clusters", "", puzzles, puzzles)]))
+            else:
+                self.source = RemoteModel(asked)
+            self.source.resume(self.partial)
+        except BaseException:
+            unlock_folder(asked.out)  # a notebook goes on
+            raise
 
     def of(self, questions: Sequence[Question], name: str) -> list[Reading]:
         """The answers to some questions, in their order. name: for the progress bar."""
@@ -317,7 +318,8 @@ def summary_lines(annotation: Annotation, agreement: Agreement | None) -> Iterab
         guess = (
             f" ({cluster.found.label}?)" if cluster.label != str(cluster.found.label) and cluster.found.label else ""
         )
-        votes = f"{cluster.found.tally.votes[cluster.found.label]} of {cluster.found.tally.valid} votes"
+        tally = cluster.found.tally
+        votes = f"{tally.votes[cluster.found.label]} of {count(tally.asked, 'answer')}"
         yield f"{cluster.cluster:{width}}  {cluster.confidence:.2f}  {cluster.label}{guess}: {votes}{second}"
     yield f"{counts_of(annotation)}, {annotation.n_answers:,} answers"
     if annotation.n_invalid:

@@ -83,7 +83,7 @@ class QuestionSettings(ProfileSettings):
             raise UserError("--base is for an adapter folder, not for a model behind --endpoint: leave one out")
         check_key_env(self.key_env)
         if self.endpoint:
-            check_endpoint("--endpoint", self.endpoint, self.key_env)
+            check_endpoint("--endpoint", self.endpoint)
         if self.truth_key == self.cluster_key:
             raise UserError(f"--truth-key {self.truth_key}: is the column of clusters; name the column of known labels")
 

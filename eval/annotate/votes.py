@@ -81,6 +81,10 @@ class Tally:
         """Votes in all."""
         return sum(self.votes.values())
 
+    def share_of_answers(self, label: str | None) -> float:
+        """The share of all answers about the cluster that gave it the label; one that cannot be used gave none."""
+        return self.votes[label] / self.asked if self.asked else 0.0
+
 
 def count_votes(readings: Iterable[Reading], clusters: Sequence[str]) -> dict[str, Tally]:
     """{cluster: its votes}, from the answers of the second stage, pooled over samples.

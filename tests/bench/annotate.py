@@ -121,7 +121,8 @@ def measured(
         asked = dataclasses.replace(settings, seed=seed)
         questions = Questions(profiles, candidates, asked)
         annotation = annotate_profiles(profiles, candidates, questions, engine.asker(asked), asked)
-        found.shares += [annotation.clusters[name].found.share for name in types]
+        labels = [annotation.clusters[name].found for name in types]
+        found.shares += [label.tally.share_of_answers(label.label) for label in labels]
         found.right += [annotation.clusters[name].found.label == label for name, label in types.items()]
         for name, right in baselines(profiles, candidates, train, types).items():
             found.beside.setdefault(name, []).extend(right)

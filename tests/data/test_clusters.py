@@ -237,7 +237,9 @@ def test_a_fact_that_is_known_for_a_part_of_the_cells_is_stated_for_none():
     found = profiles_of(small(disease=disease), "leiden", TWO)
     two, ten, other = found.profiles
     assert "COVID" not in two.context + ten.context and "diagnosed with COVID-19" in other.context
-    assert "the disease is not known for all cells in 1 of 2 samples: no context states it there" in found.notes
+    assert (
+        "the disease is known for a part of the cells only in 1 of 2 samples: no context states it there" in found.notes
+    )
 
 
 def test_two_columns_of_one_name_in_memory():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from data.distill.distill import Completion, Draws, Plan, Verdict, distill
+from data.distill.distill import Completion, Draws, Plan, Verdict, distill, refuse_unsolvable
 from data.distill.embedded_teacher import (
     GLANCE_OPENINGS,
     MARKERS_OPENING,
@@ -194,13 +194,17 @@ def test_without_hint_the_hinted_candidates_of_an_earlier_run_are_no_traces():
 @pytest.mark.parametrize(
     ("candidates", "answer", "said"),
     [
-        (["T cell", "t cell"], ["T cell", "t cell"], "puzzle p: lists the candidate 't cell' twice; leave it out"),
+        (
+            ["T cell", "t cell"],
+            ["T cell", "t cell"],
+            "puzzle p: lists the candidate 't cell' twice; leave the puzzle out",
+        ),
         (["T cell", "B cell"], ["T cell", "NK cell"], "puzzle p: its answer 'NK cell' is none of its candidates"),
     ],
 )
 def test_puzzles_that_nobody_can_solve_are_refused(candidates, answer, said):
     with pytest.raises(UserError) as refused:
-        Draws([dataclasses.replace(PUZZLE, id="p", candidates=candidates, answer=answer)], Plan())
+        refuse_unsolvable([dataclasses.replace(PUZZLE, id="p", candidates=candidates, answer=answer)])
     assert said in str(refused.value)
 
 

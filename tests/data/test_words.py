@@ -63,7 +63,9 @@ def test_ages_in_years(tmp_path, number):
     path = with_obs(tmp_path / "a.h5ad", development_stage=ages)
     stages = read_cells(path, SMALL.column_keys, {}).columns["development_stage"].texts()
     assert stages == [f"{40 + i // 16}-year-old stage" for i in range(N_CELLS)]
-    assert any("'40' as '40-year-old stage'" in note for note in built(path)[1]["notes"])
+    notes = built(path)[1]["notes"]
+    assert any("'40' as '40-year-old stage'" in note for note in notes)
+    assert "the file states no organism: its ages count as years of people; else give --organism" in notes
     assert not inspect_file(path).problems
     mouse = with_obs(tmp_path / "b.h5ad", development_stage=ages, organism="Mus musculus")
     assert "'development_stage' holds only numbers" in refusal(mouse)  # weeks, perhaps
@@ -108,7 +110,17 @@ def test_general_names_of_columns_are_worded_for_their_tissue_only():
         facts = {"Condition": "Healthy", "medical_conditions": "Tumor", "tissue": tissue}
         assert context_sentence(facts) == f"The cell is from, originating from the {tissue}."
     assert "no reported skin condition" in context_sentence({"Condition": "Healthy", "tissue": "skin of forearm"})
-    for tissue in ("brain", "middle temporal gyrus", "temporal cortex", "frontal lobe", "hippocampal formation"):
+    for tissue in ("cardiac ventricle wall", "lower lobe of left lung", "cortex of kidney", "adrenal cortex"):
+        assert "brain" not in context_sentence({"medical_conditions": "Tumor", "tissue": tissue})
+    assert "keloid" in context_sentence({"Condition": "Keloid", "tissue": "ear lobe"})
+    brain = ("brain", "middle temporal gyrus", "temporal cortex", "frontal lobe", "hippocampal formation", "cortex")
+    more = (
+        "primary somatosensory cortex",
+        "caudate nucleus",
+        "Brodmann (1909) area 4",
+        "substantia nigra pars compacta",
+    )
+    for tissue in (*brain, *more):
         assert "brain tumor" in context_sentence({"medical_conditions": "Tumor", "tissue": tissue})
 
 

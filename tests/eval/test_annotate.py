@@ -359,7 +359,10 @@ def test_candidates_come_from_the_list_else_from_the_model_else_are_open(tmp_pat
     [
         ("no-such-file.txt", "no such file, and no list of labels with commas"),
         ("T cell,t  CELL", "--candidates, line 2: lists 't CELL' again; leave one out"),
-        ("T cell,B cell;CL:0000236", "--candidates, line 2: put a tab, and nothing else, before CL:0000236"),
+        (
+            "T cell,B cell;CL:0000236",
+            "line 2: 'B cell;CL:0000236' holds a Cell Ontology id; write LABEL, a tab",
+        ),
         ("T cell,", "lists one label, so there is nothing to choose"),
         ("T cell,B | cell", "separates answers"),
         ("T cell,<answer>", "looks like a tag"),
@@ -552,7 +555,11 @@ def test_the_folder_of_answers_is_free_when_annotate_returns(tmp_path):
     with pytest.raises(UserError, match="--resume: .* was made with temperature"):
         again = {"answers": tmp_path, "resume": True, "temperature": 0.5}
         annotate(adata, cluster_key="leiden", candidates=list(TYPES), model=model, **again)
-    assert _locked == before and not (tmp_path / ".lock").exists()
+    with pytest.raises(UserError, match="environment variable NO_SUCH holds no key"):
+        far = {"endpoint": "https://far.example/v1", "key_env": "NO_SUCH", "answers": tmp_path / "new"}
+        (tmp_path / "new").mkdir()
+        annotate(adata, cluster_key="leiden", candidates=list(TYPES), model="m", **far)
+    assert _locked == before and not list(tmp_path.rglob(".lock"))
 
 
 def test_answers_that_cannot_be_used_lower_the_confidence():

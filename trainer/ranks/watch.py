@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
@@ -198,6 +198,7 @@ class Watch:
 
     def run(self) -> None:
         """Write and read heartbeats until the run is over or a rank is lost."""
+        beats: list[Beat] = []
         while not self.over.wait(BEAT_SECONDS):  # a pause that close() ends early
             try:
                 self.publish()
@@ -212,7 +213,7 @@ class Watch:
                 )
             self.rounds += 1
             if self.verdict:
-                self.give_up()
+                self.give_up(beats)
                 return
 
     def guard(self) -> None:
@@ -312,23 +313,25 @@ class Watch:
         with suppress(OSError):  # it is no more than a note
             self.on_wait(text)
 
-    def give_up(self) -> None:
+    def give_up(self, beats: Sequence[Beat] = ()) -> None:
         """Print the stacks of a hang, and end the process with the verdict unless the main thread ends first."""
         if " hangs in " in self.verdict:
-            self.show_stacks()
+            with suppress(RuntimeError):  # the store may go meanwhile
+                self.show_stacks(beats)
         # os._exit and not sys.exit: the main thread may be blocked in native code for ever
         if not self.over.wait(GRACE_SECONDS):
             say(f"{self.me} stops in {self.me.place()}: {self.verdict}")
             self.on_lost(RankLost(self.verdict))
             os._exit(1)
 
-    def show_stacks(self) -> None:
-        """Every rank stores its own stacks; the first rank that is alive prints the stacks of all."""
+    def show_stacks(self, beats: Sequence[Beat]) -> None:
+        """Every rank stores its own stacks; the first rank that is alive prints the stacks of all. beats: of the others."""
         self.on_hang()
         self.store.set(f"watch/stacks/{self.me.rank}", stacks())
         # the other ranks reach their verdict with their next heartbeat; one in native code never stores any
         there, deadline = [self.me.rank], time.monotonic() + STACKS_SECONDS
-        while len(there) < self.size and time.monotonic() < deadline:
+        alive = {self.me.rank, *(beat.rank for beat in beats if not beat.done)}
+        while alive - set(there) and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS)
             there = [rank for rank in range(self.size) if self.store.check([f"watch/stacks/{rank}"])]
         if self.me.rank != there[0]:

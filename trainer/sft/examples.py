@@ -69,8 +69,10 @@ def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[lis
 
 def note_on_formats(rows: list[dict], cfg: SftConfig) -> str:
     """A sentence when some of the traces are not in the answer format, which they then teach to leave; "" otherwise."""
+    if cfg.target != "trace":
+        return ""
     bad = [i for i, row in enumerate(rows) if not parse_response(trace_of(row), len(Puzzle.from_row(row).answer)).valid]
-    if cfg.target != "trace" or not bad:
+    if not bad:
         return ""
     return (
         f"{len(bad)} of {len(rows)} rows of {cfg.traces} have no trace in the answer format, the first in row {bad[0]}: they "

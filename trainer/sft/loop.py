@@ -155,7 +155,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     examples, skipped = encode_traces(policy, rows, cfg)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
     context = context_of(policy.causal_lm.config.to_dict()) or math.inf
-    if longest > context:
+    if longest > context and not cfg.resume:  # a run that was begun by an older version may end
         raise UserError(
             f"--max-tokens {cfg.max_tokens}: a trace has {longest} tokens with its prompt, and the model {context} positions; "
             f"give --max-tokens {context} --overlong skip to leave such traces out, or take another model"
