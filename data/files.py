@@ -418,6 +418,19 @@ def weight_files(base: Path) -> list[Path]:
     return files
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+"""Of files with weights in some format."""
+
+
+def files_beside_weights(model: str | Path) -> list[Path]:
+    """The files of a checkpoint that a copy with other weights may have: no weights in any format, no index of them.
+
+    Nor state.json, which a base has that is a checkpoint of a run.
+    """
+    files = [path for path in sorted(Path(model).iterdir()) if path.is_file() and path.name != "state.json"]
+    return [path for path in files if not any(suffix in path.name for suffix in WEIGHT_SUFFIXES)]
+
+
 def model_hashes(model: str | Path) -> dict[str, str]:
     """{file name: hash} of a checkpoint's weights (`weights_hash`), settings, tokenizer and chat template.
 

@@ -157,7 +157,7 @@ class Puzzle:
         if tail != " ":
             meta["context_tail"] = tail
         return cls(
-            id=str(row.get("id") or content_id(row["user_msg"])),
+            id=id_text(row.get("id")) or content_id(row["user_msg"]),
             context=context,
             cells=cells,
             candidates=candidates,
@@ -207,6 +207,13 @@ def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
     raw_context = head[len(CONTEXT_HEAD) :]
     context = raw_context.removesuffix(" ")
     return context, raw_context[len(context) :], cells
+
+
+def id_text(value: Any) -> str:
+    """An id of a row as text: of numbers too, also of those that pandas made floats; "" for None."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value)
 
 
 def _check_numbers(variant: str, n_cells: int, n_candidates: int, n_answers: int) -> None:

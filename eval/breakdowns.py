@@ -42,7 +42,8 @@ NO_LABEL = "no valid answer"
 
 def donor_of(puzzle: Puzzle) -> str:
     """The donor column; 'not stated' for a row without one."""
-    return str(puzzle.meta.get("donor") or NOT_STATED)
+    donor = puzzle.meta.get("donor")
+    return NOT_STATED if donor in (None, "") else str(donor)
 
 
 def size_of(puzzle: Puzzle) -> int:
@@ -106,9 +107,18 @@ def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> 
     """The metrics of a group of answers, its number of cells, and 95 % bootstrap intervals over batches."""
     return {
         **metrics_of(scores).to_dict(),
+        "batches": len(set(units_of(puzzles))),
         "cells": sum(score.n_cells for score in scores),
         "intervals": intervals([[score] for score in scores], puzzles, *names),
     }
+
+
+def n_batches(group: dict[str, Any]) -> int:
+    """The number of batches of cells that a group's intervals were drawn from; those of one alone would have no width.
+
+    Cell-level puzzles of one batch are drawn together. Older files have the number of puzzles only.
+    """
+    return group.get("batches", group.get("n_puzzles", group.get("smallest", 2)))
 
 
 def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: object) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from data.distill.consensus import Consensus, consensus
 from data.errors import UserError
 from data.prompts import answer_text
-from data.puzzles import Puzzle, read_rows
+from data.puzzles import Puzzle, id_text, read_rows
 from reward.cellpuzzles import normalise_label, parse_response
 
 METRICS = (
@@ -209,6 +209,12 @@ def checked_row(row: dict, where: str) -> dict:
         raise UserError(f"{where}: 'samples' must be a list of texts")
     if samples and row.get("prediction") is None:
         row = {**row, "prediction": samples[0]}
+    if samples and row["prediction"] != samples[0]:
+        raise UserError(
+            f"{where}: 'prediction' is not the first of its 'samples', which are scored; leave one of the two out"
+        )
+    if row.get("id") is not None:
+        row = {**row, "id": id_text(row["id"])}
     if not isinstance(row.get("prediction"), str):
         held = f"it has {', '.join(row)}"
         if "prediction" in row:

@@ -250,6 +250,11 @@ class Partial:
             raise UserError(
                 f"--out: {path} holds {len(rows):,} answers of an unfinished run: --resume goes on with it; or {self.afresh}"
             )
+        if not resume and before.get("endpoint") and before.get("endpoint") == self.settings.get("endpoint"):
+            raise UserError(
+                f"--out: {path.with_name('predictions.jsonl')} holds {len(rows):,} answers that may have cost money: --resume "
+                "keeps them; or name another folder to ask again"
+            )
         if not resume and not _reads(self.settings, path) and (name := self._changed(before)):
             raise UserError(
                 f"--out: {path} was made with {self._words(name, before)}: name another folder, or remove {path}"

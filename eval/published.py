@@ -15,6 +15,7 @@ from typing import Any
 from data.audit import tenths
 from data.describe import NOT_STATED, markdown_table
 from eval import reasons
+from eval.breakdowns import n_batches
 
 FILE = Path(__file__).with_name("published.tsv")
 SOURCE = "Fang et al. 2025, Cell-o1, arXiv:2506.02911 v1"
@@ -379,7 +380,7 @@ def _cell_types(rows: list[dict[str, Any]]) -> str:
 
 def _shares(metrics: dict[str, Any], names: Any) -> list[str]:
     """Values with their intervals, as cells of a table; without intervals for a single batch, which has none."""
-    several = metrics.get("n_puzzles", metrics.get("smallest", 2)) > 1
+    several = n_batches(metrics) > 1
     return [_cell(metrics[name], metrics["intervals"][name] if several else None, _shown(name)) for name in names]
 
 

@@ -195,6 +195,8 @@ def _remedy(answer: ScoredAnswer) -> str:
         return "write each of the four tags once: a tag that the reasoning quotes counts too"
     if problem.startswith("the text "):
         return "write nothing before, between or after the two blocks"
+    if len(answer.puzzle.cells) == 1:
+        return "write exactly one label, that of the cell"
     if _separators(text) >= len(answer.puzzle.cells) - 1 and " | " not in text:
         return "write ` | ` between two labels, not a comma, a semicolon or a new line"
     return "write one label per cell, in the order of the cells, with ` | ` between two labels"

@@ -17,7 +17,7 @@ from typing import Any
 from data.files import lock_folder, unlock_folder
 from data.options import naming
 from data.status.status import reporting
-from eval.ablation.compare import read_arm, refuse_other_puzzles, refuse_other_samples
+from eval.ablation.compare import read_arm, refuse_other_curves, refuse_other_puzzles, refuse_other_samples
 from eval.ablation.made import Made, models_of, places, write_points
 from eval.ablation.results import write_results
 from eval.ablation.settings import (
@@ -66,7 +66,9 @@ def main(config: AblateConfig) -> None:
         files = held_out_files(start)
         if not built:
             refuse_test_puzzles(trained, files)
-        refuse_other_puzzles([one for of in folders.values() for one in of.values()], files, config.eval_puzzles)
+        every = [one for of in folders.values() for one in of.values()]
+        refuse_other_puzzles(every, files, config.eval_puzzles)
+        refuse_other_curves(every, files, config.curve_puzzles)
         for number, (name, seed) in enumerate(runs):
             report.progress(number, len(runs))
             folder, stage = folders[name][seed], f"{name}, seed {seed}"

@@ -93,8 +93,9 @@ def run_parts(config: DemoConfig, report: Report) -> list[str]:
     seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
     done("evaluation after")
     seconds |= evaluate_baselines(config)
+    shown = {name: value for name, value in vars(config).items() if name != "notify"}  # it may hold an address or a key
     split = json.loads((out / "puzzles/report.json").read_text())["options"]["split"]
-    write_summary(out, {"config": vars(config), "split": split, "seconds": seconds, **provenance()})
+    write_summary(out, {"config": shown, "split": split, "seconds": seconds, **provenance()})
     run_stage("report", None, "report", run=out, png=out / "curve.png")
     done("report")
     # last: a model that cannot annotate has its numbers and its page all the same

@@ -37,14 +37,20 @@ def main(config: RescoreConfig) -> None:
     load_reward(config.reward)
     if config.out and not config.out.endswith(".jsonl"):
         raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
+    inputs = [config.rollouts, *filter(None, [config.puzzles])]
+    if config.out and Path(config.out).resolve() in [Path(path).resolve() for path in inputs]:
+        raise UserError(f"--out {config.out}: is an input, which would be lost; name another file")
     rows = read_rows(config.rollouts)
     record = record_beside(Path(config.rollouts))
     settings = record["settings"]
     puzzle_file = config.puzzles or settings.get("puzzles")
     needed = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer")))
-    lacking = [name for name in needed if not rows or name not in rows[0]]
+    lacking = [(number, name) for number, row in enumerate(rows or [{}], 1) for name in needed if name not in row]
     if lacking:
-        raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run (no '{lacking[0]}' in its first line)")
+        number, name = lacking[0]
+        raise UserError(
+            f"{config.rollouts}: not the rollouts of a GRPO run (no '{name}' in line {number}); name another file"
+        )
     if puzzle_file is None:
         raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
     if config.step:

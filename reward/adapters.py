@@ -26,6 +26,7 @@ from reward.result import Reward, RewardFn, Status, as_number, as_reward, as_tex
 
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
 TRL = ("prompts", "completions", "trainer_state", "log_metric", "log_extra")
+STYLES = {"trl": "TRL", "verl": "verl"}
 COLUMNS = ("id", "puzzle_id", "answer", "candidates", "cells", "context", *MESSAGE_COLUMNS)
 """What a function in TRL's style gets for every puzzle; the metadata of its puzzle come on top."""
 
@@ -54,6 +55,11 @@ def adapt(style: str, fn: Callable, path: str, puzzles: Iterable[Puzzle] = ()) -
         _check_call(fn, path, f"the keywords {', '.join(VERL)}", **dict.fromkeys(VERL))
         return _from_verl(fn)
     _check_call(fn, path, "(completion, puzzle)", "", None)
+    if (signature := _parameters(fn)) and (style := _style_of(signature)):  # callable, and it would read another thing
+        raise UserError(
+            f"--reward {path}: takes {', '.join(signature.parameters)}, as functions for {STYLES[style]} do, and is called with "
+            f"(completion, puzzle); write {style}:{path}"
+        )
     return fn
 
 
@@ -88,10 +94,15 @@ def _check_call(fn: Callable, path: str, what: str, *args: object, **kwargs: obj
     except TypeError as error:
         names = signature.parameters
         short = inspect.Signature([inspect.Parameter(p.name, p.kind) for p in names.values()])
-        meant = {"completions": "trl", "solution_str": "verl"}
-        style = next((style for name, style in meant.items() if args and name in names), "")
-        hint = f"; for a function written for {style.replace('trl', 'TRL')} write {style}:{path}" if style else ""
+        style = _style_of(signature) if args else ""
+        hint = f"; for a function written for {STYLES[style]} write {style}:{path}" if style else ""
         raise UserError(f"--reward {path}: it is called with {what}, and takes {short}: {error}{hint}") from None
+
+
+def _style_of(signature: inspect.Signature) -> str:
+    """ "trl" or "verl" for a function with a parameter that only functions for that program have, else ""."""
+    meant = {"completions": "trl", "solution_str": "verl"}
+    return next((style for name, style in meant.items() if name in signature.parameters), "")
 
 
 def _check_trl(fn: Callable, path: str, puzzles: Iterable[Puzzle]) -> None:
@@ -141,9 +152,9 @@ def _from_trl(fn: Callable) -> RewardFn:
             "context": puzzle.context,
         }
         given = {
-            "prompts": [puzzle.chat()],
-            "completions": [[{"role": "assistant", "content": completion}]],
             **{name: [value] for name, value in columns.items()},
+            "prompts": [puzzle.chat()],  # after the columns: a file of another program may have some of these names
+            "completions": [[{"role": "assistant", "content": completion}]],
             "trainer_state": None,
             "log_metric": lambda name, value: parts.update({name: as_number(value, f"metric {name!r}")}),
             "log_extra": lambda name, values: None,

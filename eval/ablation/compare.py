@@ -86,6 +86,18 @@ def refuse_other_puzzles(folders: Sequence[Path], files: Sequence[str], limit: i
                 )
 
 
+def refuse_other_curves(folders: Sequence[Path], files: Sequence[str], n: int) -> None:
+    """Raises UserError when checkpoints of a curve were evaluated on other puzzles than the first n of the first file."""
+    for file in files[:1] if n else ():
+        wanted = puzzles_digest(read_puzzles(file)[:n])
+        for result in [path for folder in folders for path in sorted(folder.glob("curve/step-*/metrics.json"))]:
+            if (read_result(result).get("puzzles") or {}).get("digest") != wanted:
+                raise UserError(
+                    f"--curve-puzzles {n}: {result.parent} was evaluated on other puzzles of {file}; give the number of "
+                    f"before, or remove {result.parent.parent} to evaluate again"
+                )
+
+
 def scores_in(evaluated: Sequence[Path], split: str, puzzles: Sequence[Puzzle]) -> list[list[PuzzleScore]]:
     """[P][folders] scores of the answers in each FOLDER/SPLIT. Raises UserError when they are to other puzzles."""
     found = []

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eval.breakdowns import n_batches
 from eval.report.figures import STAGE_NAMES, split_name
 from eval.report.html import count, details, escape, figure, html_table, missing, note, section, share
 from eval.report.run import Evaluation, Evaluations
@@ -117,7 +118,7 @@ def _label(name: object, n: int) -> str:
 def _accuracy(row: dict[str, Any]) -> tuple[float, list[float] | None]:
     """(cell accuracy, its interval); a single puzzle has no interval."""
     interval = row.get("intervals", {}).get("cell_accuracy")
-    return row["cell_accuracy"], interval if row["n_puzzles"] > 1 else None
+    return row["cell_accuracy"], interval if n_batches(row) > 1 else None
 
 
 def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
@@ -131,7 +132,7 @@ def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
         for rows_of in groups.values():
             row = next((group_row for group_row in rows_of if group_row["value"] == group["value"]), None)
             for metric in ("cell_accuracy", "batch_accuracy"):
-                several = row is not None and row["n_puzzles"] > 1
+                several = row is not None and n_batches(row) > 1
                 interval = row.get("intervals", {}).get(metric) if row is not None and several else None
                 cells.append(share(row[metric] if row is not None else None, interval))
         rows.append(cells)

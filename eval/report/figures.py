@@ -195,7 +195,8 @@ def split_name(summary: dict[str, Any], split: str) -> str:
     """
     if split == "cells":
         return "held-out real cells"
-    return TEST_NAMES[summary.get("run", {}).get("split", "donor")] if split == "test" else "unseen diseases"
+    stated = (summary.get("run") or {}).get("split", "donor")
+    return TEST_NAMES.get(stated, TEST_NAMES["donor"]) if split == "test" else "unseen diseases"
 
 
 def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.puzzles import Puzzle, read_puzzles, read_rows
+from data.puzzles import Puzzle, id_text, read_puzzles, read_rows
 from eval.breakdowns import breakdowns, size_of
 from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_counts
 from eval.published import comparable, published_rows
@@ -172,7 +172,7 @@ def read_answers(path: Path, puzzles: list[Puzzle], puzzles_file: Path) -> list[
     answers = []
     for number, row in enumerate(rows, start=1):
         name = row.get("id")
-        puzzle, text = None if isinstance(name, list | dict) else by_id.get(name), _text(row)
+        puzzle, text = None if isinstance(name, list | dict) else by_id.get(id_text(name)), _text(row)
         if puzzle is None:
             raise UserError(f"{path}: puzzle {name} is not in {puzzles_file}; run launch/evaluate.py again")
         if text is None:

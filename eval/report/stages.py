@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
+from eval.breakdowns import n_batches
 from eval.metrics import wilson_interval
 from eval.report.figures import INK, STAGE_COLOURS, STAGE_NAMES, page_style, percent, percent_axis, svg_element
 
@@ -51,7 +52,7 @@ def by_size_svg(groups: dict[str, list[dict[str, Any]]], guessing: bool) -> str:
                     x, [row[metric] for row in rows], SHAPES[stage] + "-", color=STAGE_COLOURS[stage], markersize=5
                 )
                 for at, row in zip(x, rows, strict=True):
-                    if row["n_puzzles"] > 1 and row.get("intervals"):
+                    if n_batches(row) > 1 and row.get("intervals"):
                         axes.plot(
                             [at, at], row["intervals"][metric], color=STAGE_COLOURS[stage], linewidth=1, alpha=0.7
                         )

@@ -16,7 +16,7 @@ from typing import Any
 from data.errors import UserError
 from data.files import parse_json
 from data.prompts import RESPONSE_LAYOUT
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, id_text
 from eval.metrics import score_one
 from eval.report.html import with_policy
 
@@ -103,6 +103,7 @@ def answers_by_id(rows: list[dict], puzzles: list[Puzzle], where: str) -> dict[s
     answers: dict[str, str] = {}
     for number, row in enumerate(rows):
         name = row.get("id", puzzles[number].id if number < len(puzzles) else None)
+        name = name if isinstance(name, list | dict | None) else id_text(name)
         if not isinstance(row.get("prediction"), str):
             raise UserError(f"{where}, row {number}: needs the text column 'prediction'; it has {', '.join(row)}")
         if isinstance(name, list | dict) or name not in known:

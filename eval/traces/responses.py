@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from data.errors import UserError
-from data.puzzles import Puzzle, read_rows
+from data.puzzles import Puzzle, id_text, read_rows
 
 
 class Response(NamedTuple):
@@ -32,11 +32,15 @@ def read_responses(
         if steps and row.get("step") not in steps:
             continue
         for suffix, text in texts_of(row, f"{file}, row {number}"):
-            name = row.get("puzzle_id") or row.get("id")
+            name = row.get("id") if row.get("puzzle_id") is None else row["puzzle_id"]
             if isinstance(name, list | dict):
                 raise UserError(f"{file}, row {number}: its id is {str(name)[:40]!r}; write the puzzle's id, a text")
+            name = id_text(name) or None
             if "user_msg" in row:
-                name = Puzzle.from_row(row).id
+                try:
+                    name = Puzzle.from_row(row).id
+                except UserError as error:
+                    raise UserError(f"{file}, row {number}: {error}") from None
             if name is None and len(rows) == len(puzzles):
                 name = puzzles[number].id
             if name is None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.errors import UserError
 from data.puzzles import Puzzle, write_rows
-from eval.ablation.compare import compare_arms, points_of, read_arm, refuse_other_samples, variety
+from eval.ablation.compare import compare_arms, points_of, read_arm, refuse_other_curves, refuse_other_samples, variety
 from eval.ablation.figure import colour_of, draw_arms
 from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
@@ -187,6 +187,20 @@ def test_other_numbers_of_answers_are_not_compared(chain, tmp_path):
         refuse_other_samples(tmp_path / "S/0/samples", 8)
     refuse_other_samples(tmp_path / "S/0/samples", 3)
     refuse_other_samples(tmp_path / "S/0/nothing", 3)
+
+
+def test_a_curve_is_of_the_same_puzzles_everywhere(tmp_path):
+    file = tmp_path / "test.jsonl"
+    write_rows(file, [p.to_row() for p in PUZZLES])
+    at = tmp_path / "S/0/curve/step-000001"
+    at.mkdir(parents=True)
+    (at / "metrics.json").write_text(json.dumps({"puzzles": {"digest": puzzles_digest(PUZZLES[:2])}}))
+    refuse_other_curves([tmp_path / "S/0", tmp_path / "S/1"], [str(file)], 2)
+    refuse_other_curves([tmp_path / "S/0"], [str(file)], 0)
+    with pytest.raises(
+        UserError, match="--curve-puzzles 4: .*step-000001 was evaluated on other puzzles of .*; give the"
+    ):
+        refuse_other_curves([tmp_path / "S/1", tmp_path / "S/0"], [str(file)], 4)
 
 
 def test_a_seed_that_is_being_evaluated_elsewhere_is_left_out(arms, tmp_path):

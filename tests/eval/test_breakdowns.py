@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from data.puzzles import Puzzle, write_puzzles, write_rows
-from data.variants import cell_level, open_ended
+from data.variants import cell_level, convert, open_ended
+from eval import published
 from eval.bootstrap import RESAMPLES
 from eval.breakdowns import (
     average_over,
@@ -20,6 +21,7 @@ from eval.breakdowns import (
     greedy_answers,
     interval_method,
     k_sample,
+    n_batches,
     vote_confidence,
 )
 from eval.metrics import METRICS, answer_of, score_all, wilson_interval
@@ -76,6 +78,18 @@ def test_groups_by_hand():
     assert by_disease["melanoma"]["cell_accuracy_micro"] == pytest.approx(1 / 5)
     assert {name: row["n_puzzles"] for name, row in rows(found, "donor").items()} == {"d1": 2, "d2": 1, "not stated": 1}
     assert json.loads(json.dumps(found, allow_nan=False))["n_cells"][0]["value"] == 2
+
+
+def test_cells_of_one_batch_have_no_interval():
+    """The bootstrap draws batches: three cell-level puzzles of one batch would all be drawn, or none."""
+    batches = [puzzle(ABC, f"b{i}", context=f"Donor {i}.", donor=donor) for i, donor in enumerate((0, "d1", "d1"))]
+    cells = convert(batches, "cell")
+    texts = [answer_of([one.answer[0] if i % 3 else "x"]) for i, one in enumerate(cells)]
+    found = rows(breakdowns(score_all(texts, cells), cells, 0), "donor")
+    assert {name: (row["n_puzzles"], n_batches(row)) for name, row in found.items()} == {"d1": (6, 2), "0": (3, 1)}
+    assert n_batches({"n_puzzles": 4}) == 4 and n_batches({"smallest": 1}) == 1
+    shown = {name: published._shares(row, ["cell_accuracy"])[0] for name, row in found.items()}
+    assert "to" not in shown["0"] and "to" in shown["d1"]
 
 
 def test_what_no_puzzle_states_is_not_broken_down():

@@ -469,6 +469,11 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
     for resume in (False, True):
         assert refused("goes with answers to 1 puzzles that this run does not ask, p2", resume, ids - {"p2"})
     Partial(tmp_path, settings, resume=False, wanted=ids)  # the same answers again
+    paid = settings | {"endpoint": "https://h/v1"}
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": paid}))
+    assert refused("holds 3 answers that may have cost money: --resume keeps them; or name another", **paid)
+    assert len(Partial(tmp_path, paid, resume=True, wanted=ids).rows) == 3
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": settings}))
     Partial(tmp_path, settings | {"model": "m, moved"}, resume=False, wanted=ids | {"p9"})
     again = {"predictions": str(tmp_path)}  # scored anew
     Partial(tmp_path, again, resume=False, wanted=ids)

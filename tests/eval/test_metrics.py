@@ -366,9 +366,20 @@ def test_rows_are_matched_by_id_and_by_order():
         ([{"id": "a", "answer": "x"}], "prediction row 0: needs the text column 'prediction'; it has id, answer"),
         ([{"id": "a", "samples": []}], "prediction row 0: 'samples' must be a list of texts"),
         ([{"prediction": "x"}], "1 predictions for 2 puzzles, and no 'id' column"),
+        ([{"id": "a", "prediction": "x", "samples": ["y", "x"]}], "'prediction' is not the first of its 'samples'"),
     ):
         with pytest.raises(ValueError, match=words):
             match_rows(bad, puzzles)
+
+
+def test_ids_may_be_numbers():
+    rows = [puzzle_named("x").to_row() | {"id": number} for number in (0, 1, 2)]
+    puzzles = [Puzzle.from_row(row) for row in rows]
+    assert [p.id for p in puzzles] == ["0", "1", "2"]
+    for kind in (int, float, str):  # pandas makes floats of numbers where one is missing
+        names = [kind(2), kind(0), kind(1)] if kind is not str else ["2", "0", "1"]
+        found = match_rows([{"id": name, "prediction": f"of {int(name)}"} for name in names], puzzles)
+        assert [row["prediction"] for row in found] == ["of 0", "of 1", "of 2"]
 
 
 def test_lengths_are_tokens_only_where_every_row_has_them():

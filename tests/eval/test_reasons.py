@@ -183,6 +183,13 @@ def test_every_reason_has_its_remedy():
         assert one["remedy"].startswith(remedy), text
 
 
+def test_a_single_cell_has_one_label_and_no_separator():
+    cell = convert(make_puzzles(1), "cell")[0]
+    for labels in ("", "T cell|B cell"):
+        (one,) = faults([{"prediction": f"<think>x</think><answer>{labels}</answer>"}], [cell])["invalid_reasons"]
+        assert one["remedy"] == "write exactly one label, that of the cell", labels
+
+
 def test_a_response_that_was_cut_or_refused_is_its_own_reason():
     right = answer_of(make_puzzles(1)[0].answer)
     cut = [("the response was cut at the length limit", 2, "q0")]

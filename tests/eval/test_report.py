@@ -577,6 +577,13 @@ def test_what_a_baseline_warns_of_is_on_the_page(run_dir):
     )
 
 
+def test_a_summary_that_says_little_has_a_page_all_the_same(run_dir):
+    for run in (None, {}, {"split": "of another version"}):
+        summary = json.loads((run_dir / "summary.json").read_text()) | {"run": run}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        assert "held-out donors" in write_report(run_dir).read_text()
+
+
 def test_a_split_file_that_is_no_parquet_is_named(run_dir):
     (run_dir / "puzzles").mkdir(exist_ok=True)
     (run_dir / "puzzles/test.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")

@@ -215,6 +215,7 @@ def test_a_run_on_two_files_evaluates_held_out_cells_too(tmp_path):
     assert learnt and all(name.endswith("proj.weight") for name in learnt), "of the adapter nothing else is merged"
     assert list((run / "sft/checkpoints").glob(f"*/{ADAPTER}")) and not (run / "sft/model" / ADAPTER).exists()
     summary = json.loads((run / "summary.json").read_text())
+    assert "seed" in summary["run"]["config"] and "notify" not in summary["run"]["config"], "it may hold a key"
     assert {stage: set(summary[stage]) for stage in ("base", "sft", "grpo")} == dict.fromkeys(
         ("base", "sft", "grpo"), {"test", "cells"}
     )

@@ -6,6 +6,7 @@ import math
 import re
 from fractions import Fraction
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,9 @@ def trl_position(completions, answer, /): return [1.0]
 def trl_decorated(completions, answer, weight): return [weight]
 def verl(data_source, solution_str, ground_truth, extra_info=None, address=None): return 1.0
 def verl_short(solution_str, ground_truth): return 1.0
+def trl_usual(prompts, completions, **kwargs): return [1.0]
+def trl_two(completions, ground_truth=None): return 1.0
+def verl_two(solution_str, ground_truth, method="strict"): return 0.0
 def verl_more(data_source, solution_str, ground_truth, extra_info, strict): return 1.0
 verl_strict = functools.partial(verl_more, strict=True)
 """
@@ -217,6 +221,9 @@ def signatures(tmp_path_factory) -> str:
         (":cached", "and takes (completion): too many positional arguments"),
         (":trl", "for a function written for TRL write trl:FILE:trl"),
         (":verl", "for a function written for verl write verl:FILE:verl"),
+        (":trl_usual", "as functions for TRL do, and is called with (completion, puzzle); write trl:FILE:trl_usual"),
+        (":trl_two", "as functions for TRL do, and is called with (completion, puzzle); write trl:FILE:trl_two"),
+        (":verl_two", "as functions for verl do, and is called with (completion, puzzle); write verl:FILE:verl_two"),
         ("trl::trl_position", "it is called with keywords: prompts, completions, "),
         ("trl::one", "and takes (completion): got an unexpected keyword argument 'completions'"),
         ("trl::Judge", "Judge is a class"),
@@ -268,6 +275,14 @@ def test_a_column_that_no_puzzle_has_is_named_with_those_there_are(signatures):
     assert load_reward(narrow, [donor])("abc", donor).total == 1.0
     with pytest.raises(UserError, match="it needs 'donor', and puzzle p has no such column"):
         load_reward(narrow, [donor, PUZZLE])
+
+
+def test_a_column_does_not_replace_what_is_scored(signatures):
+    """A file that went through another program may have a column of that name."""
+    path = Path(signatures).with_name("counts.py")
+    path.write_text("def fn(completions, **columns): return [float(len(completions[0][0]['content']))]\n")
+    donor = Puzzle(id="q", context="", cells=[["A"]], candidates=["a"], answer=["a"], meta={"completions": "old text"})
+    assert load_reward(f"trl:{path}:fn", [donor])("abc", donor).total == 3.0
 
 
 def in_every_style(value: object) -> list[Reward]:

@@ -493,6 +493,9 @@ def test_rescore_says_what_changes(run, tmp_path):
                 assert b["advantage"] == pytest.approx(-a["advantage"], abs=1e-4)
     both = sum(row["reward"] is not None for row in old)
     assert f"{len(old)} responses in {len(old) // 3} groups, {len(old) - both} without one of the two rewards" in text
+    bare = {name: old[1][name] for name in ("step", "puzzle_id", "response", "completion", "reward", "advantage")}
+    (tmp_path / "short.jsonl").write_text(json.dumps(old[0]) + "\n" + json.dumps(bare) + "\n")
+    before = rollouts.read_bytes()
     for arguments, says in (
         ([rollouts, "--reward", "reward.cellpuzzles:nope"], "has no 'nope'"),
         (
@@ -500,9 +503,18 @@ def test_rescore_says_what_changes(run, tmp_path):
             "not the rollouts of a GRPO run",
         ),
         ([rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--step", 9], "holds no rollout of step 9"),
+        (
+            [tmp_path / "short.jsonl", "--reward", "reward.cellpuzzles:batch_reward"],
+            "not the rollouts of a GRPO run (no 'finish_reason' in line 2)",
+        ),
+        (
+            [rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--out", folder / "x/../run/rollouts.jsonl"],
+            "is an input, which would be lost; name another file",
+        ),
     ):
         done = run_command("rescore", *arguments)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]
+    assert rollouts.read_bytes() == before
     shutil.copy(rollouts, tmp_path / "rollouts.jsonl")
     config = tmp_path / "config.json"
     for text, says in (

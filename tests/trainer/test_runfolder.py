@@ -93,9 +93,13 @@ def test_a_checkpoint_of_every_weight_on_a_base_that_is_one_itself(tmp_path):
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
     (base / "state.json").write_text('{"step": 100}')
+    others = ("pytorch_model.bin", "tf_model.h5", "model.safetensors", "pytorch_model.bin.index.json")
+    for name in others:  # a hub's repository often has several formats: none of them is what was trained
+        (base / name).write_text("old weights")
     saved = Checkpoint(step=2, adapter=ADAPTER, adapter_config=None, moments=MOMENTS)
     path = save_checkpoint(tmp_path / "new", saved, 2, model_dir=base)
     assert load_checkpoint(path)[0] == 2 and (path / "config.json").read_text() == "{}"
+    assert [name for name in others if (path / name).exists()] == ["model.safetensors"]
 
 
 def test_another_number_of_samplers_is_said(tmp_path, capsys):

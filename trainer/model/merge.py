@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import INDEX, model_hashes, naming_what_cannot_be_written, replacing_folder, wait_for_lock, weight_files
+from data.files import (
+    INDEX,
+    files_beside_weights,
+    model_hashes,
+    naming_what_cannot_be_written,
+    replacing_folder,
+    wait_for_lock,
+    weight_files,
+)
 from trainer.model.loading import linear_weights, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
@@ -25,8 +33,6 @@ MADE_OF = "made_of.json"
 """In it: the dtype, and what the files of the base hash to."""
 SETTINGS = ("config.json", "generation_config.json", INDEX, "README.md", "state.json")
 """Files that are not copied from the base: they are written anew, or belong to a run."""
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-"""Suffixes of files with weights in some format."""
 MERGED = ("lora_A.weight", "lora_B.weight", MAGNITUDE, f"{MAGNITUDE}.weight")
 """Names of an adapter's tensors of one linear layer, that can be merged."""
 UNSUPPORTED = ("alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out", "alora_invocation_tokens")
@@ -161,8 +167,8 @@ def sampler_model(model_dir: str, quantize: str, dtype: str, out: str | Path) ->
 
 def _write_settings(base: Path, folder: Path, dtype: torch.dtype, size: int) -> None:
     """Copy or rewrite every file that holds no weights. size: bytes of all weights, for the index."""
-    for path in sorted(base.iterdir()):
-        if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name not in SETTINGS:
+    for path in files_beside_weights(base):
+        if path.name not in SETTINGS:
             shutil.copy(path, folder)
     settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
     settings.pop("torch_dtype", None)  # the older name of dtype

@@ -35,6 +35,7 @@ from data.errors import UserError
 from data.files import (
     appended_rows,
     crc32_of,
+    files_beside_weights,
     flush,
     lock_folder,
     model_hashes,
@@ -388,10 +389,8 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
         if saved.adapter_config:
             write_json(partial / "adapter_config.json", saved.adapter_config)
         else:
-            for path in Path(model_dir).iterdir():
-                # a base that is a checkpoint of a run has a state.json of its own
-                if path.is_file() and ".safetensors" not in path.name and path.name != "state.json":
-                    shutil.copy(path, partial)
+            for path in files_beside_weights(model_dir):
+                shutil.copy(path, partial)
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {str(path.relative_to(partial)): crc32_of(path) for path in written}
         best = {"best": saved.best} if saved.best else {}
