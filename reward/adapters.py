@@ -100,7 +100,7 @@ def _check_call(fn: Callable, path: str, what: str, *args: object, **kwargs: obj
 
 
 def _style_of(signature: inspect.Signature) -> str:
-    """ "trl" or "verl" for a function with a parameter that only functions for that program have, else ""."""
+    """The style, trl or verl, of a function with a parameter that only functions for that program have; "" of others."""
     meant = {"completions": "trl", "solution_str": "verl"}
     return next((style for name, style in meant.items() if name in signature.parameters), "")
 
