@@ -418,17 +418,15 @@ def weight_files(base: Path) -> list[Path]:
     return files
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
-"""Of files with weights in some format."""
+WEIGHT_SUFFIXES = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite", ".ckpt")
+}
 
 
 def files_beside_weights(model: str | Path) -> list[Path]:
-    """The files of a checkpoint that a copy with other weights may have: no weights in any format, no index of them.
-
-    Nor state.json, which a base has that is a checkpoint of a run.
-    """
+    """The files of a checkpoint but for weights of any format, their index, and the state.json of a run."""
     files = [path for path in sorted(Path(model).iterdir()) if path.is_file() and path.name != "state.json"]
-    return [path for path in files if not any(suffix in path.name for suffix in WEIGHT_SUFFIXES)]
+    return [path for path in files if not WEIGHT_SUFFIXES & set(path.suffixes)]  # all: model.safetensors.index.json
 
 
 def model_hashes(model: str | Path) -> dict[str, str]:

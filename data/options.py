@@ -66,7 +66,7 @@ def check_endpoint(flag: str, url: str) -> None:
         usable = False
     if not usable or re.search(r"[\s?#@]", url):
         raise UserError(
-            f"{flag}: write it as https://HOST/v1, without user, password or query; the key goes into --key-env"
+            f"{flag}: write it as https://HOST/v1, without user, password, @ or query; the key goes into --key-env"
         )
 
 

@@ -64,7 +64,7 @@ def breakdowns(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> dic
 
     names: the bootstrap's seed is derived from them.
 
-    n_cells, tissue, disease, donor: [{value, <the metrics>, cells, intervals}], with N ascending and the other values
+    n_cells, tissue, disease, donor: [{value, <the metrics>, batches, cells, intervals}], with N ascending and the other values
         by descending number of puzzles; empty when no puzzle states the value.
     disease_average: see `average_over`; "normal" is no disease; absent with fewer than two diseases.
     batch_distribution: see `distribution`. cell_type: see `cell_types`. confusion: {true type: {given label: cells}} of
@@ -118,7 +118,13 @@ def n_batches(group: dict[str, Any]) -> int:
 
     Cell-level puzzles of one batch are drawn together. Older files have the number of puzzles only.
     """
-    return group.get("batches", group.get("n_puzzles", group.get("smallest", 2)))
+    known = (
+        group.get("batches"),
+        (group.get("interval") or {}).get("batches"),
+        group.get("n_puzzles"),
+        group.get("smallest"),
+    )
+    return next((n for n in known if n is not None), 2)
 
 
 def average_over(sets: dict[str, tuple[Scores, Sequence[Puzzle]]], *names: object) -> dict[str, Any]:
@@ -254,6 +260,7 @@ def k_sample(
         "k": k,
         "mean": {
             **metrics_of(everything).to_dict(),
+            "batches": len(set(units_of(puzzles))),
             "n_puzzles": len(puzzles),
             "intervals": intervals(samples, puzzles, "mean", *names),
         },

@@ -150,7 +150,7 @@ def average_of(
         file: ([of_puzzle[0] for of_puzzle in scores_of(rows, puzzles)[1]], puzzles)
         for file, (rows, puzzles) in answered.items()
     }
-    shown = (*METRICS, "n_puzzles", "intervals", "invalid_reasons", "label_problems")
+    shown = (*METRICS, "n_puzzles", "interval", "intervals", "invalid_reasons", "label_problems")
     variants = sorted({result["puzzles"]["variant"] for result in results.values()})  # "batch" comes first
     units = {result["response_length_unit"] for result in results.values()}
     return {

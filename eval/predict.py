@@ -250,7 +250,7 @@ class Partial:
             raise UserError(
                 f"--out: {path} holds {len(rows):,} answers of an unfinished run: --resume goes on with it; or {self.afresh}"
             )
-        if not resume and before.get("endpoint") and before.get("endpoint") == self.settings.get("endpoint"):
+        if not resume and before.get("endpoint") and not self._changed(before):
             raise UserError(
                 f"--out: {path.with_name('predictions.jsonl')} holds {len(rows):,} answers that may have cost money: --resume "
                 "keeps them; or name another folder to ask again"

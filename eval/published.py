@@ -204,9 +204,10 @@ def _headline(result: dict[str, Any]) -> str:
     low, high = result["intervals"]["batch_accuracy"]
     n, batches = result["n_puzzles"], result["interval"]["batches"]
     what = f"{n:,} single cells of {batches:,} batches" if result["puzzles"]["variant"] == "cell" else f"{n:,} batches"
+    limits = f" (95 % interval {_range(low, high)})" if batches > 1 else ""  # a single batch has none
     return (
-        f"**{result['name']}** names every cell right in {_percent(result['batch_accuracy'])} of {what} "
-        f"(95 % interval {_range(low, high)}), and {_percent(result['cell_accuracy_micro'])} of all cells."
+        f"**{result['name']}** names every cell right in {_percent(result['batch_accuracy'])} of {what}{limits}, "
+        f"and {_percent(result['cell_accuracy_micro'])} of all cells."
     )
 
 

@@ -37,19 +37,19 @@ def main(config: RescoreConfig) -> None:
     load_reward(config.reward)
     if config.out and not config.out.endswith(".jsonl"):
         raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
-    inputs = [config.rollouts, *filter(None, [config.puzzles])]
-    if config.out and Path(config.out).resolve() in [Path(path).resolve() for path in inputs]:
-        raise UserError(f"--out {config.out}: is an input, which would be lost; name another file")
     rows = read_rows(config.rollouts)
     record = record_beside(Path(config.rollouts))
     settings = record["settings"]
     puzzle_file = config.puzzles or settings.get("puzzles")
+    inputs = [Path(path).resolve() for path in (config.rollouts, puzzle_file) if path]
+    if config.out and Path(config.out).resolve() in inputs:
+        raise UserError(f"--out {config.out}: is an input, which would be lost; name another file")
     needed = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer")))
     lacking = [(number, name) for number, row in enumerate(rows or [{}], 1) for name in needed if name not in row]
     if lacking:
         number, name = lacking[0]
         raise UserError(
-            f"{config.rollouts}: not the rollouts of a GRPO run (no '{name}' in line {number}); name another file"
+            f"{config.rollouts}: not the rollouts of a GRPO run (no '{name}' in row {number}); name another file"
         )
     if puzzle_file is None:
         raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")

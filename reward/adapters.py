@@ -55,9 +55,11 @@ def adapt(style: str, fn: Callable, path: str, puzzles: Iterable[Puzzle] = ()) -
         _check_call(fn, path, f"the keywords {', '.join(VERL)}", **dict.fromkeys(VERL))
         return _from_verl(fn)
     _check_call(fn, path, "(completion, puzzle)", "", None)
-    if (signature := _parameters(fn)) and (style := _style_of(signature)):  # callable, and it would read another thing
+    # it can be called so, and would read another thing; a decorator hides what it is
+    names = list(getattr(_parameters(fn, wrapped=True), "parameters", ()))
+    if "puzzle" not in names and (style := _style_of(names[:2])):
         raise UserError(
-            f"--reward {path}: takes {', '.join(signature.parameters)}, as functions for {STYLES[style]} do, and is called with "
+            f"--reward {path}: takes {', '.join(names)}, as functions for {STYLES[style]} do, and is called with "
             f"(completion, puzzle); write {style}:{path}"
         )
     return fn
@@ -94,15 +96,15 @@ def _check_call(fn: Callable, path: str, what: str, *args: object, **kwargs: obj
     except TypeError as error:
         names = signature.parameters
         short = inspect.Signature([inspect.Parameter(p.name, p.kind) for p in names.values()])
-        style = _style_of(signature) if args else ""
+        style = _style_of(names) if args else ""
         hint = f"; for a function written for {STYLES[style]} write {style}:{path}" if style else ""
         raise UserError(f"--reward {path}: it is called with {what}, and takes {short}: {error}{hint}") from None
 
 
-def _style_of(signature: inspect.Signature) -> str:
-    """The style, trl or verl, of a function with a parameter that only functions for that program have; "" of others."""
+def _style_of(names: Iterable[str]) -> str:
+    """The style, trl or verl, of a function with one of the parameters that only functions for that program have; else ""."""
     meant = {"completions": "trl", "solution_str": "verl"}
-    return next((style for name, style in meant.items() if name in signature.parameters), "")
+    return next((style for name, style in meant.items() if name in names), "")
 
 
 def _check_trl(fn: Callable, path: str, puzzles: Iterable[Puzzle]) -> None:

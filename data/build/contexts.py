@@ -109,14 +109,16 @@ RULES: dict[str, dict[str, str]] = {
 """obs column -> {regular expression for the whole value, case ignored: sentence}. The first match gives its sentence;
 without a match the column gives none."""
 
-_SKIN = r"\b(skin|derm\w*|epiderm\w*|scalp|foot|forearm|arm|hand|hindlimb|forelimb|leg|face)\b"
+_LIMB = r"((left|right|upper|lower) )*(foot|forearm|arm|hand|hindlimb|forelimb|leg|face)"
+_SKIN = rf"\b(skin|dermis|dermal|epiderm\w*|scalp)\b|^{_LIMB}$"
 _BRAIN = (
-    r"brain|cerebr|cerebell|neuro|central nervous|hippocamp|gyrus|sulcus|thalam|neocortex|^cortex$|amygdala|insula|striat"
-    r"|putamen|caudate|accumbens|pallidus|nigra|claustrum|brodmann|white matter|corpus callosum|choroid|mening|dura|pons"
-    r"|medulla oblongata|spinal|(lateral|third|fourth) ventric|subventric|(frontal|temporal|parietal|occipital|cingulate"
-    r"|entorhinal|perirhinal|retrosplenial|motor|visual|auditory|somatosensory|association|insular)( \w+)* (cortex|lobe|pole)"
+    r"brain|cerebr|cerebell|central nervous|hippocamp|gyrus|thalam|neocortex|^cortex$|amygdala|\binsula\b|striatum|putamen"
+    r"|\bcaudate (nucleus|putamen)|accumbens|pallidus|nigra|claustrum|brodmann|white matter|corpus callosum|choroid plexus"
+    r"|mening|dura mater|\bpons\b|medulla oblongata|spinal cord|(lateral|third|fourth) ventric|subventric|(frontal|temporal"
+    r"|parietal|occipital|cingulate|entorhinal|perirhinal|retrosplenial|motor|visual|auditory|somatosensory|association"
+    r"|insular)( \w+)* (cortex|lobe|pole)"
 )
-TISSUES = {("Condition", "healthy"): _SKIN, ("medical_conditions", "tumor|both|other"): _BRAIN}
+TISSUES = {("Condition", r"healthy|scar|dm.*"): _SKIN, ("medical_conditions", ".*"): _BRAIN}
 """(obs column, values) -> what its tissue must hold, where a tissue is known.
 
 The wording is that of one atlas of skin and one of the brain (Table 9); other files use these general names and words for

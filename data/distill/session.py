@@ -83,6 +83,8 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
     meter = Meter(price_in=config.price_in or 0.0, price_out=config.price_out or 0.0, budget=config.budget)
     with reporting(config.out, config.notify, "puzzle") as report:
         with closing(judge), open_raw_file(config, puzzles, meter) as raw:
+            answered = {completion.puzzle_id for completion in raw.completions.values()}
+            refuse_unsolvable([puzzle for puzzle in chosen if puzzle.id not in answered])  # such as of a larger --limit
             teacher = make_teacher(puzzles, chosen, meter, raw)
             with Progress(draws, meter, report) as progress, Interruptible(teacher, raw) as interrupted:
                 ended = distill(

@@ -301,7 +301,7 @@ def _organism(
             names = dict.fromkeys(organism_name(text) for text, _ in column.most_common)
             return ", ".join(names), f"obs column {column.name}"
     if (stated := uns_text(path, ORGANISM_COLUMNS)) is not None:
-        return stated, "uns"
+        return organism_name(stated), "uns"
     guess = organism_of_names(genes, gene_list) if genes else None
     return guess, "not stated; guessed from the gene names" if guess else "not stated"
 

@@ -348,7 +348,9 @@ def _settings_section(run: dict[str, Any]) -> str:
     versions = (run.get("versions") or {}) | ({"git commit": run["git_commit"]} if run.get("git_commit") else {})
     tables = {
         "Time taken by the last call of the command": seconds,
-        "Settings": run.get("config"),
+        "Settings": {
+            name: value for name, value in (run.get("config") or {}).items() if name != "notify"
+        },  # older files
         "Versions": versions,
     }
     blocks = [details(title, _settings_table(values)) for title, values in tables.items() if values]

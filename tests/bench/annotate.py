@@ -209,7 +209,7 @@ def main() -> None:
 def write_table(fitted: list[float], n: int) -> None:
     """Write eval/annotate/calibration.tsv."""
     lines = [
-        "# Share of votes -> accuracy, by isotonic regression; made by tests/bench/annotate.py --calibrate.",
+        "# Share of answers -> accuracy, by isotonic regression; made by tests/bench/annotate.py --calibrate.",
         f"# Fitted on {n} clusters of known type: donors of unseen diseases of the simulated atlas, each type split in two,",
         "# annotated by the model of make demo (a million parameters) with 8 votes. Values between rows are interpolated.",
         "share\tconfidence",

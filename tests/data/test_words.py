@@ -110,6 +110,13 @@ def test_general_names_of_columns_are_worded_for_their_tissue_only():
         facts = {"Condition": "Healthy", "medical_conditions": "Tumor", "tissue": tissue}
         assert context_sentence(facts) == f"The cell is from, originating from the {tissue}."
     assert "no reported skin condition" in context_sentence({"Condition": "Healthy", "tissue": "skin of forearm"})
+    for tissue in ("muscle of leg", "bone of hand", "blood of arm", "left ventricle of heart"):
+        for condition in ("Healthy", "Scar", "DM - non ulcer"):
+            assert context_sentence({"Condition": condition, "tissue": tissue}).count(".") == 1
+    assert "skin condition" in context_sentence({"Condition": "Healthy", "tissue": "left forearm"})
+    other = ("caudate lobe of liver", "striated muscle tissue", "coronary sulcus", "neuromuscular junction")
+    for tissue in (*other, "intervertebral disc of lumbar spinal column"):
+        assert "brain" not in context_sentence({"medical_conditions": "Tumor", "tissue": tissue})
     for tissue in ("cardiac ventricle wall", "lower lobe of left lung", "cortex of kidney", "adrenal cortex"):
         assert "brain" not in context_sentence({"medical_conditions": "Tumor", "tissue": tissue})
     assert "keloid" in context_sentence({"Condition": "Keloid", "tissue": "ear lobe"})

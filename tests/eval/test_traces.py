@@ -471,7 +471,10 @@ def test_command_on_predictions_and_on_rollouts(tmp_path):
     write_rows(tmp_path / "odd.jsonl", [{"id": "p", "user_msg": "Hello", "prediction": right + end}])
     given = ("--puzzles", tmp_path / "puzzles.jsonl", "--predictions", tmp_path / "odd.jsonl", "--out", tmp_path / "no")
     refused = run_command("traces", *given)
-    assert refused.returncode == 2 and f"{tmp_path / 'odd.jsonl'}, row 0: a puzzle row needs the text column" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and f"{tmp_path / 'odd.jsonl'}, row 0: a puzzle row needs the text column" in refused.stderr
+    )
     names = [row["name"] for row in json.loads((tmp_path / "rl/traces.json").read_text())["responses"]]
     assert names == ["p-step2-1", "p-step2-2"]
 

@@ -186,6 +186,11 @@ def passes_a_weight(fn):
 
 decorated = passes_a_weight(three)
 
+def passes_on(fn):
+    @functools.wraps(fn)
+    def inner(*args, **kwargs): return fn(*args, **kwargs)
+    return inner
+
 def trl(prompts, completions, answer, **columns): return [1.0]
 def trl_narrow(completions, donor): return [float(donor[0] == "d1")]
 def trl_solution(completions, solution, **columns): return [1.0]
@@ -196,6 +201,11 @@ def trl_decorated(completions, answer, weight): return [weight]
 def verl(data_source, solution_str, ground_truth, extra_info=None, address=None): return 1.0
 def verl_short(solution_str, ground_truth): return 1.0
 def trl_usual(prompts, completions, **kwargs): return [1.0]
+def any_names(completions, puzzle): return 1.0
+def optional_names(completion, puzzle, completions=None, *, solution_str=None): return 1.0
+partial_names = functools.partial(optional_names, solution_str="x")
+@passes_on
+def verl_wrapped(solution_str, ground_truth, extra_info=None): return 0.0
 def trl_two(completions, ground_truth=None): return 1.0
 def verl_two(solution_str, ground_truth, method="strict"): return 0.0
 def verl_more(data_source, solution_str, ground_truth, extra_info, strict): return 1.0
@@ -224,6 +234,10 @@ def signatures(tmp_path_factory) -> str:
         (":trl_usual", "as functions for TRL do, and is called with (completion, puzzle); write trl:FILE:trl_usual"),
         (":trl_two", "as functions for TRL do, and is called with (completion, puzzle); write trl:FILE:trl_two"),
         (":verl_two", "as functions for verl do, and is called with (completion, puzzle); write verl:FILE:verl_two"),
+        (
+            ":verl_wrapped",
+            "as functions for verl do, and is called with (completion, puzzle); write verl:FILE:verl_wrapped",
+        ),
         ("trl::trl_position", "it is called with keywords: prompts, completions, "),
         ("trl::one", "and takes (completion): got an unexpected keyword argument 'completions'"),
         ("trl::Judge", "Judge is a class"),
@@ -250,6 +264,9 @@ def test_a_function_that_takes_other_arguments_is_refused_at_the_start(signature
         (":halved", 0.5),
         (":judge", 1.0),
         (":decorated", 0.25),
+        (":any_names", 1.0),
+        (":optional_names", 1.0),
+        (":partial_names", 1.0),
         ("trl::trl", 1.0),
         ("trl::trl_default", 1.0),
         ("trl::trl_decorated", 0.25),

@@ -495,6 +495,10 @@ def test_rescore_says_what_changes(run, tmp_path):
     assert f"{len(old)} responses in {len(old) // 3} groups, {len(old) - both} without one of the two rewards" in text
     bare = {name: old[1][name] for name in ("step", "puzzle_id", "response", "completion", "reward", "advantage")}
     (tmp_path / "short.jsonl").write_text(json.dumps(old[0]) + "\n" + json.dumps(bare) + "\n")
+    own = tmp_path / "train.jsonl"  # named by config.json alone
+    (tmp_path / "other").mkdir()
+    shutil.copy(rollouts, tmp_path / "other/rollouts.jsonl")
+    (tmp_path / "other/config.json").write_text(json.dumps({"settings": {"puzzles": str(own)}}))
     before = rollouts.read_bytes()
     for arguments, says in (
         ([rollouts, "--reward", "reward.cellpuzzles:nope"], "has no 'nope'"),
@@ -505,10 +509,14 @@ def test_rescore_says_what_changes(run, tmp_path):
         ([rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--step", 9], "holds no rollout of step 9"),
         (
             [tmp_path / "short.jsonl", "--reward", "reward.cellpuzzles:batch_reward"],
-            "not the rollouts of a GRPO run (no 'finish_reason' in line 2)",
+            "not the rollouts of a GRPO run (no 'finish_reason' in row 2)",
         ),
         (
             [rollouts, "--reward", "reward.cellpuzzles:batch_reward", "--out", folder / "x/../run/rollouts.jsonl"],
+            "is an input, which would be lost; name another file",
+        ),
+        (
+            [tmp_path / "other/rollouts.jsonl", "--reward", "reward.cellpuzzles:batch_reward", "--out", own],
             "is an input, which would be lost; name another file",
         ),
     ):
