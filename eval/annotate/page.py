@@ -115,7 +115,7 @@ def _lead(annotation: Annotation, shown: Shown) -> str:
 
 
 def _overview(annotation: Annotation, shown: Shown) -> str:
-    columns = ["cluster", "label", "confidence", "votes", "second choice", "Cell Ontology", "cells"]
+    columns = ["cluster", "label", "confidence", "answers for it", "second choice", "Cell Ontology", "cells"]
     columns += [shown.agreement.key] if shown.agreement else []
     colours = colours_of([cluster.label for cluster in annotation.clusters.values()])
     rows = []
@@ -125,7 +125,7 @@ def _overview(annotation: Annotation, shown: Shown) -> str:
             f'<a href="#cluster-{place}">{escape(cluster.cluster)}</a>',
             f"{_swatch(colours[cluster.label])}{escape(cluster.label)}{best_guess(cluster)}",
             share(cluster.confidence),
-            f"{tally.votes[found.label]} of {count(tally.asked, 'answer')}" if found.label else EMPTY,
+            f"{tally.votes[found.label]} of {tally.asked}" if found.label else EMPTY,
             escape(found.second) if found.second else EMPTY,
             escape(cluster.ontology) if cluster.ontology != UNKNOWN_TERM else EMPTY,
             number(cluster.n_cells),
