@@ -76,6 +76,11 @@ def units_of(puzzles: Sequence[Puzzle]) -> list[Hashable]:
     return [(p.meta.get("batch_id", i) if p.variant == "cell" else i) for i, p in enumerate(puzzles)]
 
 
+def n_units(puzzles: Sequence[Puzzle]) -> int:
+    """How many units there are to draw."""
+    return len(set(units_of(puzzles)))
+
+
 def intervals(
     samples: Sequence[Sequence[PuzzleScore]], puzzles: Sequence[Puzzle], *names: object
 ) -> dict[str, list[float]]:

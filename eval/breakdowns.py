@@ -19,7 +19,7 @@ import numpy as np
 from data.describe import NOT_STATED, disease_of, tissue_of
 from data.puzzles import Puzzle
 from data.variants import regroup
-from eval.bootstrap import LEVEL, RESAMPLES, added_up, intervals, percentile_intervals, sums_of, units_of
+from eval.bootstrap import LEVEL, RESAMPLES, added_up, intervals, n_units, percentile_intervals, sums_of, units_of
 from eval.metrics import (
     METRICS,
     PuzzleScore,
@@ -107,7 +107,7 @@ def group_metrics(scores: Scores, puzzles: Sequence[Puzzle], *names: object) -> 
     """The metrics of a group of answers, its number of cells, and 95 % bootstrap intervals over batches."""
     return {
         **metrics_of(scores).to_dict(),
-        "batches": len(set(units_of(puzzles))),
+        "batches": n_units(puzzles),
         "cells": sum(score.n_cells for score in scores),
         "intervals": intervals([[score] for score in scores], puzzles, *names),
     }
@@ -260,7 +260,7 @@ def k_sample(
         "k": k,
         "mean": {
             **metrics_of(everything).to_dict(),
-            "batches": len(set(units_of(puzzles))),
+            "batches": n_units(puzzles),
             "n_puzzles": len(puzzles),
             "intervals": intervals(samples, puzzles, "mean", *names),
         },
@@ -334,5 +334,5 @@ def interval_method(puzzles: Sequence[Puzzle]) -> dict[str, Any]:
         "method": "percentile bootstrap over batches",
         "level": LEVEL,
         "resamples": RESAMPLES,
-        "batches": len(set(units_of(puzzles))),
+        "batches": n_units(puzzles),
     }

@@ -235,7 +235,7 @@ class SplitEngine:
         self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 
     def abandon(self) -> None:
-        """After a failure of this rank: end the threads without telling the samplers, who end with the trainers' store."""
+        """End the threads where they are. After a failure the samplers are not told: they end with the trainers' store."""
         # Python ends a daemon thread inside a call of the store by unwinding through C++, which then aborts the process:
         # exit code -6 and "terminate called" in place of the error
         self.abandoned.set()

@@ -346,11 +346,11 @@ def _glossary_section() -> str:
 def _settings_section(run: dict[str, Any]) -> str:
     seconds = {stage: f"{value:,.0f} s" for stage, value in (run.get("seconds") or {}).items()}
     versions = (run.get("versions") or {}) | ({"git commit": run["git_commit"]} if run.get("git_commit") else {})
+    # a summary.json of an older version has the command of --notify, which may hold a key
+    settings = {name: value for name, value in (run.get("config") or {}).items() if name != "notify"}
     tables = {
         "Time taken by the last call of the command": seconds,
-        "Settings": {
-            name: value for name, value in (run.get("config") or {}).items() if name != "notify"
-        },  # older files
+        "Settings": settings,
         "Versions": versions,
     }
     blocks = [details(title, _settings_table(values)) for title, values in tables.items() if values]

@@ -55,11 +55,8 @@ def test_the_rival_is_the_second_best_assignment_and_needs_a_vote():
 def test_among_equal_rivals_one_with_a_vote_is_taken():
     answers = [["A", "A", "A"], ["B", "A", "C"], ["A", "A", "A"]]
     found = consensus(answers, ABC)
-    assert found.chosen == [
-        1,
-        0,
-        2,
-    ]  # 1 + 3 + 1; A, B, C has 2 + 0 + 1, and C, A, B, without a vote of its own, 0 + 3 + 0
+    # 1 + 3 + 1 votes; A, B, C has 2 + 0 + 1, and C, A, B, without a vote of its own, 0 + 3 + 0
+    assert found.chosen == [1, 0, 2]
     assert found.rival() == [0, 1, 2]
 
 

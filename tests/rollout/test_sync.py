@@ -305,8 +305,7 @@ def test_a_hand_over_to_another_process_ends_with_the_canary():
     life = threading.Thread(target=sampler_life, args=(address, 0))
     life.start()
     session = Session(store, 0, 0, split_engine(address, store, samplers=0))
-    parcel = Parcel.of({"w": torch.ones(3)})
-    load = Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None)
+    load = load_order()
     session.load(load)
     with pytest.raises(SyncError, match="the sampler is not the policy"):  # it answers as CANARY's policy
         session.load(replace(load, canary=replace(CANARY, policy=[-9.0])))
@@ -382,6 +381,12 @@ def split_engine(address, store, **more) -> SplitEngine:
     """The trainers' side of one sampler that may be started again once."""
     settings = {"rank": 0, "size": 1, "samplers": 1, "members": 1, "lora": None, "restarts": 1, **more}
     return SplitEngine(address, store, device=torch.device("cpu"), **settings)
+
+
+def load_order(version: int = 0) -> Load:
+    """The order to load an adapter of one tensor."""
+    parcel = Parcel.of({"w": torch.ones(3)})
+    return Load(version=version, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None)
 
 
 def sampler_life(address, generation: int, idle: bool = False, dies: threading.Event | None = None) -> None:
@@ -506,8 +511,7 @@ def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
 
     life = threading.Thread(target=dies_when_told_to_stop)
     life.start()
-    parcel = Parcel.of({"w": torch.ones(3)})
-    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.queues[0].put(load_order())
     engine.close()
     life.join()
     assert "sampler 0 was killed, after its last order: nothing is lost" in capsys.readouterr().err
@@ -516,8 +520,7 @@ def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
 def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
     store, address = open_store("127.0.0.1", 0)
     engine = split_engine(address, store)
-    parcel = Parcel.of({"w": torch.ones(3)})
-    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.queues[0].put(load_order())
     engine.ask(0, ["a"], [[1]], SAMPLING)
     post_notice(store, REFUSED, "sampler 0: --model m: vLLM does not start", address.token)  # before it said hello
     with pytest.raises(UserError, match="^sampler 0: --model m: vLLM does not start$"):
@@ -543,8 +546,7 @@ def test_a_rank_that_fails_leaves_no_thread_in_the_store(waits, monkeypatch):
         put_signed(store, "e0/g0/hello/0", {"pid": 1}, address.token)
         monkeypatch.setattr("rollout.split.make_group", lambda *arguments: NeverDone())
     if waits:
-        parcel = Parcel.of({"w": torch.ones(3)})
-        engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+        engine.queues[0].put(load_order())
     with pytest.raises(UserError, match="a reward failed"), guarded(world):
         while waits == "in the broadcast" and not store.check(["e0/g0/order/1/0"]):
             time.sleep(0.01)
@@ -571,8 +573,7 @@ def test_a_sampler_that_dies_between_hello_and_its_group_is_started_again(capsys
     put_signed(store, "e0/g0/hello/0", {"pid": 1}, address.token)
     second = threading.Thread(target=sampler_life, args=(address, 1))
     second.start()
-    parcel = Parcel.of({"w": torch.ones(3)})
-    engine.queues[0].put(Load(version=0, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None))
+    engine.queues[0].put(load_order())
     engine.close()
     second.join()
     assert "sampler 0 was killed; it is started again (attempt 2)" in capsys.readouterr().err
@@ -583,10 +584,7 @@ def test_a_restarted_sampler_leaves_nothing_in_the_store(idle, capsys):
     """Its order is repeated whole, also for prompts whose rollouts a rank has taken; the next adapter ends that step."""
     store, address = open_store("127.0.0.1", 0)
     engine = split_engine(address, store)
-    parcel = Parcel.of({"w": torch.ones(3)})
-    loads = [
-        Load(version=version, manifest=parcel.manifest(), parcel=parcel, canary=CANARY, lora=None) for version in (0, 1)
-    ]
+    loads = [load_order(version) for version in (0, 1)]
     dies = threading.Event()
     first = threading.Thread(target=sampler_life, args=(address, 0, idle, dies))
     first.start()
