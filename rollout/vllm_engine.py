@@ -228,7 +228,9 @@ def vllm_rank(rank: int) -> int:
     for allowed in (8, 16, 32, 64, 128, 256, 320, 512):
         if rank <= allowed:
             return allowed
-    raise UserError(f"--lora-rank {rank}: vLLM serves adapters up to rank 512")
+    raise UserError(
+        f"an adapter of rank {rank}: vLLM serves up to 512; train with a smaller --lora-rank, or merge it (launch/export.py)"
+    )
 
 
 def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:

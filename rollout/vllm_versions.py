@@ -52,6 +52,13 @@ def why_not_started(model_dir: str, error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = next((line for line in lines if "validation error for" not in line), lines[0])  # pydantic's heading
     said = said if len(said) <= 300 else f"{said[:300]}..."
+    if re.search(r"memory.utilization|KV cache memory|cache blocks|out of memory", str(error), re.IGNORECASE):
+        remedy = (
+            "--memory-fraction is its share of the GPU: lower it when other programs hold memory, else raise it; or give"
+            if torch.cuda.is_available()
+            else "set VLLM_CPU_KVCACHE_SPACE to more GiB, or give"
+        )
+        return f"--model {model_dir}: vLLM has too little memory ({said}); {remedy} a smaller --max-response-tokens"
     return (
         f"--model {model_dir}: vLLM does not start with this model ({type(error).__name__}: {said}); use --engine torch where "
         "the command has it, or a model that vLLM serves (VLLM_LOGGING_LEVEL=DEBUG shows the traceback)"

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from data.puzzles import read_puzzles, read_rows
 from reward.cellpuzzles import batch_reward
 from rollout import count_repeats
 from rollout.torch_engine import TorchEngine
+from rollout.vllm_versions import why_not_started
 from tests.helpers.architectures import TYPES, make_checkpoint, trained_policy
 from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
 from trainer.model.embedded import CHAT_TEMPLATE
@@ -30,7 +32,7 @@ from trainer.sft.examples import encode_traces
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy
-from trainer.start.preflight import context_of
+from trainer.start.preflight import context_of, steady_positions
 
 DAY = datetime.date(2026, 2, 3)
 HEADER = "<|im_start|>assistant\n"
@@ -850,6 +852,18 @@ def test_the_context_is_read_in_both_spellings(name):
     assert context_of({"max_position_embeddings": 512, **settings}) == positions
 
 
+def test_positions_are_steady_up_to_where_they_depend_on_what_stands_beside_them():
+    """Phi 3's factors for long texts are taken when any text of the pass is long; in vLLM when one might be."""
+    longrope = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    assert steady_positions({**longrope, "rope_scaling": {"type": "longrope"}}) == 4096
+    inside = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    assert steady_positions({"max_position_embeddings": 512, "rope_parameters": inside}) == 32
+    for settings, _ in CONTEXTS.values():
+        kind = str(settings)
+        wanted = 512 if "dynamic" in kind else math.inf
+        assert steady_positions({"max_position_embeddings": 512, **settings}) == wanted, kind
+
+
 @pytest.mark.slow(2)
 def test_prompts_beyond_the_scaled_context_are_refused(pipeline, tmp_path):
     """And within it they are not; of YaRN vLLM wants the scaled number in config.json."""
@@ -861,8 +875,9 @@ def test_prompts_beyond_the_scaled_context_are_refused(pipeline, tmp_path):
         printed = run_command("grpo", "--model", folder, "--dry-run", *small, *given).stdout
         return next((line.strip() for line in printed.splitlines() if "PROBLEM: --max-prompt" in line), "")
 
-    for kind in ("linear", "dynamic"):
-        assert problem(rope_parameters={"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}) == ""
+    assert problem(rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}) == ""
+    dynamic = problem(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4})
+    assert "beyond 256 tokens this model turns every position by the longest sequence beside it" in dynamic
     assert "more than the model's 256 positions" in problem(rope_parameters={"rope_type": "llama3", "factor": 8.0})
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
     assert problem("--engine", "torch", rope_parameters=yarn) == ""
@@ -870,6 +885,18 @@ def test_prompts_beyond_the_scaled_context_are_refused(pipeline, tmp_path):
         "vLLM takes max_position_embeddings 256 of config.json as the end of YaRN's positions; set it to 1024"
         in problem(rope_parameters=yarn)
     )
+
+
+def test_too_little_memory_for_vllm_is_no_fault_of_the_model(monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    said = "larger than the available KV cache memory (1.0 GiB). Try increasing `gpu_memory_utilization`"
+    told = why_not_started("m", ValueError(f"To serve at least one request, 1.2 GiB KV cache is needed, {said}"))
+    assert "vLLM has too little memory (To serve at least one" in told and "--engine torch" not in told
+    assert "set VLLM_CPU_KVCACHE_SPACE to more GiB, or give a smaller --max-response-tokens" in told
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = why_not_started("m", ValueError("Free memory on device is less than desired GPU memory utilization (0.9)"))
+    assert "--memory-fraction is its share of the GPU: lower it" in told
+    assert "vLLM does not start with this model" in why_not_started("m", ValueError("no such architecture"))
 
 
 @pytest.mark.vllm

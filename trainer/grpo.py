@@ -510,12 +510,14 @@ def clip_gradients(parameters: list[torch.nn.Parameter], norm: Tensor, largest: 
 
 
 def optimizer_step(now: Step, learner: Learner, batch: StepInputs, norm: Tensor) -> float:
-    """Clip the gradient, then AdamW at the step's learning rate, which is returned: linear warm-up, then constant."""
+    """Clip the gradient, then AdamW at the step's learning rate, which is returned: linear warm-up, constant, decay."""
     clip_gradients(list(learner.parameters.values()), norm, now.cfg.grad_clip)
     lr = 0.0
     if batch.denominators.n_tokens:  # else no response of the batch was scored, so there is nothing to learn
-        # warm-up counts sampled batches: all updates of a batch (--updates-per-batch) have the same rate
-        lr = learner.lr * min(1.0, (now.step + 1) / max(now.cfg.warmup_steps, 1))
+        # both count sampled batches: all updates of a batch (--updates-per-batch) have the same rate
+        warm = (now.step + 1) / max(now.cfg.warmup_steps, 1)
+        cool = (now.cfg.steps - now.step) / max(now.cfg.decay_steps, 1)
+        lr = learner.lr * min(1.0, warm, cool)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
         learner.optimizer.step()

@@ -23,7 +23,7 @@ from trainer.start import parts
 WRITTEN = "model.layers.1.self_attn.k_proj.base_layer.weight"
 
 
-def look(policy: Any, engine: Any) -> None:
+def look(policy: Any, engine: Any, compared: int) -> None:
     held, _ = engine.held_weights()
     of_vllm = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
     frozen = {name: p for name, p in policy.causal_lm.named_parameters() if not p.requires_grad}
@@ -34,6 +34,7 @@ def look(policy: Any, engine: Any) -> None:
         "vllm_has_no_other": of_vllm <= storages,
         "q_is_the_first_rows": frozen["model.layers.0.self_attn.q_proj.base_layer.weight"].data_ptr()
         == held["model.layers.0.self_attn.qkv_proj.weight"].data_ptr(),
+        "compared_with_its_class": compared,
     }
     print(f"RESULT {json.dumps(found)}", flush=True)
 
@@ -47,9 +48,15 @@ def main() -> None:
     sys.argv = [command, *options]
     load, made_step = parts.load_policy_and_base, grpo.optimizer_step
 
+    compare, compared = parts.refuse_another_softmax, []
+
+    def compare_and_count(*args: Any) -> None:
+        compare(*args)
+        compared.append(args)
+
     def load_and_look(*args: Any) -> Any:
         policy, engine = load(*args)
-        look(policy, engine)
+        look(policy, engine, len(compared))
         return policy, engine
 
     def step_and_write(now: Any, *args: Any) -> Any:
@@ -57,7 +64,8 @@ def main() -> None:
         return made_step(now, *args)
 
     if case == "shared":
-        parts.load_policy_and_base = load_and_look
+        parts.load_policy_and_base, parts.refuse_another_softmax = load_and_look, compare_and_count
+        parts.SHARES_PROMPTS, parts.RUNS_TOO = (), ()  # as if no test ran this type of model
     if case == "not_shared":
         parts.why_two_copies, parts.SharedBase = lambda *_: "", refuse
     if case == "written":

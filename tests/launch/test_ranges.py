@@ -53,6 +53,8 @@ ONLINE = [
     ("correction_cap", [0.0, -1.0], "must be above 0", [0.5]),
     ("correction_floor", [-0.1], "must be at least 0", [0.0, 2.0]),
     ("correction_floor", [2.5], "above --correction-cap 2.0, so no weight is between them; lower it", []),
+    ("decay_steps", [-1], "must be at least 0", [0, 100]),
+    ("decay_steps", [101], "the run has 100 --steps; give at most as many", []),
     ("validate_every", [0], "must be at least 1", [1]),
     ("overlong_buffer", [1.0, -0.1], "must be at least 0 and below 1", [0.0, 0.9]),
     ("steps", [0], "must be at least 1", [1]),

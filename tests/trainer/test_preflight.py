@@ -93,7 +93,10 @@ def test_weights_and_adapter_are_exact():
             "--sampler-ranks 16: the launch has 16 ranks, and at least one must train",
         ),
         ({"max_response_tokens": 30_000}, "more than the model's 32768 positions"),
-        ({"lora_rank": 1024}, "--lora-rank 1024: vLLM serves adapters up to rank 512"),
+        (
+            {"lora_rank": 1024},
+            "an adapter of rank 1024: vLLM serves up to 512; train with a smaller --lora-rank, or merge it",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(more, says):

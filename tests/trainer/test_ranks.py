@@ -147,6 +147,17 @@ def test_status_has_the_mean_of_the_last_steps_and_the_wait(tmp_path):
     assert (found["step"], found["waiting_for"], found["seconds_left"]) == (25, "", None)
 
 
+def test_half_of_a_launchers_variables_is_refused_in_a_sentence(monkeypatch):
+    """Some schedulers set RANK for a process alone too."""
+    monkeypatch.setattr(world, "_joined", None)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match="RANK is set and LOCAL_RANK and LOCAL_WORLD_SIZE not: start with torchrun"):
+        world.join_world()
+
+
 def test_a_rank_that_dies_when_all_is_done_and_saved_fails_nobody(tmp_path, monkeypatch, capsys):
     """Found by the campaign: a traceback of gloo's, and a status.json that said "running" for ever."""
 

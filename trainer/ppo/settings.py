@@ -24,7 +24,7 @@ class PpoConfig(OnlineConfig):
         "Checkpoint folder of the critic's own weights; default: an adapter of its own on the policy's base model, or a "
         "second copy of the checkpoint where --lora-rank is 0.",
     )
-    critic_lr: float = valuing(1e-5, "Learning rate of the critic, constant after --warmup-steps.")
+    critic_lr: float = valuing(1e-5, "Learning rate of the critic, with the same --warmup-steps and --decay-steps.")
     critic_warmup: int = valuing(0, "First steps in which only the critic learns.")
     value_clip: float = valuing(0.5, "A value counts as moved by at most this much from the one before the update.")
     gamma: float = objective(1.0, "Discount per token.")

@@ -84,7 +84,7 @@ def architecture_row(base: PreTrainedModel) -> Row:
     if kind not in (*SHARES_PROMPTS, *RUNS_TOO):
         value += (
             f" ({kind} is none of the types that our tests run, and vLLM may not load it; log-probs are compared with "
-            "those of its own class before it is trained)"
+            "those of its own class before it is trained, but not under --shard fsdp)"
         )
     return Row(what="architecture", value=value)
 

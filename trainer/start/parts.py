@@ -194,7 +194,7 @@ def load_policy(
         date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
         base=base,
     )
-    if not sharded and base is None:
+    if not sharded:
         refuse_another_softmax(policy, str(cfg.model))
     # the SFT loop packs one response per prompt, so it has nothing to share
     cannot_share = online and cfg.packing == "shared" and policy.cannot_share

@@ -1,6 +1,7 @@
 """Checks before a model is loaded: do settings and launch fit together? Whether the memory does is in memory.py."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -101,10 +102,7 @@ SCALED = ("linear", "dynamic", "yarn")
 def context_of(model: dict[str, Any]) -> int | None:
     """Positions that a model has; None if its config.json names none. model: config.json, of any age of transformers."""
     positions = model.get("max_position_embeddings")
-    # transformers 5 writes rope_parameters, earlier versions rope_scaling; some models have one per kind of layer
-    scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
-    scaling = scaling.get("full_attention") or scaling
-    kind = scaling.get("rope_type") or scaling.get("type")
+    kind, scaling = _rope_of(model)
     if (
         not positions or kind not in SCALED or str(model.get("model_type")).startswith("gemma3")
     ):  # its 131,072 are scaled
@@ -113,6 +111,27 @@ def context_of(model: dict[str, Any]) -> int | None:
     if kind == "yarn":  # some checkpoints give the scaled number of positions, some the one before
         return max(positions, int((scaling.get("original_max_position_embeddings") or positions) * factor))
     return int(positions * factor)
+
+
+def _rope_of(model: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """(Kind of RoPE scaling, its settings) of the layers that attend to everything."""
+    # transformers 5 writes rope_parameters, earlier versions rope_scaling; some models have one per kind of layer
+    scaling = model.get("rope_parameters") or model.get("rope_scaling") or {}
+    scaling = scaling.get("full_attention") or scaling
+    return scaling.get("rope_type") or scaling.get("type"), scaling
+
+
+def steady_positions(model: dict[str, Any]) -> float:
+    """Tokens up to which a position is rotated alike whatever stands beside it; inf for most models.
+
+    Beyond it transformers rotates by the longest sequence of the pass: to other frequencies (longrope), or ever slower
+    (dynamic). A response's log-probs would depend on what it is packed with; vLLM goes by the longest it may get, or not at all.
+    """
+    kind, scaling = _rope_of(model)
+    if kind in ("longrope", "su"):
+        name = "original_max_position_embeddings"
+        return scaling.get(name) or model.get(name) or math.inf
+    return model.get("max_position_embeddings") or math.inf if kind == "dynamic" else math.inf
 
 
 def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
@@ -179,6 +198,12 @@ def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
                 f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: vLLM takes "
                 f"max_position_embeddings {told} of config.json as the end of YaRN's positions; set it to {context} there, "
                 "or use --engine torch",
+            ),
+            (
+                longest <= steady_positions(model),
+                f"--max-prompt-tokens {cfg.max_prompt_tokens} + --max-response-tokens {cfg.max_response_tokens}: beyond "
+                f"{steady_positions(model)} tokens this model turns every position by the longest sequence beside it, the "
+                "sampler does not, and another model would be trained; give fewer",
             ),
         ),
         _adapter_row(cfg, launch, model),
