@@ -78,7 +78,8 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
     that name. Raises UserError, with the folder's name, when something cannot be written.
     """
     path = Path(path)
-    partial, old = (path.with_name(f"{path.name}.{ending}") for ending in ("partial", "old"))
+    # no name that a user gives to a backup, such as NAME.old
+    partial, old = path.with_name(f"{path.name}.partial"), path.with_name(f".{path.name}.replaced")
     try:
         with naming_what_cannot_be_written(path):
             remove_folder(partial)  # of a process that was killed while it wrote
@@ -370,6 +371,17 @@ def seen_from(folder: Path, path: Path) -> Path:
     """A path of a run's settings: as it stands, or from a folder above `folder`, where the run may have been started."""
     found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
     return next(found, path)
+
+
+def refuse_folder_of_a_model(out: Path) -> None:
+    """Raises UserError when a run's record, OUT/config.json, would be written over a model's, or over another command's."""
+    path = out / "config.json"
+    if (out / "adapter_config.json").exists() or (
+        path.is_file() and not isinstance(read_settings(path).get("settings"), dict)
+    ):
+        raise UserError(
+            f"--out {out}: holds a model, or the config.json of another command, which would be lost; name another folder"
+        )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from eval.ablation.settings import (
     refuse_other_commands,
     refuse_test_puzzles,
 )
-from eval.demo.record import refuse_other_settings
+from eval.demo.record import record_settings, refuse_another_start
 from eval.demo.settings import DemoConfig, base_model, training_files
 from eval.run_files import held_out_files, unfinished
 from launch.demo import prepare, recipe_values, refuse_wrong_options, response_tokens
@@ -50,8 +50,7 @@ def main(config: AblateConfig) -> None:
     trained, values = refuse_wrong_words(arms, paths), values_of(arms)
     with naming("--start-recipe"):
         refuse_wrong_options(replace(demo, annotate=()))  # nothing is annotated here
-        if config.start_recipe:
-            refuse_other_settings(demo, recipe_values(demo), FREE_ON_RESUME)
+        refuse_another_start(demo, recipe_values(demo), FREE_ON_RESUME if config.start_recipe else None)
     if built := paths["puzzles"].is_file():  # before the cold start, where that can be seen
         refuse_test_puzzles(trained, held_out_files(start))
     # all configurations of the first seed come first: they can be compared early
@@ -59,8 +58,9 @@ def main(config: AblateConfig) -> None:
     folders = {name: {seed: out / folder_name(name) / f"seed-{seed}" for seed in config.seeds} for name in arms}
     refuse_other_commands({folders[name][seed]: (name, arms[name]) for name, seed in runs}, values)
     with reporting(out, config.notify, "run") as report:
-        report.progress(0, len(runs))
         lock_folder(start)  # two machines must not build the start at once
+        report.progress(0, len(runs))
+        record_settings(demo, recipe_values(demo), anew=bool(config.start_recipe))
         prepare(demo)
         unlock_folder(start)
         files = held_out_files(start)

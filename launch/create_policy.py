@@ -5,6 +5,7 @@ python launch/create_policy.py --puzzles train.parquet --puzzles traces.jsonl --
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from data.atlas.markers import read_markers
 from data.errors import UserError
@@ -41,6 +42,8 @@ def main(config: CreatePolicyConfig) -> None:
     """Make a model and its tokenizer from scratch; nothing is downloaded."""
     if not config.puzzles:
         raise UserError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
+    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise UserError(f"--out {config.out}: exists and is not empty; name another folder")
     puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
     named = [puzzle for path in config.words_of for puzzle in read_puzzles(path)]
 

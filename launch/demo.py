@@ -10,14 +10,13 @@ SFT and GRPO go on from their newest checkpoint: the same command continues a ru
 
 import functools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data.build.settings import check_config
 from data.errors import UserError
-from data.files import lock_folder
+from data.files import lock_folder, write_whole
 from data.options import naming, words_of
 from data.status.status import Report, reporting
 from eval.annotate.run import refuse_missing_columns
@@ -131,7 +130,7 @@ def prepare(config: DemoConfig, before_training: Callable[[], None] = lambda: No
     if config.cells_h5ad:
         write_both((out / "puzzles/train.parquet", out / "cells/train.parquet"), train)
         write_both((out / "traces.jsonl", out / "traces_cells.jsonl"), traces)
-        shutil.copyfile(out / "cells/test.parquet", out / "puzzles/cells.parquet")  # where the report looks for puzzles
+        write_whole(out / "puzzles/cells.parquet", (out / "cells/test.parquet").read_bytes())  # report.py looks there
     if not config.model:
         # genes and diseases that only held-out donors have get tokens too, instead of letters that the model never saw
         words = ["--puzzles", traces, *(word for file in held_out_files(out) for word in ("--words-of", file))]

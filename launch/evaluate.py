@@ -75,14 +75,14 @@ def evaluate(config: EvaluateConfig, report: Report) -> None:
             print(f"{puzzle_set.name}: {note}", file=sys.stderr)
         write_evaluation(folder, rows, result, f"{name} on {puzzle_set.name}")
         partial.remove()
-        print(puzzle_set.name, json.dumps({key: result[key] for key in (*METRICS, "n_puzzles")}), flush=True)
+        say(f"{puzzle_set.name} {json.dumps({key: result[key] for key in (*METRICS, 'n_puzzles')})}")
         for line in console_lines(result):
             say(f"{puzzle_set.name}: {line}" if not line.startswith(" ") else line)
         answered[puzzle_set.name], results[puzzle_set.name] = (rows, puzzle_set.puzzles), result
     source.close()
     if len(sets) > 1:
         write_average(out, average_of(answered, results, config.seed))
-    print(f"tables: {out / 'evaluation.md'}", flush=True)
+    say(f"tables: {out / 'evaluation.md'}")
     for file, result in results.items():
         if said := verdict(result):  # the last lines, so that an accuracy of 0 is not left unexplained
             say(f"{file}: {said}")

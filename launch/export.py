@@ -77,7 +77,7 @@ def read_metrics(path: str) -> dict[str, Any]:
         found = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
-    if "batch_accuracy" not in found:
+    if not isinstance(found, dict) or "batch_accuracy" not in found:
         raise UserError(f"--metrics {path}: is no metrics.json of launch/evaluate.py (it lacks batch_accuracy)")
     return {"name": file.parent.name, **found}
 

@@ -17,6 +17,7 @@ import click
 
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
+from data.options import naming
 from data.puzzles import Puzzle, read_puzzles
 from eval.metrics import score, with_pass_rates
 from launch.options import command
@@ -154,10 +155,14 @@ def embedded(config: OnlineConfig) -> Iterator[OnlineConfig]:
     world = join_world(config.ranks_apart, config.hang_seconds)
     with guarded(world):
         if world.is_main and not (DEMO / "sft/model/config.json").is_file():
-            from launch.demo import DemoConfig, prepare
+            from launch import demo
 
             lock_folder(DEMO)
-            prepare(DemoConfig(out=str(DEMO)))
+            settings = demo.DemoConfig(out=str(DEMO))
+            with naming("no --model, so the demo's would be made"):
+                demo.refuse_other_settings(settings, recipe := demo.recipe_values(settings), demo.FREE_ON_RESUME)
+            demo.record_settings(settings, recipe)
+            demo.prepare(settings)
             unlock_folder(DEMO)
         world.meet("the embedded default to be built")
         yield on_demo(config)

@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -102,13 +103,17 @@ class Scorer:
 
     def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
-        stop = threading.Event() if stop_at_failure else None
+        stop, pairs = threading.Event(), list(zip(self.workers, shares, strict=True))
         assert self.threads is not None
-        self.ready()
-        futures = [
-            self.threads.submit(worker.score, share, stop) for worker, share in zip(self.workers, shares, strict=True)
-        ]
-        wait(futures)  # result() below may raise; first let all workers end their share
+        try:
+            self.ready()
+            futures = [self.threads.submit(worker.score, share, stop, stop_at_failure) for worker, share in pairs]
+            wait(futures)  # result() below may raise; first let all workers end their share
+        except BaseException:  # Ctrl-C: Python ends when its threads have, and these would score all that is left
+            stop.set()
+            for worker in self.workers:
+                worker.kill()
+            raise
         return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
@@ -129,17 +134,17 @@ class _Worker:
         self.unread = b""
         self.is_async = False
 
-    def score(self, jobs: list[dict], stop: threading.Event | None) -> dict[int, Reward]:
+    def score(self, jobs: list[dict], stop: threading.Event, at_failure: bool) -> dict[int, Reward]:
         """{index: reward}. When the process hangs or dies with several jobs in flight, each is tried again alone, so
         that only the job that caused it gets the failure."""
         done: dict[int, Reward] = {}
         waiting, alone = deque(jobs), deque()
-        while (waiting or alone) and not (stop and stop.is_set()):
+        while (waiting or alone) and not stop.is_set():
             queue, window = (alone, 1) if alone else (waiting, CONCURRENT)
-            alone.extend(self._run(queue, window, done, stop))
+            alone.extend(self._run(queue, window, done, stop, at_failure))
         return done
 
-    def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event | None) -> list[dict]:
+    def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event, at_failure: bool) -> list:
         """Do the jobs of the queue, at most `window` in flight, until it is empty or the process fails.
 
         Returns the jobs to try again alone.
@@ -147,7 +152,7 @@ class _Worker:
         self.start()
         window = window if self.is_async else 1
         in_flight: dict[int, tuple[dict, float]] = {}
-        while (queue or in_flight) and not (stop and stop.is_set()):
+        while (queue or in_flight) and not stop.is_set():
             failure = None
             while queue and len(in_flight) < window and failure is None:
                 job = queue.popleft()
@@ -161,7 +166,7 @@ class _Worker:
                 if len(in_flight) > 1:
                     return [job for job, _ in in_flight.values()]  # any of them may be the cause
                 index, reward = next(iter(in_flight)), reply
-                if queue:
+                if queue and not stop.is_set():
                     self.start()
             else:
                 index = reply.pop("index")
@@ -169,7 +174,7 @@ class _Worker:
             del in_flight[index]
             done[index] = reward
             self.on_reply()
-            if stop and reward.failed:
+            if at_failure and reward.failed:
                 stop.set()
         if in_flight:
             self.stop()  # its answers are no longer wanted
@@ -249,14 +254,17 @@ class _Worker:
             message = "its scoring process closed its pipes"
         return Reward(total=math.nan, status=Status.ERROR, message=message)
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         """Kill the process and the processes that it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):  # it is gone
+                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
+
+    def stop(self) -> None:
+        """Kill it, and forget it."""
         if self.process is None:
             return
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
-        except ProcessLookupError:
-            pass  # it is gone
+        self.kill()
         self.process.wait()
         os.close(self.jobs)
         os.close(self.replies)

@@ -98,9 +98,7 @@ class TrainingConfig:
         "weight is trained.",
         DTYPES,
     )
-    autocast: bool = weights(
-        False, "Matrix products in bfloat16 whatever the weights; always so for LoRA on bfloat16 weights."
-    )
+    autocast: bool = weights(False, "Matrix products in bfloat16; always so for LoRA on bfloat16 weights.")
     attn: str = speed(
         "auto",
         "Attention kernels: PyTorch's own, or those of flash-attn-4 or flash-attn (GPU). auto: the latter where they are "
@@ -194,13 +192,9 @@ class OnlineConfig(TrainingConfig):
     )
     sampler_ranks: int = ranks(1, "Ranks that sample under --placement split.")
     tensor_parallel: int = ranks(1, "Neighbouring ranks that form one vLLM sampler.")
-    max_staleness: int = ranks(
-        0, "Steps that sampling may run ahead of training (split); above 0 it needs --correction tis or another."
-    )
+    max_staleness: int = ranks(0, "Steps that sampling may run ahead (split); above 0 it needs a --correction.")
     restart_samplers: int = ranks(0, "Times a sampler that died is started again (split); 0 stops the run.")
-    sync_host: str | None = ranks(
-        None, "Interface (eth0) or address of rank 0 where samplers meet the trainers; default: MASTER_ADDR's."
-    )
+    sync_host: str | None = ranks(None, "Interface (eth0) or address where samplers meet rank 0; default: MASTER_ADDR.")
     sync_port: int = ranks(0, "Port for that; 0 takes a free one.")
     shard: str = ranks("none", "Every rank holds the model, or its share of every layer (FSDP2).", ("none", "fsdp"))
     dry_run: bool = fit(False, "Check settings, world and memory, print the table, and stop before a model is loaded.")
@@ -235,7 +229,7 @@ class OnlineConfig(TrainingConfig):
     )
     sampler_lora: str = sampling(
         "auto",
-        "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32.",
+        "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32, with --base copies.",
         ("auto", "merged", "kernel"),
     )
     max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
@@ -252,15 +246,11 @@ class OnlineConfig(TrainingConfig):
         SURROGATES,
     )
     dual_clip: float | None = objective(None, "Bound c of dual clip for negative advantages; default off.")
-    ratio_level: str = objective(
-        "token", "Importance ratio per token (PPO) or per sequence (GSPO).", ("token", "sequence")
-    )
+    ratio_level: str = objective("token", "Importance ratio per token (PPO) or sequence (GSPO).", ("token", "sequence"))
     beta: float = objective(0.001, "Weight of the KL to the adapter-off reference; 0 makes no reference pass.")
     kl_kind: str = objective("low_var", "KL estimator.", ("k1", "k2", "k3", "low_var"))
     aggregation: str = objective("seq-mean-token-mean", "How per-token losses become one number.", AGGREGATIONS)
-    correction: str = objective(
-        "none", "Sampler-mismatch weight: truncated or masked, per token or sequence.", CORRECTIONS
-    )
+    correction: str = objective("none", "Sampler-mismatch weight, truncated or masked.", CORRECTIONS)
     correction_cap: float = objective(2.0, "Cap of the sampler-mismatch weight.")
     correction_floor: float = objective(0.0, "Smallest weight that mis and seq-mis keep.")
     packing: str = speed(
@@ -297,7 +287,9 @@ class OnlineConfig(TrainingConfig):
         if self.keep_best and not self.validate:
             raise UserError("--keep-best: the best in what? Name held-out puzzles with --validate")
         if self.surrogate != "clip" and self.dual_clip is not None:
-            raise UserError(f"--dual-clip {self.dual_clip}: bounds --surrogate clip; leave one of the two out")
+            raise UserError(
+                f"--dual-clip {self.dual_clip}: is for --surrogate clip; unset it (in a recipe, dual_clip: null)"
+            )
         self.keeps_step(1)  # a value that cannot be read is refused here, and not in step 1
 
     @property

@@ -64,7 +64,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     parameters: dict[str, torch.nn.Parameter]
     lr: float
-    """After warm-up."""
+    """Its highest rate."""
     terms: Callable[[MicroBatch, Denominators], Any]
     """Forwards a micro-batch and names every term of its loss, [N,T] each (LossTerms)."""
 

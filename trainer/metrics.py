@@ -89,11 +89,12 @@ class TokenSums:
         self.unread = []
 
     def take_in(self, later: "TokenSums") -> None:
-        """Add the sums of a later update of the same batch; gradient norm and learning rate are those of the last."""
+        """Add the sums of a later update of the same batch; gradient norm and rate are those of the last with tokens."""
         for name, value in later.sums.items():
             self.sums[name] += value
         self.mismatch_max = max(self.mismatch_max, later.mismatch_max)
-        self.grad_norm, self.lr = later.grad_norm, later.lr
+        if later.sums["tokens"]:  # else no optimizer step was made
+            self.grad_norm, self.lr = later.grad_norm, later.lr
 
     def over_ranks(self, world: World) -> "TokenSums":
         """Sums and maximum over all ranks. Collective."""
@@ -194,7 +195,7 @@ def _group_kind(rewards: list[float]) -> str:
     """rewards: of a group's scored responses."""
     if not rewards:
         return "unscored"
-    if len(set(rewards)) > 1:
+    if len(torch.tensor(rewards).unique()) > 1:  # in float32, as advantages are made
         return "mixed"
     # of any other value nobody here knows whether it is the best or the worst that the reward function gives
     return {1: "all_right", 0: "all_wrong", -1: "all_wrong"}.get(rewards[0], "all_equal")

@@ -53,9 +53,9 @@ OF_TEACHER = {
 }
 """{setting: the teachers that have it}; all teachers have the settings that are not listed."""
 MEANING = ("model", "base", "dtype", "temperature", "top_p", "max_response_tokens", "teacher_noise")
+"""Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
 NEWER = {"teacher_voice": "notes", "teacher_glance": 0.78}
 """More of them, with the values that raw files from before there were such settings were made with."""
-"""Settings that decide what a response is, besides teacher, seed and puzzles. They may not change under --resume."""
 RANGES = {
     "at least 1": (
         *("candidates", "hint_candidates", "max_response_tokens", "concurrency", "limit", "reward_workers"),

@@ -78,12 +78,15 @@ def refuse_other_puzzles(folders: Sequence[Path], files: Sequence[str], limit: i
     for file in files:
         wanted = puzzles_digest(read_puzzles(file)[:limit])
         for folder in folders:
-            result = read_result(folder / "eval" / Path(file).stem / "metrics.json")
-            if result and (result.get("puzzles") or {}).get("digest") != wanted:
-                raise UserError(
-                    f"--eval-puzzles {limit}: {folder / 'eval'} was evaluated on other puzzles of {file}; give the number of "
-                    "before, or remove that folder to evaluate again"
-                )
+            whole = {one / Path(file).stem: one for one in (folder / "eval", *sorted(folder.glob("models/*")))}
+            whole |= {folder / "samples": folder / "samples"} if file == files[0] else {}
+            for place, to_remove in whole.items():
+                result = read_result(place / "metrics.json")
+                if result and (result.get("puzzles") or {}).get("digest") != wanted:
+                    raise UserError(
+                        f"--eval-puzzles {limit}: {to_remove} was evaluated on other puzzles of {file}; give the number of "
+                        "before, or remove that folder to evaluate again"
+                    )
 
 
 def refuse_other_curves(folders: Sequence[Path], files: Sequence[str], n: int) -> None:
@@ -148,7 +151,10 @@ def points_of(arm: Arm, split: str, puzzles: Sequence[Puzzle], seed: int = 0) ->
     mean over seeds; interval: as in compare_arms; taught: means over seeds of Made.taught.
     """
     rows = []
-    for of_seed in zip(*(run.points for run in arm.runs), strict=False):
+    # by where they were evaluated: a seed that was stopped and went on has a checkpoint more
+    places = [{one.evaluated.relative_to(run.evaluated.parent): one for one in run.points} for run in arm.runs]
+    for place in [place for place in (places or [{}])[0] if all(place in of for of in places)]:
+        of_seed = [of[place] for of in places]
         scores = scores_in([point.evaluated for point in of_seed], split, puzzles)
         rows.append(
             {

@@ -73,10 +73,28 @@ def refuse_other_settings(config: DemoConfig, recipe: dict[str, Any], free: set[
             )
 
 
-def record_settings(config: DemoConfig, recipe: dict[str, Any]) -> None:
-    """Write OUT/demo.json, unless an earlier version, or another command, has made something there: with what is unknown."""
+def refuse_another_start(config: DemoConfig, recipe: dict[str, Any], free: set[str] | None) -> None:
+    """`refuse_other_settings` for the start of a comparison. free: None where no recipe of the start was named.
+
+    Then OUT may have been made with other numbers, and with no other files, model or response limit than the default.
+    """
+    if free is not None:
+        return refuse_other_settings(config, recipe, free)
+    path, now = Path(config.out) / RECORD, recorded_settings(config, recipe)
+    before = read_sealed(path) if path.is_file() else {}
+    for name in ("model", "h5ad", "cells_h5ad", CUT):
+        if before.get(name, now[name]) != now[name]:
+            made = f"--start {config.out}: was made with {name.split()[-1]} {before[name]}"
+            raise UserError(f"{made}, not {now[name] or 'the default'}; name its recipe with --start-recipe")
+
+
+def record_settings(config: DemoConfig, recipe: dict[str, Any], anew: bool = True) -> None:
+    """Write OUT/demo.json, unless an earlier version, or another command, has made something there: with what is unknown.
+
+    anew: also where there is a record, some of whose settings may change.
+    """
     out = Path(config.out)
-    if (out / RECORD).is_file() or not any(_is_made(out, files) for files in MADE.values()):
+    if (anew and (out / RECORD).is_file()) or not any(_is_made(out, files) for files in MADE.values()):
         write_whole(out / RECORD, json.dumps(sealed(recorded_settings(config, recipe)), indent=1) + "\n")
 
 

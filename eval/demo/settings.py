@@ -55,6 +55,8 @@ class DemoConfig:
     notify: str = option("", NOTIFY, section=RUN)
 
     def __post_init__(self) -> None:
+        if self.cells_build and not self.cells_h5ad:
+            raise UserError("--cells-build: of which file? Name it with --cells-h5ad")
         for name, own in SET_HERE.items():
             for item in getattr(self, name):
                 given = item.partition("=")[0].replace("_", "-")

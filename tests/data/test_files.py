@@ -297,3 +297,14 @@ def test_the_files_of_a_model_that_a_run_depends_on(tmp_path):
     }
     assert found["config.json"] == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # SHA-256 of {}
     assert model_hashes(tmp_path / "none") == {}
+
+
+def test_a_backup_that_the_user_made_stays(tmp_path):
+    (tmp_path / "model.old").mkdir()
+    (tmp_path / "model.old/weights").touch()
+    for _ in range(2):
+        with replacing_folder(tmp_path / "model") as partial:
+            (partial / "weights").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old"} and (
+        tmp_path / "model.old/weights"
+    ).exists()

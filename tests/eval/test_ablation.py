@@ -10,8 +10,16 @@ import pytest
 from PIL import Image
 
 from data.errors import UserError
-from data.puzzles import Puzzle, write_rows
-from eval.ablation.compare import compare_arms, points_of, read_arm, refuse_other_curves, refuse_other_samples, variety
+from data.puzzles import Puzzle, write_puzzles, write_rows
+from eval.ablation.compare import (
+    compare_arms,
+    points_of,
+    read_arm,
+    refuse_other_curves,
+    refuse_other_puzzles,
+    refuse_other_samples,
+    variety,
+)
 from eval.ablation.figure import colour_of, draw_arms
 from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
@@ -264,3 +272,34 @@ def test_a_name_with_a_bar_or_a_dollar_stays_in_its_cell_and_can_be_drawn(tmp_pa
     with drawn_png(tmp_path / "a.png", width=2, height=2) as figure:
         figure.add_subplot().set_title(r"$\foo$ costs $10")
     assert (tmp_path / "a.png").is_file()
+
+
+def test_models_of_the_seeds_are_paired_by_their_step(tmp_path):
+    """A seed that was stopped by SIGTERM and went on has a checkpoint more. Of both seeds, step k is right in k / 40."""
+    for seed, steps in ((0, [10, 20, 30]), (1, [10, 13, 20, 30])):
+        folder = tmp_path / f"seed-{seed}"
+        models = [
+            Made(name=f"grpo, step {k}", model=Path(f"step-{k:06d}"), sampled=10, longest=8, partial=True)
+            for k in steps
+        ]
+        models.append(Made(name="grpo", model=Path("step-000040"), sampled=10, longest=8))
+        where = places(folder, models)
+        for place, k in zip(where, [*steps, 40], strict=True):
+            made = made_run(tmp_path / f"made-{seed}-{k}", [i < k // 10 for i in range(4)], [0.0])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(made / "eval", place)
+        write_points(folder, models, where)
+    arm = read_arm("A", {seed: tmp_path / f"seed-{seed}" for seed in (0, 1)}, ["test"])
+    assert [row["by_seed"] for row in points_of(arm, "test", PUZZLES)] == [[k / 4] * 2 for k in (1, 2, 3, 4)]
+
+
+def test_every_evaluation_of_a_run_is_of_the_same_puzzles(tmp_path):
+    """Not that of eval/ alone: the samples, and the models of the rounds, would be refused after all runs."""
+    write_puzzles(tmp_path / "test.jsonl", PUZZLES)
+    for place in ("samples", "models/01/test"):
+        folder = tmp_path / place.partition("/")[0]
+        (folder / place).mkdir(parents=True)
+        (folder / place / "metrics.json").write_text(json.dumps({"puzzles": {"digest": puzzles_digest(PUZZLES[:2])}}))
+        refuse_other_puzzles([folder], [str(tmp_path / "test.jsonl")], 2)
+        with pytest.raises(UserError, match=f"--eval-puzzles 4: {folder}/.* was evaluated on other puzzles"):
+            refuse_other_puzzles([folder], [str(tmp_path / "test.jsonl")], 4)

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from data.errors import UserError
+from data.files import lock_folder, unlock_folder
 from data.puzzles import read_puzzles, write_puzzles
 from eval.ablation.compare import refuse_other_puzzles
 from eval.ablation.made import Made
@@ -226,3 +227,38 @@ def test_samples_and_the_curve_go_on_where_they_were_stopped(tmp_path, monkeypat
         (tmp_path / folder / "predictions.partial.jsonl").touch()
     evaluate_arm(config, tmp_path, "A", made, ["test.parquet"], 8)
     assert asked == [False, False, True, True]
+
+
+def test_a_start_that_was_made_from_other_files_needs_its_recipe(tmp_path):
+    """Without one the default demo's base model would be made inside a run of SmolLM2, and its labels replaced."""
+    made = DemoConfig(out=str(tmp_path / "start"), model="m")
+    (tmp_path / "start").mkdir()
+    record_settings(made, recipe_values(made))
+    done = run_command("ablate", "--out", tmp_path / "out", "--start", tmp_path / "start", "--arms", "A=start")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "start: was made with model m, not the default; name its recipe with --start-recipe" in done.stderr
+
+
+def test_a_start_is_made_with_one_set_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.ablate.prepare", lambda demo: (tmp_path / "start/atlas.h5ad").touch())
+    monkeypatch.setattr("launch.ablate.write_results", lambda *_: "")
+    monkeypatch.setattr("launch.ablate.evaluate_arm", lambda *_: None)
+    monkeypatch.setattr("launch.ablate.read_arm", lambda *_: None)
+    words = ["--out", str(tmp_path / "out"), "--start", str(tmp_path / "start"), "--arms", "A=start"]
+    recipe = tmp_path / "mine.yaml"
+    for noise in (0.3, 0.3, 0.5):
+        recipe.write_text(f"noise: {noise}")
+        done = CliRunner().invoke(main, [*words, "--start-recipe", str(recipe)])
+    assert done.exit_code == 2 and "--start-recipe: --noise: " in done.output and "begun with 0.3" in done.output
+    # ---- a recipe that is not named changes nothing of the record
+    before = (tmp_path / "start/demo.json").read_bytes()
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert (tmp_path / "start/demo.json").read_bytes() == before
+
+
+def test_a_second_comparison_is_refused_without_touching_the_status_of_the_first(tmp_path):
+    given = ("--out", tmp_path / "out", "--start", tmp_path / "start", "--arms", "A=start")
+    lock_folder(tmp_path / "start")
+    done = run_command("ablate", *given)
+    unlock_folder(tmp_path / "start")
+    assert done.returncode == 2 and "is writing there" in done.stderr and not (tmp_path / "out/status.json").exists()

@@ -67,9 +67,10 @@ def test_the_stages_take_the_options_of_every_recipe(recipe):
     [
         (("--build", "min-cels=3"), "--build: No such option '--min-cels'"),
         (
-            ("--cells-build", "min-cells=5", "--cells-build", "max-cells=3"),
+            ("--cells-h5ad", __file__, "--cells-build", "min-cells=5", "--cells-build", "max-cells=3"),
             "--cells-build: --min-cells 5 is larger than",
         ),
+        (("--cells-build", "min-cells=3"), "--cells-build: of which file? Name it with --cells-h5ad"),
         (("--distill", "teacher-voice=loud"), "--distill: Invalid value for '--teacher-voice': 'loud' is not one of"),
         (("--traces-from", "0"), "--traces-from 0: must be at least 1"),
         (("--sft", "lora-rank=many"), "--sft: Invalid value for '--lora-rank': 'many' is not a valid integer"),

@@ -20,6 +20,7 @@ def test_an_objective_goes_on_top_of_another_recipe(name):
     sizes = {"model", "puzzles", "steps", "prompts_per_step", "group_size", "max_response_tokens", "lora_rank", "lr"}
     assert changed and not changed & sizes
     assert resolve(GrpoConfig, ["demo", name], {"lr": 0.5}).lr == 0.5, "a flag wins over both"
+    assert resolve(GrpoConfig, [name], {"preset": "verl"}), "a preset sets what a recipe leaves open, and nothing else"
 
 
 def test_the_later_recipe_wins(tmp_path):
@@ -61,14 +62,14 @@ def test_cispo_runs_and_its_ledger_sums_to_the_loss(words, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any(step["clip_ratio/low_mean"] + step["clip_ratio/high_mean"] > 0 for step in steps)
     said = succeed("replay", tmp_path / "run/steps/step-000002-update-4", "--row", 0)
-    assert "gradient_hash" in said and "differs" not in said
+    assert "gradient_hash" in said and "DIFFERS" not in said
     assert "A log new" in said
 
 
 def test_what_excludes_one_another_is_refused(pipeline, tmp_path):
     given = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run")
     for more, says in (
-        (("--recipe", "cispo", "--dual-clip", 3), "--dual-clip 3.0: bounds --surrogate clip; leave one of the two out"),
+        (("--recipe", "cispo", "--dual-clip", 3), "--dual-clip 3.0: is for --surrogate clip; unset it"),
         (("--overlong-buffer", 1), "--overlong-buffer 1.0: must be at least 0 and below 1"),
         (("--log", "tensorbord"), "--log tensorbord: 'tensorbord' is not one of tensorboard, wandb, trackio, mlflow"),
     ):

@@ -1,7 +1,14 @@
 """The embedded policy's tokenizer: what one token is."""
 
+import errno
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from data.errors import UserError
 from data.puzzles import read_puzzles
-from tests.helpers.commands import succeed
+from tests.helpers.commands import run_command, succeed
+from trainer.model.embedded import Shape, create_policy
 from trainer.model.loading import load_tokenizer
 
 
@@ -38,3 +45,23 @@ def test_words_of_held_out_puzzles_are_tokens_and_their_answers_are_not_read(pip
     assert tokens(plain, "Crohn") > 1
     text = next(iter(read_puzzles(unseen))).user_message
     assert knows.decode(knows.encode(text)) == text
+
+
+def test_a_policy_is_written_whole_or_not_at_all(pipeline, tmp_path, monkeypatch):
+    """`make demo` takes a folder with config.json for a finished one; transformers writes that file first."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    shape = Shape(hidden=16, layers=1, heads=2, kv_heads=2, intermediate=16)
+    with pytest.raises(UserError, match="No space left"):
+        create_policy(str(tmp_path / "base"), ["a b"], {"a"}, {"b"}, shape=shape, seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_does_not_replace_a_model(pipeline):
+    before = (pipeline / "base/model.safetensors").read_bytes()
+    done = run_command("create_policy", "--puzzles", pipeline / "puzzles/train.parquet", "--out", pipeline / "base")
+    assert done.returncode == 2 and "base: exists and is not empty; name another folder" in done.stderr
+    assert (pipeline / "base/model.safetensors").read_bytes() == before

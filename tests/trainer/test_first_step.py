@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from reward import Status
 from reward.result import nothing_usable
-from tests.helpers.commands import SMALL_GRPO, run_command
+from tests.helpers.commands import SMALL_GRPO, run_command, succeed
+from trainer.record.steplog import LEFT, set_first_step_aside
 
 SMALL = (*(word for word in SMALL_GRPO if word != "--insist"), "--engine", "torch", "--steps", 1)
 
@@ -56,6 +57,33 @@ def test_a_step_that_was_not_scored_is_as_useless():
     assert nothing_usable([row(Status.ERROR, "KeyError"), row(Status.TRUNCATED)]).startswith(
         "each of the 2 responses has an invalid format or was cut, or was not scored, so "
     )
+
+
+def test_what_is_not_of_the_run_stays_where_it_is(tmp_path):
+    """--out may be a folder that holds puzzles, models and paid traces too: a second refusal would have deleted them."""
+    for name in ("puzzles/train.parquet", "traces.raw.jsonl", "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for step in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(str(step))
+        (tmp_path / "steps").mkdir()
+        assert set_first_step_aside(tmp_path, is_main=True) == tmp_path / "refused_step"
+        assert (tmp_path / "refused_step/metrics.jsonl").read_text() == str(step)
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "puzzles",
+            "traces.raw.jsonl",
+            "config.json",
+            "refused_step",
+        }
+    assert (tmp_path / "puzzles/train.parquet").exists()
+
+
+def test_what_a_step_leaves_is_what_is_set_aside(pipeline, tmp_path):
+    """All that a run of one step has in OUT, but for what says that it was a run."""
+    given = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path, *SMALL)
+    succeed("grpo", *given, "--insist", "--steps", 1, "--save-steps", 1, "--log", "tensorboard")
+    found = {path.name for path in tmp_path.iterdir()} - {"checkpoints", "finished.json", "config.json", "status.json"}
+    assert {name for name in found if not name.startswith(".")} <= set(LEFT)
 
 
 @pytest.mark.slow(12)

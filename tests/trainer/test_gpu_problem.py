@@ -7,6 +7,7 @@ import torch
 
 from data.errors import UserError
 from tests.helpers.commands import run_command
+from tests.helpers.forked import ENVIRONMENT
 from trainer.config import GrpoConfig
 from trainer.ranks.world import gpu_problem, own_device
 from trainer.start.preflight import launch_of
@@ -89,6 +90,9 @@ def test_no_gpu_is_no_problem(nvidia_smi, monkeypatch):
 
 
 @pytest.mark.slow(1)
+@pytest.mark.skipif(
+    ENVIRONMENT.get("CUDA_VISIBLE_DEVICES") in ("", "-1"), reason="the tests run with the CPU asked for"
+)
 def test_the_command_says_it(pipeline, tmp_path, nvidia_smi):
     nvidia_smi("GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-0)")
     given = ("--model", pipeline / "base", "--max-prompt-tokens", 400, "--max-response-tokens", 16, "--lora-rank", 8)

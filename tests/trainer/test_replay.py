@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from data.puzzles import read_puzzles, write_puzzles
+from tests.helpers.browser import find_chromium
 from tests.helpers.commands import SMALL_GRPO, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.grpo import Step, refuse_what_is_not_finite
@@ -164,8 +165,7 @@ def test_one_response_explained_and_the_page(on_policy, tmp_path):
     assert (
         "http" not in html.replace("http://www.w3.org", "").replace("http-equiv", "") and html.count('"token":') == 12
     )
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser:
+    if browser := find_chromium():
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
         words = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
         dom = subprocess.run(words, capture_output=True, text=True, timeout=600, check=True).stdout

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from data.errors import UserError
+from data.files import unlock_folder
 from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
+    check_run,
     list_checkpoints,
     load_checkpoint,
     load_newest,
@@ -25,6 +27,7 @@ from trainer.record.runfolder import (
     say_what_changed,
     training_file,
 )
+from trainer.sft.settings import SftConfig
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
@@ -43,6 +46,21 @@ def test_round_trip_and_only_the_newest_are_kept(tmp_path):
     assert step == 6
     torch.testing.assert_close(adapter, ADAPTER, rtol=0, atol=0)
     torch.testing.assert_close(moments, MOMENTS, rtol=0, atol=0)
+
+
+def test_a_run_is_not_written_over_a_model(tmp_path):
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).mkdir(parents=True)
+        folder = tmp_path / name
+        (folder / name).write_text('{"model_type": "qwen2"}')
+        for config in (SftConfig(traces="t", model=str(folder), out=str(folder)), GrpoConfig(out=str(folder))):
+            with pytest.raises(UserError, match="holds a model, or the config.json of another command"):
+                check_run(config)
+    with pytest.raises(UserError, match="the trained model would replace --model"):
+        SftConfig(traces="t", model=str(tmp_path / "sft/model"), out=str(tmp_path / "sft"))
+    (tmp_path / "config.json/config.json").write_text('{"settings": {}}')  # of a run that made no step: begins afresh
+    check_run(GrpoConfig(out=str(tmp_path / "config.json")))
+    unlock_folder(tmp_path / "config.json")
 
 
 def test_a_flipped_bit_in_an_adapter_is_refused_by_whoever_answers_with_it_too(tmp_path):

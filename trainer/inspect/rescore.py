@@ -94,9 +94,9 @@ def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
     groups: dict[int, list[dict]] = defaultdict(list)
     for row, number in zip(rows, group_numbers(rows), strict=True):
         groups[number].append(row)
-    # a group whose rewards are all equal has advantages of 0, so it has no gradient
+    # a group whose rewards are all equal (in float32) has advantages of 0, so it has no gradient
     teach = [
-        sum(len({row[key] for row in group if row[key] is not None}) > 1 for group in groups.values())
+        sum(len(torch.tensor([r[key] for r in group if r[key] is not None]).unique()) > 1 for group in groups.values())
         for key in ("old_reward", "reward")
     ]
     lines = [

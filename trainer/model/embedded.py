@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from data.files import usual_mode
+from data.files import replacing_folder
+from trainer.record.runfolder import disk_errors
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # split at: a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space
@@ -106,8 +107,7 @@ def create_policy(
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config).to(torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    for file in Path(out).glob("*.safetensors"):
-        file.chmod(usual_mode(Path(out)))
+    with replacing_folder(out) as partial, disk_errors(out):  # whole, or not at all
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return sum(p.numel() for p in model.parameters())

@@ -362,6 +362,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
     # when a peer is lost, NCCL would end this process before the watch can name the peer; the watch ends it as well
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size == 1 and os.path.exists("/sys/class/net/lo"):  # else gloo listens where this machine's name points to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if samplers >= size:
         raise UserError(f"--sampler-ranks {samplers}: the launch has {size} ranks, and at least one must train")
     # torch's store listens on every interface of the machine: a world of one needs no port

@@ -3,11 +3,10 @@
 metrics.jsonl has only values that the seed determines, so two runs can be compared byte for byte; seconds go to
 timing.jsonl.
 
-One process writes it: rank 0, which holds OUT/.lock locked (data/files.py). A crash at any moment leaves no half-written
-checkpoint. A folder is written as NAME.partial, its files are flushed to disk (fsync), state.json with their checksums
-comes last, and a rename makes the folder visible at once. Readers ignore .partial folders and folders without state.json.
-On --resume a damaged checkpoint is set aside, and the one before it used. The .jsonl files only grow; a torn last line, and
-the rows after the checkpoint, are dropped on --resume (rewind).
+One process writes it: rank 0, which holds OUT/.lock locked (data/files.py). No crash leaves a half-written checkpoint: a
+folder is written as NAME.partial, its files are flushed to disk (fsync), state.json with their checksums comes last, and a
+rename makes the folder visible. Readers ignore .partial folders and folders without state.json. On --resume a damaged one is
+set aside and the one before it used; of the .jsonl files a torn last line, and rows after the checkpoint, are dropped (rewind).
 """
 
 import contextlib
@@ -41,6 +40,7 @@ from data.files import (
     model_hashes,
     naming_what_cannot_be_written,
     read_sealed,
+    refuse_folder_of_a_model,
     remove_folder,
     replacing,
     replacing_folder,
@@ -165,7 +165,7 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     if out.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_folder(out)
     if not has_steps(out):
-        return
+        return refuse_folder_of_a_model(out)
     if not resume:
         raise UserError(holds_a_run(out, allow_resume))
     # through JSON, so that both sides have JSON's types

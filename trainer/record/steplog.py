@@ -24,6 +24,11 @@ from trainer.config import OnlineConfig
 from trainer.metrics import Clock
 from trainer.objective import CLIPS
 
+LEFT = (
+    *("rollouts.jsonl", "timing.jsonl", "steps", "sampler_base", "reward_failure.json"),
+    *("loggers.json", "tensorboard", "wandb", "mlflow.db", "metrics.jsonl"),
+)
+"""What a step leaves in OUT. metrics.jsonl last: while it is there, this is a run, and no other appends to its files."""
 PROJECT = "cellpuzzles"
 """Project, or experiment, of a run in a logger, unless the library's own environment variable names another."""
 NAMES = "loggers.json"
@@ -101,11 +106,9 @@ def set_first_step_aside(out: Path, is_main: bool) -> Path:
         if os.path.lexists(aside):  # of an earlier try
             remove_folder(aside, must=True)
         aside.mkdir()
-        stays = {aside.name, "config.json", "status.json"}
-        # metrics.jsonl last: while it is there, this is a run, and no other appends to its files
-        for path in sorted(out.iterdir(), key=lambda path: path.name == "metrics.jsonl"):
-            if path.name not in stays and path.suffix != ".lock" and not path.name.startswith("."):
-                path.rename(aside / path.name)
+        for name in LEFT:  # and nothing else: OUT may hold the user's puzzles and models too
+            if os.path.lexists(out / name):
+                (out / name).rename(aside / name)
     return aside
 
 

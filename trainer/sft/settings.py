@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from data.errors import UserError
 from data.options import option
@@ -50,6 +51,10 @@ class SftConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if Path(self.model).resolve() == (Path(self.out) / "model").resolve():
+            raise UserError(
+                f"--out {self.out}: the trained model would replace --model {self.model}; name another folder"
+            )
         if self.dora and not self.lora_rank:
             raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":

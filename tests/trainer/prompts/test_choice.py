@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from rollout import Rollout
 from tests.helpers.commands import SMALL_GRPO, kill_at, run_command, succeed
+from trainer.advantages import group_advantages
 from trainer.config import GrpoConfig
-from trainer.metrics import Clock
+from trainer.metrics import Clock, reward_metrics
 from trainer.packing import ScoredGroup
 from trainer.policy import Prompt
-from trainer.prompts.choice import other_prompts, prompts_of_step, replace_equal_groups
+from trainer.prompts.choice import is_mixed, other_prompts, prompts_of_step, replace_equal_groups
 
 SMALL = (*SMALL_GRPO, "--engine", "torch", "--reward-workers", 0, "--save-every", 2, "--date", "2026-11-26")
 
@@ -86,6 +88,19 @@ def test_it_ends_when_k_batches_were_asked_and_places_left_keep_their_groups():
     order = [p.puzzle.id for p, _ in zip(other_prompts(PROMPTS, set("abcd"), 0, 3), range(10), strict=False)]
     assert [name for part in asked for name in part] == order[:4], "a round goes on where the last one ended"
     assert set(order[:6]) == set("efghij") and set(order[6:]) == set("abcd"), "the batch's own come last"
+
+
+def test_rewards_that_differ_only_beyond_float32_are_equal():
+    """Advantages are made in float32: the group would be kept as one that teaches, and all its advantages are 0."""
+    sums = [0.1 + 0.2, 0.3, None]
+    assert sums[0] != sums[1] and group_advantages(
+        torch.tensor(sums[:2]), torch.zeros(2, dtype=torch.long)
+    ).tolist() == [0, 0]
+    assert not is_mixed(SimpleNamespace(rows=[{"reward": reward} for reward in sums]))
+    assert is_mixed(SimpleNamespace(rows=[{"reward": reward} for reward in (0.3, 0.3001)]))
+    assert not is_mixed(SimpleNamespace(rows=[{"reward": None}]))
+    rows = [{"reward": reward, "parts": {}} for reward in sums[:2]]
+    assert reward_metrics(rows, group_size=2)["groups/all_equal"] == 1
 
 
 def test_some_found_fill_the_first_places():
