@@ -12,6 +12,7 @@ Example: breakdowns(scores, puzzles)["n_cells"][0] == {"value": 8, "n_puzzles": 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,16 @@ def decomposition(
     found: dict[str, Any] = {"cell_format_validity": metrics_of(scores).format_validity}
     for way, label in (("spoiled", ""), ("wrong_alone", NO_LABEL)):
         answers, batches = regroup(list(predictions), list(puzzles), label)
-        found[way] = group_metrics(score_all(answers, batches), batches, way, *names) | lengths
+        scored = score_all(answers, batches)
+        if label:  # the words that stand for an invalid answer are no label
+            scored = [
+                replace(s, n_distinct=len({*map(normalise_label, s.labels)} - {normalise_label(label)})) for s in scored
+            ]
+        found[way] = group_metrics(scored, batches, way, *names) | lengths
+        if label:  # and its format is not valid
+            cells = intervals([[score] for score in scores], puzzles, "cells", *names)
+            found[way]["format_validity"] = found["cell_format_validity"]
+            found[way]["intervals"]["format_validity"] = cells["format_validity"]
         found[way]["intervals"]["response_length"] = length_interval
     return found
 

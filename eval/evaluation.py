@@ -146,16 +146,16 @@ def average_of(
 
     answered: {file: (matched rows, puzzles)}. results: {file: the content of its metrics.json}.
     """
-    sets = {
-        file: ([of_puzzle[0] for of_puzzle in scores_of(rows, puzzles)[1]], puzzles)
+    units = {result["response_length_unit"] for result in results.values()}
+    sets = {  # a mean of tokens and words would mean nothing
+        file: ([of_puzzle[0] for of_puzzle in scores_of(rows, puzzles, in_words=len(units) > 1)[1]], puzzles)
         for file, (rows, puzzles) in answered.items()
     }
     shown = (*METRICS, "n_puzzles", "interval", "intervals", "invalid_reasons", "label_problems")
     variants = sorted({result["puzzles"]["variant"] for result in results.values()})  # "batch" comes first
-    units = {result["response_length_unit"] for result in results.values()}
     return {
         "name": next(iter(results.values()))["name"],
-        "response_length_unit": units.pop() if len(units) == 1 else "tokens or words",
+        "response_length_unit": units.pop() if len(units) == 1 else "tokens or words, of the average in words",
         "files": {file: {key: result[key] for key in shown} for file, result in results.items()},
         "average": average_over(sets, seed),
         "published": comparable(variants[0], list(results)),

@@ -254,7 +254,8 @@ def scores_of(
 def token_counts(row: dict) -> list[float] | None:
     """[k] the numbers of tokens of a row's answers; None unless all are numbers >= 0 (no text, no NaN)."""
     k = len(row.get("samples") or [None])
-    stated = row.get("samples_tokens") if k > 1 else [row.get("response_tokens")]
+    alone = k == 1 and row.get("response_tokens") is not None
+    stated = [row["response_tokens"]] if alone else row.get("samples_tokens")
     known = isinstance(stated, list) and len(stated) == k
     known = known and all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in stated)
     return stated if known else None
@@ -360,4 +361,5 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     """95 % interval of a share observed in n independent trials (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # rounding may leave a limit just inside 0 or 1, and a share of 0 or 1 outside its own interval
+    return (max(0.0, centre - half) if share > 0 else 0.0), (min(1.0, centre + half) if share < 1 else 1.0)

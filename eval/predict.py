@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from data.distill.distill import Request, Teacher
 from data.errors import RunError, UserError
-from data.files import append_rows, appended_rows, lock_folder, sealed_row, unlock_folder, write_whole
+from data.files import append_rows, appended_rows, lock_folder, sealed_row, seen_from, unlock_folder, write_whole
 from data.prompts import ChatFormat
-from data.puzzles import Puzzle, read_rows
+from data.puzzles import Puzzle, id_text, read_rows
 from eval.run_files import PARTIAL, read_result
 from rollout import LocalEngine, Rollout, Sampling, stable_seed
 
@@ -89,18 +89,25 @@ def refused_for_good(error: str) -> bool:
     return status is not None and int(status[1]) not in _NOT_FOR_GOOD
 
 
-def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> Ask:
+def ask_teacher(
+    teacher: Teacher, k: int, refused_are_invalid: bool = False
+) -> Callable[[list[Puzzle], int, "Partial"], Iterable[Answered]]:
     """A model behind an endpoint (rollout/teachers/openai.py). A puzzle is yielded as soon as its k answers are there.
+
+    `ask` also takes the Partial that keeps those of a puzzle that lacks others: they cost money.
 
     Reasoning that the endpoint returns in a field of its own is put into <think> tags. refused_are_invalid: a prompt
     that the endpoint refuses for good gets an empty answer. `ask` raises RunError, after the last answer, when
     another request failed.
     """
 
-    def ask(puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
+    def ask(puzzles: list[Puzzle], first: int, kept: Partial) -> Iterator[Answered]:
         by_id, error, refused = {puzzle.id: puzzle for puzzle in puzzles}, "", set()
-        came: dict[str, dict[int, Answer]] = {name: {} for name in by_id}
-        for done in teacher.sample([Request(puzzle=p, attempt=i) for p in puzzles for i in range(k)]):
+        came = {name: dict(kept.attempts.get(name, {})) for name in by_id}
+        yield [(by_id[name], [of[i] for i in range(k)]) for name, of in came.items() if len(of) == k]
+        for done in teacher.sample(
+            [Request(puzzle=p, attempt=i) for p in puzzles for i in range(k) if i not in came[p.id]]
+        ):
             answer = Answer(text=done.trace, tokens=done.completion_tokens, finish_reason=done.finish_reason)
             if refused_for_good(done.error):
                 refused.add(done.puzzle_id)
@@ -111,6 +118,8 @@ def ask_teacher(teacher: Teacher, k: int, refused_are_invalid: bool = False) -> 
             came[done.puzzle_id][done.attempt] = answer
             if len(came[done.puzzle_id]) == k:
                 yield [(by_id[done.puzzle_id], [came[done.puzzle_id][i] for i in range(k)])]
+            elif answer.finish_reason != REFUSED:
+                kept.add_attempt(done.puzzle_id, done.attempt, answer)
         lacking = sum(len(answers) < k for answers in came.values())
         if lacking:
             again = "--resume asks for them"
@@ -177,7 +186,10 @@ def answer_all(
 
 
 class Partial:
-    """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle."""
+    """Unfinished predictions, OUT/predictions.partial.jsonl: a line with the settings, then a row per puzzle.
+
+    Of a puzzle of an endpoint that lacks some of its k answers, a line per answer that came, with its number: `attempt`.
+    """
 
     def __init__(
         self,
@@ -199,13 +211,20 @@ class Partial:
             lock_folder(self.path.parent)
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
+        self.attempts: dict[str, dict[int, Answer]] = {}
+        """{puzzle id: {number: answer}} of puzzles that lack others of their k answers."""
         self.tell: Callable[[int, int], None] = lambda done, total: None
         """Called with the puzzles that are answered, and all of them, after some were saved."""
         self.settings = json.loads(json.dumps(settings))  # as they are read back: lists for tuples
         before, rows, path = self._left()
         if resume:
             self._refuse_other_settings(before, path)
-            self.rows = {row["id"]: row for row in rows}
+            self.rows = {row["id"]: row for row in rows if "attempt" not in row}
+            for row in (row for row in rows if "attempt" in row and row["id"] not in self.rows):
+                answer = Answer(
+                    text=row["prediction"], tokens=row["response_tokens"], finish_reason=row["finish_reason"]
+                )
+                self.attempts.setdefault(row["id"], {})[row["attempt"]] = answer
         # a baseline answers again in seconds, and predictions of another place are still there
         elsewhere = "predictions" in before and not _reads(before, path)
         if rows and "baseline" not in before and not elsewhere:
@@ -217,13 +236,22 @@ class Partial:
 
         The first call rewrites the file, with the rows that were read from it.
         """
-        if not self.started:
-            lock_folder(self.path.parent)
         # a row that is answered again replaces the old one
         for row in rows:
             self.rows[row["id"]] = row
+        self._write(rows)
+
+    def add_attempt(self, name: str, number: int, answer: Answer) -> None:
+        """Keep one of a puzzle's k answers, until `add` gets them all."""
+        self.attempts.setdefault(name, {})[number] = answer
+        self._write([_attempt_row(name, number, answer)])
+
+    def _write(self, rows: list[dict]) -> None:
         if not self.started:
-            lines = [{"settings": self.settings}, *self.rows.values()]
+            lock_folder(self.path.parent)
+            lacking = [(name, of) for name, of in self.attempts.items() if name not in self.rows]
+            attempts = [_attempt_row(name, number, answer) for name, of in lacking for number, answer in of.items()]
+            lines = [{"settings": self.settings}, *self.rows.values(), *attempts]
             write_whole(self.path, "".join(json.dumps(sealed_row(line)) + "\n" for line in lines))
             self.started = True
             return
@@ -246,6 +274,11 @@ class Partial:
         self, before: dict[str, Any], rows: list[dict], path: Path, resume: bool, wanted: set[str] | None
     ) -> None:
         """Raises UserError when this run would replace a model's answers by others, or by fewer: they took hours, or money."""
+        if path.name == "predictions.jsonl" and not _reads(self.settings, path):
+            raise UserError(
+                f"--out: {path} holds {len(rows):,} answers of another program, which would be replaced: name another folder, "
+                "or move that file"
+            )
         if path == self.path and not resume:
             raise UserError(
                 f"--out: {path} holds {len(rows):,} answers of an unfinished run: --resume goes on with it; or {self.afresh}"
@@ -259,7 +292,7 @@ class Partial:
             raise UserError(
                 f"--out: {path} was made with {self._words(name, before)}: name another folder, or remove {path}"
             )
-        if wanted is not None and (more := {row["id"] for row in rows} - wanted):
+        if wanted is not None and (more := {id_text(row["id"]) for row in rows if "id" in row} - wanted):
             raise UserError(
                 f"--out: {path} goes with answers to {len(more):,} puzzles that this run does not ask, {sorted(more)[0]} for "
                 "example: give --limit as before, or name another folder"
@@ -271,9 +304,11 @@ class Partial:
             parsed = [row for _, row in appended_rows(self.path, _is_line)]
             return (parsed[0].get("settings", {}) if parsed else {}), [row for row in parsed if "id" in row], self.path
         finished, predictions = self.path.with_name("metrics.json"), self.path.with_name("predictions.jsonl")
-        if not (finished.is_file() and predictions.is_file()):
+        if not predictions.is_file():
             return {}, [], finished
         try:
+            if not finished.is_file():  # of another program: perhaps the only copy
+                return {"predictions": str(predictions)}, read_rows(predictions), predictions
             return read_result(finished).get("run") or {}, read_rows(predictions), finished
         except UserError as error:
             raise UserError(f"{error}; put a copy of the file back, or name another --out") from None
@@ -295,7 +330,16 @@ def _reads(settings: dict[str, Any], path: Path) -> bool:
     """Does an evaluation with these settings read the predictions.jsonl beside a file, its own?"""
     source = settings.get("predictions")
     own = (path.parent.resolve(), path.with_name("predictions.jsonl").resolve())
-    return source is not None and Path(source).resolve() in own
+    if source is None:
+        return False
+    # a relative path is of the folder in which that command was started, which need not be today's
+    here = path.parent
+    return any(place.resolve() in own for place in (Path(source), here / source, seen_from(here, Path(source))))
+
+
+def _attempt_row(name: str, number: int, answer: Answer) -> dict[str, Any]:
+    row = {"id": name, "attempt": number, "prediction": answer.text}
+    return row | {"response_tokens": answer.tokens, "finish_reason": answer.finish_reason}
 
 
 def _is_line(row: dict[str, Any]) -> bool:

@@ -263,44 +263,54 @@ def _k_sample(result: dict[str, Any]) -> str:
         "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
         "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
         f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
-        + (f"\n\nOf the vote cell by cell: {confidence_sentence(found['consensus'])}" if "consensus" in found else "")
+        + (
+            f"\n\nOf the vote cell by cell: {confidence_sentence(found['consensus'], unit)}"
+            if "consensus" in found
+            else ""
+        )
     )
 
 
-def confidence_sentence(found: dict[str, Any]) -> str:
-    """How far the one-to-one vote can be trusted, in words. found: of eval.breakdowns.vote_confidence."""
+def confidence_sentence(found: dict[str, Any], unit: str = "batch") -> str:
+    """How far the one-to-one vote can be trusted, in words. found: of eval.breakdowns.vote_confidence. unit: batch or cell."""
     values = {name: _cell(found[name], found["intervals"][name], _percent) for name in found["intervals"]}
-    return (
+    of_cells = (
         f"{values['cells_confident']} of the cells have a label that at least {_percent(found['threshold'])} of the valid "
-        f"answers give them; of these {values['cell_accuracy']} are right. In {values['batches_confident']} of the batches "
-        f"every cell is so; of these {values['batch_accuracy']} are all right."
+        f"answers give them; of these {values['cell_accuracy']} are right."
+    )
+    if unit == "cell":  # a puzzle is one cell: nothing more to say
+        return of_cells
+    return (
+        f"{of_cells} In {values['batches_confident']} of the batches every cell is so; of these {values['batch_accuracy']} are "
+        "all right."
     )
 
 
 def _compare(result: dict[str, Any]) -> str:
-    found, rows = result["compare"], []
+    found, rows, several = result["compare"], [], n_batches(result) > 1
     for name, title in zip(COLUMNS, _titles(result, COLUMNS), strict=True):
         one, show, scale = found["metrics"][name], _shown(name), 1 if name == "response_length" else 100
         difference, low, high = (f"{scale * x:+.1f}" for x in (one["difference"], *one["interval"]))
-        rows.append(
-            [title, show(one["ours"]), show(one["theirs"]), f"{difference} ({low} to {high})", f"{one['p']:.2g}"]
-        )
+        # every resample of one batch is that batch
+        limits, p = (f" ({low} to {high})", f"{one['p']:.2g}") if several else ("", "-")
+        rows.append([title, show(one["ours"]), show(one["theirs"]), f"{difference}{limits}", p])
     return (
         f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences "
         f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
         + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
         + "".join(f"\n\nOf the other model, {sentence}." for sentence in reasons.sentences(found))
-        + (_compared_vote(found) if "consensus" in found else "")
+        + (_compared_vote(found, several) if "consensus" in found else "")
     )
 
 
-def _compared_vote(found: dict[str, Any]) -> str:
+def _compared_vote(found: dict[str, Any], several: bool) -> str:
     """The one-to-one vote of this model against the single answers of the other one."""
     rows = []
     for name, one in found["consensus"].items():
         difference, low, high = (f"{100 * x:+.1f}" for x in (one["difference"], *one["interval"]))
         shares = [_percent(one["ours"]), _percent(one["theirs"])]
-        rows.append([COLUMNS[name], *shares, f"{difference} ({low} to {high})", f"{one['p']:.2g}"])
+        limits, p = (f" ({low} to {high})", f"{one['p']:.2g}") if several else ("", "-")
+        rows.append([COLUMNS[name], *shares, f"{difference}{limits}", p])
     head = ["", "this, by the one-to-one vote", found["other"], "difference", "p (two-sided)"]
     return f"\n\n{markdown_table(head, rows)}"
 

@@ -107,7 +107,9 @@ class EvaluateConfig:
     max_response_tokens: int = option(3000, "Longest response.", section=SAMPLING)
     seed: int = option(0, "Seed of samples, intervals and baselines.", section=SAMPLING)
     compare: str | None = option(
-        None, "Predictions of another model for the same puzzles: a .jsonl or an --out folder.", section=MORE
+        None,
+        "Predictions of another model for the same puzzles: a .jsonl, .json or .parquet, or an --out folder.",
+        section=MORE,
     )
     medcpt: str | None = option(
         None, "Encoder folder (MedCPT-Query-Encoder) for the similarity of labels (Table 12).", section=MORE

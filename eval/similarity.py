@@ -13,7 +13,6 @@ Example: similarity(scores, puzzles, LabelEncoder("MedCPT-Query-Encoder"))["mean
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class LabelEncoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, **given)
             self.model = AutoModel.from_pretrained(folder, **given, weights_only=True).eval()
-        except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+        except Exception as error:  # of transformers, tokenizers, safetensors, huggingface_hub: each has its own
             reason = " ".join(str(error).split())[:400]
             raise UserError(f"--medcpt {folder}: transformers cannot load an encoder from it ({reason})") from None
         self.batch = batch

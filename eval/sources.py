@@ -179,12 +179,13 @@ class RemoteModel:
 
         They prove that the settings work, so that refusals of all prompts that are left do not end the run.
         """
+        self.kept = partial
         self.teacher.answered += sum(row.get("finish_reason") != REFUSED for row in partial.rows.values())
 
     def ask(self, puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
         """See eval/predict.py. Errors name this command's option for the URL, not the teacher's."""
         try:
-            yield from self._ask(puzzles, first)
+            yield from self._ask(puzzles, first, self.kept)
         except RunError as error:
             raise RunError(str(error).replace("--base-url", "--endpoint")) from None
 

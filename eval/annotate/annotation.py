@@ -8,7 +8,7 @@ from data.clusters.profiles import ClusterProfile, Profiles
 from data.errors import RunError
 from data.prompts import normalise_label
 from data.puzzles import Puzzle
-from eval.annotate.calibration import calibrated, read_calibration
+from eval.annotate.calibration import VOTES, calibrated, read_calibration
 from eval.annotate.candidates import Candidates
 from eval.annotate.evidence import Rationale, rationales
 from eval.annotate.questions import Layout, Question, SampleQuestions, gene_lists
@@ -186,7 +186,9 @@ def annotate_profiles(
             rationale=reasons.get(cluster),
         )
     read = [*screened, *readings]
+    few = f"confidence was calibrated with {VOTES} answers, and is too high with {settings.samples}: give --samples {VOTES}"
     return Annotation(
+        notes=[few] if settings.samples < VOTES else [],
         clusters=clusters,
         candidates=candidates,
         n_answers=len(read),

@@ -13,6 +13,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 TABLE = Path(__file__).with_name("calibration.tsv")
+VOTES = 8
+"""Answers about a cluster in that table. Fewer agree more easily: one of one is a share of 1, whatever the model says."""
 BINS = 10
 
 

@@ -49,7 +49,7 @@ def candidates_of(
     ontology = {
         normalise_label(name): label.ontology_term_id for name, label in labels.items() if label.ontology_term_id
     }
-    if given == OPEN:
+    if isinstance(given, str) and given == OPEN:
         return {sample: Candidates([], "open-ended, as asked for", ontology) for sample in tissues}
     if given is not None:
         labels, terms, where = listed(given, labels)

@@ -25,6 +25,8 @@ def doubts_of(cluster: Annotated, annotation: Annotation, table: dict[str, list[
         return [
             "It has too few cells in every sample, or none with an expressed gene, so the model was not asked about it."
         ]
+    if found.label is None and tally.valid:
+        return [f"Its {tally.valid} votes are for labels that --one-to-one always gave to other clusters."]
     if found.label is None:
         return [f"None of {tally.asked} answers gave it a label that can be used."]
     if found.second and tally.votes[found.second] >= CLOSE * tally.valid:
@@ -40,7 +42,8 @@ def doubts_of(cluster: Annotated, annotation: Annotation, table: dict[str, list[
     shared = [c.cluster for c in annotation.clusters.values() if c is not cluster and c.found.label == found.label]
     if shared:
         said.append(
-            f"It shares its label with {'cluster' if len(shared) == 1 else 'clusters'} {', '.join(shared[:8])}."
+            f"It shares its label with {'cluster' if len(shared) == 1 else 'clusters'} {', '.join(shared[:8])}"
+            f"{f' and {len(shared) - 8} more' if len(shared) > 8 else ''}."
         )
     best = markers_of(found.label, cluster.genes, table)
     if best.known and not best.found:

@@ -154,6 +154,7 @@ def annotate(
             "base: the model is open already; name its base with launch.annotate.open_model(FOLDER, base=...)"
         )
     asked = asked.as_trained(model.known)
+    InMemory(adata)  # refuses one whose matrix is on disk, which `copy` could not copy
     adata = adata.copy() if copy else adata
     truth = read_truth(InMemory(adata), asked.truth_key)
     profiles = profiles_of(adata, cluster_key, asked)
@@ -170,9 +171,10 @@ def annotate(
 
 def refuse_arguments(adata: Any, candidates: Any, settings: dict[str, Any]) -> None:
     """Raises UserError for what is no AnnData, no labels, or no option of `annotate`."""
-    if not hasattr(adata, "obs"):
+    if not (hasattr(adata, "obs") and hasattr(adata, "layers")):
         raise UserError(
-            f"adata: is a {type(adata).__name__}, not an AnnData; read the file with anndata.read_h5ad, or use launch/annotate.py"
+            f"adata: is a {type(adata).__name__}, not an AnnData; read the file with anndata.read_h5ad, or use "
+            "launch/annotate.py (of a MuData give one modality, mdata['rna'])"
         )
     if candidates is not None and not isinstance(candidates, str):
         wrong = (

@@ -269,7 +269,7 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
 def _baseline_rows(summary: dict[str, Any], split: str) -> list[str | list[str]]:
     """The rows of the baselines that were evaluated on the split, under a heading."""
     found = {name: of_split[split] for name, of_split in (summary.get("baselines") or {}).items() if split in of_split}
-    rows = [_result_row(BASELINE_NAMES.get(name, name), scores) for name, scores in found.items()]
+    rows = [_result_row(escape(BASELINE_NAMES.get(name, name)), scores) for name, scores in found.items()]
     return ["Without a language model, on the same puzzles", *rows] if rows else []
 
 

@@ -30,7 +30,8 @@ def votes_table(name: str, of_stage: dict[str, Evaluation]) -> str:
         passes = found["pass_at_k"][k]
         rows.append([f"pass@{k}: some answer is right", share(passes["value"], passes["interval"]), EMPTY, EMPTY])
         if "consensus" in found:
-            said += note(f"{STAGE_NAMES[stage]}: {confidence_sentence(found['consensus'])}")
+            unit = "cell" if evaluation.result["puzzles"]["variant"] == "cell" else "batch"
+            said += note(f"{STAGE_NAMES[stage]}: {confidence_sentence(found['consensus'], unit)}")
     table = html_table(["", *COLUMNS.values()], rows, "results")
     return f"<h3>{escape(f'Several answers to a puzzle: {name}')}</h3>{table}{said}" if rows else ""
 

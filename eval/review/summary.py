@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.audit import tenths
+from data.describe import escape
 from data.errors import UserError
 from eval.review.page import KIND, NAMES, SIDES, WHOLE, WORDING, read_object
 
@@ -283,6 +284,6 @@ def _markdown_rows(columns: tuple[str, ...], rows: list[list[Any]]) -> str:
     """A Markdown table; "None." without rows."""
 
     def line(cells: Any) -> str:
-        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(escape(str(cell)) for cell in cells) + " |"
 
     return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)]) if rows else "None."

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.describe import escape
 from data.files import write_whole
 from eval.report.figures import percent
 from eval.report.html import count
@@ -215,7 +216,7 @@ def _reasoning_against_answer(summary: TraceSummary) -> Section:
 
 
 def _labels(summary: TraceSummary) -> Section:
-    most = ", ".join(f"{label} ({number})" for label, number in summary.outside_labels.items())
+    most = ", ".join(f"{escape(label)} ({number})" for label, number in summary.outside_labels.items())
     return "Labels", [
         (
             "Responses that end with one label at two cells",
@@ -257,7 +258,7 @@ def answer_line(analysis: TraceAnalysis) -> str:
     remarks = [
         *([] if analysis.answer else ["The format is invalid: there is no answer to compare with."]),
         *[
-            f"The answer gives cell {cell} another label: {analysis.answer[cell - 1]}."
+            f"The answer gives cell {cell} another label: {escape(analysis.answer[cell - 1])}."
             for cell in analysis.contradictions
         ],
         *([f"Given no label: cells {', '.join(map(str, analysis.unassigned))}."] if analysis.unassigned else []),

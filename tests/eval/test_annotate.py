@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from itertools import combinations
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -36,7 +37,7 @@ from eval.annotate.page import highlighted
 from eval.annotate.questions import SCREEN, VOTE, Layout, SampleQuestions, deal, divide
 from eval.annotate.run import annotate_file
 from eval.annotate.settings import AnnotateConfig, QuestionSettings
-from eval.annotate.votes import Reading, beliefs, count_votes, decide, label_clusters, read_answer
+from eval.annotate.votes import Reading, Tally, beliefs, count_votes, decide, label_clusters, read_answer
 from eval.annotate.writing import csv_of, obs_columns_of, record_of
 from eval.baselines import known_markers, overlap
 from eval.metrics import answer_of
@@ -504,7 +505,7 @@ def test_a_file_that_changes_while_the_model_answers_is_not_labelled(tmp_path):
     asked = AnnotateConfig(file=str(tmp_path / "mine.h5ad"), out=str(tmp_path / "out.h5ad"), model="m", **given)
     with pytest.raises(UserError, match="mine.h5ad: was changed while the model answered.*--resume"):
         annotate_file(asked, model_that(answers), "annotate")
-    assert not list(tmp_path.glob("out.h5ad*")) and not list(tmp_path.glob("out.csv*"))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("out.h5ad", "out.csv", ".partial"))]
     annotate_file(dataclasses.replace(asked, resume=True), model_that(reads_markers), "annotate")
     labelled = anndata.read_h5ad(tmp_path / "out.h5ad").obs
     assert (labelled["cell_type_llm"].astype(str) == labelled["cell_type"].astype(str)).all()
@@ -599,6 +600,7 @@ def test_answers_of_no_use_end_the_run_before_the_votes_are_asked():
     [
         ({"candidates": [1, 2]}, "candidates: 1 is no label; give a list of texts"),
         ({"candidates": 7}, "candidates: 7 is no label"),
+        ({"adata": SimpleNamespace(obs=None)}, "adata: is a SimpleNamespace, not an AnnData; read the file"),
         ({"adata": "file.h5ad"}, "adata: is a str, not an AnnData; read the file with anndata.read_h5ad"),
         ({"sample": 4}, "sample: annotate has no such option; nearest: 'samples'"),
     ],
@@ -812,3 +814,35 @@ def test_all_pairs_of_clusters_meet_or_share_a_favourite():
         met.update(map(tuple, map(sorted, combinations(question.clusters, 2))))
     wanted = {(str(i), str(j)) for i, j in combinations(range(8), 2) if i // 2 != j // 2}
     assert set(met) == wanted
+
+
+def test_labels_may_be_an_array_or_an_index(tmp_path):
+    for given in (np.array(TYPES), pd.Index(TYPES), pd.Series(TYPES)):
+        assert candidates_of([], given, None) == {}
+    adata = clustered(list(TYPES), parts=1)
+    found = annotate(adata, cluster_key="leiden", model=model_that(reads_markers), candidates=np.array(TYPES))
+    assert set(found.obs["cell_type_llm"]) == set(TYPES)
+    # ---- a matrix on disk cannot be copied
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    given = {"cluster_key": "leiden", "model": model_that(reads_markers), "candidates": list(TYPES)}
+    with pytest.raises(UserError, match="its matrix is on disk"):
+        annotate(backed, copy=True, **given)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_a_confidence_of_fewer_answers_than_it_was_calibrated_with_is_said(samples):
+    """One of one is a share of 1, whatever the model says."""
+    given = {"cluster_key": "leiden", "model": model_that(reads_markers), "candidates": list(TYPES)}
+    found = annotate(clustered(list(TYPES), parts=1), samples=samples, **given)
+    assert ("calibrated with 8 answers" in str(found.uns["cell_type_llm"])) == (samples == 1)
+
+
+def test_a_cluster_without_a_label_that_has_votes_is_not_said_to_have_none():
+    votes = {name: Tally(Counter({"T cell": 8}), asked=8) for name in "ab"}
+    found = label_clusters(votes, "always")
+    (left,) = [name for name in "ab" if found[name].label is None]
+    cluster = SimpleNamespace(found=found[left], profiles=("one",))
+    assert doubts_of(cluster, SimpleNamespace(clusters={}), {}) == [
+        "Its 8 votes are for labels that --one-to-one always gave to other clusters."
+    ]

@@ -1,12 +1,15 @@
 """Breakdowns, k samples, decomposition and similarity of hand-made answers against numbers worked out by hand."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from data.errors import UserError
 from data.puzzles import Puzzle, write_puzzles, write_rows
 from data.variants import cell_level, convert, open_ended
 from eval import published
@@ -166,7 +169,10 @@ def test_cells_put_together_both_ways():
     assert alone["cell_accuracy"] == pytest.approx((2 / 3 + 1) / 2) and alone["cell_accuracy_micro"] == pytest.approx(
         4 / 5
     )
-    assert (alone["format_validity"], alone["uniqueness"], alone["batch_accuracy"]) == (1.0, 1.0, 0.5)
+    assert (alone["format_validity"], alone["batch_accuracy"]) == (found["cell_format_validity"], 0.5)
+    assert alone["uniqueness"] == pytest.approx((2 / 3 + 1) / 2), "what stands for an invalid answer is no label"
+    low, high = alone["intervals"]["format_validity"]
+    assert low <= 4 / 5 <= high
     assert spoiled["batch_accuracy"] == 0.5
     assert [row["value"] for row in breakdowns(scores, cells)["n_cells"]] == [2, 3]  # N of the batch, not 1
     assert interval_method(cells)["batches"] == 2 and interval_method(cells)["resamples"] == RESAMPLES
@@ -346,3 +352,13 @@ def test_a_folder_that_is_no_encoder_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="transformers cannot load an encoder from it"):
         LabelEncoder(tmp_path)
+
+
+def test_an_encoder_of_which_half_was_downloaded_is_named(encoder_folder, tmp_path):
+    """safetensors and tokenizers have errors of their own."""
+    for name, damaged in (("model.safetensors", lambda whole: whole[:200]), ("tokenizer.json", lambda whole: b"{}")):
+        folder = Path(shutil.copytree(encoder_folder, tmp_path / name))
+        assert (folder / name).is_file()
+        (folder / name).write_bytes(damaged((folder / name).read_bytes()))
+        with pytest.raises(UserError, match="transformers cannot load an encoder from it"):
+            LabelEncoder(folder)

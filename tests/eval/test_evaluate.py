@@ -1,5 +1,6 @@
 """launch/evaluate.py: saved predictions, baselines, vLLM, an endpoint; comparing, resuming, and what it says."""
 
+import functools
 import json
 import os
 import shutil
@@ -7,21 +8,24 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from data.errors import UserError
+from data.distill.distill import Request
+from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
-from eval.evaluation import puzzles_digest
+from eval.evaluation import average_of, evaluation_of, puzzles_digest
 from eval.metrics import METRICS, answer_of, score
-from eval.predict import Answer, Partial, answer_all, ask_engine, refused_for_good, row_of
+from eval.predict import Answer, Partial, answer_all, ask_engine, ask_teacher, refused_for_good, row_of
 from eval.published import DISEASES, comparable
 from eval.settings import EvaluateConfig, settings_of
 from launch.evaluate import fingerprint_of, main
@@ -485,6 +489,17 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"run": again}))  # still the only copy of the answers
     assert refused("was made with .*: name another folder")
     Partial(tmp_path, again, resume=False, wanted=ids)
+    # ---- a path of another working directory
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": {"predictions": "predictions.jsonl"}}))
+    assert refused("was made with .*: name another folder")
+    # ---- answers of another program, which has written no metrics.json
+    (tmp_path / "metrics.json").unlink()
+    assert refused("predictions.jsonl holds 3 answers of another program, which would be replaced: name another folder")
+    with pytest.raises(UserError, match="holds 3 answers of another program"):
+        Partial(tmp_path, {"baseline": "random"}, resume=False, wanted=ids)
+    with pytest.raises(UserError, match="goes with answers to 1 puzzles"):
+        Partial(tmp_path, again, resume=False, wanted=ids - {"p2"})
+    Partial(tmp_path, again, resume=False, wanted=ids)
     for made_again in ({"baseline": "random"}, {"predictions": "answers.jsonl"}):
         (tmp_path / "metrics.json").write_text(json.dumps({"run": made_again}))
         Partial(tmp_path, settings, resume=False, wanted=set())
@@ -501,6 +516,33 @@ def asker(asked: Counter, fail_after: int | None = None):
             yield [(puzzle, [Answer(text=answer_of(puzzle.answer), tokens=3, finish_reason="stop")])]
 
     return ask
+
+
+def test_answers_of_a_puzzle_that_lacks_others_are_not_paid_for_twice(tmp_path):
+    puzzles, asked = make_puzzles(2), []
+
+    def sample(requests: list[Request]) -> Iterator[SimpleNamespace]:
+        for request in requests:
+            asked.append((request.puzzle.id, request.attempt))
+            fails = asked[-1] == ("p0", 3) and asked.count(("p0", 3)) == 1
+            error = "status 500: down" if fails else ""
+            text = f"answer {request.attempt}"
+            yield SimpleNamespace(
+                **{"puzzle_id": request.puzzle.id, "attempt": request.attempt, "trace": text, "completion_tokens": 2},
+                **{"finish_reason": "stop", "error": error},
+            )
+
+    ask = ask_teacher(SimpleNamespace(sample=sample, ended=""), 4)
+    for resume in (False, True):
+        partial = Partial(tmp_path, {"model": "m"}, resume)
+        with pytest.raises(RunError, match="1 of 2 puzzles got no answer") if not resume else nullcontext():
+            rows = answer_all(
+                puzzles, functools.partial(ask, kept=partial), partial, chunk=2, whole_chunks=False, name="test"
+            )
+    assert len(asked) == 9 and asked[-1] == ("p0", 3)
+    assert [row["samples"] for row in rows] == [[f"answer {i}" for i in range(4)]] * 2
+    assert rows[0]["samples_tokens"] == [2] * 4
+    assert [row["id"] for row in Partial(tmp_path, {"model": "m"}, True).rows.values()] == ["p1", "p0"]
 
 
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
@@ -664,13 +706,15 @@ def test_an_endpoint_is_asked_resumed_and_its_key_kept(melanoma):
     done = run_command("evaluate", *arguments, env={"MY_KEY": KEY})
     assert done.returncode == 1 and "--endpoint" in done.stderr and "does not accept the key" in done.stderr
     assert "Traceback" not in done.stderr and not (folder / "o/metrics.json").exists()
-    held = [row["id"] for row in read_rows(folder / "o/predictions.partial.jsonl")[1:]]
+    left = read_rows(folder / "o/predictions.partial.jsonl")[1:]
+    held = [row["id"] for row in left if "attempt" not in row]
     assert held == ["p0", "p1", "p2"]
     server.fail_after = None
     kept = (folder / "o/predictions.partial.jsonl").read_text()
     assert KEY not in kept
     said = succeed("evaluate", *arguments, "--resume", env={"MY_KEY": KEY})
-    assert len(server.bodies) == 7 + 10 and set(server.headers) == {f"Bearer {KEY}"}
+    assert len(server.bodies) == 8 * 2, "nothing is asked twice, not even one answer of two"
+    assert set(server.headers) == {f"Bearer {KEY}"}
     assert "melanoma: 8 of 8 puzzles answered" in said
     found, rows = metrics_of(folder / "o"), read_rows(folder / "o/predictions.jsonl")
     assert found["batch_accuracy"] == found["k_sample"]["mean"]["batch_accuracy"] == 1.0
@@ -908,3 +952,41 @@ def test_a_checkpoint_in_vllm_sampled_and_resumed(pipeline, tmp_path):
     (tmp_path / "predictions.jsonl").unlink()
     succeed("evaluate", *asked, "--resume")
     assert read_rows(tmp_path / "predictions.jsonl") == rows and metrics_of(tmp_path) == found
+
+
+def test_an_average_over_tokens_and_words_is_in_words():
+    puzzles = make_puzzles(2)
+    text = answer_of(puzzles[0].answer)
+    of_file = {"a": [{"id": p.id, "prediction": text, "response_tokens": 500} for p in puzzles]}
+    of_file["b"] = [{"id": p.id, "prediction": text} for p in puzzles]
+    results = {}
+    for name, rows in of_file.items():
+        shown = evaluation_of(rows, puzzles, name=name, run={}, file=name, seed=0)
+        results[name] = shown
+    found = average_of({name: (rows, puzzles) for name, rows in of_file.items()}, results, 0)
+    assert results["a"]["response_length"] == 500
+    assert found["average"]["response_length"] == len(text.split()) == results["b"]["response_length"]
+    assert found["response_length_unit"] == "tokens or words, of the average in words"
+
+
+def test_one_batch_has_no_p_value(tmp_path):
+    """Every resample of one batch is that batch."""
+    (one,) = puzzles = make_puzzles(1)
+    write_puzzles(tmp_path / "one.jsonl", puzzles)
+    for name, text in (("right", answer_of(one.answer)), ("wrong", answer_of(one.answer[::-1]))):
+        write_rows(tmp_path / f"{name}.jsonl", [{"id": one.id, "prediction": text}])
+    given = ("--puzzles", tmp_path / "one.jsonl", "--predictions", tmp_path / "right.jsonl", "--out", tmp_path / "out")
+    done = evaluate(*given, "--compare", tmp_path / "wrong.jsonl")
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out/evaluation.md").read_text()
+    assert "+100.0 | - |" in page and "0.001" not in page
+
+
+@pytest.mark.slow(2)
+def test_a_terminal_of_another_encoding_ends_no_evaluation(tmp_path):
+    puzzles = make_puzzles(1)
+    write_puzzles(tmp_path / "\u7ec6.jsonl", puzzles)
+    given = ("--puzzles", tmp_path / "\u7ec6.jsonl", "--baseline", "random", "--out", tmp_path / "out")
+    words = [sys.executable, ROOT / "launch/evaluate.py", *given]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "tables: " in done.stdout, done.stderr

@@ -18,6 +18,7 @@ from eval.metrics import (
     score_all,
     score_one,
     scores_of,
+    token_counts,
     wilson_interval,
 )
 from eval.published import comparable, disease_of_table_3, published_rows
@@ -500,3 +501,14 @@ def puzzle_named(name: str) -> Puzzle:
     return Puzzle(
         id=name, context="c", cells=[["A"], ["B"]], candidates=["T cell", "B cell"], answer=["T cell", "B cell"]
     )
+
+
+def test_a_share_of_0_or_1_is_in_its_own_interval():
+    """Rounding left the limit just inside: 100.0 % (61.0 to >99.9)."""
+    assert all(wilson_interval(1.0, n)[1] == 1 and wilson_interval(0.0, n)[0] == 0 for n in range(1, 200))
+
+
+def test_tokens_of_one_sample_are_its_tokens():
+    assert token_counts({"prediction": "x", "samples": ["x"], "samples_tokens": [12]}) == [12]
+    assert token_counts({"prediction": "x", "samples": ["x"], "response_tokens": 7, "samples_tokens": [12]}) == [7]
+    assert token_counts({"prediction": "x"}) is None

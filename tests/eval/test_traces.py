@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from data.atlas.markers import read_markers
+from data.describe import escape
 from data.distill.embedded_teacher import TeacherConfig, marker_table, write_trace
 from data.puzzles import Puzzle, read_rows, write_puzzles, write_rows
 from eval.traces.reading import analyse
@@ -424,7 +425,7 @@ def test_command_draws_labels_that_look_like_mathematics(tmp_path):
     )
     assert json.loads((tmp_path / "out/traces.json").read_text())["responses"][0]["answer"][0] == odd
     report = (tmp_path / "out/traces.md").read_text()
-    assert f"The answer gives cell 1 another label: {odd}." in report and "A lower bound" in report
+    assert f"The answer gives cell 1 another label: {escape(odd)}." in report and "A lower bound" in report
     assert (tmp_path / "out/steps-p.png").is_file() and (tmp_path / "out/traces.png").is_file()
 
 
