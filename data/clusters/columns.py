@@ -108,10 +108,10 @@ def read_clusters(source: Source, key: str) -> tuple[Column, list[str]]:
             f"{source}: the obs column {key!r} has {len(counts):,} values for {n_known:,} cells, so it names cells and no "
             f"clusters; {other}"
         )
-    if len(counts) > FEW and all(map(is_number, counts)):
+    if len(counts) > FEW and not CLUSTER_NAME.search(plain(key)) and all(map(is_number, counts)):
         raise UserError(
             f"{source}: the obs column {key!r} holds {len(counts):,} different numbers, so it is a measurement and no "
-            f"clusters; {other}"
+            f"clusters (or rename it, so that its name holds 'cluster'); {other}"
         )
     if n_known == n_cells:
         return column, []

@@ -246,7 +246,7 @@ def _genes(matrix: Matrix, stated: str | None, settings: ProfileSettings) -> tup
     """(the genes of the layer, the organism, notes). Raises UserError for genes of another organism than the model's."""
     wanted = settings.gene_key or "feature_name"
     facts, names = gene_facts(matrix, wanted)
-    key = settings.gene_key or facts.key or wanted
+    key = settings.gene_key or facts.key or facts.sources[0].key
     ranking = RankSettings(
         top_genes=settings.top_genes, layer=settings.layer, gene_key=key, drop_genes=settings.dropped_classes
     )

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ADD_OBS = "add the cell types and donors to its .obs"
+ADD_OBS = "add the cell types (to annotate: clusters) and donors to its .obs"
 """Remedy for files that hold a matrix without labels."""
 
 

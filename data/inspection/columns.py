@@ -100,7 +100,7 @@ def _judged(
         kind, pairs = "empty", []
     elif set(texts) <= {"True", "False"}:
         kind = "true/false"
-    elif numeric and (len(texts) > FEW or of_numbers and not CLUSTER_NAME.search(plain(name))):
+    elif numeric and (len(texts) > FEW or of_numbers) and not CLUSTER_NAME.search(plain(name)):
         kind = "numbers"
     elif numeric or all(map(is_cluster, texts)):
         kind = "clusters"

@@ -159,8 +159,13 @@ class _Var:
     def named_symbols(self) -> list[str]:
         """The columns whose names say that they hold symbols, the best first."""
         usual = self.called(SYMBOL_COLUMNS)
-        others = [name for name in self.columns if any(word in _plain(name) for word in SYMBOL_WORDS)]
+        named = [name for name in self.columns if any(word in _plain(name) for word in SYMBOL_WORDS)]
+        others = [name for name in named if not _OF_SPECIES.search(_plain(name))]
         return usual + [name for name in others if name not in usual]
+
+
+_OF_SPECIES = re.compile("ortholog|homolog|mouse|human")
+"""In the plain name of a column: the genes of another species, perhaps. Such a column is used where --gene-key names it."""
 
 
 def _plain(text: str) -> str:
@@ -213,7 +218,7 @@ def _without_separator(var: _Var, names: list[str], is_gene: np.ndarray) -> dict
 def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSource]:
     """Where the genes of a layer have names: the key that a user wants, columns named for symbols or ids, the index."""
     var = _Var(matrix)
-    ids = [name for name in var.columns if "id" in name.lower()]
+    ids = [name for name in var.columns if "id" in name.lower() and not _OF_SPECIES.search(_plain(name))]
     keys = [name for name in (wanted, *var.named_symbols, *ids) if name in var.columns]
     sources = []
     for key in dict.fromkeys(keys):

@@ -1,6 +1,8 @@
 """Clusters as mean profiles: hand-computed means and lists, the same numbers from every layout, and what is refused."""
 
+import dataclasses
 import math
+from contextlib import nullcontext
 
 import anndata
 import numpy as np
@@ -400,3 +402,41 @@ def test_an_anndata_whose_matrix_is_on_disk_is_refused(tmp_path):
     ):
         profiles_of(backed, "leiden", TWO)
     backed.file.close()
+
+
+def test_columns_of_another_species_genes_are_not_the_files_own():
+    """Files of cross-species work have a column of orthologs; it is used where --gene-key names it."""
+    human = [f"{stem}{i}" for stem in ("CCL", "KRT", "HBA") for i in range(8)]
+    mouse = [name.capitalize() for name in human]
+    matrix = np.tile(COUNTS, (1, len(human) // COUNTS.shape[1] + 1))[:, : len(human)]
+    for own, other, column, organism in (
+        (human, mouse, "mouse_symbol", "Homo sapiens"),
+        (human, [f"ENSMUSG{i:011d}" for i in range(len(human))], "mouse_ortholog_id", "Homo sapiens"),
+        (mouse, human, "human_symbol", "Mus musculus"),
+        (mouse, [f"ENSG{i:011d}" for i in range(len(human))], "human_ortholog_id", "Mus musculus"),
+    ):
+        adata = small(matrix, own)
+        adata.var[column] = other
+        found = profiles_of(adata, "leiden", dataclasses.replace(TWO, organism=organism))
+        assert found.organism == organism and set(found.genes) <= set(own), column
+        if organism == "Mus musculus":
+            with pytest.raises(UserError, match="look like those of Mus musculus"):
+                profiles_of(adata, "leiden", TWO)
+
+
+def test_many_clusters_are_clusters_where_their_column_says_so():
+    names = pd.Categorical(np.repeat(np.arange(400), 3).astype(str))
+    for column in ("leiden", "n_genes"):
+        obs = pd.DataFrame({column: names, "donor_id": "d"}, index=[f"c{i}" for i in range(1200)])
+        adata = anndata.AnnData(
+            np.tile([[3.0, 1], [2, 5], [1, 1]], (400, 1)), obs=obs, var=pd.DataFrame(index=["CD3D", "LYZ"])
+        )
+        with (
+            pytest.raises(UserError, match="is a measurement.*holds 'cluster'") if column != "leiden" else nullcontext()
+        ):
+            assert len(profiles_of(adata, column, TWO).profiles) == 400
+
+
+def test_gene_names_that_are_numbers_are_told_at_once():
+    with pytest.raises(UserError, match="gene names in the index of var are numbers"):
+        profiles_of(small(names=map(str, range(COUNTS.shape[1]))), "leiden", TWO)

@@ -13,8 +13,8 @@ A command that starts other Python processes (torchrun its ranks, the demo its s
 fork_children.
 
 A copy becomes what `python SCRIPT ARGUMENTS` would be: its own session, working directory, environment, sys.argv, sys.path and
-`__main__`. Nothing of this repository is imported here, so the command imports its own modules, and what they do at import (they
-set environment variables for vLLM) happens in the command. These differences from a fresh process remain:
+`__main__`. Nothing of this repository is imported here, so the command imports its own modules, and what they do at import
+(`launch` sets a variable of torch) happens in the command. These differences from a fresh process remain:
 - The hash seed is that of the server: the same for all commands of a pytest worker.
 - Libraries have read their environment variables before the fork (commands.py refuses requests that change one of those).
 - The memory of the libraries counts as the command's from the start.
