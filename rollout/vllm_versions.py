@@ -114,7 +114,8 @@ def drawing_from(seed: int) -> Iterator[None]:
     ranks would draw alike, and a resumed run other tokens than an unbroken one.
     """
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng():
+    # of this process's GPU: by default torch warns where there are several, and sets each of them up
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         np.random.seed(seed % (1 << 32))
         try:

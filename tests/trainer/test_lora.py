@@ -7,11 +7,12 @@ from peft.tuners.lora import Linear
 from torch import Tensor
 
 import trainer.policy
+from rollout.vllm_versions import drawing_from
 from tests.trainer.ppo.test_critic import config, learn, policy_of
 from tests.trainer.test_packing import GROUPS, tiny_model
 from trainer.logprobs import fused_logprobs
 from trainer.model.attention import ATTENTION
-from trainer.model.loading import recompute_layers
+from trainer.model.loading import recompute_layers, seeded
 from trainer.model.lora import fuse_adapters, made_of
 from trainer.packing import pack
 from trainer.policy import matrix_products, predicting_packed
@@ -107,3 +108,19 @@ def test_an_input_is_made_again_only_as_it_was():
     assert (
         len(grads[0]) == 3 and all(map(torch.equal, grads[0], grads[1])) and all(map(torch.equal, grads[2], grads[3]))
     )
+
+
+def test_a_block_of_a_seed_touches_the_generator_of_this_process_alone(monkeypatch):
+    """On a node of eight GPUs torch would warn, and every rank would set up all eight."""
+    state, asked, fork = torch.get_rng_state(), [], torch.random.fork_rng
+    with seeded(3):
+        first = torch.rand(2)
+    with seeded(3):
+        assert torch.equal(torch.rand(2), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: asked.append(devices) or fork([]))
+    with seeded(3), drawing_from(3):
+        pass
+    assert asked == [[5], [5]]

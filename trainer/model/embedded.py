@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from data.files import replacing_folder
+from trainer.model.loading import seeded
 from trainer.record.runfolder import disk_errors
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -103,8 +104,7 @@ def create_policy(
         bos_token_id=None,
     )
     transformers_logging.disable_progress_bar()
-    with torch.random.fork_rng():  # leave the global generator as it was
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Qwen2ForCausalLM(config).to(torch.float32)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     with replacing_folder(out) as partial, disk_errors(out):  # whole, or not at all

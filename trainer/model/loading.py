@@ -4,6 +4,8 @@ What cannot be trained is refused here, with a sentence: the libraries would tra
 in a hundred lines.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -242,14 +244,22 @@ def keep_four_bits_exact(model: torch.nn.Module) -> None:
             module.training = True  # nothing else in the layer depends on the mode
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """In the block torch's global generators draw from this seed; after it they are as before."""
+    # of this process's GPU: by default torch warns where there are several, and sets each of them up
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def add_adapter(causal_lm: PreTrainedModel, rank: int, alpha: float, seed: int, sharded: bool, dora: bool = False):
     """PEFT's model with LoRA (arXiv:2106.09685) or DoRA (arXiv:2402.09353) on every linear layer but the head.
 
     lora_B starts at 0, so at first the policy with its adapter equals the policy without.
     """
     # PEFT draws lora_A from torch's global generator: seed it, so that all ranks get the same adapter, and restore it
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora)
         try:
             return get_peft_model(causal_lm, config, low_cpu_mem_usage=sharded)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from data.errors import UserError
-from trainer.model.loading import refuse_not_finite
+from trainer.model.loading import refuse_not_finite, seeded
 from trainer.ranks.world import rows_of, shard_from_rows
 
 
@@ -72,8 +72,7 @@ def _fill_adapter(causal_lm: PreTrainedModel, seed: int, device: torch.device) -
     """Draw the adapter as PEFT does, module by module, so that its values equal those without sharding."""
     # every rank draws whole matrices from the same seed and keeps its rows: the random stream must not depend on the
     # rank
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         for name, module in causal_lm.named_modules():
             if not hasattr(module, "lora_A"):
                 continue

@@ -19,6 +19,7 @@ from torch import Tensor
 from data.errors import UserError
 from rollout import stable_seed
 from trainer.metrics import TokenSums
+from trainer.model.loading import seeded
 from trainer.objective import aggregation_weights, clipped_value_error
 from trainer.packing import Denominators, MicroBatch, PackedBatch
 from trainer.policy import Policy, matrix_products
@@ -123,8 +124,7 @@ class Critic:
 
 def add_critic_adapter(policy: Policy, seed: int) -> None:
     """A second LoRA adapter on the policy's base model, with the settings of the first; not active."""
-    with torch.random.fork_rng():  # PEFT draws from torch's global generator
-        torch.manual_seed(stable_seed(seed, ADAPTER) % 2**63)
+    with seeded(stable_seed(seed, ADAPTER) % 2**63):  # PEFT draws from torch's global generator
         policy.model.add_adapter(ADAPTER, copy.deepcopy(policy.model.peft_config["default"]))
     policy.model.set_adapter("default")
     policy.model.eval()
