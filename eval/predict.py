@@ -104,7 +104,6 @@ def ask_teacher(
     def ask(puzzles: list[Puzzle], first: int, kept: Partial) -> Iterator[Answered]:
         by_id, error, refused = {puzzle.id: puzzle for puzzle in puzzles}, "", set()
         came = {name: dict(kept.attempts.get(name, {})) for name in by_id}
-        yield [(by_id[name], [of[i] for i in range(k)]) for name, of in came.items() if len(of) == k]
         for done in teacher.sample(
             [Request(puzzle=p, attempt=i) for p in puzzles for i in range(k) if i not in came[p.id]]
         ):
@@ -226,7 +225,7 @@ class Partial:
                 )
                 self.attempts.setdefault(row["id"], {})[row["attempt"]] = answer
         # a baseline answers again in seconds, and predictions of another place are still there
-        elsewhere = "predictions" in before and not _reads(before, path)
+        elsewhere = "predictions" in before and not _reads(before, path, recorded=True)
         if rows and "baseline" not in before and not elsewhere:
             self._refuse_to_lose(before, rows, path, resume, wanted)
         self.started = False
@@ -276,8 +275,8 @@ class Partial:
         """Raises UserError when this run would replace a model's answers by others, or by fewer: they took hours, or money."""
         if path.name == "predictions.jsonl" and not _reads(self.settings, path):
             raise UserError(
-                f"--out: {path} holds {len(rows):,} answers of another program, which would be replaced: name another folder, "
-                "or move that file"
+                f"--out: {path} holds {len(rows):,} answers, and no metrics.json says whose they are: name another folder, or "
+                "move that file"
             )
         if path == self.path and not resume:
             raise UserError(
@@ -326,15 +325,16 @@ class Partial:
         return f"{name} {before.get(name)}, and this run has {self.settings.get(name)}"
 
 
-def _reads(settings: dict[str, Any], path: Path) -> bool:
-    """Does an evaluation with these settings read the predictions.jsonl beside a file, its own?"""
+def _reads(settings: dict[str, Any], path: Path, recorded: bool = False) -> bool:
+    """Does an evaluation with these settings read the predictions.jsonl beside a file, its own? recorded: by an earlier one."""
     source = settings.get("predictions")
     own = (path.parent.resolve(), path.with_name("predictions.jsonl").resolve())
     if source is None:
         return False
-    # a relative path is of the folder in which that command was started, which need not be today's
-    here = path.parent
-    return any(place.resolve() in own for place in (Path(source), here / source, seen_from(here, Path(source))))
+    places = [Path(source)]
+    if recorded and not places[0].exists():  # it was relative to the folder of that command, which need not be today's
+        places = [path.parent / source, seen_from(path.parent, places[0])]
+    return any(place.resolve() in own for place in places)
 
 
 def _attempt_row(name: str, number: int, answer: Answer) -> dict[str, Any]:
@@ -344,6 +344,10 @@ def _attempt_row(name: str, number: int, answer: Answer) -> dict[str, Any]:
 
 def _is_line(row: dict[str, Any]) -> bool:
     """Does a line of the file hold settings, or an answer?"""
+    if "attempt" in row and not (
+        isinstance(row["attempt"], int) and {"response_tokens", "finish_reason"} <= row.keys()
+    ):
+        return False
     return isinstance(row.get("settings"), dict) or all(isinstance(row.get(name), str) for name in ("id", "prediction"))
 
 

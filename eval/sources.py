@@ -180,7 +180,8 @@ class RemoteModel:
         They prove that the settings work, so that refusals of all prompts that are left do not end the run.
         """
         self.kept = partial
-        self.teacher.answered += sum(row.get("finish_reason") != REFUSED for row in partial.rows.values())
+        whole = sum(row.get("finish_reason") != REFUSED for row in partial.rows.values())
+        self.teacher.answered += whole + sum(map(len, partial.attempts.values()))
 
     def ask(self, puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
         """See eval/predict.py. Errors name this command's option for the URL, not the teacher's."""

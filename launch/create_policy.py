@@ -42,8 +42,8 @@ def main(config: CreatePolicyConfig) -> None:
     """Make a model and its tokenizer from scratch; nothing is downloaded."""
     if not config.puzzles:
         raise UserError("--puzzles: name at least one puzzle file, whose words the tokenizer learns")
-    if Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise UserError(f"--out {config.out}: exists and is not empty; name another folder")
+    if Path(config.out).is_file() or Path(config.out).resolve() == Path.cwd() or any(Path(config.out).glob("*")):
+        raise UserError(f"--out {config.out}: is a file, not empty, or the folder you are in; name another folder")
     puzzles = [puzzle for path in config.puzzles for puzzle in read_puzzles(path)]
     named = [puzzle for path in config.words_of for puzzle in read_puzzles(path)]
 

@@ -17,7 +17,6 @@ import click
 
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
-from data.options import naming
 from data.puzzles import Puzzle, read_puzzles
 from eval.metrics import score, with_pass_rates
 from launch.options import command
@@ -159,8 +158,13 @@ def embedded(config: OnlineConfig) -> Iterator[OnlineConfig]:
 
             lock_folder(DEMO)
             settings = demo.DemoConfig(out=str(DEMO))
-            with naming("no --model, so the demo's would be made"):
+            try:
                 demo.refuse_other_settings(settings, recipe := demo.recipe_values(settings), demo.FREE_ON_RESUME)
+            except UserError as error:
+                why = str(error).partition(";")[0]
+                raise UserError(
+                    f"without --model the demo is made: {why}; finish that one first, or name --model"
+                ) from None
             demo.record_settings(settings, recipe)
             demo.prepare(settings)
             unlock_folder(DEMO)

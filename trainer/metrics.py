@@ -89,11 +89,11 @@ class TokenSums:
         self.unread = []
 
     def take_in(self, later: "TokenSums") -> None:
-        """Add the sums of a later update of the same batch; gradient norm and rate are those of the last with tokens."""
+        """Add the sums of a later update of the same batch; gradient norm and rate are those of the last that was made."""
         for name, value in later.sums.items():
             self.sums[name] += value
         self.mismatch_max = max(self.mismatch_max, later.mismatch_max)
-        if later.sums["tokens"]:  # else no optimizer step was made
+        if later.lr:  # else no optimizer step was made, on any rank
             self.grad_norm, self.lr = later.grad_norm, later.lr
 
     def over_ranks(self, world: World) -> "TokenSums":

@@ -5,7 +5,7 @@ G is the number of columns of the layer, which are the rows of its var table.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -165,7 +165,8 @@ class _Var:
 
 
 _OF_SPECIES = re.compile("ortholog|homolog|mouse|human")
-"""In the plain name of a column: the genes of another species, perhaps. Such a column is used where --gene-key names it."""
+"""In the plain name of a column: the genes of another species, perhaps. It is used where --gene-key names it, or nothing else
+has names."""
 
 
 def _plain(text: str) -> str:
@@ -219,19 +220,26 @@ def name_sources(matrix: Matrix, wanted: str = "feature_name") -> list[NameSourc
     """Where the genes of a layer have names: the key that a user wants, columns named for symbols or ids, the index."""
     var = _Var(matrix)
     ids = [name for name in var.columns if "id" in name.lower() and not _OF_SPECIES.search(_plain(name))]
+    index = [without_id(name) for name in without_genome(var.index)[0]]
     keys = [name for name in (wanted, *var.named_symbols, *ids) if name in var.columns]
-    sources = []
+    found = [*_sources(var, keys, wanted, var.named_symbols), NameSource("index", kind_of_names(index), index)]
+    if all(source.kind == "numbers" for source in found):  # then they may be of the file's own species
+        others = [name for name in var.columns if _OF_SPECIES.search(_plain(name))]
+        return [*_sources(var, others, wanted, others), *found]
+    return found
+
+
+def _sources(var: _Var, keys: list[str], wanted: str, told: list[str]) -> Iterator[NameSource]:
+    """Those of some columns that hold names. told: columns whose own names say that they hold symbols."""
     for key in dict.fromkeys(keys):
         values = var.readable(key)
         named, _ = without_genome([value or gene for value, gene in zip(values or (), var.index, strict=False)])
         names = [without_id(name) for name in named]
         kind = kind_of_names(names)
         # a column with few values is a class of genes, such as a biotype
-        told = key in var.named_symbols or kind == "Ensembl ids"
-        if names and (key == wanted or told and len(set(names)) > MOST * len(names)):
-            sources.append(NameSource(key, kind, names))
-    index = [without_id(name) for name in without_genome(var.index)[0]]
-    return [*sources, NameSource("index", kind_of_names(index), index)]
+        names_genes = key in told or kind == "Ensembl ids"
+        if names and (key == wanted or names_genes and len(set(names)) > MOST * len(names)):
+            yield NameSource(key, kind, names)
 
 
 def best_source(sources: list[NameSource], wanted: str) -> str | None:
@@ -314,7 +322,7 @@ def _refuse_numbers(var: _Var, names: list[str], is_gene: np.ndarray, gene_key: 
 def _columns_of_symbols(var: _Var, is_gene: np.ndarray, gene_key: str) -> list[str]:
     """The columns of var, or "index", that hold symbols; usual names first."""
     usual = var.named_symbols
-    others = [name for name in var.columns if name not in usual]
+    others = sorted((n for n in var.columns if n not in usual), key=lambda n: bool(_OF_SPECIES.search(_plain(n))))
     found = [name for name in (*usual, *others) if name != gene_key and _are_symbols(var.readable(name), is_gene)]
     return found + (["index"] if gene_key != "index" and _are_symbols(var.index, is_gene) else [])
 

@@ -424,6 +424,14 @@ def test_columns_of_another_species_genes_are_not_the_files_own():
                 profiles_of(adata, "leiden", TWO)
 
 
+def test_a_column_named_for_a_species_is_used_where_nothing_else_has_names():
+    human = [f"{stem}{i}" for stem in ("CCL", "KRT", "HBA") for i in range(8)]
+    matrix = np.tile(COUNTS, (1, len(human) // COUNTS.shape[1] + 1))[:, : len(human)]
+    adata = small(matrix, map(str, range(len(human))))
+    adata.var["human_gene_symbol"] = human
+    assert set(profiles_of(adata, "leiden", TWO).genes) <= set(human)
+
+
 def test_many_clusters_are_clusters_where_their_column_says_so():
     names = pd.Categorical(np.repeat(np.arange(400), 3).astype(str))
     for column in ("leiden", "n_genes"):

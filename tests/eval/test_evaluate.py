@@ -449,7 +449,7 @@ def test_puzzles_of_two_kinds_are_not_mixed(melanoma):
 # ---- resuming
 
 
-def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
+def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path, monkeypatch):
     """They took hours, or cost money."""
     puzzles, settings = make_puzzles(3), {"model": "m", "model_files": "2 files, ab", "seed": 1}
     ids = {puzzle.id for puzzle in puzzles}
@@ -492,10 +492,19 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path):
     # ---- a path of another working directory
     (tmp_path / "metrics.json").write_text(json.dumps({"run": {"predictions": "predictions.jsonl"}}))
     assert refused("was made with .*: name another folder")
+    # ---- a file of that name in today's: another one, whose answers may be read again, and do not replace a model's
+    (tmp_path / "today").mkdir()
+    monkeypatch.chdir(tmp_path / "today")
+    write_rows("predictions.jsonl", rows)
+    Partial(tmp_path, {"predictions": "predictions.jsonl"}, resume=False, wanted={"p0"})
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": settings}))
+    for name in ("predictions.jsonl", "./predictions.jsonl", "."):
+        with pytest.raises(UserError, match="was made with .*: name another folder"):
+            Partial(tmp_path, {"predictions": name}, resume=False, wanted=ids)
     # ---- answers of another program, which has written no metrics.json
     (tmp_path / "metrics.json").unlink()
-    assert refused("predictions.jsonl holds 3 answers of another program, which would be replaced: name another folder")
-    with pytest.raises(UserError, match="holds 3 answers of another program"):
+    assert refused("predictions.jsonl holds 3 answers, and no metrics.json says whose they are: name another folder")
+    with pytest.raises(UserError, match="holds 3 answers, and no metrics.json"):
         Partial(tmp_path, {"baseline": "random"}, resume=False, wanted=ids)
     with pytest.raises(UserError, match="goes with answers to 1 puzzles"):
         Partial(tmp_path, again, resume=False, wanted=ids - {"p2"})
@@ -562,7 +571,14 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
     assert len(read_rows(path)) == 11  # nothing torn is left
     partial.remove()
     assert not path.exists()
-    for head in ('{"settings": null}', '{"id": "p", "prediction": 3}', '{"id": ["p"], "prediction": "a"}'):
+    odd = '{"id": "p", "prediction": "a", "attempt": [1], "response_tokens": 1, "finish_reason": "stop"}'
+    for head in (
+        odd,
+        '{"id": "p", "prediction": "a", "attempt": 1}',
+        '{"settings": null}',
+        '{"id": "p", "prediction": 3}',
+        '{"id": ["p"], "prediction": "a"}',
+    ):
         path.write_text(f"{head}\n" + '{"id": "p", "prediction": "a"}\n')
         with pytest.raises(UserError, match=r"predictions.partial.jsonl, line 1: is damaged"):
             Partial(tmp_path, settings, resume=True)

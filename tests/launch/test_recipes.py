@@ -20,7 +20,8 @@ def test_an_objective_goes_on_top_of_another_recipe(name):
     sizes = {"model", "puzzles", "steps", "prompts_per_step", "group_size", "max_response_tokens", "lora_rank", "lr"}
     assert changed and not changed & sizes
     assert resolve(GrpoConfig, ["demo", name], {"lr": 0.5}).lr == 0.5, "a flag wins over both"
-    assert resolve(GrpoConfig, [name], {"preset": "verl"}), "a preset sets what a recipe leaves open, and nothing else"
+    over = resolve(GrpoConfig, [name], {"preset": "verl"})
+    assert over.dual_clip == (None if name == "cispo" else 3), "of the preset, unless it would bound another surrogate"
 
 
 def test_the_later_recipe_wins(tmp_path):

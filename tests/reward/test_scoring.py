@@ -184,6 +184,7 @@ def test_an_interrupt_leaves_the_rest_unscored(tmp_path):
 import os, signal
 from data.puzzles import Puzzle
 from reward.scoring import Scorer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["a", "b"], answer=["a", "b"])
 scorer = Scorer({str(tmp_path / "slow.py:fn")!r}, 1, on_reply=lambda: os.kill(os.getpid(), signal.SIGINT))
 scorer.score([str(i) for i in range(200)], [puzzle] * 200, [False] * 200)
@@ -311,8 +312,7 @@ def rows_of(*groups: list[float | None]) -> list[dict]:
 
 def test_rate_and_norm_are_those_of_the_last_update_that_was_made():
     made, empty, total = TokenSums(grad_norm=2.0, lr=0.5), TokenSums(), TokenSums()
-    made.sums["tokens"] = 3.0
-    total.take_in(made)
+    total.take_in(made)  # this rank had no token in it, and another had
     total.take_in(empty)  # none of its responses was scored, so no optimizer step was made
     assert (total.grad_norm, total.lr) == (2.0, 0.5)
 

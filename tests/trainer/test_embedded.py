@@ -62,6 +62,7 @@ def test_a_policy_is_written_whole_or_not_at_all(pipeline, tmp_path, monkeypatch
 
 def test_a_policy_does_not_replace_a_model(pipeline):
     before = (pipeline / "base/model.safetensors").read_bytes()
-    done = run_command("create_policy", "--puzzles", pipeline / "puzzles/train.parquet", "--out", pipeline / "base")
-    assert done.returncode == 2 and "base: exists and is not empty; name another folder" in done.stderr
+    for out in (pipeline / "base", pipeline / "puzzles/train.parquet", "."):
+        done = run_command("create_policy", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out)
+        assert done.returncode == 2 and "is a file, not empty, or the folder you are in; name another" in done.stderr
     assert (pipeline / "base/model.safetensors").read_bytes() == before

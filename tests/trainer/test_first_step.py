@@ -78,11 +78,13 @@ def test_what_is_not_of_the_run_stays_where_it_is(tmp_path):
     assert (tmp_path / "puzzles/train.parquet").exists()
 
 
+@pytest.mark.slow(12)
 def test_what_a_step_leaves_is_what_is_set_aside(pipeline, tmp_path):
     """All that a run of one step has in OUT, but for what says that it was a run."""
     given = ("--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path, *SMALL)
     succeed("grpo", *given, "--insist", "--steps", 1, "--save-steps", 1, "--log", "tensorboard")
     found = {path.name for path in tmp_path.iterdir()} - {"checkpoints", "finished.json", "config.json", "status.json"}
+    assert {"metrics.jsonl", "rollouts.jsonl", "steps", "tensorboard"} <= found
     assert {name for name in found if not name.startswith(".")} <= set(LEFT)
 
 

@@ -310,7 +310,14 @@ def test_settings_that_contradict(pipeline, tmp_path):
     short = shutil.copytree(cfg.model, tmp_path / "short")
     shape = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": longest - 1}
     (short / "config.json").write_text(json.dumps(shape))
+    turned = shutil.copytree(short, tmp_path / "turned")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (turned / "config.json").write_text(json.dumps(shape | {"rope_parameters": rope}))
     for more, says in (
+        (
+            {"model": str(turned)},
+            f"the model {longest - 1} positions that do not depend on the texts beside it; give --max-tokens",
+        ),
         ({"overlong": "refuse", "max_tokens": longest - 1}, f"are longer than --max-tokens {longest - 1}; raise it"),
         (
             {"model": str(short)},

@@ -351,7 +351,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
         # in the environment, because vLLM reads these variables too
         os.environ.update({name: str(value) for name, value in alone.items()}, MASTER_ADDR="127.0.0.1")
-    needed = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    needed = ["WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    needed += [] if os.environ.get("WORLD_SIZE") == "1" else ["MASTER_ADDR", "MASTER_PORT"]
     if missing := [name for name in needed if name not in os.environ]:  # some schedulers set RANK for one process too
         raise UserError(
             f"RANK is set and {' and '.join(missing)} not: start with torchrun, or unset RANK for a process alone"

@@ -42,7 +42,7 @@ from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy, make_optimizer, print_notes
-from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems
+from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems, steady_positions
 
 BETAS = (0.9, 0.95)
 """AdamW's decay rates."""
@@ -154,10 +154,14 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     cfg = replace(cfg, attn=policy.attn)  # what auto took
     examples, skipped = encode_traces(policy, rows, cfg)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
-    context = context_of(policy.causal_lm.config.to_dict()) or math.inf
+    shape = policy.causal_lm.config.to_dict()
+    context = min(context_of(shape) or math.inf, steady_positions(shape))
     if longest > context and not cfg.resume:  # a run that was begun by an older version may end
+        which = "positions" + (
+            " that do not depend on the texts beside it" if context == steady_positions(shape) else ""
+        )
         raise UserError(
-            f"--max-tokens {cfg.max_tokens}: a trace has {longest} tokens with its prompt, and the model {context} positions; "
+            f"--max-tokens {cfg.max_tokens}: a trace has {longest} tokens with its prompt, and the model {context} {which}; "
             f"give --max-tokens {context} --overlong skip to leave such traces out, or take another model"
         )
     training, held_out = split_by_puzzle(examples, cfg.holdout, cfg.seed)
