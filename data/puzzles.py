@@ -133,12 +133,15 @@ class Puzzle:
         >>> puzzle.to_row() == row
         True
         """
+        given = row
         if "assistant_msg" not in row:  # the authors' files of unseen diseases call the column `answer`
             row = {"assistant_msg" if key == "answer" else key: value for key, value in row.items()}
         missing = [column for column in MESSAGE_COLUMNS if not isinstance(row.get(column), str)]
         if missing:
+            texts = ", ".join(name for name, value in given.items() if isinstance(value, str)) or "none"
             raise UserError(
-                f"a puzzle row needs the text column(s) {', '.join(missing)}; it has {', '.join(row) or 'none'}"
+                f"a puzzle row needs the text column(s) {', '.join(missing)} (for assistant_msg also answer, as "
+                f"'T cell | B cell'); its text columns are {texts}"
             )
         variant, body, candidates = _split_request(row["user_msg"])
         context, tail, cells = _parse_body(body)

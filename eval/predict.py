@@ -208,6 +208,10 @@ class Partial:
         self.path, self.afresh = Path(folder) / PARTIAL, afresh
         if self.path.parent.is_dir():  # a folder is made with the first answer: a refused command leaves none
             lock_folder(self.path.parent)
+        else:
+            above = next(place for place in self.path.absolute().parents if os.path.lexists(place))
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):  # told before an answer is paid for
+                raise UserError(f"--out {folder}: {above} is no folder in which you may write; name another place")
         self.rows: dict[str, dict] = {}
         """{puzzle id: row}"""
         self.attempts: dict[str, dict[int, Answer]] = {}
@@ -225,7 +229,8 @@ class Partial:
                 )
                 self.attempts.setdefault(row["id"], {})[row["attempt"]] = answer
         # a baseline answers again in seconds, and predictions of another place are still there
-        elsewhere = "predictions" in before and not _reads(before, path, recorded=True)
+        source = before.get("predictions")
+        elsewhere = source and not _reads(before, path, recorded=True) and seen_from(path.parent, Path(source)).exists()
         if rows and "baseline" not in before and not elsewhere:
             self._refuse_to_lose(before, rows, path, resume, wanted)
         self.started = False
@@ -332,8 +337,8 @@ def _reads(settings: dict[str, Any], path: Path, recorded: bool = False) -> bool
     if source is None:
         return False
     places = [Path(source)]
-    if recorded and not places[0].exists():  # it was relative to the folder of that command, which need not be today's
-        places = [path.parent / source, seen_from(path.parent, places[0])]
+    if recorded:  # it was relative to the folder of that command, which need not be today's
+        places += [path.parent / source, seen_from(path.parent, places[0])]
     return any(place.resolve() in own for place in places)
 
 

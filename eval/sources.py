@@ -109,7 +109,7 @@ def open_source(
     the checkpoint of --model. Raises UserError when an endpoint needs a key and has none.
     """
     if config.predictions:
-        return Source(lambda puzzle_set, _: saved_rows(config, puzzle_set, tokenizer))
+        return Source(lambda puzzle_set, partial: saved_rows(config, puzzle_set, tokenizer, partial))
     if config.baseline:
         return Source(lambda puzzle_set, _: baseline_rows(config, puzzle_set, train))
     model = RemoteModel(config) if config.endpoint else LocalModel(load)
@@ -125,11 +125,13 @@ def open_source(
     return Source(rows, model.close)
 
 
-def saved_rows(config: EvaluateConfig, puzzle_set: PuzzleSet, tokenizer: Any) -> list[dict]:
+def saved_rows(config: EvaluateConfig, puzzle_set: PuzzleSet, tokenizer: Any, partial: Partial) -> list[dict]:
     """Rows of saved predictions, in puzzle order. With a tokenizer their tokens are counted again."""
     path = predictions_file(config, "predictions", puzzle_set.name)
     rows = match_rows(read_predictions(path), puzzle_set.puzzles, f"{path}: ")
     if tokenizer is not None:
+        if path.resolve() == partial.path.with_name("predictions.jsonl").resolve():
+            raise UserError(f"--tokenizer: its counts would replace those of {path}; name another --out")
         rows = count_tokens(rows, tokenizer)
     return [{"id": puzzle.id} | row for puzzle, row in zip(puzzle_set.puzzles, rows, strict=True)]
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 from data.clusters.known import read_known_labels
+from data.files import weight_files, weights_hash
+from data.processes import provenance
 from data.status.status import reporting
 from eval.annotate.heldout import CLUSTER, count_right, write_held_out
 from eval.annotate.run import Model, annotate_file, summary_lines
@@ -42,10 +44,8 @@ def open_model(folder: str | Path, base: str | None = None) -> Model:
     For eval.annotate.annotate(adata, model=open_model("runs/demo/sft/model"), ...). base: the checkpoint under an adapter.
     Raises UserError when the folder holds no model that can be served.
     """
-    from data.files import weight_files, weights_hash
     from rollout.sync import adapter_hash
     from trainer.model.opening import files_fingerprint, open_checkpoint
-    from trainer.record.runfolder import provenance
 
     opened = open_checkpoint(str(folder), base)
     made = provenance()
@@ -65,8 +65,6 @@ def open_model(folder: str | Path, base: str | None = None) -> Model:
 
 def open_endpoint(name: str) -> Model:
     """A model behind an OpenAI-compatible endpoint."""
-    from trainer.record.runfolder import provenance
-
     return Model(name=name, versions={"commit": provenance()["git_commit"]})
 
 

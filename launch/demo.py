@@ -18,6 +18,7 @@ from data.build.settings import check_config
 from data.errors import UserError
 from data.files import lock_folder, write_whole
 from data.options import naming, words_of
+from data.processes import provenance
 from data.status.status import Report, reporting
 from eval.annotate.run import refuse_missing_columns
 from eval.baselines import BASELINES
@@ -41,7 +42,7 @@ from launch.stages import begun, evaluate_files, read_stage, run_stage
 from launch.together import write_both, write_labels
 from reward import load_reward
 from trainer.config import GrpoConfig
-from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints, provenance
+from trainer.record.runfolder import FINISHED, FREE_ON_RESUME, list_checkpoints
 
 
 @command(DemoConfig)

@@ -71,17 +71,19 @@ def write_page(config: ReviewConfig) -> None:
     key_file = out.with_suffix(".key.json")
     if key_file.is_file() and read_key(key_file)["page"] != review.key["page"]:
         raise UserError(f"{key_file}: is the key of another page, whose reviews need it; name another --out")
-    write_whole(out, review.html)
+    if out.exists() and not key_file.is_file():
+        raise UserError(
+            f"--out {out}: is there without its key, {key_file.name}, and would be replaced; name another --out"
+        )
     write_whole(key_file, json.dumps(review.key, ensure_ascii=False, indent=1) + "\n")
+    write_whole(out, review.html)
     print_summary(review, out, key_file)
 
 
 def print_summary(review: Review, out: Path, key_file: Path) -> None:
     """Print what was written, and what the user should know before sending it."""
     cases = review.key["cases"]
-    print(
-        f"{out}: {len(cases)} cases of {review.both} puzzles answered by both; {review.same} left out, same text twice"
-    )
+    print(f"{out}: {len(cases)} cases of {review.both} puzzles answered by both; {review.same} left out (same text)")
     print(f"{key_file}: which side is which model; do not send it to the reviewers")
     if review.naming:
         listed = ", ".join(map(str, review.naming[:10])) + (", ..." if len(review.naming) > 10 else "")

@@ -17,7 +17,7 @@ CELLS_PER_TYPE = 8.0
 
 @dataclass(frozen=True)
 class SimulateConfig:
-    out: str = option(MISSING, "File to write; ends in .h5ad. An existing file is replaced.")
+    out: str = option(MISSING, "File to write; ends in .h5ad. An older simulated atlas is replaced.")
     donors: int = option(48, "Number of donors, spread over 6 tissues.")
     seed: int = option(0, "Seed of every random choice; the same seed writes the same file.")
     cells_per_type: float = option(CELLS_PER_TYPE, "Mean number of cells of each type in one batch of one donor.")

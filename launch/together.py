@@ -9,11 +9,11 @@ from data.puzzles import read_rows, write_rows
 
 
 def write_both(sources: tuple[Path, Path], out: Path) -> None:
-    """Write the rows of two files, one file after the other, unless `out` exists. The trainers shuffle them.
+    """Write the rows of two files, one file after the other, unless `out` exists and is newer. The trainers shuffle them.
 
     Both number their puzzles from 0, so the ids of the second file get a prefix.
     """
-    if not out.is_file():
+    if not out.is_file() or any(file.stat().st_mtime_ns > out.stat().st_mtime_ns for file in sources):
         first, second = map(read_rows, sources)
         for row in second:
             row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}

@@ -5,18 +5,21 @@
 TRL   fn(prompts, completions, **columns) -> list of float or None. As TRL does for a chat dataset, a prompt is a list
       of {"role", "content"} turns and a completion is a list with one such turn. columns: id, puzzle_id, answer,
       candidates, cells, context and the columns of the puzzle's row. The function is called with one response at a
-      time, so it cannot compare the responses of a group. The list may be an array or a tensor.
+      time, so it cannot compare the responses of a group. The list may be an array or a tensor. trainer_state is None.
 verl  fn(data_source, solution_str, ground_truth, extra_info) -> float or {"score": float, ...}. ground_truth is the
       answer as published, "T cell | B cell". extra_info has puzzle_id, candidates and n_cells.
 """
 
 import asyncio
+import bdb
 import inspect
+import json
 import math
 import os
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from data.errors import UserError
@@ -57,6 +60,10 @@ def adapt(style: str, fn: Callable, path: str, puzzles: Iterable[Puzzle] = ()) -
     _check_call(fn, path, "(completion, puzzle)", "", None)
     # it can be called so, and would read another thing; a decorator hides what it is
     names = list(getattr(_parameters(fn, wrapped=True), "parameters", ()))
+    if names[:2] == ["puzzle", "completion"]:
+        raise UserError(
+            f"--reward {path}: takes (puzzle, completion), and is called with (completion, puzzle); swap them"
+        )
     if "puzzle" not in names and (style := _style_of(names[:2])):
         raise UserError(
             f"--reward {path}: takes {', '.join(names)}, as functions for {STYLES[style]} do, and is called with "
@@ -76,6 +83,11 @@ def _parameters(fn: Callable, wrapped: bool = False) -> inspect.Signature | None
         except (TypeError, ValueError):
             pass
     return None
+
+
+def _is_open(signature: inspect.Signature | None) -> bool:
+    """Does it take any keyword?"""
+    return signature is None or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
 
 
 def _needed(fn: Callable) -> list[str]:
@@ -136,10 +148,11 @@ def _lacking(needed: list[str], puzzle: Puzzle) -> str:
 
 def _from_trl(fn: Callable) -> RewardFn:
     """A function in TRL's style as a reward function. What it logs with log_metric becomes parts of the reward."""
-    # TRL passes every column as a keyword; a function without **kwargs can only take those it names
-    signature, needed = _parameters(fn, wrapped=True), _needed(fn)
-    takes_all = signature is None or any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    names = set(signature.parameters) if signature else set()
+    # TRL passes every column as a keyword; a function without **kwargs can only take those it names, and what it decorates
+    # gets them only through its own **kwargs
+    own, decorated, needed = _parameters(fn), _parameters(fn, wrapped=True), _needed(fn)
+    takes_all = _is_open(own) and _is_open(decorated)
+    names = {*(own.parameters if own else ()), *(decorated.parameters if decorated and _is_open(own) else ())}
 
     def arguments(completion: str, puzzle: Puzzle, parts: dict[str, float]) -> dict[str, Any]:
         if lacking := _lacking(needed, puzzle):
@@ -228,6 +241,38 @@ def _is_awaitable(result: object) -> bool:
 
 # ---- the call itself
 
+CONCURRENT = 64
+"""Responses that an async function scores side by side in one process."""
+LOOP = asyncio.Runner()
+"""One event loop for the life of a process: clients and locks of a reward function belong to the loop of their first use."""
+
+
+def score_here(
+    fn: RewardFn, completions: Sequence[str], puzzles: Sequence[Puzzle], stop_at_failure: bool
+) -> dict[int, Reward]:
+    """{index: reward} of responses, scored in this process; up to the first failure, for a plain function that is to stop there.
+
+    The puzzles are what a worker process would get: a date or bytes in a column arrive as their text.
+    """
+    sent = [Puzzle(**json.loads(json.dumps(asdict(puzzle), default=str))) for puzzle in puzzles]
+    pairs, found = list(zip(completions, sent, strict=True)), {}
+    if not is_async(fn):
+        for index, pair in enumerate(pairs):
+            found[index] = score_plain(fn, *pair, None)
+            if stop_at_failure and found[index].failed:
+                break
+        return found
+    room = asyncio.Semaphore(CONCURRENT)
+
+    async def one(pair: tuple[str, Puzzle]) -> Reward:
+        async with room:
+            return await score_async(fn, *pair, None)
+
+    async def gather() -> list[Reward]:
+        return await asyncio.gather(*map(one, pairs))
+
+    return dict(enumerate(LOOP.run(gather())))
+
 
 def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:
     """The reward of one response, by a plain function; it is called outside an event loop.
@@ -243,7 +288,7 @@ def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | 
 
     try:
         result = fn(completion, puzzle)
-        outcome = as_reward(asyncio.run(within(result)) if _is_awaitable(result) else result)
+        outcome = as_reward(LOOP.run(within(result)) if _is_awaitable(result) else result)
     except BaseException as error:  # also SystemExit, GeneratorExit and CancelledError
         outcome = error
     return _settle(outcome, start, process, seconds)
@@ -267,8 +312,8 @@ def _settle(outcome: Reward | BaseException, start: float, process: int, seconds
     """
     if os.getpid() != process:
         os._exit(0)  # the function forked and this is the child: its parent answers
-    if isinstance(outcome, KeyboardInterrupt) and seconds is None:
-        raise outcome  # it is for the trainer
+    if isinstance(outcome, KeyboardInterrupt | bdb.BdbQuit) and seconds is None:
+        raise outcome  # it is for the trainer, or for its debugger
     late = seconds is not None and time.monotonic() - start >= seconds
     if late and isinstance(outcome, Reward | TimeoutError):
         return timed_out(seconds)

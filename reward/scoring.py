@@ -33,10 +33,9 @@ from data.errors import UserError
 from data.processes import end_group_with_this_process, end_with_parent, keep_from_children, module_environment
 from data.puzzles import Puzzle
 from reward import Reward, RewardFn, Status, load_reward
-from reward.adapters import is_async, score_async, score_plain
+from reward.adapters import CONCURRENT, is_async, score_async, score_here, score_plain
 from reward.result import timed_out
 
-CONCURRENT = 64
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
 FOREIGN = (
     "something else than a result came from its scoring process: does it write to descriptors that are not its own?"
@@ -83,23 +82,15 @@ class Scorer:
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
         found = (
-            self._score_in_workers(jobs, stop_at_failure) if self.workers else self._score_here(completions, puzzles)
+            self._score_in_workers(jobs, stop_at_failure)
+            if self.workers
+            else score_here(self.fn, completions, puzzles, stop_at_failure)
         )
         results = [found.get(index) for index in range(len(jobs))]
         return [
             replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
             for result, cut in zip(results, truncated, strict=True)
         ]
-
-    def _score_here(self, completions: list[str], puzzles: list[Puzzle]) -> dict[int, Reward]:
-        pairs = list(zip(completions, puzzles, strict=True))
-        if not is_async(self.fn):
-            return {index: score_plain(self.fn, *pair, None) for index, pair in enumerate(pairs)}
-
-        async def gather() -> list[Reward]:
-            return await asyncio.gather(*(score_async(self.fn, *pair, None) for pair in pairs))
-
-        return dict(enumerate(asyncio.run(gather())))
 
     def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]

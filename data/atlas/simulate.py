@@ -29,7 +29,7 @@ from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
-from data.formats.checksum import add_checksum
+from data.formats.checksum import add_checksum, refuse_to_replace
 
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
 
@@ -222,6 +222,7 @@ def write_atlas(
     path = Path(path)
     if path.suffix != ".h5ad":
         raise UserError(f"--out {path}: the file name must end in .h5ad")
+    refuse_to_replace(path)
     adata = simulate_atlas(n_donors, seed, cells_per_type=cells_per_type, noise=noise, n_types=n_types)
     with replacing(path) as partial:
         require_free_space(path.parent, ROOM + adata.X.data.nbytes + adata.X.indices.nbytes)

@@ -37,7 +37,7 @@ from data.atlas.simulate import (
 )
 from data.errors import UserError
 from data.files import replacing, require_free_space
-from data.formats.checksum import add_checksum
+from data.formats.checksum import add_checksum, refuse_to_replace
 
 BLOCK_CELLS = 1000
 MAX_GENES = 100_000
@@ -110,6 +110,7 @@ def stream_atlas(
     table = GeneTable.of(programs, genes, seed)
     donors = draw_donors(rng, n_donors)
     sizes = batch_sizes(donors, entries, cells, cells_per_type, seed)
+    refuse_to_replace(path)
     check_matrix_layout(encoding, compression, sum(sizes), len(table.var))
     batches = draw_donor_batches(
         rng, programs, entries, donors, cells_per_type, iter(sizes) if cells is not None else None

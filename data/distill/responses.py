@@ -105,6 +105,9 @@ class RawFile:
         lines = [self._parse(number, line) for number, line in enumerate(head.split(b"\n"), start=1)] if end else []
         # a run that was refused at once leaves a file with the settings line only: that one may be overwritten
         begun = len(lines) > 1 or (lines and "settings" not in lines[0])
+        ours = b'{"settings"'
+        if torn and not lines and torn[: len(ours)] != ours[: len(torn)]:  # the first line of no file of ours
+            raise UserError(f"{self.path}: holds something else than responses; move it, or name another --out")
         if begun and not resume:
             if not (replace and lines[0].get("settings", {}).get("teacher") == settings["teacher"]):
                 raise UserError(

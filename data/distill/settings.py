@@ -239,7 +239,7 @@ class DistillConfig:
                 raise UserError(
                     f"--out {self.out}: would write {written} over --puzzles {self.puzzles}; name another file"
                 )
-        if self.teacher != "embedded" and not self.resume and Path(self.out).exists() and not self.raw_file.exists():
+        if not self.resume and Path(self.out).exists() and not self.raw_file.exists():
             raise UserError(f"--out {self.out}: is there without its responses ({self.raw_file}); name another file")
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.files import parse_json, write_whole
 from eval.ablation.settings import START
 from eval.run_files import read_result, read_steps
@@ -54,6 +55,8 @@ class Point:
 
 def models_of(verb: str, run: Path, models: Sequence[Path]) -> list[Made]:
     """The models of a command that has ended. run: its folder. models: its checkpoints, named step-000010, or its last alone."""
+    if not models:
+        raise UserError(f"{run}: holds no checkpoint of its run; put {run / 'checkpoints'} back, or name another --out")
     if verb == START:
         return [Made(name=START, model=models[-1], sampled=0, longest=None)]
     settings = parse_json((run / "config.json").read_text(encoding="utf-8"))

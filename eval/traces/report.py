@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.describe import escape
+from data.errors import UserError
 from data.files import write_whole
 from eval.report.figures import percent
 from eval.report.html import count
@@ -40,6 +41,9 @@ def write_traces(
 
     file: of the responses, for the titles. source: where everything came from, for traces.json.
     """
+    for given in filter(None, source.values()):
+        if Path(given).resolve() == (out / "traces.json").resolve():
+            raise UserError(f"--out {out}: would write over {given}; name another folder")
     drawn = []
     for place, why in choose_to_draw([analysis for _, analysis in read], show):
         response, analysis = read[place]

@@ -24,7 +24,7 @@ from data.errors import UserError
 from data.puzzles import read_puzzles
 from launch.build import main
 from tests.data.test_build import TYPES, write_atlas
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, run_command
 
 SIZES = [
     "--min-cells",
@@ -446,3 +446,12 @@ def test_an_output_that_is_a_file(tmp_path, atlas):
     code, output = run(tmp_path, atlas)
     assert code == 2 and "is a file, not a folder" in output and (tmp_path / "out").read_text() == "mine"
     assert TYPES and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_puzzle_files_that_no_build_made_are_not_removed(tmp_path, atlas):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "train.jsonl").write_text("mine")
+    done = run_command("build", atlas, "--out", out)
+    assert done.returncode == 2 and "train.jsonl is there without the report.json of a build" in done.stderr
+    assert (out / "train.jsonl").read_text() == "mine" and [path.name for path in out.iterdir()] == ["train.jsonl"]

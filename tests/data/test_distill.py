@@ -638,3 +638,18 @@ def test_a_choice_among_one_is_announced(tmp_path):
     assert len(read_rows(tmp_path / "t.jsonl")) == 8
     assert "note: --keep" not in here(*given, "--stop-at", 0)
     assert len(read_rows(tmp_path / "t.jsonl")) > 8
+
+
+def test_traces_without_their_responses_are_replaced_by_no_teacher(tmp_path):
+    out = tmp_path / "traces.jsonl"
+    out.write_text("paid for")
+    with pytest.raises(UserError, match="is there without its responses"):
+        DistillConfig(puzzles="p.parquet", out=str(out)).refuse_overwriting()
+
+
+def test_a_file_of_one_line_that_is_not_ours_is_not_cut(tmp_path):
+    (tmp_path / "x.raw.jsonl").write_text('{"my own": "line"}')
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds something else than responses"):
+            RawFile(tmp_path / "x.raw.jsonl", {"teacher": "embedded"}, Meter(), resume=resume, replace=True, sync=False)
+    assert (tmp_path / "x.raw.jsonl").read_text() == '{"my own": "line"}'

@@ -75,6 +75,10 @@ def test_a_context_without_the_published_trailing_space_is_kept():
     ("changes", "problem"),
     [
         ({"assistant_msg": None}, "a puzzle row needs the text column(s) assistant_msg"),
+        (
+            {"system_msg": None},
+            "system_msg (for assistant_msg also answer, as 'T cell | B cell'); its text columns are ",
+        ),
         ({"user_msg": USER.replace("Match the", "Assign the")}, "the user message has no candidate list"),
         ({"user_msg": USER.replace("Context: ", "")}, "the user message does not begin with 'Context:'"),
         ({"user_msg": USER.replace("Cell 2:", "Cell 3:")}, "line 2 of the cells is not 'Cell 2: GENE, GENE, ...'"),

@@ -24,6 +24,8 @@ from data.atlas.simulate import (
     synthetic_ensembl_id,
     write_atlas,
 )
+from data.atlas.stream import stream_atlas
+from data.errors import UserError
 from data.formats.checksum import LENGTH
 from tests.helpers.commands import ROOT
 
@@ -366,3 +368,11 @@ def test_an_atlas_without_new_options_is_the_one_the_published_demo_numbers_come
     # the file is anndata's, and a last line with its checksum
     assert (tmp_path / "a.h5ad").read_bytes()[:-LENGTH] == (tmp_path / "b.h5ad").read_bytes()
     assert (anndata.read_h5ad(tmp_path / "c.h5ad").X != adata.X).nnz == 0
+
+
+def test_a_file_that_is_no_simulated_atlas_is_not_replaced(tmp_path):
+    (tmp_path / "atlas.h5ad").write_text("20 GB of real cells")
+    for write in (write_atlas, stream_atlas):
+        with pytest.raises(UserError, match="is no simulated atlas, and would be replaced"):
+            write(tmp_path / "atlas.h5ad", 6, 0)
+    assert (tmp_path / "atlas.h5ad").read_text() == "20 GB of real cells"

@@ -303,3 +303,8 @@ def test_every_evaluation_of_a_run_is_of_the_same_puzzles(tmp_path):
         refuse_other_puzzles([folder], [str(tmp_path / "test.jsonl")], 2)
         with pytest.raises(UserError, match=f"--eval-puzzles 4: {folder}/.* was evaluated on other puzzles"):
             refuse_other_puzzles([folder], [str(tmp_path / "test.jsonl")], 4)
+
+
+def test_a_run_without_its_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint of its run"):
+        models_of("grpo", tmp_path, [])

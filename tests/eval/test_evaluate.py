@@ -492,11 +492,12 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path, monkeypatc
     # ---- a path of another working directory
     (tmp_path / "metrics.json").write_text(json.dumps({"run": {"predictions": "predictions.jsonl"}}))
     assert refused("was made with .*: name another folder")
-    # ---- a file of that name in today's: another one, whose answers may be read again, and do not replace a model's
+    # ---- a file of that name in today's is another one, whose answers replace none
     (tmp_path / "today").mkdir()
     monkeypatch.chdir(tmp_path / "today")
     write_rows("predictions.jsonl", rows)
-    Partial(tmp_path, {"predictions": "predictions.jsonl"}, resume=False, wanted={"p0"})
+    with pytest.raises(UserError, match="goes with answers to 2 puzzles"):
+        Partial(tmp_path, {"predictions": "predictions.jsonl"}, resume=False, wanted={"p0"})
     (tmp_path / "metrics.json").write_text(json.dumps({"run": settings}))
     for name in ("predictions.jsonl", "./predictions.jsonl", "."):
         with pytest.raises(UserError, match="was made with .*: name another folder"):
@@ -509,7 +510,11 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path, monkeypatc
     with pytest.raises(UserError, match="goes with answers to 1 puzzles"):
         Partial(tmp_path, again, resume=False, wanted=ids - {"p2"})
     Partial(tmp_path, again, resume=False, wanted=ids)
-    for made_again in ({"baseline": "random"}, {"predictions": "answers.jsonl"}):
+    # ---- predictions of another place that are there no more: these are the only copy
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": {"predictions": str(tmp_path / "gone.jsonl")}}))
+    assert refused("was made with .*: name another folder")
+    Path("answers.jsonl").touch()
+    for made_again in ({"baseline": "random"}, {"predictions": str(Path("answers.jsonl").resolve())}):
         (tmp_path / "metrics.json").write_text(json.dumps({"run": made_again}))
         Partial(tmp_path, settings, resume=False, wanted=set())
 
@@ -1006,3 +1011,10 @@ def test_a_terminal_of_another_encoding_ends_no_evaluation(tmp_path):
     words = [sys.executable, ROOT / "launch/evaluate.py", *given]
     done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert done.returncode == 0 and "tables: " in done.stdout, done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_told_before_an_answer_is_paid_for(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/x"):
+        with pytest.raises(UserError, match="file is no folder in which you may write"):
+            Partial(folder, {"model": "m"}, resume=False)

@@ -101,7 +101,7 @@ def test_what_was_left_out_and_names_inside_answers_are_said(files):
     rows[0]["prediction"] = rows[0]["prediction"].replace("at a glance", "as a WOMBAT I think")
     write_rows(files / "wombat/predictions.jsonl", rows[:5])
     text = succeed("review", *asked(files), "--out", files / "a/review.html")
-    assert "4 cases of 5 puzzles answered by both; 1 left out, same text twice" in text
+    assert "4 cases of 5 puzzles answered by both; 1 left out (same text)" in text
     (case,) = [c for c in read_key(files / "a/review.key.json")["cases"] if c["puzzle"] == "p0"]
     assert f"a model's name occurs in answers of 1 cases ({case['case']})" in text
 
@@ -475,3 +475,9 @@ def test_it_is_said_when_the_browser_keeps_nothing(files):
         assert browser.js("document.getElementById('kept').className") == "alarm"
         browser.press("1")
         assert browser.text("#done") == "1 of 5 judged" and "since the last export" in browser.text("#kept")
+
+
+def test_a_page_without_its_key_is_not_replaced(files):
+    (files / "review.html").write_text("my thesis")
+    assert "is there without its key" in refused(*asked(files), "--out", files / "review.html")
+    assert (files / "review.html").read_text() == "my thesis"

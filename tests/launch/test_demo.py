@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from data.options import naming, words_of
 from data.prompts import ChatFormat
-from data.puzzles import read_puzzles, read_rows
+from data.puzzles import read_puzzles, read_rows, write_rows
 from eval.demo.record import MADE, record_settings, refuse_other_settings
 from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
 from launch.options import RECIPES, read_recipe, resolve
 from launch.stages import evaluate_files, run_stage
+from launch.together import write_both
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.model.loading import load_tokenizer
@@ -370,3 +371,15 @@ def test_a_stage_that_leaves_no_result_has_been_stopped(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run_stage("atlas", tmp_path / "none", "simulate", out=tmp_path / "a.h5ad", donors=6, types=12, cells_per_type=2)
     assert ended.value.code == 143 and "[atlas] stopped; start the same command again" in capsys.readouterr().err
+
+
+def test_two_builds_put_together_follow_their_parts(tmp_path):
+    parts = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for part in parts:
+        write_rows(part, [{"id": "1", "text": "old"}])
+    write_both(parts, tmp_path / "both.jsonl")
+    write_rows(parts[0], [{"id": "1", "text": "new"}])
+    later = (tmp_path / "both.jsonl").stat().st_mtime_ns + 10**9
+    os.utime(parts[0], ns=(later, later))
+    write_both(parts, tmp_path / "both.jsonl")
+    assert [row["text"] for row in read_rows(tmp_path / "both.jsonl")] == ["new", "old"]

@@ -191,6 +191,21 @@ def passes_on(fn):
     def inner(*args, **kwargs): return fn(*args, **kwargs)
     return inner
 
+def times(fn):
+    @functools.wraps(fn)
+    def inner(prompts, completions, **columns): return fn(completions)
+    return inner
+
+def narrows(fn):
+    @functools.wraps(fn)
+    def inner(completions, answer): return fn(completions, answer=answer)
+    return inner
+
+@times
+def trl_opened(completions): return [1.0]
+@narrows
+def trl_narrowed(completions, **columns): return [1.0]
+def swapped(puzzle, completion): return 1.0
 def trl(prompts, completions, answer, **columns): return [1.0]
 def trl_narrow(completions, donor): return [float(donor[0] == "d1")]
 def trl_solution(completions, solution, **columns): return [1.0]
@@ -227,6 +242,7 @@ def signatures(tmp_path_factory) -> str:
         (":three", "and takes (completion, puzzle, weight): missing a required argument: 'weight'"),
         (":keyword", "and takes (completion, puzzle, *, weight): missing a required argument: 'weight'"),
         (":Judge", "Judge is a class; write an instance into the file, such as `reward = Judge()`, and name that"),
+        (":swapped", "takes (puzzle, completion), and is called with (completion, puzzle); swap them"),
         (":short", "and takes (completion): too many positional arguments"),
         (":cached", "and takes (completion): too many positional arguments"),
         (":trl", "for a function written for TRL write trl:FILE:trl"),
@@ -270,6 +286,8 @@ def test_a_function_that_takes_other_arguments_is_refused_at_the_start(signature
         ("trl::trl", 1.0),
         ("trl::trl_default", 1.0),
         ("trl::trl_decorated", 0.25),
+        ("trl::trl_opened", 1.0),
+        ("trl::trl_narrowed", 1.0),
         ("verl::verl", 1.0),
         ("verl::verl_strict", 1.0),
     ],

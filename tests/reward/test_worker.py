@@ -1,11 +1,14 @@
 """What a reward may do in its process: start pools and processes, fork, run event loops, print, read, raise anything."""
 
+import bdb
+import datetime
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +16,7 @@ from data.errors import UserError
 from data.processes import module_environment
 from data.puzzles import Puzzle
 from reward import Reward, Status, as_reward, load_reward
+from reward.adapters import CONCURRENT
 from reward.scoring import Scorer
 from tests.helpers.commands import ROOT
 
@@ -59,8 +63,31 @@ def {kind}_{how}(data_source, solution_str, ground_truth, extra_info):
 )
 
 DOINGS = """
-import asyncio, os, subprocess, sys, time
+import asyncio, bdb, os, subprocess, sys, time
 from reward import Reward
+
+own_loop = None
+
+async def judge(completion, puzzle):
+    global own_loop
+    own_loop = own_loop or asyncio.get_running_loop()  # as a client that is made at its first use
+    future = own_loop.create_future()
+    own_loop.call_soon(future.set_result, 1.0)
+    return await future
+
+retried = lambda completion, puzzle: judge(completion, puzzle)
+at_once = most = 0
+
+async def counts(completion, puzzle):
+    global at_once, most
+    at_once += 1
+    most = max(most, at_once)
+    await asyncio.sleep(0.01)
+    at_once -= 1
+    return float(most)
+
+def column_of(completion, puzzle):
+    raise ValueError(repr(puzzle.meta))
 
 def plain(completion, puzzle):
     async def later():
@@ -135,6 +162,7 @@ RAISED = {
     "generator": GeneratorExit(),
     "cancelled": asyncio.CancelledError(),
     "interrupt": KeyboardInterrupt(),
+    "quit": bdb.BdbQuit(),
     "base": BaseException("base"),
     "mute": Mute(),
     "surrogate": ValueError("half \\ud83d of two"),
@@ -372,9 +400,41 @@ def test_whatever_is_raised_is_an_error_at_once(folder, name, workers):
         assert reward.message.startswith(text), reward.message
 
 
-def test_an_interrupt_in_the_trainer_itself_is_the_trainers(folder):
-    with pytest.raises(KeyboardInterrupt):
-        score(f"{folder}/doings.py:raises", ["interrupt"], workers=0)
+@pytest.mark.parametrize(("case", "error"), [("interrupt", KeyboardInterrupt), ("quit", bdb.BdbQuit)])
+def test_an_end_in_the_trainer_itself_is_the_trainers(folder, case, error):
+    """Also q in a debugger that a reward has opened: it would open again for every response."""
+    with pytest.raises(error):
+        score(f"{folder}/doings.py:raises", [case], workers=0)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("judge", 0), ("retried", 0), ("judge", 1), ("retried", 1)])
+def test_a_client_lives_in_one_event_loop(folder, name, workers):
+    scorer = Scorer(f"{folder}/doings.py:{name}", workers)
+    for _ in range(2):
+        got = scorer.score(["a", "b"], [PUZZLE] * 2, [False] * 2)
+        assert [reward.total for reward in got] == [1.0, 1.0], got
+    scorer.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scoring_stops_at_the_first_failure_and_keeps_to_its_limits(folder, workers):
+    scorer = Scorer(f"{folder}/doings.py:raises", workers)
+    texts = ["fine", "base", "fine", "base"]
+    got = scorer.score(texts, [PUZZLE] * 4, [False] * 4, stop_at_failure=True)
+    scorer.close()
+    assert [reward and str(reward.status) for reward in got] == ["ok", "error", None, None]
+    most = max(reward.total for reward in score(f"{folder}/doings.py:counts", ["a"] * 100, workers))
+    assert 1 < most <= CONCURRENT
+
+
+def test_a_column_is_the_same_with_workers_and_without(folder):
+    puzzle = replace(PUZZLE, meta={"day": datetime.date(2020, 1, 1), "raw": b"xy", "n": 3})
+    messages = []
+    for workers in (0, 1):
+        scorer = Scorer(f"{folder}/doings.py:column_of", workers)
+        messages += [reward.message for reward in scorer.score(["a"], [puzzle], [False])]
+        scorer.close()
+    assert messages[0] == messages[1] and "'2020-01-01'" in messages[0]
 
 
 def test_messages_become_text_that_can_be_written(folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from data.puzzles import Puzzle
 from launch.options import read_recipe
 from tests.helpers.commands import ROOT, run_command, succeed
 from trainer.config import GrpoConfig
@@ -29,6 +30,7 @@ from trainer.start.memory import (
     trained_bytes,
     training_memory,
 )
+from trainer.start.parts import answer_is_offered
 from trainer.start.preflight import GIB, Launch, check_launch
 
 SHAPE = ROOT / "launch/recipes/qwen2.5-7b"
@@ -408,3 +410,18 @@ def test_the_script_for_slurm_runs_on_both_ends_of_the_range():
     script = (ROOT / "launch/recipes/paper.sbatch").read_text()
     assert "--shutdown-timeout" not in script and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280" in script
     assert "#SBATCH --exclusive\n" in script and "#SBATCH --mem=0\n" in script
+
+
+def test_an_answer_that_its_candidates_do_not_offer_is_seen():
+    """No response that follows the prompt is right: a typo, or another name of the type, in a file made by hand."""
+    cells = [["A"], ["B"]]
+
+    def offered(answer: list[str], candidates: list[str], n_cells: int = 2) -> bool:
+        return answer_is_offered(
+            Puzzle(id="p", context="", cells=cells[:n_cells], candidates=candidates, answer=answer)
+        )
+
+    assert offered(["T cell", "b cell "], ["B cell", "T cell"]) and offered(["T cell"], ["B cell", "T cell"], n_cells=1)
+    assert not offered(["T cell", "NK cell"], ["B cell", "T cell"])
+    assert not offered(["T cell", "T cell"], ["B cell", "T cell"])
+    assert not offered(["NK cell"], ["B cell", "T cell"], n_cells=1) and offered(["NK cell"], [], n_cells=1)

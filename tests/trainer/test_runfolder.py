@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from data.files import unlock_folder
+from data.files import sealed, unlock_folder
 from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.record.runfolder import (
@@ -26,8 +26,10 @@ from trainer.record.runfolder import (
     save_checkpoint,
     say_what_changed,
     training_file,
+    write_json,
 )
 from trainer.sft.settings import SftConfig
+from trainer.start.parts import refuse_to_replace
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
@@ -56,11 +58,49 @@ def test_a_run_is_not_written_over_a_model(tmp_path):
         for config in (SftConfig(traces="t", model=str(folder), out=str(folder)), GrpoConfig(out=str(folder))):
             with pytest.raises(UserError, match="holds a model, or the config.json of another command"):
                 check_run(config)
-    with pytest.raises(UserError, match="the trained model would replace --model"):
-        SftConfig(traces="t", model=str(tmp_path / "sft/model"), out=str(tmp_path / "sft"))
     (tmp_path / "config.json/config.json").write_text('{"settings": {}}')  # of a run that made no step: begins afresh
     check_run(GrpoConfig(out=str(tmp_path / "config.json")))
     unlock_folder(tmp_path / "config.json")
+
+
+def test_a_new_run_replaces_nothing_that_no_run_made(tmp_path):
+    (tmp_path / "model/qwen").mkdir(parents=True)
+    refuse_to_replace(tmp_path)
+    for name in ("model", "best"):
+        (tmp_path / "best").touch()
+        with pytest.raises(UserError, match=f"holds {name}, and no run that made it; it would be replaced"):
+            refuse_to_replace(tmp_path, name)
+    save(tmp_path, 2)
+    refuse_to_replace(tmp_path, "model", "best")
+    with pytest.raises(UserError, match="would write over --traces"):
+        SftConfig(traces=str(tmp_path / "traces.json"), model="m", out=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path, kind):
+    """It would drop the rows of all its steps: days of rollouts."""
+    made = {"traces": str(tmp_path / "t.jsonl"), "model": "m", "save_every": 0} if kind == "sft" else {"save_every": 2}
+    config = (SftConfig if kind == "sft" else GrpoConfig)(**made, out=str(tmp_path), resume=True)
+    write_json(tmp_path / "config.json", sealed({"settings": dataclasses.asdict(config)}))
+
+    def rows(*last: int) -> None:
+        found = [
+            {"step": step, "epoch": (step + 2) // 3} if kind == "sft" else {"step": step} for step in range(1, last[0])
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found) + '{"step": ')
+
+    rows(3)  # died before its first checkpoint, or while it was written
+    check_run(config)
+    rows(6)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="has made 5 steps and holds no checkpoint of them; put .*checkpoints back"):
+        check_run(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    rows(3)
+    (tmp_path / "finished.json").touch()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        check_run(config)
+    unlock_folder(tmp_path)
 
 
 def test_a_flipped_bit_in_an_adapter_is_refused_by_whoever_answers_with_it_too(tmp_path):

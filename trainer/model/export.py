@@ -11,9 +11,10 @@ from safetensors.torch import save
 from data.clusters.known import cell_types_file
 from data.errors import UserError
 from data.files import read_settings, remove_folder
+from data.processes import provenance
 from trainer.model.merge import write_checkpoint
 from trainer.model.opening import ADAPTER_CONFIG, OpenedModel, changes_base, run_of
-from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE, provenance
+from trainer.record.runfolder import ADAPTER, DATA, MAGNITUDE
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 TOKENIZER = ("token", "chat_", "vocab", "merges", "special")

@@ -14,7 +14,9 @@ valuing = partial(option, section="Critic")
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(OnlineConfig):
-    """Proximal policy optimisation (arXiv:1707.06347) with a critic. The defaults are verl's where it has the setting."""
+    """Proximal policy optimisation (arXiv:1707.06347) with a critic. The defaults are verl's where it has the setting,
+    but for two: verl has --dual-clip 3, and no KL unless it is asked for.
+    """
 
     algorithm: ClassVar[str] = "PPO"
 

