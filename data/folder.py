@@ -177,6 +177,12 @@ def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle], options:
     return KnownLabels(known, sorted(genes), puzzles=puzzles).to_json()
 
 
+def _without_report(out: Path) -> list[str]:
+    """The names of files of puzzles in a folder without report.json: of somebody else, or of a build that was killed."""
+    puzzles = [f"{split}.{ending}" for split in ("train", "test", "unseen") for ending in FORMATS["both"]]
+    return [name for name in puzzles if (out / name).exists()] if not (out / "report.json").is_file() else []
+
+
 @contextlib.contextmanager
 def staged(out: Path, resume: bool) -> Iterator[Staging]:
     """The folder beside `out` that keeps the finished files of a build, locked: one build at a time may write there.
@@ -187,10 +193,8 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
     staging = Staging(out.with_name(f".{out.name}.building"))
     if staging.folder.is_symlink():  # files are removed in it
         raise UserError(f"--out {out}: {staging.folder} is a symbolic link; remove it, or name another folder")
-    puzzles = [out / f"{split}.{ending}" for split in ("train", "test", "unseen") for ending in FORMATS["both"]]
-    mine = next((file for file in puzzles if file.exists()), None)
-    if mine and not (out / "report.json").is_file() and not staging.folder.exists():
-        raise UserError(f"--out {out}: {mine.name} is there without the report.json of a build; name another folder")
+    if (found := _without_report(out)) and not staging.folder.exists():
+        raise UserError(f"--out {out}: {found[0]} is there without the report.json of a build; name another folder")
     existed = staging.folder.parent.exists()
     staging.folder.mkdir(parents=True, exist_ok=True)
     with open(os.open(staging.folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as lock:
@@ -206,7 +210,9 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
         try:
             yield staging
         finally:
-            if not staging.finished():
+            if not staging.finished() and not _without_report(
+                out
+            ):  # else the folder says that those files are a build's
                 staging.remove()
                 if not existed:
                     with contextlib.suppress(OSError):  # not empty: it is somebody's

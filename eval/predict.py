@@ -333,7 +333,8 @@ class Partial:
 def _reads(settings: dict[str, Any], path: Path, recorded: bool = False) -> bool:
     """Does an evaluation with these settings read the predictions.jsonl beside a file, its own? recorded: by an earlier one."""
     source = settings.get("predictions")
-    own = (path.parent.resolve(), path.with_name("predictions.jsonl").resolve())
+    # of a file of several, the folder above it also stands for its folder
+    own = (path.parent.resolve(), path.parent.parent.resolve(), path.with_name("predictions.jsonl").resolve())
     if source is None:
         return False
     places = [Path(source)]

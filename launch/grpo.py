@@ -161,9 +161,8 @@ def embedded(config: OnlineConfig) -> Iterator[OnlineConfig]:
             try:
                 demo.refuse_other_settings(settings, recipe := demo.recipe_values(settings), demo.FREE_ON_RESUME)
             except UserError as error:
-                why = str(error).partition(";")[0]
                 raise UserError(
-                    f"without --model the demo is made: {why}; finish that one first, or name --model"
+                    f"without --model: {str(error).partition(';')[0]}; finish that, or name --model"
                 ) from None
             demo.record_settings(settings, recipe)
             demo.prepare(settings)

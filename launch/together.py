@@ -9,14 +9,16 @@ from data.puzzles import read_rows, write_rows
 
 
 def write_both(sources: tuple[Path, Path], out: Path) -> None:
-    """Write the rows of two files, one file after the other, unless `out` exists and is newer. The trainers shuffle them.
+    """Write the rows of two files, one file after the other, where `out` holds others. The trainers shuffle them.
 
     Both number their puzzles from 0, so the ids of the second file get a prefix.
     """
-    if not out.is_file() or any(file.stat().st_mtime_ns > out.stat().st_mtime_ns for file in sources):
-        first, second = map(read_rows, sources)
-        for row in second:
-            row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}
+    if out.is_file() and not all(file.is_file() for file in sources):
+        return
+    first, second = map(read_rows, sources)
+    for row in second:
+        row |= {name: f"cells-{row[name]}" for name in ("id", "puzzle_id") if name in row}
+    if not out.is_file() or read_rows(out) != [*first, *second]:  # the same rows keep their bytes
         write_rows(out, [*first, *second])
 
 

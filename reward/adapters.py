@@ -60,7 +60,8 @@ def adapt(style: str, fn: Callable, path: str, puzzles: Iterable[Puzzle] = ()) -
     _check_call(fn, path, "(completion, puzzle)", "", None)
     # it can be called so, and would read another thing; a decorator hides what it is
     names = list(getattr(_parameters(fn, wrapped=True), "parameters", ()))
-    if names[:2] == ["puzzle", "completion"]:
+    own = _parameters(fn)  # a decorator may swap them
+    if own and list(own.parameters)[:2] == ["puzzle", "completion"]:
         raise UserError(
             f"--reward {path}: takes (puzzle, completion), and is called with (completion, puzzle); swap them"
         )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -29,8 +30,10 @@ from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
-from data.formats.checksum import add_checksum, refuse_to_replace
+from data.formats.checksum import add_checksum
 
+TITLE = "Simulated atlas (no real cells)"
+"""uns["title"] of every simulated atlas."""
 TISSUES = ("lung", "blood", "bone marrow", "ileum", "kidney", "islet of Langerhans")
 
 RIBOSOMAL = tuple(
@@ -188,7 +191,7 @@ def simulate_atlas(
         X=scipy.sparse.vstack(counts, format="csr"),
         obs=cells,
         var=pd.DataFrame({"feature_name": programs.genes}, index=[synthetic_ensembl_id(g) for g in programs.genes]),
-        uns={"title": "Simulated atlas (no real cells)", "simulation": settings},
+        uns={"title": TITLE, "simulation": settings},
     )
 
 
@@ -215,7 +218,7 @@ def write_atlas(
 ) -> anndata.AnnData:
     """Simulate an atlas, write it as .h5ad and return it.
 
-    The file is written completely or not at all (temporary name, then rename); an old file is replaced. Settings: as
+    The file is written completely or not at all (temporary name, then rename); an older atlas is replaced. Settings: as
     for `simulate_atlas`; the same settings write the same bytes. Raises UserError, before anything is written, when the
     name does not end in .h5ad or a setting is out of range.
     """
@@ -229,6 +232,20 @@ def write_atlas(
         adata.write_h5ad(partial, compression="gzip")
         add_checksum(partial)
     return adata
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raises UserError when a simulated atlas would take the place of a file that is none, or whose clusters got labels."""
+    if not path.exists():
+        return
+    try:
+        with h5py.File(path, "r") as file:
+            uns = file.get("uns", {})
+            ours = "title" in uns and uns["title"].asstr()[()] == TITLE and "cell_type_llm" not in uns
+    except (OSError, AttributeError, TypeError):  # no HDF5, or an attribute of another kind
+        ours = False
+    if not ours:
+        raise UserError(f"--out {path}: is no simulated atlas, and would be replaced; name another file")
 
 
 def synthetic_ensembl_id(symbol: str) -> str:

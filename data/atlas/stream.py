@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data.atlas.h5ad_writer import COMPRESSIONS, ENCODINGS, ROOM, GrowingH5ad
 from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.atlas.simulate import (
+    TITLE,
     Donor,
     DonorBatch,
     Programs,
@@ -31,13 +32,14 @@ from data.atlas.simulate import (
     draw_donor_batches,
     draw_donors,
     draw_programs,
+    refuse_to_replace,
     select_types,
     synthetic_ensembl_id,
     types_of,
 )
 from data.errors import UserError
 from data.files import replacing, require_free_space
-from data.formats.checksum import add_checksum, refuse_to_replace
+from data.formats.checksum import add_checksum
 
 BLOCK_CELLS = 1000
 MAX_GENES = 100_000
@@ -117,7 +119,7 @@ def stream_atlas(
     )
     settings = {"donors": n_donors, "seed": seed, "noise": noise, "types": len(entries), "genes": len(table.var)}
     settings |= {"cells_per_type": cells_per_type} if cells is None else {"cells": cells}
-    uns = {"title": "Simulated atlas (no real cells)", "simulation": settings}
+    uns = {"title": TITLE, "simulation": settings}
     seen: set[str] = set()
     categories = obs_categories(donors, entries)
     with replacing(path) as partial:

@@ -106,6 +106,7 @@ class RawFile:
         # a run that was refused at once leaves a file with the settings line only: that one may be overwritten
         begun = len(lines) > 1 or (lines and "settings" not in lines[0])
         ours = b'{"settings"'
+        torn = torn.strip(b"\0")  # which a power cut may leave
         if torn and not lines and torn[: len(ours)] != ours[: len(torn)]:  # the first line of no file of ours
             raise UserError(f"{self.path}: holds something else than responses; move it, or name another --out")
         if begun and not resume:

@@ -31,12 +31,6 @@ def drop_checksum(path: Path) -> None:
         os.truncate(path, path.stat().st_size - LENGTH)
 
 
-def refuse_to_replace(path: Path) -> None:
-    """Raises UserError when a simulated atlas would take the place of a file that is none."""
-    if path.is_file() and _stated(path) is None:
-        raise UserError(f"--out {path}: is no simulated atlas, and would be replaced; name another file")
-
-
 def refuse_damaged(path: Path) -> None:
     """Raises UserError when the bytes of a file are not those of which its last line has the checksum."""
     status = path.stat()

@@ -21,6 +21,7 @@ from scipy import sparse
 from data.build.build import build_puzzles
 from data.build.settings import BuildConfig
 from data.errors import UserError
+from data.folder import staged
 from data.puzzles import read_puzzles
 from launch.build import main
 from tests.data.test_build import TYPES, write_atlas
@@ -455,3 +456,18 @@ def test_puzzle_files_that_no_build_made_are_not_removed(tmp_path, atlas):
     done = run_command("build", atlas, "--out", out)
     assert done.returncode == 2 and "train.jsonl is there without the report.json of a build" in done.stderr
     assert (out / "train.jsonl").read_text() == "mine" and [path.name for path in out.iterdir()] == ["train.jsonl"]
+
+
+def test_a_build_that_was_killed_while_it_moved_its_files_does_not_lock_itself_out(tmp_path):
+    """Its files of puzzles are there, and no report; the next call is refused for an option, and the one after it builds."""
+    out = tmp_path / "puzzles"
+    with pytest.raises(KeyError), staged(out, resume=False):
+        out.mkdir()
+        (out / "train.parquet").touch()
+        raise KeyError("killed")
+    for _ in range(2):
+        with pytest.raises(KeyError), staged(out, resume=False):
+            raise KeyError("refused")
+    with staged(out, resume=False):
+        (out / "report.json").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["puzzles"]

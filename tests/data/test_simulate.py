@@ -376,3 +376,11 @@ def test_a_file_that_is_no_simulated_atlas_is_not_replaced(tmp_path):
         with pytest.raises(UserError, match="is no simulated atlas, and would be replaced"):
             write(tmp_path / "atlas.h5ad", 6, 0)
     assert (tmp_path / "atlas.h5ad").read_text() == "20 GB of real cells"
+    # ---- an older simulated atlas is, unless its clusters were labelled: that may have cost money
+    write_atlas(tmp_path / "old.h5ad", 6, 0, n_types=12)
+    write_atlas(tmp_path / "old.h5ad", 6, 1, n_types=12)
+    labelled = anndata.read_h5ad(tmp_path / "old.h5ad")
+    labelled.uns["cell_type_llm"] = {"model": "m"}
+    labelled.write_h5ad(tmp_path / "old.h5ad")
+    with pytest.raises(UserError, match="is no simulated atlas"):
+        write_atlas(tmp_path / "old.h5ad", 6, 0, n_types=12)

@@ -3,11 +3,13 @@
 import errno
 
 import pytest
+from click.testing import CliRunner
 from transformers import PreTrainedTokenizerFast
 
 from data.errors import UserError
 from data.puzzles import read_puzzles
-from tests.helpers.commands import run_command, succeed
+from launch.create_policy import main
+from tests.helpers.commands import succeed
 from trainer.model.embedded import Shape, create_policy
 from trainer.model.loading import load_tokenizer
 
@@ -60,9 +62,10 @@ def test_a_policy_is_written_whole_or_not_at_all(pipeline, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_policy_does_not_replace_a_model(pipeline):
+def test_a_policy_does_not_replace_a_model(pipeline, tmp_path, monkeypatch):
     before = (pipeline / "base/model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
     for out in (pipeline / "base", pipeline / "puzzles/train.parquet", "."):
-        done = run_command("create_policy", "--puzzles", pipeline / "puzzles/train.parquet", "--out", out)
-        assert done.returncode == 2 and "is a file, not empty, or the folder you are in; name another" in done.stderr
+        done = CliRunner().invoke(main, ["--puzzles", str(pipeline / "puzzles/train.parquet"), "--out", str(out)])
+        assert done.exit_code == 2 and "is a file, not empty, or the folder you are in; name another" in done.output
     assert (pipeline / "base/model.safetensors").read_bytes() == before

@@ -96,6 +96,14 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path, kind):
     with pytest.raises(UserError, match="has made 5 steps and holds no checkpoint of them; put .*checkpoints back"):
         check_run(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    # ---- what counts is how often the run saved, not how often it is to save from now on
+    every = 100 if kind == "grpo" else 20
+    write_json(tmp_path / "config.json", sealed({"settings": dataclasses.asdict(config) | {"save_every": every}}))
+    rows(12)  # of SFT in its fourth epoch
+    check_run(config)
+    rows(every + 2)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        check_run(config)
     rows(3)
     (tmp_path / "finished.json").touch()
     with pytest.raises(UserError, match="holds no checkpoint"):

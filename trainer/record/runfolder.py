@@ -14,7 +14,6 @@ import dataclasses
 import datetime
 import importlib.util
 import json
-import math
 import os
 import re
 import shutil
@@ -38,7 +37,6 @@ from data.files import (
     lock_folder,
     model_hashes,
     naming_what_cannot_be_written,
-    parse_json,
     read_sealed,
     refuse_folder_of_a_model,
     remove_folder,
@@ -79,6 +77,7 @@ FREE_ON_RESUME = {
     "out",
     "base",
     "memory_fraction",
+    "decay_steps",
     "eager",
     "attn",
     "reward_workers",
@@ -179,17 +178,20 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
         raise UserError(f"--resume: {was}; give the old value again, or name another --out")
     refuse_other_files(config, record)
     made = steps_saved(out)
-    if not made and (lines := (out / "metrics.jsonl").read_bytes().splitlines()):
-        refuse_lost_checkpoints(config, [parse_json(line) for line in lines if line.endswith(b"}")])
+    if not made:
+        refuse_lost_checkpoints(out, before.get("save_every"), hasattr(config, "traces"))
     if made > now.get("steps", made):
         raise UserError(f"--steps {now['steps']}: {out} has made {made} steps already; give at least as many")
 
 
-def refuse_lost_checkpoints(config: Any, rows: list[dict[str, Any]]) -> None:
-    """Raises UserError when the run had saved a checkpoint, and none is there: it would begin anew, and lose its rows."""
-    out, every = Path(config.out), config.save_every or math.inf
-    saved = any(row.get("epoch", 1) > 1 or row.get("step", 0) > every for row in rows) or (out / FINISHED).is_file()
-    if saved or (hasattr(config, "traces") and (out / "model").is_dir()):
+def refuse_lost_checkpoints(out: Path, every: int | None, is_sft: bool) -> None:
+    """Raises UserError when the run had saved a checkpoint, and none is there: it would begin anew, and lose its rows.
+
+    every: the run's --save-every; None or 0 for SFT: after each epoch.
+    """
+    rows = [row for _, row in appended_rows(out / "metrics.jsonl", lambda row: type(row.get("step")) is int)]
+    saved = any(row["step"] > every if every else row.get("epoch", 1) > 1 for row in rows)
+    if saved or (out / FINISHED).is_file() or (is_sft and (out / "model").is_dir()):
         why = f"--resume: {out} has made {len(rows)} steps and holds no checkpoint of them"
         raise UserError(f"{why}; put {out}/checkpoints back, or name another --out")
 

@@ -143,7 +143,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         raise UserError(f"--traces {cfg.traces}: the file has no trace; make some with launch/distill.py")
     cell_types_file(cfg.labels, cfg.traces, cfg.model)  # refuse a bad file now, not after the training
     check_run(cfg)
-    refuse_to_replace(Path(cfg.out), "model", *["best"] * bool(cfg.patience))
+    refuse_to_replace(Path(cfg.out), "model", *["best"] * bool(cfg.patience and not cfg.resume))
     cfg = with_date(cfg, world)
     check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
     refuse_problems(check)
