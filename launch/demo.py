@@ -22,7 +22,7 @@ from data.processes import provenance
 from data.status.status import Report, reporting
 from eval.annotate.run import refuse_missing_columns
 from eval.baselines import BASELINES
-from eval.demo.record import record_settings, refuse_other_settings
+from eval.demo.record import last_of, record_settings, refuse_other_settings
 from eval.demo.settings import (
     COLD_START,
     OWN,
@@ -89,7 +89,7 @@ def run_parts(config: DemoConfig, report: Report) -> list[str]:
     grpo |= {"model": out / "sft/model", "puzzles": train, "out": out / "grpo"}
     seconds |= run_stage("grpo", out / "grpo" / FINISHED, "grpo", *begun(out / "grpo"), **grpo)
     done("GRPO")
-    trained = list_checkpoints(out / "grpo")[-1]
+    trained = last_of(list_checkpoints(out / "grpo"), out / "grpo")
     seconds |= evaluate(config, "grpo", trained, compare=out / "eval/sft")
     done("evaluation after")
     seconds |= evaluate_baselines(config)

@@ -98,6 +98,13 @@ def record_settings(config: DemoConfig, recipe: dict[str, Any], anew: bool = Tru
         write_whole(out / RECORD, json.dumps(sealed(recorded_settings(config, recipe)), indent=1) + "\n")
 
 
+def last_of(checkpoints: list[Path], run: Path) -> Path:
+    """The last checkpoint of a finished run. Raises UserError when they were removed."""
+    if not checkpoints:
+        raise UserError(f"{run}: is finished and holds no checkpoint; put {run / 'checkpoints'} back, or remove {run}")
+    return checkpoints[-1]
+
+
 def _is_made(out: Path, files: tuple[str, ...]) -> bool:
     return any(any(out.glob(pattern)) for pattern in files)
 

@@ -116,11 +116,12 @@ def test_a_streamed_file_is_the_same_bytes_again(tmp_path, encoding):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     out = tmp_path / "a.h5ad"
-    out.write_text("old")
+    stream_atlas(out, 6, cells=300)
+    before = out.read_bytes()
     monkeypatch.setattr(data.atlas.stream, "draw_block", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stream_atlas(out, 6, cells=300, encoding="csc")
-    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.options import naming, words_of
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows, write_rows
-from eval.demo.record import MADE, record_settings, refuse_other_settings
+from eval.demo.record import MADE, last_of, record_settings, refuse_other_settings
 from eval.demo.settings import bought_already
 from eval.run_files import summary_text
 from launch.demo import DemoConfig, main, recipe_values, refuse_wrong_options, response_tokens, training_files
@@ -386,3 +386,9 @@ def test_two_builds_put_together_follow_their_parts(tmp_path):
     parts[1].unlink()
     write_both(parts, tmp_path / "both.jsonl")
     assert [row["text"] for row in read_rows(tmp_path / "both.jsonl")] == ["new", "old"]
+
+
+def test_a_finished_run_without_its_checkpoints_is_named(tmp_path):
+    assert last_of([tmp_path / "a", tmp_path / "b"], tmp_path) == tmp_path / "b"
+    with pytest.raises(UserError, match="is finished and holds no checkpoint; put .*checkpoints back"):
+        last_of([], tmp_path)
