@@ -333,12 +333,14 @@ class Partial:
 def _reads(settings: dict[str, Any], path: Path, recorded: bool = False) -> bool:
     """Does an evaluation with these settings read the predictions.jsonl beside a file, its own? recorded: by an earlier one."""
     source = settings.get("predictions")
-    # of a file of several, the folder above it also stands for its folder
-    own = (path.parent.resolve(), path.parent.parent.resolve(), path.with_name("predictions.jsonl").resolve())
+    own = [path.parent.resolve(), path.with_name("predictions.jsonl").resolve()]
     if source is None:
         return False
     places = [Path(source)]
-    if recorded:  # it was relative to the folder of that command, which need not be today's
+    if (
+        recorded
+    ):  # it was relative to the folder of that command, which need not be today's; or the folder of several files
+        own += [path.parent.parent.resolve()]
         places += [path.parent / source, seen_from(path.parent, places[0])]
     return any(place.resolve() in own for place in places)
 

@@ -235,7 +235,9 @@ class OnlineConfig(TrainingConfig):
     max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")
     lr: float = optimizing(1e-6, "Learning rate: constant after warm-up, until --decay-steps.")
-    decay_steps: int = optimizing(0, "Last N of the --steps, in which the rate falls evenly, to 1/N of it; 0: none.")
+    decay_steps: int = optimizing(
+        0, "Last N of the --steps (or all), in which the rate falls evenly, to 1/N of it; 0: none."
+    )
     weight_decay: float = optimizing(0.01, "AdamW weight decay.")
     clip_low: float = objective(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = objective(0.2, "Ratios are clipped at 1 + clip_high.")
@@ -282,8 +284,6 @@ class OnlineConfig(TrainingConfig):
         for name in self.loggers:
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--log {name}: the package is not installed; pip install {name}")
-        if self.decay_steps > self.steps:
-            raise UserError(f"--decay-steps {self.decay_steps}: the run has {self.steps} --steps; give at most as many")
         if self.keep_best and not self.validate:
             raise UserError("--keep-best: the best in what? Name held-out puzzles with --validate")
         if self.surrogate != "clip" and self.dual_clip is not None:

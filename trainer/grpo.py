@@ -516,7 +516,7 @@ def optimizer_step(now: Step, learner: Learner, batch: StepInputs, norm: Tensor)
     if batch.denominators.n_tokens:  # else no response of the batch was scored, so there is nothing to learn
         # both count sampled batches: all updates of a batch (--updates-per-batch) have the same rate
         warm = (now.step + 1) / max(now.cfg.warmup_steps, 1)
-        cool = (now.cfg.steps - now.step) / max(now.cfg.decay_steps, 1)
+        cool = (now.cfg.steps - now.step) / max(min(now.cfg.decay_steps, now.cfg.steps), 1)
         lr = learner.lr * min(1.0, warm, cool)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr

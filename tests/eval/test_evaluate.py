@@ -510,6 +510,10 @@ def test_answers_of_a_model_are_not_replaced_without_a_word(tmp_path, monkeypatc
     with pytest.raises(UserError, match="goes with answers to 1 puzzles"):
         Partial(tmp_path, again, resume=False, wanted=ids - {"p2"})
     Partial(tmp_path, again, resume=False, wanted=ids)
+    # ---- of another place, though above this one
+    (tmp_path / "metrics.json").write_text(json.dumps({"run": settings}))
+    with pytest.raises(UserError, match="was made with .*: name another folder"):
+        Partial(tmp_path, {"predictions": str(tmp_path.parent)}, resume=False, wanted=ids)
     # ---- predictions of another place that are there no more: these are the only copy
     (tmp_path / "metrics.json").write_text(json.dumps({"run": {"predictions": str(tmp_path / "gone.jsonl")}}))
     assert refused("was made with .*: name another folder")

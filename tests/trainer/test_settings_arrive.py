@@ -97,16 +97,21 @@ def test_the_rate_warms_up_and_the_gradient_is_clipped_before_the_step():
     assert (set_learning_rate(run, 0), optimizer.param_groups[0]["lr"]) == (0.5, 0.5)
 
 
-def test_the_rate_falls_evenly_over_the_last_steps():
+@pytest.mark.parametrize(
+    ("decay", "wanted"),
+    [(4, [0.4, 0.8, 0.8, 0.6, 0.4, 0.2]), (0, [0.4, *[0.8] * 5]), (9, [0.4, *(0.8 * k / 6 for k in (5, 4, 3, 2, 1))])],
+)
+def test_the_rate_falls_evenly_over_the_last_steps(decay, wanted):
+    """Of a run that is shorter than that (demo.py --grpo-steps), over all of it."""
     rates = []
     for step in range(6):
         p = torch.nn.Parameter(torch.zeros(1))
         p.grad = torch.ones(1)
         learner = SimpleNamespace(parameters={"p": p}, optimizer=torch.optim.SGD([p], lr=7.0), lr=0.8)
-        now = SimpleNamespace(step=step, cfg=GrpoConfig(steps=6, warmup_steps=2, decay_steps=4, grad_clip=9.0))
+        now = SimpleNamespace(step=step, cfg=GrpoConfig(steps=6, warmup_steps=2, decay_steps=decay, grad_clip=9.0))
         rates.append(optimizer_step(now, learner, SimpleNamespace(denominators=Denominators(1, 2)), torch.tensor(1.0)))
         assert p.item() == pytest.approx(-rates[-1])
-    assert rates == pytest.approx([0.4, 0.8, 0.8, 0.6, 0.4, 0.2])
+    assert rates == pytest.approx(wanted)
 
 
 def test_the_optimizer_gets_rate_and_decay():
