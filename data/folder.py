@@ -210,9 +210,8 @@ def staged(out: Path, resume: bool) -> Iterator[Staging]:
         try:
             yield staging
         finally:
-            if not staging.finished() and not _without_report(
-                out
-            ):  # else the folder says that those files are a build's
+            # where files of puzzles have no report, the folder says that they are a build's
+            if not staging.finished() and not _without_report(out):
                 staging.remove()
                 if not existed:
                     with contextlib.suppress(OSError):  # not empty: it is somebody's
