@@ -337,9 +337,8 @@ def _reads(settings: dict[str, Any], path: Path, recorded: bool = False) -> bool
     if source is None:
         return False
     places = [Path(source)]
-    if (
-        recorded
-    ):  # it was relative to the folder of that command, which need not be today's; or the folder of several files
+    # it was relative to the folder of that command, which need not be today's; or the folder of several files
+    if recorded:
         own += [path.parent.parent.resolve()]
         places += [path.parent / source, seen_from(path.parent, places[0])]
     return any(place.resolve() in own for place in places)
