@@ -4,8 +4,15 @@ Axes: N rows (one per response), T response tokens. `groups[i]` names the prompt
 One departure from verl, on purpose: a group of one response gets advantage 0, while verl passes its raw score through.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def differ(rewards: Iterable[float]) -> bool:
+    """Are the rewards of a group's scored responses not all equal? In float32, as in advantages: 0.1 + 0.2 is 0.3."""
+    return len(torch.tensor(list(rewards)).unique()) > 1
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:

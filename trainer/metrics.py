@@ -15,6 +15,7 @@ from torch import Tensor
 from data.prompts import ChatFormat
 from reward import Reward
 from rollout import Rollout
+from trainer.advantages import differ
 from trainer.config import OnlineConfig
 from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
 from trainer.ranks.world import World
@@ -195,7 +196,7 @@ def _group_kind(rewards: list[float]) -> str:
     """rewards: of a group's scored responses."""
     if not rewards:
         return "unscored"
-    if len(torch.tensor(rewards).unique()) > 1:  # in float32, as advantages are made
+    if differ(rewards):
         return "mixed"
     # of any other value nobody here knows whether it is the best or the worst that the reward function gives
     return {1: "all_right", 0: "all_wrong", -1: "all_wrong"}.get(rewards[0], "all_equal")

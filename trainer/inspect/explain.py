@@ -3,8 +3,7 @@
 import statistics
 from typing import Any
 
-import torch
-
+from trainer.advantages import differ
 from trainer.config import GrpoConfig
 from trainer.inspect.ledger import total_contribution
 from trainer.ppo.settings import PpoConfig
@@ -122,8 +121,8 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
         f"Advantage ({cfg.advantage}): {FORMULAS[cfg.advantage].format(eps=cfg.advantage_eps)}",
         f"    rewards of the group: {', '.join(map(_number, rewards))}",
     ]
-    # decided as group_advantages does, by equality in float32: r - mean of equal floats need not be exactly 0
-    if len(torch.tensor(rewards).unique()) == 1:
+    # decided as group_advantages does, by equality: r - mean of equal floats need not be exactly 0
+    if not differ(rewards):
         return [*lines, "    all equal: 0, this group teaches nothing"]
     filled = f"{_number(r)} - {mean:.6g}"
     if cfg.advantage == "grpo":

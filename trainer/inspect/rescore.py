@@ -13,7 +13,7 @@ from data.files import sha256
 from data.puzzles import Puzzle, read_puzzles
 from reward.scoring import Scorer
 from rollout import group_numbers
-from trainer.advantages import group_advantages, overlong_penalty
+from trainer.advantages import differ, group_advantages, overlong_penalty
 
 
 def puzzles_of_run(file: str, recorded: str | None) -> dict[str, Puzzle]:
@@ -94,9 +94,9 @@ def summary_lines(rows: list[dict[str, Any]], shown: int = 5) -> list[str]:
     groups: dict[int, list[dict]] = defaultdict(list)
     for row, number in zip(rows, group_numbers(rows), strict=True):
         groups[number].append(row)
-    # a group whose rewards are all equal (in float32) has advantages of 0, so it has no gradient
+    # a group whose rewards are all equal has advantages of 0, so it has no gradient
     teach = [
-        sum(len(torch.tensor([r[key] for r in group if r[key] is not None]).unique()) > 1 for group in groups.values())
+        sum(differ(row[key] for row in group if row[key] is not None) for group in groups.values())
         for key in ("old_reward", "reward")
     ]
     lines = [

@@ -13,9 +13,8 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 
-import torch
-
 from rollout import stable_seed
+from trainer.advantages import differ
 from trainer.config import GrpoConfig
 from trainer.packing import ScoredGroup
 from trainer.policy import Prompt
@@ -66,8 +65,7 @@ def replace_equal_groups(
 
 def is_mixed(group: ScoredGroup) -> bool:
     """Has the group two different rewards? Responses that were not scored do not count."""
-    # as advantages are made: in float32, where 0.1 + 0.2 is 0.3
-    return len(torch.tensor([row["reward"] for row in group.rows if row["reward"] is not None]).unique()) > 1
+    return differ(row["reward"] for row in group.rows if row["reward"] is not None)
 
 
 def other_prompts(prompts: list[Prompt], batch: set[str], seed: int, step: int) -> Iterator[Prompt]:
