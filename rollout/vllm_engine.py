@@ -33,10 +33,10 @@ class VLLMEngine(LocalEngine):
     """A vLLM engine inside the rank, or over `tensor_parallel` neighbouring ranks. It gets its adapter in memory.
 
     model_dir: a Hugging Face checkpoint. lora: PEFT's r, lora_alpha, target_modules, or None for no adapter.
-    max_model_len: prompt + response tokens. sequences: responses that one generate() asks for at most; eager: see
-    gpu_settings. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it from
-    memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory; level
-    2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1. sampler_lora: see
+    max_model_len: prompt + response tokens. base_dtype: of the trainer's base, where it is not dtype. sequences: responses
+    that one generate() asks for at most; eager: see gpu_settings. kv_cache_bytes: KV cache on CPU; on a GPU vLLM sizes it
+    from memory_fraction. may_sleep: free the GPU's memory between samplings (level 1: the weights move to main memory;
+    level 2 would lose the adapter). nucleus: top_p will be below 1, and the temperature 1. sampler_lora: see
     merges_adapter. shares_weights: the trainer reads its frozen weights from held_weights(); only the KV cache sleeps.
     """
 
@@ -47,6 +47,7 @@ class VLLMEngine(LocalEngine):
         lora: dict[str, Any] | None,
         max_model_len: int,
         dtype: str = "float32",
+        base_dtype: str = "",
         sequences: int = 256,
         eager: bool = False,
         kv_cache_bytes: int = 1 << 30,
@@ -67,7 +68,9 @@ class VLLMEngine(LocalEngine):
             name_shared_memory_apart()
         from vllm import LLM
 
-        self.merges = bool(lora) and merges_adapter(sampler_lora, model_dir, dtype, on_gpu or shares_weights)
+        self.merges = bool(lora) and merges_adapter(
+            sampler_lora, model_dir, base_dtype or dtype, on_gpu or shares_weights
+        )
         """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
         self.merged: tuple[Parcel, Manifest] | None = None
         sequences = min(sequences, MOST_SEQUENCES["cuda" if on_gpu else "cpu"])
@@ -236,8 +239,9 @@ def vllm_rank(rank: int) -> int:
 def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:
     """Does the sampler add the adapter to its weights ("merged"), or compute it beside them in vLLM's kernels ("kernel")?
 
-    "auto" merges on a CPU in float32, where vLLM's kernels take several times as long as the model itself. In bfloat16 a
-    merge would round the small updates away. on_gpu: also True where the weights are the trainer's too.
+    "auto" merges on a CPU, where vLLM's kernels take several times as long as the model itself, but not into a bfloat16 base:
+    its numbers lie far apart, and a small update would be rounded away from most of them. dtype: of the trainer's base.
+    on_gpu: also True where the weights are the trainer's too.
     """
     can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
     if sampler_lora == "merged" and not can:

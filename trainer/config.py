@@ -113,12 +113,9 @@ class TrainingConfig:
         False, "With --checkpointing: keep the outputs of attention, which is then not computed again."
     )
     memory_fraction: float = sampling(0.4, "Share of GPU memory given to vLLM.")
-    eager: bool = sampling(
-        False, "vLLM on a GPU: do not compile the model nor capture CUDA graphs; it starts sooner and samples slower."
-    )
+    eager: bool = sampling(False, "vLLM on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.")
     keep_checkpoints: int = run(2, "Newest checkpoints kept.")
     hang_seconds: float = run(1800.0, "A rank without progress for so long is named, and the run ends.")
-
     notify: str = run(
         "",
         "Shell command for the end of the run, also a failed or killed one; it gets RUN_OUT, RUN_STATE, RUN_ERROR, ...",
@@ -214,8 +211,7 @@ class OnlineConfig(TrainingConfig):
     )
     overlong_buffer: float = rewarding(
         0.0,
-        "Soft over-long penalty (DAPO): over this last share of --max-response-tokens the reward falls evenly, by up to 1; "
-        "0: none.",
+        "Soft over-long penalty (DAPO): over this last share of --max-response-tokens the reward falls by up to 1; 0: none.",
     )
     insist: bool = rewarding(False, "Go on when no response of the first step has a valid format, or all were cut.")
     prompts_per_step: int = sampling(64, "Prompts per batch, over all ranks (P).")
@@ -231,6 +227,9 @@ class OnlineConfig(TrainingConfig):
         "auto",
         "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32, with --base copies.",
         ("auto", "merged", "kernel"),
+    )
+    sampler_dtype: str = sampling(
+        "auto", "vLLM's weights and products; auto: --dtype, but on a CPU bfloat16 with --autocast.", DTYPES
     )
     max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")

@@ -183,7 +183,7 @@ def ask(engine: Engine, policy: Policy, batch: list[Prompt], cfg: OnlineConfig, 
 def make_canary(policy: Policy, text: list[int], cfg: TrainingConfig) -> Canary:
     """A text (token ids) and its log-probs under the reference, which never change; hand_over adds the policy's."""
     reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
-    tolerance = CANARY_TOLERANCE["bfloat16" if policy.autocast else cfg.dtype]
+    tolerance = CANARY_TOLERANCE["bfloat16" if policy.autocast or cfg.sampler_dtype == "bfloat16" else cfg.dtype]
     return Canary(ids=text, policy=[], reference=reference, tolerance=tolerance)
 
 

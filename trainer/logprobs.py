@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 27}
-"""Upper bound on the logits that exist at a time, whatever `chunk` says: 128 and 512 MiB of float32.
+CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Upper bound on the logits that exist at a time, whatever `chunk` says: 32 and 512 MiB of float32.
 
 Every chunk reads the head twice. On a GPU 220 tokens (2^25 logits of a vocabulary of 152,000) keep the memory as busy
 as the products do the cores.

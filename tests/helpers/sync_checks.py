@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 tests/helpers/sync_checks.py parallel CHECKPOINT   o
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 
 import psutil
@@ -33,6 +34,13 @@ def policy_of(checkpoint: str, rank: int) -> Policy:
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / rank)
     return policy
+
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+def mean_distance(one: list[float], other: list[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def canary_of(policy: Policy) -> Canary:
@@ -112,10 +120,10 @@ def rounded(checkpoint: str, world: World) -> dict:
     return {"plans": [has for has, _ in found], "same": same, "dtypes": dtypes}
 
 
-def merged(checkpoint: str, world: World) -> dict:
+def merged(checkpoint: str, world: World, dtype: str = "float32") -> dict:
     """The adapter added to the sampler's weights: proven like one beside them, and nothing is left of it afterwards."""
     policy = policy_of(checkpoint, 16)
-    engine = VLLMEngine(checkpoint, lora=policy.lora, max_model_len=256)
+    engine = VLLMEngine(checkpoint, lora=policy.lora, max_model_len=256, dtype=dtype, base_dtype="float32")
     untouched = engine.prompt_logprobs(TEXT)
     random = torch.Generator().manual_seed(0)
     distances = []
@@ -123,9 +131,12 @@ def merged(checkpoint: str, world: World) -> dict:
         with torch.no_grad():
             for parameter in policy.trainable().values():
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
-        engine.deliver(policy.adapter_tensors(), version, canary := canary_of(policy))
+        canary = replace(canary_of(policy), tolerance=TOLERANCE[dtype])
+        engine.deliver(policy.adapter_tensors(), version, canary)
         distances.append(canary.check(*engine.prove(canary)))
     result = {"merges": engine.merges, "bound": engine.bound, "distance": max(distances)}
+    result["away from the base"] = mean_distance(canary.policy, canary.reference)
+    result["dtype"] = str(next(worker_of(engine).model_runner.get_model().parameters()).dtype)
     result["off again"] = engine.prompt_logprobs(TEXT, adapter=False) == untouched == engine.off
     result["on again"] = engine.prompt_logprobs(TEXT) == engine.prove(canary)[0] != untouched
     result |= many(engine, policy, canary, 60)
@@ -193,6 +204,7 @@ def parallel(checkpoint: str, world: World, sampler_lora: str = "kernel") -> dic
 if __name__ == "__main__":
     joined = join_world()
     checks = {"ranks": ranks, "parallel": parallel, "merged": merged, "rounded": rounded}
+    checks["merged, bfloat16"] = partial(merged, dtype="bfloat16")
     checks["parallel, merged"] = partial(parallel, sampler_lora="merged")
     outcome = checks[sys.argv[1]](sys.argv[2], joined)
     print(f"RESULT {os.environ['RANK']} {json.dumps(outcome)}", flush=True)

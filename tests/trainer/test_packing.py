@@ -156,6 +156,20 @@ def test_shared_prefix_attention_is_attention_with_a_mask(heads, kv_heads, kerne
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_gradients_of_attention_in_bfloat16_are_rounded_once_on_a_cpu():
+    """PyTorch's kernel for CPUs adds up in bfloat16 what it computes in it: twice the error, and no less time."""
+    layout = make_layout([(150, [40, 60])], "cpu")
+    random = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(250, n, 64, generator=random).to(torch.bfloat16) for n in (6, 2, 2, 6))
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention._SharedPrefixAttention.apply(*inputs, layout, 0.125, attention.CPU)
+        found.append(torch.autograd.grad(out, inputs, grad.to(dtype)))
+    for ours, exact in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16 and float((ours - exact).norm() / exact.norm()) < 3e-3
+
+
 def test_the_gpu_path_runs_without_data():
     """No GPU here: shapes and dtypes of every step, and the call of PyTorch's varlen kernels, on the meta device."""
 

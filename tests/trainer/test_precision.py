@@ -23,11 +23,14 @@ from transformers import (
 
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
-from trainer.model.loading import Head, head_of, through_nf4, why_not_shared
+from trainer.model.loading import Head, empty_model, head_of, through_nf4, why_not_shared
 from trainer.model.merge import sampler_model
+from trainer.model.shared import has_bfloat16_products, sampler_dtype
 from trainer.packing import pack
 from trainer.policy import Policy
-from trainer.start.parts import has_bfloat16_products, load_policy
+from trainer.start.memory import sampler_memory
+from trainer.start.parts import load_policy
+from trainer.start.preflight import GIB, Launch
 
 REWARD = "def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n"
 SHORT = (
@@ -197,6 +200,39 @@ def test_bfloat16_products_stay_near_float32(pipeline):
 def test_bfloat16_weights_make_bfloat16_products(pipeline, tmp_path):
     rows = run(pipeline, tmp_path / "run", "--dtype", "bfloat16")
     assert rows[0]["sampling/logp_difference/mean"] < 0.05 and rows[1]["grad_norm"] > 0
+
+
+@pytest.mark.vllm
+@pytest.mark.slow(5)
+def test_a_sampler_in_bfloat16_beside_a_base_in_float32(pipeline, tmp_path):
+    said = start(pipeline, pipeline / "base", tmp_path / "run", "--dtype", "float32", "--sampler-dtype", "bfloat16")
+    assert (
+        "two copies, the trainer's and the sampler's: the trainer's is in float32, and the sampler's in bfloat16"
+        in said
+    )
+    rows = lines(tmp_path / "run/metrics.jsonl")
+    assert all(1e-4 < row["sampling/logp_difference/mean"] < 0.05 for row in rows) and rows[1]["grad_norm"] > 0
+
+
+def test_the_sampler_computes_as_the_trainer_does(pipeline, monkeypatch):
+    """--autocast on a CPU that has its products; never where both read one base, or where the user says otherwise."""
+    monkeypatch.setattr("trainer.model.shared.has_bfloat16_products", lambda device: there)
+    float32 = {"model": str(pipeline / "base"), "dtype": "float32"}
+    for there, on_gpu, settings, dtype in (  # noqa: B007 (the lambda reads it)
+        (True, False, {"autocast": True}, "bfloat16"),
+        (False, False, {"autocast": True}, "float32"),
+        (True, True, {"autocast": True}, "float32"),
+        (True, False, {"autocast": True, "base": "shared"}, "float32"),
+        (True, False, {"autocast": True, "sampler_dtype": "float32"}, "float32"),
+        (True, False, {}, "float32"),
+        (True, True, {"dtype": "bfloat16"}, "bfloat16"),
+        (False, False, {"sampler_dtype": "bfloat16"}, "bfloat16"),
+    ):
+        assert sampler_dtype(GrpoConfig(**{**float32, **settings}), on_gpu) == dtype, settings
+    here = Launch(nodes=1, ranks_per_node=1, rank_bytes=8 * GIB, device="cpu")
+    there, base = True, empty_model(str(pipeline / "base"), torch.float32, "sdpa")
+    wide, narrow = (sampler_memory(GrpoConfig(**float32, autocast=autocast), here, base) for autocast in (False, True))
+    assert narrow.weights == wide.weights / 2 and narrow.response == wide.response / 2
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,7 @@ def test_the_dry_run_says_what_would_fit_and_it_does():
         ({"lora_rank": 0}, "--lora-rank 0 trains every weight, so none is frozen"),
         ({"quantize": "nf4"}, "--quantize nf4 holds the trainer's in 4 bits, and the sampler's in float32"),
         ({"sampler_lora": "merged"}, "--sampler-lora merged writes the adapter into the sampler's weights"),
+        ({"sampler_dtype": "bfloat16"}, "the trainer's is in float32, and the sampler's in bfloat16"),
     ],
 )
 def test_where_a_base_cannot_be_shared_it_says_why_and_is_refused_if_asked_for(more, why):

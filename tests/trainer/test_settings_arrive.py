@@ -154,8 +154,14 @@ def test_every_seed_and_epoch_has_its_own_order():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "tolerance"), [("float32", False, 1e-4), ("bfloat16", False, 0.05), ("float32", True, 0.05)]
+    ("dtype", "autocast", "sampler", "tolerance"),
+    [
+        ("float32", False, "auto", 1e-4),
+        ("bfloat16", False, "auto", 0.05),
+        ("float32", True, "auto", 0.05),
+        ("float32", False, "bfloat16", 0.05),
+    ],
 )
-def test_the_canary_allows_what_the_numbers_of_the_policy_round_to(dtype, autocast, tolerance):
+def test_the_canary_allows_what_the_numbers_of_policy_and_sampler_round_to(dtype, autocast, sampler, tolerance):
     policy = SimpleNamespace(lora=None, autocast=autocast)
-    assert make_canary(policy, [1, 2], GrpoConfig(dtype=dtype)).tolerance == tolerance
+    assert make_canary(policy, [1, 2], GrpoConfig(dtype=dtype, sampler_dtype=sampler)).tolerance == tolerance

@@ -15,13 +15,14 @@ from trainer.config import OnlineConfig
 from trainer.grpo import logprobs_before_update, loss_terms, reference_logprobs
 from trainer.metrics import TokenSums
 from trainer.model.attention import why_no_flash
+from trainer.model.shared import has_bfloat16_products
 from trainer.packing import Denominators, MicroBatch
 from trainer.policy import Policy
 from trainer.ppo.critic import Critic, ValueSums
 from trainer.ppo.settings import PpoConfig
 from trainer.record.bundle import Bundle
 from trainer.record.nonfinite import BadToken, bad_term_of, find_bad_gradient
-from trainer.start.parts import has_bfloat16_products, load_policy
+from trainer.start.parts import load_policy
 
 DEVICE = torch.device("cpu")
 

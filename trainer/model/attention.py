@@ -272,15 +272,20 @@ def _cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _cpu_backward(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
     segments = call.segments
-    over_queries = (grad, call.q, out, lse.T[..., None])  # lse as [L,Hq,1], so that it can be split like the others
-    return _side_by_side(
+    # in bfloat16 this kernel takes three times as long for a segment of 150 tokens, and for one of 600 no less (LOG.md)
+    wide = torch.promote_types(call.q.dtype, torch.float32)
+    # lse as [L,Hq,1], so that it can be split like the others
+    over_queries = tuple(x.to(wide) for x in (grad, call.q, out, lse.T[..., None]))
+    over_keys = call.k.to(wide), call.v.to(wide)
+    found = _side_by_side(
         [
             aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_i, q_i, k_i, v_i, out_i, lse_i[..., 0], 0.0, segments.causal, scale=call.scale
             )
-            for grad_i, q_i, out_i, lse_i, k_i, v_i in _each(segments, over_queries, (call.k, call.v))
+            for grad_i, q_i, out_i, lse_i, k_i, v_i in _each(segments, over_queries, over_keys)
         ]
     )
+    return [x.to(call.q.dtype) for x in found]
 
 
 # ---- VARLEN: PyTorch's flash kernel on GPUs, all segments in one call

@@ -12,6 +12,7 @@ What makes it safe: at the start every view is compared, byte for byte, with the
 must have had no write since, and must add up to the same sum. Only the KV cache sleeps: the weights stay where they are.
 """
 
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,12 +49,32 @@ def why_two_copies(cfg: OnlineConfig, on_gpu: bool) -> str:
         return f"--quantize {cfg.quantize} holds the trainer's in 4 bits, and the sampler's in {cfg.dtype}"
     if cfg.sampler_lora == "merged":
         return "--sampler-lora merged writes the adapter into the sampler's weights"
+    if (dtype := sampler_dtype(cfg, on_gpu)) != cfg.dtype:
+        return f"the trainer's is in {cfg.dtype}, and the sampler's in {dtype}"
     if cfg.base == "copies":
         return "--base copies"
     if cfg.base == "auto" and not on_gpu:
         # and in float32 it adds the adapter to its copy, which is several times as fast as its kernels
         return "on a CPU vLLM packs its own for speed (--base shared keeps them plain)"
     return ""
+
+
+def sampler_dtype(cfg: OnlineConfig, on_gpu: bool) -> str:
+    """Of vLLM's weights and products (--sampler-dtype).
+
+    auto: the base's, but on a CPU bfloat16 where --autocast makes the trainer's products in it: most of the time of sampling
+    is spent in them. The adapter is added to the base's weights in float32, and the sum is rounded once.
+    """
+    if cfg.sampler_dtype != "auto":
+        return cfg.sampler_dtype
+    rounds = cfg.autocast and cfg.dtype == "float32" and not on_gpu and cfg.base != "shared"
+    return "bfloat16" if rounds and has_bfloat16_products(torch.device("cpu")) else cfg.dtype
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Are products in bfloat16 faster than in float32 there? True for a processor that is not of the x86 family."""
+    known = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "_is_avx512_bf16_supported")
+    return device.type != "cpu" or not known or torch.cpu._is_avx512_bf16_supported()
 
 
 def base_refused(why: str) -> str:

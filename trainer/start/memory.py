@@ -15,7 +15,7 @@ import torch
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import OnlineConfig
 from trainer.model.cost import head_size
-from trainer.model.shared import why_two_copies
+from trainer.model.shared import sampler_dtype, why_two_copies
 from trainer.start.preflight import GIB, Launch, Row, batch_parts, row_of
 
 CONTEXT = 0.7 * GIB
@@ -259,8 +259,8 @@ def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
 
 def sampler_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
     """What vLLM takes of a rank: --memory-fraction of a GPU; on a CPU its weights and 1 GiB of KV cache."""
-
-    size, shape, on_gpu = getattr(torch, cfg.dtype).itemsize, base.config, launch.device == "cuda"
+    shape, on_gpu = base.config, launch.device == "cuda"
+    size = sampler_itemsize(cfg, on_gpu)
     tp = cfg.tensor_parallel
     weights = n_weights(base) * size / tp  # vLLM's copy; nf4 is written out in full
     work = 0.0
@@ -283,6 +283,11 @@ def linear_layers(base: torch.nn.Module) -> list[torch.nn.Linear]:
     return [m for layer in base.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
+def sampler_itemsize(cfg: OnlineConfig, on_gpu: bool) -> int:
+    """Bytes of a number in vLLM: of a weight, of a key."""
+    return getattr(torch, sampler_dtype(cfg, on_gpu)).itemsize
+
+
 def trained_itemsize(cfg: OnlineConfig) -> int:
     """Bytes of one trained weight: LoRA weights are float32 whatever the base is."""
     return 4 if cfg.lora_rank else getattr(torch, cfg.dtype).itemsize
@@ -295,10 +300,10 @@ def trained_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> int:
 
 
 def slot_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> float:
-    """Bytes of vLLM's slots for the adapter, which are in the dtype of its weights."""
+    """Bytes of vLLM's slots for the adapter on a GPU, which are in the dtype of its weights."""
     if not cfg.lora_rank:
         return 0.0
-    return trained_bytes(cfg, base) / trained_itemsize(cfg) * getattr(torch, cfg.dtype).itemsize
+    return trained_bytes(cfg, base) / trained_itemsize(cfg) * sampler_itemsize(cfg, on_gpu=True)
 
 
 def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: float) -> float:

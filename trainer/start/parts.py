@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,14 @@ from rollout.split import SplitEngine
 from trainer.config import OnlineConfig, TrainingConfig
 from trainer.model.loading import INSTEAD, RUNS_TOO, SHARES_PROMPTS
 from trainer.model.merge import sampler_model
-from trainer.model.shared import NotSharedError, SharedBase, base_refused, why_two_copies
+from trainer.model.shared import (
+    NotSharedError,
+    SharedBase,
+    base_refused,
+    has_bfloat16_products,
+    sampler_dtype,
+    why_two_copies,
+)
 from trainer.packing import ScoredGroup, pack
 from trainer.policy import Policy, Prompt
 from trainer.prompts.validation import HeldOut, Validator
@@ -158,12 +164,6 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
     return policy, engine
 
 
-def has_bfloat16_products(device: torch.device) -> bool:
-    """Are products in bfloat16 faster than in float32 there? True for a processor that is not of the x86 family."""
-    known = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.cpu, "_is_avx512_bf16_supported")
-    return device.type != "cpu" or not known or torch.cpu._is_avx512_bf16_supported()
-
-
 def load_policy(
     cfg: TrainingConfig, device: torch.device, sharded: bool = False, base: SharedBase | None = None
 ) -> Policy:
@@ -265,7 +265,8 @@ def make_vllm_engine(cfg: OnlineConfig, lora: dict | None, size: int = 1, **plac
         sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, cfg.out),
         lora=lora,
         max_model_len=cfg.max_prompt_tokens + cfg.max_response_tokens,
-        dtype=cfg.dtype,
+        dtype=sampler_dtype(cfg, torch.cuda.is_available()),
+        base_dtype=cfg.dtype,
         sequences=cfg.sequences(size),
         eager=cfg.eager,
         memory_fraction=cfg.memory_fraction,
