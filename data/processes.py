@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import select
 import signal
@@ -207,3 +208,16 @@ def provenance() -> dict[str, Any]:
     # of our folder, not of the working directory, which may be another repository
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
+
+
+def file_of_function(name: str) -> Path | None:
+    """The file that holds a function, named as module:function or file.py:function; None where none is found."""
+    module = name.rpartition(":")[0]
+    place: str | None = module if module.endswith(".py") else None
+    if module and not place:
+        try:
+            found = importlib.util.find_spec(module)
+        except ImportError:
+            found = None
+        place = found.origin if found is not None and found.has_location else None
+    return Path(place) if place and Path(place).is_file() else None

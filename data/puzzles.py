@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def _parse_body(body: str) -> tuple[str, str, list[list[str]]]:
         match = _CELL_LINE.fullmatch(line)
         if not match or int(match[1]) != number:
             raise UserError(f"line {number} of the cells is not 'Cell {number}: GENE, GENE, ...': {line[:60]!r}")
-        cells.append(match[2].split(", "))
+        cells.append([sys.intern(gene) for gene in match[2].split(", ")])  # else a text for each gene of each cell
     raw_context = head[len(CONTEXT_HEAD) :]
     context = raw_context.removesuffix(" ")
     return context, raw_context[len(context) :], cells
@@ -236,8 +237,14 @@ def _parse_answer(assistant_msg: str) -> list[str]:
     return [label.strip() for label in (block[1] if block else assistant_msg).split("|")]
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All rows of a .parquet, .jsonl or .json file. Raises UserError with the name of the file and the line, if any."""
+def read_rows(
+    path: str | os.PathLike, keep: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda row: row
+) -> list[dict[str, Any]]:
+    """All rows of a .parquet, .jsonl or .json file. Raises UserError with the name of the file and the line, if any.
+
+    keep(row): what is wanted of a row, None for nothing. The rollouts of a long run are far larger than memory; of a .jsonl
+    file no more than one row is held beside what is kept.
+    """
     path = Path(path)
     if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a .parquet, .jsonl or .json file in it")
@@ -245,13 +252,22 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
-            return _rows_of_parquet(path)
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+            return _kept(_rows_of_parquet(path), keep)
+        with open(path, encoding="utf-8-sig") as file:  # editors of Windows begin a file with a mark
+            if path.suffix != ".json":
+                return _kept(_rows_of_jsonl(path, file), keep)
+            text = file.read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read, is it damaged or without permission? ({reason_of(error)})") from None
-    return _rows_of_json(path, text) if path.suffix == ".json" else _rows_of_jsonl(path, text)
+    return _kept(_rows_of_json(path, text), keep)
+
+
+def _kept(
+    rows: Iterable[dict[str, Any]], keep: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> list[dict[str, Any]]:
+    return [wanted for row in rows if (wanted := keep(row)) is not None]
 
 
 def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
@@ -301,12 +317,9 @@ def _where(error: ValueError) -> str:
     return f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
-def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(
-        text.removesuffix("\n").split("\n"), start=1
-    ):  # str.splitlines would also cut at U+2028
-        if not line:
+def _rows_of_jsonl(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):  # of a file: str.splitlines would also cut at U+2028
+        if line == "\n":
             continue
         try:
             row = parse_json(line)
@@ -315,10 +328,10 @@ def _rows_of_jsonl(path: Path, text: str) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: must be a row, {{...}}")
         try:
-            rows.append(unsealed_row(row))
+            row = unsealed_row(row)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}; put a copy back, or remove that line") from None
-    return rows
+        yield row
 
 
 def read_puzzles(path: str | os.PathLike) -> list[Puzzle]:

@@ -117,8 +117,9 @@ def each_by_itself(fit: np.ndarray) -> list[int]:
 
 def known_markers(train: Iterable[Puzzle]) -> MarkerTable:
     """{normalised label: marker genes} from data/atlas/markers.tsv; for labels not in it, learned from `train`."""
-    table = {label: list(entry.markers) for label, entry in read_markers().items()} | marker_table(train)
-    return {normalise_label(label): genes for label, genes in table.items()}
+    learned = {normalise_label(label): genes for label, genes in marker_table(train).items()}
+    # the table wins, also for a label that the puzzles write with other capitals
+    return learned | {normalise_label(label): list(entry.markers) for label, entry in read_markers().items()}
 
 
 def overlap(puzzle: Puzzle, table: MarkerTable) -> np.ndarray:

@@ -4,6 +4,7 @@ python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward reward.cellpuzzl
 python launch/rescore.py runs/demo/grpo/rollouts.jsonl --reward my_rewards.py:fn --out rescored.jsonl
 """
 
+import itertools
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -37,26 +38,25 @@ def main(config: RescoreConfig) -> None:
     load_reward(config.reward)
     if config.out and not config.out.endswith(".jsonl"):
         raise UserError(f"--out {config.out}: name a file that ends in .jsonl")
-    rows = read_rows(config.rollouts)
     record = record_beside(Path(config.rollouts))
     settings = record["settings"]
     puzzle_file = config.puzzles or settings.get("puzzles")
     inputs = [Path(path).resolve() for path in (config.rollouts, puzzle_file) if path]
     if config.out and Path(config.out).resolve() in inputs:
         raise UserError(f"--out {config.out}: is an input, which would be lost; name another file")
-    needed = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer")))
-    lacking = [(number, name) for number, row in enumerate(rows or [{}], 1) for name in needed if name not in row]
-    if lacking:
-        number, name = lacking[0]
-        raise UserError(
-            f"{config.rollouts}: not the rollouts of a GRPO run (no '{name}' in row {number}); name another file"
-        )
+    needed, numbers = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer"))), itertools.count(1)
+
+    def wanted(row: dict) -> dict | None:
+        lacking = [f"(no '{name}' in row {number})" for number in [next(numbers)] for name in needed if name not in row]
+        if lacking:
+            raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run {lacking[0]}; name another file")
+        return {name: row[name] for name in needed} if not config.step or row["step"] in config.step else None
+
+    rows = read_rows(config.rollouts, wanted)
     if puzzle_file is None:
         raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
-    if config.step:
-        rows = [row for row in rows if row["step"] in config.step]
-        if not rows:
-            raise UserError(f"{config.rollouts}: holds no rollout of step {config.step[0]}")
+    if not rows:
+        raise UserError(f"{config.rollouts}: holds no rollout of step {config.step[0] if config.step else 1}")
 
     from reward.scoring import Scorer
     from trainer.inspect.rescore import puzzles_of_run, rescore, summary_lines

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from data.errors import UserError
-from data.options import DTYPES, check_numbers, option, settle_dtype
+from data.options import DTYPES, check_numbers, flag_of, option, settle_dtype
 from trainer.objective import AGGREGATIONS, CORRECTIONS, SURROGATES
 
 # --help lists the settings under these headings
@@ -98,7 +98,7 @@ class TrainingConfig:
         "weight is trained.",
         DTYPES,
     )
-    autocast: bool = weights(False, "Matrix products in bfloat16; always so for LoRA on bfloat16 weights.")
+    autocast: bool = weights(False, "Products in bfloat16 (on a CPU vLLM's too); always so with LoRA on such weights.")
     attn: str = speed(
         "auto",
         "Attention kernels: PyTorch's own, or those of flash-attn-4 or flash-attn (GPU). auto: the latter where they are "
@@ -109,9 +109,7 @@ class TrainingConfig:
         "none", "Hold the base in 4 bits (QLoRA); vLLM samples from the same rounded weights.", ("none", "nf4")
     )
     checkpointing: bool = speed(False, "Compute activations again in backward instead of keeping them.")
-    keep_attention: bool = speed(
-        False, "With --checkpointing: keep the outputs of attention, which is then not computed again."
-    )
+    keep_attention: bool = speed(False, "With --checkpointing: keep attention's outputs, and do not compute it again.")
     memory_fraction: float = sampling(0.4, "Share of GPU memory given to vLLM.")
     eager: bool = sampling(False, "vLLM on a GPU: no compiling, no CUDA graphs; it starts sooner and samples slower.")
     keep_checkpoints: int = run(2, "Newest checkpoints kept.")
@@ -160,9 +158,7 @@ class OnlineConfig(TrainingConfig):
 
     algorithm: ClassVar[str]
 
-    model: str | None = run(
-        None, "Checkpoint folder to start from, and the reference policy; default: the embedded one."
-    )
+    model: str | None = run(None, "Checkpoint folder to start from, and the reference; default: the embedded one.")
     puzzles: str | None = run(None, "Training puzzles, .parquet or .jsonl; default: the embedded simulated ones.")
     out: str = run("runs/grpo", "Run folder.")
     curriculum: str | None = run(
@@ -225,7 +221,7 @@ class OnlineConfig(TrainingConfig):
     )
     sampler_lora: str = sampling(
         "auto",
-        "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU in float32, with --base copies.",
+        "vLLM adds the adapter to its weights, or computes it beside them; auto: merged on a CPU on a float32 --base of its own.",
         ("auto", "merged", "kernel"),
     )
     sampler_dtype: str = sampling(
@@ -234,9 +230,7 @@ class OnlineConfig(TrainingConfig):
     max_prompt_tokens: int = sampling(3072, "Longer prompts are left out and counted.")
     max_response_tokens: int = sampling(3000, "Responses are cut here (and score as truncated).")
     lr: float = optimizing(1e-6, "Learning rate: constant after warm-up, until --decay-steps.")
-    decay_steps: int = optimizing(
-        0, "Last N of the --steps (or all), in which the rate falls evenly, to 1/N of it; 0: none."
-    )
+    decay_steps: int = optimizing(0, "Last N of the --steps (or all), in which the rate falls evenly to 1/N; 0: none.")
     weight_decay: float = optimizing(0.01, "AdamW weight decay.")
     clip_low: float = objective(0.2, "Ratios are clipped at 1 - clip_low.")
     clip_high: float = objective(0.2, "Ratios are clipped at 1 + clip_high.")
@@ -259,9 +253,7 @@ class OnlineConfig(TrainingConfig):
     )
     entropy: bool = objective(False, "Also report the policy's exact entropy per token (a pass over the logits more).")
     save_every: int = run(20, "Steps between checkpoints; the last step always saves.")
-    save_steps: str = run(
-        "never", "Steps kept as replayable bundles in OUT/steps: never, every:10, or 3,17 (launch/replay.py)."
-    )
+    save_steps: str = run("never", "Steps kept for launch/replay.py in OUT/steps: never, every:10, or 3,17.")
     tensorboard: bool = run(False, "The same as --log tensorboard.")
     log: str = run(
         "",
@@ -322,7 +314,7 @@ class OnlineConfig(TrainingConfig):
         if self.placement == "colocate":
             for name, unset in (("max_staleness", 0), ("restart_samplers", 0), ("sampler_ranks", 1)):
                 if getattr(self, name) != unset:
-                    raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: needs --placement split")
+                    raise UserError(f"{flag_of(name)} {getattr(self, name)}: needs --placement split")
         elif self.sampler_ranks % self.tensor_parallel:
             raise UserError(
                 f"--sampler-ranks {self.sampler_ranks}: must be a multiple of --tensor-parallel {self.tensor_parallel}"
@@ -332,8 +324,9 @@ class OnlineConfig(TrainingConfig):
                 f"--top-p {self.top_p} and --temperature {self.temperature}: vLLM then reports log-probs of a distribution "
                 "that the trainer does not score; leave one of them at 1, or use --engine torch"
             )
-        if self.engine == "torch" and self.tensor_parallel > 1:
-            raise UserError(f"--tensor-parallel {self.tensor_parallel}: needs --engine vllm")
+        for name, unset in (("tensor_parallel", 1), ("sampler_dtype", "auto")):
+            if self.engine == "torch" and getattr(self, name) != unset:
+                raise UserError(f"{flag_of(name)} {getattr(self, name)}: needs --engine vllm")
         if self.shard == "fsdp" and (self.quantize != "none" or self.optimizer == "adamw8bit"):
             name = f"--quantize {self.quantize}" if self.quantize != "none" else f"--optimizer {self.optimizer}"
             raise UserError(f"{name}: cannot be sharded; use --shard none")

@@ -21,19 +21,8 @@ from trainer.objective import CLIPS, LOG_RATIO_LIMIT, LossTerms
 from trainer.ranks.world import World
 
 SUMMED = (
-    "loss",
-    "pg_loss",
-    "kl",
-    "clip_low",
-    "clip_high",
-    "clip_dual",
-    "mismatch",
-    "mismatch_kl",
-    "is_weight",
-    "is_weight_squared",
-    "tokens",
-    "entropy",
-    "distill_loss",
+    *("loss", "pg_loss", "kl", "clip_low", "clip_high", "clip_dual", "mismatch", "mismatch_kl"),
+    *("is_weight", "is_weight_squared", "tokens", "entropy", "distill_loss", "dropped"),
 )
 
 
@@ -68,6 +57,7 @@ class TokenSums:
                 "is_weight": weight.sum(),
                 "is_weight_squared": weight.square().sum(),
                 "tokens": terms.mask.sum(),
+                "dropped": (terms.mask & (terms.correction == 0)).sum(),  # by --correction mis or seq-mis
             }
             if terms.entropy is not None:
                 values["entropy"] = terms.entropy.masked_fill(~terms.mask, 0.0).sum()  # entropy[mask] would wait
@@ -154,6 +144,7 @@ def step_metrics(step: int, rows: list[dict], sums: TokenSums, cfg: OnlineConfig
         "sampling/logp_difference/mean": totals["mismatch"] / tokens,
         "sampling/logp_difference/max": sums.mismatch_max,
         "sampling/kl": totals["mismatch_kl"] / tokens,
+        **({"sampling/dropped_tokens": totals["dropped"] / tokens} if cfg.correction.endswith("mis") else {}),
         # (sum of w)^2 / sum of w^2 / tokens: 1 where all weights are equal, 1 / tokens where one dominates
         "sampling/effective_sample_size": totals["is_weight"] ** 2 / max(totals["is_weight_squared"], 1e-30) / tokens,
         "grad_norm": sums.grad_norm,  # of the last update, before clipping

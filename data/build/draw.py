@@ -35,8 +35,10 @@ def split_groups(
         if group[0] in assignment:
             splits[assignment[group[0]]][group] = types
     rows_unseen = cells.rows[_has_unseen_disease(cells, config)]
+    is_unseen = np.zeros(int(cells.rows.max(initial=-1)) + 1, dtype=bool)
+    is_unseen[rows_unseen] = True
     for group, types in splits["unseen"].items():
-        with_disease = {cell_type: rows[np.isin(rows, rows_unseen)] for cell_type, rows in types.items()}
+        with_disease = {cell_type: rows[is_unseen[rows]] for cell_type, rows in types.items()}
         splits["unseen"][group] = {cell_type: rows for cell_type, rows in with_disease.items() if len(rows)}
     donors = cells.columns["donor_id"]
     of_unseen_donor = np.array([assignment.get(name) == "unseen" for name in donors.names])[donors.codes]

@@ -292,11 +292,15 @@ def _rank_means(
             for n in of_row:  # a cell may belong to profiles of two splits
                 means[n, ids] += values
         means /= np.array([[len(profiles[i].rows)] for i in members])
+        of_group: dict[int, np.ndarray] = {}
+        if settings.rank == "deg":
+            for number in {profiles[i].group for i in members}:
+                in_group = [m for m, j in enumerate(members) if profiles[j].group == number]
+                of_group[number] = log(means[in_group]).mean(axis=0)
         for n, i in enumerate(members):
             scores, least = means[n], 0.0
             if settings.rank == "deg":
-                others = [m for m, j in enumerate(members) if profiles[j].group == profiles[i].group]
-                scores, least = log(means[n]) - log(means[others]).mean(axis=0), SAME_LEVEL * log(means[n])
+                scores, least = log(means[n]) - of_group[profiles[i].group], SAME_LEVEL * log(means[n])
             listed = np.flatnonzero((scores > least) & (means[n] > 0) & genes.listed)
             order = listed[np.lexsort((listed, -scores[listed]))][: settings.top_genes]
             ranked[i] = genes.names[order].tolist()
@@ -326,7 +330,8 @@ def highly_variable(reader: Reader, genes: Genes, rows: np.ndarray, kind: str, n
     """[U] bool: the n_genes genes with the largest normalised dispersion over the cells `rows`.
 
     As scanpy's flavor 'seurat' (Satija et al. 2015, doi:10.1038/nbt.3192): dispersion is log(variance / mean) of the
-    scaled expression, standardised within HVG_BINS bins of log(1 + mean).
+    scaled expression, standardised within HVG_BINS bins of log(1 + mean). Logarithms are taken to be ln(1 + x), as scanpy
+    takes them; of values with base 2 or 10 about one gene in ten is another.
     """
     scale = scale_for(kind)
     total, squares = np.zeros(len(genes.names)), np.zeros(len(genes.names))  # [U] sums over cells: one pass, no matrix

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from data.atlas.markers import RENAMED, read_markers
 from data.prompts import normalise_label
-from data.puzzles import Puzzle
+from data.puzzles import Puzzle, cell_ids_problem
 
 CALL_END = "</call>"
 """Sampling stops after it."""
@@ -48,12 +48,12 @@ class Tables:
         return found | {new.upper(): found[old.upper()] for new, old in RENAMED.items()}
 
     @cached_property
-    def listed(self) -> dict[str, Counter]:
-        """{normalised label: {gene: number of its cells that list it}}"""
-        found: dict[str, Counter] = {}
+    def listed(self) -> dict[str, dict[tuple[str, ...], str]]:
+        """{normalised label: {gene list of one of its cells: the cell}}. A cell that several puzzles show counts once."""
+        found: dict[str, dict[tuple[str, ...], str]] = {}
         for puzzle in self.puzzles:
-            for genes, label in zip(puzzle.cells, puzzle.answer, strict=True):
-                found.setdefault(normalise_label(label), Counter()).update(genes)
+            for genes, label, cell in zip(puzzle.cells, puzzle.answer, _names_of_cells(puzzle), strict=True):
+                found.setdefault(normalise_label(label), {})[tuple(genes)] = cell
         return found
 
     @cached_property
@@ -67,11 +67,19 @@ class Tables:
 
     def profile(self, label: str, puzzle: Puzzle) -> str:
         """The genes that most cells of a type list in the training puzzles, without the cells of this puzzle."""
-        counts = Counter(self.listed.get(normalise_label(label), {}))
-        for genes, own in zip(puzzle.cells, puzzle.answer, strict=True):
-            if normalise_label(own) == normalise_label(label):
-                counts.subtract(genes)  # its own cell would give its answer away
-        typical = sorted((gene for gene, n in counts.items() if n > 0), key=lambda gene: (-counts[gene], gene))
+        # its own cell would give its answer away, also as another puzzle shows it (--gene-dropout lists other genes)
+        wanted = normalise_label(label)
+        shown = zip(puzzle.cells, puzzle.answer, _names_of_cells(puzzle), strict=True)
+        own = {
+            name
+            for genes, own, cell in shown
+            if normalise_label(own) == wanted
+            for name in (tuple(genes), cell)
+            if name
+        }
+        others = self.listed.get(wanted, {}).items()
+        counts = Counter(gene for genes, cell in others if genes not in own and cell not in own for gene in genes)
+        typical = sorted(counts, key=lambda gene: (-counts[gene], gene))
         return ", ".join(typical[:MOST_NAMES]) or "no other cell of this type"
 
     def result(self, call: str, puzzle: Puzzle) -> str:
@@ -80,6 +88,13 @@ class Tables:
         if tool == "markers":
             return f"{call}: {self.markers(argument)}"
         return f"{call}: {self.profile(argument, puzzle)}" if tool == "profile" else NOT_UNDERSTOOD
+
+
+def _names_of_cells(puzzle: Puzzle) -> list[str]:
+    """File and barcode of each cell, as a build records them; "" for puzzles of others."""
+    if cell_ids_problem(puzzle) or not puzzle.meta.get("cell_ids"):
+        return [""] * len(puzzle.cells)
+    return [f"{puzzle.meta.get('source', '')} {cell}" for cell in puzzle.meta["cell_ids"]]
 
 
 def call_in(response: str) -> str | None:

@@ -27,7 +27,12 @@ def read_responses(
     """
     by_id = {puzzle.id: puzzle for puzzle in puzzles}
     found: list[Response] = []
-    rows = read_rows(file)
+    # of rollouts, which are far larger than their texts, and of which few steps may be asked for
+    heavy, other = {"response_ids", "sampler_logprobs"}, {"step": None}
+    rows = read_rows(
+        file,
+        lambda row: other if steps and row.get("step") not in steps else {k: row[k] for k in row if k not in heavy},
+    )
     for number, row in enumerate(rows):
         if steps and row.get("step") not in steps:
             continue

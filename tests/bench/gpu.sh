@@ -63,6 +63,8 @@ smollm2() {
 
 SAMPLING=""
 [ -n "${TINY:-}" ] || SAMPLING="--model 40M --dtype bfloat16 --tokens 256"
+EIGHT_BITS=adamw8bit  # as the recipe; where bitsandbytes is
+"$PYTHON" -c "import bitsandbytes" 2>/dev/null || EIGHT_BITS=adamw
 CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction"
 [ $# -gt 0 ] || set -- kernels smollm2 update shape_7b
 # shellcheck disable=SC2086
@@ -86,7 +88,7 @@ for wanted in "$@"; do
     # the base in memory twice, as before --base shared: the same metrics, more memory, slower sleep and wake
     shape_7b_copies) run shape_7b_copies 240 qwen2.5-7b --dtype bfloat16 -- --base copies ;;
     # what the recipe one_gpu_24gb does, on a card with so many GiB; the table is to be right within 10 %
-    card_24gb) run card_24gb 240 qwen2.5-7b --dtype bfloat16 --limit-gib 22.5 -- $CARD 0.86 ;;
+    card_24gb) run card_24gb 240 qwen2.5-7b --dtype bfloat16 --long --limit-gib 22.5 -- $CARD 0.86 --optimizer "$EIGHT_BITS" ;;
     card_8gb) run card_8gb 160 qwen2.5-1.5b --dtype bfloat16 --limit-gib 7.6 -- $CARD 0.6 ;;
     *) result "${wanted}_skipped no piece has this name" ;;
     esac

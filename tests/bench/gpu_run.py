@@ -37,6 +37,7 @@ from tests.bench.update import MODELS, Task, make_checkpoint, shape_of
 from trainer import grpo
 from trainer.config import GrpoConfig
 from trainer.model.embedded import make_tokenizer
+from trainer.model.loading import load_tokenizer
 from trainer.record.runfolder import read_record
 from trainer.start import parts
 from trainer.start.memory import estimate_memory
@@ -59,7 +60,7 @@ class Watch:
     def __init__(self, name: str, run: Path) -> None:
         """name: of the figures. run: the run folder."""
         self.name, self.run = name, run
-        self.seconds: dict[str, list[float]] = {"sleep": [], "wake": []}
+        self.seconds: dict[str, list[float]] = {"sleep": [], "wake": [], "load_adapter": [], "prove": []}
         self.most: dict[str, int] = {}
         """{phase of a step, or "start": bytes of the GPU that this process used at most}"""
         # torch's own figures would not do: they count vLLM's tensors, also while they sleep
@@ -77,6 +78,9 @@ class Watch:
         """Put clocks around what the run calls."""
         VLLMEngine.sleep = self._timed("sleep", VLLMEngine.sleep, lambda engine: engine.may_sleep and not engine.asleep)
         VLLMEngine.wake = self._timed("wake", VLLMEngine.wake, lambda engine: engine.asleep)
+        # the hand-over with its checks, and the sampler's part of the canary
+        VLLMEngine.load_adapter = self._timed("load_adapter", VLLMEngine.load_adapter, lambda engine: True)
+        VLLMEngine.prove = self._timed("prove", VLLMEngine.prove, lambda engine: True)
         make_engine, clock = parts.make_vllm_engine, grpo.Clock
 
         def timed_engine(*args: Any, **settings: Any) -> Any:
@@ -116,11 +120,14 @@ class Watch:
         VLLMEngine.sleep, VLLMEngine.wake = sleep_and_lend, wake_and_take_back
 
     def _timed(self, name: str, method: Callable, happens: Callable[[VLLMEngine], bool]) -> Callable:
-        def call(engine: VLLMEngine) -> None:
+        def call(engine: VLLMEngine, *given: Any) -> Any:
             counts, start = happens(engine), time.perf_counter()
-            method(engine)
+            found = method(engine, *given)
             if counts:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 self.seconds[name].append(time.perf_counter() - start)
+            return found
 
         return call
 
@@ -139,6 +146,25 @@ def own_gpu_bytes() -> int:
         pass
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def long_puzzles(folder: Path, most: int, tokenizer: Any) -> Path:
+    """The puzzles of the fixture with longer system messages: their prompts have just below `most` tokens."""
+    rows = [json.loads(line) for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
+    lengths = []
+    for row in rows:
+        words = row["user_msg"].split()
+        tokens = len(tokenizer(" ".join(words)).input_ids)
+        missing = (
+            most - 100 - len(tokenizer(row["system_msg"] + row["user_msg"]).input_ids)
+        )  # 100: for the chat template
+        filler = words * (missing // tokens + 1)
+        row["system_msg"] += " " + " ".join(filler[: int(missing * len(words) / tokens)])
+        lengths.append(len(tokenizer(row["system_msg"] + row["user_msg"]).input_ids))
+    say("long_puzzles_tokens", f"{min(lengths)} to {max(lengths)}")
+    path = folder / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def make_model(model: str, folder: Path, dtype: str) -> None:
@@ -204,6 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--limit-gib", type=float, help="act as a card of so much memory; then --memory-fraction is of it"
     )
+    parser.add_argument("--long", action="store_true", help="prompts of just below 3,072 tokens; else of about 1,000")
     parser.add_argument("--tiny", action="store_true", help="a million weights in place of the shape, short responses")
     arguments = parser.parse_args(given[:ours])
     name = arguments.name or Path(arguments.model).name
@@ -212,11 +239,15 @@ def main() -> None:
     if Path(shape).is_dir():
         model = Path(shape)
     else:
-        words += [*COMMON, "--puzzles", str(FIXTURE), *(SMALL if arguments.model == "small" else LARGE)]
+        words += [*COMMON, *(SMALL if arguments.model == "small" else LARGE)]
         words += TINY if arguments.tiny else []
         shape = "embedded" if arguments.tiny else shape
         model = arguments.work / f"model-{shape}"
         make_model(shape, model, "float32" if shape in MODELS else "bfloat16")
+        words += [
+            "--puzzles",
+            str(long_puzzles(arguments.work, 3072, load_tokenizer(model)) if arguments.long else FIXTURE),
+        ]
     given = given[ours + 1 :]
     share, limit = None, arguments.limit_gib if torch.cuda.is_available() else None
     if limit:

@@ -83,7 +83,13 @@ def measure_ours(task: Task, profiles: bool) -> None:
         module.forward = forward
     say("update_attention_of_ours", policy.attn)
     kernels = "sdpa" if policy.attn == "flash" else "flash"
-    if problem := attention.why_no_flash(policy.device) if kernels == "flash" else "":
+    problem = attention.why_no_flash(policy.device) if kernels == "flash" else ""
+    if kernels == "flash" and not problem:  # a package that is there may not work, which must not end what follows
+        head = policy.causal_lm.config.hidden_size // policy.causal_lm.config.num_attention_heads
+        problem = attention.why_not_equal(
+            attention.flash_kernel(), attention.VARLEN, policy.device, torch.bfloat16, head
+        )
+    if problem:
         say(f"update_{kernels}", f"skipped: {problem}")
     else:
         own = policy.attention

@@ -1,7 +1,9 @@
 """Puzzle rows: the published bytes survive a round trip, malformed rows are named."""
 
+import dataclasses
 import json
 import random
+import tracemalloc
 
 import pytest
 
@@ -169,3 +171,22 @@ def test_metadata_that_parquet_cannot_hold_is_named(tmp_path):
 
 def test_an_id_is_text_whatever_the_file_says(tmp_path):
     assert Puzzle.from_row({**ROW, "id": 7}).id == "7"
+
+
+def test_genes_of_many_puzzles_are_one_text_each(tmp_path):
+    """Half a million puzzles would hold 250 million texts."""
+    puzzle = Puzzle(id="a", context="x", cells=[["CD3D", "IL7R"], ["LYZ"]], candidates=["T", "M"], answer=["T", "M"])
+    write_puzzles(tmp_path / "p.jsonl", [puzzle, dataclasses.replace(puzzle, id="b")])
+    first, second = read_puzzles(tmp_path / "p.jsonl")
+    assert first.cells == second.cells and first.cells[0][0] is second.cells[0][0]
+
+
+def test_one_row_of_a_long_file_is_read_without_the_others(tmp_path):
+    """The rollouts of a long run are larger than memory."""
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "ids": list(range(9000))}) + "\n" for step in range(60)))
+    tracemalloc.start()
+    (row,) = read_rows(path, lambda row: {"step": row["step"]} if row["step"] == 40 else None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert row == {"step": 40} and peak < path.stat().st_size / 4

@@ -309,6 +309,14 @@ def test_the_tables_do_not_give_a_puzzle_its_own_answer():
     assert tables.profile("B cell", other) == "H1, MS4A1"
     assert tables.profile("B cell", Puzzle(**{**vars(PUZZLE), "answer": ["x", "y", "z", "w"]})) == "MS4A1, H1, Y"
     assert Tables([PUZZLE]).profile("B cell", PUZZLE) == "no other cell of this type"
+    # nor where another puzzle shows the same cell, with the same genes or with others
+    again = Puzzle(**{**vars(PUZZLE), "id": "again"})
+    assert Tables([PUZZLE, again]).profile("B cell", PUZZLE) == "no other cell of this type"
+    ids = {"source": "a.h5ad", "cell_ids": ["1", "2", "3", "4"]}
+    one, two = (Puzzle(**{**vars(found), "meta": ids}) for found in (PUZZLE, other))
+    assert Tables([one, two]).profile("B cell", one) == "no other cell of this type"
+    two = Puzzle(**{**vars(two), "meta": {**ids, "source": "b.h5ad"}})
+    assert Tables([one, two]).profile("B cell", one) == "MS4A1, Y"
     assert tables.profile("martian", PUZZLE) == "no other cell of this type"
     assert tables.markers("no such gene") == "of no cell type of the table"
     assert "B cell" in tables.markers(" ms4a1 ").split(", ")

@@ -64,6 +64,11 @@ def test_markers_of_the_table_name_their_cells():
 def test_markers_of_a_label_that_the_table_lacks_are_learned_from_training():
     train = [puzzle([["MS4A1", "CD79A", "RPL3"], ["ODD1", "ODD2", "RPL3"]], ["B cell", "odd cell"])] * 3
     assert {"ODD1", "ODD2"} <= set(known_markers(train)["odd cell"])
+    # a label of the table that the puzzles write with other capitals keeps the table's genes
+    capitals = [
+        Puzzle(id="c", context="x", cells=[["ACTB"], ["LYZ"]], candidates=["B Cell", "T"], answer=["B Cell", "T"])
+    ]
+    assert known_markers(capitals)["b cell"] == known_markers([])["b cell"] and "t" in known_markers(capitals)
     one = puzzle([["RPL3", "ODD2"], ["MS4A1", "CD79A"]], ["odd cell", "B cell"])
     assert answer("markers", [one], 0, train)[1] == []
     assert labels_of("markers", one, train) == ["odd cell", "B cell"]

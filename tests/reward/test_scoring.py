@@ -359,6 +359,8 @@ def test_groups_are_counted_and_zeros_explained():
         "no clip: one update per batch",
         " the adapter starts at zero",
     ]
+    dropped = notes(mixed, GrpoConfig(correction="seq-mis"), **{"sampling/dropped_tokens": 1.0})
+    assert dropped[0] == " --correction seq-mis dropped every token"
     assert notes(mixed, GrpoConfig(lora_rank=0))[-1] == " the policy is still its reference"
     assert notes(rows_of([1.0, 1.0]), paper)[0] == " all groups right"
     assert notes(rows_of([0.0, 0.0]), paper)[0] == " all groups wrong"

@@ -78,6 +78,12 @@ def test_more_processes_than_gpus(monkeypatch):
         assert own_device(there - 1, there) == torch.device("cuda", there - 1)
         with pytest.raises(UserError, match=f"^4 processes on this machine see {words}, .* --nproc-per-node {there}"):
             own_device(3, 4)
+    monkeypatch.setenv("SLURM_PROCID", "3")  # srun --gpus-per-task=1 without torchrun
+    with pytest.raises(UserError, match=r"let each see all GPUs of its node \(srun --gpu-bind=none\), or set CUDA"):
+        own_device(3, 4)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(UserError, match="--nproc-per-node 2\\), or set CUDA"):
+        own_device(3, 4)
 
 
 def test_no_gpu_is_no_problem(nvidia_smi, monkeypatch):

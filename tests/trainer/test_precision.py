@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +22,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from data.errors import UserError
 from tests.helpers.commands import run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.model.loading import Head, empty_model, head_of, through_nf4, why_not_shared
-from trainer.model.merge import sampler_model
+from trainer.model.merge import sampler_model, write_checkpoint
 from trainer.model.shared import has_bfloat16_products, sampler_dtype
 from trainer.packing import pack
 from trainer.policy import Policy
 from trainer.start.memory import sampler_memory
-from trainer.start.parts import load_policy
+from trainer.start.parts import load_policy, share_sampler_base
 from trainer.start.preflight import GIB, Launch
 
 REWARD = "def fewer_letters(completion, puzzle):\n    return -len(completion) / 50\n"
@@ -154,6 +156,22 @@ def test_a_copy_that_is_there_needs_no_right_to_write(pipeline, tmp_path, monkey
     assert sampler_model(str(pipeline / "base"), "nf4", "float32", tmp_path) == first
 
 
+def test_one_rank_makes_the_copy_before_any_looks_for_it(monkeypatch):
+    """On a disk without working locks ranks that each made it would remove one another's."""
+    done = []
+    monkeypatch.setattr("trainer.start.parts.sampler_model", lambda *what: done.append("copy"))
+    for is_main, quantize, expected in (
+        (True, "nf4", ["copy", "wait"]),
+        (False, "nf4", ["wait"]),
+        (True, "none", []),
+    ):
+        world = SimpleNamespace(is_main=is_main, total=lambda value: done.append("wait"))
+        cfg = SimpleNamespace(quantize=quantize, model="m", dtype="float32", out="o")
+        share_sampler_base(cfg, world)
+        assert done == expected
+        done.clear()
+
+
 def test_a_copy_of_another_model_is_made_anew(pipeline, tmp_path):
     """A run that died before its first step may begin again with other settings, in the same folder."""
     other = tmp_path / "other"
@@ -214,7 +232,7 @@ def test_a_sampler_in_bfloat16_beside_a_base_in_float32(pipeline, tmp_path):
     assert all(1e-4 < row["sampling/logp_difference/mean"] < 0.05 for row in rows) and rows[1]["grad_norm"] > 0
 
 
-def test_the_sampler_computes_as_the_trainer_does(pipeline, monkeypatch):
+def test_the_sampler_computes_as_the_trainer_does(pipeline, tmp_path, monkeypatch):
     """--autocast on a CPU that has its products; never where both read one base, or where the user says otherwise."""
     monkeypatch.setattr("trainer.model.shared.has_bfloat16_products", lambda device: there)
     float32 = {"model": str(pipeline / "base"), "dtype": "float32"}
@@ -229,8 +247,13 @@ def test_the_sampler_computes_as_the_trainer_does(pipeline, monkeypatch):
         (False, False, {"sampler_dtype": "bfloat16"}, "bfloat16"),
     ):
         assert sampler_dtype(GrpoConfig(**{**float32, **settings}), on_gpu) == dtype, settings
+    narrow, there = tmp_path / "narrow", True  # a checkpoint in bfloat16: small updates would be rounded away
+    write_checkpoint(pipeline / "base", narrow, torch.bfloat16)
+    assert sampler_dtype(GrpoConfig(**{**float32, "model": str(narrow)}, autocast=True), False) == "float32"
+    with pytest.raises(UserError, match="--sampler-dtype bfloat16: needs --engine vllm"):
+        GrpoConfig(engine="torch", sampler_dtype="bfloat16")
     here = Launch(nodes=1, ranks_per_node=1, rank_bytes=8 * GIB, device="cpu")
-    there, base = True, empty_model(str(pipeline / "base"), torch.float32, "sdpa")
+    base = empty_model(str(pipeline / "base"), torch.float32, "sdpa")
     wide, narrow = (sampler_memory(GrpoConfig(**float32, autocast=autocast), here, base) for autocast in (False, True))
     assert narrow.weights == wide.weights / 2 and narrow.response == wide.response / 2
 

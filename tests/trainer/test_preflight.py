@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -330,6 +331,10 @@ def test_the_dry_run_says_what_would_fit_and_it_does():
         ({"shard": "fsdp"}, "--shard fsdp: a rank of the trainer holds only its rows of every matrix"),
         ({"lora_rank": 0}, "--lora-rank 0 trains every weight, so none is frozen"),
         ({"quantize": "nf4"}, "--quantize nf4 holds the trainer's in 4 bits, and the sampler's in float32"),
+        (
+            {"quantize": "nf4", "sampler_dtype": "bfloat16"},
+            "--quantize nf4 holds the trainer's in 4 bits, and the sampler's in bfloat16",
+        ),
         ({"sampler_lora": "merged"}, "--sampler-lora merged writes the adapter into the sampler's weights"),
         ({"sampler_dtype": "bfloat16"}, "the trainer's is in float32, and the sampler's in bfloat16"),
     ],
@@ -411,6 +416,25 @@ def test_the_script_for_slurm_runs_on_both_ends_of_the_range():
     script = (ROOT / "launch/recipes/paper.sbatch").read_text()
     assert "--shutdown-timeout" not in script and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280" in script
     assert "#SBATCH --exclusive\n" in script and "#SBATCH --mem=0\n" in script
+
+
+def test_a_job_that_slurm_starts_again_goes_on(tmp_path):
+    """After a preemption, or the loss of a node, with the same words; a first start that made no run begins anew."""
+    for program, does in (("srun", 'echo "$@"'), ("scontrol", "echo node1")):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x"}
+    script = ["sh", ROOT / "launch/recipes/paper.sbatch", "--seed", "1"]
+
+    def words(**more: str) -> str:
+        return subprocess.run(script, cwd=tmp_path, env=env | more, capture_output=True, text=True, check=True).stdout
+
+    assert words(SLURM_RESTART_COUNT="1").endswith(" sh --seed 1\n")
+    (tmp_path / "runs/paper/grpo").mkdir(parents=True)
+    (tmp_path / "runs/paper/grpo/config.json").touch()
+    assert words().endswith(" sh --seed 1\n") and words(SLURM_RESTART_COUNT="1").endswith(" sh --resume --seed 1\n")
 
 
 def test_an_answer_that_its_candidates_do_not_offer_is_seen():

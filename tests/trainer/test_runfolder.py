@@ -29,7 +29,7 @@ from trainer.record.runfolder import (
     write_json,
 )
 from trainer.sft.settings import SftConfig
-from trainer.start.parts import refuse_to_replace
+from trainer.start.parts import refuse_to_replace, with_sampler_dtype
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
@@ -207,6 +207,55 @@ def test_rewind_drops_later_rows_and_a_torn_last_line(tmp_path, capsys):
     with pytest.raises(ValueError, match="rollouts.jsonl, line 1: is damaged; put a copy"):
         rewind(tmp_path, 2)
     assert (tmp_path / "rollouts.jsonl").read_bytes() == b"{}\n" + before
+
+
+def test_rewind_copies_nothing_and_tells_the_watch_of_each_row(tmp_path):
+    """Rollouts of a long run are larger than what is free on the disk, and take longer to read than a rank may be silent."""
+    path, told = tmp_path / "rollouts.jsonl", []
+    text = "".join(f'{{"step": {step}}}\n' for step in (1, 1, 2, 3))
+    path.write_text(text)
+    file = path.stat().st_ino
+    for step, left in ((3, text), (2, text[:36]), (0, "")):
+        rewind(tmp_path, step, lambda: told.append(1))
+        assert path.read_text() == left and path.stat().st_ino == file
+    assert len(told) == 4 + 4 + 3
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}')  # two runs, put together by hand
+    rewind(tmp_path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_node_that_does_not_see_the_run_is_named(tmp_path, monkeypatch):
+    config = GrpoConfig(out=str(tmp_path), resume=True)
+    with pytest.raises(UserError, match="holds no run; leave --resume out to start one$"):
+        check_run(config)
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(
+        UserError, match="holds no run on .*, and all nodes must see one folder; put it on a shared disk, or"
+    ):
+        check_run(config)
+
+
+def test_a_run_that_is_resumed_keeps_its_samplers_dtype(tmp_path):
+    """A version that had no such setting sampled in --dtype."""
+    config = GrpoConfig(model="m", puzzles="p", out=str(tmp_path), dtype="float32", autocast=True)
+
+    def begun(**changes: str) -> None:
+        settings = {k: v for k, v in {**dataclasses.asdict(config), **changes}.items() if v != "none at all"}
+        (tmp_path / "config.json").write_text(json.dumps(sealed({"settings": settings, "data": {}})))
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+
+    again = dataclasses.replace(config, resume=True)
+    for recorded, found in (("none at all", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")):
+        begun(sampler_dtype=recorded)
+        check_run(again)
+        check_run(dataclasses.replace(again, sampler_dtype=found))
+        assert with_sampler_dtype(again).sampler_dtype == found
+        other = {"float32": "bfloat16", "bfloat16": "float32"}[found]
+        with pytest.raises(
+            UserError, match=f"sampler_dtype was '{found}' in .*, now '{other}'; give the old value again"
+        ):
+            check_run(dataclasses.replace(again, sampler_dtype=other))
 
 
 def test_rewind_says_which_steps_a_file_lacks_or_holds_twice(tmp_path, capsys):

@@ -165,3 +165,6 @@ def test_every_seed_and_epoch_has_its_own_order():
 def test_the_canary_allows_what_the_numbers_of_policy_and_sampler_round_to(dtype, autocast, sampler, tolerance):
     policy = SimpleNamespace(lora=None, autocast=autocast)
     assert make_canary(policy, [1, 2], GrpoConfig(dtype=dtype, sampler_dtype=sampler)).tolerance == tolerance
+    if sampler == "auto":  # SFT's sampler has no dtype of its own
+        config = SftConfig(traces="t", model="m", out="o", dtype=dtype)
+        assert make_canary(policy, [1, 2], config).tolerance == tolerance

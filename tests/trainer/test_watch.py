@@ -33,6 +33,15 @@ def beat(rank: int, **more) -> Beat:
     )
 
 
+def test_a_rank_says_its_node_also_without_torchrun(monkeypatch):
+    monkeypatch.delenv("GROUP_RANK", raising=False)
+    for local, node in (("8", "1"), ("", "0")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert Watch(dist.HashStore(), 9, 16, hang_seconds=60).me.node == node
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert Watch(dist.HashStore(), 9, 16, hang_seconds=60).me.node == "3"
+
+
 def test_all_is_well(watch):
     now = watch.began
     assert watch.judge([beat(1), beat(2)], now) == ""

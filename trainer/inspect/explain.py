@@ -57,7 +57,7 @@ def explain_response(
         values = [token for token in of_values or [] if token["row"] == row]
         lines += [*_value_lines(values, trained, cfg), ""]
     else:
-        lines += [*_advantage_lines(group, response, trained[0]["advantage"], cfg), ""]
+        lines += [*_advantage_lines(group, response, trained, cfg), ""]
     lines += [
         f"Weight of each token ({cfg.aggregation}): {WEIGHTS[cfg.aggregation]} = {trained[0]['weight']:.9g}",
         f"    trained responses {bundle.denominators.n_rows:g}, trained tokens {bundle.denominators.n_tokens:g}, "
@@ -70,11 +70,15 @@ def explain_response(
     ]
     # codes of CLIPS as text: "" is no clip
     clipped = sum(bool(token["clip"]) for token in trained)
+    kept = [token for token in trained if token["correction"]]  # of the others the surrogate has no gradient
     lines.append(
-        f"    {clipped} of them clipped (the ratio, which is only a weight here); they push {_direction(trained)}"
+        f"    {clipped} of them clipped (the ratio, which is only a weight here); they push {_direction(kept)}"
         if cfg.surrogate == "cispo"
-        else f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push {_direction(trained)}"
+        else f"    {clipped} of them clipped (no gradient from the surrogate there); the rest push "
+        f"{_direction([token for token in kept if not token['clip']])}"
     )
+    if dropped := len(trained) - len(kept):
+        lines.append(f"    {dropped} of them dropped by --correction {cfg.correction}: they push nothing")
     return "\n".join(lines)
 
 
@@ -113,8 +117,9 @@ def _value_lines(values: list[dict], trained: list[dict], cfg: PpoConfig) -> lis
     ]
 
 
-def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -> list[str]:
-    """The response's reward against its group (trainer/advantages.py)."""
+def _advantage_lines(group: list[dict], response: dict, trained: list[dict], cfg) -> list[str]:
+    """The response's reward against its group (trainer/advantages.py). trained: rows of the ledger, of its tokens."""
+    advantage = trained[0]["advantage"]
     rewards = [member["reward"] for member in group if member["reward"] is not None]  # as in compare()
     mean, r = statistics.fmean(rewards), response["reward"]
     lines = [
@@ -130,7 +135,9 @@ def _advantage_lines(group: list[dict], response: dict, advantage: float, cfg) -
     if cfg.advantage == "rloo":
         filled = f"{_number(r)} - {(sum(rewards) - r) / (len(rewards) - 1):.6g}"
     meaning = (
-        "better than its group: its tokens are made likelier"
+        f"but --correction {cfg.correction} drops all of its tokens: the surrogate leaves them alone"
+        if not any(token["correction"] for token in trained)
+        else "better than its group: its tokens are made likelier"
         if advantage > 0
         else "worse than its group: its tokens are made less likely"
         if advantage < 0
@@ -158,6 +165,8 @@ def _token_lines(token: dict, cfg) -> list[str]:
     if teacher is not None:  # --distill-failures
         formula, distilled = f"{formula} + distillation", f" + {token['distillation']:.6g}"
     kl = f"KL {cfg.kl_kind}: d = ref - new = {d:.6g}; {KL_FORMULAS[cfg.kl_kind]} = {token['kl']:.6g}"
+    if cfg.beta != cfg.loss_beta:  # PPO's --kl-in reward
+        kl = f"KL k1: old - ref = {token['old_logprob'] - token['ref_logprob']:.6g}, already in the rewards"
     return [
         f"Token {token['position']} of the response, {token['token']!r}, has the largest share:",
         f"    log-probs   new {token['logprob']:.6g}, old {token['old_logprob']:.6g}, "
@@ -166,7 +175,7 @@ def _token_lines(token: dict, cfg) -> list[str]:
         f"    surrogate   {filled} -> {token['surrogate']:.6g}; "
         f"{token['clip'] + ' clip fired' if token['clip'] else 'no clip'}",
         f"    correction  {cfg.correction}: {token['correction']:.6g}",
-        f"    {kl if cfg.beta else 'KL          beta is 0'}{', already in the rewards' if cfg.beta != cfg.loss_beta else ''}",
+        f"    {kl if cfg.beta else 'KL          beta is 0'}",
         *(
             [f"    distillation weight x (new - teacher)^2 / 2, teacher {teacher:.6g}: {token['distillation']:.6g}"]
             if distilled

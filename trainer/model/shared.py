@@ -46,7 +46,7 @@ def why_two_copies(cfg: OnlineConfig, on_gpu: bool) -> str:
     if not cfg.lora_rank:
         return "--lora-rank 0 trains every weight, so none is frozen"
     if cfg.quantize != "none":
-        return f"--quantize {cfg.quantize} holds the trainer's in 4 bits, and the sampler's in {cfg.dtype}"
+        return f"--quantize {cfg.quantize} holds the trainer's in 4 bits, and the sampler's in {sampler_dtype(cfg, on_gpu)}"
     if cfg.sampler_lora == "merged":
         return "--sampler-lora merged writes the adapter into the sampler's weights"
     if (dtype := sampler_dtype(cfg, on_gpu)) != cfg.dtype:
@@ -63,12 +63,22 @@ def sampler_dtype(cfg: OnlineConfig, on_gpu: bool) -> str:
     """Of vLLM's weights and products (--sampler-dtype).
 
     auto: the base's, but on a CPU bfloat16 where --autocast makes the trainer's products in it: most of the time of sampling
-    is spent in them. The adapter is added to the base's weights in float32, and the sum is rounded once.
+    is spent in them. The adapter is added to the base's weights in float32, and the sum is rounded once. Not where the
+    checkpoint itself is in bfloat16: a small update would be rounded away from every weight, while of weights that lie
+    anywhere between two numbers of bfloat16 it takes some to the next, and arrives in their mean.
     """
     if cfg.sampler_dtype != "auto":
         return cfg.sampler_dtype
     rounds = cfg.autocast and cfg.dtype == "float32" and not on_gpu and cfg.base != "shared"
-    return "bfloat16" if rounds and has_bfloat16_products(torch.device("cpu")) else cfg.dtype
+    rounds = rounds and has_bfloat16_products(torch.device("cpu")) and _stored_in_float32(Path(str(cfg.model)))
+    return "bfloat16" if rounds else cfg.dtype
+
+
+def _stored_in_float32(model: Path) -> bool:
+    if not any(model.glob("*.safetensors")):  # a shape for --dry-run, or other files, into which no adapter is merged
+        return False
+    with safe_open(weight_files(model)[0], "pt") as handle:
+        return all(handle.get_slice(name).get_dtype() == "F32" for name in handle.keys())  # noqa: SIM118 (no mapping)
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

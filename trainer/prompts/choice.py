@@ -11,6 +11,7 @@ P: prompts of a step.
 
 import random
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import cycle, islice
 
 from rollout import stable_seed
@@ -29,14 +30,19 @@ def prompts_of_step(prompts: list[Prompt], per_step: int, step: int, seed: int) 
     With --curriculum an epoch goes from easy to hard; prompts that are equally hard stay in the order of the shuffle. A
     function of the arguments alone, so a resumed run needs no stored position.
     """
-    steps_per_epoch = len(prompts) // per_step
-    epoch, place = divmod(step, steps_per_epoch)
-    # a fresh order per epoch, drawn from (seed, epoch) alone: a resumed run finds the same one
-    order = list(range(len(prompts)))
-    random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
-    del order[steps_per_epoch * per_step :]  # before they are sorted, or the hardest would never be asked
-    order.sort(key=lambda i: prompts[i].difficulty)  # where none is known, the shuffled order stays
+    epoch, place = divmod(step, len(prompts) // per_step)
+    order = _order_of_epoch(tuple(prompt.difficulty for prompt in prompts), per_step, epoch, seed)
     return [prompts[i] for i in order[place * per_step : (place + 1) * per_step]]
+
+
+@lru_cache(maxsize=1)  # of half a million prompts it takes half a second
+def _order_of_epoch(difficulty: tuple[float, ...], per_step: int, epoch: int, seed: int) -> list[int]:
+    # a fresh order per epoch, drawn from (seed, epoch) alone: a resumed run finds the same one
+    order = list(range(len(difficulty)))
+    random.Random(stable_seed(seed, "epoch", epoch)).shuffle(order)
+    del order[len(order) // per_step * per_step :]  # before they are sorted, or the hardest would never be asked
+    order.sort(key=lambda i: difficulty[i])  # where none is known, the shuffled order stays
+    return order
 
 
 def replace_equal_groups(

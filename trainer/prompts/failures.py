@@ -120,7 +120,11 @@ def lessons_of(
     Too long: more than --max-prompt-tokens + --max-response-tokens in all, the longest text that the run has anyway.
     """
     # by the prompt, not the puzzle's id, which puzzles of two builds can share
-    puzzles, lessons, too_long = {tuple(prompt.ids): prompt.puzzle for prompt in prompts}, [], 0
+    asked = {
+        group.rollouts[0].puzzle_id for group in groups
+    }  # first: a tuple of each prompt of the run would take seconds
+    puzzles = {tuple(prompt.ids): prompt.puzzle for prompt in prompts if prompt.puzzle.id in asked}
+    lessons, too_long = [], 0
     for place, group in enumerate(groups):
         scored = [i for i, row in enumerate(group.rows) if row["reward"] is not None]
         right = [i for i in scored if is_right(group.rows[i], cfg)]

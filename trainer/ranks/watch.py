@@ -103,7 +103,8 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, size: int, hang_seconds: float) -> None:
         # a clone is a connection of its own: the main thread can block in the store without silencing the heartbeat
         self.store, self.size, self.hang_seconds = store.clone(), size, hang_seconds
-        node = os.environ.get("GROUP_RANK", "0")
+        # torchrun says it; under srun the ranks of a node follow one another
+        node = os.environ.get("GROUP_RANK") or str(rank // int(os.environ.get("LOCAL_WORLD_SIZE") or size))
         self.me = Beat(rank=rank, node=node, host=this_host(), pid=os.getpid())
         self.verdict = ""
         self.since = self.began = time.monotonic()

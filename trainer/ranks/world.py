@@ -290,9 +290,11 @@ def own_device(local_rank: int, local_size: int) -> torch.device:
     """
     if torch.cuda.is_available():
         if local_size > (there := torch.cuda.device_count()):
+            alone = "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ  # srun --gpus-per-task=1
             raise UserError(
                 f"{local_size} processes on this machine see {there} GPU{'s' * (there > 1)}, and each needs its own: start fewer "
-                f"(torchrun --nproc-per-node {there}), or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+                f"(torchrun --nproc-per-node {there}), {'let each see all GPUs of its node (srun --gpu-bind=none), ' * alone}"
+                "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # NCCL and vLLM work on the current device

@@ -12,14 +12,14 @@ set aside and the one before it used; of the .jsonl files a torn last line, and 
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -46,7 +46,7 @@ from data.files import (
     sha256,
     write_whole,
 )
-from data.processes import provenance
+from data.processes import file_of_function, provenance
 from data.status.status import RunStatus
 from trainer.ranks.world import World, load_moments, moments_of
 
@@ -67,38 +67,11 @@ STREAMS = ("metrics.jsonl", "timing.jsonl", "rollouts.jsonl")
 # settings that may differ between a run and its continuation: its length, and how the machine is used; not its
 # objective
 FREE_ON_RESUME = {
-    "resume",
-    "steps",
-    "save_every",
-    "keep_checkpoints",
-    "save_steps",
-    "tensorboard",
-    "log",
-    "out",
-    "base",
-    "memory_fraction",
-    "decay_steps",
-    "eager",
-    "attn",
-    "reward_workers",
-    "reward_seconds",
-    "on_reward_error",
-    "insist",
-    "placement",
-    "sampler_ranks",
-    "tensor_parallel",
-    "restart_samplers",
-    "sync_host",
-    "sync_port",
-    "shard",
-    "checkpointing",
-    "keep_attention",
-    "hang_seconds",
-    "dry_run",
-    "nodes",
-    "ranks_per_node",
-    "rank_gib",
-    "notify",
+    *("resume", "steps", "save_every", "keep_checkpoints", "save_steps", "tensorboard", "log", "out"),
+    *("base", "memory_fraction", "decay_steps", "eager", "attn", "reward_workers", "reward_seconds"),
+    *("on_reward_error", "insist", "placement", "sampler_ranks", "tensor_parallel", "restart_samplers"),
+    *("sync_host", "sync_port", "shard", "checkpointing", "keep_attention", "hang_seconds", "dry_run"),
+    *("nodes", "ranks_per_node", "rank_gib", "notify"),
 }
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
@@ -160,7 +133,11 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     out = Path(config.out)
     resume = allow_resume and config.resume
     if resume and not (out / "config.json").is_file():
-        raise UserError(f"--resume: {out} holds no run; leave --resume out to start one")
+        elsewhere = int(os.environ.get("RANK", "0")) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # than on node 0
+        where = (
+            f" on {socket.gethostname()}, and all nodes must see one folder; put it on a shared disk, or" * elsewhere
+        )
+        raise UserError(f"--resume: {out} holds no run{where or ';'} leave --resume out to start one")
     if out.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_folder(out)
     if not has_steps(out):
@@ -171,8 +148,11 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     record = read_record(out)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     # a setting that an older version did not record had its default behaviour
-    before = {field.name: field.default for field in dataclasses.fields(config)} | record["settings"]
-    free = FREE_ON_RESUME if now.get("date") else {*FREE_ON_RESUME, "date"}  # no --date: the run keeps its own
+    before = {field.name: field.default for field in dataclasses.fields(config)}
+    before |= {"sampler_dtype": record["settings"].get("dtype")} | record["settings"]
+    free = FREE_ON_RESUME | {
+        key for key in ("date", "sampler_dtype") if now.get(key) in ("", "auto")
+    }  # kept by the run
     if key := next((key for key in now if key not in free and before[key] != now[key]), ""):
         was = f"{key} was {before[key]!r} in {out}, now {now[key]!r}"
         raise UserError(f"--resume: {was}; give the old value again, or name another --out")
@@ -318,15 +298,8 @@ def data_hashes(config: Any) -> dict[str, str]:
 
 def reward_hash(config: Any) -> str:
     """SHA-256 of the file that holds the reward function; "" for the cold start, and where no file is found."""
-    module = re.sub("^(trl|verl):", "", getattr(config, "reward", "")).rpartition(":")[0]
-    place: str | None = module if module.endswith(".py") else None
-    if module and not place:
-        try:
-            found = importlib.util.find_spec(module)
-        except ImportError:
-            found = None
-        place = found.origin if found is not None and found.has_location else None
-    return sha256(Path(place)) if place and Path(place).is_file() else ""
+    path = file_of_function(re.sub("^(trl|verl):", "", getattr(config, "reward", "")))
+    return sha256(path) if path else ""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -334,20 +307,31 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def rewind(out: Path, step: int) -> None:
+def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> None:
     """Drop the rows of steps after `step`, which a run wrote that died before its next checkpoint, and a torn last line.
 
+    A file is cut where it is: the rollouts of a long run leave no room for a copy. advance() is called after each row.
     Says which of the steps up to `step` a file lacks or holds twice. Raises UserError that names a damaged line.
     """
     for name in STREAMS:
-        path, seen = out / name, Counter()
+        path, seen, read, end = out / name, Counter(), 0, 0
         if not path.is_file():
             continue
-        with replacing(path) as partial, open(partial, "wb") as kept:
-            for line, row in appended_rows(path, lambda row: type(row.get("step")) is int):
-                if row["step"] <= step:
-                    seen[row["step"]] += 1
-                    kept.write(line)
+        gap = False  # a row to drop before one to keep
+        for line, row in appended_rows(path, lambda row: type(row.get("step")) is int):
+            advance()
+            if row["step"] <= step:
+                seen[row["step"]] += 1
+                gap, end = gap or read > end, read + len(line)
+            read += len(line)
+        if gap:
+            with replacing(path) as partial, open(partial, "wb") as kept:
+                kept.writelines(line for line, row in appended_rows(path) if row["step"] <= step)
+        else:
+            with open(path, "r+b") as file:
+                file.truncate(min(end, path.stat().st_size))
+                file.seek(max(0, end - 1))
+                file.write(b"\n" * bool(end))  # a last line may lack its end
         lost = [number for number in range(1, step + 1) if not seen[number]]
         twice = [number for number in seen if name != "rollouts.jsonl" and seen[number] > 1]
         for steps, what in ((lost, "has no line of"), (twice, "has more than one line of")):
@@ -535,5 +519,5 @@ def restore_training(
         load_moments(optimizer, policy.trainable(), moments)
         pending = json.loads(training_file(path, PENDING).read_text())
     if world.is_main:  # the only rank that appends to these files
-        rewind(out, step)
+        rewind(out, step, world.advance)
     return step, pending

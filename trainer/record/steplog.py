@@ -129,6 +129,8 @@ def explain_zeros(metrics: dict, cfg: OnlineConfig) -> list[str]:
         elif metrics["groups/all_wrong"] == 1:
             which = "all groups wrong"
         notes.append(f"pg_loss 0: {which}, so every advantage is 0 and the surrogate has no gradient")
+    elif metrics.get("sampling/dropped_tokens") == 1:
+        notes.append(f"pg_loss 0: --correction {cfg.correction} dropped every token, so the surrogate has no gradient")
     elif on_policy and cfg.aggregation == "seq-mean-token-mean" and abs(metrics["pg_loss"]) < 1e-5:
         notes.append(
             # each response's mean loss is -A here. With token means long responses weigh more, and the sum is not 0

@@ -1,6 +1,7 @@
 """Turn traces into token ids, leave out those that are too long, and hold out puzzles for evaluation."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data.errors import UserError
@@ -31,14 +32,18 @@ def trace_of(row: dict) -> str:
     return row["assistant_msg"] if "assistant_msg" in row else row["answer"]
 
 
-def encode_traces(policy: Policy, rows: list[dict], cfg: SftConfig) -> tuple[list[Example], int]:
+def encode_traces(
+    policy: Policy, rows: list[dict], cfg: SftConfig, advance: Callable[[], None] = lambda: None
+) -> tuple[list[Example], int]:
     """(examples that fit --max-tokens, number of traces that do not fit). rows: of the --traces file.
 
+    advance() is called after each row: many take longer than a rank may be silent.
     Raises UserError for a row that is not a puzzle, if no trace fits, if a trace does not fit and --overlong is refuse,
     or if no trace has the format that the reward accepts.
     """
     examples, too_long, valid = [], [], 0
     for number, row in enumerate(rows):
+        advance()
         try:
             puzzle = Puzzle.from_row(row)
         except ValueError as error:

@@ -16,6 +16,7 @@ from trainer.ranks.world import World
 from trainer.record.runfolder import save_tensors, write_json
 from trainer.sft.examples import Example
 from trainer.sft.settings import SftConfig
+from trainer.start.parts import share_sampler_base
 
 Judge = Callable[[list[str], list[Puzzle]], dict[str, float]]
 """(answers, puzzles) -> {metric: value}"""
@@ -34,6 +35,7 @@ class HeldOutAnswers:
         self.examples = [of_puzzle[name] for name in sorted(of_puzzle)][: cfg.eval_puzzles]
         self.cfg, self.policy, self.world, self.judge = cfg, policy, world, judge
         longest = max(len(e.prompt_ids) for e in self.examples)
+        share_sampler_base(cfg, world)
         self.engine: Engine = VLLMEngine(
             sampler_model(cfg.model, cfg.quantize, cfg.dtype, cfg.out),
             lora=policy.lora,

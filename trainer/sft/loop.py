@@ -153,7 +153,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         weight_files(Path(cfg.model))  # refuse now what the adapter could not be merged into at the end
     policy = load_policy(cfg, world.device)
     cfg = replace(cfg, attn=policy.attn)  # what auto took
-    examples, skipped = encode_traces(policy, rows, cfg)
+    examples, skipped = encode_traces(policy, rows, cfg, world.advance)
     longest = max(len(example.prompt_ids) + len(example.response_ids) for example in examples)
     shape = policy.causal_lm.config.to_dict()
     context = min(context_of(shape) or math.inf, steady_positions(shape))

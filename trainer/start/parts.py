@@ -40,6 +40,7 @@ from trainer.record.runfolder import (
     check_run,
     has_steps,
     open_run,
+    read_record,
     restore_training,
     steps_saved,
     with_date,
@@ -97,7 +98,7 @@ def prepare(
     """
     check_run(cfg)  # before a model is loaded
     refuse_to_replace(Path(cfg.out), *["best"] * cfg.keep_best)
-    cfg = with_date(cfg, world)
+    cfg = with_sampler_dtype(with_date(cfg, world))
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy, engine = load_policy_and_base(cfg, world)
     cfg = replace(cfg, attn=policy.attn)  # what auto took: a replay must know
@@ -109,6 +110,8 @@ def prepare(
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
     first_step, pending = restore_training(out, policy, optimizer, world, critic) if cfg.resume else (0, {})
     validator.restore()
+    if cfg.engine == "vllm":
+        share_sampler_base(cfg, world)
     engine = engine or make_engine(cfg, policy, world)
     scorer.start()  # they get ready while the first responses are sampled; a GPU's memory is vLLM's before it is a reward's
     return Run(
@@ -132,6 +135,29 @@ def finish(run: Run) -> None:
             write_json(out / FINISHED, {"steps": cfg.steps})
     run.scorer.close()
     run.engine.close()
+
+
+def with_sampler_dtype(cfg: OnlineConfig) -> OnlineConfig:
+    """The settings with the dtype that vLLM computes in: --sampler-dtype, the resumed run's, or what auto is here."""
+    if cfg.engine != "vllm":
+        return cfg
+    if cfg.sampler_dtype == "auto" and cfg.resume and has_steps(Path(cfg.out)):
+        settings = read_record(Path(cfg.out))["settings"]
+        cfg = replace(
+            cfg, sampler_dtype=settings.get("sampler_dtype", settings["dtype"])
+        )  # before there was the setting
+    return replace(cfg, sampler_dtype=sampler_dtype(cfg, torch.cuda.is_available()))
+
+
+def share_sampler_base(cfg: TrainingConfig, world: World) -> None:
+    """Rank 0 writes the copy that vLLM reads under --quantize nf4; the others find it. Collective.
+
+    Not each rank under a lock: where a disk has none that works, they would remove one another's.
+    """
+    if cfg.quantize != "none":
+        if world.is_main:
+            sampler_model(str(cfg.model), cfg.quantize, cfg.dtype, str(cfg.out))
+        world.total(0)
 
 
 def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engine | None]:
@@ -314,7 +340,9 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
     difficulty = [1 - puzzle.meta[PASS_RATE] if cfg.curriculum else 0.0 for puzzle in puzzles]
     prompts = [
         Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat()), difficulty=hard)
-        for puzzle, hard in zip(puzzles, difficulty, strict=True)
+        for puzzle, hard in world.paced(
+            list(zip(puzzles, difficulty, strict=True))
+        )  # minutes, of half a million puzzles
     ]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:

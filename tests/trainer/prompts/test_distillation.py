@@ -187,6 +187,20 @@ def test_puzzles_of_two_builds_may_share_an_id():
         assert "".join(map(chr, lesson.prompt_ids)).startswith("\n".join(turn["content"] for turn in own.chat()))
 
 
+def test_only_the_prompts_of_the_step_are_looked_at():
+    read = []
+
+    class Ids(list):
+        def __iter__(self):
+            read.append(self[0])
+            return super().__iter__()
+
+    others = [Prompt(puzzle=dataclasses.replace(puzzle(), id=f"other-{i}"), ids=Ids([i])) for i in range(10, 100)]
+    cfg = GrpoConfig(distill_failures=0.1, max_prompt_tokens=2000, max_response_tokens=1000)
+    found, _ = lessons_of([group(1, 0, prompt=1)], [*others, Prompt(puzzle=puzzle(), ids=Ids([1]))], Letters(), cfg)
+    assert len(found) == 1 and read == [1]
+
+
 def test_what_would_be_too_long_is_left_without_a_lesson_and_counted():
     prompt = len(Letters().prompt_ids(showing_an_answer(puzzle().chat(), "<answer>number 1</answer>")))
     taught = group(1, 0, 0, lengths=[1, 10, 11])

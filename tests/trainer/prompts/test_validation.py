@@ -59,6 +59,17 @@ def whole(options, tmp_path_factory) -> Path:
     return out
 
 
+STILL = ("--steps", 2, "--lr", 1e-12)
+"""Settings under which the weights stay what they are, but for their last digits."""
+
+
+@pytest.fixture(scope="module")
+def still(options, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("still") / "run"
+    succeed(SCRIPT, "grpo", *options, *STILL, "--out", out)
+    return out
+
+
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -98,10 +109,11 @@ def test_kill_and_resume_give_the_same_bytes_and_the_same_best(options, whole, t
 
 @pytest.mark.slow(4)
 @pytest.mark.parametrize("more", [(), ("--placement", "split")], ids=["colocate", "split"])
-def test_two_processes_measure_the_same(options, whole, tmp_path, more):
-    succeed(SCRIPT, "grpo", *options, *more, "--out", tmp_path / "run", "--steps", 5, ranks=2)
-    assert accuracies(tmp_path / "run") == accuracies(whole)
-    assert (tmp_path / "run/best").readlink() == (whole / "best").readlink()
+def test_two_processes_measure_the_same(options, still, tmp_path, more):
+    """Of the same weights: sums over ranks are rounded in another order, and a random policy's answers turn on that."""
+    succeed(SCRIPT, "grpo", *options, *more, *STILL, "--out", tmp_path / "run", ranks=2)
+    assert accuracies(tmp_path / "run") == accuracies(still) and 0 < accuracies(still)[0] < 1
+    assert (tmp_path / "run/best").readlink() == (still / "best").readlink()
 
 
 @pytest.mark.slow(2)
