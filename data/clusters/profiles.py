@@ -75,7 +75,8 @@ class ClusterProfile:
     tissue: str
     """The tissue of most of these cells; "" where it is not known."""
     mean: np.ndarray
-    """[U] float32 mean of log(1 + counts per 10,000); log-normalised values are averaged as the file has them."""
+    """[U] float32 mean of log(1 + counts per 10,000); log-normalised values are averaged as the file has them. [0] of the
+    profiles beyond read_profiles' `most`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +106,15 @@ def read_profiles(
     cluster_key: str,
     settings: ProfileSettings = ProfileSettings(),
     advance: Advance = lambda read, total: None,
+    most: int | None = None,
 ) -> Profiles:
     """The profiles of the clusters in an .h5ad file or a zarr store of anndata. The matrix is read in blocks.
 
     cluster_key: the obs column of clusters. advance(cells read now, cells to read in all) is called while the matrix is
-    read. Equal input gives equal bytes. Raises UserError, with one sentence, for a file, a column or a matrix that
-    cannot be used.
+    read. most: profiles of a cluster that keep their mean, those of most cells; None: all. Equal input gives equal bytes.
+    Raises UserError, with one sentence, for a file, a column or a matrix that cannot be used.
     """
-    return _profiles(Path(file), cluster_key, settings, advance)
+    return _profiles(Path(file), cluster_key, settings, advance, most)
 
 
 def profiles_of(
@@ -120,12 +122,15 @@ def profiles_of(
     cluster_key: str,
     settings: ProfileSettings = ProfileSettings(),
     advance: Advance = lambda read, total: None,
+    most: int | None = None,
 ) -> Profiles:
     """read_profiles of an AnnData in memory, which is not changed: the same code, so the same numbers."""
-    return _profiles(InMemory(adata), cluster_key, settings, advance)
+    return _profiles(InMemory(adata), cluster_key, settings, advance, most)
 
 
-def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advance: Advance) -> Profiles:
+def _profiles(
+    source: Source, cluster_key: str, settings: ProfileSettings, advance: Advance, most: int | None
+) -> Profiles:
     check_settings(settings)
     cells = read_clustered_cells(source, cluster_key, settings)
     groups = _groups(cells, settings.min_cells)
@@ -140,10 +145,19 @@ def _profiles(source: Source, cluster_key: str, settings: ProfileSettings, advan
         notes.append(_note_on_values(matrix, kind))
         averaged = _averages(matrix, genes, used, kind, lambda n_rows: advance(n_rows, len(used)))
         kept = _named_by_a_gene(genes)
-        lists = [
-            (by_expression, by_difference, mean[kept])
-            for by_expression, by_difference, mean in _lists(averaged, genes, groups, settings.top_genes)
-        ]
+        lists = []
+        holding: dict[str, list[tuple[int, int]]] = {}  # of each cluster, (cells, -place) of the profiles with a mean
+        for place, (by_expression, by_difference, mean) in enumerate(
+            _lists(averaged, genes, groups, settings.top_genes)
+        ):
+            lists.append((by_expression, by_difference, mean[kept]))
+            if most is not None and by_expression:
+                held = holding.setdefault(groups[place].cluster, [])
+                held.append((len(groups[place].rows), -place))
+                if len(held) > most:  # the means of all donors and clusters would be gigabytes
+                    held.sort(reverse=True)
+                    far = -held.pop()[1]
+                    lists[far] = (*lists[far][:2], np.zeros(0, dtype=np.float32))
         notes += _notes_on_silent(source, groups, lists)
         heard = [(group, found) for group, found in zip(groups, lists, strict=True) if found[0]]
         profiles = [

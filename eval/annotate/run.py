@@ -157,7 +157,7 @@ def annotate(
     InMemory(adata)  # refuses one whose matrix is on disk, which `copy` could not copy
     adata = adata.copy() if copy else adata
     truth = read_truth(InMemory(adata), asked.truth_key)
-    profiles = profiles_of(adata, cluster_key, asked)
+    profiles = profiles_of(adata, cluster_key, asked, most=asked.max_donors)
     with tempfile.TemporaryDirectory() as scratch:
         annotation = ask_and_decide(profiles, model, asked, Path(answers or scratch), resume, given)
     for sentence in annotation.notes:
@@ -210,7 +210,7 @@ def annotate_file(
     stamp = content_stamp(source) if os.path.exists(source) else None  # read_profiles says that it is missing
     truth = read_truth(source, config.truth_key)
     with watch() as advance:
-        profiles = read_profiles(source, config.cluster_key, config, advance)
+        profiles = read_profiles(source, config.cluster_key, config, advance, config.max_donors)
     annotation = ask_and_decide(profiles, model, config, config.answers, config.resume, config.candidates, tell)
     agreement = None
     if truth is not None:

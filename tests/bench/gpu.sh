@@ -1,14 +1,15 @@
 #!/bin/sh
-# All that a GPU should be asked, on one rented GPU in at most 9 minutes, from the root of the repository:
+# What a GPU should be asked, on one rented GPU, from the root of the repository:
 #   sh tests/bench/gpu.sh OUT [PIECE ...]
 # Prints RESULT lines and keeps them in OUT/results.txt, with the whole output of each piece in OUT/PIECE.log. A piece that
-# fails, or runs past its limit, is one RESULT line, and the next begins. README.md beside this file says what the pieces are.
+# fails, or runs past its limit, is one RESULT line, and the next begins. README.md beside this file says what the pieces are;
+# without a name: kernels, smollm2, update and shape_7b, in at most 9 minutes.
 #
 # From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
 # fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
 # (490); SLOWER (1), a factor of all limits; TINY=1 for the smallest shapes, on a CPU.
 set -u
-[ $# -gt 0 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
 OUT=$1
 shift
 PYTHON="${PYTHON:-python3}"

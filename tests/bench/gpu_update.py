@@ -160,7 +160,8 @@ def measure_trl(task: Task) -> None:
     kernels = ["sdpa"]
     if ON_GPU and not attention.why_no_flash(torch.device("cuda")):
         kernels.append("flash_attention_4")
-    for attn, liger in product(kernels, (False, True) if has_liger else (False,)):
+    # Liger last: it replaces layers of the model's module for good
+    for liger, attn in product((False, True) if has_liger else (False,), reversed(kernels)):
         for checkpointing, micro_batch in ((False, 2), (True, 5)):
             parts_of_name = ("checkpointing" * checkpointing, f"micro_batch_{micro_batch}", "liger" * liger, attn)
             name = "_".join(["trl", *filter(None, parts_of_name)])

@@ -265,9 +265,10 @@ def measure_around(small: bool) -> None:
 def measure_checksums(small: bool) -> None:
     """Of an adapter of rank 256 on the 7B shape, in float32: where it is, and after a copy to main memory."""
     torch.manual_seed(0)
-    widths = (64, 96) if small else (3584, 3584, 3584, 512, 512, 18_944, 18_944)  # of 3584: also the other factors
-    layers = 2 if small else 28
-    tensors = {f"{i}.{j}": torch.randn(256, n, device=DEVICE) for i in range(layers) for j, n in enumerate(widths * 2)}
+    inputs = (64, 96) if small else (*(3584,) * 6, 18_944)  # of q, k, v, o, gate, up, down
+    outputs = (64, 96) if small else (3584, 512, 512, 3584, 18_944, 18_944, 3584)
+    layers, widths = 2 if small else 28, (*inputs, *outputs)
+    tensors = {f"{i}.{j}": torch.randn(256, n, device=DEVICE) for i in range(layers) for j, n in enumerate(widths)}
     parcel = Parcel.of(tensors)
 
     def copied() -> list[int]:

@@ -17,6 +17,7 @@ from data.clusters.profiles import Profiles, profiles_of, read_profiles
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
 from data.puzzles import Puzzle
+from eval.annotate.annotation import chosen_profiles
 
 GENES = ["LYZ", "CD3D", "ACTB", "MS4A1"]
 COUNTS = np.array(
@@ -211,6 +212,22 @@ def test_a_matrix_stored_by_genes_gives_the_same_bytes(tmp_path):
     by_genes.X.data[7] = np.nan
     with pytest.raises(UserError, match="holds NaN or infinite values"):
         profiles_of(by_genes, "k")
+
+
+def test_only_the_profiles_that_are_asked_about_keep_their_mean():
+    """Of 200 donors, 120 clusters and 36,000 genes the means are 3.5 GB."""
+    rng = np.random.default_rng(6)
+    donors = np.repeat([f"d{i}" for i in range(9)], rng.integers(20, 60, 9))
+    obs = pd.DataFrame({"donor_id": donors, "k": rng.integers(0, 3, len(donors)).astype(str)})
+    matrix = sparse.csr_matrix(rng.poisson(0.5, (len(donors), 30)).astype(np.float32))
+    adata = anndata.AnnData(matrix, obs=obs.set_index(obs.index.astype(str)))
+    adata.var["feature_name"] = [f"G{i}" for i in range(30)]
+    every, some = profiles_of(adata, "k"), profiles_of(adata, "k", most=2)
+    asked = {id(profile) for profile in chosen_profiles(some.profiles, 2)}
+    assert len(every.profiles) > 20 and len(asked) == 6
+    for whole, profile in zip(every.profiles, some.profiles, strict=True):
+        assert (profile.sample, profile.by_difference) == (whole.sample, whole.by_difference)
+        assert np.array_equal(profile.mean, whole.mean if id(profile) in asked else [])
 
 
 # --- contexts
