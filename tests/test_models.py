@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
@@ -363,7 +364,10 @@ def test_a_puzzle_twice_in_a_batch_is_sampled_twice(pipeline):
     alone = engine.generate(["a"], [prompt], sampling_of(policy, n=4, max_tokens=8))
     engine.ask(0, ["a"] * 4, [prompt] * 4, sampling_of(policy, n=4, max_tokens=8))
     groups = engine.collect(0)
-    assert groups[0] == alone[0]
+    # a batch of other size is summed up in another order: on some CPUs the last digits differ
+    for one, other in zip(groups[0], alone[0], strict=True):
+        assert one.sampler_logprobs == pytest.approx(other.sampler_logprobs, abs=1e-5)
+        assert replace(one, sampler_logprobs=other.sampler_logprobs) == other
     assert len({tuple(r.response_ids) for group in groups for r in group}) == 16
 
 
