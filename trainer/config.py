@@ -98,7 +98,7 @@ class TrainingConfig:
         "weight is trained.",
         DTYPES,
     )
-    autocast: bool = weights(False, "Products in bfloat16 (on a CPU vLLM's too); always so with LoRA on such weights.")
+    autocast: bool = weights(False, "Matrix products in bfloat16; always so for LoRA on bfloat16 weights.")
     attn: str = speed(
         "auto",
         "Attention kernels: PyTorch's own, or those of flash-attn-4 or flash-attn (GPU). auto: the latter where they are "

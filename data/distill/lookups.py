@@ -48,12 +48,12 @@ class Tables:
         return found | {new.upper(): found[old.upper()] for new, old in RENAMED.items()}
 
     @cached_property
-    def listed(self) -> dict[str, dict[tuple[str, ...], str]]:
-        """{normalised label: {gene list of one of its cells: the cell}}. A cell that several puzzles show counts once."""
-        found: dict[str, dict[tuple[str, ...], str]] = {}
+    def listed(self) -> dict[str, dict[str | tuple[str, ...], list[str]]]:
+        """{normalised label: {cell, or its genes where its name is not known: its genes}}. Each cell once, whoever shows it."""
+        found: dict[str, dict[str | tuple[str, ...], list[str]]] = {}
         for puzzle in self.puzzles:
             for genes, label, cell in zip(puzzle.cells, puzzle.answer, _names_of_cells(puzzle), strict=True):
-                found.setdefault(normalise_label(label), {})[tuple(genes)] = cell
+                found.setdefault(normalise_label(label), {}).setdefault(cell or tuple(genes), genes)
         return found
 
     @cached_property
@@ -78,7 +78,10 @@ class Tables:
             if name
         }
         others = self.listed.get(wanted, {}).items()
-        counts = Counter(gene for genes, cell in others if genes not in own and cell not in own for gene in genes)
+        # equal genes are taken for the same cell: a build that left out cell_ids shows nothing else
+        counts = Counter(
+            gene for cell, genes in others if cell not in own and tuple(genes) not in own for gene in genes
+        )
         typical = sorted(counts, key=lambda gene: (-counts[gene], gene))
         return ", ".join(typical[:MOST_NAMES]) or "no other cell of this type"
 

@@ -315,6 +315,10 @@ def test_the_tables_do_not_give_a_puzzle_its_own_answer():
     ids = {"source": "a.h5ad", "cell_ids": ["1", "2", "3", "4"]}
     one, two = (Puzzle(**{**vars(found), "meta": ids}) for found in (PUZZLE, other))
     assert Tables([one, two]).profile("B cell", one) == "no other cell of this type"
+    cells = [["A"], ["A"], ["A"], ["B"], ["B", "C"]]  # other cells with equal genes count each
+    many = Puzzle(id="m", context="", cells=cells, candidates=["B cell"] * 5, answer=["B cell"] * 5)
+    many = Puzzle(**{**vars(many), "meta": {"source": "c.h5ad", "cell_ids": list("12345")}})
+    assert Tables([many]).profile("B cell", one) == "A, B, C"
     two = Puzzle(**{**vars(two), "meta": {**ids, "source": "b.h5ad"}})
     assert Tables([one, two]).profile("B cell", one) == "MS4A1, Y"
     assert tables.profile("martian", PUZZLE) == "no other cell of this type"

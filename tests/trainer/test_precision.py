@@ -243,13 +243,21 @@ def test_the_sampler_computes_as_the_trainer_does(pipeline, tmp_path, monkeypatc
         (True, False, {"autocast": True, "base": "shared"}, "float32"),
         (True, False, {"autocast": True, "sampler_dtype": "float32"}, "float32"),
         (True, False, {}, "float32"),
+        (True, False, {"autocast": True, "lora_rank": 0}, "float32"),
         (True, True, {"dtype": "bfloat16"}, "bfloat16"),
         (False, False, {"sampler_dtype": "bfloat16"}, "bfloat16"),
     ):
         assert sampler_dtype(GrpoConfig(**{**float32, **settings}), on_gpu) == dtype, settings
-    narrow, there = tmp_path / "narrow", True  # a checkpoint in bfloat16: small updates would be rounded away
-    write_checkpoint(pipeline / "base", narrow, torch.bfloat16)
-    assert sampler_dtype(GrpoConfig(**{**float32, "model": str(narrow)}, autocast=True), False) == "float32"
+    there = True
+    # a checkpoint of numbers of bfloat16, also one of float32: small updates would be rounded away
+    write_checkpoint(pipeline / "base", tmp_path / "narrow", torch.bfloat16)
+    write_checkpoint(tmp_path / "narrow", tmp_path / "wide", torch.float32)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    for name in ("narrow", "wide", "damaged"):
+        assert (
+            sampler_dtype(GrpoConfig(**{**float32, "model": str(tmp_path / name)}, autocast=True), False) == "float32"
+        )
     with pytest.raises(UserError, match="--sampler-dtype bfloat16: needs --engine vllm"):
         GrpoConfig(engine="torch", sampler_dtype="bfloat16")
     here = Launch(nodes=1, ranks_per_node=1, rank_bytes=8 * GIB, device="cpu")

@@ -428,13 +428,20 @@ def test_a_job_that_slurm_starts_again_goes_on(tmp_path):
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x"}
     script = ["sh", ROOT / "launch/recipes/paper.sbatch", "--seed", "1"]
 
-    def words(**more: str) -> str:
-        return subprocess.run(script, cwd=tmp_path, env=env | more, capture_output=True, text=True, check=True).stdout
+    def words(*given: str, **more: str) -> str:
+        start = [*script, *given]
+        return subprocess.run(start, cwd=tmp_path, env=env | more, capture_output=True, text=True, check=True).stdout
 
     assert words(SLURM_RESTART_COUNT="1").endswith(" sh --seed 1\n")
     (tmp_path / "runs/paper/grpo").mkdir(parents=True)
     (tmp_path / "runs/paper/grpo/config.json").touch()
     assert words().endswith(" sh --seed 1\n") and words(SLURM_RESTART_COUNT="1").endswith(" sh --resume --seed 1\n")
+    for out in (["--out", "b"], ["--out=b"]):
+        assert "--resume" not in words(*out, SLURM_RESTART_COUNT="1")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").touch()
+    for out in (["--out", "b"], ["--out=b"]):
+        assert "--resume" in words(*out, SLURM_RESTART_COUNT="1")
 
 
 def test_an_answer_that_its_candidates_do_not_offer_is_seen():

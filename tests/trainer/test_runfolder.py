@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -219,9 +220,13 @@ def test_rewind_copies_nothing_and_tells_the_watch_of_each_row(tmp_path):
         rewind(tmp_path, step, lambda: told.append(1))
         assert path.read_text() == left and path.stat().st_ino == file
     assert len(told) == 4 + 4 + 3
-    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}')  # two runs, put together by hand
-    rewind(tmp_path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    told.clear()
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\n{}')  # two runs, put together by hand
+    rewind(tmp_path, 2, lambda: told.append(1))
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and len(told) == 2 * 3
+    os.link(path, tmp_path / "backup")
+    rewind(tmp_path, 1)
+    assert path.read_text() == '{"step": 1}\n' and (tmp_path / "backup").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_node_that_does_not_see_the_run_is_named(tmp_path, monkeypatch):

@@ -34,8 +34,14 @@ def beat(rank: int, **more) -> Beat:
 
 
 def test_a_rank_says_its_node_also_without_torchrun(monkeypatch):
-    for of_torchrun, local, node in (("", "8", "1"), ("", "", "0"), ("3", "8", "3")):
+    for of_torchrun, of_slurm, local, node in (
+        ("", "", "8", "1"),
+        ("", "", "", "0"),
+        ("3", "5", "8", "3"),
+        ("", "5", "8", "5"),
+    ):
         monkeypatch.setenv("GROUP_RANK", of_torchrun)
+        monkeypatch.setenv("SLURM_NODEID", of_slurm)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
         watch = Watch(dist.HashStore(), 9, 16, hang_seconds=60)
         watch.close()  # else its thread ends this process in a minute

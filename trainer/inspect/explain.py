@@ -78,7 +78,9 @@ def explain_response(
         f"{_direction([token for token in kept if not token['clip']])}"
     )
     if dropped := len(trained) - len(kept):
-        lines.append(f"    {dropped} of them dropped by --correction {cfg.correction}: they push nothing")
+        lines.append(
+            f"    {dropped} of them dropped by --correction {cfg.correction}: the surrogate has no gradient there"
+        )
     return "\n".join(lines)
 
 

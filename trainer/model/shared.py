@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.errors import RunError
@@ -63,22 +63,28 @@ def sampler_dtype(cfg: OnlineConfig, on_gpu: bool) -> str:
     """Of vLLM's weights and products (--sampler-dtype).
 
     auto: the base's, but on a CPU bfloat16 where --autocast makes the trainer's products in it: most of the time of sampling
-    is spent in them. The adapter is added to the base's weights in float32, and the sum is rounded once. Not where the
-    checkpoint itself is in bfloat16: a small update would be rounded away from every weight, while of weights that lie
-    anywhere between two numbers of bfloat16 it takes some to the next, and arrives in their mean.
+    is spent in them. The adapter is added to the base's weights in float32, and the sum is rounded once. Not where every
+    weight is trained, nor where the checkpoint holds numbers of bfloat16: a small update would be rounded away from each of
+    them, while of weights that lie anywhere between two such numbers it takes some to the next, and arrives in their mean.
     """
     if cfg.sampler_dtype != "auto":
         return cfg.sampler_dtype
-    rounds = cfg.autocast and cfg.dtype == "float32" and not on_gpu and cfg.base != "shared"
-    rounds = rounds and has_bfloat16_products(torch.device("cpu")) and _stored_in_float32(Path(str(cfg.model)))
+    rounds = cfg.autocast and cfg.lora_rank and cfg.dtype == "float32" and not on_gpu and cfg.base != "shared"
+    rounds = rounds and has_bfloat16_products(torch.device("cpu")) and _lies_between_bfloat16(Path(str(cfg.model)))
     return "bfloat16" if rounds else cfg.dtype
 
 
-def _stored_in_float32(model: Path) -> bool:
+def _lies_between_bfloat16(model: Path) -> bool:
+    """Are the weights of a checkpoint other numbers than bfloat16 has, and not only stored in more bytes?"""
     if not any(model.glob("*.safetensors")):  # a shape for --dry-run, or other files, into which no adapter is merged
         return False
-    with safe_open(weight_files(model)[0], "pt") as handle:
-        return all(handle.get_slice(name).get_dtype() == "F32" for name in handle.keys())  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(weight_files(model)[0], "pt") as handle:
+            slices = [handle.get_slice(name) for name in handle.keys() if "embed" not in name]  # noqa: SIM118 (no mapping)
+            part = next((one[:64] for one in slices if len(one.get_shape()) == 2), torch.zeros(1))
+    except (SafetensorError, OSError):  # check_model says what is wrong with the file
+        return False
+    return part.dtype == torch.float32 and not torch.equal(part, part.bfloat16().float())
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

@@ -103,8 +103,9 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, size: int, hang_seconds: float) -> None:
         # a clone is a connection of its own: the main thread can block in the store without silencing the heartbeat
         self.store, self.size, self.hang_seconds = store.clone(), size, hang_seconds
-        # torchrun says it; under srun the ranks of a node follow one another
-        node = os.environ.get("GROUP_RANK") or str(rank // int(os.environ.get("LOCAL_WORLD_SIZE") or size))
+        # torchrun says it, or srun; else the ranks of a node follow one another
+        node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID")
+        node = node or str(rank // int(os.environ.get("LOCAL_WORLD_SIZE") or size))
         self.me = Beat(rank=rank, node=node, host=this_host(), pid=os.getpid())
         self.verdict = ""
         self.since = self.began = time.monotonic()

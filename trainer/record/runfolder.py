@@ -133,7 +133,9 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     out = Path(config.out)
     resume = allow_resume and config.resume
     if resume and not (out / "config.json").is_file():
-        elsewhere = int(os.environ.get("RANK", "0")) >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # than on node 0
+        elsewhere = int(os.environ.get("RANK", "0")) >= int(
+            os.environ.get("LOCAL_WORLD_SIZE") or 1 << 30
+        )  # than on node 0
         where = (
             f" on {socket.gethostname()}, and all nodes must see one folder; put it on a shared disk, or" * elsewhere
         )
@@ -313,12 +315,18 @@ def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> 
     A file is cut where it is: the rollouts of a long run leave no room for a copy. advance() is called after each row.
     Says which of the steps up to `step` a file lacks or holds twice. Raises UserError that names a damaged line.
     """
+
+    def is_row(row: dict[str, Any]) -> bool:
+        return type(row.get("step")) is int
+
     for name in STREAMS:
         path, seen, read, end = out / name, Counter(), 0, 0
         if not path.is_file():
             continue
-        gap = False  # a row to drop before one to keep
-        for line, row in appended_rows(path, lambda row: type(row.get("step")) is int):
+        gap = (
+            path.stat().st_nlink > 1
+        )  # or a row to drop before one to keep: then it is copied; a hard link is a backup
+        for line, row in appended_rows(path, is_row):
             advance()
             if row["step"] <= step:
                 seen[row["step"]] += 1
@@ -326,7 +334,9 @@ def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> 
             read += len(line)
         if gap:
             with replacing(path) as partial, open(partial, "wb") as kept:
-                kept.writelines(line for line, row in appended_rows(path) if row["step"] <= step)
+                for line, row in appended_rows(path, is_row):
+                    advance()
+                    kept.write(line * (row["step"] <= step))
         else:
             with open(path, "r+b") as file:
                 file.truncate(min(end, path.stat().st_size))

@@ -99,6 +99,9 @@ def prepare(
     check_run(cfg)  # before a model is loaded
     refuse_to_replace(Path(cfg.out), *["best"] * cfg.keep_best)
     cfg = with_sampler_dtype(with_date(cfg, world))
+    cfg = replace(
+        cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0]
+    )  # CPUs of two kinds take rank 0's
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy, engine = load_policy_and_base(cfg, world)
     cfg = replace(cfg, attn=policy.attn)  # what auto took: a replay must know
