@@ -183,9 +183,8 @@ def ask(engine: Engine, policy: Policy, batch: list[Prompt], cfg: OnlineConfig, 
 def make_canary(policy: Policy, text: list[int], cfg: TrainingConfig) -> Canary:
     """A text (token ids) and its log-probs under the reference, which never change; hand_over adds the policy's."""
     reference = canary_logprobs(policy, text, reference=True) if policy.lora else None
-    rounds = (
-        policy.autocast or getattr(cfg, "sampler_dtype", "") == "bfloat16"
-    )  # SFT's sampler has the dtype of its base
+    # the sampler of SFT has no dtype of its own
+    rounds = policy.autocast or getattr(cfg, "sampler_dtype", "") == "bfloat16"
     tolerance = CANARY_TOLERANCE["bfloat16" if rounds else cfg.dtype]
     return Canary(ids=text, policy=[], reference=reference, tolerance=tolerance)
 

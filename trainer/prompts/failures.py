@@ -120,9 +120,8 @@ def lessons_of(
     Too long: more than --max-prompt-tokens + --max-response-tokens in all, the longest text that the run has anyway.
     """
     # by the prompt, not the puzzle's id, which puzzles of two builds can share
-    asked = {
-        group.rollouts[0].puzzle_id for group in groups
-    }  # first: a tuple of each prompt of the run would take seconds
+    # of the step's puzzles alone: a tuple of each prompt of the run would take seconds
+    asked = {group.rollouts[0].puzzle_id for group in groups}
     puzzles = {tuple(prompt.ids): prompt.puzzle for prompt in prompts if prompt.puzzle.id in asked}
     lessons, too_long = [], 0
     for place, group in enumerate(groups):

@@ -133,13 +133,10 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     out = Path(config.out)
     resume = allow_resume and config.resume
     if resume and not (out / "config.json").is_file():
-        elsewhere = int(os.environ.get("RANK", "0")) >= int(
-            os.environ.get("LOCAL_WORLD_SIZE") or 1 << 30
-        )  # than on node 0
-        where = (
-            f" on {socket.gethostname()}, and all nodes must see one folder; put it on a shared disk, or" * elsewhere
-        )
-        raise UserError(f"--resume: {out} holds no run{where or ';'} leave --resume out to start one")
+        not_on_node_0 = int(os.environ.get("RANK", "0")) >= int(os.environ.get("LOCAL_WORLD_SIZE") or 1 << 30)
+        where = f" on {socket.gethostname()}, and all nodes must see one folder; put it on a shared disk, or"
+        where = where if not_on_node_0 else ";"
+        raise UserError(f"--resume: {out} holds no run{where} leave --resume out to start one")
     if out.is_dir() and os.environ.get("RANK", "0") == "0":
         lock_folder(out)
     if not has_steps(out):
@@ -152,9 +149,8 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     # a setting that an older version did not record had its default behaviour
     before = {field.name: field.default for field in dataclasses.fields(config)}
     before |= {"sampler_dtype": record["settings"].get("dtype")} | record["settings"]
-    free = FREE_ON_RESUME | {
-        key for key in ("date", "sampler_dtype") if now.get(key) in ("", "auto")
-    }  # kept by the run
+    # what is not given stays the run's own: see with_date, with_sampler_dtype
+    free = FREE_ON_RESUME | {key for key in ("date", "sampler_dtype") if now.get(key) in ("", "auto")}
     if key := next((key for key in now if key not in free and before[key] != now[key]), ""):
         was = f"{key} was {before[key]!r} in {out}, now {now[key]!r}"
         raise UserError(f"--resume: {was}; give the old value again, or name another --out")
@@ -312,7 +308,8 @@ def write_json(path: Path, value: Any) -> None:
 def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> None:
     """Drop the rows of steps after `step`, which a run wrote that died before its next checkpoint, and a torn last line.
 
-    A file is cut where it is: the rollouts of a long run leave no room for a copy. advance() is called after each row.
+    A file is cut where it is if it can be: the rollouts of a long run leave no room for a copy. advance() is called after
+    each row.
     Says which of the steps up to `step` a file lacks or holds twice. Raises UserError that names a damaged line.
     """
 
@@ -323,9 +320,8 @@ def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> 
         path, seen, read, end = out / name, Counter(), 0, 0
         if not path.is_file():
             continue
-        gap = (
-            path.stat().st_nlink > 1
-        )  # or a row to drop before one to keep: then it is copied; a hard link is a backup
+        # copied where a row to drop comes before one to keep, or where a hard link is a backup
+        gap = path.stat().st_nlink > 1
         for line, row in appended_rows(path, is_row):
             advance()
             if row["step"] <= step:

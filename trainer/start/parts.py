@@ -99,9 +99,8 @@ def prepare(
     check_run(cfg)  # before a model is loaded
     refuse_to_replace(Path(cfg.out), *["best"] * cfg.keep_best)
     cfg = with_sampler_dtype(with_date(cfg, world))
-    cfg = replace(
-        cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0]
-    )  # CPUs of two kinds take rank 0's
+    # CPUs of two kinds take rank 0's
+    cfg = replace(cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0])
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     policy, engine = load_policy_and_base(cfg, world)
     cfg = replace(cfg, attn=policy.attn)  # what auto took: a replay must know
@@ -146,9 +145,8 @@ def with_sampler_dtype(cfg: OnlineConfig) -> OnlineConfig:
         return cfg
     if cfg.sampler_dtype == "auto" and cfg.resume and has_steps(Path(cfg.out)):
         settings = read_record(Path(cfg.out))["settings"]
-        cfg = replace(
-            cfg, sampler_dtype=settings.get("sampler_dtype", settings["dtype"])
-        )  # before there was the setting
+        # before there was the setting, vLLM sampled in --dtype
+        cfg = replace(cfg, sampler_dtype=settings.get("sampler_dtype", settings["dtype"]))
     return replace(cfg, sampler_dtype=sampler_dtype(cfg, torch.cuda.is_available()))
 
 
