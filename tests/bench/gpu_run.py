@@ -155,9 +155,8 @@ def long_puzzles(folder: Path, most: int, tokenizer: Any) -> Path:
     for row in rows:
         words = row["user_msg"].split()
         tokens = len(tokenizer(" ".join(words)).input_ids)
-        missing = (
-            most - 100 - len(tokenizer(row["system_msg"] + row["user_msg"]).input_ids)
-        )  # 100: for the chat template
+        # 100: for the chat template
+        missing = most - 100 - len(tokenizer(row["system_msg"] + row["user_msg"]).input_ids)
         filler = words * (missing // tokens + 1)
         row["system_msg"] += " " + " ".join(filler[: int(missing * len(words) / tokens)])
         lengths.append(len(tokenizer(row["system_msg"] + row["user_msg"]).input_ids))

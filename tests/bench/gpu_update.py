@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from peft.tuners.lora import Linear
 
+from data.errors import UserError
 from tests.bench.gpu_run import make_model
 from tests.bench.kernels import milliseconds, say
 from tests.bench.update import Task, our_step, step_flops
@@ -30,6 +31,7 @@ from trainer import logprobs
 from trainer.kernels import attention as attention_kernels
 from trainer.kernels import layers as layer_kernels
 from trainer.model import attention
+from trainer.model.cost import head_size
 from trainer.model.loading import recompute_layers
 from trainer.policy import Policy
 from trainer.start import parts
@@ -83,13 +85,9 @@ def measure_ours(task: Task, profiles: bool) -> None:
         module.forward = forward
     say("update_attention_of_ours", policy.attn)
     kernels = "sdpa" if policy.attn == "flash" else "flash"
-    problem = attention.why_no_flash(policy.device) if kernels == "flash" else ""
-    if kernels == "flash" and not problem:  # a package that is there may not work, which must not end what follows
-        head = policy.causal_lm.config.hidden_size // policy.causal_lm.config.num_attention_heads
-        problem = attention.why_not_equal(
-            attention.flash_kernel(), attention.VARLEN, policy.device, torch.bfloat16, head
-        )
-    if problem:
+    try:  # a package that is there may not work, which must not end what follows
+        attention.kernels_for(kernels, policy.device, torch.bfloat16, head_size(policy.causal_lm.config))
+    except UserError as problem:
         say(f"update_{kernels}", f"skipped: {problem}")
     else:
         own = policy.attention

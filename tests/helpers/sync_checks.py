@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from rollout import Canary, Sampling
-from rollout.sync import Parcel, SyncError, adapter_hash
+from rollout.sync import Parcel, SyncError, _mean_difference, adapter_hash
 from rollout.vllm_engine import VLLMEngine
 from trainer.packing import pack
 from trainer.policy import Policy
@@ -37,10 +37,6 @@ def policy_of(checkpoint: str, rank: int) -> Policy:
 
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-
-
-def mean_distance(one: list[float], other: list[float]) -> float:
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def canary_of(policy: Policy) -> Canary:
@@ -135,7 +131,7 @@ def merged(checkpoint: str, world: World, dtype: str = "float32") -> dict:
         engine.deliver(policy.adapter_tensors(), version, canary)
         distances.append(canary.check(*engine.prove(canary)))
     result = {"merges": engine.merges, "bound": engine.bound, "distance": max(distances)}
-    result["away from the base"] = mean_distance(canary.policy, canary.reference)
+    result["away from the base"] = _mean_difference(canary.policy, canary.reference)
     result["dtype"] = str(next(worker_of(engine).model_runner.get_model().parameters()).dtype)
     result["off again"] = engine.prompt_logprobs(TEXT, adapter=False) == untouched == engine.off
     result["on again"] = engine.prompt_logprobs(TEXT) == engine.prove(canary)[0] != untouched

@@ -341,9 +341,8 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
     difficulty = [1 - puzzle.meta[PASS_RATE] if cfg.curriculum else 0.0 for puzzle in puzzles]
     prompts = [
         Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat()), difficulty=hard)
-        for puzzle, hard in world.paced(
-            list(zip(puzzles, difficulty, strict=True))
-        )  # minutes, of half a million puzzles
+        # of half a million puzzles it takes minutes
+        for puzzle, hard in world.paced(list(zip(puzzles, difficulty, strict=True)))
     ]
     fitting = [prompt for prompt in prompts if len(prompt.ids) <= cfg.max_prompt_tokens]
     if len(fitting) < cfg.prompts_per_step:
