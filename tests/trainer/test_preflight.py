@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from data.files import sealed
 from data.puzzles import Puzzle
 from launch.options import read_recipe
 from tests.helpers.commands import ROOT, run_command, succeed
@@ -457,3 +458,15 @@ def test_an_answer_that_its_candidates_do_not_offer_is_seen():
     assert not offered(["T cell", "NK cell"], ["B cell", "T cell"])
     assert not offered(["T cell", "T cell"], ["B cell", "T cell"])
     assert not offered(["NK cell"], ["B cell", "T cell"], n_cells=1) and offered(["NK cell"], [], n_cells=1)
+
+
+def test_a_resumed_run_is_checked_with_the_dtype_that_its_sampler_had(tmp_path):
+    """Its own dtype is recorded; what auto would be now is another."""
+    began = GrpoConfig(model=str(SHAPE), puzzles="p", out=str(tmp_path), dtype="float32", sampler_dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(sealed({"settings": dataclasses.asdict(began), "data": {}})))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    again = dataclasses.replace(began, resume=True, sampler_dtype="auto")
+    (said,) = problems(check_launch(dataclasses.replace(again, base="shared"), launch()))
+    assert said.startswith("--base shared: the trainer's is in float32, and the sampler's in bfloat16")
+    assert estimate_memory(again, launch()) == estimate_memory(began, launch())
+    assert estimate_memory(again, launch()) != estimate_memory(dataclasses.replace(again, resume=False), launch())

@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.files import sealed, unlock_folder
 from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
+from trainer.model.shared import with_sampler_dtype
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -26,11 +27,12 @@ from trainer.record.runfolder import (
     rewind,
     save_checkpoint,
     say_what_changed,
+    settings_of_run,
     training_file,
     write_json,
 )
 from trainer.sft.settings import SftConfig
-from trainer.start.parts import refuse_to_replace, with_sampler_dtype
+from trainer.start.parts import refuse_to_replace
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
@@ -255,7 +257,7 @@ def test_a_run_that_is_resumed_keeps_its_samplers_dtype(tmp_path):
         begun(sampler_dtype=recorded)
         check_run(again)
         check_run(dataclasses.replace(again, sampler_dtype=found))
-        assert with_sampler_dtype(again).sampler_dtype == found
+        assert with_sampler_dtype(again, False, settings_of_run(again)).sampler_dtype == found
         other = {"float32": "bfloat16", "bfloat16": "float32"}[found]
         with pytest.raises(
             UserError, match=f"sampler_dtype was '{found}' in .*, now '{other}'; give the old value again"

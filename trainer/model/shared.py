@@ -13,8 +13,9 @@ must have had no write since, and must add up to the same sum. Only the KV cache
 """
 
 import platform
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,6 +73,19 @@ def sampler_dtype(cfg: OnlineConfig, on_gpu: bool) -> str:
     rounds = cfg.autocast and cfg.lora_rank and cfg.dtype == "float32" and not on_gpu and cfg.base != "shared"
     rounds = rounds and has_bfloat16_products(torch.device("cpu")) and _lies_between_bfloat16(Path(str(cfg.model)))
     return "bfloat16" if rounds else cfg.dtype
+
+
+def with_sampler_dtype(cfg: OnlineConfig, on_gpu: bool, before: dict[str, Any]) -> OnlineConfig:
+    """The settings with the dtype that vLLM computes in: --sampler-dtype, the resumed run's, or what auto is here.
+
+    before: the settings that the resumed run began with (settings_of_run).
+    """
+    if cfg.engine != "vllm":
+        return cfg
+    if before and cfg.sampler_dtype == "auto":
+        # an older version had no such setting, and sampled in --dtype
+        cfg = replace(cfg, sampler_dtype=before.get("sampler_dtype", before["dtype"]))
+    return replace(cfg, sampler_dtype=sampler_dtype(cfg, on_gpu))
 
 
 def _lies_between_bfloat16(model: Path) -> bool:

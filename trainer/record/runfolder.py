@@ -225,11 +225,15 @@ def read_record(out: Path) -> dict[str, Any]:
     return found
 
 
+def settings_of_run(config: Any) -> dict[str, Any]:
+    """What the run that --resume goes on with began with; {} for a new run, and for one that made no step."""
+    out = Path(config.out)
+    return read_record(out)["settings"] if config.resume and has_steps(out) else {}
+
+
 def with_date(config: C, world: World) -> C:
     """The settings with the date that the run shows to chat templates: --date, the resumed run's, or today. Collective."""
-    out = Path(config.out)
-    of_run = read_record(out)["settings"].get("date") if config.resume and has_steps(out) else ""
-    ours = config.date or of_run or datetime.date.today().isoformat()
+    ours = config.date or settings_of_run(config).get("date") or datetime.date.today().isoformat()
     # rank 0 decides: another node may be in another time zone
     return dataclasses.replace(config, date=world.gather_in_rank_order(ours)[0])
 

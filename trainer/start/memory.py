@@ -15,7 +15,8 @@ import torch
 from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
 from trainer.config import OnlineConfig
 from trainer.model.cost import head_size
-from trainer.model.shared import sampler_dtype, why_two_copies
+from trainer.model.shared import sampler_dtype, why_two_copies, with_sampler_dtype
+from trainer.record.runfolder import settings_of_run
 from trainer.start.preflight import GIB, Launch, Row, batch_parts, row_of
 
 CONTEXT = 0.7 * GIB
@@ -101,6 +102,7 @@ def estimate_memory(cfg: OnlineConfig, launch: Launch) -> list[Row]:
     """Estimate the memory of a rank while it trains and while it samples; the larger of both must fit."""
     from trainer.model.loading import empty_model  # loads transformers, and check_launch() must answer at once
 
+    cfg = with_sampler_dtype(cfg, launch.device == "cuda", settings_of_run(cfg))
     base = empty_model(str(cfg.model), getattr(torch, cfg.dtype), "sdpa")
     rank = rank_memory(cfg, launch, base)
     memory, sampler, kept = rank.trainer, rank.sampler, rank.trainer.kept_while_sampling

@@ -30,6 +30,7 @@ from trainer.model.shared import (
     has_bfloat16_products,
     sampler_dtype,
     why_two_copies,
+    with_sampler_dtype,
 )
 from trainer.packing import ScoredGroup, pack
 from trainer.policy import Policy, Prompt
@@ -40,8 +41,8 @@ from trainer.record.runfolder import (
     check_run,
     has_steps,
     open_run,
-    read_record,
     restore_training,
+    settings_of_run,
     steps_saved,
     with_date,
     write_json,
@@ -98,7 +99,7 @@ def prepare(
     """
     check_run(cfg)  # before a model is loaded
     refuse_to_replace(Path(cfg.out), *["best"] * cfg.keep_best)
-    cfg = with_sampler_dtype(with_date(cfg, world))
+    cfg = with_sampler_dtype(with_date(cfg, world), torch.cuda.is_available(), settings_of_run(cfg))
     # CPUs of two kinds take rank 0's
     cfg = replace(cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0])
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
@@ -137,17 +138,6 @@ def finish(run: Run) -> None:
             write_json(out / FINISHED, {"steps": cfg.steps})
     run.scorer.close()
     run.engine.close()
-
-
-def with_sampler_dtype(cfg: OnlineConfig) -> OnlineConfig:
-    """The settings with the dtype that vLLM computes in: --sampler-dtype, the resumed run's, or what auto is here."""
-    if cfg.engine != "vllm":
-        return cfg
-    if cfg.sampler_dtype == "auto" and cfg.resume and has_steps(Path(cfg.out)):
-        settings = read_record(Path(cfg.out))["settings"]
-        # before there was the setting, vLLM sampled in --dtype
-        cfg = replace(cfg, sampler_dtype=settings.get("sampler_dtype", settings["dtype"]))
-    return replace(cfg, sampler_dtype=sampler_dtype(cfg, torch.cuda.is_available()))
 
 
 def share_sampler_base(cfg: TrainingConfig, world: World) -> None:

@@ -15,8 +15,9 @@ from data.errors import UserError
 from data.files import read_settings
 from rollout.vllm_engine import merges_adapter, vllm_rank
 from trainer.config import OnlineConfig
-from trainer.model.shared import base_refused, why_two_copies
+from trainer.model.shared import base_refused, why_two_copies, with_sampler_dtype
 from trainer.ranks.world import gpu_problem
+from trainer.record.runfolder import settings_of_run
 
 GIB = 1 << 30
 
@@ -135,7 +136,8 @@ def steady_positions(model: dict[str, Any]) -> float:
 
 
 def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
-    """Check world, placement, lengths and LoRA rank against each other. Reads config.json only."""
+    """Check world, placement, lengths and LoRA rank against each other. Reads config.json and a few weights only."""
+    cfg = with_sampler_dtype(cfg, launch.device == "cuda", settings_of_run(cfg))
     model = model_config(str(cfg.model))
     split = cfg.placement == "split"
     trainers = launch.ranks - cfg.ranks_apart

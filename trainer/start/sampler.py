@@ -30,8 +30,10 @@ from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import REFUSED, SamplerEnd, SamplerProcess, over_key
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
+from trainer.model.shared import with_sampler_dtype
 from trainer.ranks.world import World, own_device
-from trainer.start.parts import load_policy, make_vllm_engine, with_sampler_dtype
+from trainer.record.runfolder import settings_of_run
+from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
 """Lines of the sampler process that begin with this tell the keeper its phase and step."""
@@ -239,7 +241,8 @@ def make_engine(cfg: OnlineConfig, me: SamplerProcess, device: torch.device) -> 
         policy = load_policy(replace(cfg, beta=0.0, packing="plain"), device)
         return TorchEngine(policy.model, policy.decoding, adopt=policy.load_adapter)
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
-    return make_vllm_engine(with_sampler_dtype(cfg), lora, rank=me.engine * me.members + me.member)
+    cfg = with_sampler_dtype(cfg, device.type == "cuda", settings_of_run(cfg))
+    return make_vllm_engine(cfg, lora, rank=me.engine * me.members + me.member)
 
 
 def report_status(phase: str, step: int, waiting: str = "") -> None:
