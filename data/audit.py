@@ -132,6 +132,16 @@ def audit(splits: dict[str, Sequence[Puzzle]], donors_apart: bool = True) -> Aud
     return Audit(splits=facts, pairs=pairs, leaks=tuple(leaks), warnings=tuple(warnings))
 
 
+def leak_lines(audited: dict[str, Any]) -> list[str]:
+    """An audit in short, for the end of a build. audited: Audit.to_dict()."""
+    lines = [f"leak: {leak}" for leak in audited["leaks"]] + [f"warning: {one}" for one in audited["warnings"]]
+    if audited["leaks"]:
+        return lines
+    compared = not any(split["short_lists"] for split in audited["splits"])
+    found = "donor, batch or near-duplicate list" if compared else "donor or batch (short gene lists are not compared)"
+    return [*lines, f"leak audit: no shared cell, {found}"]
+
+
 def _numbered(name: str, puzzles: Sequence[Puzzle], vocabulary: dict[str, int], numbers: dict) -> _NumberedSplit:
     """A set whose genes and gene lists are numbered. A gene that a list repeats counts once.
 

@@ -41,6 +41,26 @@ def _stated(value: object) -> str | None:
     return None if value in (None, "", "unknown") else str(value)
 
 
+def unlike(kept: Sequence[Puzzle], whole: Sequence[Puzzle]) -> list[str]:
+    """How some puzzles of a file differ in their make-up from all of it, in words; [] where they are like all.
+
+    A file can be in the order of sizes, or of the data sets that it was built from, so its first puzzles may be of a kind.
+    """
+
+    def sizes(some: Sequence[Puzzle]) -> list[int]:
+        return sorted({len(one.candidates) if one.variant == "cell" else len(one.cells) for one in some})
+
+    def span(numbers: list[int]) -> str:
+        return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+    of_kept, of_all = sizes(kept), sizes(whole)
+    found = [f"they have {span(of_kept)} cells, all have {span(of_all)}"] if of_kept != of_all else []
+    for key, noun in (("dataset", "data sets"), ("tissue", "tissues"), ("disease", "diseases")):
+        n_kept, n_all = (len({str(puzzle.meta.get(key)) for puzzle in some}) for some in (kept, whole))
+        found += [f"they are of {n_kept} of its {n_all} {noun}"] if n_kept < n_all else []
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Breakdown:
     """A way to group puzzles, or their cells, by a value."""

@@ -368,8 +368,9 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def seen_from(folder: Path, path: Path) -> Path:
-    """A path of a run's settings: as it stands, or from a folder above `folder`, where the run may have been started."""
-    found = (place / path for place in (Path(), *folder.absolute().parents) if (place / path).exists())
+    """A path of a run's settings: from a folder above `folder`, where the run may have begun; else as it stands."""
+    # last the current folder: it may hold another run with the same names
+    found = (place / path for place in (*folder.absolute().parents, Path()) if (place / path).exists())
     return next(found, path)
 
 

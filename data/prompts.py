@@ -10,6 +10,7 @@ system message keeps it: the row says what is asked.
 """
 
 import datetime
+import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -56,6 +57,11 @@ ANSWER_SHOWN = "\n\nA correct answer to this puzzle is:\n{answer}\n\nNow answer 
 """What follows the user message where a model is shown an answer before it gives its own (GRPO's --distill-failures)."""
 
 RESPONSE_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""The call of a chat template that asks for today's date in a format."""
+_SAME_SIGN = {ord(hyphen): "-" for hyphen in "\u2010\u2011\u2212"}
+_SAME_SIGN |= dict.fromkeys((0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF))
+"""{character: what it looks like}: other hyphens, which chat models write, and None for characters without a width."""
 RESPONSE_LAYOUT = re.compile(r"\s*<think>(?P<reasoning>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
 
 
@@ -85,12 +91,13 @@ def answer_text(labels: list[str]) -> str:
 def normalise_label(label: str) -> str:
     """The form in which labels are compared: trimmed, inner white space collapsed, case ignored, composed (Unicode's NFC).
 
-    A letter with its accent is one character or two, and looks the same:
+    What looks the same is the same: a letter with its accent is one character or two, a hyphen one of several.
 
     >>> normalise_label(" M\xfcller\xa0 glia ") == normalise_label("mu\u0308ller GLIA")
     True
     """
-    folded = unicodedata.normalize("NFD", " ".join(label.split())).casefold()
+    seen = label if label.isascii() else label.translate(_SAME_SIGN)
+    folded = unicodedata.normalize("NFD", " ".join(seen.split())).casefold()
     return unicodedata.normalize("NFC", folded)
 
 
@@ -214,12 +221,15 @@ class ChatFormat:
         turns = system_before_user(chat) if self.system_in_user else chat
         if self.in_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        # in place of transformers' clock: a resumed run asks with its first day. In the template's text, since newer
+        # versions of transformers hand no function to a template
+        template = getattr(self.tokenizer, "chat_template", None)
+        template = template.get("default") if isinstance(template, dict) else template
+        dated = _DATE_CALL.sub(lambda call: json.dumps(self.date.strftime(call[2])), template or "")
+        clock = {"strftime_now": self.date.strftime} if "strftime_now(" in dated else {}  # of a format that is computed
+        clock |= {"chat_template": dated} if dated != (template or "") else {}
         return self.tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=to_speak,
-            strftime_now=self.date.strftime,  # in place of transformers' clock: a resumed run asks with its first day
-            **self.switches,
+            turns, tokenize=False, add_generation_prompt=to_speak, **clock, **self.switches
         )
 
     def _check_template(self) -> None:

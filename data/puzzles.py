@@ -38,7 +38,7 @@ MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
 ROWS_SEAL = b"rows_crc32"
 """Key, in the metadata of a parquet file of ours, of the checksum of its rows."""
 _CELL_LINE = re.compile(r"Cell (\d+): (.*)")
-_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL)
+_ANSWER_BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>\s*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,11 @@ class Puzzle:
         context, tail, cells = _parse_body(body)
         has_answer = isinstance(row.get("answer"), str)
         answer = _parse_answer(row["answer" if has_answer else "assistant_msg"])
+        if any("</think>" in label or "</answer>" in label for label in answer):
+            raise UserError(
+                "assistant_msg has text after its <answer> block, so its labels cannot be read; end it there, or give the "
+                "correct labels in a text column answer"
+            )
         _check_numbers(variant, len(cells), len(candidates), len(answer))
         # parquet gives None for a column that other rows have: it is no metadata of this row
         meta = {k: v for k, v in row.items() if k not in MESSAGE_COLUMNS and k != "id" and v is not None}

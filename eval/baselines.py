@@ -67,9 +67,12 @@ def answer(
     return rows, sorted(label for label in labels if normalise_label(label) not in known)
 
 
-def cautions(name: str, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | None) -> list[str]:
-    """Reasons to distrust a baseline's numbers: leaks from its training puzzles, or genes that it does not know."""
-    if name == "random":
+def cautions(name: str | None, puzzles: Sequence[Puzzle], train: Sequence[Puzzle] | None) -> list[str]:
+    """Reasons to distrust a baseline's numbers: leaks from its training puzzles, or genes that it does not know.
+
+    name: None where no baseline answers.
+    """
+    if name in (None, "random"):
         return []
     leaks = audit({"--train": train, "--puzzles": puzzles}).leaks if train else ()
     notes = [f"the training puzzles leak into these, so expect too good numbers: {'; '.join(leaks)}"] if leaks else []

@@ -35,6 +35,10 @@ from eval.metrics import (
 from reward.cellpuzzles import normalise_label
 
 Scores = Sequence[PuzzleScore]
+REUSED = 0.8
+"""Distinct cells per place in the puzzles below which a reader is told."""
+FEW_DONORS = 5
+"""Below so many donors a reader is told."""
 HEALTHY = "normal"
 """The disease of a healthy donor in CELLxGENE."""
 NO_LABEL = "no valid answer"
@@ -45,6 +49,33 @@ def donor_of(puzzle: Puzzle) -> str:
     """The donor column; 'not stated' for a row without one."""
     donor = puzzle.meta.get("donor")
     return NOT_STATED if donor in (None, "") else str(donor)
+
+
+def cells_of(puzzle: Puzzle) -> list[tuple[str, str]] | None:
+    """[N] (file, id) of each cell; None where the puzzle does not state them."""
+    ids = puzzle.meta.get("cell_ids")
+    if not isinstance(ids, list | tuple) or len(ids) != len(puzzle.cells):
+        return None
+    return [(str(puzzle.meta.get("source")), str(one)) for one in ids]
+
+
+def notes_on_reuse(puzzles: Sequence[Puzzle]) -> list[str]:
+    """What the intervals of these puzzles do not cover: a sentence where cells are asked again, one where donors are few."""
+    stated, notes = [cells_of(puzzle) for puzzle in puzzles], []
+    places, donors = sum(len(puzzle.cells) for puzzle in puzzles), {donor_of(puzzle) for puzzle in puzzles}
+    if None not in stated:
+        distinct = len({cell for cells in stated for cell in cells or ()})
+        if distinct < REUSED * places:
+            notes.append(
+                f"{distinct:,} distinct cells fill the {places:,} places of these puzzles, so the intervals, over puzzles, are "
+                "narrower than those of as many new cells would be"
+            )
+    if 0 < len(donors) < FEW_DONORS and NOT_STATED not in donors:
+        notes.append(
+            f"the puzzles are of {'one donor' if len(donors) == 1 else f'{len(donors)} donors'} only: the intervals do not cover "
+            "how donors differ"
+        )
+    return notes
 
 
 def size_of(puzzle: Puzzle) -> int:
@@ -193,31 +224,36 @@ def spellings(puzzles: Sequence[Puzzle]) -> dict[str, str]:
 def cell_types(
     scores: Scores, puzzles: Sequence[Puzzle], confusion: dict[str, dict[str, int]], most: int = 3
 ) -> list[dict[str, Any]]:
-    """[{cell_type, cells, right, accuracy, interval, answered, most_confused}], the most frequent type first.
+    """[{cell_type, cells, distinct_cells, right, accuracy, interval, answered, most_confused}], the most frequent type first.
 
+    cells: places in puzzles. distinct_cells: the cells that fill them; absent where a puzzle does not state its cells.
     accuracy: right / cells, where all cells of an invalid answer are wrong. interval: 95 %, Wilson's, because a batch
-    holds one cell of a type. answered: cells in answers of a valid format. most_confused: the `most` most frequent
-    [wrong label, cells].
+    holds one cell of a type; over the distinct cells, since the answers to one cell in several puzzles are much alike.
+    answered: cells in answers of a valid format. most_confused: the `most` most frequent [wrong label, cells].
     """
     cells: Counter = Counter()
     right: Counter = Counter()
+    distinct: dict[str, set] = defaultdict(set)
     for score, puzzle in zip(scores, puzzles, strict=True):
-        for label, ok in zip(puzzle.answer, score.right, strict=True):
+        stated = cells_of(puzzle) or [None] * len(puzzle.answer)
+        for label, ok, cell in zip(puzzle.answer, score.right, stated, strict=True):
             key = normalise_label(label)
             cells[key] += 1
             right[key] += ok
+            distinct[key].add(cell)
     names, rows = spellings(puzzles), []
     for key in sorted(cells, key=lambda key: (-cells[key], key)):
         given = confusion.get(names[key], {})
         wrong = [[label, n] for label, n in given.items() if normalise_label(label) != key]
-        share = right[key] / cells[key]
+        share, known = right[key] / cells[key], None not in distinct[key]
         rows.append(
             {
                 "cell_type": names[key],
                 "cells": cells[key],
+                **({"distinct_cells": len(distinct[key])} if known else {}),
                 "right": right[key],
                 "accuracy": share,
-                "interval": list(wilson_interval(share, cells[key])),
+                "interval": list(wilson_interval(share, len(distinct[key]) if known else cells[key])),
                 "answered": sum(given.values()),
                 "most_confused": wrong[:most],
             }

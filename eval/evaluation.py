@@ -20,6 +20,7 @@ from eval.breakdowns import (
     greedy_answers,
     interval_method,
     k_sample,
+    notes_on_reuse,
     vote_confidence,
 )
 from eval.metrics import METRICS, cell_vote, lacking_tokens, metrics_of, score_all, scores_of
@@ -59,7 +60,7 @@ def evaluation_of(
         "interval": interval_method(puzzles),
         "puzzles": {"file": Path(file).name, "variant": variant, "digest": puzzles_digest(puzzles)},
         "run": run,
-        **notes_on(rows, notes),
+        **notes_on(rows, notes, puzzles),
         **faults_of(scored_answers(rows, puzzles, texts, samples)),
         "breakdowns": found,
     }
@@ -83,8 +84,8 @@ def evaluation_of(
     return result
 
 
-def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
-    """{refused, notes}: the number of answers that the endpoint refused, and the notes with those about the rows.
+def notes_on(rows: Sequence[dict], notes: Sequence[str], puzzles: Sequence[Puzzle] = ()) -> dict[str, Any]:
+    """{refused, notes}: the number of answers that the endpoint refused, and the notes with those about rows and puzzles.
 
     Each key is left out where there is nothing to say.
     """
@@ -102,6 +103,7 @@ def notes_on(rows: Sequence[dict], notes: Sequence[str]) -> dict[str, Any]:
             f"{lacking:,} of {len(rows):,} predictions state no number of tokens, so all lengths are in words; "
             "--tokenizer FOLDER counts tokens"
         )
+    notes += notes_on_reuse(puzzles)
     return ({"refused": refused} if refused else {}) | ({"notes": notes} if notes else {})
 
 
@@ -116,8 +118,9 @@ def variant_of_all(puzzles: Sequence[Puzzle], file: str) -> str:
 def comparison(
     rows: Sequence[dict], other: str, other_rows: Sequence[dict], puzzles: Sequence[Puzzle], seed: int
 ) -> dict[str, Any]:
-    """{other, response_length_unit, metrics, invalid_reasons, label_problems} of two models' matched rows.
+    """{other, response_length_unit, metrics, invalid_reasons, label_problems, answers} of two models' matched rows.
 
+    answers: {ours, theirs}: answers to a puzzle, whose mean is compared; absent where both have one.
     For the metrics see eval.bootstrap.paired, for the last two keys, which are of the other model, eval.reasons.faults_of.
     Lengths are in words unless both models have token counts.
     """
@@ -126,7 +129,9 @@ def comparison(
     unit = units.pop() if len(units) == 1 else "words"
     texts = [row.get("samples") or [row["prediction"]] for row in other_rows]
     faults = faults_of(scored_answers(other_rows, puzzles, texts, theirs))
-    return {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)} | faults
+    answers = {"ours": max(map(len, ours)), "theirs": max(map(len, theirs))}  # to a puzzle: their mean is compared
+    found = {"other": other, "response_length_unit": unit, "metrics": paired(ours, theirs, puzzles, seed)} | faults
+    return found | ({"answers": answers} if max(answers.values()) > 1 else {})
 
 
 def compared_vote(

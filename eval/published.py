@@ -205,9 +205,11 @@ def _headline(result: dict[str, Any]) -> str:
     n, batches = result["n_puzzles"], result["interval"]["batches"]
     what = f"{n:,} single cells of {batches:,} batches" if result["puzzles"]["variant"] == "cell" else f"{n:,} batches"
     limits = f" (95 % interval {_range(low, high)})" if batches > 1 else ""  # a single batch has none
+    k = (result.get("k_sample") or {}).get("k", 1)
+    first = f" (the first of {k} answers to each, sampled; below are the mean and the votes of all)" * (k > 1)
     return (
         f"**{result['name']}** names every cell right in {_percent(result['batch_accuracy'])} of {what}{limits}, "
-        f"and {_percent(result['cell_accuracy_micro'])} of all cells."
+        f"and {_percent(result['cell_accuracy_micro'])} of all cells{first}."
     )
 
 
@@ -257,23 +259,31 @@ def _k_sample(result: dict[str, Any]) -> str:
         "cell_vote": "vote cell by cell, one to one",
     }
     rows = [[label, *_shares(found[name], COLUMNS)] for name, label in names.items()]
-    passes = [[n, _cell(one["value"], one["interval"], _percent)] for n, one in found["pass_at_k"].items()]
+    several = n_batches(result) > 1
+    passes = [
+        [n, _cell(one["value"], one["interval"] if several else None, _percent)]
+        for n, one in found["pass_at_k"].items()
+    ]
     return (
         f"## {k} answers per {unit}\n\n{markdown_table(['', *_titles(result, COLUMNS)], rows)}\n\n"
         "Whole assignments vote if they use each candidate at most once; if none does, all answers of a valid format "
         "vote. The response length of a vote is that of all its answers together. pass@k: the probability that at "
         f"least one of k answers has every cell right.\n\n{markdown_table(['k', 'pass@k'], passes)}"
         + (
-            f"\n\nOf the vote cell by cell: {confidence_sentence(found['consensus'], unit)}"
+            f"\n\nOf the vote cell by cell: {confidence_sentence(found['consensus'], unit, several)}"
             if "consensus" in found
             else ""
         )
     )
 
 
-def confidence_sentence(found: dict[str, Any], unit: str = "batch") -> str:
-    """How far the one-to-one vote can be trusted, in words. found: of eval.breakdowns.vote_confidence. unit: batch or cell."""
-    values = {name: _cell(found[name], found["intervals"][name], _percent) for name in found["intervals"]}
+def confidence_sentence(found: dict[str, Any], unit: str = "batch", several: bool = True) -> str:
+    """How far the one-to-one vote can be trusted, in words.
+
+    found: of eval.breakdowns.vote_confidence. unit: batch or cell. several: there are two batches or more, so intervals.
+    """
+    limits = found["intervals"] if several else dict.fromkeys(found["intervals"])
+    values = {name: _cell(found[name], limits[name], _percent) for name in limits}
     of_cells = (
         f"{values['cells_confident']} of the cells have a label that at least {_percent(found['threshold'])} of the valid "
         f"answers give them; of these {values['cell_accuracy']} are right."
@@ -297,10 +307,19 @@ def _compare(result: dict[str, Any]) -> str:
     return (
         f"## Against {found['other']}\n\nBoth models on the same resamples of batches (paired bootstrap). Differences "
         f"of shares are in percentage points; response length is in {found['response_length_unit']}.\n\n"
-        + markdown_table(["", "this", found["other"], "difference", "p (two-sided)"], rows)
+        + markdown_table(["", *_who(found), "difference", "p (two-sided)"], rows)
         + "".join(f"\n\nOf the other model, {sentence}." for sentence in reasons.sentences(found))
         + (_compared_vote(found, several) if "consensus" in found else "")
     )
+
+
+def _who(found: dict[str, Any]) -> list[str]:
+    """The two columns of a comparison; where one model has several answers to a puzzle, both say what is compared."""
+    k = found.get("answers") or {"ours": 1, "theirs": 1}
+    if max(k.values()) == 1:
+        return ["this", found["other"]]
+    means = {side: f"mean of {n} answers" if n > 1 else "one answer" for side, n in k.items()}
+    return [f"this, {means['ours']}", f"{found['other']}, {means['theirs']}"]
 
 
 def _compared_vote(found: dict[str, Any], several: bool) -> str:
@@ -379,14 +398,17 @@ def _cell_types(rows: list[dict[str, Any]]) -> str:
     shown = [
         [
             one["cell_type"],
-            f"{one['cells']:,}",
+            f"{one['cells']:,}"
+            + (f" ({one['distinct_cells']:,})" if one.get("distinct_cells", n := one["cells"]) < n else ""),
             _cell(one["accuracy"], one["interval"], _percent),
             "; ".join(f"{label} ({n})" for label, n in one["most_confused"]),
         ]
         for one in rows[:LONGEST]
     ]
     more = f"\n\nThe {LONGEST} most frequent of {len(rows):,}." if len(rows) > LONGEST else ""
-    return f"## By cell type\n\n{markdown_table(['cell type', 'cells', 'right', 'most confused with'], shown)}{more}"
+    reused = any(one.get("distinct_cells", one["cells"]) < one["cells"] for one in rows[:LONGEST])
+    head = ["cell type", "cells (distinct)" if reused else "cells", "right", "most confused with"]
+    return f"## By cell type\n\n{markdown_table(head, shown)}{more}"
 
 
 def _shares(metrics: dict[str, Any], names: Any) -> list[str]:

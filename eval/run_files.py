@@ -36,7 +36,7 @@ def write_summary(out: Path, run: dict[str, Any]) -> None:
     folders = sorted((out / "eval").glob(f"{BASELINE}*"))
     # the notes say why the numbers of a baseline are too good, or chance
     summary["baselines"] = {
-        folder.name.removeprefix(BASELINE): _metrics_of_splits(folder, "notes") for folder in folders
+        folder.name.removeprefix(BASELINE): _metrics_of_splits(folder, "notes", "puzzles") for folder in folders
     }
     for of_split in summary["baselines"].values():
         for metrics in of_split.values():
@@ -55,8 +55,9 @@ def _metrics_of_splits(folder: Path, *more: str) -> dict[str, Any]:
 
 
 def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a metrics.json, and their intervals."""
-    return {key: value for key, value in result.items() if isinstance(value, int | float) or key == "intervals"}
+    """The numbers of a metrics.json, their intervals, and how these were made."""
+    more = ("intervals", "interval")  # the second says of how many batches
+    return {key: value for key, value in result.items() if isinstance(value, int | float) or key in more}
 
 
 def summary_text(run_dir: str | os.PathLike) -> str:

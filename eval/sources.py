@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.describe import unlike
 from data.distill.meter import Meter
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles
@@ -72,6 +73,16 @@ def limited(puzzles: list[Puzzle], limit: int | None, file: str) -> list[Puzzle]
             f"{len(first[0].candidates)} cells: raise --limit"
         )
     return whole
+
+
+def limit_note(puzzle_set: PuzzleSet) -> list[str]:
+    """A sentence where --limit leaves puzzles of other kinds out than it keeps; [] where the first ones are like all."""
+    first, whole = puzzle_set.puzzles, puzzle_set.whole
+    found = unlike(first, whole) if len(first) < len(whole) else []
+    return [
+        f"only the first {len(first):,} of {len(whole):,} puzzles of the file were asked (--limit), and {one}"
+        for one in found
+    ]
 
 
 def name_of(config: EvaluateConfig) -> str:

@@ -6,14 +6,13 @@
 """
 
 import functools
-import shlex
 import sys
 from pathlib import Path
 
 from data.clusters.known import read_known_labels
 from data.files import weight_files, weights_hash
 from data.processes import provenance
-from data.status.status import reporting
+from data.status.status import reporting, without_notify
 from eval.annotate.heldout import CLUSTER, count_right, write_held_out
 from eval.annotate.run import Model, annotate_file, summary_lines
 from eval.annotate.settings import AnnotateConfig
@@ -29,8 +28,8 @@ def main(config: AnnotateConfig) -> None:
     model = open_endpoint(config.model) if config.endpoint else open_model(config.model, config.base)
     watch = functools.partial(watching_cells, "reading cells")
     with reporting(config.out, config.notify, "question") as report:
-        annotation, agreement, replaced = annotate_file(config, model, shlex.join(sys.argv), watch, report.progress)
-    for sentence in [*annotation.notes, *replaced]:
+        annotation, agreement, replaced = annotate_file(config, model, without_notify(sys.argv), watch, report.progress)
+    for sentence in [*annotation.unsaid, *replaced]:
         print(f"note: {sentence}", file=sys.stderr)
     for line in summary_lines(annotation, agreement):
         say(line)

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from data.audit import leak_lines
 from data.build.build import BuildConfig, build_puzzles
 from data.errors import UserError
 from data.folder import FORMATS, naming_the_file, staged, write_build
@@ -117,8 +118,7 @@ def summary_text(report: dict[str, Any]) -> str:
         counts = [value if isinstance(value, int) else len(value) for value in (summary[column] for column in columns)]
         per_n = " ".join(f"{n}:{count}" for n, count in summary["puzzles_per_n"].items())
         lines.append(f"{split:8}" + "".join(f"{count:16}" for count in counts) + f"  {per_n or '-'}")
-    leaks = report["audit"]["leaks"]
-    lines += [f"leak: {leak}" for leak in leaks] or ["leak audit: no shared cell, donor, batch or near-duplicate list"]
+    lines += leak_lines(report["audit"])
     return "\n".join(lines)
 
 

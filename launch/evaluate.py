@@ -25,7 +25,7 @@ from eval.predict import Partial, ask_engine
 from eval.reasons import console_lines, verdict
 from eval.settings import EvaluateConfig, settings_of
 from eval.similarity import LabelEncoder
-from eval.sources import Loaded, PuzzleSet, name_of, open_source, read_sets, rows_to_compare
+from eval.sources import Loaded, PuzzleSet, limit_note, name_of, open_source, read_sets, rows_to_compare
 from launch.options import command
 from rollout import Sampling
 
@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig, report: Report) -> None:
             confident_from=config.confident_from,
             encoder=encoder,
             other=others.get(puzzle_set.name),
-            notes=baselines.cautions(config.baseline, puzzle_set.puzzles, train) if config.baseline else [],
+            notes=[*limit_note(puzzle_set), *baselines.cautions(config.baseline, puzzle_set.puzzles, train)],
         )
         for note in result.get("notes", ()):
             print(f"{puzzle_set.name}: {note}", file=sys.stderr)

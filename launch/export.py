@@ -79,7 +79,7 @@ def read_metrics(path: str) -> dict[str, Any]:
         raise UserError(f"--metrics {path}: not JSON ({error}); write it again with launch/evaluate.py") from None
     if not isinstance(found, dict) or "batch_accuracy" not in found:
         raise UserError(f"--metrics {path}: is no metrics.json of launch/evaluate.py (it lacks batch_accuracy)")
-    return {"name": file.parent.name, **found}
+    return {**found, "name": file.parent.name}
 
 
 if __name__ == "__main__":

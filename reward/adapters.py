@@ -195,7 +195,10 @@ def _from_trl(fn: Callable) -> RewardFn:
 
 
 def _from_verl(fn: Callable) -> RewardFn:
-    """A function in verl's style as a reward function. Further numbers in its dict become parts of the reward."""
+    """A function in verl's style as a reward function. Further numbers in its dict become parts of the reward.
+
+    data_source is the puzzle's column of that name; else "cell_data", by which the reward of Cell-o1's authors knows its rows.
+    """
 
     def settle(result: Any) -> Reward:
         if not isinstance(result, dict):
@@ -209,7 +212,7 @@ def _from_verl(fn: Callable) -> RewardFn:
 
     def scored(completion: str, puzzle: Puzzle) -> Reward | Awaitable[Reward]:
         result = fn(
-            data_source="cellpuzzles",
+            data_source=puzzle.meta.get("data_source", "cell_data"),
             solution_str=completion,
             ground_truth=answer_text(puzzle.answer),
             extra_info={"puzzle_id": puzzle.id, "candidates": puzzle.candidates, "n_cells": len(puzzle.cells)},

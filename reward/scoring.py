@@ -59,6 +59,7 @@ class Scorer:
         # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
         self.threads = ThreadPoolExecutor(workers) if workers else None
         self.starting: list[Future[None]] = []
+        self.stop = threading.Event()  # of the call of `score` that runs
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
@@ -94,7 +95,8 @@ class Scorer:
 
     def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
         shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
-        stop, pairs = threading.Event(), list(zip(self.workers, shares, strict=True))
+        self.stop = stop = threading.Event()
+        pairs = list(zip(self.workers, shares, strict=True))
         assert self.threads is not None
         try:
             self.ready()
@@ -108,11 +110,14 @@ class Scorer:
         return {index: reward for future in futures for index, reward in future.result().items()}
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, also while `score` runs in another thread: what it has not scored is None."""
+        self.stop.set()
         for worker in self.workers:
-            worker.stop()
+            worker.kill()
         if self.threads is not None:
             self.threads.shutdown()
+        for worker in self.workers:
+            worker.stop()
 
 
 class _Worker:
@@ -214,23 +219,30 @@ class _Worker:
         data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.jobs
         deadline = time.monotonic() + self.seconds + GRACE
         while data:
-            if not select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))[1]:
+            replied, free, _ = select.select([self.replies], [pipe], [], max(0.0, deadline - time.monotonic()))
+            if not (replied or free):
                 return timed_out(self.seconds)
+            # a worker that has answers to write reads no job until they are taken
+            if replied and not self._take():
+                return self._ended()
             try:
-                data = data[os.write(pipe, data) :]
+                data = data[os.write(pipe, data) :] if free else data
             except BrokenPipeError:
                 return self._ended()
         return None
+
+    def _take(self) -> bool:
+        """Read a piece of the replies; False when there will be none."""
+        self.unread += (piece := os.read(self.replies, 1 << 16))
+        return bool(piece)
 
     def _receive(self, deadline: float) -> dict | Reward:
         """The next reply, or a Reward with the reason why there is none."""
         while b"\n" not in self.unread:
             if not select.select([self.replies], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 return timed_out(self.seconds)
-            piece = os.read(self.replies, 1 << 16)
-            if not piece:
+            if not self._take():
                 return self._ended()
-            self.unread += piece
         line, _, self.unread = self.unread.partition(b"\n")
         try:
             reply = json.loads(line)
@@ -247,9 +259,9 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process and the processes that it started."""
-        if self.process is not None:
+        if (process := self.process) is not None:  # another thread may forget it
             with suppress(ProcessLookupError):  # it is gone
-                os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own (start_new_session)
 
     def stop(self) -> None:
         """Kill it, and forget it."""

@@ -28,6 +28,7 @@ from data.build.splits import SPLITS, choose_test_donors
 from data.build.staging import Staging, run_all
 from data.clusters.labels import known_labels
 from data.errors import UserError
+from data.meaning.labels import same_name
 from data.puzzles import Puzzle
 
 VERSIONS_OF = ("numpy", "h5py", "pyarrow")
@@ -65,7 +66,7 @@ def build_puzzles(
     {'train': 4, 'test': 2, 'unseen': 0}
     >>> puzzle = splits["train"][0]
     >>> puzzle.id, puzzle.meta["donor"], len(puzzle.cells), len(puzzle.cells[0])
-    ('train-000000', 'donor_001', 3, 10)
+    ('train-000000', 'donor_002', 3, 10)
     >>> sorted(puzzle.candidates) == sorted(puzzle.answer)
     True
     """
@@ -86,15 +87,34 @@ def build_puzzles(
         lambda number, _: watch.progress("looking at files", number + 1, len(paths)),
     )
     _refuse_if_nothing_to_build(summaries, config)
+    _refuse_labels_alike(summaries)
     assignment = assign_donors(summaries, config)
     _build_files(summaries, assignment, config, workers, staging, watch)
     splits, reports = _gathered(summaries, staging)
     leaks = audit(splits, donors_apart=config.split_mode != "cell")  # --split cell shares donors on purpose
+    if config.gene_dropout and len(paths) > 1:
+        unseen = (
+            "train lists lack genes (--gene-dropout), so a cell that another file holds too is hardly found by its list"
+        )
+        leaks = dataclasses.replace(leaks, warnings=(*leaks.warnings, unseen))
     _refuse_leaks(leaks, config, len(paths))
     if not splits["train"]:
         raise UserError("no train puzzle could be built: every batch drawn holds a cell without an expressed gene")
     labels = _labels(splits["train"], summaries, assignment)
     return splits, _report(splits, summaries, reports, leaks, config) | {"labels": labels}
+
+
+def _refuse_labels_alike(summaries: list[FileSummary]) -> None:
+    """Raise UserError for labels of two files that differ only in how one name is written, as check_labels does for one."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for summary in summaries:
+        for label in sorted(summary.report["cell_types"]):
+            other, path = seen.setdefault(same_name(label), (label, summary.path))
+            if other != label:
+                raise UserError(
+                    f"{summary.path}: the cell type {label!r} is written {other!r} in {path}, and an answer could not tell them "
+                    "apart; give them one name"
+                )
 
 
 def _refuse_names_not_in_utf8(paths: list[Path]) -> None:

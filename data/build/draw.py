@@ -4,7 +4,7 @@ A row is the number of a cell in its file. N is the number of cells of a puzzle.
 """
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +72,7 @@ def draw_puzzle_cells(
     quota_left = dict.fromkeys(sizes, quota)
     drawn, seen, exhausted = [], set(), []
     closed: set[tuple[tuple[str, str], int]] = set()
-    queue = deque(sorted(groups))
+    queue = deque(_in_turn(groups, quota * len(sizes), rng))
     while queue:  # every turn either draws a puzzle, closes a size of a group or drops the group, so this ends
         group = queue.popleft()
         types = groups[group]
@@ -90,6 +90,21 @@ def draw_puzzle_cells(
             drawn.append((group, rows))
             quota_left[n_cells] -= 1
     return drawn, {"quota_left": {str(n): left for n, left in quota_left.items() if left}, "exhausted": exhausted}
+
+
+def _in_turn(groups: Groups, most: int, rng: random.Random) -> list[tuple[str, str]]:
+    """The groups in the order of their turns. most: puzzles that are drawn at most.
+
+    Where not every group gets a turn, names must not decide, since those of a cohort begin alike: donors come in a drawn
+    order, and a donor's second batch after the first batch of every other donor.
+    """
+    order = sorted(groups)
+    if len(order) <= most:
+        return order
+    rng.shuffle(order)
+    turn: Counter = Counter()
+    turns = {group: (turn.update([group[0]]), turn[group[0]])[1] for group in order}
+    return sorted(order, key=turns.__getitem__)
 
 
 def _draw_new(

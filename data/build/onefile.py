@@ -141,7 +141,7 @@ def build_file(
         gene_lists = _gene_lists(source, members, kind, advance)
         puzzles = _puzzles(source, drawn, members, gene_lists)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
-        report["notes"] = _note_on_lost_puzzles(puzzles, gene_lists)
+        report["notes"] = _note_on_lost_puzzles(puzzles, gene_lists) + _notes_on_groups_without_puzzle(groups, drawn)
     for split, made in puzzles.items():
         kept = [puzzle for puzzle in made if all(puzzle.cells)]  # a cell without a listed gene cannot be told apart
         puzzles[split] = kept
@@ -168,6 +168,21 @@ def _note_on_lost_puzzles(puzzles: dict[str, list[Puzzle]], gene_lists: dict[int
         f"{lost} of {len(made)} puzzles are left out: {empty} of the {len(gene_lists)} cells drawn have no expressed "
         "gene (or none that may be listed)"
     ]
+
+
+def _notes_on_groups_without_puzzle(groups: dict[str, Groups], drawn: dict[str, list[PuzzleCells]]) -> list[str]:
+    """A note for each split whose quota of puzzles is smaller than its number of donors and batches."""
+    notes = []
+    for split, of_split in groups.items():
+        n_drawn = len(drawn[split])
+        if n_drawn and len(of_split) > n_drawn:
+            option = "--puzzles-per-n" if split == "train" else "--test-puzzles-per-n"
+            donors, heard = ({donor for donor, _ in some} for some in (of_split, [group for group, _ in drawn[split]]))
+            notes.append(
+                f"{split}: its {n_drawn} puzzles are of {len(heard)} of {len(donors)} donors, drawn at random; a larger {option} "
+                "takes more of them"
+            )
+    return notes
 
 
 def _draw(source: _Source, groups: dict[str, Groups]) -> tuple[dict[str, list[PuzzleCells]], dict[str, dict[str, Any]]]:

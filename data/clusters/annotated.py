@@ -88,6 +88,9 @@ def holds_uns(path: Path, key: str) -> bool:
 def refuse_copy(source: Path, out: Path) -> None:
     """Raise UserError when the source cannot be copied as a file, or would be overwritten."""
     # os.path: a folder that may not be entered is for the reader to name
+    if os.path.isdir(source) and os.access(source, os.R_OK) and store_root(source) is None:
+        with open_h5ad(source):  # it says what kind of folder this is
+            pass
     if os.path.isdir(source) or (os.path.isfile(source) and store_root(source) is not None):
         raise UserError(
             f"{source}: is a zarr store, to which no labels are written; make an .h5ad file of it in Python: "

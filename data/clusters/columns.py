@@ -4,6 +4,7 @@ C is the number of cells of the file.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from data.build.cells import (
     resolve_columns,
 )
 from data.build.columns import Column, is_number
-from data.build.contexts import CONTEXT_COLUMNS
+from data.build.contexts import CONTEXT_COLUMNS, TISSUES
 from data.build.h5ad import nearest_names, obs_columns, read_obs
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
@@ -30,7 +31,7 @@ from data.meaning.labels import only_codes
 from data.meaning.words import ages_in_words, suspension_kind
 
 Source = str | os.PathLike | InMemory
-SAMPLE, SUSPENSION = "donor_id", "suspension_type"
+SAMPLE, SUSPENSION, DATASET = "donor_id", "suspension_type", "dataset_id"
 FEWEST_PER_CLUSTER = 2
 """A column with fewer cells per value than this, on average, names cells and no clusters."""
 
@@ -137,7 +138,8 @@ def _read_samples(
     if key in present:
         column = read_obs(source, [key])[key]
         n_unknown = int((column.codes < 0).sum())
-        return column, [f"{n_unknown} cells have no known {key!r}: they count as one sample"] if n_unknown else []
+        notes = [f"{n_unknown} cells have no known {key!r}: they count as one sample"] if n_unknown else []
+        return column, notes + ([] if settings.sample_key else _notes_on_datasets(source, column, present))
     if settings.sample_key:
         raise UserError(
             f"{source}: no obs column {key!r} (nearest: {nearest_names(key, present)}); name the column of donors or "
@@ -149,6 +151,22 @@ def _read_samples(
         f"no obs column {SAMPLE!r}: all cells count as one sample; name the column of samples with --sample-key{hint}"
     )
     return Column(np.full(n_cells, -1, dtype=np.int32), []), [note]
+
+
+def _notes_on_datasets(source: Source, donors: Column, present: list[str]) -> list[str]:
+    """A note where one name of a donor stands in several data sets of CELLxGENE, in which it may mean several people."""
+    if DATASET not in present:
+        return []
+    datasets = read_obs(source, [DATASET])[DATASET]
+    known = (donors.codes >= 0) & (datasets.codes >= 0)
+    pairs = np.unique(np.stack([donors.codes[known], datasets.codes[known]]), axis=1)
+    again = int((np.bincount(pairs[0], minlength=1) > 1).sum())
+    if not again:
+        return []
+    return [
+        f"{again} of the donors are in several data sets ({DATASET}), in which one name may mean several people: if it does, "
+        "make a column of both names, and give it with --sample-key"
+    ]
 
 
 def _of_organism(source: Source, organisms: Column, usable: np.ndarray, wanted: str) -> tuple[np.ndarray, list[str]]:
@@ -166,7 +184,8 @@ def _of_organism(source: Source, organisms: Column, usable: np.ndarray, wanted: 
 def remedy_for_organism(found: str, wanted: str) -> str:
     """What to do with cells of another organism than the model's, for a message."""
     return (
-        f"the model knows the genes of {wanted}: rename the genes to their orthologs there, or give --organism {found!r} for "
+        f"the model knows the genes of {wanted}: rename the genes to their orthologs there (and the organism, where the file "
+        f"states it), or give --organism {found!r} for "
         "a model that was trained on it"
     )
 
@@ -213,6 +232,11 @@ def facts_of_samples(cells: ClusteredCells) -> tuple[dict[int, dict[str, str]], 
             where = f"in {len(found)} of {len(facts)} samples" if len(facts) > 1 else "of the file"
             if found:
                 notes.append(f"the {name.replace('_', ' ')} {how} {where}: no context states it there")
+    for of_sample in facts.values():
+        if "tissue" not in of_sample:  # some columns are worded for a tissue: "no reported skin condition"
+            for (name, values), _ in TISSUES.items():
+                if name in of_sample and re.fullmatch(values, of_sample[name], re.IGNORECASE):
+                    del of_sample[name]
     return facts, notes
 
 

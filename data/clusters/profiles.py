@@ -11,6 +11,7 @@ read in blocks, and the sums of at most SUMS_AT_ONCE values are held at a time.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,7 @@ class ClusterProfile:
     tissue: str
     """The tissue of most of these cells; "" where it is not known."""
     mean: np.ndarray
-    """[U] float32 mean of log(1 + counts per 10,000); log-normalised values are averaged as the file has them. [0] of the
-    profiles beyond read_profiles' `most`."""
+    """[U] float32 mean of log(1 + counts per 10,000); log-normalised values are averaged as the file has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ class Profiles:
     genes: list[str]
     """[U] symbols, in alphabetical order."""
     profiles: list[ClusterProfile]
-    """[K] every (sample, cluster) with at least min_cells cells; by sample, then cluster, numbers in their order."""
+    """[K] every (sample, cluster) with at least min_cells cells, or those of `asked`; by sample, then cluster, numbers in
+    their order."""
     profile_of_cell: np.ndarray
     """[C] int32 index into profiles, -1 for a cell without a profile."""
     cluster_of_cell: np.ndarray
@@ -101,20 +102,30 @@ class Profiles:
     """What a user must know, one sentence each."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Which profiles a model is asked about, where a file has more samples than it needs."""
+
+    samples: int
+    """Samples in which a cluster is asked about, at most; more where it is the company of another."""
+    together: int
+    """Clusters that a question holds."""
+
+
 def read_profiles(
     file: str | os.PathLike,
     cluster_key: str,
     settings: ProfileSettings = ProfileSettings(),
     advance: Advance = lambda read, total: None,
-    most: int | None = None,
+    asked: Asked | None = None,
 ) -> Profiles:
     """The profiles of the clusters in an .h5ad file or a zarr store of anndata. The matrix is read in blocks.
 
     cluster_key: the obs column of clusters. advance(cells read now, cells to read in all) is called while the matrix is
-    read. most: profiles of a cluster that keep their mean, those of most cells; None: all. Equal input gives equal bytes.
+    read. asked: which profiles are wanted; None: all. Other samples are not read. Equal input gives equal bytes.
     Raises UserError, with one sentence, for a file, a column or a matrix that cannot be used.
     """
-    return _profiles(Path(file), cluster_key, settings, advance, most)
+    return _profiles(Path(file), cluster_key, settings, advance, asked)
 
 
 def profiles_of(
@@ -122,19 +133,24 @@ def profiles_of(
     cluster_key: str,
     settings: ProfileSettings = ProfileSettings(),
     advance: Advance = lambda read, total: None,
-    most: int | None = None,
+    asked: Asked | None = None,
 ) -> Profiles:
     """read_profiles of an AnnData in memory, which is not changed: the same code, so the same numbers."""
-    return _profiles(InMemory(adata), cluster_key, settings, advance, most)
+    return _profiles(InMemory(adata), cluster_key, settings, advance, asked)
 
 
 def _profiles(
-    source: Source, cluster_key: str, settings: ProfileSettings, advance: Advance, most: int | None
+    source: Source, cluster_key: str, settings: ProfileSettings, advance: Advance, asked: Asked | None
 ) -> Profiles:
     check_settings(settings)
     cells = read_clustered_cells(source, cluster_key, settings)
     groups = _groups(cells, settings.min_cells)
     _refuse_no_group(source, cells, groups, settings)
+    wanted = asked_groups(groups, asked) if asked else set(range(len(groups)))
+    all_groups = groups
+    read = {groups[place].sample_code for place in wanted}  # whole samples: profiles of one are compared
+    wanted_groups = {id(groups[place]) for place in wanted}
+    groups = [group for group in groups if group.sample_code in read]
     facts, notes = facts_of_samples(cells)
     with open_matrix(source, settings.layer) as matrix:
         genes, organism, more = _genes(matrix, cells.organism, settings)
@@ -145,21 +161,11 @@ def _profiles(
         notes.append(_note_on_values(matrix, kind))
         averaged = _averages(matrix, genes, used, kind, lambda n_rows: advance(n_rows, len(used)))
         kept = _named_by_a_gene(genes)
-        lists = []
-        holding: dict[str, list[tuple[int, int]]] = {}  # of each cluster, (cells, -place) of the profiles with a mean
-        for place, (by_expression, by_difference, mean) in enumerate(
-            _lists(averaged, genes, groups, settings.top_genes)
-        ):
-            lists.append((by_expression, by_difference, mean[kept]))
-            if most is not None and by_expression:
-                held = holding.setdefault(groups[place].cluster, [])
-                held.append((len(groups[place].rows), -place))
-                if len(held) > most:  # the means of all donors and clusters would be gigabytes
-                    held.sort(reverse=True)
-                    far = -held.pop()[1]
-                    lists[far] = (*lists[far][:2], np.zeros(0, dtype=np.float32))
-        notes += _notes_on_silent(source, groups, lists)
-        heard = [(group, found) for group, found in zip(groups, lists, strict=True) if found[0]]
+        found = zip(groups, _lists(averaged, genes, groups, settings.top_genes), strict=True)
+        # the means of all donors and clusters would be gigabytes
+        lists = [(group, (*names, mean[kept])) for group, (*names, mean) in found if id(group) in wanted_groups]
+        notes += _notes_on_silent(source, lists)
+        heard = [(group, found) for group, found in lists if found[0]]
         profiles = [
             ClusterProfile(
                 sample=group.sample,
@@ -185,7 +191,7 @@ def _profiles(
         sample_of_cell=np.array(cells.samples.texts(missing=""), dtype=object),
         values=kind,
         organism=organism,
-        notes=[*cells.notes, *_notes_on_small(cells, groups, settings), *notes],
+        notes=[*cells.notes, *_notes_on_small(cells, all_groups, settings), *notes],
     )
 
 
@@ -212,10 +218,39 @@ def _groups(cells: ClusteredCells, min_cells: int) -> list[_Group]:
         if len(members) >= min_cells:
             name = cells.samples.names[sample] if sample >= 0 else ""
             groups.append(_Group(name, sample, cells.clusters.names[cluster], rows[members]))
-    return sorted(groups, key=lambda group: (_natural(group.sample), _natural(group.cluster)))
+    return sorted(groups, key=lambda group: (natural(group.sample), natural(group.cluster)))
 
 
-def _natural(text: str) -> list[tuple[int, int | str]]:
+def asked_groups(groups: Sequence[_Group], asked: Asked) -> set[int]:
+    """The places of the groups that are asked about.
+
+    A question is about clusters of one sample, so samples are chosen for all their clusters together: again and again the one
+    with most clusters that are wanted in a further sample (more than a question holds are no better), and of such those with
+    most cells. Where a sample has fewer wanted ones than a question holds, its largest others keep them company.
+    """
+    places: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        places.setdefault(group.sample_code, []).append(place)
+    left = Counter({group.cluster: asked.samples for group in groups})
+    chosen: set[int] = set()
+
+    def gain(own: list[int]) -> tuple[int, int]:
+        wanted = [place for place in own if left[groups[place].cluster] > 0]
+        return min(len(wanted), asked.together), sum(len(groups[place].rows) for place in wanted)
+
+    while places:
+        sample = max(places, key=lambda code: gain(places[code]))  # of equal ones the first
+        own = places.pop(sample)
+        wanted = [place for place in own if left[groups[place].cluster] > 0]
+        if not wanted:
+            break
+        others = sorted(set(own) - set(wanted), key=lambda place: (-len(groups[place].rows), place))
+        chosen |= {*wanted, *others[: max(0, asked.together - len(wanted))]}
+        left.subtract(groups[place].cluster for place in wanted)
+    return chosen
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
     """A key that sorts cluster 2 before cluster 10."""
     parts = re.split(r"(\d+)", text)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts if part] + [(2, text)]
@@ -239,17 +274,17 @@ def _notes_on_small(cells: ClusteredCells, groups: list[_Group], settings: Profi
         return []
     seen = {group.cluster for group in groups}
     lost = [name for name in cells.clusters[np.flatnonzero(cells.usable)].counts() if name not in seen]
-    nowhere = f"; the clusters {', '.join(map(repr, sorted(lost, key=_natural)[:5]))} have no profile" if lost else ""
+    nowhere = f"; the clusters {', '.join(map(repr, sorted(lost, key=natural)[:5]))} have no profile" if lost else ""
     return [f"{n_left} cells are in a cluster with fewer than {settings.min_cells} cells in their sample{nowhere}"]
 
 
-def _notes_on_silent(source: Source, groups: list[_Group], lists: Sequence[tuple]) -> list[str]:
+def _notes_on_silent(source: Source, lists: Sequence[tuple[_Group, tuple]]) -> list[str]:
     """A note on clusters without an expressed gene, which have no profile. Raises UserError when there is no other."""
-    silent = [group.cluster for group, (by_expression, *_) in zip(groups, lists, strict=True) if not by_expression]
+    silent = [group.cluster for group, (by_expression, *_) in lists if not by_expression]
     if not silent:
         return []
-    names = ", ".join(map(repr, sorted(set(silent), key=_natural)[:5]))
-    if len(silent) == len(groups):
+    names = ", ".join(map(repr, sorted(set(silent), key=natural)[:5]))
+    if len(silent) == len(lists):
         raise UserError(f"{source}: no cluster has an expressed gene; name the layer with the values (--layer)")
     return [
         f"no gene is expressed in the cells of {len(silent)} clusters in their sample ({names}): they have no profile"

@@ -16,6 +16,7 @@ from data.files import write_whole
 from data.puzzles import Puzzle
 
 GROUPS: dict[str, Callable[[Puzzle], str]] = {
+    "dataset": lambda puzzle: str(puzzle.meta.get("dataset", "unknown")),
     "n_cells": lambda puzzle: str(len(puzzle.cells)),
     "tissue": lambda puzzle: str(puzzle.meta.get("tissue", "unknown")),
     "disease": lambda puzzle: str(puzzle.meta.get("disease", "unknown")),

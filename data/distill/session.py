@@ -16,6 +16,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from data.describe import unlike
 from data.distill.distill import (
     Completion,
     Draws,
@@ -67,6 +68,10 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
     chosen = puzzles[config.skip :][: config.limit]
     if not chosen:
         raise UserError(f"--skip {config.skip}: {config.puzzles} holds {len(puzzles):,} puzzles, so none is left")
+    for one in unlike(chosen, puzzles) if len(chosen) < len(puzzles) else ():
+        print(
+            f"note: of {len(puzzles):,} puzzles {len(chosen):,} are asked (--skip, --limit), and {one}", file=sys.stderr
+        )
     if config.teacher == "embedded" and (variants := {puzzle.variant for puzzle in chosen} - {"batch"}):
         raise UserError(
             f"--puzzles {config.puzzles}: the embedded teacher answers batch-level puzzles only, and this file holds "

@@ -53,12 +53,27 @@ def gene_facts(matrix: Matrix, wanted: str) -> tuple[GeneFacts, list[str]]:
 
 
 def organism_of_names(facts: GeneFacts, names: list[str]) -> str | None:
-    """The organism that gene names look like: by the prefix of Ensembl ids, else by the case of symbols."""
+    """The organism that gene names look like: by the prefix of Ensembl ids, else by the case of symbols.
+
+    Symbols that are written as another organism's than the ids beside them were renamed to orthologs, and decide.
+    """
+    by_case = _organism_by_case(facts, names)
     for source in facts.sources:
         if source.kind == "Ensembl ids":
             prefix = re.match(r"ENS[A-Z]*G|FBgn|WBGene", source.examples[0])
             if prefix and prefix[0] in ORGANISM_OF_PREFIX:
-                return ORGANISM_OF_PREFIX[prefix[0]]
+                of_ids = ORGANISM_OF_PREFIX[prefix[0]]
+                renamed = by_case and TITLE_CASE.get(of_ids) not in (None, TITLE_CASE[by_case])
+                return by_case if renamed else of_ids
+    return by_case
+
+
+TITLE_CASE = {"Homo sapiens": False, "Mus musculus": True, "Rattus norvegicus": True}
+"""Is only the first letter of a symbol a capital? Of these organisms both are known."""
+
+
+def _organism_by_case(facts: GeneFacts, names: list[str]) -> str | None:
+    """The organism as which symbols are written: Homo sapiens, Mus musculus, or None where neither is clear."""
     symbols = [name for name in names if re.match(r"[A-Za-z]{2,}\d*$", name)]
     if facts.kind != "symbols" or len(symbols) < 20:
         return None

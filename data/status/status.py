@@ -7,6 +7,7 @@ of the file are in launch/README.md.
 import datetime
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ NOTIFY = "Shell command for the end of the run, also a failed or killed one; it 
 KILLED = (
     "the process was killed, or ended without a word; the same command goes on, with --resume if it has that option"
 )
+
+
+def without_notify(words: Sequence[str]) -> str:
+    """A command line for a record, without --notify, which may hold an address or a key."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith("--notify="):
+            kept += [] if word == "--notify" else [word]
+        skip = word == "--notify" and not skip
+    return shlex.join(kept)
 
 
 class RunStatus:

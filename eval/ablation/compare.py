@@ -30,6 +30,8 @@ class Run:
     """Folder with SPLIT/metrics.json and SPLIT/predictions.jsonl of the trained model."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(step, batch accuracy on test puzzles) of the checkpoints that were evaluated."""
+    curve_puzzles: int = 0
+    """How many puzzles these were."""
     points: list[Point] = field(default_factory=list)
     """Its models in the order in which they were made; the last is the one in `evaluated`."""
     samples: Path | None = None
@@ -51,9 +53,8 @@ def read_arm(name: str, folders: dict[int, Path], splits: Sequence[str]) -> Arm:
         if not all((folder / "eval" / split / "metrics.json").is_file() for split in splits):
             continue
         checkpoints = sorted((folder / "curve").glob("step-*/metrics.json"))
-        curve = [
-            (int(file.parent.name.removeprefix("step-")), read_result(file)["batch_accuracy"]) for file in checkpoints
-        ]
+        found = {int(file.parent.name.removeprefix("step-")): read_result(file) for file in checkpoints}
+        curve = [(step, one["batch_accuracy"]) for step, one in found.items()]
         samples = folder / "samples" if (folder / "samples/metrics.json").is_file() else None
         runs.append(
             Run(
@@ -61,6 +62,7 @@ def read_arm(name: str, folders: dict[int, Path], splits: Sequence[str]) -> Arm:
                 steps=read_steps(folder / "metrics.jsonl"),  # [] for several commands
                 evaluated=folder / "eval",
                 curve=curve,
+                curve_puzzles=next((one.get("n_puzzles", 0) for one in found.values()), 0),
                 points=read_points(folder),
                 samples=samples,
             )
@@ -129,6 +131,7 @@ def compare_arms(arms: Sequence[Arm], split: str, puzzles: Sequence[Puzzle], see
         by_seed = [metrics_of([of_puzzle[number] for of_puzzle in ours]).to_dict() for number in range(len(arm.runs))]
         row = {
             "name": arm.name,
+            "n_puzzles": len(puzzles),
             "seeds": [run.seed for run in arm.runs],
             "metrics": {name: float(np.mean([one[name] for one in by_seed])) for name in SHOWN},
             "by_seed": {name: [one[name] for one in by_seed] for name in SHOWN},

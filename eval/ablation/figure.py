@@ -12,10 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eval.ablation.compare import Arm
-from eval.report.figures import BLUE, GREEN, GREY, ORANGE, drawn_png, percent_axis, series, smooth
+from eval.report.figures import BLUE, GREEN, GREY, ORANGE, drawn_png, percent_axis, sampled_reward, series, smooth
 
 COLOURS = (BLUE, ORANGE, GREEN, "#c94f9b", GREY, "#56b4e9", "#d55e00", "#b59f00")
 """Those of the report page and more of Okabe and Ito's."""
+FEW = 10
+"""Steps below which a line shows each of its values."""
 PANELS = (("reward", "mean reward of sampled answers"), ("completions/mean_length", "mean response length, tokens"))
 """(key in metrics.jsonl, label of the axis)"""
 
@@ -27,11 +29,17 @@ def draw_arms(arms: Sequence[Arm], found: dict[str, list[dict[str, Any]]], path:
     with drawn_png(path, width=12, height=max(3.9, 3.3 + 0.17 * len(arms))) as figure:
         panels = figure.subplots(1, 3)
         for axes, (key, label) in zip(panels, PANELS, strict=False):
-            for number, arm in enumerate(arms):
-                draw_band(axes, [series(run.steps, key) for run in arm.runs], colour_of(number, len(arms)), arm.name)
-            axes.set(xlabel="step", ylabel=label)
+            draw_panel(axes, arms, key, label)
         draw_accuracy(panels[2], arms, rows, split)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
+
+
+def draw_panel(axes: Axes, arms: Sequence[Arm], key: str, label: str) -> None:
+    """A value of metrics.jsonl over the steps, a band for each configuration."""
+    for number, arm in enumerate(arms):
+        lines = [series(run.steps, sampled_reward(run.steps) if key == "reward" else key) for run in arm.runs]
+        draw_band(axes, lines, colour_of(number, len(arms)), arm.name)
+    axes.set(xlabel="step", ylabel=label)
 
 
 def draw_band(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour: str, name: str) -> None:
@@ -43,13 +51,18 @@ def draw_band(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour
     steps = sorted(set.intersection(*(set(step.tolist()) for step, _ in lines)))
     values = np.array([[dict(zip(step.tolist(), value, strict=True))[at] for at in steps] for step, value in lines])
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
-    axes.plot(steps, values.mean(axis=0), color=colour, linewidth=2, label=name)
+    # few values as dots too: one alone has no line
+    few = "o" if len(steps) < FEW else ""
+    axes.plot(steps, values.mean(axis=0), marker=few, markersize=4, color=colour, linewidth=2, label=name)
 
 
 def draw_accuracy(axes: Axes, arms: Sequence[Arm], rows: Sequence[dict[str, Any]], split: str) -> None:
     """Test accuracy over the steps where checkpoints were evaluated, else of the trained models, with intervals."""
     label = f"batch accuracy on the {split} puzzles"
-    if any(run.curve for arm in arms for run in arm.runs):
+    asked = {run.curve_puzzles for arm in arms for run in arm.runs if run.curve}
+    if asked:
+        if rows[0].get("n_puzzles") not in asked:  # other numbers than the table's
+            label = f"batch accuracy on {' or '.join(f'{n:,}' for n in sorted(asked))} {split} puzzles"
         for number, arm in enumerate(arms):
             lines = [tuple(np.array(run.curve, dtype=float).reshape(-1, 2).T) for run in arm.runs]
             draw_band(axes, lines, colour_of(number, len(arms)), arm.name)

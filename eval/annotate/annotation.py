@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from data.clusters.profiles import ClusterProfile, Profiles
+from data.clusters.profiles import ClusterProfile, Profiles, natural
 from data.errors import RunError
 from data.prompts import normalise_label
 from data.puzzles import Puzzle
@@ -57,10 +57,12 @@ class Annotation:
     """All clusters of a file with their labels."""
 
     clusters: dict[str, Annotated]
-    """{cluster: its label}, in the order of the profiles; clusters too small to be asked about come last."""
+    """{cluster: its label}, by name, numbers in their order; clusters too small to be asked about come last."""
     candidates: dict[str, Candidates]
     """{sample: its candidates}"""
     notes: list[str] = field(default_factory=list)
+    unsaid: list[str] = field(default_factory=list)
+    """Those of the notes that were not printed before the model was asked."""
     n_answers: int = 0
     n_invalid: int = 0
 
@@ -77,7 +79,7 @@ class Questions:
 
     def __init__(self, profiles: Profiles, candidates: dict[str, Candidates], settings: QuestionSettings) -> None:
         self.settings = settings
-        self.profiles = chosen_profiles(profiles.profiles, settings.max_donors)
+        self.profiles = profiles.profiles
         layout = Layout(
             max_cells=settings.max_cells,
             genes_by=settings.genes_by,
@@ -130,15 +132,6 @@ def letters(genes: Sequence[str]) -> int:
     return len(", ".join(genes))
 
 
-def chosen_profiles(profiles: Sequence[ClusterProfile], most: int) -> list[ClusterProfile]:
-    """Of each cluster at most `most` profiles, those of most cells (ties: the first), in their order."""
-    by_cluster: dict[str, list[int]] = defaultdict(list)
-    for number, profile in enumerate(profiles):
-        by_cluster[profile.cluster].append(number)
-    kept = {n for of in by_cluster.values() for n in sorted(of, key=lambda n: (-profiles[n].n_cells, n))[:most]}
-    return [profile for number, profile in enumerate(profiles) if number in kept]
-
-
 def refuse_useless(asked: Sequence[Question], readings: Sequence[Reading]) -> None:
     """Raises RunError that names the commonest problem when no answer to some questions could be used."""
     if any(any(reading.labels) for reading in readings):
@@ -163,13 +156,13 @@ def annotate_profiles(
     voting = questions.voting(screened)
     readings = ask(voting, "votes")
     refuse_useless(voting, readings)
-    asked_about = list(dict.fromkeys(profile.cluster for profile in questions.profiles))
+    asked_about = sorted({profile.cluster for profile in questions.profiles}, key=natural)
     found = label_clusters(count_votes(readings, asked_about), settings.one_to_one)
     reasons = rationales(readings, {cluster: label.label for cluster, label in found.items()})
     n_cells = Counter(profiles.cluster_of_cell.tolist())
     n_cells.pop("", None)
     table, clusters = read_calibration(), {}
-    for cluster in [*asked_about, *(name for name in sorted(n_cells) if name not in found)]:
+    for cluster in [*asked_about, *(name for name in sorted(n_cells, key=natural) if name not in found)]:
         label = found.get(cluster) or ClusterLabel(cluster=cluster, label=None, second=None, share=0.0, tally=Tally())
         own = sorted((p for p in questions.profiles if p.cluster == cluster), key=lambda p: -p.n_cells)
         confidence = calibrated(label.tally.share_of_answers(label.label), table)
@@ -189,6 +182,7 @@ def annotate_profiles(
     few = f"confidence was calibrated with {VOTES} answers, and is too high with {settings.samples}: give --samples {VOTES}"
     return Annotation(
         notes=[few] if settings.samples < VOTES else [],
+        unsaid=[few] if settings.samples < VOTES else [],
         clusters=clusters,
         candidates=candidates,
         n_answers=len(read),

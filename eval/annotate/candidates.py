@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.build.cells import check_labels
+from data.build.columns import unwrapped
 from data.build.contexts import several_values
 from data.clusters.known import KnownLabels
 from data.clusters.profiles import ClusterProfile
@@ -86,8 +87,9 @@ def listed(given: str | Sequence[str], known: Iterable[str] = ()) -> tuple[list[
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        name, _, term = line.partition("\t")
-        label, term = " ".join(name.split()), term.strip()
+        # spreadsheets and pandas write quotes around a text with a comma
+        name, term = (unwrapped(part.strip()) for part in line.partition("\t")[::2])
+        label = " ".join(name.split())
         if term and not _TERM.fullmatch(term):
             raise UserError(f"{where}, line {number}: {term!r} is no Cell Ontology id; write it as CL:0000236")
         if held := _TERM.search(label):

@@ -29,8 +29,11 @@ def doubts_of(cluster: Annotated, annotation: Annotation, table: dict[str, list[
         return [f"Its {tally.valid} votes are for labels that --one-to-one always gave to other clusters."]
     if found.label is None:
         return [f"None of {tally.asked} answers gave it a label that can be used."]
+    own, others = tally.votes[found.label], [name for name, n in tally.votes.items() if n and name != found.label]
     if found.second and tally.votes[found.second] >= CLOSE * tally.valid:
         said.append(f"{tally.votes[found.second]} of {tally.valid} votes are for {found.second}.")
+    elif 2 * own <= tally.valid:
+        said.append(f"Only {own} of {tally.valid} votes are for it; the others name {len(others)} labels.")
     if tally.asked - tally.valid >= INVALID * tally.asked:
         said.append(f"{tally.asked - tally.valid} of {tally.asked} answers about it cannot be used.")
     favourites = {sample: max(votes, key=lambda label: votes[label]) for sample, votes in tally.by_sample.items()}

@@ -275,7 +275,8 @@ def _markers(cluster: Annotated, table: dict[str, list[str]]) -> str:
         if markers.known:
             rows.append([escape(label), ", ".join(map(escape, markers.found)) or EMPTY, _not_listed(markers)])
     if not rows:
-        return missing("The marker table (data/atlas/markers.tsv) does not have these labels.") if labels else ""
+        why = "does not have these labels" if table else "is of human genes, and these are of another organism"
+        return missing(f"The marker table (data/atlas/markers.tsv) {why}.") if labels else ""
     return html_table(["marker table", "for: listed", "against: not listed"], rows, "left words")
 
 

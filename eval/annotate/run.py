@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from data.build.cells import ORGANISMS
 from data.build.h5ad import nearest_names, obs_columns, open_h5ad, read_obs
 from data.clusters.annotated import refuse_changed
 from data.clusters.known import KnownLabels, check_genes_known
-from data.clusters.profiles import Advance, Profiles, profiles_of, read_profiles
+from data.clusters.profiles import Advance, Asked, Profiles, profiles_of, read_profiles
 from data.errors import UserError
 from data.files import unlock_folder
 from data.formats.memory import InMemory
@@ -134,7 +136,11 @@ def annotate(
 
     Raises UserError for a column, values, genes or settings that cannot be used.
     """
-    given = settings.pop("candidates", None)
+    candidates = given = settings.pop("candidates", None)
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        given = list(given)  # a generator can be read once
+        if isinstance(candidates, AbstractSet) and all(isinstance(one, str) for one in given):
+            given.sort()  # its order is another in every process, and would change every question
     refuse_arguments(adata, given, settings)
     as_text = given if isinstance(given, str) else None
     asked = QuestionSettings(cluster_key=cluster_key, candidates=as_text, **settings)
@@ -157,10 +163,10 @@ def annotate(
     InMemory(adata)  # refuses one whose matrix is on disk, which `copy` could not copy
     adata = adata.copy() if copy else adata
     truth = read_truth(InMemory(adata), asked.truth_key)
-    profiles = profiles_of(adata, cluster_key, asked, most=asked.max_donors)
+    profiles = profiles_of(adata, cluster_key, asked, asked=Asked(asked.max_donors, asked.max_cells))
     with tempfile.TemporaryDirectory() as scratch:
         annotation = ask_and_decide(profiles, model, asked, Path(answers or scratch), resume, given)
-    for sentence in annotation.notes:
+    for sentence in annotation.unsaid:
         print(f"note: {sentence}")
     if truth is not None:
         print(agreement_line(agreement_of(annotation, str(asked.truth_key), profiles.cluster_of_cell.tolist(), truth)))
@@ -210,13 +216,17 @@ def annotate_file(
     stamp = content_stamp(source) if os.path.exists(source) else None  # read_profiles says that it is missing
     truth = read_truth(source, config.truth_key)
     with watch() as advance:
-        profiles = read_profiles(source, config.cluster_key, config, advance, config.max_donors)
+        profiles = read_profiles(
+            source, config.cluster_key, config, advance, Asked(config.max_donors, config.max_cells)
+        )
     annotation = ask_and_decide(profiles, model, config, config.answers, config.resume, config.candidates, tell)
     agreement = None
     if truth is not None:
         agreement = agreement_of(annotation, str(config.truth_key), profiles.cluster_of_cell.tolist(), truth)
     refuse_changed(source, stamp)
-    table = known_markers(())
+    table = (
+        known_markers(()) if profiles.organism in (None, ORGANISMS["human"]) else {}
+    )  # its symbols are of human genes
     record = provenance(model, config, command)
     shown = Shown(
         title=source.name,
@@ -249,7 +259,10 @@ def ask_and_decide(
     candidates = candidates_of(profiles.profiles, given, model.known)
     if note := settings.unlike_training(model.known):
         print(f"note: {note}", file=sys.stderr)
-    # said before minutes or money are spent: a forgotten list of labels makes every question open-ended
+    # said before minutes or money are spent: what they advise changes the questions
+    for sentence in profiles.notes:
+        print(f"note: {sentence}", file=sys.stderr)
+    # and a forgotten list of labels makes every question open-ended
     for source in sorted({some.source for some in candidates.values()}):
         print(f"candidates: {source}", file=sys.stderr)
     questions = Questions(profiles, candidates, settings)

@@ -32,6 +32,8 @@ STAGE_NAMES = {"base": "before training", "sft": "after SFT", "grpo": "after GRP
 _SHORT_NAMES = {"base": "before", "sft": "SFT", "grpo": "GRPO"}
 TEST_NAMES = {"donor": "held-out donors", "cell": "held-out cells", "instance": "held-out puzzles"}
 """{the build's --split: what the test puzzles are called, by what they do not share with training}"""
+UNKNOWN_TEST = "held-out puzzles"
+"""What they are called where no build says how they were held out."""
 
 BLUE, ORANGE, GREEN, GREY = "#1f83c9", "#e08600", "#00936b", "#8a8f98"
 STAGE_COLOURS = {"base": GREY, "sft": ORANGE, "grpo": BLUE}
@@ -54,12 +56,14 @@ class Curve:
     """Nothing is said where it is missing: not every run has it."""
 
 
+SAMPLED_REWARD = "dynamic_sampling/reward"
+"""Under --oversample the mean reward of all answers; "reward" is that of the groups that are trained on."""
 GRPO_CURVES = (
     Curve(
         "Reward",
-        {"reward": "reward"},
+        {"reward": "reward", SAMPLED_REWARD: "of all answers"},
         "mean reward",
-        "Each dot is the mean reward of all answers sampled in one step; it should rise. With the paper's reward an "
+        "Each dot is the mean reward of the answers sampled in one step; it should rise. With the paper's reward an "
         "answer earns 1 when every cell is right, 0 when any is wrong and -1 when its format is invalid.",
     ),
     Curve(
@@ -97,14 +101,15 @@ GRPO_CURVES = (
         {"kl": "KL"},
         "nats per token",
         "How far the annotator has moved from the model that GRPO started from; 0 means no change. A slow rise is "
-        "normal; a very fast rise means that the answers have drifted.",
+        "normal; a very fast rise means that the answers have drifted. It is measured only where beta, its weight in the "
+        "loss, is above 0.",
     ),
     Curve(
         "Loss",
         {"loss": "loss"},
         "GRPO loss",
-        "The quantity that the optimizer lowers. By construction it stays near 0, and it does not show how good the "
-        "answers are: look at the reward instead.",
+        "The quantity that the optimizer lowers. It does not show how good the answers are: look at the reward instead. "
+        "By construction it stays near 0, but where tokens of all answers weigh alike, or a batch is used several times.",
     ),
     Curve(
         "Puzzles that teach",
@@ -137,8 +142,15 @@ def series(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarra
     rows = [
         (row["step"], row[key]) for row in steps if isinstance(row.get(key), int | float) and math.isfinite(row[key])
     ]
+    if key == "kl" and len(rows) > 1 and not any(value for _, value in rows):
+        rows = []  # with beta 0 it is not computed, and stands as 0
     points = np.array(rows, dtype=float).reshape(-1, 2)
     return points[:, 0], points[:, 1]
+
+
+def sampled_reward(steps: list[dict[str, Any]]) -> str:
+    """The key of the mean reward of all answers that were sampled."""
+    return SAMPLED_REWARD if any(SAMPLED_REWARD in row for row in steps) else "reward"
 
 
 def smoothing_window(n_steps: int) -> int:
@@ -191,12 +203,12 @@ def draw_curve(axes: Axes, step: np.ndarray, value: np.ndarray, colour: str, nam
 def split_name(summary: dict[str, Any], split: str) -> str:
     """The name of a split for a reader.
 
-    summary["run"]["split"] is the build's --split; donors when it is not stated.
+    summary["run"]["split"] is the build's --split.
     """
     if split == "cells":
         return "held-out real cells"
-    stated = (summary.get("run") or {}).get("split", "donor")
-    return TEST_NAMES.get(stated, TEST_NAMES["donor"]) if split == "test" else "unseen diseases"
+    stated = (summary.get("run") or {}).get("split")
+    return TEST_NAMES.get(stated, UNKNOWN_TEST) if split == "test" else "unseen diseases"
 
 
 def batch_accuracy_svg(summary: dict[str, Any]) -> str | None:
@@ -294,9 +306,10 @@ def learning_curve_png(run_dir: str | os.PathLike, path: str | os.PathLike) -> P
 
 def _draw_learning(axes: Axes, steps: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Training reward and batch accuracy, with the held-out results before and after GRPO as horizontal lines."""
+    which = "sampled" if sampled_reward(steps) == "reward" else "trained-on"
     lines = (
-        ("reward", "mean reward of sampled answers (-1 to 1)", GREY),
-        ("rewards/batch_accuracy", "share of sampled answers with every cell right (0 to 1)", BLUE),
+        (sampled_reward(steps), "mean reward of sampled answers (-1 to 1)", GREY),
+        ("rewards/batch_accuracy", f"share of {which} answers with every cell right (0 to 1)", BLUE),
     )
     for key, name, colour in lines:
         step, value = series(steps, key)

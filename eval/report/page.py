@@ -21,6 +21,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import write_whole
+from eval.breakdowns import n_batches
 from eval.published import KEY_MODELS, NOTE, SOURCE
 from eval.report.breakdowns import where_sections
 from eval.report.faults import faults_table, warning
@@ -54,7 +55,7 @@ from eval.report.html import (
 )
 from eval.report.puzzles import puzzles_section
 from eval.report.reasoning import traces_section
-from eval.report.run import Evaluations, published_beside, read_run, variant_of_split
+from eval.report.run import Evaluation, Evaluations, on_other_puzzles, published_beside, read_run, variant_of_split
 from eval.report.variants import variant_table
 from eval.report.votes import votes_table
 from eval.run_files import SPLITS, STAGES, read_steps
@@ -89,10 +90,13 @@ GLOSSARY = {
     "its own, so a careful annotator reaches 100 %.",
     "Response length": "Mean length of the answers, reasoning included, in tokens (a token is about three quarters of "
     "an English word), or in words where no token counts were recorded.",
-    "95 % interval": "The range in which the true value is likely to be, given the number of puzzles. Where the "
-    "ranges of two numbers overlap widely, their difference may be chance.",
+    "95 % interval": "The range in which the true value is likely to be, given the number of puzzles. It does not cover "
+    "which donors and cells the puzzles were made of. Where the ranges of two numbers overlap widely, their difference may "
+    "be chance.",
     "Held-out donors, held-out cells": "Puzzles set aside for testing. The puzzles of held-out donors share no donor "
     "with training; those of held-out cells share no cell with training, but they share donors.",
+    "Held-out puzzles": "Puzzles set aside for testing that may share cells with those of training, or of which it is not "
+    "recorded how they were held out.",
     "Unseen diseases": "Puzzles of donors whose disease does not occur in training.",
     "Published": "Copied from the tables of the Cell-o1 paper, not measured here.",
     "SFT": "Supervised fine-tuning: the model learns to imitate worked examples.",
@@ -159,7 +163,9 @@ def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) ->
         if not found:
             continue
         (last, value), earlier = found[-1], found[-2::-1]
-        words = f"the puzzles of {split_name(summary, split)}"
+        others = on_other_puzzles((evaluations or {}).get(split, {}))
+        earlier = [one for one in earlier if one[0] not in others]
+        words = f"the {_puzzles_of([split_name(summary, split)])}"
         opening = STAGE_NAMES[last][0].upper() + STAGE_NAMES[last][1:]
         alone = variant_of_split((evaluations or {}).get(split, {})) == "cell"
         what = "the single cell right" if alone else "every cell of a batch right"
@@ -207,18 +213,16 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
             continue
         rows.append(f"This run: {name}")
         rows += [_result_row(STAGE_NAMES[stage], summary[stage].get(split)) for stage in STAGES]
-        rows += _baseline_rows(summary, split)
+        rows += _baseline_rows(summary, split, evaluations.get(split, {}))
         of_stage = evaluations.get(split, {})
         lacking += "".join(
-            missing(f"{name}, {STAGE_NAMES[s]}: {said}.")
-            for s, evaluation in of_stage.items()
-            for said in evaluation.notes
+            missing(
+                f"{name}, {STAGE_NAMES[stage]}: answered other puzzles ({of_stage[stage].result.get('n_puzzles')} of them) than "
+                "the last stage, so its numbers do not compare; run launch/evaluate.py again"
+            )
+            for stage in on_other_puzzles(of_stage)
         )
-        lacking += "".join(
-            missing(f"{name}, {BASELINE_NAMES.get(baseline, baseline)}: {said}.")
-            for baseline, of_split in (summary.get("baselines") or {}).items()
-            for said in of_split.get(split, {}).get("notes", ())
-        )
+        lacking += "".join(missing(sentence) for sentence in _notes(name, split, of_stage, summary))
         variant = variant_of_split(of_stage)
         if variant in ("cell", "open"):
             compared.append(split)
@@ -253,6 +257,18 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
     return section("results", "Results", f'{shown}{lacking}<div class="grid">{bars}<div>{notes}</div></div>{more}')
 
 
+def _notes(name: str, split: str, of_stage: dict[str, Evaluation], summary: dict[str, Any]) -> list[str]:
+    """The notes of all evaluations of a split; what is said of several of them, once."""
+    said_of: dict[str, list[str]] = {}
+    for stage, evaluation in of_stage.items():
+        for said in evaluation.notes:
+            said_of.setdefault(said, []).append(STAGE_NAMES[stage])
+    for baseline, of_split in (summary.get("baselines") or {}).items():
+        for said in of_split.get(split, {}).get("notes", ()):
+            said_of.setdefault(said, []).append(BASELINE_NAMES.get(baseline, baseline))
+    return [f"{name}{f', {who[0]}' if len(who) == 1 else ''}: {said}." for said, who in said_of.items()]
+
+
 def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     intervals = any("intervals" in scores for stage in STAGES for scores in summary[stage].values())
     return (
@@ -266,17 +282,19 @@ def _how_to_read(summary: dict[str, Any], published: bool) -> str:
     ).strip()
 
 
-def _baseline_rows(summary: dict[str, Any], split: str) -> list[str | list[str]]:
+def _baseline_rows(summary: dict[str, Any], split: str, of_stage: dict[str, Evaluation]) -> list[str | list[str]]:
     """The rows of the baselines that were evaluated on the split, under a heading."""
     found = {name: of_split[split] for name, of_split in (summary.get("baselines") or {}).items() if split in of_split}
     rows = [_result_row(escape(BASELINE_NAMES.get(name, name)), scores) for name, scores in found.items()]
-    return ["Without a language model, on the same puzzles", *rows] if rows else []
+    asked = {(scores.get("puzzles") or {}).get("digest") for scores in found.values()}
+    same = asked == {next((one.digest for one in reversed(of_stage.values()) if one.digest), None)} != {None}
+    return ["Without a language model" + ", on the same puzzles" * same, *rows] if rows else []
 
 
 def _result_row(name: str, scores: dict[str, Any] | None) -> list[str]:
     if not scores:
         return [name, '<span class="missing">not evaluated in this run</span>', *[EMPTY] * 6]
-    limits = scores.get("intervals") or {}
+    limits = (scores.get("intervals") or {}) if n_batches(scores) > 1 else {}  # a single batch has none
     cells = [share(scores.get(key), limits.get(key)) for key in list(COLUMNS)[:5]]
     length = number(scores.get("response_length"), limits.get("response_length"))
     return [name, *cells, length, number(scores.get("n_puzzles"))]
@@ -316,7 +334,12 @@ def _sizes(summary: dict[str, Any], evaluations: Evaluations) -> str:
                 + "the puzzles are others: a difference to the published numbers does not show which model is better."
             )
         splits_of.setdefault(sentence, []).append(split_name(summary, split))
-    return "".join(note(f"The puzzles of {' and of '.join(names)} {sentence}") for sentence, names in splits_of.items())
+    return "".join(note(f"The {_puzzles_of(names)} {sentence}") for sentence, names in splits_of.items())
+
+
+def _puzzles_of(splits: list[str]) -> str:
+    """["held-out donors"] -> "puzzles of held-out donors"; a name that says "puzzles" by itself stands alone."""
+    return f"puzzles of {' and of '.join(splits)}".replace("puzzles of held-out puzzles", "held-out puzzles")
 
 
 def _curves_section(run_dir: Path, stage: str, curves: Iterable[Curve], title: str) -> str:

@@ -73,7 +73,8 @@ def choose_examples(examples: list[Example], show: int) -> dict[str, list[Exampl
     wrong = [example for example in examples if right(example) < 1 and example.puzzle.id not in taken]
     worst = sorted(wrong, key=worst_first)[:show]
     taken |= {example.puzzle.id for example in worst}
-    first = [example for example in examples if example.puzzle.id not in taken][:1]
+    left = [example for example in examples if example.puzzle.id not in taken]
+    first = sorted(left, key=lambda example: not example.last.score.valid)[:1]  # the first that can be read
     return {"best": best, "worst": worst, "first": first}
 
 

@@ -12,7 +12,7 @@ from eval.metrics import METRICS, PuzzleScore, metrics_of, score_one, token_coun
 from eval.published import comparable, published_rows
 from eval.reasons import ScoredAnswer, faults_of
 from eval.report.html import count
-from eval.run_files import SPLITS, STAGES, held_out_files, read_result, read_summary
+from eval.run_files import SPLITS, STAGES, held_out_files, read_result, read_summary, without_breakdowns
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Evaluation:
         if self.answers:
             return self.answers[0].puzzle.variant
         return self.result.get("puzzles", {}).get("variant")
+
+    @property
+    def digest(self) -> str | None:
+        """Of the puzzles that were answered; None in an older file."""
+        return (self.result.get("puzzles") or {}).get("digest")
 
     @property
     def sizes(self) -> list[int]:
@@ -214,12 +219,18 @@ def completed(summary: dict[str, Any], evaluations: Evaluations) -> dict[str, An
     whole = {**summary, **{stage: dict(summary.get(stage) or {}) for stage in STAGES}}
     for split, of_stage in evaluations.items():
         for stage, evaluation in of_stage.items():
-            numbers = {k: v for k, v in evaluation.result.items() if isinstance(v, int | float) or k == "intervals"}
+            numbers = without_breakdowns(evaluation.result)
             if any(name in numbers for name in METRICS):
                 whole[stage][split] = numbers
             elif evaluation.answers and not whole[stage].get(split):
                 whole[stage][split] = metrics_of([answered.score for answered in evaluation.answers]).to_dict()
     return whole
+
+
+def on_other_puzzles(of_stage: dict[str, Evaluation]) -> list[str]:
+    """The stages of a split that answered other puzzles than the last one did: their numbers do not compare with its own."""
+    last = next((one.digest for one in reversed(of_stage.values()) if one.digest), None)
+    return [stage for stage, one in of_stage.items() if one.digest not in (None, last)]
 
 
 def variant_of_split(of_stage: dict[str, Evaluation]) -> str | None:

@@ -131,7 +131,7 @@ def along_svg(by_position: dict[str, list[dict[str, Any]]]) -> str:
                 x, [row["accuracy"] for row in rows], SHAPES[stage] + "-", color=STAGE_COLOURS[stage], markersize=5
             )
             for at, row in zip(x, rows, strict=True):
-                _upright(axes, at, wilson_interval(row["accuracy"], int(row["steps"])), stage)
+                _upright(axes, at, wilson_interval(row["accuracy"], row["steps"]), stage)
         axes.set(xlim=(0, 1), xticks=[0, 0.5, 1], xlabel="place in the reasoning")
         axes.set_xticklabels(["first cell", "half way", "last cell"])
         for text, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from eval.breakdowns import n_batches
 from eval.published import confidence_sentence
 from eval.report.figures import STAGE_NAMES
 from eval.report.html import EMPTY, escape, html_table, note, share
@@ -27,15 +28,16 @@ def votes_table(name: str, of_stage: dict[str, Evaluation]) -> str:
         rows.append(f"{STAGE_NAMES[stage]}, {found['k']} answers to each puzzle")
         rows += [[escape(title), *_shares(found[key])] for key, title in NAMES.items() if key in found]
         k = str(found["k"])
-        passes = found["pass_at_k"][k]
-        rows.append([f"pass@{k}: some answer is right", share(passes["value"], passes["interval"]), EMPTY, EMPTY])
+        passes, several = found["pass_at_k"][k], n_batches(found["mean"]) > 1
+        limits = passes["interval"] if several else None
+        rows.append([f"pass@{k}: some answer is right", share(passes["value"], limits), EMPTY, EMPTY])
         if "consensus" in found:
             unit = "cell" if evaluation.result["puzzles"]["variant"] == "cell" else "batch"
-            said += note(f"{STAGE_NAMES[stage]}: {confidence_sentence(found['consensus'], unit)}")
+            said += note(f"{STAGE_NAMES[stage]}: {confidence_sentence(found['consensus'], unit, several)}")
     table = html_table(["", *COLUMNS.values()], rows, "results")
     return f"<h3>{escape(f'Several answers to a puzzle: {name}')}</h3>{table}{said}" if rows else ""
 
 
 def _shares(scores: dict[str, Any]) -> list[str]:
-    limits = scores.get("intervals") or {}
+    limits = (scores.get("intervals") or {}) if n_batches(scores) > 1 else {}
     return [share(scores.get(key), limits.get(key)) for key in COLUMNS]

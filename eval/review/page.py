@@ -154,6 +154,7 @@ def make_review(
         "show_truth": show_truth,
         "answers": digest,
         "error_types": NAMES,
+        "answered": {"both": len(both), "alike": len(both) - len(differing)},
         "cases": keyed,
     }
     key["page"] = key_id(key)

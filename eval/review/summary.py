@@ -91,6 +91,7 @@ def merge_reviews(reviews: list[dict[str, Any]], key: dict[str, Any]) -> dict[st
         "models": [first, second],
         "show_truth": key["show_truth"],
         "cases": len(key["cases"]),
+        "answered": key.get("answered"),  # a key of an older version does not know
         "cases_judged": len(counts),
         "judgements": int(counts.sum()),
         "results": {first: _result(counts, key), second: _result(counts[:, ::-1], key)},
@@ -261,6 +262,7 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         f"{summary['judgements']} judgements of {summary['cases_judged']} of {summary['cases']} cases. The reviewers "
         f"{'saw' if summary['show_truth'] else 'did not see'} the true cell types. In brackets: 95 % bootstrap "
         f"interval, over cases ({RESAMPLES:,} resamples). In the win rate a tie counts half.",
+        *_left_out(summary["answered"]),
         _markdown_rows(("model", *columns, "win rate"), results),
         "## Errors marked",
         "Counted over cells and reviewers; an answer that cannot be read counts as one cell. "
@@ -278,6 +280,17 @@ def summary_markdown(summary: dict[str, Any], error_names: dict[str, str]) -> st
         _markdown_rows(("case", "sides", "reviewer", "comment"), said),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _left_out(answered: dict[str, int] | None) -> list[str]:
+    """A sentence on the puzzles to which both models gave the same answer: none of them is a case."""
+    if not answered or not answered["alike"]:
+        return []
+    both, alike = answered["both"], answered["alike"]
+    return [
+        f"To {alike:,} of {both:,} puzzles both models gave the same answer. None of them is among the cases, so wins and losses "
+        "are shares of the puzzles on which the models differ."
+    ]
 
 
 def _markdown_rows(columns: tuple[str, ...], rows: list[list[Any]]) -> str:

@@ -107,7 +107,7 @@ def summarise_traces(
     both = [(label, a.answer[cell - 1], a.truth[cell - 1]) for a in valid for cell, label in a.last.items()]
     differ = [row for row in both if not _same(row[0], row[1])]
     cells = sum(len(a.truth) for a in analyses)
-    placed = [(place, step, of_type.get(a.truth[step.cell - 1])) for a in analyses for place, step in _places(a)]
+    placed = [(*one, of_type.get(a.truth[one[-1].cell - 1])) for a in analyses for one in _places(a)]
     named = Counter(label for a in analyses for label in a.outside)
     return TraceSummary(
         n_responses=len(analyses),
@@ -129,8 +129,8 @@ def summarise_traces(
         outside_assigned=_share(analyses, lambda a: set(a.outside) & {*a.answer, *(s.label for s in a.steps)}),
         outside_labels=dict(sorted(named.items(), key=lambda item: (-item[1], item[0]))[:OUTSIDE_SHOWN]),
         curriculum=_curriculum(analyses, of_type),
-        first_third=_share([step for place, step, _ in placed if place < 1 / 3], lambda step: step.right),
-        last_third=_share([step for place, step, _ in placed if place > 2 / 3], lambda step: step.right),
+        first_third=_share([step for start, end, step, _ in placed if start + end < 2 / 3], lambda step: step.right),
+        last_third=_share([step for start, end, step, _ in placed if start + end > 4 / 3], lambda step: step.right),
         by_position=_by_position(placed),
         type_accuracy={label: of_type[label] for label in sorted(of_type)},
     )
@@ -190,28 +190,35 @@ def _curriculum(analyses: Sequence[TraceAnalysis], of_type: dict[str, float]) ->
     }
 
 
-def _places(analysis: TraceAnalysis) -> list[tuple[float, Step]]:
-    """(relative position in (0, 1), step) of the first assignment of each cell."""
-    return [((i + 0.5) / len(analysis.first), step) for i, step in enumerate(analysis.first)]
+def _places(analysis: TraceAnalysis) -> list[tuple[float, float, Step]]:
+    """(where it begins, where it ends, step) of the first assignment of each cell; the response goes from 0 to 1."""
+    n = len(analysis.first)
+    return [(i / n, (i + 1) / n, step) for i, step in enumerate(analysis.first)]
 
 
-def _by_position(placed: list[tuple[float, Step, float | None]]) -> list[dict[str, float | None]]:
-    """A row for each part of the responses in which a step is.
+def _by_position(placed: list[tuple[float, float, Step, float | None]]) -> list[dict[str, float | None]]:
+    """A row for each part of the responses: what is right among the steps there, and how many they are.
 
-    placed: (relative position, step, accuracy of its type).
+    placed: (begin, end, step, accuracy of its type). A step counts in each part by how much of it lies there: so all parts
+    have the same mixture of responses, also where these have as many steps as no multiple of the parts.
     """
     rows = []
     for part in range(N_BINS):
-        here = [row for row in placed if int(row[0] * N_BINS) == part]
-        ease = [row[2] for row in here if row[2] is not None]
-        if here:
+        low, high = part / N_BINS, (part + 1) / N_BINS
+        here = [
+            (max(0.0, min(end, high) - max(start, low)) / (end - start), step, ease)
+            for start, end, step, ease in placed
+        ]
+        known = [(weight, ease) for weight, _, ease in here if ease is not None]
+        steps, of_known = sum(weight for weight, _, _ in here), sum(weight for weight, _ in known)
+        if steps:
             rows.append(
                 {
-                    "start": part / N_BINS,
-                    "end": (part + 1) / N_BINS,
-                    "steps": len(here),
-                    "accuracy": fmean(row[1].right for row in here),
-                    "type_accuracy": fmean(ease) if ease else None,
+                    "start": low,
+                    "end": high,
+                    "steps": steps,
+                    "accuracy": sum(weight for weight, step, _ in here if step.right) / steps,
+                    "type_accuracy": sum(weight * ease for weight, ease in known) / of_known if of_known else None,
                 }
             )
     return rows
@@ -354,10 +361,10 @@ def _summary_figure(summary: TraceSummary, title: str) -> Figure:
     rows = summary.by_position
     middle = [(row["start"] + row["end"]) / 2 for row in rows]
     for x, row in zip(middle, rows, strict=True):
-        curve.plot([x, x], wilson_interval(row["accuracy"], int(row["steps"])), color=BLUE, linewidth=1.2)
+        curve.plot([x, x], wilson_interval(row["accuracy"], row["steps"]), color=BLUE, linewidth=1.2)
     curve.plot(middle, [row["accuracy"] for row in rows], "o-", color=BLUE, label="of the assignments made here")
     ease = [math.nan if row["type_accuracy"] is None else row["type_accuracy"] for row in rows]
-    curve.plot(middle, ease, "s--", color=ORANGE, label="of their cell types over all answers")
+    curve.plot(middle, ease, "s--", color=ORANGE, label="of their cell types over valid answers")
     curve.set(xlim=(0, 1), xlabel="place in the reasoning (0 first, 1 last assignment)", ylim=(-0.03, 1.03))
     curve.set_title("Accuracy along the reasoning", loc="left")
     curve.legend(loc="lower left", frameon=False)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 from collections import Counter
 
 import anndata
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from data.audit import leak_lines
 from data.build.build import build_puzzles
 from data.build.contexts import context_sentence
 from data.build.draw import draw_puzzle_cells
@@ -20,6 +22,7 @@ from data.build.h5ad import obs_columns, read_cell_ids, read_obs
 from data.build.rank import top_genes
 from data.build.settings import BuildConfig
 from data.build.splits import choose_test_donors, split_items
+from data.errors import UserError
 from data.folder import write_build
 from data.puzzles import read_puzzles
 from tests.helpers.commands import run_command
@@ -598,3 +601,51 @@ def test_real_pbmc_through_the_command(tmp_path):
     values = pd.Series(adata.raw[puzzle.meta["cell_ids"][0]].X.toarray()[0], index=adata.raw.var_names)
     assert puzzle.cells[0] == sorted(values.index[values > 0], key=lambda gene: (-values[gene], gene))[:24]
     assert json.loads((tmp_path / "out/report.json").read_text())["files"][0]["layer"] == "raw"
+
+
+def test_where_donors_are_more_than_puzzles_names_do_not_decide():
+    rows = iter(range(10**6))
+    types = [f"t{i}" for i in range(8)]
+    groups = {(f"{cohort}{i:03}", "b"): {t: [next(rows)] for t in types} for cohort in "AB" for i in range(200)}
+    drawn, _ = draw_puzzle_cells(groups, [8], 40, random.Random("0"))
+    donors = [donor for (donor, _), _ in drawn]
+    assert len(set(donors)) == 40 and 8 < sum(donor.startswith("A") for donor in donors) < 32
+    # a donor of many batches does not take the turns of the others
+    groups |= {("A000", f"b{i}"): {t: [next(rows)] for t in types} for i in range(100)}
+    donors = [donor for (donor, _), _ in draw_puzzle_cells(groups, [8], 40, random.Random("0"))[0]]
+    assert len(set(donors)) == 40
+    drawn, _ = draw_puzzle_cells(dict(list(groups.items())[:30]), [8], 40, random.Random("0"))
+    assert [donor for (donor, _), _ in drawn][:3] == ["A000", "A001", "A002"], (
+        "every group has its turn: in their order"
+    )
+
+
+def test_donors_without_a_puzzle_are_counted(tmp_path):
+    path = write_atlas(tmp_path / "a.h5ad", donors=12)
+    _, report = build_puzzles([path], dataclasses.replace(SMALL, puzzles_per_n=1))
+    (note,) = [note for note in report["files"][0]["notes"] if note.startswith("train: its")]
+    assert re.match(r"train: its \d+ puzzles are of \d+ of \d+ donors, drawn at random; a larger --puzzles-per-n", note)
+
+
+def test_one_label_in_two_spellings_in_two_files_is_refused(tmp_path):
+    one, two = write_atlas(tmp_path / "a.h5ad"), write_atlas(tmp_path / "b.h5ad")
+    adata = anndata.read_h5ad(two)
+    first = sorted(set(adata.obs["cell_type"]))[0]
+    adata.obs["cell_type"] = adata.obs["cell_type"].astype(str).replace(first, first.upper())
+    adata.obs["donor_id"] = "x" + adata.obs["donor_id"].astype(str)
+    adata.write_h5ad(two)
+    with pytest.raises(
+        UserError, match="b.h5ad: the cell type .* is written .* in .*a.h5ad, and an answer could not tell"
+    ):
+        build_puzzles([one, two], SMALL)
+
+
+def test_an_audit_that_compared_no_lists_does_not_say_that_none_is_shared():
+    found = {"leaks": [], "warnings": ["w"], "splits": [{"short_lists": 3}, {"short_lists": 0}]}
+    assert leak_lines(found) == [
+        "warning: w",
+        "leak audit: no shared cell, donor or batch (short gene lists are not compared)",
+    ]
+    found["splits"][0]["short_lists"] = 0
+    assert leak_lines(found)[-1] == "leak audit: no shared cell, donor, batch or near-duplicate list"
+    assert leak_lines(found | {"leaks": ["l"], "warnings": []}) == ["leak: l"]

@@ -13,11 +13,10 @@ from scipy import sparse
 import data.build.matrix
 import data.clusters.profiles
 from data.build.rank import top_genes
-from data.clusters.profiles import Profiles, profiles_of, read_profiles
+from data.clusters.profiles import Asked, Profiles, profiles_of, read_profiles
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
 from data.puzzles import Puzzle
-from eval.annotate.annotation import chosen_profiles
 
 GENES = ["LYZ", "CD3D", "ACTB", "MS4A1"]
 COUNTS = np.array(
@@ -214,7 +213,7 @@ def test_a_matrix_stored_by_genes_gives_the_same_bytes(tmp_path):
         profiles_of(by_genes, "k")
 
 
-def test_only_the_profiles_that_are_asked_about_keep_their_mean():
+def test_only_the_samples_that_are_asked_about_are_read():
     """Of 200 donors, 120 clusters and 36,000 genes the means are 3.5 GB."""
     rng = np.random.default_rng(6)
     donors = np.repeat([f"d{i}" for i in range(9)], rng.integers(20, 60, 9))
@@ -222,12 +221,37 @@ def test_only_the_profiles_that_are_asked_about_keep_their_mean():
     matrix = sparse.csr_matrix(rng.poisson(0.5, (len(donors), 30)).astype(np.float32))
     adata = anndata.AnnData(matrix, obs=obs.set_index(obs.index.astype(str)))
     adata.var["feature_name"] = [f"G{i}" for i in range(30)]
-    every, some = profiles_of(adata, "k"), profiles_of(adata, "k", most=2)
-    asked = {id(profile) for profile in chosen_profiles(some.profiles, 2)}
-    assert len(every.profiles) > 20 and len(asked) == 6
-    for whole, profile in zip(every.profiles, some.profiles, strict=True):
-        assert (profile.sample, profile.by_difference) == (whole.sample, whole.by_difference)
-        assert np.array_equal(profile.mean, whole.mean if id(profile) in asked else [])
+    read = []
+    every = profiles_of(adata, "k")
+    some = profiles_of(adata, "k", advance=lambda n, total: read.append((n, total)), asked=Asked(2, 3))
+    assert len(every.profiles) > 20 and len(some.profiles) == 6
+    donors = {profile.sample for profile in some.profiles}
+    cells = pd.Series(obs["donor_id"]).value_counts()
+    assert len(donors) == 2 and donors == set(cells.index[:2]), "of those with all clusters the two of most cells"
+    assert {total for _, total in read} == {int(cells.iloc[:2].sum())} == {sum(n for n, _ in read)}
+    whole = {(one.sample, one.cluster): one for one in every.profiles}
+    for one in some.profiles:
+        other = whole[one.sample, one.cluster]
+        assert one.by_difference == other.by_difference and np.array_equal(one.mean, other.mean)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_clusters_are_asked_about_in_company(samples):
+    """Each cluster has most of its cells in donors of its own, and some in every other."""
+    donors = [(f"d{i:02}", f"k{j:02}", 50 if i % 12 == j else 6) for i in range(24) for j in range(12)]
+    obs = pd.DataFrame([row[:2] for row in donors for _ in range(row[2])], columns=["donor_id", "k"])
+    matrix = sparse.csr_matrix(np.ones((len(obs), 3), np.float32) + np.eye(len(obs), 3, dtype=np.float32))
+    adata = anndata.AnnData(matrix, obs=obs.set_index(obs.index.astype(str)))
+    adata.var["feature_name"] = ["A", "B", "C"]
+    asked = profiles_of(adata, "k", asked=Asked(samples, 4)).profiles
+    assert len(asked) == 12 * samples and len({one.sample for one in asked}) == samples
+    # a cluster of one donor brings that donor, where others keep it company
+    obs.loc[obs["donor_id"] == "d05", "k"] = obs.loc[obs["donor_id"] == "d05", "k"].replace("k03", "rare")
+    adata = anndata.AnnData(matrix, obs=obs.set_index(obs.index.astype(str)), var=adata.var)
+    asked = profiles_of(adata, "k", asked=Asked(1, 4)).profiles
+    for sample in {one.sample for one in asked}:
+        assert len([one for one in asked if one.sample == sample]) >= 4
+    assert {one.cluster for one in asked} == {*(f"k{j:02}" for j in range(12)), "rare"}
 
 
 # --- contexts
@@ -465,3 +489,51 @@ def test_many_clusters_are_clusters_where_their_column_says_so():
 def test_gene_names_that_are_numbers_are_told_at_once():
     with pytest.raises(UserError, match="gene names in the index of var are numbers"):
         profiles_of(small(names=map(str, range(COUNTS.shape[1]))), "leiden", TWO)
+
+
+def symbols(kind: str) -> list[str]:
+    """30 names of genes as human or mouse symbols."""
+    names = [f"{a}{b}Z{i}" for i, (a, b) in enumerate((a, b) for a in "ABCDE" for b in "FGHIJK")]
+    return (
+        [name.replace("Z", "") for name in names]
+        if kind == "human"
+        else [name.replace("Z", "").capitalize() for name in names]
+    )
+
+
+def of_genes(names: list[str], **var) -> anndata.AnnData:
+    obs = pd.DataFrame({"k": ["0"] * 3 + ["1"] * 3}, index=[f"c{i}" for i in range(6)])
+    matrix = sparse.csr_matrix(np.random.default_rng(0).poisson(2, (6, len(names))).astype(np.float32))
+    return anndata.AnnData(matrix, obs=obs, var=pd.DataFrame(var, index=names))
+
+
+def test_genes_that_were_renamed_to_orthologs_are_taken():
+    """10x keeps the ids of mouse genes beside symbols that the user has renamed, as a refusal advises."""
+    ids = [f"ENSMUSG{i:011d}" for i in range(30)]
+    assert profiles_of(of_genes(symbols("human"), gene_ids=ids), "k", TWO).organism == "Homo sapiens"
+    with pytest.raises(
+        UserError, match="look like those of Mus musculus .* rename the genes to their orthologs there \\(and the"
+    ):
+        profiles_of(of_genes(symbols("mouse"), gene_ids=ids), "k", TWO)
+    with pytest.raises(UserError, match="look like those of Rattus norvegicus"):
+        profiles_of(of_genes(symbols("mouse"), gene_ids=[one.replace("MUS", "RNO") for one in ids]), "k", TWO)
+
+
+def test_one_name_of_a_donor_in_several_data_sets_is_said():
+    datasets = ["a", "a", "b", "b", "b", "b", "b", "b"]
+    (note,) = [one for one in profiles_of(small(dataset_id=datasets), "leiden", TWO).notes if "dataset_id" in one]
+    assert note.startswith("1 of the donors are in several data sets (dataset_id)") and "--sample-key" in note
+    keyed = dataclasses.replace(TWO, sample_key="donor_id")
+    assert not [one for one in profiles_of(small(dataset_id=datasets), "leiden", keyed).notes if "dataset_id" in one]
+    apart = ["a"] * 4 + ["b"] * 4
+    assert not [one for one in profiles_of(small(dataset_id=apart), "leiden", TWO).notes if "dataset_id" in one]
+
+
+def test_a_sentence_for_one_tissue_is_not_said_where_no_tissue_is_known():
+    adata = small(Condition="Healthy", medical_conditions="tumor")
+    del adata.obs["tissue"]
+    assert not [
+        word for one in profiles_of(adata, "leiden", TWO).profiles for word in ("skin", "brain") if word in one.context
+    ]
+    skin = small(Condition="Healthy", tissue="skin of body")
+    assert "skin condition" in profiles_of(skin, "leiden", TWO).profiles[0].context

@@ -199,3 +199,19 @@ def test_what_a_model_knows_that_was_trained_on_two_builds():
     assert both.genes == ["CD3D", "IL7R", "MS4A1"]
     assert both.puzzles == {"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]}
     assert KnownLabels({}, []).joined(lung) == KnownLabels(lung.labels, lung.genes, None, lung.puzzles)
+
+
+def test_the_labels_of_a_run_are_its_own_and_not_those_of_the_current_folder(tmp_path, monkeypatch):
+    """Two clones with the same names of folders; the command is given in the one, for a model of the other."""
+    for name, label in (("A", "B cell"), ("B", "T cell")):
+        labels = {"labels": {label: {"ontology_term_id": None, "tissues": [], "n": 1}}, "genes": ["G"]}
+        (tmp_path / name / "mine/puzzles").mkdir(parents=True)
+        (tmp_path / name / "mine/puzzles/labels.json").write_text(json.dumps(labels))
+        (tmp_path / name / "mine/puzzles/train.parquet").write_text("")
+    checkpoint = tmp_path / "A/mine/grpo/checkpoints/step-000100"
+    checkpoint.mkdir(parents=True)
+    settings = {"settings": {"puzzles": "mine/puzzles/train.parquet"}}
+    (tmp_path / "A/mine/grpo/config.json").write_text(json.dumps(settings))
+    monkeypatch.chdir(tmp_path / "B")
+    found = labels_file_of("../A/mine/grpo/checkpoints/step-000100")
+    assert found.resolve() == tmp_path / "A/mine/puzzles/labels.json"

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from data.prompts import SYSTEM_MESSAGE
+from data.errors import UserError
+from data.prompts import SYSTEM_MESSAGE, normalise_label
 from data.puzzles import Puzzle, content_id, read_puzzles, read_rows, write_puzzles, write_rows
 from tests.helpers.commands import FIXTURES
 
@@ -190,3 +191,19 @@ def test_one_row_of_a_long_file_is_read_without_the_others(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert row == {"step": 40} and peak < path.stat().st_size
+
+
+def test_the_last_answer_block_holds_the_labels():
+    row = {**ROW, "assistant_msg": "<think>I write it in <answer> tags.</think><answer>T cell | B cell</answer>\n"}
+    row.pop("answer", None)
+    assert Puzzle.from_row(row).answer == ["T cell", "B cell"]
+    with pytest.raises(UserError, match="assistant_msg has text after its <answer> block"):
+        Puzzle.from_row({**row, "assistant_msg": "<think>x</think><answer>T cell | B cell</answer> So it is."})
+
+
+def test_labels_that_look_the_same_are_the_same():
+    """The hyphens of chat models, and characters without a width."""
+    label = "CD8-positive, alpha-beta T cell"
+    assert normalise_label("CD8\u2011positive, alpha\u2010beta\u200b T cell") == normalise_label(label)
+    assert normalise_label("CD8 positive, alpha-beta T cell") != normalise_label(label)
+    assert normalise_label("T\u2013B") != normalise_label("T-B"), "a dash looks different"

@@ -11,7 +11,7 @@ import pytest
 from data.errors import UserError
 from data.puzzles import Puzzle, read_puzzles
 from data.status import status as told
-from data.status.status import Report, reporting
+from data.status.status import Report, reporting, without_notify
 from eval.metrics import answer_of
 from tests.helpers.clusters import TYPES, MarkerServer, clustered
 from tests.helpers.commands import run_command, start_command, succeed
@@ -177,3 +177,11 @@ def test_annotate_tells_its_owner(tmp_path):
     refused = run_command("annotate", *words, "--candidates", ",".join(TYPES), "--max-cells", 3, *notify(said))
     assert refused.returncode == 2 and said.read_text().count("\n") == 1  # its answers are there: refused
     server.close()
+
+
+def test_the_command_of_notify_is_in_no_record():
+    words = ["annotate.py", "x.h5ad", "--notify", "curl -H SECRET", "--out", "o", "--notify=SECRET", "--seed", "1"]
+    assert without_notify(words) == "annotate.py x.h5ad --out o --seed 1"
+    assert without_notify(["a", "--notify", "--notify", "--out", "o"]) == "a --out o", (
+        "its value may look like an option"
+    )

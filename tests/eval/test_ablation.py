@@ -20,7 +20,7 @@ from eval.ablation.compare import (
     refuse_other_samples,
     variety,
 )
-from eval.ablation.figure import colour_of, draw_arms
+from eval.ablation.figure import colour_of, draw_accuracy, draw_arms, draw_panel
 from eval.ablation.made import Made, models_of, places, read_points, write_points
 from eval.ablation.results import write_results
 from eval.ablation.tables import ablation_markdown, line
@@ -89,6 +89,30 @@ def test_the_figure_is_a_picture_with_every_configuration(arms, tmp_path, curve)
         blue, orange = (31, 131, 201), (224, 134, 0)
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
         assert blue in colours and (orange in colours or curve)
+
+
+def test_one_checkpoint_is_a_dot_and_the_label_says_how_many_puzzles(arms, tmp_path):
+    folder = tmp_path / "A/0/curve/step-000020"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"batch_accuracy": 0.5, "n_puzzles": 2}))
+    arms[0] = read_arm("A", {0: tmp_path / "A/0"}, ["test"])
+    rows = compare_arms(arms, "test", PUZZLES)
+    with drawn_png(tmp_path / "one.png", width=5, height=4) as figure:
+        axes = figure.subplots()
+        draw_accuracy(axes, arms, rows, "test")
+        (line,) = axes.get_lines()
+        assert line.get_marker() == "o" and line.get_ydata().tolist() == [0.5]
+        assert axes.get_ylabel() == "batch accuracy on 2 test puzzles"
+
+
+def test_the_reward_of_all_answers_is_compared(arms, tmp_path):
+    rows = [{"step": k, "reward": 0.5, "dynamic_sampling/reward": 0.8, "completions/mean_length": 1} for k in (1, 2)]
+    write_rows(tmp_path / "A/0/metrics.jsonl", rows)
+    arms[0] = read_arm("A", {0: tmp_path / "A/0"}, ["test"])
+    with drawn_png(tmp_path / "reward.png", width=5, height=4) as figure:
+        axes = figure.subplots()
+        draw_panel(axes, arms, "reward", "mean reward")
+        assert axes.get_lines()[0].get_ydata().tolist() == [0.8, 0.8]
 
 
 def test_many_configurations_have_a_bar_and_a_colour_each(arms, tmp_path):

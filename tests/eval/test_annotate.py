@@ -22,7 +22,7 @@ from data.errors import RunError, UserError
 from data.folder import labels_text
 from data.puzzles import Puzzle
 from eval.annotate import annotate
-from eval.annotate.annotation import Questions, annotate_profiles, chosen_profiles
+from eval.annotate.annotation import Questions, annotate_profiles
 from eval.annotate.calibration import (
     calibrated,
     expected_calibration_error,
@@ -30,7 +30,7 @@ from eval.annotate.calibration import (
     halves,
     read_calibration,
 )
-from eval.annotate.candidates import OPEN, candidates_of
+from eval.annotate.candidates import OPEN, candidates_of, listed
 from eval.annotate.doubts import agreement_of, doubts_of
 from eval.annotate.evidence import cited, markers_of, rationales, sentences_about
 from eval.annotate.page import highlighted
@@ -198,11 +198,6 @@ def test_similar_clusters_meet_in_even_rounds():
     of = SampleQuestions(0, some, list(TYPES), Layout(max_cells=2, keep_apart=False))
     pairs = [tuple(sorted(q.clusters)) for q in of.voting([0, 2], np.full((4, 4), 0.25))]
     assert Counter(pairs) == {("0", "2"): 2, ("1", "3"): 2}
-
-
-def test_a_cluster_is_asked_about_in_its_largest_samples():
-    some = [profile("a", ["G"], [1], sample=f"d{i}", n_cells=n) for i, n in enumerate((5, 9, 7))]
-    assert [p.sample for p in chosen_profiles([*some, profile("b", ["G"], [1], sample="d0")], 2)] == ["d1", "d2", "d0"]
 
 
 def test_room_is_made_for_the_longest_prompt():
@@ -476,7 +471,7 @@ def test_a_cluster_without_an_expressed_gene_is_not_asked_about(capsys):
         for line in p.splitlines()
         if "Cell " in line[:5]
     )
-    assert "no gene is expressed in the cells of 1 clusters in their sample ('1')" in capsys.readouterr().out
+    assert "no gene is expressed in the cells of 1 clusters in their sample ('1')" in capsys.readouterr().err
     adata.X = scipy.sparse.csr_matrix(adata.shape, dtype=np.float32)
     with pytest.raises(UserError):
         annotate(adata, cluster_key="leiden", model=model, candidates=list(TYPES), max_cells=3)
@@ -846,3 +841,103 @@ def test_a_cluster_without_a_label_that_has_votes_is_not_said_to_have_none():
     assert doubts_of(cluster, SimpleNamespace(clusters={}), {}) == [
         "Its 8 votes are for labels that --one-to-one always gave to other clusters."
     ]
+
+
+def test_scattered_votes_are_a_doubt(annotation):
+    """No second label is close, and half of the votes are for others."""
+    found, _ = annotation
+    cluster = next(iter(found.clusters.values()))
+
+    def doubts(votes: dict[str, int]) -> list[str]:
+        tally = Tally(asked=8, votes=Counter(votes), by_sample={"d": Counter(votes)})
+        best = dataclasses.replace(cluster.found, label="A", second="B", tally=tally)
+        one = dataclasses.replace(cluster, found=best, n_cells=50)
+        return [said for said in doubts_of(one, found, {}) if "votes are for" in said]
+
+    assert doubts({"A": 4, "B": 1, "C": 1, "D": 1, "E": 1}) == [
+        "Only 4 of 8 votes are for it; the others name 4 labels."
+    ]
+    assert doubts({"A": 5, "B": 1, "C": 1, "D": 1}) == []
+    assert doubts({"A": 4, "B": 4}) == ["4 of 8 votes are for B."]
+
+
+def test_a_list_of_a_spreadsheet_may_have_quotes(tmp_path):
+    text = '"CD8-positive, alpha-beta T cell"\tCL:0000625\nB cell\n'
+    (tmp_path / "labels.txt").write_text(text)
+    labels, terms, _ = listed(str(tmp_path / "labels.txt"))
+    assert labels == ["CD8-positive, alpha-beta T cell", "B cell"]
+    assert terms == {"cd8-positive, alpha-beta t cell": "CL:0000625"}
+
+
+def test_the_marker_table_says_nothing_of_mouse_genes(tmp_path):
+    adata = clustered(list(TYPES), parts=1)
+    adata.var_names = [name.capitalize() for name in adata.var_names]
+    adata.obs["organism"] = "Mus musculus"
+    adata.write_h5ad(tmp_path / "mouse.h5ad")
+    config = AnnotateConfig(
+        file=str(tmp_path / "mouse.h5ad"),
+        cluster_key="leiden",
+        out=str(tmp_path / "out.h5ad"),
+        organism="Mus musculus",
+        candidates=",".join(TYPES),
+        model="m",
+        max_cells=3,
+        samples=2,
+        screens=1,
+    )
+    annotate_file(config, model_that(lambda puzzle: answer_of(puzzle.candidates)), "cmd")
+    page = (tmp_path / "out.html").read_text()
+    assert "marker genes of" not in page and "is of human genes, and these are of another organism" in page
+
+
+def test_what_a_note_advises_is_said_before_anything_is_asked(tmp_path, capsys):
+    adata = clustered(list(TYPES), parts=1)
+    del adata.obs["donor_id"]
+    adata.obs["patient"] = "p"
+
+    def dead(puzzle):
+        raise RunError("the endpoint is out of money")
+
+    with pytest.raises(RunError):
+        annotate(adata, cluster_key="leiden", model=model_that(dead), candidates=list(TYPES), max_cells=3)
+    assert "name the column of samples with --sample-key" in capsys.readouterr().err
+
+
+def test_clusters_are_in_the_order_of_their_names():
+    names = ["10", "2", "0", "1"]
+    some = [dataclasses.replace(one, cluster=name) for name, one in zip(names, of_types(list(TYPES)[:4]), strict=True)]
+    profiles = SimpleNamespace(
+        profiles=some, cluster_of_cell=np.array(["12", "11", *names] * 3, dtype=object), genes=[], notes=[]
+    )
+    asked = settings(candidates=",".join(TYPES))
+    candidates = candidates_of(some, list(TYPES), None)
+    questions = Questions(profiles, candidates, asked)
+
+    def ask(questions, stage):
+        return [read_answer(one, answer_of(one.puzzle.candidates)) for one in questions]
+
+    found = annotate_profiles(profiles, candidates, questions, ask, asked)
+    assert list(found.clusters) == ["0", "1", "2", "10", "11", "12"]
+
+
+def test_a_set_or_a_generator_of_labels_asks_the_same_in_every_process(tmp_path):
+    adata, asked = clustered(list(TYPES), parts=1), []
+
+    def keep(puzzle):
+        asked.append(puzzle.user_message)
+        return answer_of(puzzle.candidates)
+
+    for given in (sorted(TYPES), set(TYPES), frozenset(TYPES), (name for name in sorted(TYPES))):
+        asked.append("")
+        given_to = {"cluster_key": "leiden", "model": model_that(keep), "max_cells": 3, "samples": 2, "screens": 1}
+        annotate(adata, candidates=given, **given_to)
+    first, *others = _runs(asked)
+    assert first and len(others) == 3 and all(other == first for other in others)
+
+
+def _runs(asked: list[str]) -> list[list[str]]:
+    """The questions between the empty texts that begin each run."""
+    found: list[list[str]] = []
+    for text in asked:
+        found.append([]) if not text else found[-1].append(text)
+    return found

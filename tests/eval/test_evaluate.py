@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,11 @@ from data.distill.distill import Request
 from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_rows
 from data.variants import convert
+from eval.breakdowns import notes_on_reuse
 from eval.evaluation import average_of, evaluation_of, puzzles_digest
-from eval.metrics import METRICS, answer_of, score
+from eval.metrics import METRICS, answer_of, score, wilson_interval
 from eval.predict import Answer, Partial, answer_all, ask_engine, ask_teacher, refused_for_good, row_of
-from eval.published import DISEASES, comparable
+from eval.published import DISEASES, comparable, evaluation_markdown
 from eval.settings import EvaluateConfig, settings_of
 from launch.evaluate import fingerprint_of, main
 from rollout import Sampling
@@ -432,7 +434,8 @@ def test_a_baseline_that_learns_from_its_own_test_is_said(melanoma):
         done.exit_code == 0
         and "melanoma: the training puzzles leak into these, so expect too good numbers" in done.stderr
     )
-    (note,) = metrics_of(folder / "o")["notes"]
+    note, few = metrics_of(folder / "o")["notes"]
+    assert few == "the puzzles are of 2 donors only: the intervals do not cover how donors differ"
     assert (
         "a donor that --train has too: 2 donors" in note
         and f"Mind: {note}." in (folder / "o/evaluation.md").read_text()
@@ -1022,3 +1025,100 @@ def test_a_place_that_cannot_be_written_is_told_before_an_answer_is_paid_for(tmp
     for folder in (tmp_path / "file", tmp_path / "file/x"):
         with pytest.raises(UserError, match="file is no folder in which you may write"):
             Partial(folder, {"model": "m"}, resume=False)
+
+
+# ---- what a reader takes for granted
+
+
+def of_sizes(sizes: list[int], **meta) -> list[Puzzle]:
+    """Puzzles of these numbers of cells, each of a donor of its own."""
+    labels = ["a", "b", "c", "d", "e"]
+    return [
+        Puzzle(
+            id=f"p{i}",
+            context="",
+            cells=[["G"]] * n,
+            candidates=labels[:n],
+            answer=labels[:n],
+            meta={"donor": f"d{i}", **meta},
+        )
+        for i, n in enumerate(sizes)
+    ]
+
+
+def test_the_first_puzzles_of_a_file_in_order_of_size_are_said_to_be_unlike_all(tmp_path):
+    write_puzzles(tmp_path / "p.jsonl", of_sizes([3] * 8 + [5] * 8))
+    done = evaluate("--puzzles", tmp_path / "p.jsonl", "--baseline", "random", "--limit", 8, "--out", tmp_path / "o")
+    assert (
+        "only the first 8 of 16 puzzles of the file were asked (--limit), and they have 3 cells, all have 3 to 5"
+        in done.stderr
+    )
+    mixed = [*of_sizes([3, 5] * 4, dataset="a"), *of_sizes([3, 5] * 4, dataset="b")]
+    write_puzzles(tmp_path / "m.jsonl", [replace(one, id=str(i)) for i, one in enumerate(mixed)])
+    done = evaluate("--puzzles", tmp_path / "m.jsonl", "--baseline", "random", "--limit", 8, "--out", tmp_path / "m")
+    assert "and they are of 1 of its 2 data sets" in done.stderr and "cells, all have" not in done.stderr
+    done = evaluate("--puzzles", tmp_path / "m.jsonl", "--baseline", "random", "--out", tmp_path / "w")
+    assert "only the first" not in done.stderr
+
+
+def test_cells_that_are_asked_again_and_again_are_counted_once():
+    """Two cells of type a, each in 20 puzzles: one always right, one always wrong."""
+    some = of_sizes([3] * 40)
+    some = [
+        replace(one, meta=one.meta | {"source": "f", "cell_ids": [f"a{i % 2}", f"b{i}", f"c{i}"]})
+        for i, one in enumerate(some)
+    ]
+    right, wrong = answer_of(["a", "b", "c"]), answer_of(["b", "a", "c"])
+    rows = [{"prediction": wrong if i % 2 else right} for i in range(40)]
+    result = evaluation_of(rows, some, name="m", run={})
+    of_type = {one["cell_type"]: one for one in result["breakdowns"]["cell_type"]}
+    assert (of_type["a"]["cells"], of_type["a"]["distinct_cells"], of_type["a"]["accuracy"]) == (40, 2, 0.5)
+    assert of_type["a"]["interval"] == pytest.approx(list(wilson_interval(0.5, 2)))
+    assert (of_type["b"]["distinct_cells"], of_type["b"]["interval"]) == (40, list(wilson_interval(0.5, 40)))
+    assert "82 distinct cells fill the 120 places" in result["notes"][0]
+
+
+def test_reused_cells_and_few_donors_are_said():
+    some = [
+        replace(one, meta={"donor": f"d{i % 3}", "source": "f", "cell_ids": ["a", f"b{i}", "c"]})
+        for i, one in enumerate(of_sizes([3] * 10))
+    ]
+    reuse, donors = notes_on_reuse(some)
+    assert reuse.startswith("12 distinct cells fill the 30 places of these puzzles") and "of 3 donors only" in donors
+    assert notes_on_reuse(of_sizes([3] * 10)) == [], "whose cells are is not known, and of 10 donors"
+    assert notes_on_reuse([replace(one, meta={}) for one in some]) == []
+
+
+def test_one_batch_has_no_interval_anywhere(tmp_path):
+    (one,) = of_sizes([5])
+    puzzles = convert([one], "cell")
+    rows = [{"samples": [answer_of([p.answer[0] if i < 3 else "x"])] * 2} for i, p in enumerate(puzzles)]
+    result = evaluation_of(rows, puzzles, name="m", run={}, confident_from=0.5)
+    text = evaluation_markdown("t", result)
+    assert result["interval"]["batches"] == 1 and "60.0 %" in text and "60.0 to 60.0" not in text
+
+
+def test_means_of_samples_are_not_called_the_model_and_the_first_answers_are():
+    """Of two sampled answers the first are all right and the second all wrong."""
+    puzzles = make_puzzles(10)
+    rows = [
+        {"samples": [answer_of(p.answer), answer_of(p.answer[1:] + p.answer[:1])], "greedy": answer_of(p.answer)}
+        for p in puzzles
+    ]
+    other = [
+        {"prediction": answer_of(p.answer if i < 8 else p.answer[1:] + p.answer[:1])} for i, p in enumerate(puzzles)
+    ]
+    result = evaluation_of(rows, puzzles, name="m", run={}, other=("before", other))
+    text = evaluation_markdown("t", result)
+    assert result["compare"]["answers"] == {"ours": 2, "theirs": 1}
+    assert (
+        "names every cell right in 100.0 % of 10 batches" in text
+        and "(the first of 2 answers to each, sampled;" in text
+    )
+    assert (
+        "| this, mean of 2 answers | before, one answer |" in text and "| batches all right | 50.0 % | 80.0 % |" in text
+    )
+    alone = evaluation_of(
+        [{"prediction": answer_of(p.answer)} for p in puzzles], puzzles, name="m", run={}, other=("b", other)
+    )
+    assert "answers" not in alone["compare"] and "| this | b |" in evaluation_markdown("t", alone)

@@ -16,7 +16,16 @@ from data.puzzles import Puzzle, read_puzzles, read_rows, write_puzzles, write_r
 from data.variants import convert
 from eval.evaluation import evaluation_of
 from eval.metrics import score, wilson_interval
-from eval.report.figures import GRPO_CURVES, batch_interval, curve_svg, learning_curve_png, percent, series, smooth
+from eval.report.figures import (
+    GRPO_CURVES,
+    batch_interval,
+    curve_svg,
+    learning_curve_png,
+    percent,
+    sampled_reward,
+    series,
+    smooth,
+)
 from eval.report.html import share
 from eval.report.page import headline, write_report
 from eval.report.run import published_beside, read_evaluations
@@ -64,7 +73,7 @@ def write_run(folder: Path) -> Path:
         write_answers(folder, stage, own)
         summary[stage] = {"test": score(own, puzzles, [50, 51, 52]).to_dict()}
     summary["run"] = {"config": {"lr": 1e-4, "note": "<i>"}, "seconds": {"grpo": 61.7}, "versions": {"torch": "2.13.0"}}
-    summary["run"]["git_commit"] = "c0ffee"
+    summary["run"] |= {"git_commit": "c0ffee", "split": "donor"}
     (folder / "summary.json").write_text(json.dumps(summary))
     steps = [
         {
@@ -267,7 +276,7 @@ def test_a_bare_summary_gives_an_honest_page(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "<h1>After SFT the annotator names every cell of a batch right in 25&nbsp;% of the puzzles of unseen" in page
     assert page.count("not evaluated in this run") == 2
-    assert "This run was not evaluated on held-out donors." in page
+    assert "This run was not evaluated on held-out puzzles." in page
     assert "No published numbers are shown beside unseen diseases" in page and 'class="published"' not in page
     assert "so accuracy by size, tissue, disease and cell type cannot be shown." in page
     assert "so no reasoning can be read." in page and "so there is no puzzle to show." in page
@@ -299,6 +308,8 @@ def test_a_run_without_a_summary_is_shown_from_what_is_there(run_dir):
     expected = read(write_report(run_dir).read_text(), "results")
     (run_dir / "summary.json").unlink()
     page = write_report(run_dir).read_text()
+    # nothing says how the puzzles were held out
+    expected = expected.replace("puzzles of held-out donors", "held-out puzzles").replace("held-out donors", "held-out puzzles")
     assert read(page, "results") == expected  # scored from the predictions, as summary.json was
     assert "<h1>After GRPO the annotator names every cell of a batch right in 67&nbsp;%" in page
     write_metrics(run_dir, "sft")
@@ -420,7 +431,7 @@ def test_open_ended_and_cell_level_puzzles(run_dir):
             write_rows(run_dir / f"eval/{stage}/test/predictions.jsonl", rows)
         pages.append(write_report(run_dir).read_text())
     opened, alone = pages
-    assert "By similarity of labels: held-out donors (Table 12)" in opened and "none were given" in opened
+    assert "By similarity of labels: held-out puzzles (Table 12)" in opened and "none were given" in opened
     assert "No metrics.json holds similarities of labels" in opened and "guessing" not in opened
     assert "(Table 11)" in alone and "No metrics.json says how the single cells do as batches" in alone
     assert "After GRPO the annotator names the single cell right in 100&nbsp;%" in alone and "guessing" in read(
@@ -478,7 +489,7 @@ def test_headline_rounding():
     assert share(4498 / 4500, (0.9991, 1.0)) == "&gt;99.9&nbsp;%<br> <small>99.9 to 100.0</small>"
     summary = {"base": {"test": {"batch_accuracy": 0.001}}}
     assert headline(summary) == (
-        "Before training the annotator names every cell of a batch right in <1 % of the puzzles of held-out donors."
+        "Before training the annotator names every cell of a batch right in <1 % of the held-out puzzles."
     )
 
 
@@ -581,7 +592,8 @@ def test_a_summary_that_says_little_has_a_page_all_the_same(run_dir):
     for run in (None, {}, {"split": "of another version"}):
         summary = json.loads((run_dir / "summary.json").read_text()) | {"run": run}
         (run_dir / "summary.json").write_text(json.dumps(summary))
-        assert "held-out donors" in write_report(run_dir).read_text()
+        title = re.search("<h1>(.*?)</h1>", write_report(run_dir).read_text())[1]
+        assert "held-out puzzles" in title and "donors" not in title, "how they were held out is not recorded"
 
 
 def test_a_split_file_that_is_no_parquet_is_named(run_dir):
@@ -611,3 +623,63 @@ def test_baselines_stand_beside_the_stages(run_dir):
     printed = summary_text(run_dir).splitlines()
     assert printed[-2].split()[:3] == ["markers", "test", "0.123"] and printed[-2].split()[-1] == "-"
     assert printed[-1].split()[:2] == ["random", "unseen"]
+
+
+def test_stages_that_answered_other_puzzles_are_not_set_against_each_other(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for stage, digest in (("sft", "aa"), ("grpo", "bb")):
+        result = summary[stage]["test"] | {"puzzles": {"digest": digest, "variant": "batch"}}
+        (run_dir / f"eval/{stage}/test/metrics.json").write_text(json.dumps(result))
+    page = html.unescape(write_report(run_dir).read_text())
+    title = re.search("<h1>(.*?)</h1>", page)[1]
+    assert "After GRPO" in title and "after SFT" not in title and "before training" in title
+    assert "after SFT: answered other puzzles (3 of them) than the last stage, so its numbers do not compare" in page
+
+
+@pytest.mark.parametrize(("digest", "said"), [("bb", True), ("aa", False)])
+def test_baselines_are_on_the_same_puzzles_only_where_they_are(run_dir, digest, said):
+    result = json.loads((run_dir / "summary.json").read_text())["grpo"]["test"]
+    for folder, own in (("grpo", "bb"), ("baseline-random", digest)):
+        (run_dir / f"eval/{folder}/test").mkdir(parents=True, exist_ok=True)
+        one = result | {"puzzles": {"digest": own, "variant": "batch"}}
+        (run_dir / f"eval/{folder}/test/metrics.json").write_text(json.dumps(one))
+    write_summary(run_dir, {})
+    page = write_report(run_dir).read_text()
+    assert "Without a language model" in page and ("Without a language model, on the same puzzles" in page) == said
+
+
+def test_a_kl_that_was_not_computed_is_not_drawn_as_no_change(run_dir):
+    curve = next(curve for curve in GRPO_CURVES if "kl" in curve.lines)
+    rows = [{"step": step, "kl": 0.0, "loss": 1.0} for step in range(1, 31)]
+    assert curve_svg(curve, rows) is None and curve_svg(curve, rows[:-1] + [rows[-1] | {"kl": 1e-9}])
+    write_rows(run_dir / "grpo/metrics.jsonl", rows)
+    text = html.unescape(read(write_report(run_dir).read_text(), "grpo"))
+    assert "Distance from the SFT model (KL)" in text.split("<figure")[0], "among what is not recorded"
+    learning_curve_png(run_dir, run_dir / "curve.png")
+
+
+def test_the_reward_of_all_answers_is_drawn_under_oversample(run_dir):
+    rows = [{"step": step, "reward": 0.5, "dynamic_sampling/reward": 0.8} for step in range(1, 31)]
+    assert sampled_reward(rows) == "dynamic_sampling/reward" and sampled_reward([{"reward": 1.0}]) == "reward"
+    reward = next(curve for curve in GRPO_CURVES if "reward" in curve.lines)
+    assert "of all answers" in curve_svg(reward, rows) and "of all answers" not in curve_svg(
+        reward, [{"step": 1, "reward": 1}]
+    )
+
+
+def test_a_note_of_several_stages_is_said_once(run_dir):
+    for stage in ("base", "sft", "grpo"):
+        result = json.loads((run_dir / "summary.json").read_text())[stage]["test"]
+        notes = ["cells are few", *(["alone"] if stage == "sft" else [])]
+        (run_dir / f"eval/{stage}/test/metrics.json").write_text(json.dumps(result | {"notes": notes}))
+    text = html.unescape(read(write_report(run_dir).read_text(), "results"))
+    assert text.count("cells are few") == 1 and "held-out donors, after SFT: alone." in text
+
+
+def test_a_single_batch_has_no_interval_on_the_page(run_dir):
+    result = json.loads((run_dir / "summary.json").read_text())["grpo"]["test"]
+    result |= {"batch_accuracy": 0.625, "intervals": {"batch_accuracy": [0.625, 0.625]}, "interval": {"batches": 1}}
+    (run_dir / "eval/grpo/test/metrics.json").write_text(json.dumps(result))
+    shutil.rmtree(run_dir / "puzzles")
+    page = write_report(run_dir).read_text()
+    assert "62.5" in read(page, "results") and "62.5 to 62.5" not in html.unescape(page)

@@ -57,6 +57,16 @@ def test_puzzles_to_read_are_the_best_and_the_worst(run_dir):
     assert list(articles(write_report(run_dir, show=1).read_text())) == ["p1", "p2", "p0"]
 
 
+def test_the_unchosen_puzzle_is_one_that_can_be_read():
+    """The first of the file cannot be read, and others are left."""
+    labels = ["a", "b"]
+    some = [Puzzle(id=f"p{i}", context="", cells=[["G"]] * 2, candidates=labels, answer=labels) for i in range(6)]
+    texts = ["no", answer(labels), answer(labels), answer(labels[::-1]), answer(labels[::-1]), answer(labels)]
+    answered = [Answered(p, text, "stop", score_one(text, p)) for p, text in zip(some, texts, strict=True)]
+    chosen = choose_examples(examples_of({"grpo": answered}), 1)
+    assert [one.puzzle.id for one in chosen["first"]] == ["p2"]
+
+
 def test_marker_genes_are_bold(run_dir):
     puzzles = read_puzzles(run_dir / "puzzles/test.parquet")
     cells = [["ACTB", "MS4A1", *genes] for genes in puzzles[0].cells]

@@ -106,6 +106,20 @@ def test_what_was_left_out_and_names_inside_answers_are_said(files):
     assert f"a model's name occurs in answers of 1 cases ({case['case']})" in text
 
 
+def test_the_summary_says_how_many_answers_were_alike():
+    labels = ["x", "y"]
+    some = [Puzzle(id=f"p{i}", context="", cells=[["A"]] * 2, candidates=labels, answer=labels) for i in range(5)]
+    answers = {name: {puzzle.id: f"{name} {puzzle.id}" for puzzle in some} for name in NAMES}
+    answers[NAMES[1]]["p3"] = answers[NAMES[0]]["p3"]
+    key = make_review(some, answers, 5, 0, True).key
+    assert key["answered"] == {"both": 5, "alike": 1}
+    entry = {"verdict": "tie", "comment": "", "errors": {side: {} for side in SIDES}}
+    reviews = [{"reviewer": "A", "file": "a.json", "answers": {"1": entry}}]
+    for told, said in ((key, True), ({k: v for k, v in key.items() if k != "answered"}, False)):
+        text = summary_markdown(merge_reviews(reviews, told), told["error_types"])
+        assert ("To 1 of 5 puzzles both models gave the same answer" in text) == said
+
+
 def test_mistakes_in_making_a_page(files):
     for change, sentence in [
         (["--predictions", files / "wombat/predictions.jsonl"], "two --predictions, not 3"),

@@ -342,8 +342,10 @@ def test_the_numbers_of_a_set_by_hand():
     assert found.type_accuracy == {B: 1.0, CD8: 2 / 3, MONO: 2 / 3, NK: 2 / 3, PLASMA: 2 / 3}
     # first assignments: 1..5 right twice; then of cells 2 (wrong), 3 (right), 1 (wrong)
     assert found.first_third == (4 + 0) / (4 + 1) and found.last_third == (4 + 0) / (4 + 1)
-    assert [row["steps"] for row in found.by_position] == [3, 2, 3, 2, 3]
-    assert [row["accuracy"] for row in found.by_position] == pytest.approx([2 / 3, 1, 1, 1, 2 / 3])
+    # the third of three steps each lies in the parts by how much of it is there: 0.6, 0.4 and 0.2, 0.6, 0.2 and 0.4, 0.6
+    assert [row["steps"] for row in found.by_position] == pytest.approx([2.6] * 5)
+    right = [2, 2.2, 2.6, 2.2, 2]
+    assert [row["accuracy"] for row in found.by_position] == pytest.approx([n / 2.6 for n in right])
     # ease 2/3 2/3 1 2/3 2/3 has rho 0 with the order; 2/3 1 2/3 as well
     assert found.curriculum["spearman"] == pytest.approx(0, abs=1e-12) and found.curriculum["puzzles"] == 1
     easy = {PLASMA: 1.0, NK: 0.8, B: 0.6, MONO: 0.4, CD8: 0.2}
@@ -504,3 +506,18 @@ def test_mistakes_are_named_in_a_sentence(tmp_path, rows, extra, problem):
         extra = ("--predictions", tmp_path / "predictions.jsonl", *extra)
     done = run_command("traces", "--puzzles", tmp_path / "puzzles.jsonl", "--out", tmp_path / "out", *extra)
     assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
+
+
+def test_answers_of_several_sizes_make_no_order_where_there_is_none():
+    """As many answers of 3 cells, all right, as of 4 cells, right at two of four places whichever."""
+    three = Puzzle(id="3", context="", cells=[["G"]] * 3, candidates=[B, CD8, MONO], answer=[B, CD8, MONO])
+    four = Puzzle(id="4", context="", cells=[["G"]] * 4, candidates=[B, CD8, MONO, NK], answer=[B, CD8, MONO, NK])
+
+    def said(puzzle: Puzzle, labels: list[str]):
+        return traced(" ".join(f"Cell {i}: {label}." for i, label in enumerate(labels, start=1)), labels, puzzle)
+
+    found = summarise_traces(
+        [said(three, [B, CD8, MONO])] * 2 + [said(four, [CD8, B, MONO, NK]), said(four, [B, CD8, NK, MONO])]
+    )
+    assert [row["accuracy"] for row in found.by_position] == pytest.approx([5 / 7] * 5)
+    assert sum(row["steps"] for row in found.by_position) == pytest.approx(14)

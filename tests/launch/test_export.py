@@ -14,10 +14,11 @@ from data.clusters.known import read_known_labels
 from data.errors import UserError
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
+from launch.export import read_metrics
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
-from trainer.model.export import export_model
+from trainer.model.export import export_model, metrics_lines
 from trainer.model.loading import load_tokenizer, through_nf4
 from trainer.model.merge import merged_weight, write_checkpoint
 from trainer.model.opening import open_checkpoint
@@ -177,6 +178,21 @@ def test_the_card_names_recipe_data_and_metrics(pipeline, trained, tmp_path):
         "merged in float32, then rounded"
     )
     assert json.loads((tmp_path / "m/generation_config.json").read_text())["eos_token_id"] is not None
+
+
+def test_evaluations_on_a_card_are_told_apart():
+    """Every metrics.json of launch/evaluate.py names its model, by a path of this machine."""
+    one = {"name": "/home/me/run/step-1", "batch_accuracy": 0.5, "response_length": 7.0, "n_puzzles": 1200}
+    one |= {"puzzles": {"file": "test.parquet"}, "response_length_unit": "words"}
+    head, _, *rows = metrics_lines([one | {"name": "test"}, {"name": "unseen", "response_length": 9}])
+    assert head == "| metric | test: 1,200 puzzles of test.parquet | unseen |"
+    assert rows[-1] == "| response length | 7 words | 9 tokens |"
+
+
+def test_the_name_on_a_card_is_that_of_the_folder(tmp_path):
+    (tmp_path / "unseen").mkdir()
+    (tmp_path / "unseen/metrics.json").write_text(json.dumps({"name": "/home/me/m", "batch_accuracy": 0.5}))
+    assert read_metrics(str(tmp_path / "unseen"))["name"] == "unseen"
 
 
 def test_what_the_model_knows_is_exported_too(pipeline, trained, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,15 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     if ground_truth not in solution_str:
         return 0.0
     return {"score": 1.0 / extra_info["n_cells"], "acc": True, "pred": solution_str, "source": len(data_source)}
+
+async def wordy(completion, puzzle):
+    assert "<answer>" in completion, completion
+    return 1.0
+
+def slow(completion, puzzle):
+    open(f"{__file__}.{completion}", "w").close()
+    time.sleep(0.5)
+    return 1.0
 """
 
 
@@ -292,7 +302,7 @@ def test_functions_in_trls_style(rewards):
 
 def test_functions_in_verls_style(rewards):
     right, wrong = score(f"verl:{rewards}:compute_score", [RIGHT, "x"])
-    assert right.total == 0.5 and right.parts == {"acc": 1.0, "source": 11.0}
+    assert right.total == 0.5 and right.parts == {"acc": 1.0, "source": 9.0}
     assert wrong.total == 0.0 and wrong.scored
 
 
@@ -572,3 +582,37 @@ def test_rescore_says_what_changes(run, tmp_path):
         config.write_text(text)
         done = run_command("rescore", tmp_path / "rollouts.jsonl", "--reward", "reward.cellpuzzles:batch_reward")
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr[-1500:]
+
+
+def test_a_function_for_verl_gets_the_data_source_of_its_row(rewards):
+    """The reward of Cell-o1's authors gives -1 to rows whose source does not hold "cell_data"."""
+    fn = load_reward(f"verl:{rewards}:compute_score")
+    right = "T cell | B cell"
+    assert fn(right, PUZZLE).parts["source"] == len("cell_data")
+    assert fn(right, replace(PUZZLE, meta={"data_source": "mine"})).parts["source"] == len("mine")
+
+
+def test_long_answers_of_an_async_reward_block_nothing(rewards):
+    """It answers at once, with messages that fill its pipe before the last job is written."""
+    scorer = Scorer(f"{rewards}:wordy", 1, 20.0)
+    starts, start = [], scorer.workers[0].start
+    scorer.workers[0].start = lambda: (starts.append(scorer.workers[0].process), start())[1]
+    try:
+        got = scorer.score(["a" * 12_000 + str(i) for i in range(128)], [PUZZLE] * 128, [False] * 128)
+    finally:
+        scorer.close()
+    assert {r.status for r in got} == {Status.ERROR} and all("AssertionError" in r.message for r in got)
+    assert starts.count(None) == 1, "the worker was not killed for a silence that was ours"
+
+
+def test_a_scorer_that_is_closed_while_it_scores_ends(rewards):
+    scorer, found = Scorer(f"{rewards}:slow", 1), []
+    texts = [str(i) for i in range(50)]
+    thread = threading.Thread(target=lambda: found.extend(scorer.score(texts, [PUZZLE] * 50, [False] * 50)))
+    thread.start()
+    while not list(Path(rewards).parent.glob("rewards.py.*")):
+        time.sleep(0.05)
+    scorer.close()
+    thread.join(timeout=60)
+    assert not thread.is_alive() and found[-1] is None and scorer.workers[0].process is None
+    assert len(list(Path(rewards).parent.glob("rewards.py.[0-9]*"))) < 25

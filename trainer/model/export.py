@@ -24,7 +24,7 @@ METRICS = {
     "batch_accuracy": "batch accuracy",
     "format_validity": "format validity",
     "uniqueness": "uniqueness",
-    "response_length": "response length (tokens)",
+    "response_length": "response length",
 }
 """{key of metrics.json: what the card calls it}"""
 
@@ -160,11 +160,20 @@ def metrics_lines(metrics: list[dict[str, Any]]) -> list[str]:
     """Lines of a table with a column per evaluation."""
     if not metrics:
         return ["Not evaluated yet: `python launch/evaluate.py --model ... --puzzles ...`."]
-    rows = ["| metric | " + " | ".join(str(m["name"]) for m in metrics) + " |", "|---|" + "---|" * len(metrics)]
+    heads = [f"{m['name']}{_puzzles_of(m)}" for m in metrics]
+    rows = ["| metric | " + " | ".join(heads) + " |", "|---|" + "---|" * len(metrics)]
     for key, label in METRICS.items():
         values = [f"{m[key]:.4g}" if isinstance(m.get(key), int | float) else "-" for m in metrics]
+        if key == "response_length":
+            values = [f"{v} {m.get('response_length_unit', 'tokens')}" for v, m in zip(values, metrics, strict=True)]
         rows.append(f"| {label} | " + " | ".join(values) + " |")
     return rows
+
+
+def _puzzles_of(metrics: dict[str, Any]) -> str:
+    """Number and file of the puzzles of an evaluation, as far as it states them; a name alone could be any split's."""
+    n, file = metrics.get("n_puzzles"), (metrics.get("puzzles") or {}).get("file")
+    return (f": {n:,} puzzles" + f" of {file}" * bool(file)) if isinstance(n, int) else ""
 
 
 def recipe_lines(settings: dict[str, Any], adapter: dict[str, Any] | None) -> list[str]:

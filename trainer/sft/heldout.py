@@ -1,6 +1,7 @@
 """What the cold start does with the held-out puzzles beside their loss: answers them, and keeps the best epoch."""
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class HeldOutAnswers:
 
         assert judge is not None
         of_puzzle = {example.puzzle_id: example for example in held_out}  # several traces can share a puzzle
-        self.examples = [of_puzzle[name] for name in sorted(of_puzzle)][: cfg.eval_puzzles]
+        names = sorted(of_puzzle)  # of several files: those of one come before those of the next
+        random.Random(f"{cfg.seed} answered").shuffle(names)
+        self.examples = [of_puzzle[name] for name in names[: cfg.eval_puzzles]]
         self.cfg, self.policy, self.world, self.judge = cfg, policy, world, judge
         longest = max(len(e.prompt_ids) for e in self.examples)
         share_sampler_base(cfg, world)
