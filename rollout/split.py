@@ -25,7 +25,6 @@ from torch import Tensor
 from data.errors import UserError
 from rollout import Rollout, Sampling, count_repeats
 from rollout.link import (
-    JOIN_SECONDS,
     Address,
     address_facing,
     all_gather_bytes,
@@ -229,8 +228,11 @@ class SplitEngine:
         """See Engine. Stops the samplers after their last order."""
         for orders in self.queues:
             orders.put(None)  # ends the thread's loop, after all earlier orders
-        for thread in self.threads:
-            thread.join(timeout=JOIN_SECONDS)  # daemon threads: one that hangs does not keep the process
+        with self.waiting("the samplers' last orders"):
+            # as long as it takes: a sampler that was restarted loads its model first, and one that was not told to stop
+            # would wait for ever. The watch ends a wait for a sampler that does nothing
+            while any(thread.is_alive() for thread in self.threads):
+                self._pause()
         self.abandon()
         self._raise_failure()  # the last adapter was not sampled from, but its hand-over is proven too
 

@@ -309,7 +309,9 @@ def test_a_run_without_a_summary_is_shown_from_what_is_there(run_dir):
     (run_dir / "summary.json").unlink()
     page = write_report(run_dir).read_text()
     # nothing says how the puzzles were held out
-    expected = expected.replace("puzzles of held-out donors", "held-out puzzles").replace("held-out donors", "held-out puzzles")
+    expected = expected.replace("puzzles of held-out donors", "held-out puzzles").replace(
+        "held-out donors", "held-out puzzles"
+    )
     assert read(page, "results") == expected  # scored from the predictions, as summary.json was
     assert "<h1>After GRPO the annotator names every cell of a batch right in 67&nbsp;%" in page
     write_metrics(run_dir, "sft")

@@ -521,6 +521,31 @@ def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
     assert "sampler 0 was killed, after its last order: nothing is lost" in capsys.readouterr().err
 
 
+def test_a_sampler_that_begins_late_is_told_to_stop():
+    """One that was restarted loads its model after the trainers have made their last step."""
+    store, address = open_store("127.0.0.1", 0)
+    engine, told = split_engine(address, store), []
+
+    def begins_late() -> None:
+        time.sleep(1)
+        me = SamplerProcess(engine=0, member=0, members=1, generation=0)
+        end = SamplerEnd(address, me, torch.device("cpu"))
+        end.hello()
+        order = end.next_order()
+        end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
+        end.answer(on=CANARY.policy, off=None)
+        told.append(end.next_order()["do"])
+        end.answer()
+
+    life = threading.Thread(target=begins_late)
+    life.start()
+    engine.queues[0].put(load_order())
+    engine.close()
+    assert not any(thread.is_alive() for thread in engine.threads) and read_notice(store, over_key(0), address.token)
+    life.join()
+    assert told == ["stop"]
+
+
 def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
     store, address = open_store("127.0.0.1", 0)
     engine = split_engine(address, store)

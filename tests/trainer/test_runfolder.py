@@ -16,6 +16,7 @@ from data.files import sealed, unlock_folder
 from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.model.shared import with_sampler_dtype
+from trainer.ppo.settings import PpoConfig
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -36,6 +37,8 @@ from trainer.start.parts import refuse_to_replace
 
 ADAPTER = {"m.lora_A.weight": torch.arange(6.0).view(2, 3), "m.lora_B.weight": torch.ones(3, 2)}
 MOMENTS = {"exp_avg/m": torch.full((2, 3), 0.5), "step/m": torch.tensor(4.0)}
+
+PPO_FIELDS = {field.name for field in dataclasses.fields(PpoConfig)}
 
 
 def save(out, step, keep=2):
@@ -344,3 +347,18 @@ def test_a_full_disk_leaves_no_checkpoint_behind_and_the_old_one_whole(tmp_path)
         signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
     assert load_newest(tmp_path, ALONE)[1][0] == 2
+
+
+def test_the_command_of_another_algorithm_does_not_go_on_with_a_run(tmp_path):
+    """Their shared settings are the same; the first checkpoint would have lost what only the other keeps."""
+    shared = {"model": "m", "puzzles": "p", "out": str(tmp_path), "dtype": "float32", "aggregation": "token-mean"}
+    grpo = GrpoConfig(**shared)
+    ppo = PpoConfig(**{name: value for name, value in dataclasses.asdict(grpo).items() if name in PPO_FIELDS} | shared)
+    for ours, other, said in ((grpo, ppo, "a run of GRPO, not of PPO"), (ppo, grpo, "a run of PPO, not of GRPO")):
+        record = json.dumps(sealed({"settings": dataclasses.asdict(ours), "data": {}}))
+        (tmp_path / "config.json").write_text(record)
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        check_run(dataclasses.replace(ours, resume=True))
+        with pytest.raises(UserError, match=f"--resume: {tmp_path} holds {said}; use the command of"):
+            check_run(dataclasses.replace(other, resume=True))
+        assert (tmp_path / "config.json").read_text() == record

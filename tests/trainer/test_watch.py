@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rollout import RunError
 from rollout.link import Address
-from tests.helpers.commands import ROOT, free_port
+from tests.helpers.commands import ROOT, free_port, succeed
 from trainer.ranks import watch as watching
 from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, SILENT_LOOKS, Beat, Watch, is_gone, stacks
 from trainer.ranks.world import World
@@ -277,3 +277,22 @@ def test_a_keeper_whose_line_to_the_trainers_store_is_reset_says_so():
         RunError, match=r"sampler 3: the trainers' store at 10\.0\.0\.1:7 is gone \(Connection reset by peer\)"
     ):
         _notice(Reset(), "e3/g0/lost", address, 3)
+
+
+WAITS_FOR_A_SLOW_RANK = """
+import time
+from trainer.ranks.world import join_world, leave_world
+world = join_world(hang_seconds=3)
+for _ in range(9 * world.rank):
+    time.sleep(1)
+    world.advance()
+print("sum", world.total(1.0)[0])
+leave_world()
+"""
+
+
+@pytest.mark.slow(14)
+def test_a_rank_that_waits_for_a_slow_one_waits_as_long_as_that_works(tmp_path):
+    """A reward of one rank takes longer than --hang-seconds, twice, and says of every answer that it is done."""
+    (tmp_path / "slow.py").write_text(WAITS_FOR_A_SLOW_RANK)
+    assert succeed(tmp_path / "slow.py", ranks=2).count("sum 2.0") == 2

@@ -8,6 +8,7 @@ Axes: N rows (responses), T tokens of the longest response, M response tokens si
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from trainer.policy import Policy, matrix_products
 from trainer.ppo.settings import PpoConfig
 from trainer.ranks.world import World, load_moments, moments_of
 from trainer.start.parts import load_policy, make_optimizer
+from trainer.start.preflight import context_of, steady_positions
 
 ADAPTER = "critic"
 """PEFT's name of the critic's adapter on the policy's base model; the policy's is "default"."""
@@ -131,7 +133,10 @@ def add_critic_adapter(policy: Policy, seed: int) -> None:
 
 
 def load_critic(folder: str, policy: Policy, cfg: PpoConfig) -> Policy:
-    """The checkpoint of a critic with weights of its own. Raises UserError when it reads other tokens than the policy."""
+    """The checkpoint of a critic with weights of its own.
+
+    Raises UserError when it reads other tokens than the policy, or fewer of them.
+    """
     try:
         # beta 0: no frozen copy beside it
         backbone = load_policy(replace(cfg, model=folder, beta=0.0, kl_control="fixed"), policy.device)
@@ -141,6 +146,12 @@ def load_critic(folder: str, policy: Policy, cfg: PpoConfig) -> Policy:
         raise UserError(
             f"--critic {folder}: its tokenizer has another vocabulary than that of --model {cfg.model}; name a checkpoint of "
             "the same model family"
+        )
+    shape, longest = backbone.causal_lm.config.to_dict(), cfg.max_prompt_tokens + cfg.max_response_tokens
+    if longest > (most := min(context_of(shape) or math.inf, steady_positions(shape))):
+        raise UserError(
+            f"--critic {folder}: has positions for {most} tokens, and --max-prompt-tokens {cfg.max_prompt_tokens} + "
+            f"--max-response-tokens {cfg.max_response_tokens} need {longest}; give fewer, or another critic"
         )
     return backbone
 

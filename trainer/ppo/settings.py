@@ -27,7 +27,7 @@ class PpoConfig(OnlineConfig):
         "second copy of the checkpoint where --lora-rank is 0.",
     )
     critic_lr: float = valuing(1e-5, "Learning rate of the critic, with the same --warmup-steps and --decay-steps.")
-    critic_warmup: int = valuing(0, "First steps in which only the critic learns.")
+    critic_warmup: int = valuing(0, "First steps in which only the critic learns; --warmup-steps counts them too.")
     value_clip: float = valuing(0.5, "A value counts as moved by at most this much from the one before the update.")
     gamma: float = objective(1.0, "Discount per token.")
     lam: float = objective(1.0, "Lambda of GAE; 1: the advantage is return minus value, without bootstrapping.")
@@ -83,6 +83,11 @@ class PpoConfig(OnlineConfig):
             raise UserError(
                 f"--prompts-per-step {self.prompts_per_step} and --minibatches {self.minibatches}: the second must divide "
                 "the first"
+            )
+        if self.critic_warmup >= self.steps:
+            raise UserError(
+                f"--critic-warmup {self.critic_warmup}: the run ends after {self.steps} steps, so the policy would never be "
+                "trained; give fewer, or more --steps"
             )
         if self.kl_control == "adaptive" and not self.reward_beta:
             raise UserError(

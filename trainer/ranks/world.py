@@ -382,8 +382,8 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
                 store=dist.PrefixStore("trainers", store),
                 rank=rank,
                 world_size=trainers,
-                # the watch ends a hanging run long before this; a world of one has no watch and needs some bound
-                timeout=timedelta(seconds=2 * hang_seconds),
+                # the watch ends a hanging run, and knows one that waits for a slow rank from it; a world of one has no watch
+                timeout=timedelta(seconds=2 * hang_seconds) if size == 1 else timedelta(days=7),
             )
         except RuntimeError as error:  # another rank died or never came: the watch knows which
             verdict = watch.explain(error) if watch is not None and is_collective_failure(error) else ""

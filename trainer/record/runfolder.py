@@ -146,6 +146,10 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     # through JSON, so that both sides have JSON's types
     record = read_record(out)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if (was := algorithm_of(record["settings"])) != (is_now := algorithm_of(now)):
+        raise UserError(
+            f"--resume: {out} holds a run of {was}, not of {is_now}; use the command of {was}, or another --out"
+        )
     # a setting that an older version did not record had its default behaviour
     before = {field.name: field.default for field in dataclasses.fields(config)}
     before |= {"sampler_dtype": record["settings"].get("dtype")} | record["settings"]
@@ -223,6 +227,11 @@ def read_record(out: Path) -> dict[str, Any]:
     if not isinstance(found.get("settings"), dict):
         raise UserError(f"{path}: is no record of a run (it has no settings); put a copy back, or name another --out")
     return found
+
+
+def algorithm_of(settings: dict[str, Any]) -> str:
+    """What a run with these settings does, by a setting that no other has."""
+    return "PPO" if "critic_lr" in settings else "SFT" if "traces" in settings else "GRPO"
 
 
 def settings_of_run(config: Any) -> dict[str, Any]:

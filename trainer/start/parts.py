@@ -306,6 +306,9 @@ def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitE
         world.keep_alive.append(
             store
         )  # the samplers' keepers read it until the end; the server must outlive the engine
+        world.store.set(
+            "sync/dtype", cfg.sampler_dtype
+        )  # auto was settled here; another CPU would settle it differently
         world.store.set("sync/address", json.dumps(vars(address)))
     address = Address(**json.loads(world.store.get("sync/address")))  # blocks until rank 0 has set it
     engine = SplitEngine(

@@ -30,9 +30,7 @@ from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import REFUSED, SamplerEnd, SamplerProcess, over_key
 from rollout.sync import RunError, SyncError
 from trainer.config import OnlineConfig
-from trainer.model.shared import with_sampler_dtype
 from trainer.ranks.world import World, own_device
-from trainer.record.runfolder import settings_of_run
 from trainer.start.parts import load_policy, make_vllm_engine
 
 STATUS = "@status "
@@ -56,6 +54,7 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
     engine, member = divmod(world.sampler, cfg.tensor_parallel)
     with world.waiting("the trainers"):
         address = Address(**json.loads(_await(world.store, "sync/address")))
+    cfg = replace(cfg, sampler_dtype=world.store.get("sync/dtype").decode())
     store = join_store(address, f"sampler {engine}")
     for generation in range(cfg.restart_samplers + 1):
         lost = f"e{engine}/g{generation}/lost"
@@ -241,7 +240,6 @@ def make_engine(cfg: OnlineConfig, me: SamplerProcess, device: torch.device) -> 
         policy = load_policy(replace(cfg, beta=0.0, packing="plain"), device)
         return TorchEngine(policy.model, policy.decoding, adopt=policy.load_adapter)
     lora = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": []} if cfg.lora_rank else None
-    cfg = with_sampler_dtype(cfg, device.type == "cuda", settings_of_run(cfg))
     return make_vllm_engine(cfg, lora, rank=me.engine * me.members + me.member)
 
 

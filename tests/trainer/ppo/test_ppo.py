@@ -174,6 +174,10 @@ def test_settings_that_cannot_work_are_refused():
             "--kl-horizon 51: a step of 256 responses could make beta negative; give more than 51",
         ),
         ({"kl_control": "adaptive", "beta": 0.0}, "it needs --kl-in reward and --beta above 0"),
+        (
+            {"steps": 20, "critic_warmup": 20},
+            "--critic-warmup 20: the run ends after 20 steps, so the policy would never",
+        ),
         ({"shard": "fsdp"}, "--shard fsdp: the critic is not sharded; use --shard none"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
@@ -194,7 +198,11 @@ def test_a_critic_with_another_vocabulary_is_refused(pipeline, options, tmp_path
         1,
     )
     out = tmp_path / "run"
+    shutil.copytree(pipeline / "base", tmp_path / "short")
+    settings = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 64}))
     for critic, says in (
+        (tmp_path / "short", "has positions for 64 tokens, and --max-prompt-tokens"),
         (tmp_path / "other", "its tokenizer has another vocabulary than that of --model"),
         (tmp_path / "nowhere", "no Hugging Face checkpoint there"),
     ):
