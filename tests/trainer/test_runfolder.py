@@ -359,6 +359,6 @@ def test_the_command_of_another_algorithm_does_not_go_on_with_a_run(tmp_path):
         (tmp_path / "config.json").write_text(record)
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
         check_run(dataclasses.replace(ours, resume=True))
-        with pytest.raises(UserError, match=f"--resume: {tmp_path} holds {said}; use the command of"):
+        with pytest.raises(UserError, match=f"--resume: {tmp_path} holds {said}; use "):
             check_run(dataclasses.replace(other, resume=True))
         assert (tmp_path / "config.json").read_text() == record

@@ -63,6 +63,10 @@ def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World, held_out: He
     run = prepare(cfg, puzzles, world, held_out, partial(Critic, world=world))
     canary, ahead = begin(run)
     policy, engine, log = run.start.policy, run.engine, run.log
+    if world.is_main and cfg.critic_warmup >= cfg.steps:
+        print(
+            f"note: --critic-warmup {cfg.critic_warmup}: {cfg.steps} steps end before the policy is trained", flush=True
+        )
 
     for step in range(run.start.step, cfg.steps):
         clock = Clock(world, step + 1)

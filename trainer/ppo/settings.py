@@ -84,11 +84,6 @@ class PpoConfig(OnlineConfig):
                 f"--prompts-per-step {self.prompts_per_step} and --minibatches {self.minibatches}: the second must divide "
                 "the first"
             )
-        if self.critic_warmup >= self.steps:
-            raise UserError(
-                f"--critic-warmup {self.critic_warmup}: the run ends after {self.steps} steps, so the policy would never be "
-                "trained; give fewer, or more --steps"
-            )
         if self.kl_control == "adaptive" and not self.reward_beta:
             raise UserError(
                 "--kl-control adaptive: steers the KL in the reward; it needs --kl-in reward and --beta above 0"

@@ -146,10 +146,8 @@ def check_run(config: Any, allow_resume: bool = True) -> None:
     # through JSON, so that both sides have JSON's types
     record = read_record(out)
     now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if (was := algorithm_of(record["settings"])) != (is_now := algorithm_of(now)):
-        raise UserError(
-            f"--resume: {out} holds a run of {was}, not of {is_now}; use the command of {was}, or another --out"
-        )
+    if (was := algorithm_of(record["settings"])) != (ours := algorithm_of(now)):
+        raise UserError(f"--resume: {out} holds a run of {was}, not of {ours}; use {was}'s command, or another --out")
     # a setting that an older version did not record had its default behaviour
     before = {field.name: field.default for field in dataclasses.fields(config)}
     before |= {"sampler_dtype": record["settings"].get("dtype")} | record["settings"]

@@ -174,10 +174,6 @@ def test_settings_that_cannot_work_are_refused():
             "--kl-horizon 51: a step of 256 responses could make beta negative; give more than 51",
         ),
         ({"kl_control": "adaptive", "beta": 0.0}, "it needs --kl-in reward and --beta above 0"),
-        (
-            {"steps": 20, "critic_warmup": 20},
-            "--critic-warmup 20: the run ends after 20 steps, so the policy would never",
-        ),
         ({"shard": "fsdp"}, "--shard fsdp: the critic is not sharded; use --shard none"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
