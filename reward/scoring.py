@@ -59,7 +59,7 @@ class Scorer:
         # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
         self.threads = ThreadPoolExecutor(workers) if workers else None
         self.starting: list[Future[None]] = []
-        self.stop = threading.Event()  # of the call of `score` that runs
+        self.stop, self.closed = threading.Event(), False  # stop: of the call of `score` that runs
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
@@ -82,11 +82,10 @@ class Scorer:
             {"index": index, "completion": completion, "puzzle": asdict(puzzle)}
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
-        found = (
-            self._score_in_workers(jobs, stop_at_failure)
-            if self.workers
-            else score_here(self.fn, completions, puzzles, stop_at_failure)
-        )
+        if self.workers:
+            found = self._score_in_workers(jobs, stop_at_failure)
+        else:
+            found = score_here(self.fn, completions, puzzles, stop_at_failure)
         results = [found.get(index) for index in range(len(jobs))]
         return [
             replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
@@ -94,10 +93,11 @@ class Scorer:
         ]
 
     def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
-        shares = [jobs[k :: len(self.workers)] for k in range(len(self.workers))]
         self.stop = stop = threading.Event()
-        pairs = list(zip(self.workers, shares, strict=True))
+        pairs = [(worker, jobs[k :: len(self.workers)]) for k, worker in enumerate(self.workers)]
         assert self.threads is not None
+        if self.closed:  # looked at after `stop` is there for close() to set
+            return {}
         try:
             self.ready()
             futures = [self.threads.submit(worker.score, share, stop, stop_at_failure) for worker, share in pairs]
@@ -111,6 +111,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the worker processes, also while `score` runs in another thread: what it has not scored is None."""
+        self.closed = True
         self.stop.set()
         for worker in self.workers:
             worker.kill()
@@ -222,8 +223,7 @@ class _Worker:
             replied, free, _ = select.select([self.replies], [pipe], [], max(0.0, deadline - time.monotonic()))
             if not (replied or free):
                 return timed_out(self.seconds)
-            # a worker that has answers to write reads no job until they are taken
-            if replied and not self._take():
+            if replied and not self._take():  # a worker that waits to write its answers reads no job
                 return self._ended()
             try:
                 data = data[os.write(pipe, data) :] if free else data

@@ -29,6 +29,7 @@ from data.build.staging import Staging, run_all
 from data.clusters.labels import known_labels
 from data.errors import UserError
 from data.meaning.labels import same_name
+from data.prompts import normalise_label
 from data.puzzles import Puzzle
 
 VERSIONS_OF = ("numpy", "h5py", "pyarrow")
@@ -109,7 +110,7 @@ def _refuse_labels_alike(summaries: list[FileSummary]) -> None:
     seen: dict[str, tuple[str, Path]] = {}
     for summary in summaries:
         for label in sorted(summary.report["cell_types"]):
-            other, path = seen.setdefault(same_name(label), (label, summary.path))
+            other, path = seen.setdefault(same_name(normalise_label(label)), (label, summary.path))
             if other != label:
                 raise UserError(
                     f"{summary.path}: the cell type {label!r} is written {other!r} in {path}, and an answer could not tell them "

@@ -29,6 +29,7 @@ from data.meaning.labels import (
     transposed,
 )
 from data.meaning.words import NO, YES, ages_in_words, suspension_kind, with_usual_words
+from data.prompts import normalise_label
 
 COLUMN_FLAGS = {
     "cell_type": "--cell-type-key",
@@ -501,7 +502,7 @@ def check_labels(path: Path, labels: Iterable[str]) -> None:
             raise UserError(f"{path}: the cell type {label!r} looks like a tag of the answer format; rename it")
         if len(label) > LONGEST_LABEL:
             raise UserError(f"{path}: the cell type {label[:40] + '...'!r} has {len(label)} letters; shorten it")
-        other = by_name.setdefault(same_name(label), label)
+        other = by_name.setdefault(same_name(normalise_label(label)), label)
         if other != label:
             only = "case" if other.lower() == label.lower() else "case, blanks, hyphens or a plural s"
             raise UserError(f"{path}: the cell types {other!r} and {label!r} differ only in {only}; give them one name")

@@ -23,7 +23,7 @@ from data.formats.stores import content_stamp
 from data.processes import end_with_parent
 from data.puzzles import Puzzle
 
-FORMAT = 3
+FORMAT = 4
 """Raised when staged files of an older version must not be used."""
 POLL_SECONDS = 0.2
 """Time between two reports of progress."""

@@ -60,7 +60,9 @@ class QuestionSettings(ProfileSettings):
     )
     screens: int = questions(2, "Times that every cluster meets every candidate before the votes.")
     samples: int = questions(8, "Votes for a cluster in each donor or sample.")
-    max_donors: int = questions(8, "Donors or samples in which a cluster is asked about: those with many clusters, then many cells.")
+    max_donors: int = questions(
+        8, "Donors or samples in which a cluster is asked about: those with many clusters, then many cells."
+    )
     seed: int = questions(0, "Seed of orders, sets and sampling.")
     candidates: str | None = labels(
         None,

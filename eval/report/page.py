@@ -258,7 +258,7 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
 
 
 def _notes(name: str, split: str, of_stage: dict[str, Evaluation], summary: dict[str, Any]) -> list[str]:
-    """The notes of all evaluations of a split; what is said of several of them, once."""
+    """The notes of all evaluations of a split; what is said of several of them, once, of all of them without their names."""
     said_of: dict[str, list[str]] = {}
     for stage, evaluation in of_stage.items():
         for said in evaluation.notes:
@@ -266,7 +266,9 @@ def _notes(name: str, split: str, of_stage: dict[str, Evaluation], summary: dict
     for baseline, of_split in (summary.get("baselines") or {}).items():
         for said in of_split.get(split, {}).get("notes", ()):
             said_of.setdefault(said, []).append(BASELINE_NAMES.get(baseline, baseline))
-    return [f"{name}{f', {who[0]}' if len(who) == 1 else ''}: {said}." for said, who in said_of.items()]
+    everyone = len(of_stage) + sum(split in of_split for of_split in (summary.get("baselines") or {}).values())
+    named = {said: f", {', '.join(who)}" if len(who) < everyone else "" for said, who in said_of.items()}
+    return [f"{name}{who}: {said}." for said, who in named.items()]
 
 
 def _how_to_read(summary: dict[str, Any], published: bool) -> str:

@@ -240,7 +240,10 @@ def signatures(tmp_path_factory) -> str:
     [
         (":one", "it is called with (completion, puzzle), and takes (completion): too many positional arguments"),
         (":three", "and takes (completion, puzzle, weight): missing a required argument: 'weight'"),
-        (":keyword", "and takes (completion, puzzle, *, weight): missing a required "),  # Python says more or less of it
+        (
+            ":keyword",
+            "and takes (completion, puzzle, *, weight): missing a required ",
+        ),  # Python says more or less of it
         (":Judge", "Judge is a class; write an instance into the file, such as `reward = Judge()`, and name that"),
         (":swapped", "takes (puzzle, completion), and is called with (completion, puzzle); swap them"),
         (":short", "and takes (completion): too many positional arguments"),

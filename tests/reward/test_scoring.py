@@ -610,9 +610,10 @@ def test_a_scorer_that_is_closed_while_it_scores_ends(rewards):
     texts = [str(i) for i in range(50)]
     thread = threading.Thread(target=lambda: found.extend(scorer.score(texts, [PUZZLE] * 50, [False] * 50)))
     thread.start()
-    while not list(Path(rewards).parent.glob("rewards.py.*")):
+    while not list(Path(rewards).parent.glob("rewards.py.[0-9]*")):
         time.sleep(0.05)
     scorer.close()
     thread.join(timeout=60)
     assert not thread.is_alive() and found[-1] is None and scorer.workers[0].process is None
     assert len(list(Path(rewards).parent.glob("rewards.py.[0-9]*"))) < 25
+    assert scorer.score(texts, [PUZZLE] * 50, [False] * 50) == [None] * 50, "nor does it begin again"

@@ -521,8 +521,9 @@ def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
     assert "sampler 0 was killed, after its last order: nothing is lost" in capsys.readouterr().err
 
 
-def test_a_sampler_that_begins_late_is_told_to_stop():
-    """One that was restarted loads its model after the trainers have made their last step."""
+def test_a_sampler_that_begins_late_is_told_to_stop(monkeypatch):
+    """One that was restarted loads its model after the trainers have made their last step, in its own time."""
+    monkeypatch.setattr("rollout.split.JOIN_SECONDS", 0.1, raising=False)  # a limit that the wait had
     store, address = open_store("127.0.0.1", 0)
     engine, told = split_engine(address, store), []
 
@@ -537,13 +538,13 @@ def test_a_sampler_that_begins_late_is_told_to_stop():
         told.append(end.next_order()["do"])
         end.answer()
 
-    life = threading.Thread(target=begins_late)
-    life.start()
+    threads = [threading.Thread(target=work, daemon=True) for work in (begins_late, engine.close)]
     engine.queues[0].put(load_order())
-    engine.close()
-    assert not any(thread.is_alive() for thread in engine.threads) and read_notice(store, over_key(0), address.token)
-    life.join()
-    assert told == ["stop"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
+    assert told == ["stop"] and read_notice(store, over_key(0), address.token)
 
 
 def test_a_sampler_that_is_refused_is_refused_for_all_ranks():

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from rollout import RunError
 from rollout.link import Address
-from tests.helpers.commands import ROOT, free_port, succeed
+from tests.helpers.commands import ROOT, free_port
 from trainer.ranks import watch as watching
+from trainer.ranks import world as world_of_ranks
 from trainer.ranks.watch import JOIN_SECONDS, LATE_SECONDS, SILENT_LOOKS, Beat, Watch, is_gone, stacks
 from trainer.ranks.world import World
 from trainer.start.sampler import START, _notice
@@ -279,20 +280,23 @@ def test_a_keeper_whose_line_to_the_trainers_store_is_reset_says_so():
         _notice(Reset(), "e3/g0/lost", address, 3)
 
 
-WAITS_FOR_A_SLOW_RANK = """
-import time
-from trainer.ranks.world import join_world, leave_world
-world = join_world(hang_seconds=3)
-for _ in range(9 * world.rank):
-    time.sleep(1)
-    world.advance()
-print("sum", world.total(1.0)[0])
-leave_world()
-"""
+def test_a_rank_that_waits_for_a_slow_one_waits_as_long_as_that_works(monkeypatch):
+    """A reward of one rank may take longer than --hang-seconds and say of every answer that it is done: the watch decides."""
+    given = []
 
+    def joined(*arguments, timeout, **more):
+        given.append(timeout)
+        raise KeyError("this is far enough")
 
-@pytest.mark.slow(14)
-def test_a_rank_that_waits_for_a_slow_one_waits_as_long_as_that_works(tmp_path):
-    """A reward of one rank takes longer than --hang-seconds, twice, and says of every answer that it is done."""
-    (tmp_path / "slow.py").write_text(WAITS_FOR_A_SLOW_RANK)
-    assert succeed(tmp_path / "slow.py", ranks=2).count("sum 2.0") == 2
+    monkeypatch.setattr(world_of_ranks.dist, "init_process_group", joined)
+    monkeypatch.setattr(world_of_ranks, "store_of_launch", lambda *arguments: dist.HashStore())
+    monkeypatch.setattr(world_of_ranks, "Watch", lambda *arguments: None)
+    monkeypatch.setattr(world_of_ranks, "_joined", None)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    for size in (1, 2):
+        for name, value in (address | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(KeyError, match="far enough"):
+            world_of_ranks.join_world(hang_seconds=3)
+    alone, together = given
+    assert alone == timedelta(seconds=6) and together > timedelta(days=1)

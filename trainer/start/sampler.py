@@ -77,8 +77,12 @@ def keep_sampler(cfg: OnlineConfig, world: World) -> None:
                 process.wait(timeout=REFUSED_SECONDS)
             if process.poll() != REFUSED_CODE:
                 raise
-        if process.poll() == 0 or (process.poll() is not None and world.watch and world.watch.me.phase == "stop"):
-            return  # it was told to stop, so a crash of a library during its exit does not matter
+        if process.poll() == 0:
+            return
+        if process.poll() is not None and world.watch and world.watch.me.phase == "stop":
+            # it was told to stop, so a crash of a library during its exit does not matter; but rank 0 may await its answer
+            post_notice(store, lost, f"sampler {engine} ended with exit code {process.poll()}", address.token)
+            return
         if process.poll() == REFUSED_CODE:  # another start would be refused for the same reason
             refused = f"sampler {engine}: it cannot start; rank 0 says why"
             with suppress(RunError):  # the trainers may have said it, and be gone
