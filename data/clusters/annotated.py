@@ -85,6 +85,13 @@ def holds_uns(path: Path, key: str) -> bool:
         return False
 
 
+def texts_of_uns(path: Path, key: str) -> dict[str, str]:
+    """{name: text} of the members of an entry of uns that are texts, in a file that has it."""
+    with h5py.File(path, "r") as file:
+        members = {name: member[()] for name, member in file[f"uns/{key}"].items() if isinstance(member, h5py.Dataset)}
+    return {name: value.decode() for name, value in members.items() if isinstance(value, bytes)}
+
+
 def refuse_copy(source: Path, out: Path) -> None:
     """Raise UserError when the source cannot be copied as a file, or would be overwritten."""
     # os.path: a folder that may not be entered is for the reader to name

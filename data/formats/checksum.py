@@ -44,6 +44,12 @@ def refuse_damaged(path: Path) -> None:
     _found_whole.add(content)
 
 
+def is_as_written(path: Path) -> bool:
+    """Does a file end in the line, and is it right? A program that writes to it, or writes it anew, leaves none."""
+    stated = _stated(path)
+    return stated is not None and crc32_of(path, path.stat().st_size - LENGTH) == stated
+
+
 def _stated(path: Path) -> int | None:
     """The checksum that the last line states; None without such a line."""
     with open(path, "rb") as file:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data.clusters.annotated import holds_uns, refuse_copy, storable, write_annotated
+from data.clusters.annotated import holds_uns, refuse_copy, storable, texts_of_uns, write_annotated
 from data.errors import UserError
-from data.files import replacing
+from data.files import crc32_of, replacing
+from data.formats.checksum import is_as_written
 from eval.annotate.annotation import Annotated, Annotation
 from eval.annotate.doubts import Agreement
 from eval.annotate.evidence import markers_of
@@ -22,6 +23,8 @@ from eval.annotate.page import MADE_BY
 KEY = "cell_type_llm"
 COLUMNS = (KEY, f"{KEY}_confidence", f"{KEY}_second", f"{KEY}_ontology_term_id")
 """The obs columns."""
+TABLE_CRC, PAGE_CRC = "table_crc32", "page_crc32"
+"""Members of the record in a file's uns: the CRC-32 of the .csv and the .html beside it."""
 NONE = "none"
 """The second choice of a cluster whose votes all went to one label."""
 CSV_COLUMNS = (
@@ -121,6 +124,8 @@ def write_all(
     with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
         rows.write_text(rows_text, encoding="utf-8")
         html.write_text(page, encoding="utf-8")
+        # so that a file that its owner edits is not replaced by a later call
+        record = record | {name: f"{crc32_of(file):08x}" for name, file in ((TABLE_CRC, rows), (PAGE_CRC, html))}
         # last and largest: where it cannot be written, the other two keep their temporary names and go
         return write_annotated(source, out, columns, {KEY: record}, stamp)
 
@@ -151,5 +156,17 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
     if os.path.isfile(html) and MADE_BY not in html.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"{html}: is no page of this command, and would be replaced; name another --out")
     refuse_copy(source, out)
-    if os.path.isfile(out) and not holds_uns(out, KEY):
+    if not os.path.isfile(out):
+        return
+    if not holds_uns(out, KEY):
         raise UserError(f"{out}: holds no labels of this command, and would be replaced; name another --out")
+    written = texts_of_uns(out, KEY)  # files of older versions lack the checksums
+    for path, name in ((table, TABLE_CRC), (html, PAGE_CRC)):
+        if os.path.isfile(path) and written.get(name, crc := f"{crc32_of(path):08x}") != crc:
+            raise UserError(
+                f"{path}: was changed since it was written, and would be replaced; name another --out, or move it"
+            )
+    if not is_as_written(out):
+        raise UserError(
+            f"{out}: was changed since it was written, and would be replaced; name another --out, or move it"
+        )

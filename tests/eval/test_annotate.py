@@ -941,3 +941,34 @@ def _runs(asked: list[str]) -> list[list[str]]:
     for text in asked:
         found.append([]) if not text else found[-1].append(text)
     return found
+
+
+@pytest.mark.parametrize("edited", ["out.csv", "out.html", "out.h5ad", ""])
+def test_what_its_owner_has_edited_is_not_replaced(tmp_path, edited):
+    clustered(list(TYPES), parts=1).write_h5ad(tmp_path / "in.h5ad")
+    config = AnnotateConfig(
+        file=str(tmp_path / "in.h5ad"),
+        cluster_key="leiden",
+        out=str(tmp_path / "out.h5ad"),
+        model="m",
+        max_cells=3,
+        candidates=",".join(TYPES),
+        samples=2,
+        screens=1,
+    )
+    annotate_file(config, model_that(reads_markers), "cmd")
+    asked = model_that(reads_markers)
+    if not edited:
+        annotate_file(dataclasses.replace(config, resume=True), asked, "cmd")
+        return
+    if edited == "out.h5ad":
+        curated = anndata.read_h5ad(tmp_path / edited)
+        curated.obs["checked"] = True
+        curated.write_h5ad(tmp_path / edited)
+    else:
+        with open(tmp_path / edited, "a") as file:
+            file.write("my comment\n")
+    before = (tmp_path / edited).read_bytes()
+    with pytest.raises(UserError, match=f"{edited}: was changed since it was written, and would be replaced"):
+        annotate_file(dataclasses.replace(config, resume=True), asked, "cmd")
+    assert (tmp_path / edited).read_bytes() == before and not asked.prompts

@@ -133,7 +133,10 @@ def test_weights_of_its_own(pipeline):
     for rank, critic_dir in ((4, str(pipeline / "base")), (0, None)):
         policy = policy_of(pipeline, lora_rank=rank)
         before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-        critic = Critic(policy, config(pipeline, lora_rank=rank, critic=critic_dir, lr=1e-2, value_clip=10.0))
+        lengths = {"max_prompt_tokens": 512, "max_response_tokens": 512}
+        critic = Critic(
+            policy, config(pipeline, lora_rank=rank, critic=critic_dir, lr=1e-2, value_clip=10.0, **lengths)
+        )
         assert critic.backbone is not policy and not critic.shares_base
         learn(critic, 3)
         assert all(p.grad is not None for p in critic.parameters.values()), "a parameter without a part in a value"
