@@ -5,6 +5,7 @@ Published rows state neither donor nor cell id. So a cell is also identified by 
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
@@ -130,6 +131,18 @@ def audit(splits: dict[str, Sequence[Puzzle]], donors_apart: bool = True) -> Aud
         if donors:
             (leaks if donors_apart else warnings).append(donors)
     return Audit(splits=facts, pairs=pairs, leaks=tuple(leaks), warnings=tuple(warnings))
+
+
+def refuse_to_replace(path: str | os.PathLike | None) -> None:
+    """Raises UserError for a file that is there and is no audit, such as the report of a build. None: nothing is written."""
+    if path is None or not os.path.exists(path):
+        return
+    try:
+        held = parse_json(Path(path).read_bytes())
+    except (ValueError, OSError):
+        held = None
+    if not isinstance(held, dict) or not {"rules", "splits", "pairs"} <= held.keys():
+        raise UserError(f"--json {path}: is no audit, and would be replaced; name another file")
 
 
 def leak_lines(audited: dict[str, Any]) -> list[str]:

@@ -56,7 +56,7 @@ def _metrics_of_splits(folder: Path, *more: str) -> dict[str, Any]:
 
 def without_breakdowns(result: dict[str, Any]) -> dict[str, Any]:
     """The numbers of a metrics.json, their intervals, and how these were made."""
-    more = ("intervals", "interval")  # the second says of how many batches
+    more = ("intervals", "interval", "response_length_unit")  # the second says of how many batches
     return {key: value for key, value in result.items() if isinstance(value, int | float) or key in more}
 
 

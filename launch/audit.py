@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from data.audit import audit, audit_text, tell_sources_apart
+from data.audit import audit, audit_text, refuse_to_replace, tell_sources_apart
 from data.errors import UserError
 from data.files import write_whole
 from data.folder import read_splits
@@ -32,6 +32,7 @@ def main(files: tuple[str, ...], json_file: str | None, allow_leaks: bool, same_
     real_paths = list(map(os.path.realpath, files))
     if json_file is not None and (Path(json_file).is_dir() or os.path.realpath(json_file) in real_paths):
         raise UserError(f"--json {json_file}: is a folder or a file to read; name another file to write")
+    refuse_to_replace(json_file)
     splits, warnings = tell_sources_apart(files, read_splits(files))
     found = audit(splits, donors_apart=not same_donors)
     found = dataclasses.replace(found, warnings=(*warnings, *found.warnings))

@@ -266,6 +266,10 @@ def score_here(
             if stop_at_failure and found[index].failed:
                 break
         return found
+    if _in_event_loop():
+        raise UserError(
+            "workers=0: an async reward cannot be awaited inside a running event loop (a notebook); use workers=1"
+        )
     room = asyncio.Semaphore(CONCURRENT)
 
     async def one(pair: tuple[str, Puzzle]) -> Reward:
@@ -276,6 +280,14 @@ def score_here(
         return await asyncio.gather(*map(one, pairs))
 
     return dict(enumerate(LOOP.run(gather())))
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def score_plain(fn: RewardFn, completion: str, puzzle: Puzzle, seconds: float | None) -> Reward:

@@ -60,6 +60,7 @@ class Scorer:
         self.threads = ThreadPoolExecutor(workers) if workers else None
         self.starting: list[Future[None]] = []
         self.stop, self.closed = threading.Event(), False  # stop: of the call of `score` that runs
+        self.lock = threading.Lock()  # calls side by side would read one another's replies
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
@@ -83,7 +84,8 @@ class Scorer:
             for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
         ]
         if self.workers:
-            found = self._score_in_workers(jobs, stop_at_failure)
+            with self.lock:
+                found = self._score_in_workers(jobs, stop_at_failure)
         else:
             found = score_here(self.fn, completions, puzzles, stop_at_failure)
         results = [found.get(index) for index in range(len(jobs))]

@@ -24,7 +24,9 @@ from rollout.vllm_versions import (
     name_shared_memory_apart,
     plain_weights,
     prepare_environment,
+    refuse_dora,
     restore_kv_cache,
+    vllm_rank,
     why_not_started,
 )
 
@@ -123,7 +125,7 @@ class VLLMEngine(LocalEngine):
         """See LocalEngine. Every version gets a new LoRA name and id: vLLM's prefix cache is keyed by the name."""
         from vllm.lora.request import LoRARequest
 
-        self.hash, self.version = manifest_hash(manifest), version
+        self.hash, self.version = "", version  # of no adapter, should this fail
         if self.lora is None:
             self.llm.collective_rpc("set_weights", args=(parcel, manifest))
         elif self.merges:
@@ -133,6 +135,7 @@ class VLLMEngine(LocalEngine):
             self.bound = self.llm.collective_rpc("set_adapter", args=(parcel, manifest, self.lora, version + 1))[0]
             self.request = LoRARequest(f"policy-{version}", version + 1, "in-memory")  # vLLM's ids start at 1
         self.forget()  # then a resumed run samples the same tokens as an uninterrupted one
+        self.hash = manifest_hash(manifest)
 
     def _merge(self, parcel: Parcel | None, manifest: Manifest) -> None:
         """Give the sampler the base's weights, with the adapter added unless the parcel is None."""
@@ -198,9 +201,11 @@ class VLLMEngine(LocalEngine):
 
         if self.merges and not adapter and self.merged is not None:
             self._merge(None, [])
-            logprobs = self.prompt_logprobs(ids)
-            self._merge(*self.merged)
-            return logprobs
+            try:
+                return self.prompt_logprobs(ids)
+            finally:
+                self._merge(*self.merged)
+        self.wake()
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         with drawing_from(0):  # greedy: nothing is drawn
             (output,) = self.llm.generate(
@@ -222,18 +227,8 @@ class VLLMEngine(LocalEngine):
 
     def close(self) -> None:
         """Stop the engine. Its process groups must be destroyed before torch.distributed's own."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-
-
-def vllm_rank(rank: int) -> int:
-    """The smallest slot size of vLLM that holds LoRA rank `rank`. Raises UserError above the largest size."""
-    for allowed in (8, 16, 32, 64, 128, 256, 320, 512):
-        if rank <= allowed:
-            return allowed
-    raise UserError(
-        f"an adapter of rank {rank}: vLLM serves up to 512; train with a smaller --lora-rank, or merge it (launch/export.py)"
-    )
+        if llm := self.__dict__.pop("llm", None):  # once
+            llm.llm_engine.engine_core.shutdown()
 
 
 def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:
@@ -249,14 +244,6 @@ def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) 
             f"--sampler-lora merged: needs --dtype float32 and safetensors files in {model_dir}; use --sampler-lora kernel"
         )
     return sampler_lora == "merged" or (sampler_lora == "auto" and can and not on_gpu)
-
-
-def refuse_dora(config: dict[str, Any]) -> None:
-    """Raises UserError for a DoRA adapter: vLLM would ignore its magnitudes and sample from another policy."""
-    if config.get("use_dora") or config.get("lora_magnitude_vector"):
-        raise UserError(
-            "the adapter is DoRA (use_dora), which vLLM cannot serve: train plain LoRA, or merge it into the base first"
-        )
 
 
 class SyncWorker:

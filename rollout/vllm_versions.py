@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.errors import UserError
+
 MOST_SEQUENCES = {"cuda": 512, "cpu": 256}
 """Responses sampled side by side at most. More wait: their keys and values, and their logits, would take the memory."""
 
@@ -63,6 +65,24 @@ def why_not_started(model_dir: str, error: Exception) -> str:
         f"--model {model_dir}: vLLM does not start with this model ({type(error).__name__}: {said}); use --engine torch where "
         "the command has it, or a model that vLLM serves (VLLM_LOGGING_LEVEL=DEBUG shows the traceback)"
     )
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest slot size of vLLM that holds LoRA rank `rank`. Raises UserError above the largest size."""
+    for allowed in (8, 16, 32, 64, 128, 256, 320, 512):
+        if rank <= allowed:
+            return allowed
+    raise UserError(
+        f"an adapter of rank {rank}: vLLM serves up to 512; train with a smaller --lora-rank, or merge it (launch/export.py)"
+    )
+
+
+def refuse_dora(config: dict[str, Any]) -> None:
+    """Raises UserError for a DoRA adapter: vLLM would ignore its magnitudes and sample from another policy."""
+    if config.get("use_dora") or config.get("lora_magnitude_vector"):
+        raise UserError(
+            "the adapter is DoRA (use_dora), which vLLM cannot serve: train plain LoRA, or merge it into the base first"
+        )
 
 
 def gpu_settings(sequences: int, gpu_bytes: int, eager: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def differ(rewards: Iterable[float]) -> bool:
 def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: float = 1e-6) -> Tensor:
     """Advantage of each response relative to its group.
 
-    rewards: [N] float; groups: [N] long, any labels. Returns [N].
+    rewards: [N] numbers; groups: [N] long, any labels. Returns [N].
     kind: "grpo" (r - mean) / (std + eps), with the unbiased std (DeepSeekMath, arXiv:2402.03300, section 4.1.2);
     "dr_grpo" r - mean (arXiv:2503.20783); "rloo" r - mean of the others (arXiv:2402.14740).
     A group of one, and a group of equal rewards, gives 0. Raises ValueError for another kind.
@@ -32,6 +32,9 @@ def group_advantages(rewards: Tensor, groups: Tensor, kind: str = "grpo", eps: f
     """
     if kind not in ("grpo", "dr_grpo", "rloo"):
         raise ValueError(f"advantage kind {kind!r} is not one of grpo, dr_grpo, rloo")
+    if not len(rewards):
+        return rewards
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # a sum in bfloat16 stops growing
     _, index = torch.unique(groups, return_inverse=True)  # [N] in 0..P-1
     zeros = rewards.new_zeros(int(index.max()) + 1)  # [P] one slot per prompt
     size = zeros.index_add(0, index, torch.ones_like(rewards))[index]  # [N] size of the row's group
@@ -60,7 +63,7 @@ def overlong_penalty(length: int, longest: int, share: float) -> float:
     [0.0, -0.25, -1.0]
     """
     buffer = share * longest  # tokens
-    return min(0.0, (longest - buffer - length) / buffer) if buffer else 0.0
+    return max(-1.0, min(0.0, (longest - buffer - length) / buffer)) if buffer else 0.0
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

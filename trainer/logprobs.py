@@ -72,6 +72,8 @@ class _FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):  # _: of the entropies, which have no graph
+        if torch.is_grad_enabled():  # create_graph=True: `slopes` has no graph, and its part would be missing
+            raise RuntimeError("fused_logprobs has no second derivative; use log_softmax where you need one")
         hidden, weight, targets, slopes = ctx.saved_tensors
         scaled = grad[:, None] / ctx.temperature  # [M,1]; the logits were divided by it
         grad_hidden = None if slopes is None else (slopes * scaled).to(hidden.dtype)

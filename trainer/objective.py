@@ -1,7 +1,7 @@
 """The GRPO objective, term by term. Pure functions of tensors and floats; every loss here is to be minimised.
 
-Axes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. Values under a False
-mask may be anything, NaN included: torch.where replaces them before they can be multiplied (0 * NaN is NaN).
+Axes: N rows (responses), T response tokens, padded on the right. mask: [N,T] bool, True = trained. A function that takes
+the mask replaces what is under False, NaN included, before it multiplies (0 * NaN is NaN); give the others clean values.
 
 Cell-o1 (arXiv:2506.02911) Eq. (1), per response, averaged over the responses, to be maximised:
     min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) - beta * KL(policy || reference)
@@ -161,8 +161,7 @@ def aggregation_weights(
 
 def aggregate(per_token: Tensor, mask: Tensor, mode: str = "seq-mean-token-mean", norm: float | None = None) -> Tensor:
     """Scalar loss of per-token losses [N,T] that are the whole optimizer step. Rows without a trained token do not count."""
-    n_rows, n_tokens = int(mask.any(-1).sum()), int(mask.sum())
-    weights = aggregation_weights(mask, mode, n_rows, n_tokens, norm, per_token.dtype)
+    weights = aggregation_weights(mask, mode, int(mask.any(-1).sum()), int(mask.sum()), norm, per_token.dtype)
     return (weights * torch.where(mask, per_token, torch.zeros_like(per_token))).sum()
 
 
@@ -176,6 +175,7 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, mode: str = "token-mean"
 ) -> Tensor:
     """clipped_value_error of all tokens, aggregated. All [N,T] -> scalar. For PPO; GRPO has no critic."""
+    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     return aggregate(clipped_value_error(values, old_values, returns, clip), mask, mode)
 
 

@@ -127,7 +127,7 @@ class Policy:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter under the names of PEFT's files (`base_model.model....lora_A.weight`), which vLLM reads too.
 
-        Every rank gets the full tensors. With lora_rank 0: every weight under its checkpoint name.
+        Every rank gets the full tensors (live ones, unless sharded: clone what you keep). With lora_rank 0: every weight.
         """
         # PEFT's files leave out the adapter's name ("default"), which stands in the names of its parameters
         return {name.replace(".default.", "."): full_tensor(p.detach()) for name, p in self.trainable().items()}

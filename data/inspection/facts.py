@@ -86,6 +86,8 @@ class Usable:
     labels: dict[str, int]
     """{cell type: cells}, commonest first."""
     donors: int
+    labels_of_donor: list[int]
+    """Of each donor the cell types of its batch that has most."""
     groups: int
     """Donors and batches."""
     most_labels: int

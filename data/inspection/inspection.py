@@ -259,7 +259,8 @@ def _usable(
         config = dataclasses.replace(config, min_cells=fewest, max_cells=max(fewest, usable.most_labels))
     elif usable.most_labels < config.max_cells and config.max_cells == DEFAULT.max_cells:
         config = dataclasses.replace(config, max_cells=usable.most_labels)
-    if usable.donors == 1 and config.split is None and config.test_fraction and not config.unseen_disease:
+    able = sum(n >= config.min_cells for n in usable.labels_of_donor)  # those that can give a puzzle
+    if able == 1 and config.split is None and config.test_fraction and not config.unseen_disease:
         config = dataclasses.replace(config, split="cell")
     return usable, config, problems
 
@@ -281,11 +282,16 @@ def _counted(cells: Cells) -> Usable:
     by_label = np.bincount(pairs % max(1, len(label.names)), weights=sizes, minlength=len(label.names))
     labels = {name: int(n) for name, n in zip(label.names, by_label.tolist(), strict=True) if n}
     per_group = Counter((pairs // max(1, len(label.names))).tolist())
+    most_of_donor: dict[int, int] = {}
+    for code, n in per_group.items():
+        owner = code // max(1, len(batch.names))
+        most_of_donor[owner] = max(n, most_of_donor.get(owner, 0))
     return Usable(
         cells=len(cells),
         dropped={reason: n for reason, n in cells.dropped.items() if n},
         labels=dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))),
         donors=len(np.unique(donor.codes)),
+        labels_of_donor=list(most_of_donor.values()),
         groups=len(per_group),
         most_labels=max(per_group.values(), default=0),
         notes=cells.notes,

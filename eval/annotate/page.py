@@ -38,9 +38,12 @@ mark { background: #ffe08a; color: #1c2126; border-radius: 3px; padding: 0 .15em
 .genes-of { overflow-wrap: anywhere; font-size: .93rem; }
 .votes td:first-of-type { width: 45%; } .bar { background: var(--grid); border-radius: 3px; display: block; }
 .bar i { background: var(--accent); border-radius: 3px; display: block; height: .6rem; min-width: 2px; margin-top: .45rem; }
-.swatch { border-radius: 50%; display: inline-block; height: .7rem; width: .7rem; margin-right: .35rem; }
+.umap { background: #fff; border-radius: 6px; overflow: visible; }
+.swatch, .bar, .bar i, mark { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.swatch { border-radius: 50%; outline: 1px solid var(--line); }
+.swatch { display: inline-block; height: .7rem; width: .7rem; margin-right: .35rem; }
 .legend { columns: 3 14rem; list-style: none; margin: .6rem 0 0; padding: 0; font-size: .9rem; }
-.umap text { fill: var(--ink); stroke: var(--card); stroke-width: 3px; paint-order: stroke; font-size: 13px; font-weight: 600;
+.umap text { fill: #1c2126; stroke: #fff; stroke-width: 3px; paint-order: stroke; font-size: 13px; font-weight: 600;
   text-anchor: middle; }
 .doubts { margin: .2rem 0; padding-left: 1.4rem; } .doubts li { margin: .15rem 0; }
 @media screen and (max-width: 820px) { .votes td:first-of-type { width: auto; } }
@@ -54,6 +57,8 @@ CALIBRATED = (
 )
 SHOWN_MISSING = 8
 """Marker genes that are not listed, and are named."""
+FEWEST_POINTS = 20
+"""Cells of a cluster that such a sample holds, where it has as many."""
 MOST_POINTS = 12_000
 """More cells than this are drawn as a random sample, so that the page stays small."""
 WIDTH, HEIGHT, EDGE = 640, 480, 14
@@ -166,8 +171,13 @@ def _umap(annotation: Annotation, shown: Shown) -> str:
     shown_colours = [colour for label, colour in colours.items() if label in used]
     if len(set(shown_colours)) < len(shown_colours):
         caption += f" There are {len(COLOURS)} colours: some labels share a colour, and the names tell them apart."
-    if len(labels) > MOST_POINTS:
-        caption += f" {MOST_POINTS:,} of {len(labels):,} cells are drawn, chosen at random."
+    n = int(np.isfinite(shown.places).all(axis=1).sum())
+    if n > MOST_POINTS:
+        caption += (
+            f" {MOST_POINTS:,} of {n:,} cells are drawn, chosen at random, of every cluster at least {FEWEST_POINTS}."
+        )
+    if n < len(labels):
+        caption += f" {len(labels) - n:,} cells have no place there."
     return figure(svg, "UMAP", caption, f'<ul class="legend">{legend}</ul>')
 
 
@@ -319,6 +329,17 @@ def shortened(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:23]}\u2026"
 
 
+def sample_of(rows: list[int], clusters: list[str]) -> list[int]:
+    """MOST_POINTS of the rows, in order: some of every cluster, the rest at random. clusters: of each row."""
+    rng, of_cluster = random.Random(0), {}
+    for row, cluster in zip(rows, clusters, strict=True):
+        of_cluster.setdefault(cluster, []).append(row)
+    few = [row for own in of_cluster.values() for row in rng.sample(own, min(FEWEST_POINTS, len(own)))]
+    kept = set(few[:MOST_POINTS])
+    rest = [row for row in rows if row not in kept]
+    return sorted(kept | set(rng.sample(rest, MOST_POINTS - len(kept))))
+
+
 def umap_svg(places: np.ndarray, labels: np.ndarray, clusters: np.ndarray, colours: dict[str, str]) -> str | None:
     """The drawing; None where no cell has a place.
 
@@ -329,14 +350,15 @@ def umap_svg(places: np.ndarray, labels: np.ndarray, clusters: np.ndarray, colou
     if not len(rows):
         return None
     if len(rows) > MOST_POINTS:
-        rows = np.array(sorted(random.Random(0).sample(rows.tolist(), MOST_POINTS)))
+        rows = np.array(sample_of(rows.tolist(), clusters[rows].tolist()))
     low, high = places[rows].min(axis=0), places[rows].max(axis=0)
     span = np.where(high > low, high - low, 1.0)
     room = np.array([WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE])
     at = EDGE + (places[rows] - low) / span * room
     at[:, 1] = HEIGHT - at[:, 1]  # SVG counts down from the top
     parts = []
-    for label, colour in colours.items():
+    first = {NO_CLUSTER: 0, UNCERTAIN: 1}  # below the labelled cells
+    for label, colour in sorted(colours.items(), key=lambda item: first.get(item[0], 2)):
         of_label = at[labels[rows] == label]
         if len(of_label):
             # a line of length 0 with round ends is a dot: one path for thousands of cells

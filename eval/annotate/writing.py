@@ -56,6 +56,11 @@ def obs_columns_of(annotation: Annotation, cluster_of_cell: np.ndarray) -> dict[
     }
 
 
+def plain(text: str) -> str:
+    """The text as UTF-8 can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def record_of(annotation: Annotation, provenance: dict[str, Any]) -> dict[str, Any]:
     """The content of uns["cell_type_llm"]: JSON-able values.
 
@@ -66,7 +71,7 @@ def record_of(annotation: Annotation, provenance: dict[str, Any]) -> dict[str, A
     alike = len({tuple(labels) for labels in candidates.values()}) == 1
     votes = {name: dict(cluster.found.tally.votes.most_common()) for name, cluster in annotation.clusters.items()}
     return {
-        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in provenance.items()},
+        **{name: plain(value) if isinstance(value, str) else json.dumps(value) for name, value in provenance.items()},
         # of one list or, where samples differ, of each sample
         "candidates": json.dumps(next(iter(candidates.values())) if alike else candidates),
         "candidates_from": "; ".join(sources),
@@ -122,8 +127,9 @@ def write_all(
     UserError that names the file when one cannot be written.
     """
     with replacing(out.with_suffix(".csv")) as rows, replacing(out.with_suffix(".html")) as html:
-        rows.write_text(rows_text, encoding="utf-8")
-        html.write_text(page, encoding="utf-8")
+        # half of a surrogate pair, in an endpoint's answer or a file name, is no UTF-8
+        rows.write_bytes(rows_text.encode("utf-8", "backslashreplace"))
+        html.write_bytes(page.encode("utf-8", "backslashreplace"))
         # so that a file that its owner edits is not replaced by a later call
         record = record | {name: f"{crc32_of(file):08x}" for name, file in ((TABLE_CRC, rows), (PAGE_CRC, html))}
         # last and largest: where it cannot be written, the other two keep their temporary names and go

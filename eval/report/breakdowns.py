@@ -136,7 +136,9 @@ def _numbers(head: str, groups: dict[str, list[dict[str, Any]]]) -> str:
                 interval = row.get("intervals", {}).get(metric) if row is not None and several else None
                 cells.append(share(row[metric] if row is not None else None, interval))
         rows.append(cells)
-    return details("The same in numbers", html_table(columns, rows))
+    most = 3 * GROUPS_SHOWN
+    more = note(f"The {most} with the most puzzles of {len(last):,}.") if len(last) > most else ""
+    return details("The same in numbers", html_table(columns, rows) + more)
 
 
 def _types(found: OfStage) -> str:
@@ -182,6 +184,11 @@ def _types(found: OfStage) -> str:
     return figure(dots_svg("By cell type", dots), "By cell type", caption, numbers)
 
 
+def _mixed(counts: dict[str, dict[str, int]], truth: str, given: str) -> int:
+    """How often a stage took one type for another; a label that no puzzle has is spelled as each stage first wrote it."""
+    return sum(n for label, n in counts.get(truth, {}).items() if normalise_label(label) == normalise_label(given))
+
+
 def _confusions(found: OfStage) -> str:
     """The pairs of types that the last stage confuses most, and how often earlier stages confused them."""
     counts = {stage: breakdown["confusion"] for stage, breakdown in found.items() if breakdown.get("confusion")}
@@ -199,7 +206,7 @@ def _confusions(found: OfStage) -> str:
     rows = []
     for n, truth, given in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:]))[:CONFUSIONS_SHOWN]:
         of_type = sum(counts[last][truth].values())
-        before = [f"{counts[stage].get(truth, {}).get(given, 0):,}" for stage in stages if stage not in (last, "base")]
+        before = [f"{_mixed(counts[stage], truth, given):,}" for stage in stages if stage not in (last, "base")]
         rows.append([escape(truth), escape(given), *before, f"{n:,}", share(n / of_type)])
     columns = ["true type", "taken for", *(STAGE_NAMES[stage] for stage in stages if stage not in (last, "base"))]
     columns += [STAGE_NAMES[last], "share"]

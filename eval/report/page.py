@@ -169,7 +169,8 @@ def headline(summary: dict[str, Any], evaluations: Evaluations | None = None) ->
         opening = STAGE_NAMES[last][0].upper() + STAGE_NAMES[last][1:]
         alone = variant_of_split((evaluations or {}).get(split, {})) == "cell"
         what = "the single cell right" if alone else "every cell of a batch right"
-        sentence = f"{opening} the annotator names {what} in {percent(value)} of {words}"
+        of_stage = (evaluations or {}).get(split, {})
+        sentence = f"{opening} the annotator names {what} in {percent(value)} of {words}{_sampled(of_stage.get(last))}"
         against = " and ".join(f"{percent(other)} {STAGE_NAMES[stage]}" for stage, other in earlier)
         return sentence + (f", against {against}." if against else ".")
     return "This run has not been evaluated yet."
@@ -179,8 +180,8 @@ def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
     title = f"<h1>{escape(headline(summary, evaluations)).replace(' %', '&nbsp;%')}</h1>"
     title += _why_zero(summary, evaluations)
     of_stage = evaluations.get("test", {})
-    if not {"sft", "grpo"} <= of_stage.keys():
-        return title
+    if not {"sft", "grpo"} <= of_stage.keys() or len({_sampled(of_stage[stage]) for stage in ("sft", "grpo")}) > 1:
+        return title  # a sampled answer and a greedy one say little about two models
     sft = {a.puzzle.id: a.score.batch_right for a in of_stage["sft"].answers}
     pairs = [(sft[a.puzzle.id], a.score.batch_right) for a in of_stage["grpo"].answers if a.puzzle.id in sft]
     if not pairs:
@@ -190,6 +191,12 @@ def _head(summary: dict[str, Any], evaluations: Evaluations) -> str:
         f'{title}<p class="lead">On the same {count(len(pairs), "held-out puzzle")}, GRPO got {gained} right that SFT '
         f"had wrong, and {lost} wrong that SFT had right.</p>"
     )
+
+
+def _sampled(evaluation: Evaluation | None) -> str:
+    """Words for an evaluation of several answers to a puzzle: its metrics are those of the first, which was sampled."""
+    k = (evaluation.result.get("k_sample") or {}).get("k", 1) if evaluation is not None else 1
+    return f" (the first of {k} sampled answers)" if k > 1 else ""
 
 
 def _why_zero(summary: dict[str, Any], evaluations: Evaluations) -> str:
@@ -212,9 +219,9 @@ def _results_section(summary: dict[str, Any], evaluations: Evaluations) -> str:
             lacking += missing(f"This run was not evaluated on {name}.") if split != "cells" else ""
             continue
         rows.append(f"This run: {name}")
-        rows += [_result_row(STAGE_NAMES[stage], summary[stage].get(split)) for stage in STAGES]
-        rows += _baseline_rows(summary, split, evaluations.get(split, {}))
         of_stage = evaluations.get(split, {})
+        rows += [_result_row(STAGE_NAMES[s] + _sampled(of_stage.get(s)), summary[s].get(split)) for s in STAGES]
+        rows += _baseline_rows(summary, split, evaluations.get(split, {}))
         lacking += "".join(
             missing(
                 f"{name}, {STAGE_NAMES[stage]}: answered other puzzles ({of_stage[stage].result.get('n_puzzles')} of them) than "
@@ -299,6 +306,7 @@ def _result_row(name: str, scores: dict[str, Any] | None) -> list[str]:
     limits = (scores.get("intervals") or {}) if n_batches(scores) > 1 else {}  # a single batch has none
     cells = [share(scores.get(key), limits.get(key)) for key in list(COLUMNS)[:5]]
     length = number(scores.get("response_length"), limits.get("response_length"))
+    length += " words" * (scores.get("response_length_unit") == "words")
     return [name, *cells, length, number(scores.get("n_puzzles"))]
 
 

@@ -48,10 +48,11 @@ def traces_section(evaluations: Evaluations, summary: dict[str, Any]) -> str:
     if not found:
         return section("reasoning", TITLE, lacking)
     summaries = {stage: summarise_traces([analysis for _, analysis in pairs]) for stage, pairs in found.items()}
-    n = max(len(pairs) for pairs in found.values())
+    n, fewest = (most(len(pairs) for pairs in found.values()) for most in (max, min))
     cut = any(len(evaluation.answers) > ANSWERS_READ for evaluation in of_stage.values())
     intro = note(
-        f"{'The first ' if cut else ''}{count(n, 'answer')} of each stage, on {split_name(summary, split)}. A step is "
+        f"{'The first ' if cut else ''}{f'{fewest:,} to ' if fewest < n else ''}{count(n, 'answer')} of each stage, on "
+        f"{split_name(summary, split)}. A step is "
         "a place where the reasoning gives a cell a label, or another label than before. Steps are found by rules "
         "(eval/traces/reading.py), not by a human reader: look at examples before you quote a share."
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -99,23 +100,25 @@ def dots_svg(title: str, rows: list[Dots]) -> str:
     stages = [stage for stage in STAGE_NAMES if any(stage in row.values for row in rows)]
     labels = [_broken(row.label) for row in rows]
     with page_style():
-        height = 0.95 + sum(0.1 + 0.14 * max(len(stages), label.count("\n") + 1) for label in labels)
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        needs = [0.1 + 0.14 * max(len(stages), label.count("\n") + 1) for label in labels]  # inches
+        figure = Figure(figsize=(WIDTH, 0.95 + sum(needs)), layout="constrained")
         axes = figure.add_subplot()
-        for y, row in enumerate(rows):
+        ends = np.cumsum(needs) / np.mean(needs)  # a row of three lines is as much higher than one of one
+        middles = ends - np.array(needs) / np.mean(needs) / 2
+        for y, row in zip(middles, rows, strict=True):
             for stage, (value, interval) in row.values.items():
                 at = y + 0.22 * (stages.index(stage) - (len(stages) - 1) / 2)
                 if interval:
                     axes.plot(interval, [at, at], color=STAGE_COLOURS[stage], linewidth=1.2, alpha=0.75)
                 axes.plot([value], [at], SHAPES[stage], color=STAGE_COLOURS[stage], markersize=5.5)
-        axes.set_yticks(range(len(rows)), labels, fontsize=9, linespacing=1.0)
+        axes.set_yticks(middles, labels, fontsize=9, linespacing=1.0)
         axes.tick_params(axis="y", length=0)
-        axes.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-0.03, 1.03), xticks=[0, 0.25, 0.5, 0.75, 1])
+        axes.set(ylim=(len(rows) + 0.05, -0.05), xlim=(-0.03, 1.03), xticks=[0, 0.25, 0.5, 0.75, 1])
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-        for y in range(1, len(rows)):
-            axes.axhline(y - 0.5, color=STAGE_COLOURS["base"], alpha=0.25, linewidth=0.6)
+        for y in ends[:-1]:
+            axes.axhline(y, color=STAGE_COLOURS["base"], alpha=0.25, linewidth=0.6)
         _stage_legend(figure, stages)
         return svg_element(figure, title)
 
@@ -155,6 +158,7 @@ def _stage_legend(figure: Figure, stages: list[str], more: Sequence[Line2D] = ()
 
 
 def _broken(label: str) -> str:
-    """The label on at most three lines."""
+    """The label on at most three lines; the number in brackets at its end stays."""
     lines = textwrap.wrap(label, _LETTERS) or [""]
-    return "\n".join(lines if len(lines) < 4 else [*lines[:2], lines[2][: _LETTERS - 3] + "..."])
+    number = label[label.rfind("\u00a0(") :] if "\u00a0(" in label else ""
+    return "\n".join(lines if len(lines) < 4 else [*lines[:2], lines[2][: _LETTERS - 3 - len(number)] + "..." + number])

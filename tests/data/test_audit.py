@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.audit import audit
+from data.audit import audit, refuse_to_replace
+from data.errors import UserError
 from data.near_duplicates import near_duplicates
 from data.puzzles import Puzzle, read_puzzles, write_puzzles
 from tests.helpers.commands import FIXTURES, run_command
@@ -307,3 +308,13 @@ def test_cell_ids_that_are_no_list_are_named(tmp_path):
             ValueError, match="test, puzzle b: .* cell_ids for 2 cells; remove the column or give one id"
         ):
             audit({"test": [bad]})
+
+
+def test_the_report_of_a_build_is_not_replaced_by_an_audit(tmp_path):
+    report = tmp_path / "report.json"
+    report.write_text('{"seed": 0}')
+    with pytest.raises(UserError, match="report.json: is no audit, and would be replaced; name another file"):
+        refuse_to_replace(report)
+    report.write_text('{"rules": {}, "splits": [], "pairs": []}')
+    refuse_to_replace(report)
+    refuse_to_replace(tmp_path / "new.json")

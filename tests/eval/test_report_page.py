@@ -14,6 +14,7 @@ from eval.metrics import score_one
 from eval.report.page import write_report
 from eval.report.puzzles import choose_examples, examples_of
 from eval.report.run import Answered
+from eval.report.stages import _broken
 from tests.eval.test_report import (
     LABELS,
     answer,
@@ -243,3 +244,9 @@ def test_prints_on_a_few_pages(page, tmp_path):
     except FileNotFoundError:
         return  # the number of pages is all that can be looked at here
     assert "After GRPO the annotator names every cell" in text and "Step by step" in text
+
+
+def test_a_long_label_keeps_its_number():
+    long = "central memory CD4-positive, alpha-beta T cell of the blood of a donor and some more words\u00a0(33)"
+    assert _broken(long).endswith("...\u00a0(33)") and _broken(long).count("\n") == 2
+    assert _broken("type 1\u00a0(9)") == "type 1\u00a0(9)"

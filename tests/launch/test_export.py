@@ -18,7 +18,7 @@ from launch.export import read_metrics
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
-from trainer.model.export import export_model, metrics_lines
+from trainer.model.export import export_model, metrics_lines, recipe_lines
 from trainer.model.loading import load_tokenizer, through_nf4
 from trainer.model.merge import merged_weight, write_checkpoint
 from trainer.model.opening import open_checkpoint
@@ -438,3 +438,22 @@ def test_an_adapter_over_four_bits_is_asked_over_four_bits(pipeline, tmp_path):
     )
     (run / "config.json").write_text(json.dumps({"settings": {"quantize": "none", "dtype": "float32"}}))
     assert served_base(opened) == str(pipeline / "base")
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_quantised_weights_are_not_cast_into_nonsense(pipeline, tmp_path, method):
+    base = tmp_path / "base"
+    shutil.copytree(pipeline / "base", base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
+    done = run_command("export", "--model", base, "--out", tmp_path / "x")
+    assert (
+        done.returncode == 2
+        and f"its weights are quantised (quantization_config in config.json: {method})" in done.stderr
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_card_holds_no_command_of_notify_and_a_table_that_holds_a_bar():
+    (line,) = [row for row in recipe_lines({"notify": "curl SECRET", "reward": "a|b"}, None) if "reward" in row]
+    assert line == "| reward | a\\|b |" and "SECRET" not in "".join(recipe_lines({"notify": "curl SECRET"}, None))

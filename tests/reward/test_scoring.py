@@ -1,5 +1,6 @@
 """Scoring in worker processes, functions in TRL's and verl's styles, and re-scoring saved rollouts."""
 
+import asyncio
 import json
 import math
 import shutil
@@ -120,6 +121,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 async def wordy(completion, puzzle):
     assert "<answer>" in completion, completion
     return 1.0
+
+def later(completion, puzzle):
+    time.sleep(0.002 * (len(completion) % 5))
+    return len(completion)
 
 def slow(completion, puzzle):
     open(f"{__file__}.{completion}", "w").close()
@@ -617,3 +622,27 @@ def test_a_scorer_that_is_closed_while_it_scores_ends(rewards):
     assert not thread.is_alive() and found[-1] is None and scorer.workers[0].process is None
     assert len(list(Path(rewards).parent.glob("rewards.py.[0-9]*"))) < 25
     assert scorer.score(texts, [PUZZLE] * 50, [False] * 50) == [None] * 50, "nor does it begin again"
+
+
+def test_calls_side_by_side_get_their_own_rewards(rewards):
+    scorer, found = Scorer(f"{rewards}:later", 2), {}
+    texts = {name: [name * (1 + i % 7) for i in range(40)] for name in ("a", "bbbbbbbbbb")}
+
+    def ask(name: str) -> None:
+        found[name] = [reward.total for reward in scorer.score(texts[name], [PUZZLE] * 40, [False] * 40)]
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=600)
+    scorer.close()
+    assert found == {name: [float(len(text)) for text in own] for name, own in texts.items()}
+
+
+def test_an_async_reward_in_a_notebook_is_refused_with_what_to_do(rewards):
+    async def cell():
+        return Scorer(f"{rewards}:wordy", 0).score(["x"], [PUZZLE], [False])
+
+    with pytest.raises(UserError, match="cannot be awaited inside a running event loop .*; use workers=1"):
+        asyncio.run(cell())

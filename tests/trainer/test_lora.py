@@ -124,3 +124,25 @@ def test_a_block_of_a_seed_touches_the_generator_of_this_process_alone(monkeypat
     with seeded(3), drawing_from(3):
         pass
     assert asked == [[5], [5]]
+
+
+def test_a_merged_adapter_counts_once(pipeline):
+    """PEFT's merge_adapter, in a notebook: the weights hold the adapter, and a reference pass takes it out."""
+    policy = policy_of(pipeline, lora_rank=4)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.02)
+    batch = pack([([1, 2, 3], [[4, 5, 6]])], policy.device)
+    with torch.no_grad():
+        before = policy.response_logprobs(batch), policy.response_logprobs(batch, reference=True)
+        policy.model.merge_adapter()
+        after = policy.response_logprobs(batch), policy.response_logprobs(batch, reference=True)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before[0], before[1], atol=1e-3)
+
+
+def test_second_derivatives_are_refused_and_not_wrong():
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    found = fused_logprobs(hidden, torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(found.sum(), hidden, create_graph=True)

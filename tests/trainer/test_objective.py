@@ -276,3 +276,27 @@ def test_terms_sum_to_the_loss_and_nan_under_the_mask_is_harmless():
     terms.loss.backward()
     pull = 0.1 * (1 - math.exp(-0.5)) / 4
     torch.testing.assert_close(logprobs.grad, t64([-0.5 + pull, -0.5], [0.5, 0.0]))
+
+
+def test_values_under_the_mask_reach_no_gradient_of_the_value_loss():
+    values = torch.tensor([[1.0, float("nan"), float("inf")]], requires_grad=True)
+    mask = torch.tensor([[True, False, False]])
+    value_loss(values, torch.zeros(1, 3), torch.full((1, 3), float("nan")).masked_fill(mask, 3.0), mask, 9.0).backward()
+    assert values.grad.tolist() == [[-2.0, 0.0, 0.0]]
+
+
+def test_advantages_do_not_depend_on_the_kind_of_number():
+    rewards, groups = [1, 0, 0, 1, 1, 1], torch.tensor([0, 0, 0, 0, 1, 1])
+    expected = group_advantages(torch.tensor(rewards, dtype=torch.float32), groups)
+    for dtype in (torch.bool, torch.int64, torch.bfloat16, torch.float16):
+        assert torch.equal(group_advantages(torch.tensor(rewards).to(dtype), groups), expected), dtype
+    # a sum in bfloat16 stops at 160, so the bad ones would have 0
+    many = torch.tensor([10.0] * 8 + [10.25] * 8, dtype=torch.bfloat16)
+    found = group_advantages(many, torch.zeros(16, dtype=torch.long))
+    assert found[0] == -found[-1] and -1 < found[0] < -0.9
+    assert group_advantages(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_the_overlong_penalty_is_minus_one_at_most():
+    """Above the limit too (DAPO, Eq. 13)."""
+    assert [overlong_penalty(length, 100, 0.2) for length in (100, 120, 1000)] == [-1.0] * 3

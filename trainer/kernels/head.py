@@ -27,7 +27,7 @@ def passes(
     entropies = logits.new_empty(m) if entropy else None
     slopes = logits.new_empty(m, vocabulary, dtype=slope) if slope is not None else None
     _two_passes[(m,)](
-        logits,
+        logits.contiguous(),
         targets.contiguous(),
         logprobs,
         logprobs if entropies is None else entropies,  # a kernel takes no None; then nothing is written there

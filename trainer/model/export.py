@@ -46,7 +46,8 @@ def export_model(
     UserError when the adapter does not fit its base, and OSError when the folder cannot be written.
     """
     run = run_of(opened.folder)
-    what = "an adapter (PEFT)" if adapter_only else f"merged in float32, saved in {dtype}"
+    how = "" if opened.adapter is None else "merged in float32, "
+    what = "an adapter (PEFT)" if adapter_only else f"{how}saved in {dtype}"
     library = "peft" if adapter_only else "transformers"
     card = model_card(out.name, what, library, opened, run, metrics)
     files = {"README.md": card, **cell_types_file(labels, opened.folder, opened.base)}
@@ -124,13 +125,15 @@ def model_card(
     what: the format of the weights, in words. library: that loads them. Absolute paths are cut down to their last part.
     """
     settings = run.get("settings", {})
+    # whole weights of a run began from its --model; they lie over no base
+    began_from = opened.base.resolve().name if opened.adapter is not None else Path(str(settings.get("model", ""))).name
     front = ["---", f"library_name: {library}", "tags:"]
     front += [
         "- biology",
         "- single-cell",
         "- cell-type-annotation",
         "- grpo",
-        f"base_model: {opened.base.name}",
+        *([f"base_model: {began_from}"] if began_from else []),
         "---",
     ]
     text = [
@@ -138,7 +141,8 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"A cell type reasoner for CellPuzzles (Cell-o1, arXiv:2506.02911): {what}; base: `{opened.base.name}`.",
+        f"A cell type reasoner for CellPuzzles (Cell-o1, arXiv:2506.02911): {what}"
+        + (f"; base: `{began_from}`." if began_from else "."),
         "",
         "It reads a batch of cells of one donor as ranked gene lists with a list of candidate labels, reasons between",
         "`<think>` and `</think>`, and answers between `<answer>` and `</answer>`, one label per cell joined by ` | `.",
@@ -181,7 +185,10 @@ def recipe_lines(settings: dict[str, Any], adapter: dict[str, Any] | None) -> li
     if not settings:
         return ["Not known: the checkpoint is not in a run's folder."]
     # out: a folder on the machine that trained it says nothing about the model
-    shown = {key: value for key, value in settings.items() if value not in (None, (), [], "") and key != "out"}
+    # notify: it may hold an address or a key
+    shown = {
+        k: value for k, value in settings.items() if value not in (None, (), [], "") and k not in ("out", "notify")
+    }
     shown |= {
         f"adapter {key}": value for key, value in (adapter or {}).items() if key in ("r", "lora_alpha", "use_dora")
     }
@@ -191,7 +198,8 @@ def recipe_lines(settings: dict[str, Any], adapter: dict[str, Any] | None) -> li
 
 def without_folders(value: Any) -> str:
     """A setting as text; an absolute path is cut down to its last part."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+    text = Path(value).name if isinstance(value, str) and Path(value).is_absolute() else str(value)
+    return text.replace("|", "\\|")
 
 
 def data_lines(settings: dict[str, Any], hashes: dict[str, str]) -> list[str]:

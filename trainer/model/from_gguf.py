@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from data.errors import UserError, first_line
-from data.files import replacing_folder, weight_files
+from data.files import reason_of, replacing_folder, weight_files
 from trainer.record.runfolder import disk_errors
 
 transformers_logging.disable_progress_bar()
@@ -59,7 +59,11 @@ def import_gguf(file: Path, out: Path) -> tuple[int, list[str]]:
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    if file.open("rb").read(4) != MAGIC:
+    try:
+        begins = file.open("rb").read(4)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({reason_of(error)}); copy it again") from None
+    if begins != MAGIC:
         raise UserError(f"{file}: is no GGUF file (it must begin with the letters GGUF)")
     if out.exists():
         raise UserError(f"--out {out}: exists; name another folder")
@@ -67,6 +71,7 @@ def import_gguf(file: Path, out: Path) -> tuple[int, list[str]]:
     try:
         header = Header(file)
         header.refuse_a_part(file)
+        header.refuse_what_is_not_said(file)
         model, found = AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
@@ -128,6 +133,24 @@ class Header:
                 "with llama.cpp: llama-gguf-split --merge FIRST_PART ALL.gguf"
             )
 
+    def refuse_what_is_not_said(self, file: Path) -> None:
+        """Raises UserError where transformers would guess, wrongly for some models, what a file leaves out."""
+        kind, lost = self.get("general.architecture"), ""
+        if kind == "llama" and f"{kind}.attention.head_count_kv" not in self.fields:
+            # it puts llama.cpp's order of the rotary halves back only where it knows both numbers of heads
+            lost = (
+                "does not say how many key-value heads it has, so its queries and keys would stay in llama.cpp's order"
+            )
+        if self.get(f"{kind}.rope.scale_linear", 1.0) != 1.0 or (
+            self.get(f"{kind}.rope.scaling.factor", 1.0) != 1.0 and f"{kind}.rope.scaling.type" not in self.fields
+        ):
+            lost = "scales its rotary embedding in a way of older files that would be lost"
+        width, heads = (self.get(f"{kind}.{key}", 0) for key in ("embedding_length", "attention.head_count"))
+        if kind == "gemma2" and heads and width // heads != self.get(f"{kind}.attention.key_length", 256):
+            lost = "scales its attention by a number that the file does not hold"  # query_pre_attn_scalar of 27B
+        if lost:
+            raise UserError(f"{file}: {lost}; get the model as a Hugging Face checkpoint")
+
     def ends(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Ids of all tokens that end an answer: of the text, of a turn, of a message. The tokenizer's comes first."""
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -187,7 +210,11 @@ def split_digits(header: Header, tokenizer: PreTrainedTokenizerBase) -> list[str
 
     A file names only the way of cutting. transformers cuts as GPT-2 did where it does not know the name.
     """
-    way = header.get("tokenizer.ggml.pre", "default")
+    way = header.get("tokenizer.ggml.pre")
+    if way is None and header.get("tokenizer.ggml.model") == "gpt2":
+        return [
+            "the file does not say how text is cut (tokenizer.ggml.pre): compare a few token ids with the original tokenizer"
+        ]
     if header.get("tokenizer.ggml.model") != "gpt2" or way in LIKE_GPT2:
         return []
     if way in DIGITS_APART:

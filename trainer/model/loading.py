@@ -66,12 +66,8 @@ def read_config(model_dir: str) -> PretrainedConfig:
 def wrong_kind(settings: dict[str, Any]) -> str:
     """Why a checkpoint is of a kind that cannot be trained here; "" if nothing says so. settings: its config.json."""
     (architecture,) = (settings.get("architectures") or [""])[:1]
-    if (quantised := settings.get("quantization_config") or settings.get("compression_config")) is not None:
-        method = quantised.get("quant_method", "no quant_method") if isinstance(quantised, dict) else quantised
-        return (
-            f"its weights are quantised (quantization_config in config.json: {method}), which neither training nor export "
-            "can use; take the model that is not quantised, with --quantize nf4 to hold it in 4 bits"
-        )
+    if quantised := quantised_kind(settings):
+        return quantised
     if "text_config" in settings and any(key.startswith(("vision", "audio")) for key in settings):
         return (
             "is a multimodal checkpoint (text and images or sound); take a text-only one, such as gemma-3-1b-it or "
@@ -82,6 +78,17 @@ def wrong_kind(settings: dict[str, Any]) -> str:
             f"is a {architecture}, a model that scores texts and writes none; take the chat model that it was made from"
         )
     return ""
+
+
+def quantised_kind(settings: dict[str, Any]) -> str:
+    """Why a checkpoint of quantised weights cannot be used; "" for another. settings: its config.json."""
+    if (quantised := settings.get("quantization_config") or settings.get("compression_config")) is None:
+        return ""
+    method = quantised.get("quant_method", "no quant_method") if isinstance(quantised, dict) else quantised
+    return (
+        f"its weights are quantised (quantization_config in config.json: {method}), which neither training nor export "
+        "can use; take the model that is not quantised, with --quantize nf4 to hold it in 4 bits"
+    )
 
 
 def empty_model(model_dir: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:

@@ -49,6 +49,8 @@ def _made_again(x: Tensor) -> tuple[Callable[..., Tensor] | None, list[Tensor]]:
 def _forward(layer: Linear, x: Tensor) -> Tensor:
     """In place of peft's forward. The adapter that is active (a policy's, or a critic's), or none."""
     base = layer.base_layer
+    if layer.merged:  # PEFT's merge_adapter: the weights hold the adapter already, or are given back without it
+        return Linear.forward(layer, x)
     if layer.disable_adapters:
         return base(x)
     (name,) = layer.active_adapters
@@ -57,6 +59,14 @@ def _forward(layer: Linear, x: Tensor) -> Tensor:
     tensors = (x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight)
     x, *cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
     return _LinearWithLora.apply(x, *cast, layer.scaling[name], *_made_again(x))
+
+
+def refuse_second_derivatives() -> None:
+    """To be called in a backward whose parts are computed without a graph: a derivative of it would lack them unseen."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise RuntimeError(
+            "this operation has no second derivative; use plain PyTorch where you need create_graph=True"
+        )
 
 
 class _LinearWithLora(torch.autograd.Function):
@@ -75,6 +85,7 @@ class _LinearWithLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        refuse_second_derivatives()
         weight, a, b, low, *kept = ctx.saved_tensors
         grad = grad.flatten(0, -2)  # [M,out]
         grad_low = (grad @ b).mul_(ctx.scale)  # [M,r]

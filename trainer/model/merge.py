@@ -21,11 +21,12 @@ from data.files import (
     files_beside_weights,
     model_hashes,
     naming_what_cannot_be_written,
+    read_settings,
     replacing_folder,
     wait_for_lock,
     weight_files,
 )
-from trainer.model.loading import linear_weights, through_nf4
+from trainer.model.loading import linear_weights, quantised_kind, through_nf4
 from trainer.record.runfolder import MAGNITUDE
 
 SAMPLER_BASE = "sampler_base"
@@ -89,6 +90,8 @@ def write_checkpoint(
     """
     base = Path(base)
     files = weight_files(base)
+    if (base / "config.json").is_file() and (quantised := quantised_kind(read_settings(base / "config.json"))):
+        raise UserError(f"{base}: {quantised}")
     if unknown := [key for key in UNSUPPORTED if (config or {}).get(key)]:
         raise UserError(f"the adapter's {unknown[0]} cannot be merged here; merge it with PEFT (merge_and_unload)")
     four_bit = linear_weights(str(base)) if quantize == "nf4" else set()

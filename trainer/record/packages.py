@@ -47,5 +47,5 @@ def needed() -> dict[str, str]:
         # a version such as 2.12.0+cpu is 2.12.0 in the database
         found[name] = package.version.partition("+")[0]
         waiting += package.requires or []
-    del found[PROJECT]
+    found.pop(PROJECT, None)  # not there where the code is used without being installed
     return dict(sorted(found.items()))

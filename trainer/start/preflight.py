@@ -13,7 +13,8 @@ import torch
 
 from data.errors import UserError
 from data.files import read_settings
-from rollout.vllm_engine import merges_adapter, vllm_rank
+from rollout.vllm_engine import merges_adapter
+from rollout.vllm_versions import vllm_rank
 from trainer.config import OnlineConfig
 from trainer.model.shared import base_refused, why_two_copies, with_sampler_dtype
 from trainer.ranks.world import gpu_problem
