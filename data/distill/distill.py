@@ -11,6 +11,7 @@ is not paid for when an earlier one is accepted.
 
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,11 +21,12 @@ from typing import Any, Protocol
 
 from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
-from data.prompts import chat, normalise_label
+from data.prompts import RESPONSE_TAGS, chat, normalise_label
 from data.puzzles import Puzzle
 
 KEEP_RULES = ("first", "shortest", "all", "random")
 """Which of a puzzle's accepted traces are kept."""
+_EMPTY_BLOCK = re.compile(r"\A\s*<think>\s*</think>")
 RequestKey = tuple[str, int, bool]
 """(puzzle id, attempt, hinted): identifies a request and the completion that answers it."""
 
@@ -84,10 +86,14 @@ class Completion:
 
         Reasoning that came separately is put into <think> tags. A <think> that the chat template opened is put back.
         """
-        text = self.text
+        text, reasoning = self.text, self.reasoning.strip()
+        for tag in RESPONSE_TAGS:  # it may name the tags that the system message asks for
+            reasoning = reasoning.replace(tag, tag.strip("</>"))
+        if reasoning:  # an empty block beside it is the server's
+            text = _EMPTY_BLOCK.sub("", text)
         if "<think>" not in text:
-            if self.reasoning:
-                text = f"<think>{self.reasoning.strip()}</think>\n{text.lstrip()}"
+            if reasoning:
+                text = f"<think>{reasoning}</think>\n{text.lstrip()}"
             elif "</think>" in text:
                 text = "<think>" + text
         return text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair cannot be written to a file

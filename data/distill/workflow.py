@@ -202,7 +202,8 @@ class WorkflowDraws(Draws):
         lacking = [request for request in requests if request.key not in self.steps]
         said = [self.read(self.steps[r.key].trace, len(cells)) for r in requests if r.key in self.steps]
         for_ours, for_rival = (sum(_same(labels, of_pair) for labels in said) for of_pair in pair)
-        return lacking, rival if for_rival > for_ours else vote.labels
+        # of an odd number one order is shown once more: the place alone must not decide
+        return lacking, rival if for_rival - for_ours > self.workflow.comparisons % 2 else vote.labels
 
     def _look_up(self, puzzle: Puzzle, vote: Consensus, rival: list[str]) -> tuple[list[Request], list[str]]:
         """(the next requests of the conversations, the assignment that they and the answers vote for)."""
@@ -231,7 +232,9 @@ class WorkflowDraws(Draws):
             if request.key not in self.steps:
                 return request, []
             said = self.steps[request.key]
-            call = None if last else call_in(said.text)
+            call = (
+                None if last else call_in(said.text or said.reasoning)
+            )  # a server may cut the reasoning at the look-up
             if call is None:
                 return None, self.read(said.trace, len(part.cells))
             results.append(self.tables.result(call, puzzle) if call else NOT_UNDERSTOOD)
@@ -283,8 +286,8 @@ class WorkflowDraws(Draws):
         now = [_same(labels, puzzle.answer) for puzzle, labels in finals]
         every = [(puzzle, self._all_answers(puzzle)) for puzzle, _ in ended]
         numbers["answers"] = {
-            "batch_accuracy": fmean(fmean(_same(one, puzzle.answer) for one in of) for puzzle, of in every),
-            "cell_accuracy": fmean(fmean(_share_right(one, puzzle) for one in of) for puzzle, of in every),
+            "batch_accuracy": fmean(fmean([_same(one, puzzle.answer) for one in of] or [0]) for puzzle, of in every),
+            "cell_accuracy": fmean(fmean([_share_right(one, puzzle) for one in of] or [0]) for puzzle, of in every),
         }
         numbers["any"] = fmean(any(_same(one, puzzle.answer) for one in of) for puzzle, of in every)
         for name, pairs, right in (("vote", votes, was), ("final", finals, now)):
@@ -306,8 +309,9 @@ class WorkflowDraws(Draws):
         }
 
     def _all_answers(self, puzzle: Puzzle) -> list[Sequence[str]]:
-        """[k][N] labels of all answers, in the order of attempts; [] for an invalid one."""
-        return [self.read(c.trace, len(puzzle.cells)) for c, _ in self._judged(puzzle, hinted=False)]
+        """[k][N] labels of all answers, in the order of attempts; [] for an invalid one, and nothing for a failed request."""
+        answered = [c for c, _ in self._judged(puzzle, hinted=False) if not c.error]
+        return [self.read(c.trace, len(puzzle.cells)) for c in answered]
 
 
 def part_of(puzzle: Puzzle, cells: Sequence[int], labels: Sequence[str]) -> Puzzle:

@@ -28,7 +28,7 @@ import openai
 
 from data.distill.distill import Completion, Request
 from data.distill.meter import Meter
-from data.errors import RunError, UserError
+from data.errors import RunError, UserError, first_line
 from rollout import stable_seed
 from rollout.teachers.replies import TryFailedError, read_completion, refusal_text, retry_after, spellings_of
 
@@ -114,6 +114,8 @@ class OpenAITeacher:
         """Time, as time.monotonic(), from which the endpoint takes requests again."""
         self.in_flight = self.answered = self.refused = self.failed = 0
         """Numbers of requests: in flight, answered, refused, and failed since the last answer."""
+        self.failing: set[str] = set()
+        """Ids of the puzzles of those that failed: one that the endpoint never answers says nothing of the others."""
 
     def sample(self, requests: list[Request]) -> Iterator[Completion]:
         """See Teacher."""
@@ -149,18 +151,7 @@ class OpenAITeacher:
         """The same as `stopping`, for coroutines of the event loop to wait on."""
         seconds, n_senders = self.endpoint.timeout_seconds, min(self.endpoint.concurrency, len(requests))
         try:
-            async with (
-                openai.AsyncOpenAI(
-                    api_key=self.endpoint.key,
-                    base_url=self.endpoint.base_url,
-                    max_retries=0,  # tries are counted and charged here, not in the client
-                    timeout=openai.Timeout(seconds, connect=min(seconds / 2, 30.0)),
-                    http_client=openai.DefaultAsyncHttpxClient(
-                        trust_env=not is_loopback(self.endpoint.base_url)
-                    ),  # no proxy
-                ) as client,
-                asyncio.TaskGroup() as group,
-            ):
+            async with self._client(seconds) as client, asyncio.TaskGroup() as group:
                 senders = [group.create_task(self._send(client, waiting, settled, arrived)) for _ in range(n_senders)]
                 guard = group.create_task(self._wind_up(senders, settled))
                 await asyncio.wait(senders)
@@ -225,12 +216,32 @@ class OpenAITeacher:
             settled.set()
             if isinstance(outcome, Completion):
                 self.answered, self.failed = self.answered + 1, 0
+                self.failing.clear()
                 return outcome
             tries += 1
             if not outcome.again or tries > self.endpoint.retries or self.stopping.is_set():
-                self._count_failure(outcome)
+                self._count_failure(outcome, request.puzzle.id)
                 return Completion(**named, error=f"{outcome} ({tries} {'try' if tries == 1 else 'tries'})")
             await self._wait(outcome, tries, rng)
+
+    def _client(self, seconds: float) -> openai.AsyncOpenAI:
+        """Raises UserError for a proxy or certificates of the environment that cannot be used."""
+        try:
+            by_environment = openai.DefaultAsyncHttpxClient(
+                trust_env=not is_loopback(self.endpoint.base_url)
+            )  # proxies
+        except (ImportError, ValueError, OSError) as error:
+            raise UserError(
+                f"--base-url {self.endpoint.base_url}: cannot be asked through the proxy or with the certificates that the "
+                f"environment names (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE; {first_line(error)}); change these variables"
+            ) from None
+        return openai.AsyncOpenAI(
+            api_key=self.endpoint.key,
+            base_url=self.endpoint.base_url,
+            max_retries=0,  # tries are counted and charged here, not in the client
+            timeout=openai.Timeout(seconds, connect=min(seconds / 2, 30.0)),
+            http_client=by_environment,
+        )
 
     async def _may_send(self, worst: float, settled: asyncio.Event, rng: random.Random) -> bool:
         """Wait until the endpoint takes requests and the budget has room for the largest possible cost; reserve it.
@@ -324,13 +335,15 @@ class OpenAITeacher:
         after = retry_after(error.response.headers) if again else None
         return TryFailedError(message, again=again, charged=status in MAY_BE_CHARGED, after=after, status=status)
 
-    def _count_failure(self, failure: TryFailedError) -> None:
+    def _count_failure(self, failure: TryFailedError, puzzle_id: str) -> None:
         """Count a request that failed for good. End the run when no other request can succeed."""
-        if failure.status in ENDS_THE_RUN:
+        # some endpoints give a moderated prompt the status of a wrong key
+        if failure.status in ENDS_THE_RUN and not (failure.status == 403 and self.answered):
             self._end(f"--base-url {self.endpoint.base_url}: {failure}")
         elif failure.again:
             self.failed += 1
-            if self.failed >= FAILED_IN_A_ROW:
+            self.failing.add(puzzle_id)
+            if self.failed >= FAILED_IN_A_ROW and (not self.answered or len(self.failing) >= FAILED_IN_A_ROW):
                 self._end(
                     f"--base-url {self.endpoint.base_url}: {self.failed} requests in a row failed, the last with "
                     f"{failure}; try again later with --resume"

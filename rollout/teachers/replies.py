@@ -13,6 +13,8 @@ import openai
 from data.distill.distill import Completion, Request
 from data.files import parse_json
 
+BROKEN_OFF = ("error", "aborted", "insufficient_system_resource")
+"""Reasons why a response ended that are the endpoint's, with status 200: it is no answer of the model."""
 MOST_TOKENS = 10**9
 """A larger token count is not believed."""
 
@@ -46,6 +48,9 @@ def read_completion(content: bytes, request: Request, clean: Callable[[str], str
     if not isinstance(message, dict):
         error = " ".join(clean(str(body.get("error", "") if isinstance(body, dict) else "")).split())[:300]
         raise TryFailedError(f"the response holds no completion {error}".rstrip(), again=True, charged=not error)
+    if choice.get("error") or choice.get("finish_reason") in BROKEN_OFF:
+        error = " ".join(clean(str(choice.get("error") or choice["finish_reason"])).split())[:300]
+        raise TryFailedError(f"the endpoint broke the response off ({error})", again=True, charged=True)
     prompt_tokens, completion_tokens = token_counts(body.get("usage"))
     return Completion(
         puzzle_id=request.puzzle.id,

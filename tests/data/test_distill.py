@@ -294,6 +294,8 @@ def test_two_puzzles_of_one_id_are_refused_and_a_repeated_one_is_asked_once():
         ("<think>a</think><answer>b</answer>", "other", "<think>a</think><answer>b</answer>"),
         ("a</think><answer>b</answer>", "", "<think>a</think><answer>b</answer>"),
         ("no tags \ud83d", "", "no tags ?"),
+        ("<answer>b</answer>", "put it in <answer> tags", "<think>put it in answer tags</think>\n<answer>b</answer>"),
+        ("<think>\n\n</think>\n<answer>b</answer>", "a", "<think>a</think>\n<answer>b</answer>"),
     ],
 )
 def test_reasoning_that_came_apart_stands_in_think_tags(text, reasoning, trace):
@@ -352,6 +354,7 @@ def test_every_kind_of_leak_is_tried():
     "reasoning",
     [
         "Cell 1 has CD3D, so T cell. Cell 2 has MS4A1, so B cell.",
+        "CD3D hints at a T cell in cell 1, which can be told from a B cell by it; MS4A1 hints towards one in cell 2.",
         "Given the high CD3D, cell 1 is a T cell; it is told apart by IL7R. The provided list leaves B cell (**MS4A1**).\n"
         "So: T cell | B cell",
         "The prompt lists the candidate cell types, each to be used once, and the user message gives cell 1 as ACTB, CD3D. "

@@ -248,6 +248,20 @@ def test_a_debate_that_is_undecided_leaves_the_vote(judge):
     assert teacher.steps() == ["answer"] * 3 and not draws.outcome(PUZZLE).asked
 
 
+@pytest.mark.parametrize("comparisons", [2, 3])
+def test_the_place_of_an_assignment_alone_changes_nothing(judge, comparisons):
+    """A model that always takes the one shown last: of three comparisons the rival is last in two."""
+    answers = [LABELS] * 3 + [swapped(0, 1)] * 2
+
+    def last_shown(request: Request) -> str:
+        if not request.ask:
+            return trace(answers[request.attempt])
+        return trace([part.partition(" is ")[2] for part in rivals(request)[1].split("; ")])
+
+    draws, _, _ = run(judge, last_shown, "debate", 5, comparisons=comparisons)
+    assert draws.outcome(PUZZLE).labels == LABELS
+
+
 def test_a_debate_can_lose(judge):
     answers = [LABELS] * 2 + [swapped(0, 1)]
     draws, _, _ = run(judge, lambda r: trace(["B cell", "T cell"]) if r.ask else trace(answers[r.attempt]), "debate")

@@ -21,7 +21,7 @@ from data.distill.distill import Completion, Request
 from data.distill.lookups import call_in
 from data.distill.meter import Meter
 from data.distill.responses import RawFile
-from data.errors import RunError
+from data.errors import RunError, UserError
 from data.puzzles import Puzzle, read_rows, write_puzzles
 from data.variants import convert
 from rollout.teachers.openai import Endpoint, OpenAITeacher, is_loopback
@@ -720,3 +720,54 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_lines_behind(tmp_path):
     assert len(path.read_bytes()) == len(whole) + 50
     with RawFile(path, {"teacher": "openai"}, Meter(), resume=True, replace=False, sync=True) as raw:
         assert path.read_bytes() == whole and list(raw.completions.values()) == [done]
+
+
+def test_puzzles_that_are_never_answered_do_not_end_what_others_have_paid_for(serve):
+    """Two that always fail, after all others are answered: 16 failures in a row say nothing of the endpoint."""
+    server = serve(4, lambda number, of, asked: "500 too long" if of.id in ("p0", "p1") else {"content": right(of)})
+    asker = teacher(server, retries=0, concurrency=1)
+    assert not any(one.error for one in asker.sample([Request(puzzle=puzzle(i), attempt=0) for i in (2, 3)]))
+    hard = [Request(puzzle=puzzle(i), attempt=attempt) for attempt in range(8) for i in (0, 1)]
+    assert all(one.error for one in asker.sample(hard)) and server.number == 18 and not asker.fatal
+
+
+def test_a_resumed_run_is_not_ended_by_what_the_endpoint_refuses_for_good(serve, tmp_path):
+    """p1 is too long for it, in this call and in the next, which has nothing else left to ask."""
+    server = serve(
+        3, lambda number, of, asked: "400 maximum context length" if of.id == "p1" else {"content": right(of)}
+    )
+    here(*words(tmp_path, server))
+    first = (tmp_path / "t.jsonl").read_bytes()
+    here(*words(tmp_path, server, "--resume"))
+    assert (tmp_path / "t.jsonl").read_bytes() == first
+
+
+def test_a_moderated_prompt_is_not_a_refused_key(serve):
+    server = serve(
+        3, lambda number, of, asked: "403 your input was flagged" if of.id == "p1" else {"content": right(of)}
+    )
+    done = ask(teacher(server, concurrency=1), 3)
+    assert "status 403" in done["p1"].error and not done["p0"].error and not done["p2"].error
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"finish_reason": "insufficient_system_resource", "message": {"role": "assistant", "content": "half"}},
+        {"finish_reason": "error", "error": {"code": 502}, "message": {"role": "assistant", "content": ""}},
+    ],
+)
+def test_a_response_that_the_endpoint_broke_off_is_asked_for_again(serve, choice):
+    broken = json.dumps({"model": "m", "choices": [choice]}).encode()
+    server = serve(1, lambda number, of, asked: {"mood": broken} if number == 0 else {"content": right(of)})
+    served_raw(server)
+    done = ask(teacher(server, concurrency=1), 1)["p0"]
+    assert not done.error and done.text == right(puzzle(0)) and server.number == 2
+
+
+def test_a_proxy_that_cannot_be_used_is_named(serve, monkeypatch):
+    server = serve(1, lambda number, of, asked: {"content": right(of)})
+    monkeypatch.setattr("rollout.teachers.openai.is_loopback", lambda url: False)
+    monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be asked through the proxy .*ALL_PROXY.*change these variables"):
+        ask(teacher(server), 1)

@@ -320,13 +320,17 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     """
     run.world.enter("evaluate", step)
     found = {"eval_loss": evaluate_loss(run.policy, run.held_out, run.cfg, run.world)}
+    run.world.enter("answer", step)
     return found | (run.answers.metrics(step) if run.answers else {})
 
 
 @torch.no_grad()
 def evaluate_loss(policy: Policy, held_out: list[Example], cfg: SftConfig, world: World) -> float:
     """Mean -log p per response token of the held-out traces, in nats. Collective."""
-    total = sum(float(loss) for loss in token_losses(policy, held_out[world.rank :: world.size], cfg))
+    total = 0.0
+    for loss in token_losses(policy, held_out[world.rank :: world.size], cfg):
+        total += float(loss)
+        world.advance()
     return world.total(total)[0] / sum(len(e.response_ids) for e in held_out)
 
 
