@@ -137,6 +137,10 @@ def refuse_to_replace(path: str | os.PathLike | None) -> None:
     """Raises UserError for a file that is there and is no audit, such as the report of a build. None: nothing is written."""
     if path is None or not os.path.exists(path):
         return
+    if not os.path.isfile(path):
+        raise UserError(f"--json {path}: is no regular file; name another file")
+    if not os.path.getsize(path):
+        return
     try:
         held = parse_json(Path(path).read_bytes())
     except (ValueError, OSError):

@@ -194,14 +194,14 @@ class RemoteModel:
         """
         self.kept = partial
         whole = sum(row.get("finish_reason") != REFUSED for row in partial.rows.values())
-        self.teacher.answered += whole + sum(map(len, partial.attempts.values()))
+        self.teacher.answered_before += whole + sum(map(len, partial.attempts.values()))
 
     def ask(self, puzzles: list[Puzzle], first: int) -> Iterator[Answered]:
         """See eval/predict.py. Errors name this command's option for the URL, not the teacher's."""
         try:
             yield from self._ask(puzzles, first, self.kept)
-        except RunError as error:
-            raise RunError(str(error).replace("--base-url", "--endpoint")) from None
+        except (RunError, UserError) as error:
+            raise type(error)(str(error).replace("--base-url", "--endpoint")) from None
 
     def close(self) -> None:
         self.teacher.close()

@@ -199,13 +199,13 @@ class VLLMEngine(LocalEngine):
         """See LocalEngine. Prompt log-probs use no prefix cache, so every layer runs with the current adapter."""
         from vllm import SamplingParams
 
+        self.wake()
         if self.merges and not adapter and self.merged is not None:
             self._merge(None, [])
             try:
                 return self.prompt_logprobs(ids)
             finally:
                 self._merge(*self.merged)
-        self.wake()
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         with drawing_from(0):  # greedy: nothing is drawn
             (output,) = self.llm.generate(

@@ -21,12 +21,14 @@ from typing import Any, Protocol
 
 from data.distill.hints import hinted_chat
 from data.errors import RunError, UserError
-from data.prompts import RESPONSE_TAGS, chat, normalise_label
+from data.prompts import chat, normalise_label
 from data.puzzles import Puzzle
 
 KEEP_RULES = ("first", "shortest", "all", "random")
 """Which of a puzzle's accepted traces are kept."""
 _EMPTY_BLOCK = re.compile(r"\A\s*<think>\s*</think>")
+_THINK_TAG, _LONE_ANSWER_TAG = re.compile(r"</?think>"), re.compile(r"\s*</?answer>\s*")
+_DRAFT = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 RequestKey = tuple[str, int, bool]
 """(puzzle id, attempt, hinted): identifies a request and the completion that answers it."""
 
@@ -86,9 +88,10 @@ class Completion:
 
         Reasoning that came separately is put into <think> tags. A <think> that the chat template opened is put back.
         """
-        text, reasoning = self.text, self.reasoning.strip()
-        for tag in RESPONSE_TAGS:  # it may name the tags that the system message asks for
-            reasoning = reasoning.replace(tag, tag.strip("</>"))
+        # it may name the tags that the system message asks for, and a response has each of them once
+        reasoning = _THINK_TAG.sub("", self.reasoning)
+        reasoning = _LONE_ANSWER_TAG.sub(" answer ", _DRAFT.sub(r" \1 ", reasoning)).strip()
+        text = self.text
         if reasoning:  # an empty block beside it is the server's
             text = _EMPTY_BLOCK.sub("", text)
         if "<think>" not in text:

@@ -26,8 +26,9 @@ _SHOWN = r"(?:given|provided|supplied|shown|revealed|stated|told|known|disclosed
 _REQUEST = r"(?:prompt|request|message|question|instructions?|user)"
 _CONCEAL = r"(?:say|reveal|disclos|divulg|mention|imply|admit|quot)\w*"
 LEAKS = {
-    "a hint": r"hint(?:s|ed|ing)?(?! (?:at|towards?)\b)",
-    "being told": r"told(?! (?:apart|from)\b)|you (?:said|gave|provided|mentioned|stated|showed|specified)",
+    "a hint": r"hint(?:ed)?|hint(?:s|ing)(?! (?:at|towards?)\b)",
+    "being told": r"(?<!be )told(?! apart)|(?<=be )told(?! (?:apart|from)\b)|"
+    r"you (?:said|gave|provided|mentioned|stated|showed|specified)",
     "a telling request": rf"{_REQUEST} (?:\w+ )?(?:reveal|disclos|dictat|giv(?:es?|en|ing) away)\w*|"
     rf"{_REQUEST},? (?:\w+ ){{0,2}}cells? \d+ (?:is|are|must|should|has to|was)|"
     rf"{_MAPPING} (?:in|from|of) the {_REQUEST}",

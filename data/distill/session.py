@@ -91,7 +91,7 @@ def run_distillation(config: DistillConfig, judge: ClosableJudge, make_teacher: 
             answered = {completion.puzzle_id for completion in raw.completions.values()}
             refuse_unsolvable([puzzle for puzzle in chosen if puzzle.id not in answered])  # such as of a larger --limit
             teacher = make_teacher(puzzles, chosen, meter, raw)
-            teacher.answered = len(raw.completions)  # in earlier runs: an endpoint that refuses what is left works
+            teacher.answered_before = len(raw.completions)
             with Progress(draws, meter, report) as progress, Interruptible(teacher, raw) as interrupted:
                 ended = distill(
                     draws,

@@ -4,7 +4,7 @@
 
 - consensus: the votes of the valid answers, solved as a one-to-one assignment (data/distill/consensus.py).
 - debate: where another assignment got votes too, the model is shown both for the cells on which they differ, with their
-  genes, and answers for these cells; most of --comparisons answers decide, and the vote when they do not.
+  genes, and answers for these cells; a clear majority of --comparisons answers decides, and the vote without one.
 - tools: the model answers --comparisons times more for the cells on which votes disagree, and may look up genes and cell
   types first (data/distill/lookups.py), --lookups times at most. These answers vote with the others.
 
@@ -202,8 +202,9 @@ class WorkflowDraws(Draws):
         lacking = [request for request in requests if request.key not in self.steps]
         said = [self.read(self.steps[r.key].trace, len(cells)) for r in requests if r.key in self.steps]
         for_ours, for_rival = (sum(_same(labels, of_pair) for labels in said) for of_pair in pair)
-        # of an odd number one order is shown once more: the place alone must not decide
-        return lacking, rival if for_rival - for_ours > self.workflow.comparisons % 2 else vote.labels
+        # of an odd number one order is shown once more: the place alone must not decide, unless there is only one
+        needed = self.workflow.comparisons % 2 if self.workflow.comparisons > 1 else 0
+        return lacking, rival if for_rival - for_ours > needed else vote.labels
 
     def _look_up(self, puzzle: Puzzle, vote: Consensus, rival: list[str]) -> tuple[list[Request], list[str]]:
         """(the next requests of the conversations, the assignment that they and the answers vote for)."""

@@ -163,16 +163,18 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
         raise UserError(f"{html}: is no page of this command, and would be replaced; name another --out")
     refuse_copy(source, out)
     if not os.path.isfile(out):
+        if os.path.isfile(table):  # which the .h5ad file, written first, would tell from one that was edited
+            raise UserError(f"{table}: would be replaced, and {out} is not there; move it, or name another --out")
         return
     if not holds_uns(out, KEY):
         raise UserError(f"{out}: holds no labels of this command, and would be replaced; name another --out")
+    if not is_as_written(out):
+        raise UserError(
+            f"{out}: was changed since it was written, and would be replaced; name another --out, or move it"
+        )
     written = texts_of_uns(out, KEY)  # files of older versions lack the checksums
     for path, name in ((table, TABLE_CRC), (html, PAGE_CRC)):
         if os.path.isfile(path) and written.get(name, crc := f"{crc32_of(path):08x}") != crc:
             raise UserError(
                 f"{path}: was changed since it was written, and would be replaced; name another --out, or move it"
             )
-    if not is_as_written(out):
-        raise UserError(
-            f"{out}: was changed since it was written, and would be replaced; name another --out, or move it"
-        )

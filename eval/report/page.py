@@ -306,7 +306,8 @@ def _result_row(name: str, scores: dict[str, Any] | None) -> list[str]:
     limits = (scores.get("intervals") or {}) if n_batches(scores) > 1 else {}  # a single batch has none
     cells = [share(scores.get(key), limits.get(key)) for key in list(COLUMNS)[:5]]
     length = number(scores.get("response_length"), limits.get("response_length"))
-    length += " words" * (scores.get("response_length_unit") == "words")
+    known = scores.get("response_length") is not None
+    length += " words" * (known and scores.get("response_length_unit") == "words")
     return [name, *cells, length, number(scores.get("n_puzzles"))]
 
 

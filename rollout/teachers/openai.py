@@ -114,8 +114,10 @@ class OpenAITeacher:
         """Time, as time.monotonic(), from which the endpoint takes requests again."""
         self.in_flight = self.answered = self.refused = self.failed = 0
         """Numbers of requests: in flight, answered, refused, and failed since the last answer."""
-        self.failing: set[str] = set()
-        """Ids of the puzzles of those that failed: one that the endpoint never answers says nothing of the others."""
+        self.answered_before = 0
+        """Answered in earlier runs: then a refusal of what is left says nothing of the settings."""
+        self.unanswered: set[str] = set()
+        """Ids of the puzzles asked about since the last answer: one that is never answered says nothing of the others."""
 
     def sample(self, requests: list[Request]) -> Iterator[Completion]:
         """See Teacher."""
@@ -216,7 +218,7 @@ class OpenAITeacher:
             settled.set()
             if isinstance(outcome, Completion):
                 self.answered, self.failed = self.answered + 1, 0
-                self.failing.clear()
+                self.unanswered.clear()
                 return outcome
             tries += 1
             if not outcome.again or tries > self.endpoint.retries or self.stopping.is_set():
@@ -230,7 +232,7 @@ class OpenAITeacher:
             by_environment = openai.DefaultAsyncHttpxClient(
                 trust_env=not is_loopback(self.endpoint.base_url)
             )  # proxies
-        except (ImportError, ValueError, OSError) as error:
+        except Exception as error:  # ImportError, ValueError, OSError, the client library's own InvalidURL
             raise UserError(
                 f"--base-url {self.endpoint.base_url}: cannot be asked through the proxy or with the certificates that the "
                 f"environment names (ALL_PROXY, HTTPS_PROXY, SSL_CERT_FILE; {first_line(error)}); change these variables"
@@ -337,20 +339,21 @@ class OpenAITeacher:
 
     def _count_failure(self, failure: TryFailedError, puzzle_id: str) -> None:
         """Count a request that failed for good. End the run when no other request can succeed."""
+        self.unanswered.add(puzzle_id)
+        many = len(self.unanswered) >= FAILED_IN_A_ROW
         # some endpoints give a moderated prompt the status of a wrong key
-        if failure.status in ENDS_THE_RUN and not (failure.status == 403 and self.answered):
+        if failure.status in ENDS_THE_RUN and not (failure.status == 403 and self.answered and not many):
             self._end(f"--base-url {self.endpoint.base_url}: {failure}")
         elif failure.again:
             self.failed += 1
-            self.failing.add(puzzle_id)
-            if self.failed >= FAILED_IN_A_ROW and (not self.answered or len(self.failing) >= FAILED_IN_A_ROW):
+            if self.failed >= FAILED_IN_A_ROW and (many or not self.answered):
                 self._end(
                     f"--base-url {self.endpoint.base_url}: {self.failed} requests in a row failed, the last with "
                     f"{failure}; try again later with --resume"
                 )
         else:
             self.refused += 1
-            if self.refused >= REFUSED_AT_FIRST and not self.answered:
+            if self.refused >= REFUSED_AT_FIRST and not (self.answered or self.answered_before):
                 self._end(
                     f"--base-url {self.endpoint.base_url}: refused each of the first {self.refused} requests, the last "
                     f"with {failure}; change the settings it names"

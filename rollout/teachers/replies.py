@@ -13,7 +13,7 @@ import openai
 from data.distill.distill import Completion, Request
 from data.files import parse_json
 
-BROKEN_OFF = ("error", "aborted", "insufficient_system_resource")
+BROKEN_OFF = ("error", "abort", "aborted", "insufficient_system_resource")
 """Reasons why a response ended that are the endpoint's, with status 200: it is no answer of the model."""
 MOST_TOKENS = 10**9
 """A larger token count is not believed."""

@@ -296,6 +296,11 @@ def test_two_puzzles_of_one_id_are_refused_and_a_repeated_one_is_asked_once():
         ("no tags \ud83d", "", "no tags ?"),
         ("<answer>b</answer>", "put it in <answer> tags", "<think>put it in answer tags</think>\n<answer>b</answer>"),
         ("<think>\n\n</think>\n<answer>b</answer>", "a", "<think>a</think>\n<answer>b</answer>"),
+        (
+            "<answer>b</answer>",
+            "<think>So:<answer>c | d</answer>.</think>",
+            "<think>So: c | d .</think>\n<answer>b</answer>",
+        ),
     ],
 )
 def test_reasoning_that_came_apart_stands_in_think_tags(text, reasoning, trace):
@@ -314,6 +319,9 @@ def test_the_hint_is_in_the_request_alone():
 LEAKED = [
     ("a hint", "As the hint says, CD3D is T. MS4A1 is B."),
     ("being told", "I was told so. CD3D. MS4A1."),
+    ("being told", "I was told from the start. CD3D. MS4A1."),
+    ("a hint", "CD3D and MS4A1 fit the hint at the end."),
+    ("a hint", "The assignment hinted at above fits CD3D and MS4A1."),
     ("a given answer", "CD3D and MS4A1 fit the provided answer."),
     ("a given answer", "Since the solution is already known: CD3D, MS4A1."),
     ("a given answer", "Per the instructions the final list is fixed: CD3D, MS4A1."),

@@ -262,6 +262,14 @@ def test_the_place_of_an_assignment_alone_changes_nothing(judge, comparisons):
     assert draws.outcome(PUZZLE).labels == LABELS
 
 
+def test_one_comparison_decides(judge):
+    answers = [swapped(0, 1)] * 2 + [LABELS]
+    draws, _, _ = run(
+        judge, lambda r: trace(["T cell", "B cell"]) if r.ask else trace(answers[r.attempt]), "debate", comparisons=1
+    )
+    assert draws.outcome(PUZZLE).labels == LABELS
+
+
 def test_a_debate_can_lose(judge):
     answers = [LABELS] * 2 + [swapped(0, 1)]
     draws, _, _ = run(judge, lambda r: trace(["B cell", "T cell"]) if r.ask else trace(answers[r.attempt]), "debate")

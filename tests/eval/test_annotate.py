@@ -66,6 +66,19 @@ def of_types(names: list[str], sample: str = "d1") -> list[ClusterProfile]:
     return found
 
 
+def config_of(folder, file: str = "in.h5ad", **more) -> AnnotateConfig:
+    """Of a command that asks little about a file of a folder."""
+    little = {
+        "cluster_key": "leiden",
+        "candidates": ",".join(TYPES),
+        "model": "m",
+        "max_cells": 3,
+        "samples": 2,
+        "screens": 1,
+    }
+    return AnnotateConfig(**{"file": str(folder / file), "out": str(folder / "out.h5ad"), **little, **more})
+
+
 def settings(**more) -> QuestionSettings:
     return QuestionSettings(**{"cluster_key": "leiden", "max_cells": 3, "samples": 4, **more}).as_trained(None)
 
@@ -874,17 +887,7 @@ def test_the_marker_table_says_nothing_of_mouse_genes(tmp_path):
     adata.var_names = [name.capitalize() for name in adata.var_names]
     adata.obs["organism"] = "Mus musculus"
     adata.write_h5ad(tmp_path / "mouse.h5ad")
-    config = AnnotateConfig(
-        file=str(tmp_path / "mouse.h5ad"),
-        cluster_key="leiden",
-        out=str(tmp_path / "out.h5ad"),
-        organism="Mus musculus",
-        candidates=",".join(TYPES),
-        model="m",
-        max_cells=3,
-        samples=2,
-        screens=1,
-    )
+    config = config_of(tmp_path, "mouse.h5ad", organism="Mus musculus")
     annotate_file(config, model_that(lambda puzzle: answer_of(puzzle.candidates)), "cmd")
     page = (tmp_path / "out.html").read_text()
     assert "marker genes of" not in page and "is of human genes, and these are of another organism" in page
@@ -946,16 +949,7 @@ def _runs(asked: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("edited", ["out.csv", "out.html", "out.h5ad", ""])
 def test_what_its_owner_has_edited_is_not_replaced(tmp_path, edited):
     clustered(list(TYPES), parts=1).write_h5ad(tmp_path / "in.h5ad")
-    config = AnnotateConfig(
-        file=str(tmp_path / "in.h5ad"),
-        cluster_key="leiden",
-        out=str(tmp_path / "out.h5ad"),
-        model="m",
-        max_cells=3,
-        candidates=",".join(TYPES),
-        samples=2,
-        screens=1,
-    )
+    config = config_of(tmp_path)
     annotate_file(config, model_that(reads_markers), "cmd")
     asked = model_that(reads_markers)
     if not edited:
@@ -972,3 +966,12 @@ def test_what_its_owner_has_edited_is_not_replaced(tmp_path, edited):
     with pytest.raises(UserError, match=f"{edited}: was changed since it was written, and would be replaced"):
         annotate_file(dataclasses.replace(config, resume=True), asked, "cmd")
     assert (tmp_path / edited).read_bytes() == before and not asked.prompts
+
+
+def test_a_table_without_its_file_is_not_replaced(tmp_path):
+    """Its owner has moved the .h5ad file away, as another refusal advises; nothing tells whether the table was edited."""
+    clustered(list(TYPES), parts=1).write_h5ad(tmp_path / "in.h5ad")
+    config = config_of(tmp_path)
+    (tmp_path / "out.csv").write_text("cluster,cells,label,best_label\n")
+    with pytest.raises(UserError, match="out.csv: would be replaced, and .*out.h5ad is not there; move it"):
+        annotate_file(config, model_that(reads_markers), "cmd")

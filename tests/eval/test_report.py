@@ -617,11 +617,12 @@ def test_baselines_stand_beside_the_stages(run_dir):
     summary = json.loads((run_dir / "summary.json").read_text())
     numbers = {**summary["sft"]["test"], "batch_accuracy": 0.123}
     del numbers["response_length"]  # as launch/demo.py writes it
+    numbers["response_length_unit"] = "words"
     summary["baselines"] = {"markers": {"test": numbers}, "random": {"unseen": numbers}}
     (run_dir / "summary.json").write_text(json.dumps(summary))
     results = read(write_report(run_dir).read_text(), "results")
     row = cells_of(row_of(results, "marker table, one to one"))
-    assert row[0].startswith("12.3") and "labels at random" not in results
+    assert row[0].startswith("12.3") and "labels at random" not in results and "words" not in "".join(row)
     printed = summary_text(run_dir).splitlines()
     assert printed[-2].split()[:3] == ["markers", "test", "0.123"] and printed[-2].split()[-1] == "-"
     assert printed[-1].split()[:2] == ["random", "unseen"]

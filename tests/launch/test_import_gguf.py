@@ -187,3 +187,26 @@ def test_what_cannot_be_imported_is_named(file, tmp_path):
     done = run_command("import_gguf", file, "--out", tmp_path / "m")
     assert done.returncode == 2 and "exists; name another folder" in done.stderr
     assert not list((tmp_path / "m").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "lost"),
+    [
+        ("llama", {"attention.head_count": 4}, "does not say how many key-value heads it has"),
+        ("llama", {"attention.head_count_kv": 4}, ""),
+        ("llama", {"attention.head_count_kv": 4, "rope.scale_linear": 4.0}, "in a way of older files"),
+        ("qwen2", {"rope.scaling.factor": 4.0}, "in a way of older files"),
+        ("qwen2", {"rope.scaling.factor": 4.0, "rope.scaling.type": "yarn"}, ""),  # refused by its name
+        ("gemma2", {"attention.key_length": 256}, ""),
+        ("gemma2", {"attention.key_length": 128}, "scales its attention by a number that the file does not hold"),
+    ],
+)
+def test_what_a_file_leaves_out_is_not_guessed(file, kind, said, lost):
+    """Keys of older files, and of a model that transformers has one setting for."""
+    header = Header(file)
+    header.fields = {"general.architecture": kind, **{f"{kind}.{key}": value for key, value in said.items()}}
+    header.get = header.fields.get
+    if not lost:
+        return header.refuse_what_is_not_said(file)
+    with pytest.raises(UserError, match=f"{lost}.*; get the model as a Hugging Face checkpoint"):
+        header.refuse_what_is_not_said(file)

@@ -499,17 +499,23 @@ def test_an_order_that_is_repeated_while_its_rollouts_are_read_puts_the_same_byt
     assert engine.collect(0)[0][0].response_ids == [5] and engine.seconds == 2.0
 
 
+def takes_the_adapter(address) -> tuple[SamplerProcess, SamplerEnd]:
+    """A sampler process that has carried out its first order, to load the adapter."""
+    me = SamplerProcess(engine=0, member=0, members=1, generation=0)
+    end = SamplerEnd(address, me, torch.device("cpu"))
+    end.hello()
+    order = end.next_order()
+    end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
+    end.answer(on=CANARY.policy, off=None)
+    return me, end
+
+
 def test_a_sampler_that_dies_after_its_last_order_is_no_failure(capsys):
     store, address = open_store("127.0.0.1", 0)
     engine = split_engine(address, store)
 
     def dies_when_told_to_stop() -> None:
-        me = SamplerProcess(engine=0, member=0, members=1, generation=0)
-        end = SamplerEnd(address, me, torch.device("cpu"))
-        end.hello()
-        order = end.next_order()
-        end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
-        end.answer(on=CANARY.policy, off=None)
+        me, end = takes_the_adapter(address)
         assert end.next_order()["do"] == "stop" and read_notice(end.store, over_key(0), address.token)
         post_notice(end.store, f"{me.prefix}/lost", "sampler 0 was killed", address.token)
 
@@ -529,12 +535,7 @@ def test_a_sampler_that_begins_late_is_told_to_stop(monkeypatch):
 
     def begins_late() -> None:
         time.sleep(1)
-        me = SamplerProcess(engine=0, member=0, members=1, generation=0)
-        end = SamplerEnd(address, me, torch.device("cpu"))
-        end.hello()
-        order = end.next_order()
-        end.receive([(name, tuple(shape), dtype, crc) for name, shape, dtype, crc in order["manifest"]])
-        end.answer(on=CANARY.policy, off=None)
+        _, end = takes_the_adapter(address)
         told.append(end.next_order()["do"])
         end.answer()
 

@@ -771,3 +771,17 @@ def test_a_proxy_that_cannot_be_used_is_named(serve, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be asked through the proxy .*ALL_PROXY.*change these variables"):
         ask(teacher(server), 1)
+
+
+def test_an_endpoint_that_stops_answering_ends_the_run_also_after_answers(serve):
+    """A spent or revoked key, and on --resume an endpoint that is down: what is left need not be asked."""
+    server = serve(30, lambda number, of, asked: {"content": right(of)} if number < 2 else "403 key limit exceeded")
+    with pytest.raises(RunError, match="does not allow it"):
+        ask(teacher(server, concurrency=1), 30)
+    assert server.number == 12
+    server = serve(2, lambda number, of, asked: "500 down")
+    asker = teacher(server, retries=0, concurrency=1)
+    asker.answered_before = 100
+    hard = [Request(puzzle=puzzle(i), attempt=attempt) for attempt in range(8) for i in (0, 1)]
+    with pytest.raises(RunError, match="10 requests in a row failed"):
+        list(asker.sample(hard))

@@ -145,9 +145,9 @@ class Header:
             self.get(f"{kind}.rope.scaling.factor", 1.0) != 1.0 and f"{kind}.rope.scaling.type" not in self.fields
         ):
             lost = "scales its rotary embedding in a way of older files that would be lost"
-        width, heads = (self.get(f"{kind}.{key}", 0) for key in ("embedding_length", "attention.head_count"))
-        if kind == "gemma2" and heads and width // heads != self.get(f"{kind}.attention.key_length", 256):
-            lost = "scales its attention by a number that the file does not hold"  # query_pre_attn_scalar of 27B
+        if kind == "gemma2" and self.get(f"{kind}.attention.key_length", 256) != 256:
+            # query_pre_attn_scalar: 144 in the 27B model, whose heads have 128; 256 is taken, which the others have
+            lost = "scales its attention by a number that the file does not hold"
         if lost:
             raise UserError(f"{file}: {lost}; get the model as a Hugging Face checkpoint")
 
