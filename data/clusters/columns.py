@@ -185,8 +185,7 @@ def remedy_for_organism(found: str, wanted: str) -> str:
     """What to do with cells of another organism than the model's, for a message."""
     return (
         f"the model knows the genes of {wanted}: rename the genes to their orthologs there (and the organism, where the file "
-        f"states it), or give --organism {found!r} for "
-        "a model that was trained on it"
+        f"states it), or give --organism {found!r} for a model that was trained on it"
     )
 
 

@@ -233,9 +233,8 @@ class WorkflowDraws(Draws):
             if request.key not in self.steps:
                 return request, []
             said = self.steps[request.key]
-            call = (
-                None if last else call_in(said.text or said.reasoning)
-            )  # a server may cut the reasoning at the look-up
+            # a server may cut the reasoning at the look-up, and return no text
+            call = None if last else call_in(said.text or said.reasoning)
             if call is None:
                 return None, self.read(said.trace, len(part.cells))
             results.append(self.tables.result(call, puzzle) if call else NOT_UNDERSTOOD)

@@ -40,8 +40,8 @@ mark { background: #ffe08a; color: #1c2126; border-radius: 3px; padding: 0 .15em
 .bar i { background: var(--accent); border-radius: 3px; display: block; height: .6rem; min-width: 2px; margin-top: .45rem; }
 .umap { background: #fff; border-radius: 6px; overflow: visible; }
 .swatch, .bar, .bar i, mark { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
-.swatch { border-radius: 50%; outline: 1px solid var(--line); }
-.swatch { display: inline-block; height: .7rem; width: .7rem; margin-right: .35rem; }
+.swatch { border-radius: 50%; outline: 1px solid var(--line); display: inline-block; height: .7rem; width: .7rem;
+  margin-right: .35rem; }
 .legend { columns: 3 14rem; list-style: none; margin: .6rem 0 0; padding: 0; font-size: .9rem; }
 .umap text { fill: #1c2126; stroke: #fff; stroke-width: 3px; paint-order: stroke; font-size: 13px; font-weight: 600;
   text-anchor: middle; }

@@ -224,9 +224,8 @@ def annotate_file(
     if truth is not None:
         agreement = agreement_of(annotation, str(config.truth_key), profiles.cluster_of_cell.tolist(), truth)
     refuse_changed(source, stamp)
-    table = (
-        known_markers(()) if profiles.organism in (None, ORGANISMS["human"]) else {}
-    )  # its symbols are of human genes
+    # its symbols are of human genes
+    table = known_markers(()) if profiles.organism in (None, ORGANISMS["human"]) else {}
     record = provenance(model, config, command)
     shown = Shown(
         title=source.name,

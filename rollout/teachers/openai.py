@@ -229,9 +229,8 @@ class OpenAITeacher:
     def _client(self, seconds: float) -> openai.AsyncOpenAI:
         """Raises UserError for a proxy or certificates of the environment that cannot be used."""
         try:
-            by_environment = openai.DefaultAsyncHttpxClient(
-                trust_env=not is_loopback(self.endpoint.base_url)
-            )  # proxies
+            # on this machine no proxy
+            by_environment = openai.DefaultAsyncHttpxClient(trust_env=not is_loopback(self.endpoint.base_url))
         except Exception as error:  # ImportError, ValueError, OSError, the client library's own InvalidURL
             raise UserError(
                 f"--base-url {self.endpoint.base_url}: cannot be asked through the proxy or with the certificates that the "
