@@ -72,8 +72,7 @@ class _FusedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):  # _: of the entropies, which have no graph
-        if torch.is_grad_enabled():  # create_graph=True: `slopes` has no graph, and its part would be missing
-            raise RuntimeError("fused_logprobs has no second derivative; use log_softmax where you need one")
+        refuse_second_derivatives("log_softmax")  # `slopes` has no graph
         hidden, weight, targets, slopes = ctx.saved_tensors
         scaled = grad[:, None] / ctx.temperature  # [M,1]; the logits were divided by it
         grad_hidden = None if slopes is None else (slopes * scaled).to(hidden.dtype)
@@ -87,6 +86,12 @@ class _FusedLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(slope.T, hidden[rows].to(slope.dtype) * scaled[rows])  # [V,m] @ [m,H]
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None  # one per argument of forward
+
+
+def refuse_second_derivatives(instead: str) -> None:
+    """To be called in a backward whose parts are computed without a graph: a derivative of it would lack them unseen."""
+    if torch.is_grad_enabled():  # only with create_graph=True
+        raise RuntimeError(f"this operation has no second derivative; use {instead} where you need create_graph=True")
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk: int):

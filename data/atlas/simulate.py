@@ -30,7 +30,7 @@ from data.atlas.h5ad_writer import ROOM
 from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
-from data.formats.checksum import add_checksum, is_as_written
+from data.formats.checksum import add_checksum, is_as_written, refuse_edited
 
 TITLE = "Simulated atlas (no real cells)"
 """uns["title"] of every simulated atlas."""
@@ -244,12 +244,9 @@ def refuse_to_replace(path: Path) -> None:
             ours = "title" in uns and uns["title"].asstr()[()] == TITLE and "cell_type_llm" not in uns
     except (OSError, AttributeError, TypeError):  # no HDF5, or an attribute of another kind
         ours = False
-    if ours and not is_as_written(path):
-        raise UserError(
-            f"--out {path}: was changed since it was simulated, and would be replaced; name another file, or move it"
-        )
     if not ours:
         raise UserError(f"--out {path}: is no simulated atlas, and would be replaced; name another file")
+    refuse_edited(path, is_as_written(path))
 
 
 def synthetic_ensembl_id(symbol: str) -> str:

@@ -102,9 +102,13 @@ def _in_turn(groups: Groups, most: int, rng: random.Random) -> list[tuple[str, s
     if len(order) <= most:
         return order
     rng.shuffle(order)
-    turn: Counter = Counter()
-    turns = {group: (turn.update([group[0]]), turn[group[0]])[1] for group in order}
-    return sorted(order, key=turns.__getitem__)
+    batches: Counter = Counter()  # of each donor so far
+    turn = {}
+    for group in order:
+        donor, _ = group
+        batches[donor] += 1
+        turn[group] = batches[donor]
+    return sorted(order, key=turn.__getitem__)
 
 
 def _draw_new(

@@ -50,6 +50,14 @@ def is_as_written(path: Path) -> bool:
     return stated is not None and crc32_of(path, path.stat().st_size - LENGTH) == stated
 
 
+def refuse_edited(path: Path, as_written: bool) -> None:
+    """Raises UserError unless a file that a command would replace is as the command wrote it: an owner's work would be lost."""
+    if not as_written:
+        raise UserError(
+            f"{path}: was changed since it was written, and would be replaced; name another --out, or move it"
+        )
+
+
 def _stated(path: Path) -> int | None:
     """The checksum that the last line states; None without such a line."""
     with open(path, "rb") as file:

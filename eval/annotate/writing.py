@@ -14,7 +14,7 @@ import pandas as pd
 from data.clusters.annotated import holds_uns, refuse_copy, storable, texts_of_uns, write_annotated
 from data.errors import UserError
 from data.files import crc32_of, replacing
-from data.formats.checksum import is_as_written
+from data.formats.checksum import is_as_written, refuse_edited
 from eval.annotate.annotation import Annotated, Annotation
 from eval.annotate.doubts import Agreement
 from eval.annotate.evidence import markers_of
@@ -168,13 +168,8 @@ def refuse_places(source: Path, out: Path, candidates: str | None = None) -> Non
         return
     if not holds_uns(out, KEY):
         raise UserError(f"{out}: holds no labels of this command, and would be replaced; name another --out")
-    if not is_as_written(out):
-        raise UserError(
-            f"{out}: was changed since it was written, and would be replaced; name another --out, or move it"
-        )
+    refuse_edited(out, is_as_written(out))
     written = texts_of_uns(out, KEY)  # files of older versions lack the checksums
     for path, name in ((table, TABLE_CRC), (html, PAGE_CRC)):
-        if os.path.isfile(path) and written.get(name, crc := f"{crc32_of(path):08x}") != crc:
-            raise UserError(
-                f"{path}: was changed since it was written, and would be replaced; name another --out, or move it"
-            )
+        if os.path.isfile(path):
+            refuse_edited(path, written.get(name, crc := f"{crc32_of(path):08x}") == crc)

@@ -379,6 +379,11 @@ def test_a_file_that_is_no_simulated_atlas_is_not_replaced(tmp_path):
     # ---- an older simulated atlas is, unless its clusters were labelled: that may have cost money
     write_atlas(tmp_path / "old.h5ad", 6, 0, n_types=12)
     write_atlas(tmp_path / "old.h5ad", 6, 1, n_types=12)
+    edited = anndata.read_h5ad(tmp_path / "old.h5ad")
+    edited.obs["note"] = "mine"
+    edited.write_h5ad(tmp_path / "edited.h5ad")
+    with pytest.raises(UserError, match="edited.h5ad: was changed since it was written, and would be replaced"):
+        write_atlas(tmp_path / "edited.h5ad", 6, 1, n_types=12)
     labelled = anndata.read_h5ad(tmp_path / "old.h5ad")
     labelled.uns["cell_type_llm"] = {"model": "m"}
     labelled.write_h5ad(tmp_path / "old.h5ad")

@@ -144,5 +144,14 @@ def test_a_merged_adapter_counts_once(pipeline):
 def test_second_derivatives_are_refused_and_not_wrong():
     hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     found = fused_logprobs(hidden, torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2]))
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="no second derivative; use log_softmax where"):
         torch.autograd.grad(found.sum(), hidden, create_graph=True)
+    model = tiny_model("qwen2", ATTENTION, torch.float64, tied=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hidden = predicting_packed(model, pack(GROUPS))
+    with pytest.raises(RuntimeError, match="no second derivative; use scaled_dot_product_attention where"):
+        torch.autograd.grad(hidden.sum(), trained, create_graph=True)
+    fuse_adapters(model)
+    hidden = predicting_packed(model, pack(GROUPS))  # a layer after the last attention comes first in the backward pass
+    with pytest.raises(RuntimeError, match="no second derivative; use the forward of PEFT where"):
+        torch.autograd.grad(hidden.sum(), trained, create_graph=True)

@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from data.errors import UserError, first_sentence
-from trainer.model.lora import refuse_second_derivatives
+from trainer.logprobs import refuse_second_derivatives
 
 ATTENTION = "shared_prefix"
 """Name of our attention in transformers, with PyTorch's kernels."""
@@ -141,7 +141,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivatives()
+        refuse_second_derivatives("scaled_dot_product_attention")
         q, k, v, out, lse = ctx.saved_tensors
         own, prompts = ctx.layout
         grads = ctx.kernel.backward(Call(q, k, v, own, ctx.scale), grad, out, lse)

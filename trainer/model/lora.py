@@ -18,6 +18,8 @@ import torch
 from peft.tuners.lora import Linear
 from torch import Tensor
 
+from trainer.logprobs import refuse_second_derivatives
+
 
 def fuse_adapters(model: torch.nn.Module) -> int:
     """Let every linear layer with a plain LoRA adapter compute both at once. Returns the number of such layers.
@@ -61,14 +63,6 @@ def _forward(layer: Linear, x: Tensor) -> Tensor:
     return _LinearWithLora.apply(x, *cast, layer.scaling[name], *_made_again(x))
 
 
-def refuse_second_derivatives() -> None:
-    """To be called in a backward whose parts are computed without a graph: a derivative of it would lack them unseen."""
-    if torch.is_grad_enabled():  # only with create_graph=True
-        raise RuntimeError(
-            "this operation has no second derivative; use plain PyTorch where you need create_graph=True"
-        )
-
-
 class _LinearWithLora(torch.autograd.Function):
     """W and bias are frozen: they get no gradient."""
 
@@ -85,7 +79,7 @@ class _LinearWithLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivatives()
+        refuse_second_derivatives("the forward of PEFT")
         weight, a, b, low, *kept = ctx.saved_tensors
         grad = grad.flatten(0, -2)  # [M,out]
         grad_low = (grad @ b).mul_(ctx.scale)  # [M,r]
