@@ -1,9 +1,9 @@
 """Mutation check: change each sign and each bound of the objective once. A test must fail every time.
 
-    python -m tests.bench.mutants          # about 3 minutes; exit code 1 if a mutant survives
+    python -m tests.bench.mutants          # about 4 minutes; exit code 1 if a mutant survives
 
-Each mutant is one replacement in a copy of the repository. tests/trainer/test_objective.py and
-tests/trainer/test_parity.py run against it. A mutant that survives (all tests pass) shows that a test is missing.
+Each mutant is one replacement in a copy of the repository, and the files of TESTS run against it. A mutant that survives
+(all tests pass) shows that a test is missing.
 """
 
 import os
@@ -17,9 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = (
     *("tests/trainer/test_objective.py", "tests/trainer/test_parity.py", "tests/trainer/ppo/test_terms.py"),
-    "tests/trainer/prompts/test_distillation.py",
+    *("tests/trainer/prompts/test_distillation.py", "tests/trainer/test_metrics.py"),
 )
 OBJECTIVE, ADVANTAGES = "trainer/objective.py", "trainer/advantages.py"
+METRICS = "trainer/metrics.py"
 PPO, CRITIC = "trainer/ppo/ppo.py", "trainer/ppo/critic.py"
 FAILURES = "trainer/prompts/failures.py"
 SHARE = "self.surrogate * self.correction + self.beta * self.kl"
@@ -30,6 +31,24 @@ MUTANTS = [
     (OBJECTIVE, "(own - own.detach() + mean)", "(own - own.detach() - mean)"),
     (OBJECTIVE, "(own - own.detach() + mean)", "(own.detach() - own + mean)"),
     (OBJECTIVE, ".clamp(max=10.0).exp()", ".clamp(max=0.01).exp()"),
+    (OBJECTIVE, ".clamp(max=10.0).exp()", ".exp()"),
+    (ADVANTAGES, "torch.where(lowest == highest, torch.zeros_like(rewards), rewards - mean)", "rewards - mean"),
+    (OBJECTIVE, "(ratio < 1 - clip_low) & (advantages < 0)", "(ratio <= 1 - clip_low) & (advantages < 0)"),
+    (OBJECTIVE, "(ratio > 1 + clip_high) & (advantages > 0)", "(ratio >= 1 + clip_high) & (advantages > 0)"),
+    (OBJECTIVE, "(ratio > dual_clip) & (advantages < 0)", "(ratio >= dual_clip) & (advantages < 0)"),
+    (METRICS, "(difference.exp() - difference - 1)", "((-difference).exp() + difference - 1)"),
+    (METRICS, '"mismatch_max": difference.abs().max()', '"mismatch_max": difference.max()'),
+    (METRICS, "(terms.mask & (terms.clip == code))", "(terms.mask & (terms.clip != 0))"),
+    (METRICS, "(terms.mask & (terms.clip == code))", "(terms.clip == code)"),
+    (METRICS, "(terms.mask & (terms.correction == 0))", "(terms.mask & (terms.correction != 0))"),
+    (METRICS, 'totals["kl"] / tokens', 'totals["kl"]'),
+    (METRICS, 'totals["loss"] / cfg.updates_per_batch', 'totals["loss"]'),
+    (METRICS, 'totals["pg_loss"] / cfg.updates_per_batch', 'totals["pg_loss"]'),
+    (METRICS, 'max(totals["is_weight_squared"], 1e-30) / tokens', 'max(totals["is_weight_squared"], 1e-30)'),
+    (METRICS, "for row in rows) // cfg.group_size", "for row in rows)"),
+    (METRICS, 'row["finish_reason"] == "length"', 'row["finish_reason"] != "length"'),
+    (METRICS, "dtype=torch.float64).std().item()", "dtype=torch.float64).std(correction=0).item()"),
+    (METRICS, "self.mismatch_max = max(self.mismatch_max, found", "self.mismatch_max = max(0.0, found"),
     (OBJECTIVE, "unclipped = -ratio * advantages", "unclipped = ratio * advantages"),
     (
         OBJECTIVE,
@@ -158,13 +177,14 @@ def main() -> int:
         for room in ("data", "reward", "rollout", "trainer", "launch", "tests"):
             shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "setup.cfg", copy / "setup.cfg")
-        print(f"{'none':60} {run_tests(copy)}", flush=True)
+        assert (found := run_tests(copy)) == "all pass", f"without a mutant: {found}"
         for file, there, mutated in MUTANTS:
             original = (ROOT / file).read_text()
             assert original.count(there) == 1, f"{file}: {original.count(there)} times {there!r}"
             (copy / file).write_text(original.replace(there, mutated))
             failed = run_tests(copy)
             (copy / file).write_text(original)
+            assert not failed.startswith("broken"), f"{file}: {there!r} -> {mutated!r}: {failed}"  # no test has looked
             survivors += failed == "all pass"
             change = f"{there.strip()} -> {mutated.strip() or '(nothing)'}".replace("\n", " ")
             print(f"{'SURVIVES' if failed == 'all pass' else 'killed  '} {change}\n         {failed}", flush=True)

@@ -401,16 +401,17 @@ def test_a_small_disk(tmp_path, atlas):
 
 @pytest.mark.slow(2)
 def test_folders_and_files_without_permission(tmp_path, atlas):
-    if os.geteuid() == 0:
-        words = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
-        trial = [*words, sys.executable, str(ROOT / "launch/build.py"), "--help"]
-        if not shutil.which("setpriv") or subprocess.run(trial, capture_output=True, check=False).returncode:
-            pytest.skip("root may read everything, and nobody else may run this Python")
-    else:
-        words = []
     os.chmod(tmp_path, 0o777)
     for parent in takewhile(lambda folder: folder.name.startswith(("pytest-", "popen-")), tmp_path.parents):
         os.chmod(parent, 0o755)  # pytest's own folders only: those above are everybody's
+    words = []
+    if os.geteuid() == 0:
+        words = ["setpriv", "--reuid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+        trials = [[sys.executable, str(ROOT / "launch/build.py"), "--help"], ["ls", str(tmp_path)]]
+        if not shutil.which("setpriv") or any(
+            subprocess.run([*words, *trial], capture_output=True, check=False).returncode for trial in trials
+        ):
+            pytest.skip("root may read everything, and nobody else may run this Python, or enter this folder")
     secret, locked = tmp_path / "secret.h5ad", tmp_path / "locked"
     shutil.copy(atlas, secret)
     secret.chmod(0)

@@ -303,6 +303,9 @@ def test_expected_calibration_error_by_hand():
     # bins (0.7, 0.8]: confidence 0.75, right 0.5; (0.2, 0.3]: confidence 0.3, right 1: (2 * 0.25 + 1 * 0.7) / 3
     assert expected_calibration_error([0.75, 0.75, 0.3], [True, False, True]) == pytest.approx((0.5 + 0.7) / 3)
     assert expected_calibration_error([1.0, 0.0], [True, False]) == 0
+    # 0.5 is the top of the bin (0.4, 0.5]: alone in it, beside 0.45, and apart from 0.55
+    assert expected_calibration_error([0.5, 0.45], [True, False]) == pytest.approx(0.025)
+    assert expected_calibration_error([0.5, 0.55], [True, False]) == pytest.approx((0.5 + 0.55) / 2)
 
 
 def test_halves_do_not_depend_on_the_order_of_ties():
@@ -332,7 +335,7 @@ def test_the_shipped_calibration_is_monotone_from_0_to_1():
     assert ((confidences >= 0) & (confidences <= 1)).all() and confidences[-1] > 0.8
     assert calibrated(0.0, (shares, confidences)) == 0
     table = (np.array([0.0, 0.5, 1.0]), np.array([0.2, 0.4, 0.9]))
-    assert calibrated(0.75, table) == pytest.approx(0.65)
+    assert calibrated(0.75, table) == pytest.approx(0.65) and calibrated(0.0, table) == 0  # no vote, whatever it says
 
 
 # ---- candidates

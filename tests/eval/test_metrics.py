@@ -1,11 +1,13 @@
 """Metrics of hand-made answers against numbers worked out by hand, 40 malformed shapes, votes, and the paper's Table 3."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data.puzzles import Puzzle
+from eval import bootstrap
 from eval.bootstrap import Sums, intervals, paired, sums_of, units_of
 from eval.metrics import (
     METRICS,
@@ -332,6 +334,27 @@ def test_samples_count_as_their_mean_and_cells_of_a_batch_stay_together():
     scores = score_all([answer("T cell")] * 2 + [answer("B cell")] * 2, cells)
     draws = sums_of([[score] for score in scores], units_of(cells)).draws(0)[:, 0]
     assert set(draws) == {0.0, 0.5, 1.0}  # drawn cell by cell, quarters would come up too
+    # ---- the interval, and that of a difference, are of batches: of 4 with 25 cells each, two are right
+    many = [
+        replace(cells[0], id=f"{batch}/{i}", meta={"batch_id": batch, "cell_index": i})
+        for batch in "abcd"
+        for i in range(25)
+    ]
+    good, bad = ([[row] for row in score_all([answer(label)] * 100, many)] for label in ("T cell", "B cell"))
+    half = [*good[:50], *bad[50:]]
+    low, high = intervals(half, many, 0)["cell_accuracy"]
+    assert (low, high) == (0.0, 1.0)  # of 100 cells one by one: about 0.4 and 0.6
+    found = paired(half, bad, many)["cell_accuracy"]
+    assert found["interval"] == [0.0, 1.0] and found["p"] > 0.05  # of 100 cells: 0.001
+
+
+def test_resamples_in_several_pieces_are_as_many_and_not_alike(monkeypatch):
+    """The published test set has 1,095 batches, which takes two pieces."""
+    sums = Sums(np.arange(6.0)[:, None], np.ones((6, 1)))
+    monkeypatch.setattr(bootstrap, "CHUNK", 6 * 20)
+    draws = sums.draws("name", resamples=50)[:, 0]
+    assert draws.shape == (50,) and not np.array_equal(draws[:20], draws[20:40])
+    assert 2.0 < draws.mean() < 3.0
 
 
 def test_paired_bootstrap_by_hand():

@@ -8,12 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, free_port
 from tests.helpers.forked import ENVIRONMENT, TIMEOUT, Command, ForkedProcess, can_fork
 from trainer.ranks.watch import is_gone
 
@@ -24,6 +24,8 @@ class Node:
     """Words before a command that make it run on this node."""
     address: str
     interface: str
+    port: int = field(default_factory=free_port)
+    """Where launchers meet, if it is the head."""
 
     @property
     def host(self) -> str:
@@ -165,5 +167,5 @@ def torchrun(
     if head is None:
         words += ["--standalone"]
     else:
-        words += ["--nnodes", 2, "--node-rank", number, "--master-addr", head.address, "--master-port", 29511]
+        words += ["--nnodes", 2, "--node-rank", number, "--master-addr", head.address, "--master-port", head.port]
     return Launch(arguments=tuple(map(str, [*words, script, *arguments])), node=node)

@@ -62,6 +62,11 @@ def test_rewards_by_hand(text, batch, mixed, strict):
     assert batch_reward(text, PUZZLE).total == batch
     assert mixed_reward(text, PUZZLE).total == pytest.approx(mixed)
     assert strict_reward(text, PUZZLE).total == strict
+    for reward, right in ((batch_reward, batch), (mixed_reward, batch), (strict_reward, strict)):
+        found = reward(text, PUZZLE)
+        assert (found.status is Status.INVALID_FORMAT) == (right == -1) == bool(found.message)
+        assert found.parts["format_validity"] == float(batch != -1)  # two cells of one type have a valid format
+        assert found.parts["batch_accuracy"] == float(batch == 1) and found.parts["cell_accuracy"] >= 0
 
 
 @pytest.mark.parametrize(

@@ -453,9 +453,12 @@ def test_a_failing_reward_stops_the_run_by_name(run):
     assert said and len(set(said)) == 1, "every rank that gets to speak says the same"
     assert "RuntimeError: odd (odd.py, line 3)" in said[0] and "--resume --on-reward-error drop" in said[0]
     case = json.loads((folder / "stop/reward_failure.json").read_text())
-    assert (
-        len(case["completion"]) % 2 == 1 and f"puzzle {case['puzzle_id']}, response {case['response']} of 3" in said[0]
-    )
+    assert f"puzzle {case['puzzle_id']}, response {case['response']} of 3" in said[0] and case["step"] == 1
+    # the other run sampled the same answers: the one that failed is where the sentence says
+    rows = [json.loads(line) for line in (folder / "run/rollouts.jsonl").read_text().splitlines()]
+    where = ("step", "puzzle_id", "response", "completion")
+    failed = [[row[name] for name in where] for row in rows if row["status"] == "error"]
+    assert [case[name] for name in where] in failed
 
 
 def test_or_is_dropped_and_counted(run):

@@ -85,11 +85,14 @@ def vllm_server(checkpoint, tmp_path_factory):
             cwd=checkpoint,
             start_new_session=True,
         )
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # http_proxy may be set, and know no such place
     try:
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.3)

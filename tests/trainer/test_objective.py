@@ -36,6 +36,14 @@ def test_grpo_advantages_by_hand():
     torch.testing.assert_close(group_advantages(rewards, groups), expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize(("reward", "size"), [(0.7, 7), (2.3, 16), (12.7, 7), (25.3, 3)])
+def test_equal_rewards_give_0_where_their_mean_is_off_by_a_rounding(reward, size, kind):
+    """The mean of these, summed in float32, is another number: divided by the deviation it would give up to 0.5."""
+    rewards = torch.full((size,), reward)
+    assert group_advantages(rewards, torch.zeros(size, dtype=torch.long), kind).tolist() == [0.0] * size
+
+
 def test_dr_grpo_and_rloo_by_hand():
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=F64), torch.zeros(4, dtype=torch.long)
     assert group_advantages(rewards, groups, "dr_grpo").tolist() == [0.75, -0.25, -0.25, -0.25]
@@ -52,6 +60,11 @@ def test_ratio_token_and_sequence():
     # log 2 and -log 2 average to 0
     torch.testing.assert_close(importance_ratio(new, old, mask, "sequence"), t64([1.0, 1.0, 1.0]))
     assert importance_ratio(t64([100.0]), t64([0.0]), torch.tensor([[True]])).item() == pytest.approx(math.exp(20))
+    far = t64([30.0, 50.0]).requires_grad_()
+    ratio = importance_ratio(far, t64([0.0, 0.0]), torch.tensor([[True, True]]), "sequence")
+    ratio.sum().backward()
+    torch.testing.assert_close(ratio.detach(), t64([math.exp(10)] * 2))
+    assert far.grad.tolist() == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +104,14 @@ def test_the_clip_that_fired_is_the_one_that_takes_the_gradient(ratio, advantage
     clipped_surrogate(ratios, advantages, 0.2, 0.4, dual).sum().backward()
     assert CLIPS[clip_fired(ratios.detach(), advantages, 0.2, 0.4, dual).item()] == fired
     assert (ratios.grad.item() == 0) == bool(fired or advantage == 0)
+
+
+def test_at_a_bound_a_token_still_has_a_gradient_and_no_clip_fired():
+    """With --clip-low 0 every token of a fresh sample stands on the bound."""
+    for ratio, advantage, dual in ((0.75, -1.0, None), (1.25, 1.0, None), (3.0, -1.0, 3.0)):
+        ratios, advantages = t64([ratio]).requires_grad_(), torch.tensor([advantage], dtype=F64)
+        clipped_surrogate(ratios, advantages, 0.25, 0.25, dual).sum().backward()
+        assert CLIPS[clip_fired(ratios.detach(), advantages, 0.25, 0.25, dual).item()] == "" and ratios.grad.item() != 0
 
 
 def test_kl_estimators_by_hand():

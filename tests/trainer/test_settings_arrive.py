@@ -1,5 +1,6 @@
 """Every setting of an update reaches the arithmetic that it is for: objective, clipping, learning rate, decay, seed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from trainer.grpo import ask, clip_gradients, compare, make_canary, optimizer_st
 from trainer.packing import Denominators, make_micro_batch
 from trainer.policy import Prompt
 from trainer.prompts.choice import prompts_of_step
-from trainer.sft.loop import set_learning_rate, sum_and_clip_gradients
+from trainer.sft.loop import batch_of_step, set_learning_rate, sum_and_clip_gradients
 from trainer.sft.settings import SftConfig
 from trainer.start.parts import make_optimizer
 
@@ -112,6 +113,31 @@ def test_the_rate_falls_evenly_over_the_last_steps(decay, wanted):
         rates.append(optimizer_step(now, learner, SimpleNamespace(denominators=Denominators(1, 2)), torch.tensor(1.0)))
         assert p.item() == pytest.approx(-rates[-1])
     assert rates == pytest.approx(wanted)
+
+
+def test_without_a_scored_token_no_optimizer_step_is_made():
+    """Weight decay and the moments of earlier steps would move the weights."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.5)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    before, p.grad = p.detach().clone(), torch.zeros(2)
+    learner = SimpleNamespace(parameters={"p": p}, optimizer=optimizer, lr=0.5)
+    now = SimpleNamespace(step=3, cfg=GrpoConfig())
+    batch = SimpleNamespace(denominators=Denominators(0, 0))
+    assert optimizer_step(now, learner, batch, torch.tensor(0.0)) == 0.0
+    assert torch.equal(p, before) and p.grad is None
+
+
+def test_every_trace_of_an_epoch_is_trained_on_once():
+    cfg = SftConfig(traces="t", model="m", out="o", batch_size=4)
+    epochs = [[batch_of_step(list(range(10)), cfg, epoch, place) for place in range(3)] for epoch in (0, 1)]
+    for batches in epochs:
+        assert [len(batch) for batch in batches] == [4, 4, 2]
+        assert sorted(sum(batches, [])) == list(range(10))
+    other = [batch_of_step(list(range(10)), replace(cfg, seed=1), 0, place) for place in range(3)]
+    assert epochs[0] != epochs[1] and epochs[0] != other
+    assert epochs[0][1] == batch_of_step(list(range(10)), cfg, 0, 1)
 
 
 def test_the_optimizer_gets_rate_and_decay():
