@@ -25,7 +25,8 @@ fit = partial(option, section="Dry run: does it fit")
 
 # --preset: what each program's objective is, as values of the settings below; recipe keys and flags win over a preset.
 #   paper  Cell-o1 Eq. (1) and appendix B.3
-#   verl   verl's defaults with the KL loss of its GRPO examples; also the authors' run (there: low_var without +-20)
+#   verl   verl's defaults with the KL loss of its GRPO examples; near the authors' run (its
+#          token-mean is within micro-batches of 2, its low_var without +-20)
 #   trl    TRL's GRPOConfig defaults (loss_type "dapo", sampler correction "sequence_mask")
 PRESETS: dict[str, dict[str, Any]] = {
     "advantage": {"paper": "grpo", "verl": "grpo", "trl": "grpo"},

@@ -23,11 +23,11 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8 is finite in every dtype we train in
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str = "token") -> Tensor:
-    """New / old probability of each token. All [N,T] -> [N,T]; 1 where masked out; the log-ratio is clamped to +-20.
+    """New / old probability of each token. All [N,T] -> [N,T]; 1 where masked out.
 
     old: the policy before the batch's first update. That is the trainer's own number, not the sampler's.
 
-    level "token": exp(new - old). level "sequence" (GSPO, arXiv:2507.18071): every token of a row has the value of the
+    level "token": exp(new - old), the log clamped to +-20. "sequence" (GSPO, arXiv:2507.18071): every token has the value of its
     row's exp(mean log-ratio), while the gradient reaches each token's own log-prob (as in verl), and the log is capped at 10.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))  # exp(0) = 1 where masked out

@@ -68,11 +68,27 @@ def draw_puzzle_cells(
     sizes: numbers of cells N of a puzzle. The groups take turns. A turn draws a size N (of those with quota left and
     not more than the group's cell types), then N cell types, then one cell of each type. No set of cells is drawn
     twice: after TRIES draws that gave only sets seen before, a group is exhausted for that size.
+
+    The turns go by name, unless the quota is used up before every group with enough types has had one: names of a cohort
+    begin alike and must not decide, so then the order is drawn.
     """
+    beginning = rng.getstate()
+    drawn, left_over = _draw_in_turn(sorted(groups), groups, sizes, quota, rng)
+    able = {group for group, types in groups.items() if len(types) >= min(sizes)}
+    if able <= {group for group, _ in drawn}:
+        return drawn, left_over
+    rng.setstate(beginning)
+    return _draw_in_turn(_in_drawn_order(groups, rng), groups, sizes, quota, rng)
+
+
+def _draw_in_turn(
+    order: list[tuple[str, str]], groups: Groups, sizes: Sequence[int], quota: int, rng: random.Random
+) -> tuple[list[PuzzleCells], dict[str, Any]]:
+    """draw_puzzle_cells with the groups in a given order."""
     quota_left = dict.fromkeys(sizes, quota)
     drawn, seen, exhausted = [], set(), []
     closed: set[tuple[tuple[str, str], int]] = set()
-    queue = deque(_in_turn(groups, quota * len(sizes), rng))
+    queue = deque(order)
     while queue:  # every turn either draws a puzzle, closes a size of a group or drops the group, so this ends
         group = queue.popleft()
         types = groups[group]
@@ -92,15 +108,9 @@ def draw_puzzle_cells(
     return drawn, {"quota_left": {str(n): left for n, left in quota_left.items() if left}, "exhausted": exhausted}
 
 
-def _in_turn(groups: Groups, most: int, rng: random.Random) -> list[tuple[str, str]]:
-    """The groups in the order of their turns. most: puzzles that are drawn at most.
-
-    Where not every group gets a turn, names must not decide, since those of a cohort begin alike: donors come in a drawn
-    order, and a donor's second batch after the first batch of every other donor.
-    """
+def _in_drawn_order(groups: Groups, rng: random.Random) -> list[tuple[str, str]]:
+    """The groups in a drawn order, a donor's second batch after the first batch of every other donor."""
     order = sorted(groups)
-    if len(order) <= most:
-        return order
     rng.shuffle(order)
     batches: Counter = Counter()  # of each donor so far
     turn = {}

@@ -141,9 +141,7 @@ def build_file(
         gene_lists = _gene_lists(source, members, kind, advance)
         puzzles = _puzzles(source, drawn, members, gene_lists)
         report = {"sha256": digest.result(), "cells_set_aside": set_aside, "splits": {s: {} for s in SPLITS}}
-        report["notes"] = _note_on_lost_puzzles(puzzles, gene_lists) + _notes_on_donors_left_out(
-            groups, drawn, left_over, config
-        )
+        report["notes"] = _note_on_lost_puzzles(puzzles, gene_lists) + _notes_on_donors_left_out(groups, drawn, config)
     for split, made in puzzles.items():
         kept = [puzzle for puzzle in made if all(puzzle.cells)]  # a cell without a listed gene cannot be told apart
         puzzles[split] = kept
@@ -173,14 +171,14 @@ def _note_on_lost_puzzles(puzzles: dict[str, list[Puzzle]], gene_lists: dict[int
 
 
 def _notes_on_donors_left_out(
-    groups: dict[str, Groups], drawn: dict[str, list[PuzzleCells]], left_over: dict[str, dict], config: BuildConfig
+    groups: dict[str, Groups], drawn: dict[str, list[PuzzleCells]], config: BuildConfig
 ) -> list[str]:
     """A note for each split whose quota was used up before every donor that can give a puzzle had given one."""
     notes = []
     for split, of_split in groups.items():
         donors = {donor for (donor, _), types in of_split.items() if len(types) >= config.min_cells}
         heard = {donor for (donor, _), _ in drawn[split]}
-        if heard and len(heard) < len(donors) and not left_over[split].get("quota_left"):
+        if heard and len(heard) < len(donors):
             option = "--puzzles-per-n" if split == "train" else "--test-puzzles-per-n"
             notes.append(
                 f"{split}: its {len(drawn[split])} puzzles are of {len(heard)} of {len(donors)} donors, drawn at random; a "

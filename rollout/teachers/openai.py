@@ -39,7 +39,8 @@ LONGEST_WITHOUT_SIGNALS = 0.2
 LONGEST_ASKED = 600.0
 """An endpoint that asks for a longer wait, in seconds, ends the run."""
 FAILED_IN_A_ROW = 10
-"""This many requests in a row that failed for good end the run: the endpoint is down."""
+"""This many requests in a row that failed for good end the run: the endpoint is down. Once one was answered, only if they are
+of as many puzzles."""
 REFUSED_AT_FIRST = 8
 """This many requests that were refused before the first was answered end the run: the settings are wrong."""
 RETRIED = (408, 409, 425, 429)
@@ -50,7 +51,7 @@ ENDS_THE_RUN = {
     403: "does not allow it: check the key's rights and --model",
     404: "does not know the model or the path: check --model and --base-url",
 }
-"""HTTP status -> what it means; no other request can succeed."""
+"""HTTP status -> what it means; no other request can succeed (a 403 after an answer may be one prompt's: _count_failure)."""
 MAY_BE_CHARGED = (408, 504, 524)
 """HTTP statuses of a gateway that stopped waiting for a server. The server may have finished."""
 SECRET_LENGTH = 8

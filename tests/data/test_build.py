@@ -614,6 +614,12 @@ def test_where_donors_are_more_than_puzzles_names_do_not_decide():
     groups |= {("A000", f"b{i}"): {t: [next(rows)] for t in types} for i in range(100)}
     donors = [donor for (donor, _), _ in draw_puzzle_cells(groups, [8], 40, random.Random("0"))[0]]
     assert len(set(donors)) == 40
+    # sizes that no donor can fill, as by default, have a quota that helps nobody
+    few_types = {group: types for group, types in groups.items() if group[1] == "b"}
+    drawn, left_over = draw_puzzle_cells(few_types, range(8, 16), 60, random.Random("0"))
+    donors = [donor for (donor, _), _ in drawn]
+    assert len(set(donors)) == 60 and 15 < sum(donor.startswith("A") for donor in donors) < 45
+    assert left_over["quota_left"] == {str(n): 60 for n in range(9, 16)}
     drawn, _ = draw_puzzle_cells(dict(list(groups.items())[:30]), [8], 40, random.Random("0"))
     assert [donor for (donor, _), _ in drawn][:3] == ["A000", "A001", "A002"], (
         "every group has its turn: in their order"

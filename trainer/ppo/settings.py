@@ -14,8 +14,8 @@ valuing = partial(option, section="Critic")
 
 @dataclass(frozen=True, kw_only=True)
 class PpoConfig(OnlineConfig):
-    """Proximal policy optimisation (arXiv:1707.06347) with a critic. The defaults are verl's where it has the setting,
-    but for two: verl has --dual-clip 3, and no KL unless it is asked for.
+    """Proximal policy optimisation (arXiv:1707.06347) with a critic. PPO's own settings have verl's defaults, but for three:
+    verl has --dual-clip 3, no KL unless it is asked for, and four minibatches of a batch. Sizes and adapter are GRPO's.
     """
 
     algorithm: ClassVar[str] = "PPO"
