@@ -96,10 +96,10 @@ def refuse_wrong_words(arms: dict[str, list[list[str]]], paths: dict[str, Path])
 def values_of(arms: dict[str, list[list[str]]]) -> dict[str, list[dict[str, Any]]]:
     """{name: the settings of each of its commands}, with those of their recipes, and without what may change on --resume."""
     read = {
-        name: [vars(read_stage(*words, out="out", seed=0)) for words in commands if words[0] != START]
-        for name, commands in arms.items()
+        n: [vars(read_stage(*words, out="out", seed=0)) for words in of if words[0] != START] for n, of in arms.items()
     }
-    kept = {n: [{k: v for k, v in one.items() if k not in FREE_ON_RESUME} for one in of] for n, of in read.items()}
+    free = FREE_ON_RESUME - {"steps", "decay_steps"}  # compared are finished runs: none gets more of them
+    kept = {n: [{k: v for k, v in one.items() if k not in free} for one in of] for n, of in read.items()}
     return json.loads(json.dumps(kept, default=str))  # JSON's types, as in the record
 
 

@@ -24,7 +24,7 @@ from reward import load_reward
 from trainer.config import GrpoConfig, OnlineConfig
 from trainer.record.runfolder import check_run
 from trainer.start.memory import estimate_memory
-from trainer.start.preflight import check_launch, format_rows, launch_of, refuse_problems
+from trainer.start.preflight import check_launch, format_rows, launch_of, refuse_learned, refuse_problems
 
 if TYPE_CHECKING:  # loads transformers
     from trainer.prompts.validation import HeldOut
@@ -96,11 +96,11 @@ def held_out_puzzles(config: OnlineConfig, training: list[Puzzle]) -> "HeldOut":
     from trainer.prompts.validation import HeldOut, refuse_leaks
 
     held_out = read_puzzles(str(config.validate))
-    note = refuse_leaks(held_out, training, str(config.validate))
-    if note and os.environ.get("RANK", "0") == "0":
+    notes = [refuse_leaks(held_out, training, str(config.validate)), refuse_learned(held_out, config)]
+    if config.steps < config.validate_every:
+        notes.append(f"--validate-every {config.validate_every}: {config.steps} steps end before it")
+    for note in filter(None, notes if os.environ.get("RANK", "0") == "0" else []):
         click.echo(f"note: {note}", err=True)
-    if config.steps < config.validate_every and os.environ.get("RANK", "0") == "0":
-        click.echo(f"note: --validate-every {config.validate_every}: {config.steps} steps end before it", err=True)
     return HeldOut(puzzles=held_out, judge=paper_metrics)
 
 

@@ -1,6 +1,6 @@
-"""Hold out donors of training puzzles, for --validate of launch/grpo.py and launch/ppo.py.
+"""Hold out donors of training puzzles, for --validate of launch/grpo.py and launch/ppo.py: before distill.py and sft.py.
 
-python launch/hold_out.py --puzzles mine/puzzles/train.parquet --out mine/held
+python launch/hold_out.py --puzzles mine/puzzles/train.parquet --out mine/held     # then all on mine/held/train.parquet
 python launch/grpo.py --puzzles mine/held/train.parquet --validate mine/held/validation.parquet ...
 """
 

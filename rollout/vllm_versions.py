@@ -1,7 +1,7 @@
 """What is set and changed in vLLM where an engine starts, and where its versions differ: in one place.
 
-The ranges of setup.cfg were read and tried at both ends: vLLM 0.26 with torch 2.11 (on a GPU), 0.32 with torch 2.13 (on
-a CPU). What else we use of vLLM is alike in them.
+The ranges of setup.cfg were tried at both ends, vLLM 0.26 with torch 2.11 (on a GPU and on a CPU) and 0.32 with torch 2.13 (on
+a CPU), and read in all versions between. What else we use of vLLM is alike in them, or the place that uses it says so.
 """
 
 import os
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ def prepare_environment(kv_cache_bytes: int) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault(
+        "VLLM_USE_FLASHINFER_SAMPLER", "0"
+    )  # a nucleus is drawn with its own generator: see drawing_from
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
         # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
@@ -75,6 +79,30 @@ def vllm_rank(rank: int) -> int:
     raise UserError(
         f"an adapter of rank {rank}: vLLM serves up to 512; train with a smaller --lora-rank, or merge it (launch/export.py)"
     )
+
+
+def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) -> bool:
+    """Does the sampler add the adapter to its weights ("merged"), or compute it beside them in vLLM's kernels ("kernel")?
+
+    "auto" merges on a CPU, where vLLM's kernels take several times as long as the model itself, but not into a bfloat16 base:
+    its numbers lie far apart, and a small update would be rounded away from most of them. dtype: of the trainer's base.
+    on_gpu: also True where the weights are the trainer's too.
+    """
+    can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
+    if sampler_lora == "merged" and not can:
+        raise UserError(
+            f"--sampler-lora merged: needs --dtype float32 and safetensors files in {model_dir}; use --sampler-lora kernel"
+        )
+    return sampler_lora == "merged" or (sampler_lora == "auto" and can and not on_gpu)
+
+
+def refuse_kernels(dtype: str, on_gpu: bool) -> None:
+    """Raises UserError where vLLM's kernels cannot compute an adapter. dtype: of the sampler."""
+    if on_gpu and dtype == "float32":  # its kernels assert it, inside its start
+        raise UserError(
+            "--dtype float32: on a GPU vLLM computes adapters in 16 bits only; use --dtype bfloat16 (or, in grpo.py and "
+            "ppo.py, --sampler-dtype bfloat16)"
+        )
 
 
 def refuse_dora(config: dict[str, Any]) -> None:

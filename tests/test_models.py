@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mistral_common
 import pytest
@@ -28,12 +29,14 @@ from tests.helpers.commands import ROOT, SMALL_GRPO, run_command, succeed
 from trainer.model.embedded import CHAT_TEMPLATE
 from trainer.model.loading import load_tokenizer
 from trainer.model.opening import open_checkpoint
+from trainer.model.serving import refuse_other_positions
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces
+from trainer.sft.loop import check_held_out
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy
-from trainer.start.preflight import context_of, steady_positions
+from trainer.start.preflight import context_of, steady_positions, unread_scaling
 
 DAY = datetime.date(2026, 2, 3)
 HEADER = "<|im_start|>assistant\n"
@@ -866,6 +869,45 @@ def test_positions_are_steady_up_to_where_they_depend_on_what_stands_beside_them
         kind = str(settings)
         wanted = 512 if "dynamic" in kind else math.inf
         assert steady_positions({"max_position_embeddings": 512, **settings}) == wanted, kind
+
+
+def test_a_scaling_of_attention_that_nobody_reads_is_named_with_its_remedy(pipeline, tmp_path):
+    """DeepSeek-R1-0528-Qwen3-8B: its authors' factor makes YaRN's own 1."""
+    yarn = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attn_factor": 0.8782488562869419,
+    }
+    model = shutil.copytree(pipeline / "base", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for more, named in ({}, True), ({"attention_factor": 1.0}, False):
+        rope = yarn | more | {"rope_theta": 10000.0}
+        (model / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+        problems = [row.problem for row in check_model(str(model)) if row.problem]
+        assert [one for one in problems if 'write "attention_factor": 1.0 beside it' in one] == problems[:1] * named
+    assert unread_scaling({"rope_scaling": {"type": "linear", "factor": 4.0, "attn_factor": 0.5}}) == ""
+
+
+def test_a_model_with_longrope_is_not_asked_where_vllm_takes_its_other_factors(tmp_path, capsys):
+    """vLLM takes the long factors for every position when prompt and response may be longer; training never does."""
+    inside = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    shape = {"max_position_embeddings": 512, "rope_parameters": inside}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    opened = SimpleNamespace(base=tmp_path, folder=tmp_path, adapter={})
+    refuse_other_positions(opened, 64)
+    with pytest.raises(UserError, match="--max-response-tokens: .* up to 80 tokens, and beyond 64 .* give 16 fewer"):
+        refuse_other_positions(opened, 80)
+    refuse_other_positions(
+        SimpleNamespace(**{**vars(opened), "adapter": None}), 80
+    )  # trained elsewhere: it may know them
+    assert "note: prompt and response have up to 80 tokens, and beyond 64" in capsys.readouterr().err
+    examples = [SimpleNamespace(prompt_ids=[1] * 50)]
+    policy = SimpleNamespace(causal_lm=SimpleNamespace(config=SimpleNamespace(to_dict=lambda: shape)))
+    cfg = SftConfig(traces="t", model="m", out="o", eval_engine="vllm", eval_response_tokens=30, holdout=0.1)
+    with pytest.raises(UserError, match="more than the model's 64 positions as it is trained; use at most 14"):
+        check_held_out(examples, policy, cfg)
+    check_held_out(examples, policy, replace(cfg, eval_response_tokens=14))
 
 
 @pytest.mark.slow(2)

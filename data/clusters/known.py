@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -144,6 +144,29 @@ def labels_file_of(model: str | Path) -> Path | None:
     if Path(model).is_file():
         beside = Path(model).parent / LABELS
         return beside if beside.is_file() else None
+    for folder, settings in runs_behind(model):
+        if (folder / CELL_TYPES).is_file():
+            return folder / CELL_TYPES
+        named = [Path(settings["labels"])] if settings.get("labels") else []
+        named += [Path(settings[key]).parent / LABELS for key in ("puzzles", "traces") if settings.get(key)]
+        for path in (seen_from(folder, path) for path in named):
+            if path.is_file():
+                return path
+    return None
+
+
+def learned_files_of(model: str | Path) -> list[Path]:
+    """The files of puzzles and traces that a model was trained on, as its runs name them; some may not be there any more."""
+    return [
+        seen_from(folder, Path(settings[key]))
+        for folder, settings in runs_behind(model)
+        for key in ("traces", "puzzles")
+        if settings.get(key)
+    ]
+
+
+def runs_behind(model: str | Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """(folder, settings of its run, {} without one) of a model, of those that it was trained from, and so on."""
     seen: set[Path] = set()
     waiting = [Path(model)]
     while waiting:
@@ -151,18 +174,11 @@ def labels_file_of(model: str | Path) -> Path | None:
         if folder in seen or not folder.is_dir():
             continue
         seen.add(folder)
-        if (folder / CELL_TYPES).is_file():
-            return folder / CELL_TYPES
         settings = _run_settings(folder)
-        named = [Path(settings["labels"])] if settings.get("labels") else []
-        named += [Path(settings[key]).parent / LABELS for key in ("puzzles", "traces") if settings.get(key)]
-        for path in (seen_from(folder, path) for path in named):
-            if path.is_file():
-                return path
+        yield folder, settings
         adapter = folder / ADAPTER_CONFIG
         base = read_settings(adapter).get("base_model_name_or_path") if adapter.is_file() else None
         waiting += [seen_from(folder, Path(place)) for place in (base, settings.get("model")) if place]
-    return None
 
 
 def _run_settings(folder: Path) -> dict[str, str]:

@@ -37,10 +37,11 @@ MADE: dict[str, tuple[str, ...]] = {
     "grpo_steps": (GRPO,),
     CUT: (EVALUATED,),
     "eval_puzzles": (EVALUATED,),
+    "annotate": ("annotate/labelled.csv",),
 }
 """{setting: files that were made with it}. Until one of them is there the setting may change; of a training that has begun
 and not ended, --resume says what may change. The settings that are not here change nothing that is made."""
-FREE = frozenset({"workers", "concurrency", "resume"})
+FREE = frozenset({"workers", "concurrency", "resume", "memory_fraction", "eager", "chunk"})
 """Options of the stages that are no trainings which say how a machine is used, and may always change."""
 
 
@@ -64,7 +65,10 @@ def refuse_other_settings(config: DemoConfig, recipe: dict[str, Any], free: set[
         return
     before = read_sealed(out / RECORD)
     for name, value in recorded_settings(config, recipe).items():
-        was, now = (_items(one, FREE | free) for one in (before.get(name, value), value))
+        may_change = FREE | (
+            free - {"decay_steps"} if name in ("sft", "grpo_recipe") else set()
+        )  # of a finished run it may not
+        was, now = (_items(one, may_change) for one in (before.get(name, value), value))
         if was != now and _is_made(out, MADE[name]):
             old, new = (", ".join(sorted(one)) or "nothing" for one in (was - now, now - was))
             raise UserError(

@@ -107,12 +107,11 @@ class VLLMTeacher:
         return [found[i] for i in range(len(prompts))]
 
     def tokens_with(self, character: str) -> list[int]:
-        """The tokens whose text holds the character."""
+        """The tokens whose text holds the character, of those that the model has (Gemma 3's image token is none)."""
         if character not in self.holding:
             tokenizer = self.chat.tokenizer
-            self.holding[character] = [
-                token for token in tokenizer.get_vocab().values() if character in tokenizer.decode([token])
-            ]
+            tokens = [token for token in tokenizer.get_vocab().values() if token < self.chat.vocabulary]
+            self.holding[character] = [token for token in tokens if character in tokenizer.decode([token])]
         return self.holding[character]
 
     def stop(self) -> None:

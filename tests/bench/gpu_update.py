@@ -174,7 +174,7 @@ def measure_trl(task: Task) -> None:
                 made = TrlStep(
                     task.folder, task.groups(), dtype=task.dtype, out=tempfile.mkdtemp(), attn=attn, **settings
                 )
-                timed(name, made.step)
+                timed(name, made.step, 1)  # once, after one that is not counted: all settings must fit the piece
             except Exception as error:  # of whatever library: the other settings are still wanted
                 say(f"update_{name}", f"failed: {str(error).splitlines()[0]}")
             del made

@@ -165,12 +165,18 @@ def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):
 def test_a_recipe_that_was_edited_under_a_finished_run_is_refused(tmp_path):
     recipe = tmp_path / "mine.yaml"
     arms = {"A": [["grpo", "--recipe", str(recipe), "--model", "{sft}"]]}
-    recipe.write_text("lr: 1.0e-3\nsave_every: 5\n")
+    recipe.write_text("lr: 1.0e-3\nsave_every: 5\nsteps: 5\n")
     record_commands(tmp_path, arms["A"], values_of(arms)["A"])
     (tmp_path / "finished.json").write_text("{}")
-    recipe.write_text("lr: 1.0e-3\nsave_every: 7\n")  # which --resume may change
+    recipe.write_text("lr: 1.0e-3\nsave_every: 7\nsteps: 5\n")  # which --resume may change
     refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
-    recipe.write_text("lr: 5.0e-2\n")
+    recipe.write_text("lr: 1.0e-3\nsteps: 7\n")  # and steps too, but of a run that goes on
+    with pytest.raises(UserError, match="--arms A: .* was made with steps 5, and now gets 7; give the old value"):
+        refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
+    (tmp_path / "finished.json").unlink()
+    refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
+    (tmp_path / "finished.json").write_text("{}")
+    recipe.write_text("lr: 5.0e-2\nsteps: 5\n")
     with pytest.raises(UserError, match="--arms A: .* was made with lr 0.001, and now gets 0.05; give the old value"):
         refuse_other_commands({tmp_path: ("A", arms["A"])}, values_of(arms))
 

@@ -142,6 +142,27 @@ def test_the_questions_are_python():
         assert not done.stderr or "No package metadata was found for vllm" in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("version", "kept"),
+    [("2.11.0+cu130", "2.11.0"), ("2.13.0", "2.13.0"), ("2.12.1", ""), ("2.11.0a0+git", ""), ("2.13.1", "")],
+)
+def test_a_torch_is_kept_only_if_a_vllm_was_made_for_it(tmp_path, version, kept):
+    """vLLM pins one torch each: 0.26.0 has 2.11.0, and 0.27.0 to 0.32.0 have 2.13.0."""
+    (tmp_path / "torch.py").write_text(
+        f"__version__ = {version!r}\nclass cuda:\n    is_available = staticmethod(lambda: True)\n"
+    )
+    question = re.search(r"^KEEP='(.*?)'$", (ROOT / "launch/setup.sh").read_text(), re.DOTALL | re.MULTILINE)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", question],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.strip() == kept
+
+
 def test_a_gpu_can_be_ignored(setup):
     _, (_, *installs), _ = setup(ONE_GPU, EXTRA="cpu")
     assert installs[-1].endswith("-e .[cpu,test]")

@@ -15,10 +15,10 @@ class Tokens:
     """A tokenizer, and the format of a model that uses it."""
 
     def __init__(self) -> None:
-        self.tokenizer = self
+        self.tokenizer, self.vocabulary = self, len(PIECES)
 
     def get_vocab(self) -> dict[str, int]:
-        return {piece: i for i, piece in enumerate(PIECES)}
+        return {piece: i for i, piece in enumerate([*PIECES, "<image>"])}  # the last has no row in the model
 
     def decode(self, ids: list[int]) -> str:
         return "".join(PIECES[i] for i in ids if i != END)
@@ -39,6 +39,7 @@ class Engine:
 
     def generate(self, names: list[str], prompts: list[list[int]], sampling: Sampling) -> list[list[Rollout]]:
         self.calls.append((names, sampling))
+        assert max(sampling.stop_ids) < len(PIECES)  # as vLLM does from 0.29 on
         groups = []
         for name, ids in zip(names, prompts, strict=True):
             rest = self.minds[name][len(ids) - 6 :][: sampling.max_tokens]

@@ -141,10 +141,19 @@ def test_four_bits_and_eight_bit_moments_are_counted():
 
 
 @pytest.mark.slow(2)
-@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)])
-@pytest.mark.parametrize("rank", [8, 0])
-def test_the_activation_estimate_is_what_autograd_keeps(pipeline, dtype, checkpointing, rank):
-    config = GrpoConfig(lora_rank=rank, dtype=dtype, checkpointing=checkpointing)
+@pytest.mark.parametrize(
+    ("rank", "dtype", "checkpointing", "autocast"),
+    [
+        *(
+            (rank, *how, False)
+            for rank in (8, 0)
+            for how in (("float32", False), ("float32", True), ("bfloat16", False))
+        ),
+        (8, "float32", False, True),
+    ],
+)
+def test_the_activation_estimate_is_what_autograd_keeps(pipeline, rank, dtype, checkpointing, autocast):
+    config = GrpoConfig(lora_rank=rank, dtype=dtype, checkpointing=checkpointing, autocast=autocast)
     policy = Policy(
         str(pipeline / "base"),
         lora_rank=rank,
@@ -153,6 +162,7 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, dtype, checkpo
         device=torch.device("cpu"),
         dtype=getattr(torch, dtype),
         checkpointing=checkpointing,
+        autocast=autocast,
     )
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
@@ -169,7 +179,7 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, dtype, checkpo
     shape = AutoConfig.from_pretrained(pipeline / "base")
     size, h, i = getattr(torch, dtype).itemsize, shape.hidden_size, shape.intermediate_size
     estimate = activation_bytes(config, shape, 1200, False) + autocast_bytes(
-        config, trained_bytes(config, policy.causal_lm)
+        config, trained_bytes(config, policy.causal_lm), policy.causal_lm
     )
     estimate -= 1200 * size * (3 * i + 2 * h)  # gradients of the backward pass, which has not begun
     if checkpointing:  # the layer that is computed again is not alive yet

@@ -93,11 +93,16 @@ def answer_only(puzzle: Puzzle) -> str:
 def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple[list[Example], list[Example]]:
     """(to train on, held out). holdout: share of the puzzles held out; at least one puzzle if there are two or more.
 
-    All traces of a puzzle go to the same side. Puzzles with equal prompts are one puzzle, whatever their ids.
+    All traces of a puzzle go to the same side. Puzzles with equal prompts are one puzzle, whatever their ids, and so are the
+    cells of a batch in a cell-level file: they share candidates, and the labels of all but one leave the last.
     """
     first: dict[str, str] = {}
     # one puzzle under two ids, trained on and held out, would make eval_loss too good
-    names_of = [first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id) for e in examples]
+    batches = [e.puzzle.meta.get("batch_id") if e.puzzle.variant == "cell" else None for e in examples]
+    names_of = [
+        first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id if batch is None else f"batch {batch}")
+        for e, batch in zip(examples, batches, strict=True)
+    ]
     names = sorted(set(names_of))
     random.Random(f"{seed} holdout").shuffle(names)  # of sorted names: independent of the order of the file
     # rounded down, but at least one, and never the only one

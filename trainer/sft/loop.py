@@ -42,7 +42,14 @@ from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
 from trainer.start.parts import load_policy, make_optimizer, print_notes, refuse_to_replace
-from trainer.start.preflight import context_of, model_config, rank_problem, refuse_problems, steady_positions
+from trainer.start.preflight import (
+    context_of,
+    model_config,
+    rank_problem,
+    refuse_problems,
+    served_positions,
+    steady_positions,
+)
 
 BETAS = (0.9, 0.95)
 """AdamW's decay rates."""
@@ -199,11 +206,13 @@ def check_held_out(held_out: list[Example], policy: Policy, cfg: SftConfig) -> N
     if not held_out and (cfg.patience or cfg.eval_engine != "none"):
         raise UserError(f"--traces {cfg.traces}: too few puzzles to hold one out for --patience or --eval-engine")
     longest = max((len(example.prompt_ids) for example in held_out), default=0)
-    context = context_of(policy.causal_lm.config.to_dict()) or math.inf
+    shape = policy.causal_lm.config.to_dict()
+    context = min(context_of(shape) or math.inf, served_positions(shape))
     if cfg.eval_engine != "none" and longest + cfg.eval_response_tokens > context:
         raise UserError(
             f"--eval-response-tokens {cfg.eval_response_tokens}: with prompts of up to {longest} tokens more than the "
-            f"model's {context} positions; use at most {context - longest}"
+            f"model's {context} positions{' as it is trained' * (context == served_positions(shape))}; use at most "
+            f"{context - longest}"
         )
 
 

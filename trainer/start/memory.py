@@ -234,11 +234,12 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
             "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
             "activations": activation_bytes(cfg, base.config, tokens, launch.device == "cuda")
-            + autocast_bytes(cfg, trained),
+            + autocast_bytes(cfg, trained, base),
             "attention scores": score_bytes(cfg, base.config, tokens) if launch.device == "cuda" else 0.0,
-            # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head
+            # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head (a GPU's kernel writes
+            # beside them in float32 too)
             "logits": min(CHUNK_LOGITS[launch.device], 1024 * base.config.vocab_size)
-            * (4.0 + (size if size < 4 else 0)),
+            * (4.0 + (size if size < 4 or launch.device == "cuda" else 0)),
         },
         one_row=of_step <= cfg.micro_tokens,
         # the roots of the second moments, of all weights at once on a GPU
@@ -332,8 +333,7 @@ def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool)
 
 
 def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool) -> float:
-    """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation."""
-
+    """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation between layers."""
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
@@ -342,6 +342,10 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     again = kernels and cfg.quantize == "none"
     # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
     norms = 2 * h * ((size if kernels else 4) + (0 if again else size))
+    if (
+        cfg.lora_rank and cfg.compute_dtype != cfg.dtype
+    ):  # --autocast: q, k, v, gate and up each keep a rounded copy of their input
+        norms, size = 2 * h * 4 + 5 * h * 2, 2
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
     gated = kernels and shape.hidden_act == "silu"
     # gate, up and their product; PyTorch's operations keep silu(gate) as well
@@ -356,10 +360,18 @@ def attention_bytes(shape: Any, size: int) -> int:
     return shape.num_attention_heads * (size * head_size(shape) + 4)
 
 
-def autocast_bytes(cfg: OnlineConfig, trained: float) -> float:
-    """Bytes of the adapter rounded to bfloat16, which autocast keeps for backward; with checkpointing for a layer only."""
-    rounded = cfg.lora_rank and cfg.compute_dtype == "bfloat16" and not cfg.checkpointing
-    return trained / 2 if rounded else 0.0
+def autocast_bytes(cfg: OnlineConfig, trained: float, base: torch.nn.Module) -> float:
+    """Bytes of weights rounded to bfloat16, which autocast keeps for backward; with checkpointing those of a layer only.
+
+    The adapter's always, since it is in float32; of a base in float32 its own beside them.
+    """
+    if not cfg.lora_rank or cfg.compute_dtype != "bfloat16":
+        return 0.0
+    adapter = 0.0 if cfg.checkpointing else trained / 2
+    if cfg.dtype != "float32" or cfg.quantize != "none":
+        return adapter
+    layers = sum(m.weight.numel() for m in linear_layers(base)) / (len(base.model.layers) if cfg.checkpointing else 1)
+    return adapter + 2.0 * (layers + base.config.vocab_size * base.config.hidden_size)
 
 
 def n_weights(module: torch.nn.Module) -> int:

@@ -31,7 +31,7 @@ from trainer.model.loading import (
     why_not_shared,
 )
 from trainer.policy import Policy
-from trainer.start.preflight import Row, model_config
+from trainer.start.preflight import Row, model_config, unread_scaling
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings that a mixture of experts has, each named by some model."""
@@ -44,6 +44,8 @@ def check_model(model_dir: str, vllm: bool = True, lora: bool = True) -> list[Ro
     """
     settings = model_config(model_dir)
     try:
+        if problem := unread_scaling(settings):
+            raise UserError(f"--model {model_dir}: {problem}")
         refuse_unservable(model_dir, read_config(model_dir), vllm)
         base = empty_model(model_dir, torch.float32, "sdpa")  # the structure alone, without weights
         head = head_of(base, model_dir)

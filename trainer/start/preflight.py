@@ -11,10 +11,11 @@ from typing import Any
 import psutil
 import torch
 
+from data.clusters.known import learned_files_of
 from data.errors import UserError
 from data.files import read_settings
-from rollout.vllm_engine import merges_adapter
-from rollout.vllm_versions import vllm_rank
+from data.puzzles import Puzzle, read_puzzles, shared_puzzles
+from rollout.vllm_versions import merges_adapter, refuse_kernels, vllm_rank
 from trainer.config import OnlineConfig
 from trainer.model.shared import base_refused, why_two_copies, with_sampler_dtype
 from trainer.ranks.world import gpu_problem
@@ -134,6 +135,30 @@ def steady_positions(model: dict[str, Any]) -> float:
         name = "original_max_position_embeddings"
         return scaling.get(name) or model.get(name) or math.inf
     return model.get("max_position_embeddings") or math.inf if kind == "dynamic" else math.inf
+
+
+def unread_scaling(model: dict[str, Any]) -> str:
+    """What to mend where config.json scales attention by a name that transformers and vLLM do not read; "" if all is read.
+
+    DeepSeek-R1-0528-Qwen3-8B names attn_factor, which some programs read as a factor of YaRN's own 0.1 ln(factor) + 1
+    (arXiv:2309.00071, Eq. 22): without it the scores of attention are 1.3 times as large.
+    """
+    kind, scaling = _rope_of(model)
+    if kind != "yarn" or not scaling.get("attn_factor") or scaling.get("attention_factor") is not None:
+        return ""
+    meant = float(scaling["attn_factor"]) * (0.1 * math.log(max(scaling.get("factor") or 1, 1)) + 1)
+    return (
+        "its config.json scales attention by attn_factor, which transformers and vLLM do not read, so attention is another "
+        f'than the authors\'; write "attention_factor": {round(meant, 6)} beside it'
+    )
+
+
+def served_positions(model: dict[str, Any]) -> float:
+    """Longest sequence that vLLM may be told of and still rotates as in training; inf for most models.
+
+    Beyond it vLLM takes longrope's long factors for every position, those of a short prompt too; we train with the short ones.
+    """
+    return steady_positions(model) if _rope_of(model)[0] in ("longrope", "su") else math.inf
 
 
 def check_launch(cfg: OnlineConfig, launch: Launch) -> list[Row]:
@@ -260,9 +285,32 @@ def _adapter_row(cfg: OnlineConfig, launch: Launch, model: dict[str, Any]) -> Ro
         plain = launch.device == "cuda" or not why_two_copies(cfg, on_gpu=False)
         if merges_adapter(cfg.sampler_lora, str(cfg.model), cfg.dtype, plain):
             return Row(what="LoRA", value=f"{value}, added to the sampler's weights")
+        refuse_kernels(cfg.sampler_dtype, launch.device == "cuda")
         return Row(what="LoRA", value=f"{value}, in vLLM's slot of {vllm_rank(cfg.lora_rank)}")
     except UserError as error:
         return Row(what="LoRA", value=value, problem=str(error))
+
+
+def refuse_learned(held_out: list[Puzzle], cfg: OnlineConfig) -> str:
+    """Raises UserError for held-out puzzles on which --model was trained before, such as those of its cold start.
+
+    Returns a sentence for the user where only donors are shared, or a file is gone, so that nobody can know; else "".
+    """
+    notes = []
+    for file in learned_files_of(cfg.model):
+        if not file.is_file():
+            notes.append(f"{file}, on which --model was trained, is gone, so a shared puzzle is not seen")
+            continue
+        learned, what = read_puzzles(file), f"{file}, on which --model was trained"
+        shared = shared_puzzles(held_out, learned, by_donor=False)
+        if shared and not cfg.resume:  # a run that was begun by an older version may end
+            raise UserError(
+                f"--validate {cfg.validate}: shares {shared} with {what}; hold out donors first (launch/hold_out.py), then "
+                "distill and train on what is left"
+            )
+        if shared := shared or shared_puzzles(held_out, learned):
+            notes.insert(0, f"shares {shared} with {what}, so validation/* will be too good")
+    return f"--validate {cfg.validate}: {notes[0]}" if notes else ""
 
 
 def refuse_problems(rows: list[Row]) -> None:

@@ -15,6 +15,7 @@ from launch.grpo import held_out_puzzles, paper_metrics
 from tests.helpers.commands import ROOT, SMALL_GRPO, kill_at, run_command, succeed
 from trainer.config import GrpoConfig
 from trainer.prompts.validation import Validator, refuse_leaks
+from trainer.start.preflight import refuse_learned
 
 SCRIPT = ROOT / "tests/helpers/validated.py"
 SMALL = (*SMALL_GRPO, "--engine", "torch", "--reward-workers", 0, "--save-every", 2, "--date", "2026-11-26")
@@ -210,6 +211,29 @@ def test_a_leak_is_refused_by_name():
             refuse_leaks([puzzle(name, "D3", "NKG7")], train, file)
     note = refuse_leaks([puzzle("mine", None, "NKG7")], train, "v.parquet")
     assert note == "--validate v.parquet: not every puzzle states its donor, so a shared one is not seen"
+
+
+def test_what_the_cold_start_learned_is_no_held_out_puzzle(tmp_path, monkeypatch):
+    """The order of the README before it said so: distill and train on all donors, then hold some out."""
+    traces = [puzzle("train-1", "D1"), puzzle("train-2", "D2", "CD8A")]
+    write_puzzles(tmp_path / "traces.parquet", traces)
+    run = tmp_path / "mine/sft"
+    (run / "model").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"settings": {"traces": "traces.parquet", "model": "base"}}))
+    cfg = GrpoConfig(model=str(run / "model"), validate="v.parquet")
+    assert refuse_learned([puzzle("train-3", "D3", "NKG7")], cfg) == ""
+    with pytest.raises(
+        UserError, match=r"shares 1 equal puzzle \(train-1 and train-1\) with .*traces.parquet, on which"
+    ):
+        refuse_learned([puzzle("train-1", "D1")], cfg)
+    told = (
+        f"shares 1 equal puzzle (train-1 and train-1) with {tmp_path / 'traces.parquet'}, on which --model was trained"
+    )
+    assert told in refuse_learned([puzzle("train-1", "D1")], replace(cfg, resume=True))
+    assert "shares 1 donor (D2) with " in refuse_learned([puzzle("train-4", "D2", "GNLY")], cfg)
+    (tmp_path / "traces.parquet").unlink()
+    assert "traces.parquet, on which --model was trained, is gone" in refuse_learned([puzzle("train-1", "D1")], cfg)
+    assert refuse_learned(traces, replace(cfg, model=str(tmp_path))) == ""  # no run: nobody knows
 
 
 @pytest.mark.slow(1)
