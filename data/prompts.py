@@ -153,6 +153,11 @@ class ChatFormat:
         """The tokens at which sampling ends: all that the tokenizer, the configurations and the template name."""
         self._check_answers()
 
+    def how_asked(self) -> list[str]:
+        """Sentences for one who asks the model with another program: where a prompt is not what its template alone gives."""
+        dated = "strftime_now(" in self._template()
+        return [*self.notes, *([f"the chat template shows the date, which was {self.date}"] if dated else [])]
+
     def prompt_text(self, chat: list[dict[str, str]]) -> str:
         """The prompt, ending where the model begins to speak. Raises UserError when the template loses a message."""
         text = self._render(chat)
@@ -217,17 +222,20 @@ class ChatFormat:
 
     # ---- what is found out when it is made
 
+    def _template(self) -> str:
+        template = getattr(self.tokenizer, "chat_template", None)
+        return (template.get("default") if isinstance(template, dict) else template) or ""
+
     def _render(self, chat: list[dict[str, str]], to_speak: bool = True) -> str:
         turns = system_before_user(chat) if self.system_in_user else chat
         if self.in_parts:
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         # in place of transformers' clock: a resumed run asks with its first day. In the template's text, since newer
         # versions of transformers hand no function to a template
-        template = getattr(self.tokenizer, "chat_template", None)
-        template = template.get("default") if isinstance(template, dict) else template
-        dated = _DATE_CALL.sub(lambda call: json.dumps(self.date.strftime(call[2])), template or "")
+        template = self._template()
+        dated = _DATE_CALL.sub(lambda call: json.dumps(self.date.strftime(call[2])), template)
         clock = {"strftime_now": self.date.strftime} if "strftime_now(" in dated else {}  # of a format that is computed
-        clock |= {"chat_template": dated} if dated != (template or "") else {}
+        clock |= {"chat_template": dated} if dated != template else {}
         return self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=to_speak, **clock, **self.switches
         )

@@ -2,7 +2,7 @@
 
 A model is a function `ask(puzzles, first)` that yields lists of pairs (puzzle, [k] Answer); each list is saved when it
 comes. `first` is the position of the chunk in the file. A local model derives its seed from it, so that a run that was
-killed and resumed gives the same answers as an unbroken run.
+killed and resumed gives the same answers as an unbroken run (on the same day, where the chat template of a model shows it).
 
 A row of predictions.jsonl is {id, prediction, response_tokens, finish_reason}. With k > 1 answers per puzzle it also
 has samples, samples_tokens and samples_finish_reasons, [k] each, and `prediction` is the first sample; under --consensus

@@ -24,9 +24,7 @@ def main(config: SftConfig) -> None:
     """Supervised fine-tuning on accepted traces, LoRA or full, completion-only loss; writes OUT/model."""
     from trainer.sft.loop import train  # transformers takes seconds to load: not for --help or a bad setting
 
-    model = train(config, paper_metrics) / "model"
-    if (model / "config.json").is_file():  # else SIGTERM has stopped it
-        print(f"wrote {model}")
+    train(config, paper_metrics)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ def test_notes_say_what_is_unusual_and_the_date_is_the_runs(tokenizers, tmp_path
     assert notes["a thinking switch"] == ["the chat template reasons with enable_thinking=True, so that is set"]
     dated = ChatFormat(with_template(tokenizer, DATED), tmp_path, DAY)
     assert dated.prompt_text([{"role": "user", "content": "x"}]).startswith("Today: 03 Feb 2026\n")
+    assert dated.how_asked() == [*dated.notes, "the chat template shows the date, which was 2026-02-03"]
 
 
 ADDED = CHAT_TEMPLATE.replace(

@@ -3,7 +3,7 @@
 #   sh tests/bench/gpu.sh OUT [PIECE ...]
 # Prints RESULT lines and keeps them in OUT/results.txt, with the whole output of each piece in OUT/PIECE.log. A piece that
 # fails, or runs past its limit, is one RESULT line, and the next begins. README.md beside this file says what the pieces are;
-# without a name: kernels, smollm2, update and shape_7b, in at most 9 minutes.
+# without a name: kernels, update, shape_7b and smollm2, in at most 9 minutes.
 #
 # From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
 # fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
@@ -68,7 +68,7 @@ SAMPLING=""
 EIGHT_BITS=adamw8bit  # as the recipe; where bitsandbytes is
 "$PYTHON" -c "import bitsandbytes" 2>/dev/null || EIGHT_BITS=adamw
 CARD="--lora-rank 16 --lora-alpha 32 --micro-tokens 8192 --memory-fraction"
-[ $# -gt 0 ] || set -- kernels smollm2 update shape_7b
+[ $# -gt 0 ] || set -- kernels update shape_7b smollm2
 # shellcheck disable=SC2086
 for wanted in "$@"; do
     case $wanted in

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from launch.export import read_metrics
 from rollout import Sampling
 from rollout.torch_engine import TorchEngine
 from tests.helpers.commands import run_command, succeed
-from trainer.model.export import export_model, metrics_lines, recipe_lines
+from trainer.model.export import export_model, how_asked, metrics_lines, recipe_lines
 from trainer.model.loading import load_tokenizer, through_nf4
 from trainer.model.merge import merged_weight, write_checkpoint
 from trainer.model.opening import open_checkpoint
@@ -263,7 +264,7 @@ def test_what_does_not_go_together_is_named_and_leaves_nothing(pipeline, tmp_pat
     (damaged / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
     for folder, tensors, settings, says in (
         (base, other_shape, {}, "is it the base this adapter was trained on"),
-        (base, homeless, {}, "has no weight for the adapter's base_model.model.model.embed_tokens.lora_embedding_A"),
+        (base, homeless, {}, "embed_tokens.lora_embedding_A cannot be merged here; merge it with PEFT"),
         (base, adapter, {"alpha_pattern": {"q_proj": 64}}, "alpha_pattern cannot be merged here; merge it with PEFT"),
         (base, without_a, {}, f"has {layer}.lora_B.weight but no {layer}.lora_A.weight; copy the adapter again"),
         (base, without_b, {}, f"has {layer}.lora_A.weight but no {layer}.lora_B.weight"),
@@ -384,7 +385,10 @@ def test_an_adapter_of_another_shape_is_refused_before_vllm_fills_it_up(pipeline
                 "is it the base that this adapter was trained on",
             ),
             (lambda name, t: (name.replace("layers.0", "layers.9"), t), "has no such weight"),
-            (lambda name, t: (name.replace("lora_A.weight", "lora_embedding_A"), t), "cannot be served; merge it"),
+            (
+                lambda name, t: (name.replace("lora_A.weight", "lora_embedding_A"), t),
+                "cannot be served; merge it into its base with PEFT",
+            ),
         )
     ):
         folder = tmp_path / f"wrong-{number}"
@@ -452,6 +456,15 @@ def test_quantised_weights_are_not_cast_into_nonsense(pipeline, tmp_path, method
         and f"its weights are quantised (quantization_config in config.json: {method})" in done.stderr
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_card_says_how_the_model_was_asked():
+    """Where that is not what the tokenizer's template alone gives: another server would ask otherwise, unseen."""
+    asked = ["the chat template reasons with enable_thinking=True, so that is set"]
+    opened = SimpleNamespace(chat=SimpleNamespace(how_asked=lambda: asked))
+    assert how_asked(opened)[-1] == f"- {asked[0]}"
+    asked.clear()
+    assert how_asked(opened) == []
 
 
 def test_a_card_holds_no_command_of_notify_and_a_table_that_holds_a_bar():

@@ -131,6 +131,19 @@ def test_key_value_heads_that_are_null_are_as_many_as_heads(tmp_path):
     assert not problems(check_launch(paper(model=str(tmp_path / "m")), launch()))
 
 
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [({}, True), ({"sampler_dtype": "bfloat16"}, False), ({"lora_rank": 0}, False), ({"engine": "torch"}, False)],
+)
+def test_adapters_in_float32_on_a_gpu_are_refused_before_vllm_is_started(more, refused):
+    """vLLM's kernels assert 16 bits, inside its start; the sentence there would blame the model."""
+    config = GrpoConfig(**{"model": str(SHAPE), "dtype": "float32", "lora_rank": 8, **more})
+    said = [row.problem for row in check_launch(config, launch(1, 1, 140)) if row.what == "LoRA"]
+    assert [
+        problem.startswith("--dtype float32: on a GPU vLLM computes adapters in 16 bits only") for problem in said
+    ] == [refused]
+
+
 def test_four_bits_and_eight_bit_moments_are_counted():
     """6.53 G weights of linear layers at 4.5 bits, 1.09 G of embedding, head and norms at 16; 0.65 G of adapter, two moments."""
     values = {

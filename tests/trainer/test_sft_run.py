@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from data.errors import UserError
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import parse_response
 from tests.helpers.commands import run_command, start_command, succeed
@@ -183,6 +184,13 @@ def test_a_nan_is_never_the_best_epoch(tmp_path):
             kept.append((best.epoch, best.loss))
     assert kept == [(0, math.inf), (2, 2.0), (2, 2.0), (2, 2.0), (2, 2.0), (6, 1.5)]
     assert json.loads((tmp_path / "best/best.json").read_text()) == {"epoch": 6, "eval_loss": 1.5}
+    assert BestEpoch(tmp_path, cfg, 6).epoch == 6
+    shutil.rmtree(tmp_path / "best")  # somebody needed room: a resumed run would put the last epoch into OUT/model
+    with pytest.raises(
+        UserError, match="--resume: .*best is not there any more, which held the best epoch; put it back"
+    ):
+        BestEpoch(tmp_path, cfg, 6)
+    assert BestEpoch(tmp_path, replace(cfg, patience=0), 6).epoch == BestEpoch(tmp_path, cfg, 0).epoch == 0
 
 
 @pytest.mark.slow(2)

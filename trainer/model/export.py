@@ -147,6 +147,7 @@ def model_card(
         "It reads a batch of cells of one donor as ranked gene lists with a list of candidate labels, reasons between",
         "`<think>` and `</think>`, and answers between `<answer>` and `</answer>`, one label per cell joined by ` | `.",
         "Prompt: the system and user message of `data/prompts.py`, through the tokenizer's chat template.",
+        *how_asked(opened),
         "",
     ]
     text += ["## How good", "", *metrics_lines(metrics), ""]
@@ -158,6 +159,19 @@ def model_card(
     text += ["## Made with", "", f"Code: commit {commit}. Versions: {versions}.", ""]
     text += ["Not a medical device. Labels are as good as the annotation of the cells that it was trained on.", ""]
     return "\n".join(text)
+
+
+def how_asked(opened: OpenedModel) -> list[str]:
+    """Lines on what the trained prompts had beside that; a server that leaves it out asks another question."""
+    try:
+        found = opened.chat.how_asked()
+    except UserError as error:  # an adapter is exported without a look at its base's template
+        found = [str(error)]
+    return (
+        ["", "It was asked so, and is to be asked so by other programs too:", "", *(f"- {one}" for one in found)]
+        if found
+        else []
+    )
 
 
 def metrics_lines(metrics: list[dict[str, Any]]) -> list[str]:

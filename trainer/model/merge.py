@@ -112,6 +112,10 @@ def write_checkpoint(
             _save(tensors, partial / path.name, folder)  # under the base's file names, so that its index stays true
         # an adapter of another model would otherwise be dropped silently
         if unused := sorted(set(adapter or {}) - used):
+            if not unused[0].endswith((".lora_A.weight", ".lora_B.weight")):
+                raise UserError(
+                    f"the adapter's {unused[0]} cannot be merged here; merge it with PEFT (merge_and_unload)"
+                )
             raise UserError(
                 f"{base}: has no weight for the adapter's {unused[0]}; is it the base this adapter was trained on?"
             )

@@ -170,7 +170,8 @@ def refuse_misfit(folder: Path, adapter: dict[str, Tensor], base: Path) -> None:
         module, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if part not in ("A.weight", "B.weight"):
             raise UserError(
-                f"{folder}: the adapter's {name} cannot be served; merge it into its base (launch/export.py)"
+                f"{folder}: the adapter's {name} is no part of an adapter of linear layers, and cannot be served; merge it into "
+                "its base with PEFT (merge_and_unload)"
             )
         weight = shapes.get(f"{module}.weight")
         width = tensor.shape[1] if part == "A.weight" else tensor.shape[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from data.errors import UserError
 from data.files import read_sealed, replacing_folder
 from data.puzzles import Puzzle
 from rollout import Canary, Engine, Sampling
@@ -82,6 +83,8 @@ class BestEpoch:
             # a later epoch is of a run that died after it, before its checkpoint; it will be trained again
             if found["epoch"] <= epochs_done:
                 self.epoch, self.loss = found["epoch"], found["eval_loss"]
+        elif self.patience and epochs_done:  # then OUT/model would get the last epoch's weights
+            raise UserError(f"--resume: {self.folder} is not there any more, which held the best epoch; put it back")
 
     def compare(self, epoch: int, loss: float, policy: Policy, world: World) -> None:
         """Compare a new epoch (from 1) with the best. With --patience rank 0 keeps the weights of a better one."""

@@ -366,13 +366,14 @@ def finish(run: Run, done: int) -> None:
     if run.answers:
         run.answers.close()
     if done < run.n_steps and not run.best.patience_is_over():
-        print(f"stopped after step {done} of {run.n_steps}; {how_to_go_on()}", flush=True)
-        return
-    if run.world.is_main:  # the others wait in leave_world() for the end of the merge
+        if run.world.is_main:
+            print(f"stopped after step {done} of {run.n_steps}; {how_to_go_on()}", flush=True)
+    elif run.world.is_main:  # the others wait in leave_world() for the end of the merge
         run.best.load_into(run.policy)
         save_model(run.policy, run.cfg, run.out / "model")
         counts = {"kept": len(run.training), "held_out": len(run.held_out), "skipped_too_long": run.skipped}
         write_json(run.out / "traces.json", counts)
+        print(f"wrote {run.out / 'model'}", flush=True)
 
 
 def save_model(policy: Policy, cfg: SftConfig, folder: Path) -> None:
