@@ -153,10 +153,9 @@ class ChatFormat:
         """The tokens at which sampling ends: all that the tokenizer, the configurations and the template name."""
         self._check_answers()
 
-    def how_asked(self) -> list[str]:
-        """Sentences for one who asks the model with another program: where a prompt is not what its template alone gives."""
-        dated = "strftime_now(" in self._template()
-        return [*self.notes, *([f"the chat template shows the date, which was {self.date}"] if dated else [])]
+    def shows_date(self) -> bool:
+        """Is the date a part of every prompt?"""
+        return "strftime_now(" in self._template()
 
     def prompt_text(self, chat: list[dict[str, str]]) -> str:
         """The prompt, ending where the model begins to speak. Raises UserError when the template loses a message."""

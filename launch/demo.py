@@ -55,6 +55,7 @@ def main(config: DemoConfig) -> None:
     ):
         refuse_other_settings(config, recipe_values(config), FREE_ON_RESUME)
         print(f"{out} already holds a finished demo: open {out / 'report.html'}, or name another --out to run it again")
+        print(f"(to label clusters with other options: remove {labelled.parent}, and give them with --annotate)")
         return
     refuse_missing_files(config)
     refuse_wrong_options(config)

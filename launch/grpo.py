@@ -83,7 +83,7 @@ def read_and_check(config: OnlineConfig) -> "tuple[OnlineConfig, list[Puzzle], H
     refuse_problems(check_launch(config, launch))
     from trainer.start.model_check import check_model  # loads transformers: only once the settings are known to be good
 
-    refuse_problems(check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0))
+    refuse_problems(check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume))
     if os.environ.get("RANK", "0") == "0":
         for row in estimate_memory(config, launch):  # an estimate: a note, not a refusal
             if row.problem:
@@ -129,7 +129,7 @@ def dry_run(config: OnlineConfig) -> None:
 
     # the shape of a recipe has no tokenizer; a model that cannot be trained has no estimate
     if list(Path(str(config.model)).glob("tokenizer*")):
-        rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0)
+        rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume)
     if not any(row.problem for row in rows):
         rows += estimate_memory(config, launch)
     click.echo(format_rows(rows))

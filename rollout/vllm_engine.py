@@ -95,6 +95,8 @@ class VLLMEngine(LocalEngine):
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         # vLLM's CPU worker replaces the function by a no-op, and its GPU worker sets one thread; both restored below
         set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        # with an index the files that it names, as the trainer reads, and not Mistral's consolidated ones beside them
+        files = {"config_format": "hf", "load_format": "safetensors"} if (Path(model_dir) / INDEX).is_file() else {}
         try:
             self.llm = start(
                 model_dir,
@@ -110,14 +112,13 @@ class VLLMEngine(LocalEngine):
                 # whole vocabulary, so a nucleus needs raw, which is right at temperature 1 only (GrpoConfig refuses others)
                 logprobs_mode="raw_logprobs" if nucleus else "processed_logprobs",
                 generation_config="vllm",  # nothing from the model's generation_config.json: no top-k, no penalty
-                config_format="hf",  # not Mistral's params.json and consolidated weights beside: one may be older than the other
-                load_format="safetensors" if (Path(model_dir) / INDEX).is_file() else "auto",
                 skip_tokenizer_init=True,
                 use_tqdm_on_load=False,
                 disable_log_stats=True,
                 enable_prefix_caching=True,  # a group's responses share the keys of their prompt
                 **device,
                 **adapter,
+                **files,
             )
         except Exception as error:  # whatever vLLM raises about a model that it has not the code for
             # a rank that is gone shows itself by a collective that fails, and the watch explains it

@@ -100,8 +100,8 @@ def refuse_kernels(dtype: str, on_gpu: bool) -> None:
     """Raises UserError where vLLM's kernels cannot compute an adapter. dtype: of the sampler."""
     if on_gpu and dtype == "float32":  # its kernels assert it, inside its start
         raise UserError(
-            "--dtype float32: on a GPU vLLM computes adapters in 16 bits only; use --dtype bfloat16 (or, in grpo.py and "
-            "ppo.py, --sampler-dtype bfloat16)"
+            "--dtype float32: on a GPU vLLM computes adapters in 16 bits only; use --dtype bfloat16 (in grpo.py and ppo.py also "
+            "--sampler-dtype bfloat16, or --sampler-lora merged), or go on with the CPU: CUDA_VISIBLE_DEVICES= (empty)"
         )
 
 

@@ -37,11 +37,13 @@ MADE: dict[str, tuple[str, ...]] = {
     "grpo_steps": (GRPO,),
     CUT: (EVALUATED,),
     "eval_puzzles": (EVALUATED,),
-    "annotate": ("annotate/labelled.csv",),
 }
 """{setting: files that were made with it}. Until one of them is there the setting may change; of a training that has begun
-and not ended, --resume says what may change. The settings that are not here change nothing that is made."""
-FREE = frozenset({"workers", "concurrency", "resume", "memory_fraction", "eager", "chunk"})
+and not ended, --resume says what may change. Of those that are not here only `annotate` makes something: its
+folder may be removed to make it again."""
+FREE = frozenset(
+    {"workers", "concurrency", "resume", "memory_fraction", "eager", "reward_workers", "reward_seconds", "notify"}
+)
 """Options of the stages that are no trainings which say how a machine is used, and may always change."""
 
 

@@ -460,11 +460,15 @@ def test_quantised_weights_are_not_cast_into_nonsense(pipeline, tmp_path, method
 
 def test_a_card_says_how_the_model_was_asked():
     """Where that is not what the tokenizer's template alone gives: another server would ask otherwise, unseen."""
-    asked = ["the chat template reasons with enable_thinking=True, so that is set"]
-    opened = SimpleNamespace(chat=SimpleNamespace(how_asked=lambda: asked))
-    assert how_asked(opened)[-1] == f"- {asked[0]}"
-    asked.clear()
-    assert how_asked(opened) == []
+    notes = ["the chat template reasons with enable_thinking=True, so that is set"]
+    opened = SimpleNamespace(chat=SimpleNamespace(notes=notes, shows_date=lambda: True))
+    assert how_asked(opened, "2026-02-03")[-2:] == [
+        f"- {notes[0]}",
+        "- the chat template shows the date, which was 2026-02-03 in training",
+    ]
+    assert how_asked(opened, "")[-1] == f"- {notes[0]}"
+    notes.clear()
+    assert how_asked(opened, "") == []
 
 
 def test_a_card_holds_no_command_of_notify_and_a_table_that_holds_a_bar():

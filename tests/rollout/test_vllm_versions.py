@@ -1,12 +1,16 @@
 """What an engine is started with on a GPU, and that its draws depend on the seed alone."""
 
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from rollout.vllm_versions import drawing_from, gpu_settings, graph_sizes
+from data.errors import UserError
+from rollout.vllm_engine import VLLMEngine
+from rollout.vllm_versions import drawing_from, gpu_settings, graph_sizes, refuse_kernels
 
 
 def test_sizes_of_cuda_graphs():
@@ -65,3 +69,46 @@ def test_draws_are_those_of_the_seed_and_leave_the_generators_as_they_were():
     with pytest.raises(KeyError), drawing_from(9):
         raise KeyError
     assert draws() == expected and random.getstate() == state
+
+
+def started_with(monkeypatch, folder, **more) -> dict:
+    """The arguments that vLLM's LLM would get. It then fails, as with a model that it does not know."""
+    given = {}
+
+    class Llm:
+        def __init__(self, *_, **arguments):
+            given.update(arguments)
+            torch.set_num_threads(1)  # as its worker for GPUs does
+            raise ValueError("no such model")
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))
+    with pytest.raises(UserError, match="vLLM does not start with this model"):
+        VLLMEngine(str(folder), lora=None, max_model_len=64, dtype="float32", **more)
+    return given
+
+
+def test_vllm_reads_the_files_that_the_trainer_reads_and_leaves_its_threads(monkeypatch, tmp_path):
+    """Mistral's consolidated weights may lie beside, older than the shards of the index."""
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+    assert not {"config_format", "load_format"} & started_with(monkeypatch, tmp_path).keys()
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 << 30))
+    try:
+        torch.set_num_threads(2)
+        found = started_with(monkeypatch, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert (found["config_format"], found["load_format"]) == ("hf", "safetensors")
+
+
+def test_adapters_in_float32_are_refused_on_a_gpu_and_not_by_vllms_assertion():
+    with pytest.raises(
+        UserError, match="--dtype float32: on a GPU vLLM computes adapters in 16 bits only; use --dtype"
+    ):
+        refuse_kernels("float32", on_gpu=True)
+    refuse_kernels("bfloat16", on_gpu=True)
+    refuse_kernels("float32", on_gpu=False)

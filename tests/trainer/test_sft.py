@@ -2,11 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data.puzzles import read_puzzles, read_rows
+from data.puzzles import Puzzle, read_puzzles, read_rows
+from data.variants import cell_level
 from tests.helpers.commands import run_command, succeed
 from trainer.policy import Policy
 from trainer.sft.examples import encode_traces, split_by_puzzle
@@ -89,6 +91,24 @@ def test_holdout_splits_by_puzzle(pipeline, tmp_path):
     examples, _ = encode_traces(policy, rows + rows, cfg)
     kept, out = split_by_puzzle(examples, 0.3, seed=0)
     assert len(out) == 6 and not {e.puzzle_id for e in kept} & {e.puzzle_id for e in out}
+
+
+def test_the_cells_of_a_batch_are_held_out_together():
+    """They share candidates: the labels of all but one give the last away."""
+    puzzles = [
+        Puzzle(
+            id=f"p{n}",
+            context=f"Donor {n}.",
+            cells=[["A"], ["B"], ["C"]],
+            candidates=["x", "y", "z"],
+            answer=["x", "y", "z"],
+        )
+        for n in range(20)
+    ]
+    puzzles = [cell for puzzle in puzzles for cell in cell_level(puzzle)] + puzzles  # and the batches themselves
+    examples = [SimpleNamespace(puzzle=puzzle, puzzle_id=puzzle.id) for puzzle in puzzles]
+    kept, out = ({e.puzzle_id.partition("/")[0] for e in side} for side in split_by_puzzle(examples, 0.3, seed=0))
+    assert len(out) == 6 and len(kept) == 14 and not kept & out
 
 
 def test_learning_rate_by_hand():

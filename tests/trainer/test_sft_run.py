@@ -185,6 +185,8 @@ def test_a_nan_is_never_the_best_epoch(tmp_path):
     assert kept == [(0, math.inf), (2, 2.0), (2, 2.0), (2, 2.0), (2, 2.0), (6, 1.5)]
     assert json.loads((tmp_path / "best/best.json").read_text()) == {"epoch": 6, "eval_loss": 1.5}
     assert BestEpoch(tmp_path, cfg, 6).epoch == 6
+    (tmp_path / "best").rename(tmp_path / ".best.replaced")  # killed while a better epoch took its place
+    assert BestEpoch(tmp_path, cfg, 6).epoch == 6
     shutil.rmtree(tmp_path / "best")  # somebody needed room: a resumed run would put the last epoch into OUT/model
     with pytest.raises(
         UserError, match="--resume: .*best is not there any more, which held the best epoch; put it back"

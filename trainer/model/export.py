@@ -147,7 +147,7 @@ def model_card(
         "It reads a batch of cells of one donor as ranked gene lists with a list of candidate labels, reasons between",
         "`<think>` and `</think>`, and answers between `<answer>` and `</answer>`, one label per cell joined by ` | `.",
         "Prompt: the system and user message of `data/prompts.py`, through the tokenizer's chat template.",
-        *how_asked(opened),
+        *how_asked(opened, settings.get("date", "")),
         "",
     ]
     text += ["## How good", "", *metrics_lines(metrics), ""]
@@ -161,17 +161,15 @@ def model_card(
     return "\n".join(text)
 
 
-def how_asked(opened: OpenedModel) -> list[str]:
-    """Lines on what the trained prompts had beside that; a server that leaves it out asks another question."""
+def how_asked(opened: OpenedModel, date: str) -> list[str]:
+    """Lines on what is unusual in its prompts: a server that leaves it out asks otherwise. date: that training showed, or ""."""
     try:
-        found = opened.chat.how_asked()
-    except UserError as error:  # an adapter is exported without a look at its base's template
-        found = [str(error)]
-    return (
-        ["", "It was asked so, and is to be asked so by other programs too:", "", *(f"- {one}" for one in found)]
-        if found
-        else []
-    )
+        found = [*opened.chat.notes]
+        if date and opened.chat.shows_date():
+            found.append(f"the chat template shows the date, which was {date} in training")
+    except UserError:  # an adapter is exported without a look at its base's template
+        found = ["its chat template cannot be used as it is: launch/check_model.py says why"]
+    return ["", "Of its prompts and answers:", "", *(f"- {one}" for one in found)] if found else []
 
 
 def metrics_lines(metrics: list[dict[str, Any]]) -> list[str]:

@@ -30,7 +30,8 @@ def refuse_other_positions(opened: OpenedModel, longest: int) -> None:
     Of a model that was trained elsewhere this is said only: it may know them. So is a scaling that nobody reads.
     """
     model = read_settings(opened.base / "config.json")
-    if problem := unread_scaling(model):
+    trained = opened.adapter is not None or run_of(opened.folder)
+    if (problem := unread_scaling(model)) and not trained:
         print(f"note: {opened.base}: {problem}", file=sys.stderr, flush=True)
     if longest <= (most := served_positions(model)):
         return
@@ -38,9 +39,10 @@ def refuse_other_positions(opened: OpenedModel, longest: int) -> None:
         f"prompt and response have up to {longest} tokens, and beyond {most} vLLM takes the long factors of {opened.base} "
         "(longrope), for short prompts too"
     )
-    if opened.adapter is not None or run_of(opened.folder):
+    if trained:
         raise UserError(
-            f"--max-response-tokens: {what}, while this model was trained with the short ones; give {longest - most} fewer"
+            f"--max-response-tokens: {what}, while this model was trained with the short ones; give {longest - most} fewer, or "
+            "shorter prompts"
         )
     print(f"note: {what}; numbers with fewer tokens are of the short ones", file=sys.stderr, flush=True)
 

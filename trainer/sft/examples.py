@@ -100,7 +100,7 @@ def split_by_puzzle(examples: list[Example], holdout: float, seed: int) -> tuple
     # one puzzle under two ids, trained on and held out, would make eval_loss too good
     batches = [e.puzzle.meta.get("batch_id") if e.puzzle.variant == "cell" else None for e in examples]
     names_of = [
-        first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id if batch is None else f"batch {batch}")
+        first.setdefault(content_id(e.puzzle.user_message), e.puzzle_id if batch is None else str(batch))
         for e, batch in zip(examples, batches, strict=True)
     ]
     names = sorted(set(names_of))

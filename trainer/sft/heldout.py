@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -77,7 +78,10 @@ class BestEpoch:
     def __init__(self, out: Path, cfg: SftConfig, epochs_done: int) -> None:
         self.folder, self.patience, self.latest = out / "best", cfg.patience, epochs_done
         self.epoch, self.loss = 0, math.inf  # epochs count from 1; 0: none evaluated yet
-        record = self.folder / "best.json"
+        record, older = self.folder / "best.json", self.folder.with_name(f".{self.folder.name}.replaced")
+        if not self.folder.exists():  # a kill between the two renames of replacing_folder; of ranks, one is first
+            with suppress(OSError):
+                older.rename(self.folder)
         if self.patience and record.is_file():
             found = read_sealed(record)
             # a later epoch is of a run that died after it, before its checkpoint; it will be trained again

@@ -152,7 +152,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     check_run(cfg)
     refuse_to_replace(Path(cfg.out), "model", *["best"] * bool(cfg.patience and not cfg.resume))
     cfg = with_date(cfg, world)
-    check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0)
+    check = check_model(str(cfg.model), vllm=cfg.eval_engine == "vllm", lora=cfg.lora_rank > 0, begun=cfg.resume)
     refuse_problems(check)
     if problem := rank_problem(cfg.lora_rank, model_config(str(cfg.model))):
         raise UserError(problem)
@@ -177,8 +177,9 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     out = open_run(cfg, world)
     optimizer = make_optimizer(cfg, list(policy.trainable().values()), BETAS)
     first_step, _ = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
+    epochs_done = first_step // math.ceil(len(training) / cfg.batch_size)  # whole epochs; a part does not count
+    best = BestEpoch(out, cfg, epochs_done)
     answers = HeldOutAnswers(cfg, policy, held_out, world, judge) if cfg.eval_engine == "vllm" and held_out else None
-    steps_per_epoch = math.ceil(len(training) / cfg.batch_size)
     run = Run(
         cfg=cfg,
         world=world,
@@ -189,7 +190,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         held_out=held_out,
         skipped=skipped,
         first_step=first_step,
-        best=BestEpoch(out, cfg, epochs_done=first_step // steps_per_epoch),  # whole epochs; a part does not count
+        best=best,
         answers=answers,
     )
     if world.is_main:

@@ -30,6 +30,7 @@ from trainer.model.loading import (
     read_config,
     why_not_shared,
 )
+from trainer.model.opening import run_of
 from trainer.policy import Policy
 from trainer.start.preflight import Row, model_config, unread_scaling
 
@@ -37,14 +38,15 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings that a mixture of experts has, each named by some model."""
 
 
-def check_model(model_dir: str, vllm: bool = True, lora: bool = True) -> list[Row]:
+def check_model(model_dir: str, vllm: bool = True, lora: bool = True, begun: bool = False) -> list[Row]:
     """The table of a checkpoint, each row with its problem.
 
-    vllm: it will also be sampled by vLLM. lora: it will get an adapter.
+    vllm: it will also be sampled by vLLM. lora: it will get an adapter. begun: by a run that goes on with it as it is.
     """
     settings = model_config(model_dir)
     try:
-        if problem := unread_scaling(settings):
+        trained = begun or run_of(Path(model_dir))  # with that attention, and to mend it now would be another model
+        if (problem := unread_scaling(settings)) and not trained:
             raise UserError(f"--model {model_dir}: {problem}")
         refuse_unservable(model_dir, read_config(model_dir), vllm)
         base = empty_model(model_dir, torch.float32, "sdpa")  # the structure alone, without weights
