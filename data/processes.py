@@ -205,9 +205,12 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    # of our folder, not of the working directory, which may be another repository
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {"versions": versions, "git_commit": commit.stdout.strip() or "unknown"}
+    commit = ""
+    with contextlib.suppress(OSError):  # a container may have no git
+        # of our folder, not of the working directory, which may be another repository
+        words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return {"versions": versions, "git_commit": commit or "unknown"}
 
 
 def file_of_function(name: str) -> Path | None:

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the virtual environment. Called by `make setup`; PYTHON and VENV come from the Makefile. EXTRA=cpu in the
-# environment ignores a GPU.
+# environment ignores a GPU; EXTRA=cuda is for a machine without one that installs for others (a cluster's login node).
 #
 # The newest versions of setup.cfg's ranges are installed, since they were tested together. On a machine with a GPU, a
 # torch that PYTHON already has, that works there, and that a vLLM of the range was made for (2.11.0: vLLM 0.26; 2.13.0: the
@@ -87,6 +87,12 @@ fi
 "$VENV/bin/python" -c 'import torch, transformers, peft, vllm' >>"$LOG" 2>&1 || fail "a working torch + transformers + vllm"
 if [ "$EXTRA" = cuda ]; then
     TAKEN="$("$VENV/bin/python" -c "$TOOK")"
+    command -v nvidia-smi >/dev/null || { # a cluster's login node, with EXTRA=cuda
+        say "$TAKEN; no GPU on this machine: whether a node's driver fits is seen when a run starts there"
+        touch "$VENV/.ready"
+        say "done ($EXTRA)"
+        exit 0
+    }
     "$VENV/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
         say "$TAKEN cannot use the GPU: driver $(driver) supports CUDA up to $(driver_cuda); update the driver, or install" \
             "for the CPU: rm -r $VENV, then EXTRA=cpu make setup, and set CUDA_VISIBLE_DEVICES= (empty) for every command" >&2

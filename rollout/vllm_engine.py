@@ -67,7 +67,7 @@ class VLLMEngine(LocalEngine):
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
         on_gpu = torch.cuda.is_available()
-        prepare_environment(kv_cache_bytes)
+        prepare_environment()
         if tensor_parallel > 1 and not on_gpu:
             name_shared_memory_apart()
         from vllm import LLM

@@ -23,7 +23,7 @@ MOST_SEQUENCES = {"cuda": 512, "cpu": 256}
 """Responses sampled side by side at most. More wait: their keys and values, and their logits, would take the memory."""
 
 
-def prepare_environment(kv_cache_bytes: int) -> None:
+def prepare_environment() -> None:
     """Set the variables that vLLM reads when it is imported. Called only where an engine starts."""
     # run the engine core in this process: a debugger and torch's random generators then reach it
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -34,7 +34,6 @@ def prepare_environment(kv_cache_bytes: int) -> None:
         "VLLM_USE_FLASHINFER_SAMPLER", "0"
     )  # a nucleus is drawn with its own generator: see drawing_from
     if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, kv_cache_bytes >> 30)))  # GiB
         # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # vLLM compiles the step that counts how many tokens were likelier than the chosen one: seconds of each process, for

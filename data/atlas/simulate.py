@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse
@@ -31,6 +30,7 @@ from data.atlas.markers import MarkerEntry, ontology_term_ids, read_markers
 from data.errors import UserError
 from data.files import replacing, require_free_space
 from data.formats.checksum import add_checksum, is_as_written, refuse_edited
+from data.formats.locks import open_hdf5
 
 TITLE = "Simulated atlas (no real cells)"
 """uns["title"] of every simulated atlas."""
@@ -239,7 +239,7 @@ def refuse_to_replace(path: Path) -> None:
     if not path.exists():
         return
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "r") as file:
             uns = file.get("uns", {})
             ours = "title" in uns and uns["title"].asstr()[()] == TITLE and "cell_type_llm" not in uns
     except (OSError, AttributeError, TypeError):  # no HDF5, or an attribute of another kind

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -40,6 +39,7 @@ from data.atlas.simulate import (
 from data.errors import UserError
 from data.files import replacing, require_free_space
 from data.formats.checksum import add_checksum
+from data.formats.locks import open_hdf5
 
 BLOCK_CELLS = 1000
 MAX_GENES = 100_000
@@ -125,7 +125,7 @@ def stream_atlas(
     with replacing(path) as partial:
         require_free_space(path.parent, ROOM)
         with (
-            h5py.File(partial, "w") as file,
+            open_hdf5(partial, "w") as file,
             # beside the output: /tmp may be small, or in memory
             tempfile.TemporaryDirectory(dir=path.parent, prefix=".columns-") as folder,
         ):

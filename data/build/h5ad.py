@@ -23,6 +23,7 @@ from data.formats.filters import ensure_filters, filter_sentence
 from data.formats.foreign import ForeignKind
 from data.formats.hdf5_kinds import foreign_layout
 from data.formats.kinds import foreign_file, foreign_folder
+from data.formats.locks import open_hdf5
 from data.formats.memory import InMemory
 from data.formats.stores import Store, StoreGroup, is_dataset, is_group, open_store, store_root
 
@@ -88,7 +89,7 @@ def open_h5ad(path: str | os.PathLike | InMemory, cache_bytes: int = 1 << 20) ->
 def _opened(path: Path, root: str | None, cache_bytes: int) -> h5py.File | Store:
     """The opened file or store. Raises UserError when it cannot be opened."""
     try:
-        return h5py.File(path, "r", rdcc_nbytes=cache_bytes) if root is None else open_store(path, root)
+        return open_hdf5(path, "r", rdcc_nbytes=cache_bytes) if root is None else open_store(path, root)
     except OSError as error:
         raise UserError(f"{path}: {_why_not_opened(_one_line(error))}") from None
 

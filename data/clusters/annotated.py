@@ -20,6 +20,7 @@ from data.errors import UserError
 from data.files import reason_of, replacing, require_free_space
 from data.formats.checksum import add_checksum, drop_checksum
 from data.formats.filters import load_plugins
+from data.formats.locks import open_hdf5
 from data.formats.stores import content_stamp, store_root
 
 UNS_KEY = "cell_type_llm"
@@ -60,7 +61,7 @@ def write_annotated(
         refuse_changed(source, stamp)
         drop_checksum(partial)  # of an atlas that we simulated
         load_plugins()
-        with h5py.File(partial, "r+") as file:
+        with open_hdf5(partial, "r+") as file:
             notes = _write_columns(file, columns)
             notes += _write_uns(file, uns)
         add_checksum(partial)
@@ -79,7 +80,7 @@ def refuse_changed(source: Path, stamp: list[int] | None) -> None:
 def holds_uns(path: Path, key: str) -> bool:
     """Whether a file is an .h5ad with this entry of uns."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path, "r") as file:
             return f"uns/{key}" in file
     except OSError:  # no HDF5
         return False
@@ -87,7 +88,7 @@ def holds_uns(path: Path, key: str) -> bool:
 
 def texts_of_uns(path: Path, key: str) -> dict[str, str]:
     """{name: text} of the members of an entry of uns that are texts, in a file that has it."""
-    with h5py.File(path, "r") as file:
+    with open_hdf5(path, "r") as file:
         members = {name: member[()] for name, member in file[f"uns/{key}"].items() if isinstance(member, h5py.Dataset)}
     return {name: value.decode() for name, value in members.items() if isinstance(value, bytes)}
 

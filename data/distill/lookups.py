@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from data.atlas.markers import RENAMED, read_markers
 from data.prompts import normalise_label
@@ -37,6 +38,8 @@ class Tables:
     def __init__(self, puzzles: Iterable[Puzzle]) -> None:
         """puzzles: of the training file, of which a puzzle's own cells are left out when it asks."""
         self.puzzles = list(puzzles)
+        self.counted: dict[str, tuple[dict[Any, list[str]], dict[Any, list[Any]], Counter]] = {}
+        """Results of _counted."""
 
     @cached_property
     def marked(self) -> dict[str, list[str]]:
@@ -77,13 +80,22 @@ class Tables:
             for name in (tuple(genes), cell)
             if name
         }
-        others = self.listed.get(wanted, {}).items()
+        cells, with_genes, counts = self._counted(wanted)
         # equal genes are taken for the same cell: a build that left out cell_ids shows nothing else
-        counts = Counter(
-            gene for cell, genes in others if cell not in own and tuple(genes) not in own for gene in genes
-        )
+        same = {cell for cell in own if cell in cells} | {cell for genes in own for cell in with_genes.get(genes, ())}
+        counts = counts - Counter(gene for cell in same for gene in cells[cell])
         typical = sorted(counts, key=lambda gene: (-counts[gene], gene))
         return ", ".join(typical[:MOST_NAMES]) or "no other cell of this type"
+
+    def _counted(self, label: str) -> tuple[dict[Any, list[str]], dict[Any, list[Any]], Counter]:
+        """({cell: genes}, {genes: cells}, in how many cells each gene is) of a normalised label; counted once per label."""
+        if label not in self.counted:
+            cells = self.listed.get(label, {})
+            with_genes: dict[Any, list[Any]] = {}
+            for cell, genes in cells.items():
+                with_genes.setdefault(tuple(genes), []).append(cell)
+            self.counted[label] = cells, with_genes, Counter(gene for genes in cells.values() for gene in genes)
+        return self.counted[label]
 
     def result(self, call: str, puzzle: Puzzle) -> str:
         """What a request finds, one line. call: see `call_in`. puzzle: the one that the request is about."""

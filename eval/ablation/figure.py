@@ -49,7 +49,8 @@ def draw_band(axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], colour
         return
     # only steps that every seed has reached: a mean over fewer seeds would jump where one ends
     steps = sorted(set.intersection(*(set(step.tolist()) for step, _ in lines)))
-    values = np.array([[dict(zip(step.tolist(), value, strict=True))[at] for at in steps] for step, value in lines])
+    by_step = [dict(zip(step.tolist(), value, strict=True)) for step, value in lines]
+    values = np.array([[line[at] for at in steps] for line in by_step])
     axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.18, linewidth=0)
     # few values as dots too: one alone has no line
     few = "o" if len(steps) < FEW else ""

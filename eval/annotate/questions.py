@@ -187,21 +187,24 @@ def divide(size: int, affinity: np.ndarray, apart: np.ndarray, rng: random.Rando
     >>> sorted(map(sorted, divide(2, near, np.zeros((4, 4), bool), random.Random(0))))
     [[0, 1], [2, 3]]
     """
-    waiting = rng.sample(range(len(affinity)), len(affinity))
-    sets = []
-    while waiting:
-        members = [waiting.pop(0)]
+    order = rng.sample(range(len(affinity)), len(affinity))
+    waiting, sets = set(order), []
+    for first in order:
+        if first not in waiting:
+            continue
+        waiting.remove(first)
+        members = [first]
         while len(members) < size:
+            kept_apart, near = apart[:, members].any(axis=1), affinity[:, members].mean(axis=1)
             others = [c for c in range(len(affinity)) if c not in members]
-            fitting = [c for c in others if not apart[c, members].any()]
+            fitting = [c for c in others if not kept_apart[c]]
             if not fitting and len(members) > 1:
                 break
             pool = fitting or others
             # who has not had a turn comes first, then who is nearest; ties go to the smaller number
-            best = max(pool, key=lambda c: (c in waiting, affinity[c, members].mean(), -c))
+            best = max(pool, key=lambda c: (c in waiting, near[c], -c))
             members.append(best)
-            if best in waiting:
-                waiting.remove(best)
+            waiting.discard(best)
         sets.append(members)
     return sets
 

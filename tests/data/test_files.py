@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import data.files
+from data.clusters.annotated import holds_uns
 from data.errors import UserError
 from data.files import (
     LOCK,
@@ -35,6 +36,7 @@ from data.files import (
     weights_hash,
     write_whole,
 )
+from data.formats.locks import open_hdf5
 from tests.helpers.commands import ROOT
 
 
@@ -308,3 +310,23 @@ def test_a_backup_that_the_user_made_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old"} and (
         tmp_path / "model.old/weights"
     ).exists()
+
+
+def test_a_disk_without_locks_is_no_other_program(tmp_path, monkeypatch):
+    """h5py.File stands for one on NFS without a lock service; HDF5 goes on by itself only where the call does not exist."""
+    path, real, number = tmp_path / "a.h5ad", h5py.File, errno.ENOLCK
+
+    def file(path, mode, locking=True, **more):
+        if locking:
+            raise OSError(
+                number, f"Unable to synchronously open file (unable to lock file, errno = {number}, error message"
+            )
+        return real(path, mode, **more)
+
+    monkeypatch.setattr(h5py, "File", file)
+    with open_hdf5(path, "w") as made:
+        made["x"] = [1]
+    assert holds_uns(path, "x") is False
+    number = errno.EAGAIN
+    with pytest.raises(OSError, match="unable to lock file, errno = 11"):
+        open_hdf5(path, "r")

@@ -15,6 +15,7 @@ from data.processes import (
     environment_without_launcher,
     how_to_go_on,
     module_environment,
+    provenance,
 )
 from tests.helpers.commands import ROOT
 
@@ -181,3 +182,8 @@ def test_a_command_of_its_own_is_told_of_resume(monkeypatch):
     monkeypatch.delenv(STAGE_OF, raising=False)
     end_with_the_command_above()
     assert how_to_go_on() == "add --resume to go on"
+
+
+def test_a_machine_without_git_has_an_unknown_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["git_commit"] == "unknown" and "torch" in provenance()["versions"]

@@ -15,7 +15,7 @@ PYTHON = """#!/bin/sh
 echo "$*" >>"$CALLS"
 case "$*" in
 *"-m venv"*) for venv; do :; done; mkdir -p "$venv/bin"; cp "$0" "$venv/bin/python" ;;
-*"(2, 11) <="*)
+*'in ("2.11.0"'*)
     case "$0" in */venv/*) [ -z "$HIDDEN" ] || exit 1 ;; esac
     [ -z "$OWN_TORCH" ] || echo "$OWN_TORCH"
     ;;
@@ -161,6 +161,15 @@ def test_a_torch_is_kept_only_if_a_vllm_was_made_for_it(tmp_path, version, kept)
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.stdout.strip() == kept
+
+
+def test_a_login_node_installs_for_nodes_with_a_gpu(setup, tmp_path):
+    """It has the network and no GPU; nodes with one often have no network."""
+    done, installs, pins = setup(None, EXTRA="cuda", CUDA_FAILS="1")
+    assert done.returncode == 0, done.stderr
+    assert installs[-1].endswith("-e .[cuda,test]") and pins == NEWEST
+    assert "no GPU on this machine: whether a node's driver fits is seen when a run starts there" in done.stdout
+    assert done.stdout.endswith("done (cuda)\n") and (tmp_path / "venv/.ready").exists()
 
 
 def test_a_gpu_can_be_ignored(setup):

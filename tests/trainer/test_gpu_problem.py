@@ -67,7 +67,7 @@ def test_a_torch_for_cpus_beside_a_gpu(nvidia_smi, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert gpu_problem().endswith(f"is a build for CPUs: install a CUDA build of it, {cpu}")
     (tmp_path / "pins.txt").touch()  # an environment of make setup
-    assert gpu_problem().endswith(f"is a build for CPUs: rm -r {tmp_path}, then make setup, {cpu}")
+    assert gpu_problem().endswith(f"is a build for CPUs: rm -r {tmp_path}, then EXTRA=cuda make setup, {cpu}")
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -1,9 +1,11 @@
 """Checkpoints: whole, checked, resumable; a damaged one is refused by name."""
 
 import dataclasses
+import gc
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.model.shared import with_sampler_dtype
 from trainer.ppo.settings import PpoConfig
+from trainer.ranks.world import World, load_moments, moments_of
 from trainer.record.runfolder import (
     PENDING,
     Checkpoint,
@@ -315,6 +318,48 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, fil
     assert list_checkpoints(tmp_path) == [path] and (tmp_path / "checkpoints/step-000006.damaged").is_dir()
     save(tmp_path, 6)  # made again
     assert load_newest(tmp_path, ALONE)[1][0] == 6 and capsys.readouterr().err == ""
+
+
+def test_what_only_another_rank_cannot_read_is_said_too(tmp_path, capsys):
+    """The disk of one node may show it otherwise: then hours are trained again, and it is said whose node that was."""
+    for step in (4, 6):
+        save(tmp_path, step)
+    for theirs, says in (
+        ([4, ["step-000006/x: missing"]], "step-000006/x: missing"),
+        ([4, []], "rank 1 does not see the"),
+    ):
+        world = SimpleNamespace(is_main=True, gather_in_rank_order=lambda item, theirs=theirs: [item, theirs])
+        assert load_newest(tmp_path, world)[1][0] == 4
+        assert capsys.readouterr().err.startswith(f"note: {says}")
+        (tmp_path / "checkpoints/step-000006.damaged").rename(tmp_path / "checkpoints/step-000006")
+
+
+def test_a_run_that_went_on_keeps_no_file_of_its_checkpoint_mapped(tmp_path):
+    """On NFS a file that is mapped cannot be removed, and the save that prunes the checkpoint would fail."""
+    p = torch.nn.Parameter(torch.ones(300))
+    optimizer = torch.optim.AdamW([p])
+    p.grad = torch.ones(300)
+    optimizer.step()
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    moments = moments_of(optimizer, ["p"], world)
+    save_checkpoint(tmp_path, Checkpoint(step=2, adapter={"p": p.data}, adapter_config={"r": 2}, moments=moments), 2)
+    path, (_, adapter, moments) = load_newest(tmp_path, ALONE)
+    load_moments(optimizer, {"p": p}, moments)
+    del adapter, moments
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a file of it is open on NFS: its folder stays
+    for step in (4, 6):
+        save(tmp_path, step)
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert there == [".step-000002.old", "step-000004", "step-000006"]
+    monkeypatch.undo()
+    save(tmp_path, 8)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_not_taken_for_it(tmp_path):

@@ -28,6 +28,19 @@ def watch():
     watch.close()
 
 
+def test_a_run_that_was_suspended_does_not_hang(watch, monkeypatch):
+    """Slurm's SUSPEND, or SIGSTOP: the clock goes on, and all ranks would be found stuck when they go on."""
+    watch.close()  # its thread must not look at the clock meanwhile
+    began = watch.since = watch.beaten = watching.time.monotonic()
+    for second, seconds in ((1, 1), (3601, 11), (3602, 12), (3670, 22)):
+        monkeypatch.setattr(watching.time, "monotonic", lambda at=began + second: at)
+        watch.publish()
+        assert watch.me.seconds == pytest.approx(seconds)
+    watch.advance()
+    watch.publish()
+    assert watch.me.seconds == 0
+
+
 def beat(rank: int, **more) -> Beat:
     return Beat(
         **{"rank": rank, "node": "1", "host": "far", "pid": 1, "number": 5, "phase": "update", "step": 3, **more}

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from data.errors import disk_errors
 from data.files import replacing_folder
 from trainer.model.loading import seeded
-from trainer.record.runfolder import disk_errors
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # split at: a tag | a bar | a word with the space before it and the comma after it | a lone comma | white space

@@ -18,9 +18,8 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from data.errors import UserError, first_line
+from data.errors import UserError, disk_errors, first_line
 from data.files import reason_of, replacing_folder, weight_files
-from trainer.record.runfolder import disk_errors
 
 transformers_logging.disable_progress_bar()
 

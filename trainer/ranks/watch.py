@@ -26,6 +26,8 @@ BEAT_SECONDS = 1.0
 """Time between two heartbeats."""
 SILENT_SECONDS = 10.0
 """A rank without a heartbeat for this long counts as dead."""
+PAUSE_SECONDS = 10.0
+"""A rank whose own heartbeats are further apart was stopped (Slurm's SUSPEND, SIGSTOP): the rest is no time without progress."""
 SILENT_LOOKS = 5
 """And without one in so many looks of the rank that judges."""
 JOIN_SECONDS = 300.0
@@ -108,7 +110,8 @@ class Watch:
         node = node or str(rank // int(os.environ.get("LOCAL_WORLD_SIZE") or size))
         self.me = Beat(rank=rank, node=node, host=this_host(), pid=os.getpid())
         self.verdict = ""
-        self.since = self.began = time.monotonic()
+        self.since = self.began = self.beaten = time.monotonic()
+        """When something was finished; when this rank joined; when it last sent a heartbeat."""
         self.on_hang: Callable[[], None] = lambda: None
         """Called on a hang, to let a process of this rank (its sampler) print its stacks too."""
         self.on_wait: Callable[[str], None] = lambda who: None
@@ -235,7 +238,11 @@ class Watch:
     def publish(self) -> None:
         """Write this rank's heartbeat."""
         self.me.number += 1
-        self.me.seconds = time.monotonic() - self.since
+        now = time.monotonic()
+        if (stopped := now - self.beaten - PAUSE_SECONDS) > 0:
+            self.since += stopped
+        self.beaten = now
+        self.me.seconds = now - self.since
         self.store.set(f"watch/{self.me.rank}", json.dumps(asdict(self.me)))
 
     def read(self) -> list[Beat]:
@@ -345,8 +352,11 @@ class Watch:
             say(f"---- no stacks of rank {', '.join(map(str, missing))}: in native code, stopped, or gone")
 
 
-def in_time(call: Callable[[], object], seconds: float = CLOSE_SECONDS) -> None:
-    """Make a call of the store, and leave it alone if it takes longer: over a link that is gone it never returns."""
+def in_time(call: Callable[[], object], seconds: float | None = None) -> None:
+    """Make a call of the store, and leave it alone if it takes longer: over a link that is gone it never returns.
+
+    seconds: None is CLOSE_SECONDS.
+    """
 
     def quietly() -> None:
         with suppress(RuntimeError):  # the store is gone already, so no rank is left to read it
@@ -354,7 +364,7 @@ def in_time(call: Callable[[], object], seconds: float = CLOSE_SECONDS) -> None:
 
     thread = threading.Thread(target=quietly, name="last words", daemon=True)
     thread.start()
-    thread.join(timeout=seconds)
+    thread.join(timeout=CLOSE_SECONDS if seconds is None else seconds)
 
 
 def stacks() -> str:

@@ -262,6 +262,14 @@ def moments_of(optimizer: torch.optim.Optimizer, names: list[str], world: World)
     return moments
 
 
+def own_copy(value: Tensor, param: Tensor) -> Tensor:
+    """A value that was read from a file, in memory of its own. What goes to a GPU is copied there.
+
+    Safetensors maps files, and on NFS a file that is mapped cannot be removed: no checkpoint from which a run went on could.
+    """
+    return value.clone() if param.device.type == "cpu" or value.ndim == 0 else value
+
+
 def load_moments(
     optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], moments: dict[str, Tensor]
 ) -> None:
@@ -274,7 +282,7 @@ def load_moments(
     state = {
         index: {
             # "step" is a float tensor in torch's AdamW and a plain integer in bitsandbytes'
-            kind: shard_like(value, p) if value.is_floating_point() or value.ndim else int(value)
+            kind: own_copy(shard_like(value, p), p) if value.is_floating_point() or value.ndim else int(value)
             for kind, value in of_name.get(name, {}).items()
         }
         for index, (name, p) in enumerate(parameters.items())
@@ -321,7 +329,7 @@ def gpu_problem() -> str:
     remedy = "or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
     if torch.version.cuda is None:
         ours = (Path(sys.prefix) / "pins.txt").is_file()  # by launch/setup.sh, which alone would find that all is there
-        mend = f"rm -r {sys.prefix}, then make setup" if ours else "install a CUDA build of it"
+        mend = f"rm -r {sys.prefix}, then EXTRA=cuda make setup" if ours else "install a CUDA build of it"
         return f"nvidia-smi lists a GPU, but this torch {torch.__version__} is a build for CPUs: {mend}, {remedy}"
     try:
         torch.cuda.init()

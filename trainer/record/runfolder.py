@@ -9,7 +9,6 @@ rename makes the folder visible. Readers ignore .partial folders and folders wit
 set aside and the one before it used; of the .jsonl files a torn last line, and rows after the checkpoint, are dropped (rewind).
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -19,7 +18,7 @@ import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -28,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, disk_errors
 from data.files import (
     appended_rows,
     crc32_of,
@@ -248,8 +247,9 @@ def with_date(config: C, world: World) -> C:
 def open_run(config: Any, world: World) -> Path:
     """Make the run folder, lock it and write config.json. Call it after every check of settings and data. Collective."""
     out = Path(config.out)
-    # a barrier: check_run of a slower rank would otherwise find config.json and refuse the folder as another run's
-    world.total(0)
+    world.total(
+        0
+    )  # a barrier: check_run of a slower rank would find config.json, and refuse the folder as another run's
     if world.is_main:
         lock_folder(out)
         if not config.resume and has_steps(out):  # of a run that began and ended after check_run had looked
@@ -363,18 +363,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path, metadata)
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the error that safetensors has of its own where a disk is full, and of its own kind, into an OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-
-
 def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: str = "") -> Path:
     """Write checkpoints/step-NNNNNN: the adapter in PEFT's format, training/, and state.json with all checksums.
 
@@ -396,10 +384,14 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
         files = {str(path.relative_to(partial)): crc32_of(path) for path in written}
         best = {"best": saved.best} if saved.best else {}
         write_json(partial / "state.json", sealed({"step": saved.step, "crc32": files, **best}))
-    for old in list_checkpoints(out)[:-newest_kept]:  # only after the new one is complete
-        if step_of(old) != saved.best.get("step"):
-            with naming_what_cannot_be_written(old):
-                remove_folder(old, must=True)
+    pruned = list_checkpoints(out)[:-newest_kept]  # only after the new one is complete
+    for old in (one for one in pruned if step_of(one) != saved.best.get("step")):
+        with naming_what_cannot_be_written(old):
+            os.replace(old, old.with_name(f".{old.name}.old"))
+    for gone in final.parent.glob(
+        ".step-*.old"
+    ):  # on NFS what a process has open goes only when it is closed: next time
+        remove_folder(gone)
     return final
 
 
@@ -442,8 +434,7 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
 
     Newer ones are renamed to NAME.damaged, and a note says so. Raises UserError when there are some and none is whole.
     """
-    there, found = list_checkpoints(out), None
-    problems: list[str] = []
+    there, found, problems = list_checkpoints(out), None, []
     for path in reversed(there):
         try:
             found = (path, load_checkpoint(path))
@@ -452,20 +443,20 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
             problems.append(str(error))
     if there and found is None:
         raise UserError(f"{problems[0]}, of which {out} has none; put a copy of the file back, or name another --out")
-    steps = world.gather_in_rank_order(found[1][0] if found else 0)  # each node reads its own copy of the disk
+    # of each node, which reads its own copy of the disk
+    told = world.gather_in_rank_order([found[1][0] if found else 0, [text.partition(";")[0] for text in problems]])
+    steps = [step for step, _ in told]
     if min(steps) == 0 < max(steps):
-        raise UserError(
-            f"--resume: rank {steps.index(0)} finds no checkpoint in {out}; all nodes must see the same folder"
-        )
+        lacks = f"--resume: rank {steps.index(0)} finds no checkpoint in {out}"
+        raise UserError(f"{lacks}; all nodes must see the same folder")
     if found is None or found[1][0] == min(steps) == steps_saved(out):
         return found
     if found[1][0] != min(steps):
         found = next((path, load_checkpoint(path)) for path in there if step_of(path) == min(steps))
     if world.is_main:
-        for problem in problems:
-            print(
-                f"note: {problem.partition(';')[0]}; --resume goes on from {found[0].name}", file=sys.stderr, flush=True
-            )
+        least = f"rank {steps.index(min(steps))} does not see the checkpoint of step {max(steps)}"
+        for problem in dict.fromkeys(problem for _, of_rank in told for problem in of_rank) or [least]:
+            print(f"note: {problem}; --resume goes on from {found[0].name}", file=sys.stderr, flush=True)
         for path in there:
             if step_of(path) > min(steps):
                 aside = path.with_name(f"{path.name}.damaged")

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.clusters.known import cell_types_file
-from data.errors import UserError
+from data.errors import UserError, disk_errors
 from data.files import append_rows, replacing_folder, weight_files
 from data.processes import how_to_go_on
 from data.puzzles import read_rows
@@ -30,7 +30,6 @@ from trainer.policy import Policy
 from trainer.ranks.world import StopRequest, World, guarded, join_world, leave_world
 from trainer.record.runfolder import (
     check_run,
-    disk_errors,
     open_run,
     restore_training,
     save_training,
