@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import select
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ STAGE_OF = "STAGE_OF"
 """The variable that tells a command which process it is a stage of: it ends with that one."""
 PR_SET_PDEATHSIG = 1
 """Linux, sys/prctl.h: choose the signal that a process receives when its parent ends."""
+GROUPS, MY_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux shows the limits of control groups, and those of this process."""
 POLL_SECONDS = 1.0
 M_MMAP_THRESHOLD = -3
 """glibc, malloc.h: blocks of at least so many bytes are mapped one by one, and go back to the system when they are freed."""
@@ -195,6 +199,55 @@ def end_group_with_this_process() -> None:
     while os.read(alive, 1 << 12):  # only its end counts: a reward may write into every descriptor that it finds
         pass
     os.killpg(0, signal.SIGKILL)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity, or fewer where a container has a share of CPU time only."""
+    cores = len(os.sched_getaffinity(0))
+    for folder, new in control_groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            if new:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0:
+                cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free for this process: of the machine, or less where its container has a limit."""
+    import psutil  # for few commands
+
+    free = psutil.virtual_memory().available
+    for folder, new in control_groups("memory"):
+        with contextlib.suppress(OSError, ValueError):
+            names = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            limit, used = (int((folder / name).read_text()) for name in names)
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cache = int(
+                stat.get("inactive_file" if new else "total_inactive_file", 0)
+            )  # given up when memory is wanted
+            free = min(free, max(0, limit - used + cache))
+    return free
+
+
+def control_groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """(folder, is it of version 2?) of each control group of this process, from its own up to the root.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html; in a container the path may be that of the host, and only the root there.
+    """
+    try:
+        lines = MY_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, names, place = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        root, parts = (GROUPS / controller if names else GROUPS), Path(place).parts[1:]
+        for n in range(len(parts), -1, -1):
+            yield root.joinpath(*parts[:n]), not names
 
 
 def provenance() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from data.build.build import BuildConfig, build_puzzles
 from data.errors import UserError
 from data.folder import FORMATS, naming_the_file, staged, write_build
 from data.inspection.inspection import first_lines
+from data.processes import usable_cores
 from data.status.status import NOTIFY, reporting
 from launch.options import command, option
 from launch.progress import watching
@@ -48,7 +49,7 @@ def main(config: BuildCommandConfig) -> None:
     """Build puzzles from .h5ad files and zarr stores of any size, with a report of what was kept, dropped and why."""
     files, out = files_of(config, click.get_current_context()), out_of(config.out)
     settings = BuildConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(BuildConfig)})
-    workers = config.workers if config.workers is not None else len(os.sched_getaffinity(0))
+    workers = config.workers if config.workers is not None else usable_cores()
     with (
         reporting(out, config.notify, "cell", beside=True) as told,
         naming_the_file(out, files),

@@ -4,18 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import data.processes
 from data.processes import (
     LAUNCHER_VARIABLES,
     STAGE_OF,
+    control_groups,
     end_with_the_command_above,
     environment_without_launcher,
+    free_memory,
     how_to_go_on,
     module_environment,
     provenance,
+    usable_cores,
 )
 from tests.helpers.commands import ROOT
 
@@ -187,3 +192,34 @@ def test_a_command_of_its_own_is_told_of_resume(monkeypatch):
 def test_a_machine_without_git_has_an_unknown_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance()["git_commit"] == "unknown" and "torch" in provenance()["versions"]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_container_has_the_cores_and_the_memory_of_its_limits(monkeypatch, tmp_path, new):
+    """docker --cpus 2 --memory 4g, or Kubernetes' limits: the machine's 64 cores and 500 GB are visible all the same."""
+    monkeypatch.setattr(data.processes, "GROUPS", tmp_path)
+    monkeypatch.setattr(data.processes, "MY_GROUPS", tmp_path / "mine")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=500 << 30))
+    assert (usable_cores(), free_memory()) == (64, 500 << 30)  # no control groups
+    (tmp_path / "mine").write_text("0::/pods/a\n" if new else "3:cpuacct,cpu:/pods/a\n2:memory:/pods/a\n1:pids:/\n")
+    cpu, memory = (tmp_path, tmp_path) if new else (tmp_path / "cpu", tmp_path / "memory")
+
+    def limit(folder, **files) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+    if new:
+        limit(cpu / "pods/a", cpu__max="max 100000", memory__max="max", memory__current=5)
+        limit(cpu / "pods", cpu__max="250000 100000", memory__max=4 << 30, memory__current=3 << 30)
+        limit(cpu / "pods", memory__stat=f"anon 1\ninactive_file {2 << 30}")
+    else:
+        limit(cpu / "pods/a", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
+        limit(cpu, cpu__cfs_quota_us=250000, cpu__cfs_period_us=100000)
+        limit(memory, memory__limit_in_bytes=4 << 30, memory__usage_in_bytes=3 << 30)
+        limit(memory, memory__stat=f"cache 1\ntotal_inactive_file {2 << 30}")
+    assert (usable_cores(), free_memory()) == (3, 3 << 30)
+    assert [folder for folder, _ in control_groups("cpu")] == [cpu / "pods/a", cpu / "pods", cpu]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    assert usable_cores() == 2

@@ -1,7 +1,6 @@
 """The demo as a command: what is refused before it begins, what may change when it goes on, every stage on two tiny files."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from data.errors import UserError
 from data.options import naming, words_of
+from data.processes import usable_cores
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows, write_rows
 from eval.demo.record import MADE, last_of, record_settings, refuse_other_settings
@@ -293,7 +293,7 @@ def test_what_grpo_would_refuse_is_refused_before_the_cold_start(grown):
 
 def test_a_cold_start_has_one_process_where_two_do_not_fit(pipeline, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cores, room = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    cores, room = usable_cores(), psutil.virtual_memory()
     assert cold_start_ranks(pipeline / "base") == min(2, cores)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=1 << 20))
     assert cold_start_ranks(pipeline / "base") == 1

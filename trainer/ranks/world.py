@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError, first_line
 from data.files import unlock_folders
-from data.processes import give_freed_memory_back
+from data.processes import give_freed_memory_back, usable_cores
 from data.status.status import NOTIFY_SECONDS, RunStatus
 from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
@@ -310,7 +310,7 @@ def own_device(local_rank: int, local_size: int) -> torch.device:
     if problem := gpu_problem():
         raise UserError(problem)
     # torchrun sets OMP_NUM_THREADS to 1, which would leave cores idle
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(max(1, usable_cores() // local_size))
     return torch.device("cpu")
 
 

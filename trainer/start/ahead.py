@@ -1,13 +1,12 @@
 """What a command that trains twice (launch/demo.py) can know of GRPO before its cold start, which takes hours."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from data.errors import UserError
+from data.processes import free_memory, usable_cores
 from data.prompts import ChatFormat
 from data.puzzles import read_puzzles, read_rows
 from trainer.config import GrpoConfig
@@ -67,4 +66,4 @@ def cold_start_ranks(model: Path, every_weight: bool = False) -> int:
         * n_weights(empty_model(str(model), torch.float32, "sdpa"))
         * COPIES["every weight" if every_weight else "adapter"]
     )
-    return max(1, min(2, len(os.sched_getaffinity(0)), int(psutil.virtual_memory().available / needed)))
+    return max(1, min(2, usable_cores(), int(free_memory() / needed)))

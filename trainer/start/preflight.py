@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from data.clusters.known import learned_files_of
 from data.errors import UserError
 from data.files import read_settings
+from data.processes import free_memory
 from data.puzzles import Puzzle, read_puzzles, shared_puzzles
 from rollout.vllm_versions import merges_adapter, refuse_kernels, vllm_rank
 from trainer.config import OnlineConfig
@@ -66,7 +66,7 @@ def launch_of(cfg: OnlineConfig) -> Launch:
     elif device == "cuda":
         available = float(torch.cuda.get_device_properties(0).total_memory)
     else:
-        available = psutil.virtual_memory().available / per_node
+        available = free_memory() / per_node
     return Launch(nodes=nodes, ranks_per_node=per_node, rank_bytes=available, device=device)
 
 
