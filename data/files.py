@@ -518,7 +518,8 @@ def weights_hash(path: Path) -> str:
 def reason_of(error: OSError) -> str:
     """Why a file operation failed, on one line."""
     # HDF5 appends a page of its own to the message; strerror is the operating system's part
-    return os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    text = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+    return text + "; on a disk without locks set HDF5_USE_FILE_LOCKING=FALSE" * ("unable to lock file" in str(error))
 
 
 def full_disk(error: OSError) -> str:

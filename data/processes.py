@@ -225,9 +225,8 @@ def free_memory() -> int:
             names = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
             limit, used = (int((folder / name).read_text()) for name in names)
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cache = int(
-                stat.get("inactive_file" if new else "total_inactive_file", 0)
-            )  # given up when memory is wanted
+            names = ("inactive_file", "active_file") if new else ("total_inactive_file", "total_active_file")
+            cache = sum(int(stat.get(name, 0)) for name in names)  # of files: given up when memory is wanted
             free = min(free, max(0, limit - used + cache))
     return free
 

@@ -62,7 +62,7 @@ def main(config: DemoConfig) -> None:
     if config.model:
         from trainer.start.ahead import refuse_model  # torch: seconds, which `--help` need not wait for
 
-        refuse_model(base_model(config))
+        refuse_model(base_model(config), (out / "sft/config.json").is_file())
     refuse_other_settings(config, recipe := recipe_values(config), FREE_ON_RESUME)
     with reporting(out, config.notify, "part") as report:
         lock_folder(out)

@@ -87,7 +87,7 @@ fi
 "$VENV/bin/python" -c 'import torch, transformers, peft, vllm' >>"$LOG" 2>&1 || fail "a working torch + transformers + vllm"
 if [ "$EXTRA" = cuda ]; then
     TAKEN="$("$VENV/bin/python" -c "$TOOK")"
-    command -v nvidia-smi >/dev/null || { # a cluster's login node, with EXTRA=cuda
+    nvidia-smi -L 2>/dev/null | grep -q "^GPU " || { # a cluster's login node, with EXTRA=cuda
         say "$TAKEN; no GPU on this machine: whether a node's driver fits is seen when a run starts there"
         touch "$VENV/.ready"
         say "done ($EXTRA)"

@@ -890,6 +890,7 @@ def test_a_scaling_of_attention_that_nobody_reads_is_named_with_its_remedy(pipel
     for fine in (
         {"type": "linear", "factor": 4.0, "attn_factor": 0.5},
         {"type": "yarn", "factor": 1.5, "attn_factor": 1.0},
+        {"type": "yarn", "factor": 4.0, "attn_factor": None},
     ):
         assert unread_scaling({"rope_scaling": fine}) == ""
     (model / "config.json").write_text(json.dumps(config | {"rope_parameters": yarn | {"rope_theta": 10000.0}}))

@@ -1,4 +1,6 @@
-"""HDF5 files on disks that have no locks, such as NFS in many containers."""
+"""HDF5 files on disks that have no locks, such as NFS in many containers. What anndata itself opens still needs
+HDF5_USE_FILE_LOCKING=FALSE there.
+"""
 
 import errno
 import re

@@ -328,5 +328,6 @@ def test_a_disk_without_locks_is_no_other_program(tmp_path, monkeypatch):
         made["x"] = [1]
     assert holds_uns(path, "x") is False
     number = errno.EAGAIN
-    with pytest.raises(OSError, match="unable to lock file, errno = 11"):
+    with pytest.raises(OSError, match="unable to lock file, errno = 11") as held:
         open_hdf5(path, "r")
+    assert reason_of(held.value).endswith("on a disk without locks set HDF5_USE_FILE_LOCKING=FALSE")

@@ -213,12 +213,12 @@ def test_a_container_has_the_cores_and_the_memory_of_its_limits(monkeypatch, tmp
     if new:
         limit(cpu / "pods/a", cpu__max="max 100000", memory__max="max", memory__current=5)
         limit(cpu / "pods", cpu__max="250000 100000", memory__max=4 << 30, memory__current=3 << 30)
-        limit(cpu / "pods", memory__stat=f"anon 1\ninactive_file {2 << 30}")
+        limit(cpu / "pods", memory__stat=f"anon 1\ninactive_file {1 << 30}\nactive_file {1 << 30}")
     else:
         limit(cpu / "pods/a", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
         limit(cpu, cpu__cfs_quota_us=250000, cpu__cfs_period_us=100000)
         limit(memory, memory__limit_in_bytes=4 << 30, memory__usage_in_bytes=3 << 30)
-        limit(memory, memory__stat=f"cache 1\ntotal_inactive_file {2 << 30}")
+        limit(memory, memory__stat=f"cache 1\ntotal_inactive_file {1 << 30}\ntotal_active_file {1 << 30}")
     assert (usable_cores(), free_memory()) == (3, 3 << 30)
     assert [folder for folder, _ in control_groups("cpu")] == [cpu / "pods/a", cpu / "pods", cpu]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))

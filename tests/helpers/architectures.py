@@ -6,6 +6,7 @@ Prints a line "RESULT {...}" per model. Distances are in nats per token: the sam
 against the packed trainer's.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -165,6 +166,7 @@ def compare(folder: Path, name: str) -> dict:
         engine = vllm_engine(folder, policy, sampler_lora="merged")
         found["merged"] = distance(policy, sample(engine, policy))
         engine.close()
+    gc.freeze()  # as the fork server did: vLLM's shutdown undoes it, and each later collection would look at all libraries
     return found
 
 

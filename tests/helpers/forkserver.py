@@ -306,6 +306,15 @@ def start() -> None:
     # half a second of every engine's start, which it leaves out where it has been done; older versions have no such thing
     if set_up_logging := getattr(sys.modules.get("vllm.logger"), "configure_logging_if_needed", None):
         set_up_logging(sys.modules["vllm.config.logging"].LoggingConfig())
+    # on a CPU every engine's start looks through all modules for kernels to replace: once is enough
+    platform = getattr(sys.modules.get("vllm.platforms"), "current_platform", None)
+    if hasattr(platform, "register_triton_kernel_overrides"):
+        platform.register_triton_kernel_overrides()
+        type(platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    # what vLLM wants to know of a model's class it asks a process of its own, for CUDA's sake: 8 s each on a new machine
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = lambda look: look()
     set_by_libraries = {name: value for name, value in os.environ.items() if name not in before}
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()

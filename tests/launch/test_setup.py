@@ -163,9 +163,10 @@ def test_a_torch_is_kept_only_if_a_vllm_was_made_for_it(tmp_path, version, kept)
     assert done.stdout.strip() == kept
 
 
-def test_a_login_node_installs_for_nodes_with_a_gpu(setup, tmp_path):
-    """It has the network and no GPU; nodes with one often have no network."""
-    done, installs, pins = setup(None, EXTRA="cuda", CUDA_FAILS="1")
+@pytest.mark.parametrize("said", [None, NO_DRIVER, "No devices were found"])
+def test_a_login_node_installs_for_nodes_with_a_gpu(setup, tmp_path, said):
+    """It has the network and no GPU; nodes with one often have no network. nvidia-smi may be there all the same."""
+    done, installs, pins = setup(said, EXTRA="cuda", CUDA_FAILS="1")
     assert done.returncode == 0, done.stderr
     assert installs[-1].endswith("-e .[cuda,test]") and pins == NEWEST
     assert "no GPU on this machine: whether a node's driver fits is seen when a run starts there" in done.stdout

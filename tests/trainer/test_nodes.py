@@ -224,7 +224,7 @@ def test_a_sampler_killed_while_it_generates_is_named_and_the_run_stops(words, s
 
 def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     """Sampling two steps ahead: a run whose sampler is killed early, and one killed as a whole later on, and resumed."""
-    ahead = [*SHORT, "--steps", 40, "--placement", "split", "--max-staleness", 2, "--correction", "tis"]
+    ahead = [*SHORT, "--steps", 12, "--placement", "split", "--max-staleness", 2, "--correction", "tis"]
     arguments = [*words(tmp_path / "restarted"), *ahead, "--restart-samplers", 1]
     stops = stopping_after(3, tmp_path)
     restarted = start(torchrun(*arguments, ranks=2), tmp_path / "restarted.log", stops)
@@ -232,13 +232,13 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     assert restarted.end() == 0, restarted.output
     assert "it is started again (attempt 2)" in restarted.output
 
-    stops = stopping_after(20, tmp_path / "never")
+    stops = stopping_after(7, tmp_path / "never")
     cut = start(torchrun(*words(tmp_path / "cut"), *ahead, ranks=2), tmp_path / "cut.log", stops)
-    cut.wait_for("step 20/")
+    cut.wait_for("step 7/")
     cut.kill()
     resumed = start(torchrun(*words(tmp_path / "cut"), *ahead, "--resume", ranks=2), tmp_path / "resumed.log")
     assert resumed.end() == 0, resumed.output
-    last = "checkpoints/step-000040/"
+    last = "checkpoints/step-000012/"
     for name in (
         *("metrics.jsonl", "rollouts.jsonl"),
         *(last + "adapter_model.safetensors", last + "training/optimizer.safetensors"),
@@ -247,7 +247,7 @@ def test_killed_samplers_and_killed_runs_change_nothing(words, start, tmp_path):
     assert min(row["grad_norm"] for row in metrics(tmp_path / "cut")) > 1e-4, (
         "equal although every step changed the adapter"
     )
-    assert len({row["adapter_hash"] for row in metrics(tmp_path / "cut")}) == 40
+    assert len({row["adapter_hash"] for row in metrics(tmp_path / "cut")}) == 12
 
 
 @pytest.mark.vllm

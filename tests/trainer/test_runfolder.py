@@ -27,6 +27,7 @@ from trainer.record.runfolder import (
     list_checkpoints,
     load_checkpoint,
     load_newest,
+    remove_pruned,
     reward_hash,
     rewind,
     save_checkpoint,
@@ -332,6 +333,12 @@ def test_what_only_another_rank_cannot_read_is_said_too(tmp_path, capsys):
         assert load_newest(tmp_path, world)[1][0] == 4
         assert capsys.readouterr().err.startswith(f"note: {says}")
         (tmp_path / "checkpoints/step-000006.damaged").rename(tmp_path / "checkpoints/step-000006")
+    (tmp_path / "checkpoints/step-000006").rename(tmp_path / "elsewhere")
+    world = SimpleNamespace(is_main=True, gather_in_rank_order=lambda item: [item, [6, []]])
+    assert load_newest(tmp_path, world)[1][0] == 4
+    assert capsys.readouterr().err == (
+        "note: rank 0 does not see the checkpoint of step 6; --resume goes on from step-000004\n"
+    )
 
 
 def test_a_run_that_went_on_keeps_no_file_of_its_checkpoint_mapped(tmp_path):
@@ -358,6 +365,8 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(tmp_path, monk
     there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert there == [".step-000002.old", "step-000004", "step-000006"]
     monkeypatch.undo()
+    remove_pruned(tmp_path)  # as when the run goes on
+    assert not (tmp_path / "checkpoints/.step-000002.old").exists()
     save(tmp_path, 8)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 

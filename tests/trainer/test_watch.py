@@ -36,7 +36,8 @@ def test_a_run_that_was_suspended_does_not_hang(watch, monkeypatch):
         monkeypatch.setattr(watching.time, "monotonic", lambda at=began + second: at)
         watch.publish()
         assert watch.me.seconds == pytest.approx(seconds)
-    watch.advance()
+    monkeypatch.setattr(watching.time, "monotonic", lambda: began + 9000)
+    watch.advance()  # before the first heartbeat after another pause
     watch.publish()
     assert watch.me.seconds == 0
 

@@ -27,7 +27,8 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 10.0
 """A rank without a heartbeat for this long counts as dead."""
 PAUSE_SECONDS = 10.0
-"""A rank whose own heartbeats are further apart was stopped (Slurm's SUSPEND, SIGSTOP): the rest is no time without progress."""
+"""A rank whose own heartbeats are further apart was stopped (Slurm's SUSPEND, SIGSTOP), or its store is slow: what is more is no
+time without progress."""
 SILENT_LOOKS = 5
 """And without one in so many looks of the rank that judges."""
 JOIN_SECONDS = 300.0
@@ -240,7 +241,10 @@ class Watch:
         self.me.number += 1
         now = time.monotonic()
         if (stopped := now - self.beaten - PAUSE_SECONDS) > 0:
-            self.since += stopped
+            self.since, self.began = (
+                min(now, self.since + stopped),
+                self.began + stopped,
+            )  # min: something may be done since
         self.beaten = now
         self.me.seconds = now - self.since
         self.store.set(f"watch/{self.me.rank}", json.dumps(asdict(self.me)))

@@ -257,6 +257,7 @@ def open_run(config: Any, world: World) -> Path:
         if config.resume and has_steps(out):
             say_what_changed(config, read_record(out), world)
         (out / FINISHED).unlink(missing_ok=True)  # --resume with more --steps
+        remove_pruned(out)
         record = {"settings": dataclasses.asdict(config), "world_size": world.size, "data": data_hashes(config)}
         record |= {key: model_hashes(str(getattr(config, key))) for key in MODELS if getattr(config, key, None)}
         record |= {"reward": reward_hash(config), **provenance()}
@@ -388,11 +389,14 @@ def save_checkpoint(out: Path, saved: Checkpoint, newest_kept: int, model_dir: s
     for old in (one for one in pruned if step_of(one) != saved.best.get("step")):
         with naming_what_cannot_be_written(old):
             os.replace(old, old.with_name(f".{old.name}.old"))
-    for gone in final.parent.glob(
-        ".step-*.old"
-    ):  # on NFS what a process has open goes only when it is closed: next time
-        remove_folder(gone)
+    remove_pruned(out)
     return final
+
+
+def remove_pruned(out: Path) -> None:
+    """Remove what saves have pruned. A folder of which a process has a file open stays on NFS, until the next call."""
+    for gone in (out / "checkpoints").glob(".step-*.old"):
+        remove_folder(gone)
 
 
 def list_checkpoints(out: Path) -> list[Path]:
@@ -449,7 +453,7 @@ def load_newest(out: Path, world: World) -> tuple[Path, tuple[int, dict[str, Ten
     if min(steps) == 0 < max(steps):
         lacks = f"--resume: rank {steps.index(0)} finds no checkpoint in {out}"
         raise UserError(f"{lacks}; all nodes must see the same folder")
-    if found is None or found[1][0] == min(steps) == steps_saved(out):
+    if found is None or min(steps) == max(steps) == steps_saved(out):
         return found
     if found[1][0] != min(steps):
         found = next((path, load_checkpoint(path)) for path in there if step_of(path) == min(steps))

@@ -21,9 +21,9 @@ COPIES = {"adapter": 2.0, "every weight": 5.0}
 trained also gradients and the optimizer's two moments."""
 
 
-def refuse_model(model: Path) -> None:
-    """Raises UserError for a checkpoint that the trainers or vLLM refuse. Reads no weights."""
-    refuse_problems(check_model(str(model), vllm=True))
+def refuse_model(model: Path, begun: bool) -> None:
+    """Raises UserError for a checkpoint that the trainers or vLLM refuse. Reads no weights. begun: as for check_model."""
+    refuse_problems(check_model(str(model), vllm=True, begun=begun))
 
 
 def refuse_lengths(cfg: GrpoConfig, traces: Path) -> list[str]:

@@ -138,14 +138,14 @@ def steady_positions(model: dict[str, Any]) -> float:
 
 
 def unread_scaling(model: dict[str, Any]) -> str:
-    """What to mend where config.json scales attention by a name that transformers and vLLM do not read; "" if all is read.
+    """What to mend where config.json scales attention by a name that transformers does not read; "" if all is read.
 
     DeepSeek-R1-0528-Qwen3-8B names attn_factor, which some programs read as a factor of YaRN's own 0.1 ln(factor) + 1
     (arXiv:2309.00071, Eq. 22): without it the scores of attention are 1.3 times as large. vLLM reads it up to 0.29, and
     attention_factor from 0.30 on; transformers reads attention_factor only.
     """
     kind, scaling = _rope_of(model)
-    if kind != "yarn" or scaling.get("attn_factor", 1) == 1 or scaling.get("attention_factor") is not None:
+    if kind != "yarn" or (scaling.get("attn_factor") or 1) == 1 or scaling.get("attention_factor") is not None:
         return ""
     meant = float(scaling["attn_factor"]) * (0.1 * math.log(max(scaling.get("factor") or 1, 1)) + 1)
     return (
