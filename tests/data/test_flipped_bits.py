@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_an_atlas_of_ours_is_refused(tmp_path):
                 read()
     path.write_bytes(whole[:-LENGTH])  # as others write it
     assert repr(read()) == right
-    with pytest.raises(UserError, match="a.h5ad: was changed since it was simulated, and would be replaced"):
+    with pytest.raises(UserError, match="a.h5ad: was changed since it was written, and would be replaced"):
         stream_atlas(path, n_donors=6, cells=400, n_types=12)
     path.unlink()
     stream_atlas(path, n_donors=6, cells=400, n_types=12)

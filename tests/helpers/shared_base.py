@@ -71,7 +71,7 @@ def main() -> None:
     if case == "written":
         grpo.optimizer_step = step_and_write
     if case == "plain":
-        prepare_environment(1 << 30)  # before vLLM is imported
+        prepare_environment()  # before vLLM is imported
     with plain_weights() if case == "plain" else nullcontext():
         importlib.import_module(f"launch.{command}").main()
 
