@@ -180,6 +180,8 @@ def test_notes_say_what_is_unusual_and_the_date_is_the_runs(tokenizers, tmp_path
     assert notes["drops the system message"][0].startswith("the chat template changes or drops the system message, so ")
     assert notes["a thinking switch"] == ["the chat template reasons with enable_thinking=True, so that is set"]
     dated = ChatFormat(with_template(tokenizer, DATED), tmp_path, DAY)
+    one, same = (dated.prompt_ids([{"role": "user", "content": "T cell"}]) for _ in range(2))
+    assert max(one) > 256 and all(a is b for a, b in zip(one, same, strict=True))  # 100,000 prompts: 2 GB and not 11
     assert dated.prompt_text([{"role": "user", "content": "x"}]).startswith("Today: 03 Feb 2026\n")
     assert dated.shows_date() and not ChatFormat(with_template(tokenizer, CHAT_TEMPLATE), tmp_path, DAY).shows_date()
 

@@ -1,5 +1,6 @@
 """What an engine is started with on a GPU, and that its draws depend on the seed alone."""
 
+import os
 import random
 import sys
 from types import SimpleNamespace
@@ -90,8 +91,10 @@ def started_with(monkeypatch, folder, **more) -> dict:
 def test_vllm_reads_the_files_that_the_trainer_reads_and_leaves_its_threads(monkeypatch, tmp_path):
     """Mistral's consolidated weights may lie beside, older than the shards of the index."""
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: None)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     threads = torch.get_num_threads()
     assert not {"config_format", "load_format"} & started_with(monkeypatch, tmp_path).keys()
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ  # vLLM would take it in place of our kv_cache_bytes
     torch.set_num_threads(threads)  # on a CPU the worker leaves them alone
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
