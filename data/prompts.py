@@ -190,9 +190,8 @@ class ChatFormat:
                 f"{self.model}: the text holds token {max(ids)} ({self.tokenizer.decode([max(ids)])!r}), and the model embeds "
                 f"{self.vocabulary} (vocab_size); take that text out, or resize the embedding"
             )
-        known = (
-            self._numbers.setdefault
-        )  # one object for equal ids: 100,000 prompts of 3,000 would take 11 GB otherwise
+        # one object for equal ids: 100,000 prompts of 3,000 would take 11 GB otherwise
+        known = self._numbers.setdefault
         return [known(token, token) for token in ids]
 
     def response_text(self, ids: list[int]) -> str:

@@ -30,9 +30,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault(
-        "VLLM_USE_FLASHINFER_SAMPLER", "0"
-    )  # a nucleus is drawn with its own generator: see drawing_from
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it has a generator of its own: see drawing_from
     if not torch.cuda.is_available():
         # by default vLLM pins its threads to cores, but the ranks of a machine share its cores
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

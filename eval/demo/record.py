@@ -67,9 +67,8 @@ def refuse_other_settings(config: DemoConfig, recipe: dict[str, Any], free: set[
         return
     before = read_sealed(out / RECORD)
     for name, value in recorded_settings(config, recipe).items():
-        may_change = FREE | (
-            free - {"decay_steps"} if name in ("sft", "grpo_recipe") else set()
-        )  # of a finished run it may not
+        # decay_steps may change while a run goes on, and what is compared here is finished
+        may_change = FREE | (free - {"decay_steps"} if name in ("sft", "grpo_recipe") else set())
         was, now = (_items(one, may_change) for one in (before.get(name, value), value))
         if was != now and _is_made(out, MADE[name]):
             old, new = (", ".join(sorted(one)) or "nothing" for one in (was - now, now - was))

@@ -85,9 +85,8 @@ def vllm_server(checkpoint, tmp_path_factory):
             cwd=checkpoint,
             start_new_session=True,
         )
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # http_proxy may be set, and know no such place
+    # http_proxy may be set, and know no such place
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         while True:
             assert process.poll() is None, log.read_text()[-3000:]

@@ -241,10 +241,8 @@ class Watch:
         self.me.number += 1
         now = time.monotonic()
         if (stopped := now - self.beaten - PAUSE_SECONDS) > 0:
-            self.since, self.began = (
-                min(now, self.since + stopped),
-                self.began + stopped,
-            )  # min: something may be done since
+            self.since = min(now, self.since + stopped)  # min: something may be done since it went on
+            self.began += stopped
         self.beaten = now
         self.me.seconds = now - self.since
         self.store.set(f"watch/{self.me.rank}", json.dumps(asdict(self.me)))

@@ -247,9 +247,8 @@ def with_date(config: C, world: World) -> C:
 def open_run(config: Any, world: World) -> Path:
     """Make the run folder, lock it and write config.json. Call it after every check of settings and data. Collective."""
     out = Path(config.out)
-    world.total(
-        0
-    )  # a barrier: check_run of a slower rank would find config.json, and refuse the folder as another run's
+    # a barrier: check_run of a slower rank would find config.json, and refuse the folder as another run's
+    world.total(0)
     if world.is_main:
         lock_folder(out)
         if not config.resume and has_steps(out):  # of a run that began and ended after check_run had looked
