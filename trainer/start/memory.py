@@ -342,9 +342,8 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     again = kernels and cfg.quantize == "none"
     # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
     norms = 2 * h * ((size if kernels else 4) + (0 if again else size))
-    if (
-        cfg.lora_rank and cfg.compute_dtype != cfg.dtype
-    ):  # --autocast: q, k, v, gate and up each keep a rounded copy of their input
+    if cfg.lora_rank and cfg.compute_dtype != cfg.dtype:  # --autocast
+        # two inputs in float32; q, k, v, gate and up each keep a rounded copy of theirs
         norms, size = 2 * h * 4 + 5 * h * 2, 2
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
     gated = kernels and shape.hidden_act == "silu"

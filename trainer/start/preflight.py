@@ -298,7 +298,7 @@ def refuse_learned(held_out: list[Puzzle], cfg: OnlineConfig) -> str:
     Returns a sentence for the user where only donors are shared, or a file is gone, so that nobody can know; else "".
     """
     notes = []
-    for file in learned_files_of(str(cfg.model)):
+    for file in dict.fromkeys(learned_files_of(str(cfg.model))):  # a cold start and GRPO may name the same
         if not file.is_file():
             notes.append(f"{file}, on which --model was trained, is gone, so a shared puzzle is not seen")
             continue
