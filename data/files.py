@@ -171,18 +171,18 @@ def append_rows(
 
 
 def appended_rows(
-    path: str | os.PathLike, is_row: Callable[[dict[str, Any]], bool] = lambda row: True
+    path: str | os.PathLike, is_row: Callable[[dict], bool] = lambda row: True, glance: Callable = lambda line: None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line with its end, row) of each line of a .jsonl file to which a process appended that may have been killed.
+    """(line with its end, row without its checksum) of each line of a .jsonl file whose writer may have been killed.
 
     A last line that is cut off or cannot be read is left out, and a note on standard error says so. is_row(row): is the
-    object one that the process writes? The rows come without their checksums, if they have any. Raises UserError that
-    names a damaged line before the last.
+    object one that the writer writes? glance(line of bytes): the row as far as it is wanted, or None to have it parsed.
+    Raises UserError that names a damaged line before the last.
     """
     with open(path, "rb") as handle:  # bytes: a cut can leave half a character
         for number, line in enumerate(handle, start=1):
             try:
-                row = unsealed_row(parse_json(line.decode()))
+                row = glance(line) or unsealed_row(parse_json(line.decode()))
             except ValueError:
                 row = None
             if row is not None and is_row(row):

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ NAMED = 3
 MESSAGE_COLUMNS = ("system_msg", "user_msg", "assistant_msg")
 ROWS_SEAL = b"rows_crc32"
 """Key, in the metadata of a parquet file of ours, of the checksum of its rows."""
+_STEP_FIRST = re.compile(r'\{"step": (\d+)[,}]')
 _CELL_LINE = re.compile(r"Cell (\d+): (.*)")
 _ANSWER_BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>\s*\Z", re.DOTALL)
 
@@ -243,12 +244,15 @@ def _parse_answer(assistant_msg: str) -> list[str]:
 
 
 def read_rows(
-    path: str | os.PathLike, keep: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda row: row
+    path: str | os.PathLike,
+    keep: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda row: row,
+    glance: Callable[[str], dict[str, Any] | None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """All rows of a .parquet, .jsonl or .json file. Raises UserError with the name of the file and the line, if any.
 
     keep(row): what is wanted of a row, None for nothing. The rollouts of a long run are far larger than memory; of a .jsonl
-    file no more than one row is held beside what is kept.
+    file no more than one row is held beside what is kept. glance(line): the row as far as it is wanted, where that can be told
+    without parsing a line of a .jsonl file (of_other_steps); else None.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -260,7 +264,7 @@ def read_rows(
             return _kept(_rows_of_parquet(path), keep)
         with open(path, encoding="utf-8-sig") as file:  # editors of Windows begin a file with a mark
             if path.suffix != ".json":
-                return _kept(_rows_of_jsonl(path, file), keep)
+                return _kept(_rows_of_jsonl(path, file, glance), keep)
             text = file.read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a file of puzzles; give a .parquet, .jsonl or .json file") from None
@@ -322,9 +326,27 @@ def _where(error: ValueError) -> str:
     return f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
-def _rows_of_jsonl(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def of_other_steps(steps: Collection[int]) -> Callable[[str], dict[str, Any] | None]:
+    """For `read_rows`: of a line of rollouts.jsonl whose step is not wanted, its step alone. steps: () if all are wanted.
+
+    A line has thousands of numbers; to parse all of them for the rows of one step would take an hour of a long run.
+    """
+
+    def glance(line: str) -> dict[str, Any] | None:
+        found = _STEP_FIRST.match(line) if steps else None
+        return {"step": int(found[1])} if found and int(found[1]) not in steps else None
+
+    return glance
+
+
+def _rows_of_jsonl(
+    path: Path, lines: Iterable[str], glance: Callable[[str], dict[str, Any] | None]
+) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):  # of a file: str.splitlines would also cut at U+2028
         if line == "\n":
+            continue
+        if (known := glance(line)) is not None:
+            yield known
             continue
         try:
             row = parse_json(line)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from data.errors import UserError
-from data.puzzles import Puzzle, id_text, read_rows
+from data.puzzles import Puzzle, id_text, of_other_steps, read_rows
 
 
 class Response(NamedTuple):
@@ -32,6 +32,7 @@ def read_responses(
     rows = read_rows(
         file,
         lambda row: other if steps and row.get("step") not in steps else {k: row[k] for k in row if k not in heavy},
+        of_other_steps(steps),
     )
     for number, row in enumerate(rows):
         if steps and row.get("step") not in steps:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.errors import UserError
-from data.files import sealed, unlock_folder
+from data.files import append_rows, sealed, unlock_folder
 from trainer.config import GrpoConfig
 from trainer.model.opening import read_adapter
 from trainer.model.shared import with_sampler_dtype
@@ -416,3 +416,13 @@ def test_the_command_of_another_algorithm_does_not_go_on_with_a_run(tmp_path):
         with pytest.raises(UserError, match=f"--resume: {tmp_path} holds {said}; use "):
             check_run(dataclasses.replace(other, resume=True))
         assert (tmp_path / "config.json").read_text() == record
+
+
+def test_rewind_parses_no_line_that_begins_with_its_step(tmp_path, monkeypatch):
+    """Checksums of the rollouts of a long run take an hour, in which all ranks would wait."""
+    path = tmp_path / "rollouts.jsonl"
+    append_rows(path, [{"step": step, "completion": "a"} for step in (1, 2, 3)], seal=True)
+    kept = b"".join(path.read_bytes().splitlines(keepends=True)[:2])
+    monkeypatch.setattr("data.files.parse_json", lambda text: pytest.fail("parsed"))
+    rewind(tmp_path, 2)
+    assert path.read_bytes() == kept
