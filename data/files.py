@@ -176,13 +176,13 @@ def appended_rows(
     """(line with its end, row without its checksum) of each line of a .jsonl file whose writer may have been killed.
 
     A last line that is cut off or cannot be read is left out, and a note on standard error says so. is_row(row): is the
-    object one that the writer writes? glance(line of bytes): the row as far as it is wanted, or None to have it parsed.
+    object one that the writer writes? glance(line): the row as far as it is wanted, or None to have it parsed.
     Raises UserError that names a damaged line before the last.
     """
     with open(path, "rb") as handle:  # bytes: a cut can leave half a character
         for number, line in enumerate(handle, start=1):
             try:
-                row = glance(line) or unsealed_row(parse_json(line.decode()))
+                row = glance(text := line.decode()) or unsealed_row(parse_json(text))
             except ValueError:
                 row = None
             if row is not None and is_row(row):

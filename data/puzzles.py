@@ -326,6 +326,12 @@ def _where(error: ValueError) -> str:
     return f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
 
 
+def step_alone(line: str) -> dict[str, int] | None:
+    """The step of a whole line of a run's .jsonl file that begins with it, unparsed; else None."""
+    found = _STEP_FIRST.match(line) if line.endswith("}\n") else None
+    return {"step": int(found[1])} if found else None
+
+
 def of_other_steps(steps: Collection[int]) -> Callable[[str], dict[str, Any] | None]:
     """For `read_rows`: of a line of rollouts.jsonl whose step is not wanted, its step alone. steps: () if all are wanted.
 
@@ -333,8 +339,8 @@ def of_other_steps(steps: Collection[int]) -> Callable[[str], dict[str, Any] | N
     """
 
     def glance(line: str) -> dict[str, Any] | None:
-        found = _STEP_FIRST.match(line) if steps else None
-        return {"step": int(found[1])} if found and int(found[1]) not in steps else None
+        row = step_alone(line) if steps else None
+        return row if row and row["step"] not in steps else None
 
     return glance
 

@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import UserError
 from data.prompts import SYSTEM_MESSAGE, normalise_label
-from data.puzzles import Puzzle, content_id, read_puzzles, read_rows, write_puzzles, write_rows
+from data.puzzles import Puzzle, content_id, of_other_steps, read_puzzles, read_rows, write_puzzles, write_rows
 from tests.helpers.commands import FIXTURES
 
 SAMPLE = FIXTURES / "cellpuzzles_sample.jsonl"
@@ -207,3 +207,16 @@ def test_labels_that_look_the_same_are_the_same():
     assert normalise_label("CD8\u2011positive, alpha\u2010beta\u200b T cell") == normalise_label(label)
     assert normalise_label("CD8 positive, alpha-beta T cell") != normalise_label(label)
     assert normalise_label("T\u2013B") != normalise_label("T-B"), "a dash looks different"
+
+
+def test_rows_of_other_steps_are_not_parsed(tmp_path):
+    """A checksum that is wrong is seen where its row is wanted; a line that was cut is damaged for every step."""
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text('{"step": 1, "row_checksum": "0"}\n{"step": 2}\n')
+    assert read_rows(path, glance=of_other_steps([2])) == [{"step": 1}, {"step": 2}]
+    for steps in ([1], []):
+        with pytest.raises(UserError, match="line 1: changed or damaged"):
+            read_rows(path, glance=of_other_steps(steps))
+    path.write_text('{"step": 2}\n{"step": 1, "completion": "a')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        read_rows(path, glance=of_other_steps([2]))

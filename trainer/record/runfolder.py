@@ -46,6 +46,7 @@ from data.files import (
     write_whole,
 )
 from data.processes import file_of_function, provenance
+from data.puzzles import step_alone
 from data.status.status import RunStatus
 from trainer.ranks.world import World, load_moments, moments_of
 
@@ -314,12 +315,6 @@ def reward_hash(config: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file. It appears complete or not at all."""
     write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def step_alone(line: bytes) -> dict[str, int] | None:
-    """The step of a whole line of STREAMS that begins with it, unparsed; else None."""
-    found = re.match(rb'\{"step": (\d+)[,}]', line) if line.endswith(b"}\n") else None
-    return {"step": int(found[1])} if found else None
 
 
 def rewind(out: Path, step: int, advance: Callable[[], None] = lambda: None) -> None:
