@@ -57,7 +57,7 @@ RANGES = {
     "at least 0": (
         *("lora_rank", "warmup_steps", "weight_decay", "patience", "save_every", "reward_workers"),
         *("max_staleness", "restart_samplers", "nodes", "ranks_per_node", "rank_gib", "clip_high", "correction_floor"),
-        *("distill_failures", "decay_steps"),
+        *("distill_failures", "decay_steps", "eval_every", "stop_loss"),
     ),
     "at least 1": (
         *("keep_checkpoints", "micro_tokens", "epochs", "batch_size", "max_tokens", "eval_puzzles"),

@@ -109,6 +109,8 @@ RANGES = {
         ("eval_response_tokens", [0], "must be at least 1", [1]),
         ("patience", [-1], "must be at least 0", [0]),
         ("save_every", [-1], "must be at least 0", [0]),
+        ("eval_every", [-1], "must be at least 0", [0]),
+        ("stop_loss", [-0.1], "must be at least 0", [0.0]),
     ],
     EvaluateConfig: [
         ("temperature", [-1.0], "must be at least 0", [0.0, 0.01, None]),

@@ -169,6 +169,28 @@ def test_early_stopping_keeps_the_best_epoch(pipeline, tmp_path):
     assert again[-1]["eval_loss"] == pytest.approx(losses[best], rel=1e-4), "the model on disk is the best epoch's"
 
 
+def test_a_loss_that_is_low_enough_ends_the_run_within_an_epoch(pipeline, tmp_path):
+    """A long run's evaluations every two steps; then one that stops at a loss which that run reached on its way down."""
+    every = {"eval_every": 2, "holdout": 0.3, "save_every": 100}
+    whole = run(pipeline, tmp_path / "whole", epochs=6, **every)
+    steps = math.ceil(whole[-1]["step"] / 6)  # of an epoch
+    losses = {row["step"]: row["eval_loss"] for row in whole if "eval_loss" in row}
+    assert list(losses) == [row["step"] for row in whole if row["step"] % 2 == 0 or row["step"] % steps == 0]
+    within = [step for step in losses if step % steps]  # an epoch
+    asked = sorted(losses[step] for step in within)[len(within) // 2]
+    ends = next(step for step, loss in losses.items() if loss <= asked)
+    assert steps < ends < whole[-1]["step"]
+    out = tmp_path / "out"
+    assert run(pipeline, out, epochs=6, stop_loss=asked, **every) == whole[:ends]
+    assert (out / f"checkpoints/step-{ends:06d}/state.json").is_file()
+    model = (out / "model/model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")  # killed after the checkpoint, before the model was written
+    assert run(pipeline, out, epochs=6, stop_loss=asked, resume=True, **every) == whole[:ends], "no further step"
+    assert (out / "model/model.safetensors").read_bytes() == model
+    loss = run(pipeline, tmp_path / "again", epochs=1, lr=1e-9, holdout=0.3, model=str(out / "model"))[-1]["eval_loss"]
+    assert loss == pytest.approx(losses[ends], rel=1e-4), "the model on disk is the one that was evaluated"
+
+
 def test_a_nan_is_never_the_best_epoch(tmp_path):
     """Epochs with 2.0, nan, 3.0, 1.5: after a nan, only what is below the best before it is better."""
 
@@ -178,21 +200,21 @@ def test_a_nan_is_never_the_best_epoch(tmp_path):
 
     with alone() as world:
         cfg = SftConfig(traces="t", model="m", out=str(tmp_path), patience=5)
-        best, kept = BestEpoch(tmp_path, cfg, 0), []
+        best, kept = BestEpoch(tmp_path, cfg, 0, {}), []
         for epoch, loss in enumerate((math.nan, 2.0, math.nan, 3.0, math.inf, 1.5), start=1):
             best.compare(epoch, loss, Weights(), world)
             kept.append((best.epoch, best.loss))
     assert kept == [(0, math.inf), (2, 2.0), (2, 2.0), (2, 2.0), (2, 2.0), (6, 1.5)]
     assert json.loads((tmp_path / "best/best.json").read_text()) == {"epoch": 6, "eval_loss": 1.5}
-    assert BestEpoch(tmp_path, cfg, 6).epoch == 6
+    assert BestEpoch(tmp_path, cfg, 6, {}).epoch == 6
     (tmp_path / "best").rename(tmp_path / ".best.replaced")  # killed while a better epoch took its place
-    assert BestEpoch(tmp_path, cfg, 6).epoch == 6
+    assert BestEpoch(tmp_path, cfg, 6, {}).epoch == 6
     shutil.rmtree(tmp_path / "best")  # somebody needed room: a resumed run would put the last epoch into OUT/model
     with pytest.raises(
         UserError, match="--resume: .*best is not there any more, which held the best epoch; put it back"
     ):
-        BestEpoch(tmp_path, cfg, 6)
-    assert BestEpoch(tmp_path, replace(cfg, patience=0), 6).epoch == BestEpoch(tmp_path, cfg, 0).epoch == 0
+        BestEpoch(tmp_path, cfg, 6, {})
+    assert BestEpoch(tmp_path, replace(cfg, patience=0), 6, {}).epoch == BestEpoch(tmp_path, cfg, 0, {}).epoch == 0
 
 
 @pytest.mark.slow(2)
@@ -334,7 +356,8 @@ def test_settings_that_contradict(pipeline, tmp_path):
             f"a trace has {longest} tokens with its prompt, and the model {longest - 1} positions; give --max-tokens",
         ),
         ({"dora": True, "eval_engine": "vllm"}, "cannot serve a DoRA adapter"),
-        ({"patience": 2, "holdout": 0.0}, "--holdout 0: keeps no puzzle"),
+        ({"patience": 2, "holdout": 0.0}, "--holdout 0: keeps no puzzle for --patience; give a share above 0"),
+        ({"stop_loss": 0.1, "eval_every": 5, "holdout": 0.0}, "keeps no puzzle for --eval-every, --stop-loss; give"),
         ({"quantize": "nf4", "lora_rank": 0}, "--lora-rank must be above 0"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
         ({"lr": -1.0}, "--lr -1.0: must be above 0"),

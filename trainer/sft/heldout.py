@@ -73,10 +73,14 @@ class HeldOutAnswers:
 
 
 class BestEpoch:
-    """The epoch with the lowest eval_loss and, with --patience, its weights on disk (OUT/best)."""
+    """The epoch with the lowest eval_loss and, with --patience, its weights on disk (OUT/best).
 
-    def __init__(self, out: Path, cfg: SftConfig, epochs_done: int) -> None:
+    state: what `state` gave at the checkpoint from which the run goes on; {} for a new run.
+    """
+
+    def __init__(self, out: Path, cfg: SftConfig, epochs_done: int, state: dict[str, bool]) -> None:
         self.folder, self.patience, self.latest = out / "best", cfg.patience, epochs_done
+        self.stop_loss, self.low_enough = cfg.stop_loss, state.get("low_enough", False)
         self.epoch, self.loss = 0, math.inf  # epochs count from 1; 0: none evaluated yet
         record, older = self.folder / "best.json", self.folder.with_name(f".{self.folder.name}.replaced")
         if not self.folder.exists():  # a kill between the two renames of replacing_folder; of ranks, one is first
@@ -101,11 +105,21 @@ class BestEpoch:
                 save_tensors(policy.adapter_tensors(), partial / "best.safetensors")
                 write_json(partial / "best.json", {"epoch": epoch, "eval_loss": loss})
 
-    def patience_is_over(self) -> bool:
-        """Have --patience epochs passed since the best one? The same on every rank, since eval_loss is."""
-        return bool(self.patience and self.epoch and self.latest - self.epoch >= self.patience)
+    def see(self, loss: float) -> None:
+        """Note an evaluation, of a whole epoch or within one: is its loss as low as --stop-loss asks?"""
+        self.low_enough = bool(self.stop_loss) and loss <= self.stop_loss  # nan is not below anything
+
+    def is_over(self) -> bool:
+        """Is the last eval_loss low enough, or have --patience epochs passed since the best? The same on every rank."""
+        return self.low_enough or bool(self.patience and self.epoch and self.latest - self.epoch >= self.patience)
+
+    def state(self) -> dict[str, bool]:
+        """What a checkpoint keeps of this, so that a run which is resumed where it stopped makes no further step."""
+        return {"low_enough": True} if self.low_enough else {}
 
     def load_into(self, policy: Policy) -> None:
-        """Give the policy the weights of the best epoch."""
+        """Give the policy the weights of the best epoch; with --stop-loss reached they are the last ones."""
+        if self.low_enough:
+            return
         if self.patience and self.epoch and self.epoch != self.latest:  # else the policy has them
             policy.load_adapter(load_file(self.folder / "best.safetensors"))

@@ -105,7 +105,7 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
     done = run.first_step  # optimizer steps made
 
     for step in range(run.first_step, run.n_steps):
-        if run.best.patience_is_over():  # also in a run that is resumed after it stopped early
+        if run.best.is_over():  # also in a run that is resumed after it stopped early
             break
         start = time.perf_counter()
         epoch, place = divmod(step, run.steps_per_epoch)  # both from 0
@@ -122,19 +122,21 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
         done = step + 1
         metrics = {"step": done, "epoch": epoch + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr}
         timing = {"step": done, **speed(batch, time.perf_counter() - start)}
-        # ---- evaluate after each epoch
+        # ---- evaluate after each epoch, and every --eval-every steps
         ends_epoch = done % run.steps_per_epoch == 0
-        if ends_epoch and run.held_out:
+        if run.held_out and (ends_epoch or (cfg.eval_every and done % cfg.eval_every == 0)):
             metrics |= evaluate(run, done)
-            run.best.compare(epoch + 1, metrics["eval_loss"], run.policy, world)
+            run.best.see(metrics["eval_loss"])
+            if ends_epoch:
+                run.best.compare(epoch + 1, metrics["eval_loss"], run.policy, world)
             refuse_a_useless_epoch(run, metrics)
         # ---- record
         log.write(metrics, timing)
         stopped = stop.requested()  # collective: all ranks stop after the same step
-        last = done == run.n_steps or stopped or run.best.patience_is_over()
+        last = done == run.n_steps or stopped or run.best.is_over()
         if last or (ends_epoch if cfg.save_every == 0 else done % cfg.save_every == 0):
             world.enter("save", done)
-            save_training(run, done, {})  # {}: no rollouts wait to be trained on
+            save_training(run, done, run.best.state())  # in the place of rollouts, of which none wait here
         if stopped:
             break
 
@@ -175,9 +177,9 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     check_held_out(held_out, policy, cfg)
     out = open_run(cfg, world)
     optimizer = make_optimizer(cfg, list(policy.trainable().values()), BETAS)
-    first_step, _ = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
+    first_step, state = restore_training(out, policy, optimizer, world) if cfg.resume else (0, {})
     epochs_done = first_step // math.ceil(len(training) / cfg.batch_size)  # whole epochs; a part does not count
-    best = BestEpoch(out, cfg, epochs_done)
+    best = BestEpoch(out, cfg, epochs_done, state)
     answers = HeldOutAnswers(cfg, policy, held_out, world, judge) if cfg.eval_engine == "vllm" and held_out else None
     run = Run(
         cfg=cfg,
@@ -202,9 +204,9 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
 
 
 def check_held_out(held_out: list[Example], policy: Policy, cfg: SftConfig) -> None:
-    """Raises UserError if --patience or --eval-engine cannot work with the held-out puzzles."""
-    if not held_out and (cfg.patience or cfg.eval_engine != "none"):
-        raise UserError(f"--traces {cfg.traces}: too few puzzles to hold one out for --patience or --eval-engine")
+    """Raises UserError if what the settings ask of the held-out puzzles cannot be done with them."""
+    if not held_out and (needs := cfg.needs_held_out()):
+        raise UserError(f"--traces {cfg.traces}: too few puzzles to hold one out for {needs}")
     longest = max((len(example.prompt_ids) for example in held_out), default=0)
     shape = policy.causal_lm.config.to_dict()
     context = min(context_of(shape) or math.inf, served_positions(shape))
@@ -319,7 +321,7 @@ class StepLog:
         self.bar.close()
 
 
-# ---- after each epoch, and after the last
+# ---- after each epoch (and every --eval-every steps), and after the last
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
@@ -365,10 +367,12 @@ def finish(run: Run, done: int) -> None:
     """Write OUT/model with the weights of the best epoch, unless SIGTERM stopped the run before its end."""
     if run.answers:
         run.answers.close()
-    if done < run.n_steps and not run.best.patience_is_over():
+    if done < run.n_steps and not run.best.is_over():
         if run.world.is_main:
             print(f"stopped after step {done} of {run.n_steps}; {how_to_go_on()}", flush=True)
     elif run.world.is_main:  # the others wait in leave_world() for the end of the merge
+        if run.best.low_enough:
+            print(f"SFT: ended after step {done} of {run.n_steps}, at an eval_loss within --stop-loss", flush=True)
         run.best.load_into(run.policy)
         save_model(run.policy, run.cfg, run.out / "model")
         counts = {"kept": len(run.training), "held_out": len(run.held_out), "skipped_too_long": run.skipped}

@@ -38,6 +38,12 @@ class SftConfig(TrainingConfig):
     )
     micro_tokens: int = speed(8192, "Packed tokens per forward pass.")
     holdout: float = examples(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
+    eval_every: int = examples(0, "Also evaluate them every so many steps; 0: after each epoch alone.")
+    stop_loss: float = examples(
+        0.0,
+        "Stop at the first evaluation whose eval_loss (nats per token) is at most this; 0: never. Where the loss falls "
+        "late and fast, the step at which it falls differs from machine to machine.",
+    )
     eval_engine: str = examples(
         "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
     )
@@ -57,5 +63,15 @@ class SftConfig(TrainingConfig):
             raise UserError("--dora: trains an adapter, so --lora-rank must be above 0")
         if self.dora and self.eval_engine == "vllm":
             raise UserError("--eval-engine vllm: vLLM cannot serve a DoRA adapter; leave out --dora, or --eval-engine")
-        if not self.holdout and (self.patience or self.eval_engine != "none"):
-            raise UserError("--holdout 0: keeps no puzzle for --patience or --eval-engine; give a share above 0")
+        if not self.holdout and (needs := self.needs_held_out()):
+            raise UserError(f"--holdout 0: keeps no puzzle for {needs}; give a share above 0")
+
+    def needs_held_out(self) -> str:
+        """The settings in use that ask something of the held-out puzzles, as a sentence has them; "" for none."""
+        flags = {
+            "--patience": self.patience,
+            "--eval-every": self.eval_every,
+            "--stop-loss": self.stop_loss,
+            "--eval-engine": self.eval_engine != "none",
+        }
+        return ", ".join(flag for flag, used in flags.items() if used)
