@@ -4,15 +4,11 @@
     rewards = scorer.score(completions, puzzles, truncated)      # [N] Reward, in order
     scorer.close()
 
-A worker is `python -m reward.scoring PATH SECONDS PARENT JOBS REPLIES`. JOBS and REPLIES are descriptors of its own: it
-reads one JSON job {"index", "completion", "puzzle"} per line and writes one JSON result {"index", "total", "parts",
-"status", "message"} per line. Its standard input is empty, and what the reward prints goes to standard error.
-
-A plain function gets one response at a time, in the main thread and outside an event loop, so that it may call
-asyncio.run, fork, and start pools of processes. An async one gets up to CONCURRENT at once, each with its own time limit.
+What runs in a worker is reward/worker.py. A plain function gets one response at a time, an async one up to CONCURRENT at
+once, each with its own time limit. While others are still sampled, `begin` gives the workers what has ended.
 """
 
-import asyncio
+import itertools
 import json
 import math
 import os
@@ -22,24 +18,27 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
 from data.errors import UserError
-from data.processes import end_group_with_this_process, end_with_parent, keep_from_children, module_environment
+from data.processes import module_environment
 from data.puzzles import Puzzle
-from reward import Reward, RewardFn, Status, load_reward
-from reward.adapters import CONCURRENT, is_async, score_async, score_here, score_plain
+from reward import Reward, Status, load_reward
+from reward.adapters import CONCURRENT, score_here
 from reward.result import timed_out
 
 GRACE = 1.0  # seconds after the limit until a process is killed: the time-out of a coroutine can reply before
 FOREIGN = (
     "something else than a result came from its scoring process: does it write to descriptors that are not its own?"
 )
+GLANCE = 0.05  # seconds after which a thread that waits for a reply looks for what else there is to do
 START_SECONDS = 300.0  # a reward module may load a model
 
 
@@ -47,7 +46,7 @@ class Scorer:
     """Scores responses. path: a reward, as for load_reward.
 
     workers: number of processes. 0 scores in this process, without a time limit; a debugger then reaches the function.
-    Workers start with `start`, else with the first `score`; `ready` and `score` raise UserError when one does not.
+    Workers start with `start`, else with the first response; `ready` and `score` raise UserError when one does not.
     """
 
     def __init__(
@@ -56,20 +55,30 @@ class Scorer:
         """seconds: time limit per response. on_reply() is called for every response that a worker has scored."""
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
-        # one pool for the life of the scorer: a worker process ends with the thread that started it (end_with_parent)
-        self.threads = ThreadPoolExecutor(workers) if workers else None
-        self.starting: list[Future[None]] = []
-        self.stop, self.closed = threading.Event(), False  # stop: of the call of `score` that runs
-        self.lock = threading.Lock()  # calls side by side would read one another's replies
+        self.starting: list[Future] = []
+        self.begun: dict[tuple[int, str], deque[Future]] = {}  # (id of the puzzle, completion) -> what `begin` began
+        self.numbers = itertools.count()  # of jobs
+        self.stop, self.closed = threading.Event(), False  # stop: of the jobs up to the end of the next `score`
+        self.lock = threading.Lock()  # calls of `score` side by side would share one `stop`
+        for worker in self.workers:
+            weakref.finalize(self, worker.waiting.put, None)  # a scorer that nobody closes must not leave processes
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
-        self.starting = [self.threads.submit(worker.start) for worker in self.workers]  # without workers none
+        self.starting = [worker.add(_Job(index=-1, stop=self.stop)) for worker in self.workers]
 
     def ready(self) -> None:
         """Wait until the worker processes are ready."""
         while self.starting:
             self.starting.pop().result()
+
+    def begin(self, completion: str, puzzle: Puzzle) -> None:
+        """Begin to score a response that the next `score` asks for, while others are still sampled. Returns at once.
+
+        The reward is the one that `score` would have given. Without workers nothing is begun.
+        """
+        if self.workers:
+            self.begun.setdefault((id(puzzle), completion), deque()).append(self._add(completion, puzzle))
 
     def score(
         self, completions: list[str], puzzles: list[Puzzle], truncated: list[bool], stop_at_failure: bool = False
@@ -79,37 +88,47 @@ class Scorer:
         truncated: [N] whether a response was cut at the length limit.
         stop_at_failure: stop at the first ERROR or TIMEOUT; responses that were not scored by then are None.
         """
-        jobs = [
-            {"index": index, "completion": completion, "puzzle": asdict(puzzle)}
-            for index, (completion, puzzle) in enumerate(zip(completions, puzzles, strict=True))
-        ]
         if self.workers:
             with self.lock:
-                found = self._score_in_workers(jobs, stop_at_failure)
+                results = self._score_in_workers(list(zip(completions, puzzles, strict=True)), stop_at_failure)
         else:
             found = score_here(self.fn, completions, puzzles, stop_at_failure)
-        results = [found.get(index) for index in range(len(jobs))]
+            results = [found.get(index) for index in range(len(completions))]
         return [
             replace(result, status=Status.TRUNCATED) if cut and result is not None and result.scored else result
             for result, cut in zip(results, truncated, strict=True)
         ]
 
-    def _score_in_workers(self, jobs: list[dict], stop_at_failure: bool) -> dict[int, Reward]:
-        self.stop = stop = threading.Event()
-        pairs = [(worker, jobs[k :: len(self.workers)]) for k, worker in enumerate(self.workers)]
-        assert self.threads is not None
-        if self.closed:  # looked at after `stop` is there for close() to set
-            return {}
+    def _score_in_workers(self, asked: list[tuple[str, Puzzle]], stop_at_failure: bool) -> list[Reward | None]:
+        if self.closed:
+            return [None] * len(asked)
+        stop, (begun, self.begun) = self.stop, (self.begun, {})
+
+        def look(result: Future) -> None:  # called before the worker takes another job
+            if result.exception() is None and result.result() is not None and result.result().failed:
+                stop.set()
+
         try:
             self.ready()
-            futures = [self.threads.submit(worker.score, share, stop, stop_at_failure) for worker, share in pairs]
-            wait(futures)  # result() below may raise; first let all workers end their share
-        except BaseException:  # Ctrl-C: Python ends when its threads have, and these would score all that is left
+            results = []
+            for completion, puzzle in asked:
+                same = begun.get((id(puzzle), completion))
+                results.append(same.popleft() if same else self._add(completion, puzzle))
+                if stop_at_failure:
+                    results[-1].add_done_callback(look)
+            wait(results)
+        except BaseException:  # Ctrl-C: nobody wants the rest any more
             stop.set()
             for worker in self.workers:
                 worker.kill()
             raise
-        return {index: reward for future in futures for index, reward in future.result().items()}
+        finally:
+            self.stop = stop if self.closed else threading.Event()
+        return [result.result() for result in results]
+
+    def _add(self, completion: str, puzzle: Puzzle) -> Future:
+        job = _Job(index=next(self.numbers), completion=completion, puzzle=puzzle, stop=self.stop)
+        return self.workers[job.index % len(self.workers)].add(job)
 
     def close(self) -> None:
         """End the worker processes, also while `score` runs in another thread: what it has not scored is None."""
@@ -117,14 +136,28 @@ class Scorer:
         self.stop.set()
         for worker in self.workers:
             worker.kill()
-        if self.threads is not None:
-            self.threads.shutdown()
+        with self.lock:  # jobs that came after the end would never be done
+            for worker in self.workers:
+                worker.waiting.put(None)
         for worker in self.workers:
+            worker.thread.join()
             worker.stop()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """A response to score. Without a puzzle there is none, and the worker only starts its process."""
+
+    index: int
+    completion: str = ""
+    puzzle: Puzzle | None = None
+    stop: threading.Event
+    """Set when nobody wants the reward any more; it is None then."""
+    result: Future = field(default_factory=Future)
+
+
 class _Worker:
-    """One scoring process. It is started when it is first needed, and again after it died or was killed."""
+    """A scoring process, started when it is first needed and again after it died or was killed, and the thread that feeds it."""
 
     def __init__(self, path: str, seconds: float, on_reply: Callable[[], None]) -> None:
         self.path, self.seconds, self.on_reply = path, seconds, on_reply
@@ -132,52 +165,82 @@ class _Worker:
         self.jobs = self.replies = -1  # our ends of the two pipes
         self.unread = b""
         self.is_async = False
+        self.waiting: SimpleQueue[_Job | None] = SimpleQueue()  # None: the end
+        # one thread for life: a process ends with the thread that started it (end_with_parent). A daemon: Python waits for
+        # other threads before it ends, and after Ctrl-C they would score all that is left
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
 
-    def score(self, jobs: list[dict], stop: threading.Event, at_failure: bool) -> dict[int, Reward]:
-        """{index: reward}. When the process hangs or dies with several jobs in flight, each is tried again alone, so
+    def add(self, job: _Job) -> Future:
+        """Returns what will be the job's reward; UserError if the process does not start."""
+        self.waiting.put(job)
+        return job.result
+
+    def _work(self) -> None:
+        """Do jobs until the end. When the process hangs or dies with several jobs in flight, each is tried again alone, so
         that only the job that caused it gets the failure."""
-        done: dict[int, Reward] = {}
-        waiting, alone = deque(jobs), deque()
-        while (waiting or alone) and not stop.is_set():
-            queue, window = (alone, 1) if alone else (waiting, CONCURRENT)
-            alone.extend(self._run(queue, window, done, stop, at_failure))
-        return done
+        while (job := self.waiting.get()) is not None:
+            for again in self._run(job, CONCURRENT):
+                self._run(again, 1)
+        self.stop()
 
-    def _run(self, queue: deque, window: int, done: dict[int, Reward], stop: threading.Event, at_failure: bool) -> list:
-        """Do the jobs of the queue, at most `window` in flight, until it is empty or the process fails.
+    def _run(self, first: _Job, window: int) -> list[_Job]:
+        """Do a job and, where the window is above 1 and the reward async, those that come while any is in flight.
 
-        Returns the jobs to try again alone.
+        Returns the jobs to try again alone: those in flight when the process failed.
         """
-        self.start()
-        window = window if self.is_async else 1
-        in_flight: dict[int, tuple[dict, float]] = {}
-        while (queue or in_flight) and not stop.is_set():
+        try:
+            if not first.stop.is_set():
+                self.start()
+        except UserError as error:
+            first.stop.set()  # no other job of the batch needs to try
+            first.result.set_exception(error)
+            return []
+        in_flight: dict[int, tuple[_Job, float]] = {}
+        job: _Job | None = first
+        while job is not None or in_flight:
             failure = None
-            while queue and len(in_flight) < window and failure is None:
-                job = queue.popleft()
-                in_flight[job["index"]] = (job, time.monotonic() + self.seconds + GRACE)
+            if job is not None and (job.puzzle is None or job.stop.is_set()):
+                job.result.set_result(None)
+            elif job is not None:
+                in_flight[job.index] = (job, time.monotonic() + self.seconds + GRACE)
                 failure = self._send(job)
-            reply = failure or self._receive(min(deadline for _, deadline in in_flight.values()))
+            room = failure is None and self.is_async and len(in_flight) < window
+            if (job := self._next() if room else None) is not None or not in_flight:
+                continue
+            reply = failure or self._reply(in_flight)
             if isinstance(reply, dict) and not is_reply(reply, in_flight):
                 reply = Reward(total=math.nan, status=Status.ERROR, message=FOREIGN)
-            if isinstance(reply, Reward):  # no reply: the process hangs or has died
+            if isinstance(reply, Reward):  # no reply: the process hangs or has died, or nobody wants one
                 self.stop()
-                if len(in_flight) > 1:
-                    return [job for job, _ in in_flight.values()]  # any of them may be the cause
-                index, reward = next(iter(in_flight)), reply
-                if queue and not stop.is_set():
-                    self.start()
-            else:
-                index = reply.pop("index")
-                reward = Reward(**{**reply, "status": Status(reply["status"])})
-            del in_flight[index]
-            done[index] = reward
-            self.on_reply()
-            if at_failure and reward.failed:
-                stop.set()
-        if in_flight:
-            self.stop()  # its answers are no longer wanted
+                jobs = [job for job, _ in in_flight.values()]
+                if len(jobs) > 1:
+                    return jobs  # any of them may be the cause
+                self.on_reply()
+                jobs[0].result.set_result(None if jobs[0].stop.is_set() else reply)
+                return []
+            if reply is not None:
+                done, _ = in_flight.pop(reply.pop("index"))
+                self.on_reply()
+                done.result.set_result(Reward(**{**reply, "status": Status(reply["status"])}))
+                job = self._next() if room and not in_flight else None
         return []
+
+    def _next(self) -> _Job | None:
+        """A job that waits, if there is one."""
+        if self.waiting.empty():
+            return None
+        if (job := self.waiting.get()) is None:
+            self.waiting.put(None)  # the end is for _work
+        return job
+
+    def _reply(self, in_flight: dict[int, tuple[_Job, float]]) -> dict | Reward | None:
+        """The next reply, or a Reward with the reason why there will be none. None: nothing came while it glanced."""
+        if any(job.stop.is_set() for job, _ in in_flight.values()):
+            return timed_out(self.seconds)
+        deadline = min(deadline for _, deadline in in_flight.values())
+        come = b"\n" in self.unread or select.select([self.replies], [], [], GLANCE)[0]
+        return self._receive(deadline) if come or time.monotonic() > deadline else None
 
     def start(self) -> None:
         """Start the process, unless it runs. Returns when it is ready; raises UserError when it does not get so far."""
@@ -192,7 +255,7 @@ class _Worker:
                 sys.executable,
                 "-P",  # no module of the current folder stands before ours, or before one beside a reward's file
                 "-m",
-                "reward.scoring",
+                "reward.worker",
                 self.path,
                 str(self.seconds),
                 *map(str, (os.getpid(), jobs, replies)),
@@ -217,9 +280,10 @@ class _Worker:
             raise UserError(f"--reward {self.path}: its scoring process did not start: {why}")
         self.is_async = ready.get("is_async") is True
 
-    def _send(self, job: dict) -> Reward | None:
+    def _send(self, job: _Job) -> Reward | None:
         """Write one job. Returns a Reward with the reason when it cannot be written."""
-        data, pipe = (json.dumps(job, default=str) + "\n").encode(), self.jobs
+        row = {"index": job.index, "completion": job.completion, "puzzle": asdict(job.puzzle)}
+        data, pipe = (json.dumps(row, default=str) + "\n").encode(), self.jobs
         deadline = time.monotonic() + self.seconds + GRACE
         while data:
             replied, free, _ = select.select([self.replies], [pipe], [], max(0.0, deadline - time.monotonic()))
@@ -281,60 +345,3 @@ def is_reply(reply: dict, in_flight: dict[int, Any]) -> bool:
     kinds = {"index": int, "total": float, "parts": dict, "status": str, "message": str}
     known = reply.keys() == kinds.keys() and all(type(reply[name]) is kind for name, kind in kinds.items())
     return known and reply["index"] in in_flight and reply["status"] in list(Status)
-
-
-# ---- what runs in the worker
-
-
-def serve(path: str, seconds: float, jobs: int, replies: int) -> None:
-    """Do jobs until there are no more. jobs, replies: descriptors."""
-    keep_from_children([jobs, replies])
-    end_group_with_this_process()
-    sys.stdout.reconfigure(line_buffering=True)  # a worker is killed without notice; what it printed must be seen
-    try:
-        fn = load_reward(path)
-    except UserError as error:  # it could be loaded in the trainer: e.g. it reads sys.argv or the environment
-        _write(replies, {"refused": str(error)})
-        os._exit(1)
-    _write(replies, {"ready": True, "is_async": is_async(fn)})
-    if is_async(fn):
-        asyncio.run(_serve_side_by_side(fn, seconds, jobs, replies))
-    for job in map(json.loads, os.fdopen(jobs, "rb", closefd=False)):
-        _answer(replies, job, score_plain(fn, job["completion"], Puzzle(**job["puzzle"]), seconds))
-    os._exit(0)  # the trainer is done; threads of the reward function may still be stuck
-
-
-async def _serve_side_by_side(fn: RewardFn, seconds: float, jobs: int, replies: int) -> None:
-    loop, tasks, unread = asyncio.get_running_loop(), set(), b""
-
-    async def answer(job: dict) -> None:
-        _answer(replies, job, await score_async(fn, job["completion"], Puzzle(**job["puzzle"]), seconds))
-
-    def read() -> None:  # whenever jobs arrive, also while coroutines run
-        nonlocal unread
-        piece = os.read(jobs, 1 << 16)
-        if not piece:
-            os._exit(0)
-        *lines, unread = (unread + piece).split(b"\n")
-        for line in lines:
-            task = loop.create_task(answer(json.loads(line)))
-            tasks.add(task)  # the event loop has only weak references to tasks
-            task.add_done_callback(tasks.discard)
-
-    loop.add_reader(jobs, read)
-    await asyncio.Event().wait()  # for ever: `read` ends the process
-
-
-def _answer(replies: int, job: dict, reward: Reward) -> None:
-    _write(replies, {"index": job["index"], **asdict(reward)})
-
-
-def _write(replies: int, message: dict) -> None:
-    data = (json.dumps(message) + "\n").encode()
-    while data:
-        data = data[os.write(replies, data) :]
-
-
-if __name__ == "__main__":
-    end_with_parent(int(sys.argv[3]))
-    serve(sys.argv[1], float(sys.argv[2]), int(sys.argv[4]), int(sys.argv[5]))

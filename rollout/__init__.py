@@ -19,6 +19,7 @@ __all__ = [
     "Ahead",
     "Canary",
     "Engine",
+    "Finished",
     "LocalEngine",
     "Rollout",
     "RunError",
@@ -70,6 +71,10 @@ class Rollout:
     """Hash (16 hex digits) of the adapter that sampled this response; "" = adapter off."""
 
 
+Finished = Callable[[int, list[Rollout]], None]
+"""(place among the prompts, its group): called when the last response of a prompt has ended, while others are sampled."""
+
+
 class Engine(Protocol):
     """Where a rank's rollouts come from. All ranks request the same list of prompts; each rank collects its share."""
 
@@ -93,8 +98,11 @@ class Engine(Protocol):
         part: names what is asked beside the step's own batch, such as "validation".
         """
 
-    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
-        """The groups of this rank's prompts, `prompts[rank :: size]`, in order. Waits until they are sampled."""
+    def collect(self, step: int, part: str = "", finished: Finished | None = None) -> list[list[Rollout]]:
+        """The groups of this rank's prompts, `prompts[rank :: size]`, in order. Waits until they are sampled.
+
+        finished: told of each group at the latest when all are sampled; places are among this rank's prompts.
+        """
 
     def close(self) -> None:
         """Free the engine's resources."""
@@ -115,7 +123,12 @@ class LocalEngine(ABC):
 
     @abstractmethod
     def generate(
-        self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
+        self,
+        puzzle_ids: list[str],
+        prompts: list[list[int]],
+        sampling: Sampling,
+        repeats: Sequence[int] = (),
+        finished: Finished | None = None,
     ) -> list[list[Rollout]]:
         """Sample `sampling.n` responses per prompt. Returns one group per prompt, in prompt order.
 
@@ -161,8 +174,13 @@ class LocalEngine(ABC):
         """See Engine."""
         self.asked[step, part] = (puzzle_ids, prompts, sampling)
 
-    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
+    def collect(self, step: int, part: str = "", finished: Finished | None = None) -> list[list[Rollout]]:
         """See Engine."""
+
+        def tell(place: int, group: list[Rollout]) -> None:
+            if finished is not None and ours[place] % self.size == self.rank:
+                finished(ours[place] // self.size, group)
+
         start = time.perf_counter()
         puzzle_ids, prompts, sampling = self.asked.pop((step, part))
         # the ranks of one tensor-parallel sampler must make the same calls: each samples the prompts of all of them
@@ -171,7 +189,7 @@ class LocalEngine(ABC):
         ours = [i for i in range(len(prompts)) if i % self.size in team]
         repeats = count_repeats(puzzle_ids)  # over the whole batch, so that they do not depend on the number of ranks
         groups = self.generate(
-            [puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling, [repeats[i] for i in ours]
+            [puzzle_ids[i] for i in ours], [prompts[i] for i in ours], sampling, [repeats[i] for i in ours], tell
         )
         self.seconds = time.perf_counter() - start
         self.sleep()  # now the trainer can have the memory
@@ -203,13 +221,16 @@ class Ahead:
         # a new run asks for its first steps here, under the first adapter; a resumed one has them in the checkpoint
         self._ask_until(self.next + self.staleness)
 
-    def groups(self, step: int) -> list[list[Rollout]]:
-        """This rank's groups of a step. First requests the groups of step + staleness, under the current adapter."""
+    def groups(self, step: int, finished: Finished | None = None) -> list[list[Rollout]]:
+        """This rank's groups of a step. First requests the groups of step + staleness, under the current adapter.
+
+        finished: of Engine.collect; not told of groups that a checkpoint kept.
+        """
         self._ask_until(step + self.staleness + 1)
         if step in self.sampled:
             return self.sampled.pop(step)
         self.requested.remove(step)
-        return self.engine.collect(step)
+        return self.engine.collect(step, finished=finished)
 
     def unused(self, gather: Callable[[list], list]) -> dict[str, list]:
         """Wait for all rollouts not yet trained on, for a checkpoint. gather: World.gather. Collective."""

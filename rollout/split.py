@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import UserError
-from rollout import Rollout, Sampling, count_repeats
+from rollout import Finished, Rollout, Sampling, count_repeats
 from rollout.link import (
     Address,
     address_facing,
@@ -191,10 +191,10 @@ class SplitEngine:
                 )
             )
 
-    def collect(self, step: int, part: str = "") -> list[list[Rollout]]:
+    def collect(self, step: int, part: str = "", finished: Finished | None = None) -> list[list[Rollout]]:
         """See Engine. Raises SyncError if rollouts were sampled under another adapter than requested."""
         puzzle_ids, prompts, version, identity = self.asked.pop((step, part))
-        groups = []
+        groups, self.seconds = [], 0.0
         for place in range(self.rank, len(prompts), self.size):  # this rank's share
             # taken, not read: rollouts of past steps would fill rank 0's memory
             key = rollouts_key(step, part, place)
@@ -207,7 +207,7 @@ class SplitEngine:
                     f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
                     f"asked for under {version} ({identity})"
                 )
-            self.seconds = self.seconds if seconds is None else seconds  # of the sampler that was read last
+            self.seconds = max(self.seconds, seconds or 0.0)  # until the last of these groups had ended
             groups.append(
                 [
                     Rollout(
@@ -222,6 +222,8 @@ class SplitEngine:
                     for ids, logprobs, reason in sampled["responses"]
                 ]
             )
+            if finished is not None:
+                finished(len(groups) - 1, groups[-1])
         return groups
 
     def close(self) -> None:
@@ -502,14 +504,11 @@ class SamplerEnd:
         """Answer the current order."""
         put_signed(self.store, f"{self.prefix}/answer/{self.orders}/{self.member}", values, self.address.token)
 
-    def deliver_rollouts(
-        self, step: int, places: list[int], groups: list[list[Rollout]], seconds: float, part: str = ""
-    ) -> None:
-        """Put each prompt's rollouts into the store, for the rank that collects them. seconds: of sampling."""
-        for place, group in zip(places, groups, strict=True):
-            responses = [(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group]
-            sampled = {"version": group[0].adapter_version, "hash": group[0].adapter_hash, "responses": responses}
-            key = rollouts_key(step, part, place)
-            # apart: an order that is repeated after a restart may meet its reader, and then puts the very same bytes
-            put_signed(self.store, f"{key}/seconds", seconds, self.address.token)
-            put_signed(self.store, key, sampled, self.address.token)
+    def deliver_group(self, step: int, place: int, group: list[Rollout], seconds: float, part: str = "") -> None:
+        """Put a prompt's rollouts into the store, for the rank that collects them. seconds: of sampling until then."""
+        responses = [(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group]
+        sampled = {"version": group[0].adapter_version, "hash": group[0].adapter_hash, "responses": responses}
+        key = rollouts_key(step, part, place)
+        # apart: an order that is repeated after a restart may meet its reader, and then puts the very same bytes
+        put_signed(self.store, f"{key}/seconds", seconds, self.address.token)
+        put_signed(self.store, key, sampled, self.address.token)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from rollout import LocalEngine, Rollout, Sampling, stable_seed
+from rollout import Finished, LocalEngine, Rollout, Sampling, stable_seed
 from rollout.sync import Manifest, Parcel, manifest_hash
 
 
@@ -45,7 +45,12 @@ class TorchEngine(LocalEngine):
         self.version, self.hash = version, manifest_hash(manifest)
 
     def generate(
-        self, puzzle_ids: list[str], prompts: list[list[int]], sampling: Sampling, repeats: Sequence[int] = ()
+        self,
+        puzzle_ids: list[str],
+        prompts: list[list[int]],
+        sampling: Sampling,
+        repeats: Sequence[int] = (),
+        finished: Finished | None = None,
     ) -> list[list[Rollout]]:
         """See LocalEngine."""
         repeats = repeats or [0] * len(prompts)
@@ -68,7 +73,11 @@ class TorchEngine(LocalEngine):
             )
             for (row, _), (ids, logprobs) in zip(jobs, responses, strict=True)
         ]
-        return [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
+        groups = [rollouts[i : i + sampling.n] for i in range(0, len(rollouts), sampling.n)]
+        for place, group in enumerate(groups):  # all at once: they are decoded side by side
+            if finished is not None:
+                finished(place, group)
+        return groups
 
     @torch.no_grad()
     def prompt_logprobs(self, ids: list[int], adapter: bool = True) -> list[float]:

@@ -9,7 +9,7 @@ import re
 import secrets
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,26 @@ def graph_sizes(sequences: int) -> list[int]:
         size += max(8, 1 << (size.bit_length() - 3))  # a quarter of the power of two below
         sizes.append(size)
     return sorted({min(size, sequences) for size in sizes})
+
+
+@contextmanager
+def telling_of_each(llm: Any, end: Callable[[int, list], None]) -> Iterator[None]:
+    """While `llm` generates: end(place among the prompts, its completions) as soon as all completions of a prompt have ended."""
+    engine, first = llm.llm_engine, llm.request_counter.counter  # requests are numbered in the order of the prompts
+    step = engine.step
+
+    def step_and_tell() -> list:
+        outputs = step()
+        for output in outputs:
+            if output.finished:
+                end(int(output.request_id) - first, output.outputs)
+        return outputs
+
+    engine.step = step_and_tell
+    try:
+        yield
+    finally:
+        del engine.step  # of the instance: the class has its own
 
 
 @contextmanager

@@ -84,11 +84,14 @@ def test_a_room_has_at_most_12_files_and_every_room_a_readme():
 
 
 def test_what_a_step_runs_through_is_short():
-    """All files directly in trainer/, and the five of rollout/ and reward/; what importing them takes along is bounded too."""
+    """All files directly in trainer/, and the five of rollout/ and reward/; what importing them takes along is bounded too.
+
+    What runs at the other end, in vLLM's worker, a reward's or a sampler's process, is not counted.
+    """
     step = [MODULES[name] for name in MODULES if MODULES[name].parent == ROOT / "trainer"]
     step += [MODULES[name] for name in STEP_ELSEWHERE]
     assert len(step) <= 14
-    assert sum(map(lines, step)) <= 3650  # of which a tenth is comments
+    assert sum(map(lines, step)) <= 3500  # of which a tenth is comments
     # a kernel computes what PyTorch's operations beside it do: nobody reads it to follow a step
     assert len([name for name in reach("trainer.grpo") if not name.startswith("trainer.kernels")]) <= 45
 

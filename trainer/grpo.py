@@ -102,7 +102,7 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         # ---- sample G responses to each of this rank's prompts (they were requested --max-staleness steps ago)
         clock.enter("sample")
         batch = prompts_of_step(run.prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
-        groups = ahead.groups(step)
+        groups = ahead.groups(step, partial(begin_to_score, now, run.scorer, batch))
         # ---- score each response, and compare it with the others of its group
         clock.enter("score")
         sampled = score_and_compare(now, run.scorer, batch, groups)  # of all ranks
@@ -214,10 +214,11 @@ def more_groups(run: Run, now: Step, clock: Clock, prompts: list[Prompt], part: 
     clock.enter("sample")
     padded = fill_ranks(prompts, world)
     ask(engine, now.policy, padded, now.cfg, now.step, part)
-    groups = engine.collect(now.step, part)
+    ours = padded[world.rank :: world.size]
+    groups = engine.collect(now.step, part, partial(begin_to_score, now, run.scorer, ours))
     engine.seconds += before  # of the whole step
     clock.enter("score")
-    return score_and_compare(now, run.scorer, padded[world.rank :: world.size], groups)[: len(prompts)]
+    return score_and_compare(now, run.scorer, ours, groups)[: len(prompts)]
 
 
 def validate(run: Run, canary: Canary, clock: Clock, step: int) -> dict[str, float]:
@@ -241,6 +242,12 @@ def score_and_compare(now: Step, scorer: Scorer, batch: list[Prompt], groups: li
     advantages, trained = compare(rewards, cfg)  # [N], [N]
     rows = rollout_rows(now.step + 1, now.policy.chat, rollouts, rewards, advantages, cfg.group_size)
     return now.world.gather(scored_groups(groups, rows, advantages, trained))
+
+
+def begin_to_score(now: Step, scorer: Scorer, batch: list[Prompt], place: int, group: list[Rollout]) -> None:
+    """Give the workers a group that is whole while others are still sampled; `score` then waits for less. batch: this rank's."""
+    for rollout in group:
+        scorer.begin(now.policy.chat.response_text(rollout.response_ids), batch[place].puzzle)
 
 
 def score(now: Step, scorer: Scorer, batch: list[Prompt], rollouts: list[Rollout]) -> list[Reward]:

@@ -6,12 +6,13 @@ Prints RESULT, mean distance of the log-probs to the trainer's with the adapter 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from vllm import SamplingParams
 
-from rollout import Sampling
+from rollout import Rollout, Sampling
 from rollout.sync import Canary, Parcel, SyncError
 from rollout.vllm_engine import VLLMEngine
 from trainer.packing import pack
@@ -29,6 +30,26 @@ def shares_prompts(engine: VLLMEngine) -> None:
     sampling = SamplingParams(n=4, max_tokens=2)
     (output,) = engine.llm.generate(prompt, sampling, lora_request=engine.request, use_tqdm=False)
     assert output.num_cached_tokens >= 128
+
+
+def tells_of_each_group(engine: VLLMEngine) -> None:
+    """Of each prompt when its responses have ended, while others are sampled; what is told is what is returned."""
+    told, seen = {}, []
+
+    def tell(place: int, group: list[Rollout]) -> None:
+        told[place] = group
+        seen.append(engine.llm.llm_engine.has_unfinished_requests())
+
+    sampling = replace(SAMPLING, n=3, max_tokens=60)
+    for again in range(2):  # vLLM's numbers of requests go on
+        told.clear()
+        groups = engine.generate(list("abcd"), [PROMPT[i:] for i in (0, 5, 0, 9)], sampling, finished=tell)
+        assert sorted(told) == [0, 1, 2, 3] and all(told[place] is groups[place] for place in told), again
+        assert [len(group[0].prompt_ids) for group in groups] == [40, 35, 40, 31]
+    lengths = [max(len(rollout.response_ids) for rollout in group) for group in groups]
+    assert any(seen) or len(set(lengths)) == 1, "all were told of at the end"
+    assert [max(len(r.response_ids) for r in told[place]) for place in told] == sorted(lengths), "the shortest first"
+    assert "step" not in vars(engine.llm.llm_engine), "vLLM is left as it was"
 
 
 def refuses_zeros(engine: VLLMEngine, policy: Policy, canary: Canary, version: int) -> None:
@@ -54,6 +75,7 @@ def main(base: str, run_checkpoint: str) -> None:
     engine.load_adapter(parcel, parcel.manifest(), version=step)
     (rollout,) = engine.generate(["x"], [PROMPT], SAMPLING)[0]
     shares_prompts(engine)
+    tells_of_each_group(engine)
     (again,) = engine.generate(["x"], [PROMPT], SAMPLING)[0]
     assert again.response_ids == rollout.response_ids, "the same seed must sample the same response"
     batch, text = pack([(PROMPT, [rollout.response_ids])]), pack([(PROMPT[:1], [PROMPT[1:]])])

@@ -1,6 +1,7 @@
 """Scoring in worker processes, functions in TRL's and verl's styles, and re-scoring saved rollouts."""
 
 import asyncio
+import gc
 import json
 import math
 import shutil
@@ -126,6 +127,17 @@ def later(completion, puzzle):
     time.sleep(0.002 * (len(completion) % 5))
     return len(completion)
 
+def counted(completion, puzzle):
+    with open(f"{__file__}.counted", "a") as file:
+        file.write(f"{puzzle.id} {completion}\\n")
+    if completion == "raise":
+        raise KeyError("no such thing")
+    return len(completion) + len(puzzle.id)
+
+async def counted_later(completion, puzzle):
+    await asyncio.sleep(0.01)
+    return counted(completion, puzzle)
+
 def slow(completion, puzzle):
     open(f"{__file__}.{completion}", "w").close()
     time.sleep(0.5)
@@ -220,6 +232,75 @@ def test_it_stops_at_the_first_failure_when_asked(rewards):
         ValueError, match="--reward nowhere.py:fn: its scoring process did not start: no file nowhere.py"
     ):
         score("nowhere.py:fn", ["a"])
+
+
+@pytest.mark.parametrize("name", ["counted", "counted_later"])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_was_begun_is_scored_once_and_gets_its_own_reward(rewards, name, workers):
+    """Responses come in the order in which sampling ends, some twice, of two puzzles with one id; the others never began."""
+    file = Path(f"{rewards}.counted")
+    file.unlink(missing_ok=True)
+    scorer, other = Scorer(f"{rewards}:{name}", workers), replace(PUZZLE, id=PUZZLE.id + "-other")
+    twin = replace(PUZZLE)
+    asked = [("a", PUZZLE), ("bb", other), ("a", PUZZLE), ("a", other), ("a", twin), ("dddd", PUZZLE), ("raise", other)]
+    for place in (4, 1, 6, 0, 3):
+        scorer.begin(*asked[place])
+    while workers and len(file.read_text().splitlines() if file.is_file() else []) < 5:
+        time.sleep(0.01)  # scored before anybody asked
+    texts, puzzles = [text for text, _ in asked], [puzzle for _, puzzle in asked]
+    got = scorer.score(texts, puzzles, [False] * 7)
+    assert [reward.total for reward in got[:-1]] == [len(text) + len(puzzle.id) for text, puzzle in asked[:-1]]
+    assert got[-1].status is Status.ERROR
+    rows = sorted(f"{puzzle.id} {text}" for text, puzzle in asked)
+    assert sorted(file.read_text().splitlines()) == rows, "each once"
+    assert [reward.total for reward in scorer.score(["a"], [PUZZLE], [False])] == [1 + len(PUZZLE.id)]
+    assert len(file.read_text().splitlines()) == 8, "what an earlier call was given is not given again"
+    scorer.close()
+
+
+def test_a_failure_that_was_begun_stops_the_rest(rewards):
+    scorer = Scorer(f"{rewards}:counted", 1)
+    scorer.begin("raise", PUZZLE)
+    texts = ["a", "raise", *map(str, range(50))]
+    got = scorer.score(texts, [PUZZLE] * len(texts), [False] * len(texts), stop_at_failure=True)
+    assert got[1].status is Status.ERROR and got[-1] is None
+    again = scorer.score(texts[2:], [PUZZLE] * 50, [False] * 50, stop_at_failure=True)
+    scorer.close()
+    assert all(reward.status is Status.OK for reward in again)
+    broken = Scorer("nowhere.py:fn", 2)
+    broken.begin("a", PUZZLE)  # said by score, not in the thread that feeds the worker
+    with pytest.raises(UserError, match="--reward nowhere.py:fn: its scoring process did not start"):
+        broken.score(["a", "b"], [PUZZLE] * 2, [False] * 2)
+    broken.close()
+
+
+def test_an_interrupt_while_responses_are_sampled_leaves_the_rest_unscored(rewards):
+    code = f"""
+import time
+from data.puzzles import Puzzle
+from reward.scoring import Scorer
+puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["a", "b"], answer=["a", "b"])
+scorer = Scorer({rewards + ":plain"!r}, 1, 600.0)
+scorer.begin("hang", puzzle)
+while scorer.workers[0].process is None or not scorer.workers[0].process.pid:
+    time.sleep(0.01)
+print(scorer.workers[0].process.pid, flush=True)
+raise KeyboardInterrupt
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr and done.returncode == -signal.SIGINT
+    while alive(int(done.stdout)):  # killed by the kernel when the trainer has ended
+        time.sleep(0.05)
+
+
+def test_a_scorer_that_nobody_closes_leaves_no_process(rewards):
+    scorer = Scorer(f"{rewards}:plain", 1)
+    assert scorer.score(["a"], [PUZZLE], [False])[0].total == 1.0
+    process, thread = scorer.workers[0].process, scorer.workers[0].thread
+    del scorer
+    gc.collect()
+    thread.join(timeout=600)
+    assert process.poll() is not None
 
 
 def test_cellpuzzles_rewards_keep_parts_and_status(rewards):

@@ -258,9 +258,7 @@ for name in ("plain", "spawned"):
 
 def test_a_file_that_fails_only_in_the_worker_says_why(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text(
-        "import sys\nif 'scoring' in sys.argv[0]:\n    raise KeyError('k')\ndef fn(c, p):\n    return 1.0\n"
-    )
+    file.write_text("import sys\nif 'worker' in sys.argv[0]:\n    raise KeyError('k')\ndef fn(c, p):\n    return 1.0\n")
     load_reward(f"{file}:fn")
     with pytest.raises(UserError) as caught:
         score(f"{file}:fn", ["a"])

@@ -300,7 +300,7 @@ def test_a_sampler_that_is_not_the_policy_is_found_by_the_difference_of_its_base
 class Deaf(LocalEngine):
     """It takes an adapter and goes on with the one before."""
 
-    def generate(self, puzzle_ids, prompts, sampling, repeats=()):
+    def generate(self, puzzle_ids, prompts, sampling, repeats=(), finished=None):
         raise NotImplementedError
 
     def load_adapter(self, parcel, manifest, version):
@@ -432,7 +432,8 @@ def sampler_life(address, generation: int, idle: bool = False, dies: threading.E
             ]
             for name, prompt in zip(order["puzzle_ids"], order["prompts"], strict=True)
         ]
-        end.deliver_rollouts(order["step"], order["places"], groups, 0.1)
+        for place, group in zip(order["places"], groups, strict=True):
+            end.deliver_group(order["step"], place, group, 0.1)
         if dies is not None:
             dies.wait()
             post_notice(end.store, f"{me.prefix}/lost", "sampler 0 was killed", address.token)
@@ -491,7 +492,7 @@ def test_an_order_that_is_repeated_while_its_rollouts_are_read_puts_the_same_byt
         adapter_version=0,
         adapter_hash="h",
     )
-    end.deliver_rollouts(0, [0], [[rollout]], 1.0)
+    end.deliver_group(0, 0, [rollout], 1.0)
 
     class Meets:
         """A store in which the repeated order puts its parts between the reader's look at the head and at the parts."""
@@ -499,7 +500,7 @@ def test_an_order_that_is_repeated_while_its_rollouts_are_read_puts_the_same_byt
         def get(self, key):
             found = store.get(key)
             if key == "rollouts/0/0":
-                end.deliver_rollouts(0, [0], [[rollout]], 2.0)
+                end.deliver_group(0, 0, [rollout], 2.0)
             return found
 
         def __getattr__(self, name):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from data.puzzles import Puzzle, read_puzzles
+from reward.scoring import Scorer
+from tests.helpers.alone import alone
 from tests.helpers.commands import ROOT, SMALL_GRPO, kill_at, run_command, start_command, succeed
+from trainer.config import GrpoConfig
+from trainer.grpo import train
+from trainer.ppo import ppo
+from trainer.ppo.settings import PpoConfig
 
 SMALL = (*SMALL_GRPO, "--save-every", 2)
 
@@ -58,6 +65,44 @@ def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, lengt
     result = next(line for line in said.splitlines() if line.startswith("RESULT")).split()
     assert float(result[1]) < 1e-4 and float(result[2]) > 1e-3
     assert result[3:] == ["20", rows[-1]["adapter_hash"]]
+
+
+@pytest.mark.slow(4)
+@pytest.mark.parametrize("how", ["grpo", "oversample", "ppo"])
+def test_every_response_is_begun_to_be_scored_when_it_is_sampled(pipeline, tmp_path, monkeypatch, how):
+    """Each once, with its own puzzle; and the run is the very one in which nothing is scored before all are sampled."""
+    (tmp_path / "thirds.py").write_text(
+        "def thirds(completion, puzzle):\n"
+        "    with open(f'{__file__}.calls', 'a') as file:\n"
+        "        file.write(puzzle.id + '\\n')\n"
+        "    return len(completion) % 3\n"
+    )
+    shape = {"prompts_per_step": 4, "group_size": 3, "max_prompt_tokens": 400, "max_response_tokens": 16, "steps": 2}
+    shape |= {"lora_rank": 8, "lora_alpha": 16, "lr": 1e-2, "insist": True, "engine": "torch"}
+    files = {"model": str(pipeline / "base"), "puzzles": str(pipeline / "puzzles/train.parquet")}
+    more = {"oversample": {"oversample": 3}, "ppo": {"minibatches": 2, "epochs": 1}}.get(how, {})
+    kind, loop = (PpoConfig, ppo.train_rank) if how == "ppo" else (GrpoConfig, None)
+    puzzles, begun, begin = read_puzzles(files["puzzles"]), [], Scorer.begin
+
+    def see(scorer: Scorer, completion: str, puzzle: Puzzle) -> None:
+        begun.append((puzzle.id, completion))
+        begin(scorer, completion, puzzle)
+
+    for name, watched in (("early", see), ("late", lambda *_: None)):
+        monkeypatch.setattr(Scorer, "begin", watched)
+        cfg = kind(**shape, **files, **more, out=str(tmp_path / name), reward=str(tmp_path / "thirds.py:thirds"))
+        with alone():
+            train(cfg, puzzles, rank_work=loop)
+        rows = [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+        calls = (tmp_path / "thirds.py.calls").read_text().splitlines()
+        (tmp_path / "thirds.py.calls").unlink()
+        assert len(calls) == len(begun), name
+        if how == "oversample":  # groups that taught nothing are not recorded
+            assert {(row["puzzle_id"], row["completion"]) for row in rows} <= set(begun) and len(begun) > len(rows)
+        else:
+            assert sorted(begun) == sorted((row["puzzle_id"], row["completion"]) for row in rows)
+    for file in ("rollouts.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "early" / file).read_bytes() == (tmp_path / "late" / file).read_bytes()
 
 
 @pytest.mark.slow(2)

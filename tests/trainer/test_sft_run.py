@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from data.errors import UserError
 from data.puzzles import Puzzle, read_rows
 from reward.cellpuzzles import parse_response
+from tests.helpers.alone import alone
 from tests.helpers.commands import run_command, start_command, succeed
 from trainer.policy import Policy
-from trainer.ranks.world import join_world, leave_world
 from trainer.sft.examples import encode_traces, note_on_formats, split_by_puzzle
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers
 from trainer.sft.loop import StepLog, accumulate, evaluate_loss, train
@@ -28,19 +26,6 @@ from trainer.sft.settings import SftConfig
 from trainer.start.parts import load_policy
 
 CPU = torch.device("cpu")
-
-
-@contextmanager
-def alone():
-    """A world of one; its environment and threads are undone, or commands and tests run later would find them."""
-    before, threads = dict(os.environ), torch.get_num_threads()
-    try:
-        yield join_world()
-    finally:
-        leave_world()
-        torch.set_num_threads(threads)
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def words(pipeline, out, *more) -> list[str]:

@@ -17,7 +17,7 @@ from torch.utils._device import _device_constructors
 import trainer.grpo
 from rollout.crc import device_checksums
 from rollout.sync import Parcel, SyncError, broadcast_adapter
-from rollout.vllm_engine import SlotPiece, _check_slots
+from rollout.vllm_worker import SlotPiece, _check_slots
 from tests.trainer.test_host_reads import Reads, sampled
 from trainer.config import GrpoConfig
 from trainer.policy import Policy, predicting_padded

@@ -31,6 +31,7 @@ from trainer.grpo import (
     Learner,
     add_up_gradients,
     begin,
+    begin_to_score,
     hand_over,
     is_last,
     keep_bundle,
@@ -74,7 +75,7 @@ def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World, held_out: He
         # ---- sample G responses to each of this rank's prompts (they were requested --max-staleness steps ago)
         clock.enter("sample")
         batch = prompts_of_step(run.prompts, cfg.prompts_per_step, step, cfg.seed)[world.rank :: world.size]
-        groups = ahead.groups(step)
+        groups = ahead.groups(step, partial(begin_to_score, now, run.scorer, batch))
         rollouts = [rollout for group in groups for rollout in group]
         # ---- score each response
         clock.enter("score")

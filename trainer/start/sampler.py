@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from data.errors import UserError, first_line
 from data.processes import module_environment
-from rollout import LocalEngine, Sampling
+from rollout import LocalEngine, Rollout, Sampling
 from rollout.link import Address, join_store, post_notice, read_notice
 from rollout.split import REFUSED, SamplerEnd, SamplerProcess, over_key
 from rollout.sync import RunError, SyncError
@@ -227,11 +227,15 @@ def carry_out(order: dict, end: SamplerEnd, engine: LocalEngine) -> dict:
         return {"on": engine.prompt_logprobs(order["canary"]), "off": off}
     if order["do"] == "generate":
         start = time.perf_counter()
+
+        def deliver(place: int, group: list[Rollout]) -> None:
+            if end.member == 0:
+                seconds = time.perf_counter() - start
+                end.deliver_group(order["step"], order["places"][place], group, seconds, order["part"])
+
         engine.forget()  # several orders may follow one adapter; one that is repeated after a restart gives the same then
-        groups = engine.generate(order["puzzle_ids"], order["prompts"], Sampling(**order["sampling"]), order["repeats"])
-        if end.member == 0:
-            seconds = time.perf_counter() - start
-            end.deliver_rollouts(order["step"], order["places"], groups, seconds, order["part"])
+        sampling = Sampling(**order["sampling"])
+        engine.generate(order["puzzle_ids"], order["prompts"], sampling, order["repeats"], deliver)
     return {}
 
 
