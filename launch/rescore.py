@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.options import check_numbers
-from data.puzzles import read_rows, write_rows
+from data.puzzles import of_other_steps, read_rows, write_rows
 from eval.run_files import record_beside
 from launch.options import argument, command, option
 from reward import load_reward
@@ -47,12 +47,12 @@ def main(config: RescoreConfig) -> None:
     needed, numbers = (*COLUMNS, *["response_ids"] * bool(settings.get("overlong_buffer"))), itertools.count(1)
 
     def wanted(row: dict) -> dict | None:
-        lacking = [f"(no '{name}' in row {number})" for number in [next(numbers)] for name in needed if name not in row]
-        if lacking:
+        number, other = next(numbers), config.step and row.get("step", config.step[0]) not in config.step
+        if lacking := [] if other else [f"(no '{name}' in row {number})" for name in needed if name not in row]:
             raise UserError(f"{config.rollouts}: not the rollouts of a GRPO run {lacking[0]}; name another file")
-        return {name: row[name] for name in needed} if not config.step or row["step"] in config.step else None
+        return None if other else {name: row[name] for name in needed}
 
-    rows = read_rows(config.rollouts, wanted)
+    rows = read_rows(config.rollouts, wanted, of_other_steps(config.step))
     if puzzle_file is None:
         raise UserError(f"{config.rollouts}: no config.json beside it names the puzzles; name them with --puzzles")
     if not rows:

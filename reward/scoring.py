@@ -56,7 +56,7 @@ class Scorer:
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
         self.starting: list[Future] = []
-        self.begun: dict[tuple[int, str], deque[Future]] = {}  # (id of the puzzle, completion) -> what `begin` began
+        self.begun: dict[tuple[int, str], deque[_Job]] = {}  # (id of the puzzle, completion) -> what `begin` began
         self.numbers = itertools.count()  # of jobs
         self.stop, self.closed = threading.Event(), False  # stop: of the jobs up to the end of the next `score`
         self.lock = threading.Lock()  # calls of `score` side by side would share one `stop`
@@ -65,17 +65,18 @@ class Scorer:
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
-        self.starting = [worker.add(_Job(index=-1, stop=self.stop)) for worker in self.workers]
+        self.starting = [worker.add(_Job(index=-1, stop=threading.Event())).result for worker in self.workers]
 
     def ready(self) -> None:
         """Wait until the worker processes are ready."""
-        while self.starting:
-            self.starting.pop().result()
+        starting, self.starting = self.starting, []
+        for started in starting:
+            started.result()
 
     def begin(self, completion: str, puzzle: Puzzle) -> None:
         """Begin to score a response that the next `score` asks for, while others are still sampled. Returns at once.
 
-        The reward is the one that `score` would have given. Without workers nothing is begun.
+        Called by the thread that calls `score`, which gives up what it does not ask for. Without workers nothing is begun.
         """
         if self.workers:
             self.begun.setdefault((id(puzzle), completion), deque()).append(self._add(completion, puzzle))
@@ -86,7 +87,8 @@ class Scorer:
         """[N] rewards in order. A response that was cut gets the status TRUNCATED; its reward does not change.
 
         truncated: [N] whether a response was cut at the length limit.
-        stop_at_failure: stop at the first ERROR or TIMEOUT; responses that were not scored by then are None.
+        stop_at_failure: stop at the first ERROR or TIMEOUT; responses that were not scored by then are None. Of responses that
+        were begun several may have failed.
         """
         if self.workers:
             with self.lock:
@@ -113,7 +115,7 @@ class Scorer:
             results = []
             for completion, puzzle in asked:
                 same = begun.get((id(puzzle), completion))
-                results.append(same.popleft() if same else self._add(completion, puzzle))
+                results.append((same.popleft() if same else self._add(completion, puzzle)).result)
                 if stop_at_failure:
                     results[-1].add_done_callback(look)
             wait(results)
@@ -123,10 +125,11 @@ class Scorer:
                 worker.kill()
             raise
         finally:
+            stop.set()  # for what was begun and not asked for
             self.stop = stop if self.closed else threading.Event()
         return [result.result() for result in results]
 
-    def _add(self, completion: str, puzzle: Puzzle) -> Future:
+    def _add(self, completion: str, puzzle: Puzzle) -> "_Job":
         job = _Job(index=next(self.numbers), completion=completion, puzzle=puzzle, stop=self.stop)
         return self.workers[job.index % len(self.workers)].add(job)
 
@@ -154,6 +157,7 @@ class _Job:
     stop: threading.Event
     """Set when nobody wants the reward any more; it is None then."""
     result: Future = field(default_factory=Future)
+    """The reward; UserError if the process does not start."""
 
 
 class _Worker:
@@ -171,10 +175,10 @@ class _Worker:
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def add(self, job: _Job) -> Future:
-        """Returns what will be the job's reward; UserError if the process does not start."""
+    def add(self, job: _Job) -> _Job:
+        """Returns the job, whose result comes later."""
         self.waiting.put(job)
-        return job.result
+        return job
 
     def _work(self) -> None:
         """Do jobs until the end. When the process hangs or dies with several jobs in flight, each is tried again alone, so
@@ -189,14 +193,23 @@ class _Worker:
 
         Returns the jobs to try again alone: those in flight when the process failed.
         """
+        in_flight: dict[int, tuple[_Job, float]] = {}
         try:
             if not first.stop.is_set():
                 self.start()
-        except UserError as error:
-            first.stop.set()  # no other job of the batch needs to try
-            first.result.set_exception(error)
+            return self._do(first, window, in_flight)
+        except (
+            Exception
+        ) as error:  # not in this thread: `score` raises it, which would wait for ever if the thread ended
+            if isinstance(error, UserError):
+                first.stop.set()  # it does not start, so no other job of the batch needs to try
+            for job in (first, *(job for job, _ in in_flight.values())):
+                if not job.result.done():
+                    job.result.set_exception(error)
+            self.stop()
             return []
-        in_flight: dict[int, tuple[_Job, float]] = {}
+
+    def _do(self, first: _Job, window: int, in_flight: dict[int, tuple[_Job, float]]) -> list[_Job]:
         job: _Job | None = first
         while job is not None or in_flight:
             failure = None

@@ -72,7 +72,7 @@ class Rollout:
 
 
 Finished = Callable[[int, list[Rollout]], None]
-"""(place among the prompts, its group): called when the last response of a prompt has ended, while others are sampled."""
+"""(place among the prompts, its group): called when the last response of a prompt has ended; others may still be sampled."""
 
 
 class Engine(Protocol):

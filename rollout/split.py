@@ -194,37 +194,48 @@ class SplitEngine:
     def collect(self, step: int, part: str = "", finished: Finished | None = None) -> list[list[Rollout]]:
         """See Engine. Raises SyncError if rollouts were sampled under another adapter than requested."""
         puzzle_ids, prompts, version, identity = self.asked.pop((step, part))
-        groups, self.seconds = [], 0.0
-        for place in range(self.rank, len(prompts), self.size):  # this rank's share
-            # taken, not read: rollouts of past steps would fill rank 0's memory
-            key = rollouts_key(step, part, place)
+        left = list(range(self.rank, len(prompts), self.size))  # this rank's share, in any order
+        groups: dict[int, list[Rollout]] = {}
+        slowest = 0.0
+        while left:
             with self.waiting(f"the rollouts of step {step + 1}"):
-                while (sampled := take_signed(self.store, key, self.address.token)) is None:
+                while (came := self._take_one(step, part, left)) is None:
                     self._pause()
-                seconds = take_signed(self.store, f"{key}/seconds", self.address.token)
+            place, sampled, seconds = came
             if (sampled["version"], sampled["hash"]) != (version, identity):
                 raise SyncError(
                     f"puzzle {puzzle_ids[place]}: sampled under adapter {sampled['version']} ({sampled['hash']}), "
                     f"asked for under {version} ({identity})"
                 )
-            self.seconds = max(self.seconds, seconds or 0.0)  # until the last of these groups had ended
-            groups.append(
-                [
-                    Rollout(
-                        puzzle_id=puzzle_ids[place],
-                        prompt_ids=prompts[place],
-                        response_ids=ids,
-                        sampler_logprobs=logprobs,
-                        finish_reason=reason,
-                        adapter_version=version,
-                        adapter_hash=identity,
-                    )
-                    for ids, logprobs, reason in sampled["responses"]
-                ]
-            )
+            slowest = max(slowest, seconds or 0.0)  # until the last of these groups had ended
+            groups[place] = [
+                Rollout(
+                    puzzle_id=puzzle_ids[place],
+                    prompt_ids=prompts[place],
+                    response_ids=ids,
+                    sampler_logprobs=logprobs,
+                    finish_reason=reason,
+                    adapter_version=version,
+                    adapter_hash=identity,
+                )
+                for ids, logprobs, reason in sampled["responses"]
+            ]
+            left.remove(place)
             if finished is not None:
-                finished(len(groups) - 1, groups[-1])
-        return groups
+                finished(place // self.size, groups[place])
+        self.seconds = slowest or self.seconds
+        return [groups[place] for place in sorted(groups)]
+
+    def _take_one(self, step: int, part: str, places: list[int]) -> tuple[int, dict, float | None] | None:
+        """(place, what was sampled, seconds) of a group that has come; None if there is none.
+
+        Taken, not read: rollouts of past steps would fill rank 0's memory.
+        """
+        for place in places:
+            key = rollouts_key(step, part, place)
+            if (sampled := take_signed(self.store, key, self.address.token)) is not None:
+                return place, sampled, take_signed(self.store, f"{key}/seconds", self.address.token)
+        return None
 
     def close(self) -> None:
         """See Engine. Stops the samplers after their last order."""

@@ -201,6 +201,11 @@ class OnlineConfig(TrainingConfig):
     )
     reward_workers: int = rewarding(1, "Processes that score, per rank; 0 scores in the trainer (to debug a reward).")
     reward_seconds: float = rewarding(60.0, "Time limit per response (needs a worker process).")
+    score_last: bool = rewarding(
+        False,
+        "Score no response before all are sampled: for a reward that needs the cores, or the GPU's memory, which vLLM has "
+        "while it samples.",
+    )
     on_reward_error: str = rewarding(
         "stop",
         "When the reward of a response fails or takes too long: stop, or drop it from its group.",

@@ -121,11 +121,12 @@ def train_rank(cfg: GrpoConfig, puzzles: list[Puzzle], world: World, held_out: H
         validation = validate(run, canary, clock, step)
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
+        seconds = world.largest(engine.seconds)
         if log is not None:
             all_rows = [row for group in taught.groups for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, sums, cfg, identity) | oversampling
             metrics |= taught.metrics(sums, cfg) | validation
-            log.write(metrics, all_rows, clock, engine.seconds, figures)
+            log.write(metrics, all_rows, clock, seconds, figures)
         if is_last(run, ahead, now, sampled):
             break
     finish(run)
@@ -245,8 +246,8 @@ def score_and_compare(now: Step, scorer: Scorer, batch: list[Prompt], groups: li
 
 
 def begin_to_score(now: Step, scorer: Scorer, batch: list[Prompt], place: int, group: list[Rollout]) -> None:
-    """Give the workers a group that is whole while others are still sampled; `score` then waits for less. batch: this rank's."""
-    for rollout in group:
+    """Give the workers a group that is whole while others are sampled, unless --score-last. batch: this rank's."""
+    for rollout in [] if now.cfg.score_last else group:
         scorer.begin(now.policy.chat.response_text(rollout.response_ids), batch[place].puzzle)
 
 

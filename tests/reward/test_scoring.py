@@ -276,21 +276,77 @@ def test_a_failure_that_was_begun_stops_the_rest(rewards):
 
 def test_an_interrupt_while_responses_are_sampled_leaves_the_rest_unscored(rewards):
     code = f"""
-import time
+import os, time
 from data.puzzles import Puzzle
 from reward.scoring import Scorer
 puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["a", "b"], answer=["a", "b"])
 scorer = Scorer({rewards + ":plain"!r}, 1, 600.0)
-scorer.begin("hang", puzzle)
-while scorer.workers[0].process is None or not scorer.workers[0].process.pid:
+for text in ("hang", "hang", "a"):
+    scorer.begin(text, puzzle)
+while not os.path.exists({rewards + ".hangs"!r}):
     time.sleep(0.01)
 print(scorer.workers[0].process.pid, flush=True)
 raise KeyboardInterrupt
 """
+    Path(f"{rewards}.hangs").unlink(missing_ok=True)  # of another test
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr and done.returncode == -signal.SIGINT
     while alive(int(done.stdout)):  # killed by the kernel when the trainer has ended
         time.sleep(0.05)
+
+
+def test_what_was_begun_and_not_asked_for_is_given_up(rewards):
+    """A hang that nobody asks for must not hold back the next score, nor the end."""
+    scorer = Scorer(f"{rewards}:plain", 1, 600.0)
+    Path(f"{rewards}.hangs").unlink(missing_ok=True)
+    scorer.begin("a", PUZZLE)
+    scorer.begin("hang", PUZZLE)
+    assert scorer.score(["a"], [PUZZLE], [False])[0].total == 1.0
+    assert scorer.score(["bb"], [PUZZLE], [False])[0].total == 2.0
+    for _ in range(3):
+        scorer.begin("hang", PUZZLE)
+    scorer.close()
+    assert scorer.workers[0].process is None and not scorer.workers[0].thread.is_alive()
+
+
+def test_a_killed_worker_costs_what_was_begun_nothing(rewards):
+    scorer = Scorer(f"{rewards}:later", 1)
+    scorer.start()
+    scorer.ready()
+    for n in range(1, 40):
+        scorer.begin("a" * n, PUZZLE)
+        if n == 20:
+            scorer.workers[0].kill()
+    got = scorer.score(["a" * n for n in range(1, 40)], [PUZZLE] * 39, [False] * 39)
+    scorer.close()
+    failed = [reward for reward in got if not reward.scored]
+    assert len(failed) <= 1, "at most the one that was in flight"
+    assert [reward.total for n, reward in enumerate(got, 1) if reward.scored and reward.total != n] == []
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_an_error_in_the_thread_that_feeds_a_worker_is_raised_by_score(rewards, monkeypatch, begin):
+    """A process that the machine will not start, a puzzle that cannot be sent: `score` must not wait for ever."""
+    scorer = Scorer(f"{rewards}:plain", 2)
+
+    def full(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reward.scoring.os.pipe", full)
+        if begin:
+            scorer.begin("a", PUZZLE)
+        with pytest.raises(OSError, match="Too many open files"):
+            scorer.score(["a", "bb", "ccc"], [PUZZLE] * 3, [False] * 3)
+    circle = {}
+    circle["itself"] = circle
+    odd = replace(PUZZLE, meta=circle)
+    if begin:
+        scorer.begin("a", odd)
+    with pytest.raises((ValueError, RecursionError)):
+        scorer.score(["a", "bb"], [odd, PUZZLE], [False] * 2)
+    assert [reward.total for reward in scorer.score(["a", "bb"], [PUZZLE] * 2, [False] * 2)] == [1.0, 2.0]
+    scorer.close()
 
 
 def test_a_scorer_that_nobody_closes_leaves_no_process(rewards):
@@ -630,6 +686,18 @@ def test_rescore_says_what_changes(run, tmp_path):
         assert [row["advantage"] for row in new[first : first + 3]] == pytest.approx(wanted.tolist(), abs=1e-4)
     both = sum(row["reward"] is not None for row in old)
     assert f"{len(old)} responses in {len(old) // 3} groups, {len(old) - both} without one of the two rewards" in text
+    last = old[-1]["step"]
+    assert last > old[0]["step"]
+    some, odd = folder / "run/some.jsonl", f"{folder}/odd.py:longer"
+    # a row of another step is neither parsed nor asked for what it lacks
+    rows = ['{"step": 1, not parsed}', *(json.dumps(row) for row in old if row["step"] == last), '{"step": 1}']
+    some.write_text("\n".join(rows) + "\n")
+    succeed("rescore", some, "--reward", odd, "--step", last, "--out", tmp_path / "some.jsonl")
+    of_last = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert of_last == [row for row in new if row["step"] == last]
+    refused = run_command("rescore", some, "--reward", odd, "--step", last, "--step", 1)
+    assert refused.returncode == 2 and "some.jsonl" in refused.stderr and "Traceback" not in refused.stderr
+    some.unlink()
     bare = {name: old[1][name] for name in ("step", "puzzle_id", "response", "completion", "reward", "advantage")}
     (tmp_path / "short.jsonl").write_text(json.dumps(old[0]) + "\n" + json.dumps(bare) + "\n")
     own = tmp_path / "train.jsonl"  # named by config.json alone

@@ -573,6 +573,48 @@ def test_a_sampler_that_is_refused_is_refused_for_all_ranks():
     assert not engine.threads[0].is_alive() and read_notice(store, "failure", address.token) is None
 
 
+def test_groups_are_told_of_as_they_come(tmp_path):
+    """Places 5, 1 and 3 of a rank that collects 1, 3 and 5: it does not wait for the first before it looks at the others."""
+    store, address = open_store("127.0.0.1", 0)
+    engine = split_engine(address, store, rank=1, size=2)
+    engine.version, engine.hash = 0, "h"
+    engine.ask(0, list("abcdef"), [[n] for n in range(6)], SAMPLING)
+    told, other = [], store.clone()
+
+    def put(place: int) -> None:
+        sampled = {"version": 0, "hash": "h", "responses": [([place], [-0.5], "stop")]}
+        put_signed(other, f"{rollouts_key(0, '', place)}/seconds", float(place), address.token)
+        put_signed(other, rollouts_key(0, "", place), sampled, address.token)
+
+    def tell(place: int, group: list[Rollout]) -> None:
+        told.append((place, group[0].puzzle_id, group[0].response_ids))
+        for after in {5: [1], 1: [3]}.get(group[0].response_ids[0], []):
+            put(after)
+
+    put(5)
+    groups = engine.collect(0, finished=tell)
+    assert told == [(2, "f", [5]), (0, "b", [1]), (1, "d", [3])]
+    assert [group[0].puzzle_id for group in groups] == ["b", "d", "f"] and engine.seconds == 5.0
+
+
+@pytest.mark.parametrize(("rank", "size", "team"), [(0, 1, 1), (1, 2, 1), (1, 2, 2), (2, 4, 2), (3, 4, 4)])
+def test_a_rank_is_told_of_its_own_groups_by_their_places_among_them(rank, size, team):
+    """With tensor parallelism it samples the prompts of all ranks of its sampler, whose groups are not its own."""
+
+    class Backwards(Deaf):
+        def generate(self, puzzle_ids, prompts, sampling, repeats=(), finished=None):
+            groups = [[name] for name in puzzle_ids]
+            for place in reversed(range(len(groups))):
+                finished(place, groups[place])
+            return groups
+
+    engine, told, names = Backwards(rank, size, team), [], [f"p{n}" for n in range(8)]
+    engine.ask(0, names, [[n] for n in range(8)], SAMPLING)
+    groups = engine.collect(0, finished=lambda place, group: told.append((place, group)))
+    assert groups == [[name] for name in names[rank::size]]
+    assert told == list(reversed(list(enumerate(groups))))
+
+
 class NeverDone:
     """A group whose broadcast does not end."""
 

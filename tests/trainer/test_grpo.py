@@ -70,7 +70,7 @@ def test_one_process_learns_a_swapped_reward_with_vllm(pipeline, tmp_path, lengt
 @pytest.mark.slow(4)
 @pytest.mark.parametrize("how", ["grpo", "oversample", "ppo"])
 def test_every_response_is_begun_to_be_scored_when_it_is_sampled(pipeline, tmp_path, monkeypatch, how):
-    """Each once, with its own puzzle; and the run is the very one in which nothing is scored before all are sampled."""
+    """Each once, with its own puzzle; and the run is the very one of --score-last, which begins none."""
     (tmp_path / "thirds.py").write_text(
         "def thirds(completion, puzzle):\n"
         "    with open(f'{__file__}.calls', 'a') as file:\n"
@@ -88,8 +88,9 @@ def test_every_response_is_begun_to_be_scored_when_it_is_sampled(pipeline, tmp_p
         begun.append((puzzle.id, completion))
         begin(scorer, completion, puzzle)
 
-    for name, watched in (("early", see), ("late", lambda *_: None)):
-        monkeypatch.setattr(Scorer, "begin", watched)
+    monkeypatch.setattr(Scorer, "begin", see)
+    for name in ("early", "late"):
+        more["score_last"] = name == "late"
         cfg = kind(**shape, **files, **more, out=str(tmp_path / name), reward=str(tmp_path / "thirds.py:thirds"))
         with alone():
             train(cfg, puzzles, rank_work=loop)

@@ -211,9 +211,9 @@ def test_an_eval_loss_of_nan_ends_the_run_unless_patience_kept_an_epoch(pipeline
     assert [row["eval_loss"] for row in rows] == [2.0, None, 3.0]
     assert json.loads((tmp_path / "kept/best/best.json").read_text())["epoch"] == 1
     assert (tmp_path / "kept/model").is_dir()
-    assert "the eval_loss of epoch 2 is nan; epoch 1 stays the best" in capsys.readouterr().out
+    assert "the eval_loss in epoch 2 is nan; epoch 1 stays the best" in capsys.readouterr().out
     losses = iter((2.0, math.nan))
-    with pytest.raises(FloatingPointError, match="the eval_loss of epoch 2 is nan; no checkpoint was made"):
+    with pytest.raises(FloatingPointError, match="the eval_loss in epoch 2 is nan; no checkpoint was made"):
         run(pipeline, tmp_path / "ended", epochs=9)
     (checkpoint,) = (tmp_path / "ended/checkpoints").iterdir()  # of epoch 1
     assert 2 * int(checkpoint.name.removeprefix("step-")) == metrics(tmp_path / "ended")[-1]["step"] + 1

@@ -99,11 +99,12 @@ def train_rank(cfg: PpoConfig, puzzles: list[Puzzle], world: World, held_out: He
         validation = validate(run, canary, clock, step)
         # ---- record: metrics.jsonl, rollouts.jsonl, timing.jsonl, and a checkpoint every --save-every steps
         clock.enter("record")
+        seconds = world.largest(engine.seconds)
         if log is not None:
             all_rows = [row for group in estimated for row in group.rows]
             metrics = step_metrics(step + 1, all_rows, policy_sums, run.start.cfg, identity)
             metrics |= critic_metrics(value_sums, cfg) | estimates | validation
-            log.write(metrics, all_rows, clock, engine.seconds, figures)
+            log.write(metrics, all_rows, clock, seconds, figures)
         if is_last(run, ahead, now, sampled):
             break
     finish(run)

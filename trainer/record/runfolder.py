@@ -484,7 +484,8 @@ def save_training(
 ) -> None:
     """Write a checkpoint after optimizer step `step` (from 1): adapter, AdamW moments, unused rollouts. Collective.
 
-    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused). companion: saved with it. best: of Checkpoint.
+    Rank 0 writes it. pending: of all ranks (rollout.Ahead.unused; the cold start keeps BestEpoch.state there). companion:
+    saved with it. best: of Checkpoint.
     """
     policy, world, cfg = now.policy, now.world, now.cfg
     moments = moments_of(now.optimizer, list(policy.trainable()), world)

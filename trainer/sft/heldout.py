@@ -51,9 +51,9 @@ class HeldOutAnswers:
             memory_fraction=cfg.memory_fraction,
             rank=world.rank,
             size=world.size,
-            may_sleep=True,  # it samples once per epoch, and the trainer needs the memory
+            may_sleep=True,  # it samples now and then, and the trainer needs the memory
         )
-        self.engine.sleep()  # until metrics(): the first epoch needs the memory as the others do
+        self.engine.sleep()  # until metrics(): the first steps need the memory as the others do
         self.canary: Canary = make_canary(policy, self.examples[0].prompt_ids[:CANARY_TOKENS], cfg)
 
     def metrics(self, step: int) -> dict[str, float]:

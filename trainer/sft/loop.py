@@ -129,7 +129,7 @@ def train_rank(cfg: SftConfig, world: World, judge: Judge | None) -> None:
             run.best.see(metrics["eval_loss"])
             if ends_epoch:
                 run.best.compare(epoch + 1, metrics["eval_loss"], run.policy, world)
-            refuse_a_useless_epoch(run, metrics)
+            refuse_a_useless_model(run, metrics)
         # ---- record
         log.write(metrics, timing)
         stopped = stop.requested()  # collective: all ranks stop after the same step
@@ -345,7 +345,7 @@ def evaluate_loss(policy: Policy, held_out: list[Example], cfg: SftConfig, world
     return world.total(total)[0] / sum(len(e.response_ids) for e in held_out)
 
 
-def refuse_a_useless_epoch(run: Run, metrics: dict) -> None:
+def refuse_a_useless_model(run: Run, metrics: dict) -> None:
     """Raises FloatingPointError if eval_loss is not finite, unless --patience kept an earlier epoch: on all ranks.
 
     Then the run goes on to the end of its patience, and metrics gets None, since JSON has no nan.
@@ -353,10 +353,10 @@ def refuse_a_useless_epoch(run: Run, metrics: dict) -> None:
     loss, kept = metrics["eval_loss"], run.cfg.patience and run.best.epoch
     if math.isfinite(loss):
         return
-    found = f"SFT step {metrics['step']}: the eval_loss of epoch {metrics['epoch']} is {loss}"
+    found = f"SFT step {metrics['step']}: the eval_loss in epoch {metrics['epoch']} is {loss}"
     if not kept:
         raise FloatingPointError(
-            f"{found}; no checkpoint was made of its weights. Try a lower --lr, or keep --dtype float32"
+            f"{found}; no checkpoint was made of these weights. Try a lower --lr, or keep --dtype float32"
         )
     metrics["eval_loss"] = None
     if run.world.is_main:
@@ -364,7 +364,7 @@ def refuse_a_useless_epoch(run: Run, metrics: dict) -> None:
 
 
 def finish(run: Run, done: int) -> None:
-    """Write OUT/model with the weights of the best epoch, unless SIGTERM stopped the run before its end."""
+    """Write OUT/model, unless SIGTERM stopped the run before its end: the best epoch, or where --stop-loss was reached."""
     if run.answers:
         run.answers.close()
     if done < run.n_steps and not run.best.is_over():

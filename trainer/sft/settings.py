@@ -37,7 +37,7 @@ class SftConfig(TrainingConfig):
         "skip", "Traces that are too long are left out and counted, or refused.", ("skip", "refuse")
     )
     micro_tokens: int = speed(8192, "Packed tokens per forward pass.")
-    holdout: float = examples(0.1, "Share of the puzzles kept out and evaluated after each epoch; 0 keeps none.")
+    holdout: float = examples(0.1, "Share of the puzzles kept out, to evaluate after each epoch; 0 keeps none.")
     eval_every: int = examples(0, "Also evaluate them every so many steps; 0: after each epoch alone.")
     stop_loss: float = examples(
         0.0,
@@ -45,12 +45,13 @@ class SftConfig(TrainingConfig):
         "late and fast, the step at which it falls differs from machine to machine.",
     )
     eval_engine: str = examples(
-        "none", "Also answer the held-out puzzles after each epoch and report the five metrics.", ("none", "vllm")
+        "none", "Also answer the held-out puzzles at each evaluation and report the five metrics.", ("none", "vllm")
     )
     eval_puzzles: int = examples(100, "Held-out puzzles answered at most.")
     eval_response_tokens: int = examples(3000, "Longest answer to them.")
     patience: int = examples(
-        0, "Stop after so many epochs without a lower eval_loss and keep the best epoch's weights; 0: never."
+        0,
+        "Stop after so many epochs without a lower eval_loss at their end and keep the best epoch's weights; 0: never.",
     )
     save_every: int = run(0, "Steps between checkpoints; 0: one after each epoch. The last step always saves.")
     seed: int = run(0, "Order of the traces and LoRA initialisation.")
