@@ -58,14 +58,17 @@ class Scorer:
         self.starting: list[Future] = []
         self.begun: dict[tuple[int, str], deque[_Job]] = {}  # (id of the puzzle, completion) -> what `begin` began
         self.numbers = itertools.count()  # of jobs
-        self.stop, self.closed = threading.Event(), False  # stop: of the jobs up to the end of the next `score`
+        self.stop, self.closed = (
+            threading.Event(),
+            threading.Event(),
+        )  # stop: of the jobs up to the end of the next `score`
         self.lock = threading.Lock()  # calls of `score` side by side would share one `stop`
         for worker in self.workers:
             weakref.finalize(self, worker.waiting.put, None)  # a scorer that nobody closes must not leave processes
 
     def start(self) -> None:
         """Begin to start the worker processes, and do not wait for them."""
-        self.starting = [worker.add(_Job(index=-1, stop=threading.Event())).result for worker in self.workers]
+        self.starting = [worker.add(_Job(index=-1, stop=self.closed)).result for worker in self.workers]
 
     def ready(self) -> None:
         """Wait until the worker processes are ready."""
@@ -102,7 +105,7 @@ class Scorer:
         ]
 
     def _score_in_workers(self, asked: list[tuple[str, Puzzle]], stop_at_failure: bool) -> list[Reward | None]:
-        if self.closed:
+        if self.closed.is_set():
             return [None] * len(asked)
         stop, (begun, self.begun) = self.stop, (self.begun, {})
 
@@ -126,7 +129,7 @@ class Scorer:
             raise
         finally:
             stop.set()  # for what was begun and not asked for
-            self.stop = stop if self.closed else threading.Event()
+            self.stop = stop if self.closed.is_set() else threading.Event()
         return [result.result() for result in results]
 
     def _add(self, completion: str, puzzle: Puzzle) -> "_Job":
@@ -135,7 +138,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the worker processes, also while `score` runs in another thread: what it has not scored is None."""
-        self.closed = True
+        self.closed.set()
         self.stop.set()
         for worker in self.workers:
             worker.kill()
@@ -143,7 +146,9 @@ class Scorer:
             for worker in self.workers:
                 worker.waiting.put(None)
         for worker in self.workers:
-            worker.thread.join()
+            while worker.thread.is_alive():
+                worker.kill()  # again: it may just have been started
+                worker.thread.join(timeout=0.1)
             worker.stop()
 
 
@@ -194,18 +199,20 @@ class _Worker:
         Returns the jobs to try again alone: those in flight when the process failed.
         """
         in_flight: dict[int, tuple[_Job, float]] = {}
+        if first.stop.is_set():  # then there may be no process, and none is needed
+            first.result.set_result(None)
+            return []
         try:
-            if not first.stop.is_set():
-                self.start()
+            self.start()
             return self._do(first, window, in_flight)
-        except (
-            Exception
-        ) as error:  # not in this thread: `score` raises it, which would wait for ever if the thread ended
-            if isinstance(error, UserError):
-                first.stop.set()  # it does not start, so no other job of the batch needs to try
+        # all of them: `score` raises it, and would wait for ever if this thread ended
+        except Exception as error:
+            unwanted = first.stop.is_set()  # by close(), which kills a process that starts
+            if first.puzzle is not None:
+                first.stop.set()  # no other job of the batch needs to try
             for job in (first, *(job for job, _ in in_flight.values())):
                 if not job.result.done():
-                    job.result.set_exception(error)
+                    job.result.set_result(None) if unwanted else job.result.set_exception(error)
             self.stop()
             return []
 
@@ -221,21 +228,27 @@ class _Worker:
             room = failure is None and self.is_async and len(in_flight) < window
             if (job := self._next() if room else None) is not None or not in_flight:
                 continue
+            if any(job.stop.is_set() for job, _ in in_flight.values()):
+                self.stop()
+                for job, _ in in_flight.values():
+                    # those of a later batch are not to blame, and begin again
+                    job.result.set_result(None) if job.stop.is_set() else self.waiting.put(job)
+                return []
             reply = failure or self._reply(in_flight)
             if isinstance(reply, dict) and not is_reply(reply, in_flight):
                 reply = Reward(total=math.nan, status=Status.ERROR, message=FOREIGN)
-            if isinstance(reply, Reward):  # no reply: the process hangs or has died, or nobody wants one
+            if isinstance(reply, Reward):  # no reply: the process hangs or has died
                 self.stop()
                 jobs = [job for job, _ in in_flight.values()]
                 if len(jobs) > 1:
                     return jobs  # any of them may be the cause
-                self.on_reply()
                 jobs[0].result.set_result(None if jobs[0].stop.is_set() else reply)
+                self.on_reply()
                 return []
             if reply is not None:
                 done, _ = in_flight.pop(reply.pop("index"))
-                self.on_reply()
                 done.result.set_result(Reward(**{**reply, "status": Status(reply["status"])}))
+                self.on_reply()
                 job = self._next() if room and not in_flight else None
         return []
 
@@ -249,8 +262,6 @@ class _Worker:
 
     def _reply(self, in_flight: dict[int, tuple[_Job, float]]) -> dict | Reward | None:
         """The next reply, or a Reward with the reason why there will be none. None: nothing came while it glanced."""
-        if any(job.stop.is_set() for job, _ in in_flight.values()):
-            return timed_out(self.seconds)
         deadline = min(deadline for _, deadline in in_flight.values())
         come = b"\n" in self.unread or select.select([self.replies], [], [], GLANCE)[0]
         return self._receive(deadline) if come or time.monotonic() > deadline else None
@@ -261,24 +272,25 @@ class _Worker:
             self.stop()  # it died between two steps, with nothing in flight
         if self.process is not None:
             return
-        jobs, self.jobs = os.pipe()
-        self.replies, replies = os.pipe()
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",  # no module of the current folder stands before ours, or before one beside a reward's file
-                "-m",
-                "reward.worker",
-                self.path,
-                str(self.seconds),
-                *map(str, (os.getpid(), jobs, replies)),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what the reward prints must not mix with what a command prints
-            pass_fds=(jobs, replies),
-            env=module_environment(),
-            start_new_session=True,  # a SIGTERM for the run must not reach it
-        )
+        ends: list[int] = []
+        try:
+            for _ in range(2):
+                ends += os.pipe()
+            jobs, self.jobs, self.replies, replies = ends
+            # -P: no module of the current folder stands before ours, or before one beside a reward's file
+            words = [sys.executable, "-P", "-m", "reward.worker", self.path, str(self.seconds)]
+            self.process = subprocess.Popen(
+                [*words, *map(str, (os.getpid(), jobs, replies))],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what the reward prints must not mix with what a command prints
+                pass_fds=(jobs, replies),
+                env=module_environment(),
+                start_new_session=True,  # a SIGTERM for the run must not reach it
+            )
+        except OSError:
+            for end in ends:
+                os.close(end)
+            raise
         os.close(jobs)
         os.close(replies)
         os.set_blocking(self.jobs, False)  # a stuck worker that reads no more must not block _send

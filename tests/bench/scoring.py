@@ -42,7 +42,7 @@ def main() -> None:
         judge.write_text(JUDGE.format(seconds=arguments.seconds))
         for turn in range(arguments.turns):
             runs = {side: Path(folder) / f"{side}-{turn}" for side in found}
-            for side, out in runs.items():
+            for side, out in list(runs.items())[:: -1 if turn % 2 else 1]:
                 train(arguments, f"{judge}:judge", out, ["--score-last"] * (side == "last"))
                 rows = [json.loads(line) for line in (out / "timing.jsonl").read_text().splitlines()]
                 found[side] += rows[1:]  # in the first step the workers start

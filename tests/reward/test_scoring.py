@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     if ground_truth not in solution_str:
         return 0.0
     return {"score": 1.0 / extra_info["n_cells"], "acc": True, "pred": solution_str, "source": len(data_source)}
+
+async def patient(completion, puzzle):
+    while completion == "hang":
+        await asyncio.sleep(1)
+    return float(len(completion))
 
 async def wordy(completion, puzzle):
     assert "<answer>" in completion, completion
@@ -280,33 +286,44 @@ import os, time
 from data.puzzles import Puzzle
 from reward.scoring import Scorer
 puzzle = Puzzle(id="p", context="", cells=[["A"], ["B"]], candidates=["a", "b"], answer=["a", "b"])
-scorer = Scorer({rewards + ":plain"!r}, 1, 600.0)
-for text in ("hang", "hang", "a"):
-    scorer.begin(text, puzzle)
-while not os.path.exists({rewards + ".hangs"!r}):
+scorer = Scorer({rewards + ":slow"!r}, 1, 600.0)
+for number in range(200):
+    scorer.begin(f"i{{number}}", puzzle)
+while not os.path.exists({rewards + ".i0"!r}):
     time.sleep(0.01)
 print(scorer.workers[0].process.pid, flush=True)
 raise KeyboardInterrupt
 """
-    Path(f"{rewards}.hangs").unlink(missing_ok=True)  # of another test
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr and done.returncode == -signal.SIGINT
     while alive(int(done.stdout)):  # killed by the kernel when the trainer has ended
         time.sleep(0.05)
+    assert len(list(Path(rewards).parent.glob("rewards.py.i*"))) < 100  # of 200; 1 on an idle machine
 
 
 def test_what_was_begun_and_not_asked_for_is_given_up(rewards):
     """A hang that nobody asks for must not hold back the next score, nor the end."""
-    scorer = Scorer(f"{rewards}:plain", 1, 600.0)
-    Path(f"{rewards}.hangs").unlink(missing_ok=True)
+    scorer = Scorer(f"{rewards}:plain", 1, 1e6)
+    hangs = Path(f"{rewards}.hangs")
+    hangs.unlink(missing_ok=True)
     scorer.begin("a", PUZZLE)
     scorer.begin("hang", PUZZLE)
+    while not hangs.exists():
+        time.sleep(0.01)
     assert scorer.score(["a"], [PUZZLE], [False])[0].total == 1.0
     assert scorer.score(["bb"], [PUZZLE], [False])[0].total == 2.0
     for _ in range(3):
         scorer.begin("hang", PUZZLE)
     scorer.close()
     assert scorer.workers[0].process is None and not scorer.workers[0].thread.is_alive()
+    many = Scorer(f"{rewards}:patient", 1, 1e6)  # async: several are in flight when they are given up
+    for _ in range(3):
+        many.begin("hang", PUZZLE)
+    for text in ("a", "bb", "ccc"):  # each at once, while the process of the given up ones goes
+        assert many.score([text, "x"], [PUZZLE] * 2, [False] * 2)[0].total == len(text)
+        many.begin("hang", PUZZLE)
+        many.begin("hang", PUZZLE)
+    many.close()
 
 
 def test_a_killed_worker_costs_what_was_begun_nothing(rewards):
@@ -332,12 +349,15 @@ def test_an_error_in_the_thread_that_feeds_a_worker_is_raised_by_score(rewards, 
     def full(*_, **__):
         raise OSError(24, "Too many open files")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("reward.scoring.os.pipe", full)
-        if begin:
-            scorer.begin("a", PUZZLE)
-        with pytest.raises(OSError, match="Too many open files"):
-            scorer.score(["a", "bb", "ccc"], [PUZZLE] * 3, [False] * 3)
+    for what in ("os.pipe", "subprocess.Popen"):
+        with monkeypatch.context() as patch:
+            before = len(os.listdir("/proc/self/fd"))
+            patch.setattr(f"reward.scoring.{what}", full)
+            if begin:
+                scorer.begin("a", PUZZLE)
+            with pytest.raises(OSError, match="Too many open files"):
+                scorer.score(["a", "bb", "ccc"], [PUZZLE] * 3, [False] * 3)
+            assert len(os.listdir("/proc/self/fd")) == before, "its pipes are closed"
     circle = {}
     circle["itself"] = circle
     odd = replace(PUZZLE, meta=circle)

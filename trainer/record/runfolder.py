@@ -71,7 +71,7 @@ FREE_ON_RESUME = {
     *("base", "memory_fraction", "decay_steps", "eager", "attn", "reward_workers", "reward_seconds"),
     *("on_reward_error", "insist", "placement", "sampler_ranks", "tensor_parallel", "restart_samplers"),
     *("sync_host", "sync_port", "shard", "checkpointing", "keep_attention", "hang_seconds", "dry_run"),
-    *("nodes", "ranks_per_node", "rank_gib", "notify"),
+    *("nodes", "ranks_per_node", "rank_gib", "notify", "score_last"),
 }
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 MOMENTS, PENDING = "training/optimizer.safetensors", "training/pending.json"
