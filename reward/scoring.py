@@ -52,7 +52,7 @@ class Scorer:
     def __init__(
         self, path: str, workers: int = 1, seconds: float = 60.0, on_reply: Callable[[], None] = lambda: None
     ) -> None:
-        """seconds: time limit per response. on_reply() is called for every response that a worker has scored."""
+        """seconds: time limit per response. on_reply(): called for every response that a worker has scored."""
         self.fn = load_reward(path) if workers == 0 else None
         self.workers = [_Worker(path, seconds, on_reply) for _ in range(workers)]
         self.starting: list[Future] = []
@@ -205,8 +205,7 @@ class _Worker:
         try:
             self.start()
             return self._do(first, window, in_flight)
-        # all of them: `score` raises it, and would wait for ever if this thread ended
-        except Exception as error:
+        except Exception as error:  # `score` raises it, and would wait for ever if this thread ended
             unwanted = first.stop.is_set()  # by close(), which kills a process that starts
             if first.puzzle is not None:
                 first.stop.set()  # no other job of the batch needs to try
