@@ -58,10 +58,8 @@ class Scorer:
         self.starting: list[Future] = []
         self.begun: dict[tuple[int, str], deque[_Job]] = {}  # (id of the puzzle, completion) -> what `begin` began
         self.numbers = itertools.count()  # of jobs
-        self.stop, self.closed = (
-            threading.Event(),
-            threading.Event(),
-        )  # stop: of the jobs up to the end of the next `score`
+        self.stop = threading.Event()  # of the jobs up to the end of the next `score`
+        self.closed = threading.Event()
         self.lock = threading.Lock()  # calls of `score` side by side would share one `stop`
         for worker in self.workers:
             weakref.finalize(self, worker.waiting.put, None)  # a scorer that nobody closes must not leave processes
@@ -248,7 +246,6 @@ class _Worker:
                 done, _ = in_flight.pop(reply.pop("index"))
                 done.result.set_result(Reward(**{**reply, "status": Status(reply["status"])}))
                 self.on_reply()
-                job = self._next() if room and not in_flight else None
         return []
 
     def _next(self) -> _Job | None:
