@@ -24,7 +24,7 @@ from trainer.config import GrpoConfig
 from trainer.packing import ScoredGroup, scored_groups
 from trainer.ranks import world
 from trainer.ranks.watch import WAITING_SECONDS, Beat, RankLost, Watch
-from trainer.ranks.world import from_bytes, to_bytes
+from trainer.ranks.world import World, from_bytes, to_bytes
 
 ROLLOUT = Rollout(
     puzzle_id="p\u2028 \ud800",
@@ -243,3 +243,12 @@ def test_what_a_default_run_refuses_ends_its_watch(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="runs/demo/puzzles/train.parquet: no such file"):
         prepare(GrpoConfig())
     assert ended == [True]
+
+
+def test_a_rank_on_a_cpu_gives_freed_memory_back_between_phases(monkeypatch):
+    """What a step's micro-batches have freed; on a GPU it is not in this heap."""
+    asked = []
+    monkeypatch.setattr("trainer.ranks.world.give_freed_memory_back", lambda every: asked.append(every))
+    for device in ("cpu", "cuda"):
+        World(rank=0, size=1, device=torch.device(device)).enter("update", 1)
+    assert asked == [20.0]

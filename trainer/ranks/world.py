@@ -39,6 +39,8 @@ from rollout.link import all_gather_bytes
 from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch
 
 HANG_SECONDS = 1800.0
+TRIM_SECONDS = 20.0
+"""At least so long between two times that freed memory goes back to the system: what is used again costs time again."""
 NOTIFY_FAILED_SECONDS = 3.0
 """How long a rank that failed, among others, waits for the command of --notify before it says why."""
 TENSOR, KIND = "\0tensor", "\0kind"
@@ -80,6 +82,8 @@ class World:
 
     def enter(self, phase: str, step: int) -> None:
         """Tell the watch that this rank begins a phase of a step. step: 1-based."""
+        if self.device.type == "cpu":  # between phases little is in use
+            give_freed_memory_back(every=TRIM_SECONDS)
         if self.watch:
             self.watch.enter(phase, step)
 
@@ -368,8 +372,6 @@ def join_world(samplers: int = 0, hang_seconds: float = HANG_SECONDS) -> World:
             f"RANK is set and {' and '.join(missing)} not: start with torchrun, or unset RANK for a process alone"
         )
     device = own_device(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    if device.type == "cpu":
-        give_freed_memory_back()
     # when a peer is lost, NCCL would end this process before the watch can name the peer; the watch ends it as well
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
