@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Upper bound on the logits that exist at a time, whatever `chunk` says: 32 and 512 MiB of float32.
-
-Every chunk reads the head twice. On a GPU 220 tokens (2^25 logits of a vocabulary of 152,000) keep the memory as busy
-as the products do the cores.
-"""
+"""Upper bound on the logits that exist at a time: 32 and 512 MiB of float32."""
+FEWEST = 220
+"""Tokens of a chunk that every vocabulary gets all the same: 128 MiB at 152,000 tokens. Each chunk reads the head twice, and
+with 56 tokens that takes longer than the products (1.5 times the time in float32 on a CPU)."""
 TILE = 128
 """Rows of a GPU's matrix product that are computed together: a chunk is a multiple of it."""
 
@@ -41,11 +40,15 @@ def fused_logprobs(
     ([M,H]) and backward only scales each row by the gradient that arrives. The logits are computed again in backward only
     where the head itself is trained.
     """
-    # a large vocabulary gets smaller chunks: it is the logits, not the tokens, that cost memory
-    chunk = max(1, min(chunk, CHUNK_LOGITS[hidden.device.type] // len(lm_head_weight)))
-    chunk -= chunk % TILE if hidden.is_cuda and chunk > TILE else 0
+    chunk = tokens_of_chunk(len(lm_head_weight), hidden.device.type, chunk)
     logprobs, entropies = _FusedLogprobs.apply(hidden, lm_head_weight, targets, temperature, chunk, entropy, softcap)
     return (logprobs, entropies) if entropy else logprobs
+
+
+def tokens_of_chunk(vocabulary: int, device: str, most: int = 1024) -> int:
+    """How many tokens have logits at a time: fewer with a large vocabulary, since it is the logits that cost memory."""
+    tokens = max(1, min(most, max(FEWEST, CHUNK_LOGITS[device] // vocabulary)))
+    return tokens - tokens % TILE if device == "cuda" and tokens > TILE else tokens
 
 
 class _FusedLogprobs(torch.autograd.Function):

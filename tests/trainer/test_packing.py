@@ -324,7 +324,18 @@ def test_logits_are_bounded_by_the_vocabulary_too(monkeypatch):
     """A chunk is cut so that one buffer of logits holds no more than CHUNK_LOGITS numbers."""
     from trainer import logprobs
 
+    # (vocabulary, device): tokens
+    sizes = {
+        (4096, "cpu"): 1024,
+        (32_000, "cpu"): 262,
+        (152_064, "cpu"): 220,
+        (152_064, "cuda"): 768,
+        (64, "cuda"): 1024,
+    }
+    assert {size: logprobs.tokens_of_chunk(*size) for size in sizes} == sizes
+    assert logprobs.tokens_of_chunk(152_064, "cuda", 100) == 100 and logprobs.tokens_of_chunk(10, "cpu", 0) == 1
     monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", 50)
+    monkeypatch.setattr(logprobs, "FEWEST", 1)
     made = []
     real = logprobs._softmax
     monkeypatch.setattr(logprobs, "_softmax", lambda logits: made.append(tuple(logits.shape)) or real(logits))
