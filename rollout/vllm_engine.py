@@ -18,11 +18,11 @@ from rollout.vllm_versions import (
     drawing_from,
     gpu_settings,
     held_weights,
+    import_vllm,
     leave_other_models_alone,
     merges_adapter,
     name_shared_memory_apart,
     plain_weights,
-    prepare_environment,
     refuse_dora,
     refuse_kernels,
     restore_kv_cache,
@@ -66,11 +66,9 @@ class VLLMEngine(LocalEngine):
         super().__init__(rank, size, tensor_parallel)
         refuse_dora(lora or {})
         on_gpu = torch.cuda.is_available()
-        prepare_environment()
+        llm = import_vllm()
         if tensor_parallel > 1 and not on_gpu:
             name_shared_memory_apart()
-        from vllm import LLM
-
         self.merges = bool(lora) and merges_adapter(
             sampler_lora, model_dir, base_dtype or dtype, on_gpu or shares_weights
         )
@@ -89,7 +87,7 @@ class VLLMEngine(LocalEngine):
         self.lora, self.request, self.may_sleep, self.asleep = lora, None, may_sleep and on_gpu, False
         self.model_dir, self.shares_weights = model_dir, shares_weights
         assert not (shares_weights and self.merges)  # a merge would write to the trainer's weights (why_two_copies)
-        start = plain_weights()(LLM) if shares_weights and not on_gpu else LLM
+        start = plain_weights()(llm) if shares_weights and not on_gpu else llm
         self.bound = (0, 0)
         """(PEFT modules given, vLLM modules bound) of the last adapter."""
         # vLLM's CPU worker replaces the function by a no-op, and its GPU worker sets one thread; both restored below

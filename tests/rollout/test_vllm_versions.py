@@ -11,7 +11,7 @@ import torch
 
 from data.errors import UserError
 from rollout.vllm_engine import VLLMEngine
-from rollout.vllm_versions import drawing_from, gpu_settings, graph_sizes, refuse_kernels
+from rollout.vllm_versions import count_at_least, drawing_from, gpu_settings, graph_sizes, refuse_kernels
 
 
 def test_sizes_of_cuda_graphs():
@@ -82,9 +82,13 @@ def started_with(monkeypatch, folder, **more) -> dict:
             torch.set_num_threads(1)  # as its worker for GPUs does
             raise ValueError("no such model")
 
+    sampler = SimpleNamespace(batched_count_greater_than=None)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Llm))
+    monkeypatch.setitem(sys.modules, "vllm.v1.sample.sampler", sampler)
     with pytest.raises(UserError, match="vLLM does not start with this model"):
         VLLMEngine(str(folder), lora=None, max_model_len=64, dtype="float32", **more)
+    # a GPU has the compiled function
+    assert sampler.batched_count_greater_than is (None if torch.cuda.is_available() else count_at_least)
     return given
 
 
