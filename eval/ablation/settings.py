@@ -141,13 +141,17 @@ def refuse_test_puzzles(trained: dict[str, list[str | None]], files: list[str]) 
 
     trained: {name of an arm: the puzzle files of its commands}. files: of the puzzles that are compared on.
     """
-    held_out = {content_of(puzzle): (file, puzzle.id) for file in files for puzzle in read_puzzles(file)}
+    compared = [(puzzle, (file, puzzle.id)) for file in files for puzzle in read_puzzles(file)]
+    whole = {content_of(puzzle): name for puzzle, name in compared}
+    # a variant of a test puzzle (launch/variant.py) shows one of its cells, or all of them without the labels
+    held_out = {cell: name for puzzle, name in compared for cell in cells_of(puzzle)} | whole
     checked: set[str] = set()
     for name, given in trained.items():
         for file in sorted({file for file in given if file} - checked):
             checked.add(file)
             for puzzle in read_puzzles(file):
-                if (known := held_out.get(content_of(puzzle))) is not None:
+                same = [held_out.get(content_of(puzzle)), *(whole.get(cell) for cell in cells_of(puzzle))]
+                if (known := next(filter(None, same), None)) is not None:
                     raise UserError(
                         f"--arms {name}: it would train on puzzle {puzzle.id} of {file}, which is {known[1]} of {known[0]}, "
                         "on which the configurations are compared; name training puzzles, such as {puzzles}"
@@ -191,5 +195,10 @@ def record_commands(folder: Path, commands: list[list[str]], values: list[dict[s
 
 
 def content_of(puzzle: Puzzle) -> tuple:
-    """What two puzzles share when they are the same one under two ids."""
-    return puzzle.context, tuple(map(tuple, puzzle.cells)), frozenset(puzzle.candidates)
+    """What two puzzles share when they are the same one under two ids, or with other labels to choose from."""
+    return puzzle.context, tuple(map(tuple, puzzle.cells))
+
+
+def cells_of(puzzle: Puzzle) -> list[tuple]:
+    """`content_of` puzzles that show a single cell of this one."""
+    return [(puzzle.context, (tuple(cell),)) for cell in puzzle.cells]

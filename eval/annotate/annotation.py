@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from data.clusters.profiles import ClusterProfile, Profiles, natural
 from data.errors import RunError
@@ -94,6 +95,7 @@ class Questions:
             for number, (sample, some) in enumerate(by_sample.items())
         }
 
+    @cached_property
     def screening(self) -> list[Question]:
         """The questions of the first stage; none when every answer is open-ended."""
         return [question for of in self.of_sample.values() for question in of.screening(self.settings.screens)]
@@ -106,6 +108,17 @@ class Questions:
             belief = beliefs(screened, [profile.cluster for profile in of.profiles], of.labels)
             found += of.voting(range(self.settings.samples), belief)
         return found
+
+    def announced(self) -> str:
+        """How many questions there will be, for who waits for them or pays them: a line, before the first is asked."""
+        first = len(self.screening)
+        # a set that must not hold two clusters alike can be smaller, so there can be more
+        votes = self.settings.samples * sum(-(-len(of.profiles) // of.size) for of in self.of_sample.values())
+        letters_of = max(len(puzzle.user_message) for puzzle in self.longest())
+        stages = [f"{count(first, 'question')} to narrow the labels down, then"] * bool(first)
+        return " ".join(
+            [*stages, f"at least {count(votes, 'question')} for the votes, of up to {letters_of:,} letters"]
+        )
 
     def longest(self) -> list[Puzzle]:
         """A puzzle for each sample that is at least as long as every one that is asked, to make room for it."""
@@ -149,7 +162,7 @@ def annotate_profiles(
     profiles: Profiles, candidates: dict[str, Candidates], questions: Questions, ask: Ask, settings: QuestionSettings
 ) -> Annotation:
     """Ask, count, decide. Raises RunError when no answer about any cluster could be used."""
-    screening = questions.screening()
+    screening = questions.screening
     screened = ask(screening, "screening") if screening else []
     if screening:  # before the votes, which cost more
         refuse_useless(screening, screened)

@@ -265,12 +265,13 @@ def ask_and_decide(
     for source in sorted({some.source for some in candidates.values()}):
         print(f"candidates: {source}", file=sys.stderr)
     questions = Questions(profiles, candidates, settings)
+    print(f"asking: {questions.announced()}", file=sys.stderr)
     if model.known is not None:
         lists = [genes for profile in questions.profiles for genes in questions.lists_of(profile)]
         listed = {gene for genes in lists for gene in genes}
         check_genes_known(listed, model.known.genes, settings.min_known_genes)
     asked = settings.asked(model.name, folder, resume)
-    answers = Answers(model, asked, questions.screening() or questions.voting([]), questions.longest())
+    answers = Answers(model, asked, questions.screening or questions.voting([]), questions.longest())
     answers.partial.tell = tell
     try:
         annotation = annotate_profiles(profiles, candidates, questions, answers.of, settings)

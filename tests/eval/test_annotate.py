@@ -219,7 +219,7 @@ def test_room_is_made_for_the_longest_prompt():
     profiles = profiles_of(adata, "leiden", asked)
     questions = Questions(profiles, candidates_of(profiles.profiles, asked.candidates, None), asked)
     (longest,) = questions.longest()
-    every = questions.screening() + questions.voting([])
+    every = questions.screening + questions.voting([])
     assert len(longest.user_message) > max(len(question.puzzle.user_message) for question in every)
     assert len(longest.cells) == 4 and longest.candidates.count(max(TYPES, key=len)) == 2
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from data.errors import UserError
 from data.files import lock_folder, unlock_folder
 from data.puzzles import read_puzzles, write_puzzles
+from data.variants import convert
 from eval.ablation.compare import refuse_other_puzzles
 from eval.ablation.made import Made
 from eval.ablation.settings import AblateConfig, record_commands, refuse_other_commands, refuse_test_puzzles
@@ -147,6 +148,10 @@ def test_an_arm_that_trains_on_test_puzzles_is_refused(pipeline, tmp_path):
         puzzles = read_puzzles(pipeline / "puzzles/unseen.parquet")
         write_puzzles(renamed, [dataclasses.replace(p, id=f"mine-{i}") for i, p in enumerate(puzzles)])
         check(["grpo", "--model", "{sft}", "--puzzles", str(renamed)])
+    for variant in ("cell", "open"):  # as single cells, or without the labels
+        write_puzzles(renamed, convert(puzzles, variant))
+        with pytest.raises(UserError, match="--arms A: .*unseen"):
+            check(["grpo", "--model", "{sft}", "--puzzles", str(renamed)])
 
 
 def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import anndata
@@ -59,6 +61,14 @@ def test_a_file_comes_back_labelled_with_a_table_and_a_page(mine, server):
     before = digest(mine)
     done = call(mine, server.url, "--truth-key", "truth")
     assert digest(mine) == before
+    said = (
+        r"asking: (\d+) questions to narrow .*, then at least (\d+) questions for the votes, of up to ([\d,]+) letters"
+    )
+    first, votes, letters = (int(n.replace(",", "")) for n in re.search(said, done.stderr).groups())
+    rows = mine.with_name("out.answers").joinpath("predictions.partial.jsonl").read_text().splitlines()[1:]
+    stages = Counter(json.loads(row)["id"].split("-")[0] for row in rows)
+    assert first == stages["screen"] and votes == 24 and 24 <= stages["vote"] <= 48, "8 clusters, 3 at a time, 8 rounds"
+    assert max(map(len, server.prompts)) <= letters
     assert "for 8 of 8 clusters the best label is what most of their cells have in truth" in done.stdout
     found = anndata.read_h5ad(mine.with_name("out.h5ad"))
     assert (found.obs["cell_type_llm"].astype(str) == found.obs["truth"].astype(str)).all()
@@ -89,7 +99,7 @@ def test_an_endpoint_that_fails_half_way_is_paid_once(mine, server):
     assert done.returncode == 1, (done.stdout, done.stderr)
     assert (
         "--resume" in done.stderr
-        and len(done.stderr.strip().splitlines()) <= 3  # what is averaged, the candidates, and the error
+        and len(done.stderr.strip().splitlines()) <= 4  # what is averaged, the candidates, how much, and the error
         and not mine.with_name("out.h5ad").exists()
     )
     assert not mine.with_name("out.csv").exists() and not mine.with_name("out.html").exists()

@@ -40,7 +40,7 @@ from trainer.sft.examples import Example, encode_traces, note_on_formats, split_
 from trainer.sft.heldout import BestEpoch, HeldOutAnswers, Judge
 from trainer.sft.settings import SftConfig
 from trainer.start.model_check import check_model
-from trainer.start.parts import load_policy, make_optimizer, print_notes, refuse_to_replace
+from trainer.start.parts import load_policy, make_optimizer, note_on_warmup, print_notes, refuse_to_replace
 from trainer.start.preflight import (
     context_of,
     model_config,
@@ -196,7 +196,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
     )
     if world.is_main:
         print_notes(policy)
-        if note := note_on_formats(rows, cfg):
+        for note in filter(None, (note_on_formats(rows, cfg), note_on_warmup(cfg.warmup_steps, run.n_steps))):
             print(f"note: {note}", file=sys.stderr, flush=True)
         counts = f"{len(training)} traces, {len(held_out)} held out, {skipped} too long"
         print(f"SFT: {counts}, {run.n_steps} steps", flush=True)

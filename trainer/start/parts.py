@@ -359,6 +359,8 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
                 "others",
                 flush=True,
             )
+        if note := note_on_warmup(cfg.warmup_steps, cfg.steps):
+            print(f"note: {note}", flush=True)
         unknown = policy.tokenizer.unk_token_id
         lost = sum(prompt.ids.count(unknown) for prompt in fitting) if unknown is not None else 0
         if lost:
@@ -370,6 +372,16 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
     if world.is_main and len(fitting) < len(prompts):
         print(f"left out {len(prompts) - len(fitting)} puzzles longer than {cfg.max_prompt_tokens} tokens", flush=True)
     return fitting
+
+
+def note_on_warmup(warmup_steps: int, steps: int) -> str:
+    """A note where a run ends while its learning rate still rises; "" elsewhere.
+
+    >>> note_on_warmup(20, 18)
+    '--warmup-steps 20: the run ends after 18 steps, at 90 % of --lr'
+    """
+    share = 100 * steps // max(warmup_steps, 1)
+    return f"--warmup-steps {warmup_steps}: the run ends after {steps} steps, at {share} % of --lr" * (share < 100)
 
 
 def answer_is_offered(puzzle: Puzzle) -> bool:
