@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.build.contexts import stated_in
 from data.build.staging import Staging
-from data.clusters.known import LABELS, PUZZLE_OPTIONS, USUAL, KnownLabel, KnownLabels
+from data.clusters.known import LABELS, PUZZLE_OPTIONS, STATES, USUAL, KnownLabel, KnownLabels
 from data.errors import UserError
 from data.files import flush, locked_or_said, parse_json, reason_of, remove_folder
 from data.puzzles import Puzzle, read_puzzles, read_rows, save_rows
@@ -169,11 +170,13 @@ def write_build(
 
 
 def labels_text(labels: dict[str, dict[str, Any]], train: list[Puzzle], options: dict[str, Any]) -> str:
-    """labels.json: the labels of the report, the genes that occur in the train puzzles, the options of their build."""
+    """labels.json: the labels of the report, the genes and facts of the train puzzles, the options of their build."""
     genes = {gene for puzzle in train for cell in puzzle.cells for gene in cell}
     known = {label: KnownLabel(**of_label) for label, of_label in labels.items()}
     puzzles = {name: options[name] for name in PUZZLE_OPTIONS}
     puzzles |= {name: options[name] for name, usual in USUAL.items() if options.get(name, usual) != usual}
+    stated = [stated_in(context) for context in {puzzle.context for puzzle in train}]
+    puzzles |= {STATES: sorted(set.intersection(*stated))} if stated and set.intersection(*stated) else {}
     return KnownLabels(known, sorted(genes), puzzles=puzzles).to_json()
 
 

@@ -43,7 +43,7 @@ PR_SET_PDEATHSIG = 1
 GROUPS, MY_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where Linux shows the limits of control groups, and those of this process."""
 POLL_SECONDS = 1.0
-_given_back = [0.0]
+_given_back = [-math.inf]
 """When this process last gave freed memory back (time.monotonic)."""
 
 

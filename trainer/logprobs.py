@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Upper bound on the logits that exist at a time: 32 and 512 MiB of float32."""
+"""Logits that exist at a time at most, or those of FEWEST tokens: 32 and 512 MiB of float32."""
 FEWEST = 220
-"""Tokens of a chunk that every vocabulary gets all the same: 128 MiB at 152,000 tokens. Each chunk reads the head twice, and
-with 56 tokens that takes longer than the products (1.5 times the time in float32 on a CPU)."""
+"""Tokens of a chunk that every vocabulary gets: 128 MiB at 152,000 tokens. Each chunk reads the head twice, and with 56
+tokens that takes longer than the products (1.5 times the time in float32 on a CPU)."""
 TILE = 128
 """Rows of a GPU's matrix product that are computed together: a chunk is a multiple of it."""
 

@@ -127,6 +127,14 @@ one makes a false sentence.
 """
 
 CONTEXT_COLUMNS = (*INTRO, "disease", *RULES)
+STATED = {
+    "sex": r"^The cell is from a ",
+    "development_stage": r"^The cell is from( a \S+)? at the ",
+    "self_reported_ethnicity": r"^The cell is from.* with .* background",
+    "tissue": r"^The cell is from.*, originating from the ",
+    "disease": r"The patient (is healthy with no diagnosed disease|has been diagnosed with )",
+}
+"""obs column -> what a context has in it that states its value."""
 
 
 LONGEST_FACT = 500
@@ -212,6 +220,15 @@ def context_sentence(facts: dict[str, str]) -> str:
         sentences.append(f"The patient {diagnosis}.")
     extras = [_extra(rules, known[name]) for name, rules in RULES.items() if name in known and _fits(name, known)]
     return " ".join(sentences + [sentence for sentence in extras if sentence])
+
+
+def stated_in(context: str) -> set[str]:
+    """The obs columns of the first sentence, and disease, of which a context states something.
+
+    >>> sorted(stated_in("The cell is from a male, originating from the lung. The patient has been diagnosed with asthma."))
+    ['disease', 'sex', 'tissue']
+    """
+    return {name for name, pattern in STATED.items() if re.search(pattern, context)}
 
 
 def _fits(name: str, known: dict[str, str]) -> bool:

@@ -1,7 +1,7 @@
 """The labels and genes that a model was trained on: labels.json beside puzzles, cell_types.json beside a model's weights.
 
 {"labels": {label: {"ontology_term_id": "CL:0000084" or null, "tissues": [...], "n": cells}}, "genes": [...],
- "puzzles": {"max_cells": 15, "top_genes": 50, "drop_genes": [...]}}
+ "puzzles": {"max_cells": 15, "top_genes": 50, "drop_genes": [...], "states": ["disease", "tissue"]}}
 """
 
 import json
@@ -22,6 +22,8 @@ PUZZLE_OPTIONS = {"max_cells": int, "top_genes": int, "drop_genes": list}
 """Options of a build on which the look of a prompt depends, with their types in JSON."""
 USUAL = {"rank": "expression", "profile": "cell"}
 """Two more of them with their usual values; recorded where they are others."""
+STATES = "states"
+"""The obs columns of which every training prompt states something; recorded where there are any."""
 ADAPTER_CONFIG = "adapter_config.json"
 SHARE_KNOWN = 0.5
 """Share of the genes in common below which a model is not asked."""
@@ -72,7 +74,7 @@ class KnownLabels:
         """What a model knows that was trained on the puzzles of both.
 
         A label of both has the tissues and cells of both, and the id that one of them states first. Puzzles have the
-        sizes of the larger ones, and the gene classes that both leave out.
+        sizes of the larger ones, the gene classes that both leave out, and the facts that both state.
         """
         labels = dict(self.labels)
         for label, theirs in other.labels.items():
@@ -82,7 +84,9 @@ class KnownLabels:
         puzzles = dict(self.puzzles or other.puzzles)
         if self.puzzles and other.puzzles:
             puzzles |= {name: max(self.puzzles[name], other.puzzles[name]) for name in ("max_cells", "top_genes")}
-            puzzles["drop_genes"] = [name for name in self.puzzles["drop_genes"] if name in other.puzzles["drop_genes"]]
+            for name in ("drop_genes", STATES):
+                puzzles[name] = [one for one in self.puzzles.get(name, []) if one in other.puzzles.get(name, [])]
+            puzzles = {name: value for name, value in puzzles.items() if name != STATES or value}
         return KnownLabels(dict(sorted(labels.items())), sorted({*self.genes, *other.genes}), None, puzzles)
 
     def only_in(self, puzzles: Iterable[Puzzle]) -> Self:
@@ -119,10 +123,11 @@ def read_labels(path: Path) -> KnownLabels:
 
 def _puzzles(path: Path, value: Any) -> dict[str, Any]:
     """The options of the puzzles; files of earlier builds have none. Raises UserError for values of another kind."""
-    fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in PUZZLE_OPTIONS.items())
+    kinds = PUZZLE_OPTIONS | ({STATES: list} if isinstance(value, dict) and STATES in value else {})
+    fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
     if value and not fits:
         raise UserError(f"{path}: its puzzles lack {', '.join(PUZZLE_OPTIONS)}; build the puzzles again")
-    return {name: value[name] for name in (*PUZZLE_OPTIONS, *USUAL) if name in value} if value else {}
+    return {name: value[name] for name in (*PUZZLE_OPTIONS, *USUAL, STATES) if name in value} if value else {}
 
 
 def _known(path: Path, label: str, value: Any) -> KnownLabel:

@@ -153,8 +153,9 @@ def refuse_test_puzzles(trained: dict[str, list[str | None]], files: list[str]) 
                 same = [held_out.get(content_of(puzzle)), *(whole.get(cell) for cell in cells_of(puzzle))]
                 if (known := next(filter(None, same), None)) is not None:
                     raise UserError(
-                        f"--arms {name}: it would train on puzzle {puzzle.id} of {file}, which is {known[1]} of {known[0]}, "
-                        "on which the configurations are compared; name training puzzles, such as {puzzles}"
+                        f"--arms {name}: it would train on puzzle {puzzle.id} of {file}, which is {known[1]} of {known[0]} or "
+                        "shows cells of it, and on that one the configurations are compared; name training puzzles, such as "
+                        "{puzzles}"
                     )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from data.build.contexts import stated_in
+from data.clusters.known import STATES, KnownLabels
 from data.clusters.profiles import ClusterProfile, Profiles, natural
 from data.errors import RunError
 from data.prompts import normalise_label
@@ -118,6 +120,17 @@ class Questions:
         stages = [f"{count(first, 'question')} to narrow the labels down, then"] * bool(first)
         return " ".join(
             [*stages, f"at least {count(votes, 'question')} for the votes, of up to {letters_of:,} letters"]
+        )
+
+    def left_unstated(self, known: KnownLabels | None) -> str:
+        """A note on facts that every prompt of the training states and a prompt of this file does not; "" elsewhere."""
+        states = set(known.puzzles.get(STATES, [])) if known else set()
+        missing = sorted(states - set.intersection(*(stated_in(profile.context) for profile in self.profiles)))
+        if not missing:
+            return ""
+        return (
+            f"every prompt that the model was trained on states {' and '.join(missing)}, and not all of this file do; where "
+            f"you know it, give --constant {missing[0]}=VALUE (of healthy donors disease=normal)"
         )
 
     def longest(self) -> list[Puzzle]:

@@ -256,7 +256,8 @@ def ask_and_decide(
     Raises UserError when the model has no candidates for a sample, or does not know the genes.
     """
     candidates = candidates_of(profiles.profiles, given, model.known)
-    if note := settings.unlike_training(model.known):
+    questions = Questions(profiles, candidates, settings)
+    for note in filter(None, (settings.unlike_training(model.known), questions.left_unstated(model.known))):
         print(f"note: {note}", file=sys.stderr)
     # said before minutes or money are spent: what they advise changes the questions
     for sentence in profiles.notes:
@@ -264,8 +265,6 @@ def ask_and_decide(
     # and a forgotten list of labels makes every question open-ended
     for source in sorted({some.source for some in candidates.values()}):
         print(f"candidates: {source}", file=sys.stderr)
-    questions = Questions(profiles, candidates, settings)
-    print(f"asking: {questions.announced()}", file=sys.stderr)
     if model.known is not None:
         lists = [genes for profile in questions.profiles for genes in questions.lists_of(profile)]
         listed = {gene for genes in lists for gene in genes}
@@ -273,6 +272,8 @@ def ask_and_decide(
     asked = settings.asked(model.name, folder, resume)
     answers = Answers(model, asked, questions.screening or questions.voting([]), questions.longest())
     answers.partial.tell = tell
+    kept = f"; {len(answers.partial.rows):,} answers are there already" if answers.partial.rows else ""
+    print(f"asking: {questions.announced()}{kept}", file=sys.stderr)
     try:
         annotation = annotate_profiles(profiles, candidates, questions, answers.of, settings)
     finally:

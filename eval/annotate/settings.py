@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from data.clusters.known import SHARE_KNOWN, KnownLabels
+from data.clusters.known import SHARE_KNOWN, STATES, KnownLabels
 from data.clusters.settings import ProfileSettings
 from data.errors import UserError
 from data.options import DTYPES, argument, check_endpoint, check_key_env, check_numbers, option
@@ -94,7 +94,8 @@ class QuestionSettings(ProfileSettings):
         trained = UNTRAINED | (known.puzzles if known else {})
         trained["drop_genes"] = tuple(trained["drop_genes"])
         trained["genes_by"] = "difference" if trained.pop("rank", "") == "deg" else "both"
-        trained.pop("profile", None)
+        for name in ("profile", STATES):
+            trained.pop(name, None)
         return replace(self, **{name: value for name, value in trained.items() if getattr(self, name) is None})
 
     @staticmethod

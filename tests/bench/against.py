@@ -4,8 +4,8 @@
 
 Unpacks COMMIT into a temporary folder and runs each benchmark's own side there and here, in turns, with the same
 interpreter. `update` and `sft` make steps in two processes that wait for each other; the others are run as a whole.
-`step` trains the demo's policy for a few steps (after make demo: --model, --puzzles); `files` builds puzzles and averages
-clusters of 20,000 cells. Prints RATIO lines, seconds here
+`step` trains the demo's policy for a few steps, each version with its own recipe (after make demo: --model, --puzzles);
+`files` builds puzzles and averages clusters of 20,000 cells. Prints RATIO lines, seconds here
 over seconds there (above 1: slower), of each round's pair: median, smallest, largest; writes JSON.
 """
 
@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of `step`, in each round")
     parser.add_argument("--json", default="runs/bench/against.json")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2, of which the first is left out")
     if unknown := set(arguments.benchmarks) - set(BENCHMARKS):
         parser.error(f"unknown: {' '.join(sorted(unknown))}; choose from {' '.join(BENCHMARKS)}")
     found: dict[str, dict[str, list[float]]] = {}
@@ -51,30 +53,42 @@ def main() -> None:
         there = Path(folder) / "there"
         unpack(arguments.commit, there)
         for name in arguments.benchmarks or BENCHMARKS:
-            try:
-                found |= compare(there, Path(folder), BENCHMARKS[name], arguments)
-            except Failed as error:  # a version in which a benchmark did not run is compared by the others
-                print(f"{name}: not compared: {error}", flush=True)
-    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.json).write_text(json.dumps({"commit": arguments.commit, "seconds": found}, indent=1) + "\n")
+            found |= compare(there, Path(folder), BENCHMARKS[name], arguments)
+            text = json.dumps({"commit": arguments.commit, "seconds": found}, indent=1)
+            Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments.json).write_text(text + "\n")
 
 
 def unpack(commit: str, folder: Path) -> None:
     folder.mkdir()
     packed = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     subprocess.run(["tar", "x"], cwd=folder, input=packed.stdout, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", "."], cwd=folder, check=False
+    )  # as here, where it has run
 
 
 def compare(there: Path, work: Path, benchmark: "Benchmark", arguments: argparse.Namespace) -> dict:
     """{what was measured: {"there": seconds of each round, "here": the same}}; prints a RATIO line for each."""
     seconds: dict[str, dict[str, list[float]]] = {}
     for case in benchmark(work, arguments):
-        with ExitStack() as stack:
-            sides = {"there": case(there, stack), "here": case(ROOT, stack)}
-            for turn in range(arguments.rounds):
-                for side, run in list(sides.items())[:: -1 if turn % 2 else 1]:
-                    for name, lap in run().items():
-                        seconds.setdefault(name, {"there": [], "here": []})[side].append(lap)
+        of_case: dict[str, dict[str, list[float]]] = {}
+        try:
+            with ExitStack() as stack:
+                sides = {"there": case(there, stack), "here": case(ROOT, stack)}
+                for turn in range(arguments.rounds):
+                    for side, run in list(sides.items())[:: -1 if turn % 2 else 1]:
+                        for name, lap in run().items():
+                            of_case.setdefault(name, {"there": [], "here": []})[side].append(lap)
+        except (
+            Failed,
+            OSError,
+            KeyError,
+            ValueError,
+        ) as error:  # in an older version it may not run, or print other things
+            print(f"not compared: {type(error).__name__} {error}", flush=True)
+        else:
+            seconds |= of_case
     seconds = {name: of for name, of in seconds.items() if of["there"] and of["here"]}  # what both versions measure
     for name, of in seconds.items():
         ratios = sorted(here / there for there, here in zip(of["there"], of["here"], strict=True))

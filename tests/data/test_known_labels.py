@@ -7,6 +7,7 @@ import anndata
 import pytest
 
 from data.build.build import build_puzzles
+from data.build.contexts import stated_in
 from data.clusters.known import (
     KnownLabel,
     KnownLabels,
@@ -51,6 +52,7 @@ def test_labels_json_counts_the_train_donors_and_takes_ids_on_which_cells_agree(
     train = read_puzzles(built / "train.parquet")
     assert content["genes"] == sorted({gene for p in train for cell in p.cells for gene in cell})
     assert list(content["labels"]) == TYPES
+    assert content["puzzles"]["states"] == sorted(set.intersection(*(stated_in(p.context) for p in train)))
     ids = {label: known["ontology_term_id"] for label, known in content["labels"].items()}
     assert ids == {
         "B cell": "CL:0000236",
@@ -184,12 +186,15 @@ def test_what_a_model_knows_that_was_trained_on_two_builds():
     blood = KnownLabels(
         {"B cell": KnownLabel("CL:0000236", ("blood",), 5), "T cell": KnownLabel(None, ("blood",), 2)},
         ["CD3D", "MS4A1"],
-        puzzles={"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal", "mitochondrial"]},
+        puzzles={
+            **{"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal", "mitochondrial"]},
+            "states": ["disease", "sex", "tissue"],
+        },
     )
     lung = KnownLabels(
         {"T cell": KnownLabel("CL:0000084", ("lung",), 3)},
         ["CD3D", "IL7R"],
-        puzzles={"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]},
+        puzzles={"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"], "states": ["disease", "tissue"]},
     )
     both = blood.joined(lung)
     assert both.labels == {
@@ -197,7 +202,9 @@ def test_what_a_model_knows_that_was_trained_on_two_builds():
         "T cell": KnownLabel("CL:0000084", ("blood", "lung"), 5),
     }
     assert both.genes == ["CD3D", "IL7R", "MS4A1"]
-    assert both.puzzles == {"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]}
+    alike = {"max_cells": 5, "top_genes": 16, "drop_genes": ["ribosomal"]}
+    assert both.puzzles == {**alike, "states": ["disease", "tissue"]}
+    assert blood.joined(KnownLabels({}, [], puzzles=alike)).puzzles == alike, "a file of an earlier build states none"
     assert KnownLabels({}, []).joined(lung) == KnownLabels(lung.labels, lung.genes, None, lung.puzzles)
 
 

@@ -775,6 +775,23 @@ def test_genes_are_ranked_as_in_the_puzzles_of_the_training_where_clusters_allow
     assert QuestionSettings(cluster_key="leiden", genes_by="both").as_trained(known).genes_by == "both"
 
 
+def test_a_fact_that_every_training_prompt_states_and_this_file_does_not_is_named(capsys):
+    adata = clustered(list(TYPES), parts=1)
+    adata.obs["disease"], adata.obs["tissue"] = "unknown", "blood"
+    sizes = {"max_cells": 4, "top_genes": 12, "drop_genes": []}
+    for states, constant, said in (
+        (["disease", "tissue"], (), True),
+        (["disease", "tissue"], ("disease=normal",), False),
+        (["tissue"], (), False),
+    ):
+        known = KnownLabels(KNOWN.labels, KNOWN.genes, None, {**sizes, "states": states})
+        annotate(
+            adata, cluster_key="leiden", model=model_that(reads_markers, known=known), constant=constant, copy=True
+        )
+        note = "every prompt that the model was trained on states disease, and not all of this file do"
+        assert (note in capsys.readouterr().err) == said
+
+
 def test_a_model_is_asked_as_it_was_trained_unless_told_otherwise():
     trained = KnownLabels(
         KNOWN.labels, KNOWN.genes, None, {"max_cells": 4, "top_genes": 12, "drop_genes": ["ribosomal"]}

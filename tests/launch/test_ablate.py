@@ -152,6 +152,13 @@ def test_an_arm_that_trains_on_test_puzzles_is_refused(pipeline, tmp_path):
         write_puzzles(renamed, convert(puzzles, variant))
         with pytest.raises(UserError, match="--arms A: .*unseen"):
             check(["grpo", "--model", "{sft}", "--puzzles", str(renamed)])
+    # and the other way round: compared on single cells, trained on their batches
+    write_puzzles(renamed, convert(puzzles, "cell"))
+    with pytest.raises(
+        UserError, match=r"--arms A: it would train on puzzle unseen-.* of .*renamed.jsonl or shows cells of it"
+    ):
+        refuse_test_puzzles({"A": [str(pipeline / "puzzles/unseen.parquet")]}, [str(renamed)])
+    refuse_test_puzzles({"A": [str(pipeline / "puzzles/train.parquet")]}, [str(renamed)])
 
 
 def test_other_commands_under_the_name_of_a_finished_run_are_refused(tmp_path):

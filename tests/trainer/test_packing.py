@@ -321,7 +321,7 @@ def test_entropy_and_its_absence_from_the_graph():
 
 
 def test_logits_are_bounded_by_the_vocabulary_too(monkeypatch):
-    """A chunk is cut so that one buffer of logits holds no more than CHUNK_LOGITS numbers."""
+    """A chunk is cut so that one buffer of logits holds no more than CHUNK_LOGITS numbers, or FEWEST tokens."""
     from trainer import logprobs
 
     # (vocabulary, device): tokens

@@ -245,10 +245,12 @@ def test_what_a_default_run_refuses_ends_its_watch(monkeypatch, tmp_path):
     assert ended == [True]
 
 
-def test_a_rank_on_a_cpu_gives_freed_memory_back_between_phases(monkeypatch):
-    """What a step's micro-batches have freed; on a GPU it is not in this heap."""
+def test_a_rank_on_a_cpu_gives_freed_memory_back_between_phases_and_micro_batches(monkeypatch):
+    """On a GPU it is not in this heap."""
     asked = []
     monkeypatch.setattr("trainer.ranks.world.give_freed_memory_back", lambda every: asked.append(every))
     for device in ("cpu", "cuda"):
-        World(rank=0, size=1, device=torch.device(device)).enter("update", 1)
-    assert asked == [20.0]
+        alone = World(rank=0, size=1, device=torch.device(device))
+        alone.enter("update", 1)
+        alone.advance()
+    assert asked == [20.0, 20.0]

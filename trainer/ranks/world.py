@@ -82,15 +82,19 @@ class World:
 
     def enter(self, phase: str, step: int) -> None:
         """Tell the watch that this rank begins a phase of a step. step: 1-based."""
-        if self.device.type == "cpu":  # between phases little is in use
-            give_freed_memory_back(every=TRIM_SECONDS)
+        self._give_freed_memory_back()
         if self.watch:
             self.watch.enter(phase, step)
 
     def advance(self) -> None:
         """Tell the watch that a part of the phase is done: this rank does not hang."""
+        self._give_freed_memory_back()
         if self.watch:
             self.watch.advance()
+
+    def _give_freed_memory_back(self) -> None:
+        if self.device.type == "cpu":  # between two micro-batches, or phases, little of the heap is in use
+            give_freed_memory_back(every=TRIM_SECONDS)
 
     def paced(self, items: list[T]) -> Iterator[T]:
         """The items, one after another; advance() after each."""

@@ -375,13 +375,14 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
 
 
 def note_on_warmup(warmup_steps: int, steps: int) -> str:
-    """A note where a run ends while its learning rate still rises; "" elsewhere.
+    """A note where the warm-up is longer than the run; "" elsewhere.
 
     >>> note_on_warmup(20, 18)
-    '--warmup-steps 20: the run ends after 18 steps, at 90 % of --lr'
+    '--warmup-steps 20: the run has 18 steps, so its rate never reaches --lr'
     """
-    share = 100 * steps // max(warmup_steps, 1)
-    return f"--warmup-steps {warmup_steps}: the run ends after {steps} steps, at {share} % of --lr" * (share < 100)
+    return f"--warmup-steps {warmup_steps}: the run has {steps} steps, so its rate never reaches --lr" * (
+        warmup_steps > steps
+    )
 
 
 def answer_is_offered(puzzle: Puzzle) -> bool:
