@@ -5,8 +5,8 @@
 Unpacks COMMIT into a temporary folder and runs each benchmark's own side there and here, in turns, with the same
 interpreter. `update` and `sft` make steps in two processes that wait for each other; the others are run as a whole.
 `step` trains the demo's policy for a few steps, each version with its own recipe (after make demo: --model, --puzzles);
-`files` builds puzzles and averages clusters of 20,000 cells. Prints RATIO lines, seconds here
-over seconds there (above 1: slower), of each round's pair: median, smallest, largest; writes JSON.
+`files` builds puzzles and averages clusters of 20,000 cells. Prints RATIO lines, seconds here over seconds there (above 1:
+slower), of each round's pair: median, smallest, largest; writes JSON.
 """
 
 import argparse
@@ -32,6 +32,10 @@ Round = Callable[[], Found]
 
 class Failed(Exception):
     """A benchmark did not run in one of the two versions."""
+
+
+NOT_COMPARED = (Failed, OSError, KeyError, ValueError)
+"""What an older version ends in that does not run, or prints other things."""
 
 
 def main() -> None:
@@ -63,9 +67,8 @@ def unpack(commit: str, folder: Path) -> None:
     folder.mkdir()
     packed = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
     subprocess.run(["tar", "x"], cwd=folder, input=packed.stdout, check=True)
-    subprocess.run(
-        [sys.executable, "-m", "compileall", "-q", "."], cwd=folder, check=False
-    )  # as here, where it has run
+    # as it is here, where commands have run
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "."], cwd=folder, check=False)
 
 
 def compare(there: Path, work: Path, benchmark: "Benchmark", arguments: argparse.Namespace) -> dict:
@@ -80,12 +83,7 @@ def compare(there: Path, work: Path, benchmark: "Benchmark", arguments: argparse
                     for side, run in list(sides.items())[:: -1 if turn % 2 else 1]:
                         for name, lap in run().items():
                             of_case.setdefault(name, {"there": [], "here": []})[side].append(lap)
-        except (
-            Failed,
-            OSError,
-            KeyError,
-            ValueError,
-        ) as error:  # in an older version it may not run, or print other things
+        except NOT_COMPARED as error:
             print(f"not compared: {type(error).__name__} {error}", flush=True)
         else:
             seconds |= of_case
