@@ -123,10 +123,12 @@ def read_labels(path: Path) -> KnownLabels:
 
 def _puzzles(path: Path, value: Any) -> dict[str, Any]:
     """The options of the puzzles; files of earlier builds have none. Raises UserError for values of another kind."""
-    kinds = PUZZLE_OPTIONS | ({STATES: list} if isinstance(value, dict) and STATES in value else {})
-    fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
-    if value and not fits:
-        raise UserError(f"{path}: its puzzles lack {', '.join(PUZZLE_OPTIONS)}; build the puzzles again")
+    fits = isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in PUZZLE_OPTIONS.items())
+    states = value.get(STATES, []) if fits else []
+    if value and not (fits and isinstance(states, list) and all(isinstance(name, str) for name in states)):
+        raise UserError(
+            f"{path}: its puzzles lack {', '.join(PUZZLE_OPTIONS)}, or {STATES} is no list of names; build the puzzles again"
+        )
     return {name: value[name] for name in (*PUZZLE_OPTIONS, *USUAL, STATES) if name in value} if value else {}
 
 

@@ -149,6 +149,9 @@ def test_the_file_that_a_trained_model_gets(tmp_path):
     assert cell_types_file(None, tmp_path / "x.jsonl") == {}
 
 
+SIZES = {"max_cells": 4, "top_genes": 12, "drop_genes": []}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -157,6 +160,14 @@ def test_the_file_that_a_trained_model_gets(tmp_path):
         ('{"labels": {}}', "is no labels.json of launch/build.py .it lacks labels or genes"),
         ('{"labels": {"a": {"tissues": []}}, "genes": []}', "the label 'a' lacks ontology_term_id, tissues or n"),
         ('{"labels": {"a": {"tissues": [1], "n": 1, "ontology_term_id": null}}, "genes": []}', "the label 'a' lacks"),
+        *(
+            (
+                json.dumps({"labels": {}, "genes": [], "puzzles": {**SIZES, "states": states}}),
+                "states is no list of names",
+            )
+            for states in ("disease", [1], [["disease"]])
+        ),
+        (json.dumps({"labels": {}, "genes": [], "puzzles": {"max_cells": 4}}), "its puzzles lack max_cells, top_genes"),
     ],
 )
 def test_a_file_that_holds_no_labels(tmp_path, text, says):
