@@ -200,7 +200,7 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
 
 def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> TrainingMemory:
     """The memory of a rank while it trains. base: the model without its weights."""
-    from trainer.logprobs import tokens_of_chunk
+    from trainer.logprobs import CHUNK_LOGITS, FEWEST
 
     size = getattr(torch, cfg.dtype).itemsize
     trainers = max(1, launch.ranks - cfg.ranks_apart)
@@ -236,10 +236,11 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
             "activations": activation_bytes(cfg, base.config, tokens, launch.device == "cuda")
             + autocast_bytes(cfg, trained, base),
             "attention scores": score_bytes(cfg, base.config, tokens) if launch.device == "cuda" else 0.0,
-            # of a chunk: in float32, and rounded for the product with the head (a GPU's kernel writes beside them in
-            # float32 too)
-            "logits": tokens_of_chunk(base.config.vocab_size, launch.device)
-            * base.config.vocab_size
+            # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head (a GPU's kernel writes
+            # beside them in float32 too)
+            "logits": min(
+                max(CHUNK_LOGITS[launch.device], FEWEST * base.config.vocab_size), 1024 * base.config.vocab_size
+            )
             * (4.0 + (size if size < 4 or launch.device == "cuda" else 0)),
         },
         one_row=of_step <= cfg.micro_tokens,
