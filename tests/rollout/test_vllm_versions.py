@@ -124,11 +124,15 @@ def test_adapters_in_float32_are_refused_on_a_gpu_and_not_by_vllms_assertion():
     refuse_kernels("float32", on_gpu=False)
 
 
+@pytest.mark.vllm
 def test_vllm_counts_with_the_function_that_is_replaced():
     """Elsewhere it would be ignored unseen, and sampling on a CPU slower. Read, because importing vLLM takes seconds."""
     (folder,) = importlib.util.find_spec("vllm").submodule_search_locations
     sampler = (Path(folder) / "v1/sample/sampler.py").read_text()
     assert "token_ranks = batched_count_greater_than(logprobs, token_logprobs)" in sampler
+
+
+def test_ranks_are_counted_as_vllm_counts_them():
     x = torch.randn(7, 300).log_softmax(-1)
     chosen = x.gather(1, torch.randint(300, (7, 1)))
     x[2, :5], x[3] = -torch.inf, x[3, 0]
