@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.bench.side import Failed, Side
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES = ((32_000, 2048), (152_064, 1024))
 """(vocabulary, tokens) of the head."""
@@ -28,11 +30,6 @@ CASES = ((32_000, 2048), (152_064, 1024))
 Found = dict[str, float]
 """Seconds of one round by the name of what was measured."""
 Round = Callable[[], Found]
-
-
-class Failed(Exception):
-    """A benchmark did not run in one of the two versions."""
-
 
 NOT_COMPARED = (Failed, OSError, KeyError, ValueError)
 """What an older version ends in that does not run, or prints other things."""
@@ -121,23 +118,9 @@ def served(name: str, module: str, task: dict, side: dict) -> Case:
     """A case whose process makes one step for every line that it is sent (--serve of update and sft)."""
 
     def start(tree: Path, stack: ExitStack) -> Round:
-        words = [sys.executable, "-W", "ignore", "-m", f"tests.bench.{module}", "--serve", json.dumps([task, side])]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        process = stack.enter_context(subprocess.Popen(words, cwd=tree, env=environment(tree), **pipes))
-        answer(process)  # it is ready
-        step(process)  # warms up
-        return lambda: {name: step(process)}
-
-    def step(process: subprocess.Popen) -> float:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return answer(process)["seconds"]
-
-    def answer(process: subprocess.Popen) -> dict:
-        for line in process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise Failed(f"{name}: exit code {process.wait()}")
+        running = stack.enter_context(Side(name, module, task, side, tree=tree, environment=environment(tree)))
+        running.warm_up()
+        return lambda: {name: running.step()["seconds"]}
 
     return start
 

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bench.memory import resident
+from tests.bench.side import Side, answer, ratio
 from tests.bench.update import PROMPT, RESPONSE, SPREAD, draw_text, make_checkpoint, shape_of
 from trainer.ranks.world import join_world
 from trainer.sft.examples import Example
@@ -181,7 +181,7 @@ def trl_step(task: Task, side: dict):
 
 
 def serve(task: Task, side: dict) -> None:
-    """Make a step for every line on standard input. Print its results, its seconds and the peak memory so far."""
+    """Answer with the results of each step, its seconds and the peak memory so far."""
     if not torch.cuda.is_available():
         torch.set_num_threads(psutil.cpu_count())
     import peft  # noqa: F401 (import before the first measurement: the memory of imports does not count)
@@ -191,49 +191,23 @@ def serve(task: Task, side: dict) -> None:
         import tests.bench.sft_trl  # noqa: F401
     before = resident("VmRSS")
     step = our_step(task) if side["name"] == "ours" else trl_step(task, side)
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
+
+    def timed() -> dict:
         start, worked = time.perf_counter(), time.process_time()
         found = step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds, most = time.perf_counter() - start, resident("VmHWM")
         work = {"seconds": seconds, "cpu": time.process_time() - worked, "bytes": most - before, "peak": most}
-        print(json.dumps(found | work), flush=True)
+        return found | work
+
+    answer({"ready": True}, timed)
 
 
-class Side:
-    """The parent's handle of a side."""
-
-    def __init__(self, task: Task, side: dict, arguments: argparse.Namespace) -> None:
-        self.label = label(side)
-        python = sys.executable if side["name"] == "ours" else arguments.trl_python
-        words = [python, "-W", "ignore", "-m", "tests.bench.sft", "--serve", json.dumps([vars(task), side])]
-        environment = {**os.environ, **(KEEP_MEMORY if arguments.keep_memory else {})}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.steps: list[dict] = []
-        self._answer()
-
-    def step(self) -> dict:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self._answer())
-        return self.steps[-1]
-
-    def _answer(self) -> dict:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.label}: ended with exit code {self.process.wait()}")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def start(task: Task, side: dict, arguments: argparse.Namespace) -> Side:
+    python = sys.executable if side["name"] == "ours" else arguments.trl_python
+    environment = {**os.environ, **(KEEP_MEMORY if arguments.keep_memory else {})}
+    return Side(label(side), "sft", vars(task), side, python=python, environment=environment)
 
 
 def label(side: dict) -> str:
@@ -265,7 +239,7 @@ def find_setting(task: Task, ours: Side, arguments: argparse.Namespace) -> tuple
     best: dict = {}
     for setting in [*(arguments.trl or SETTINGS), None]:
         side = trl_side(setting, arguments.search_head) if setting else {**best, "checkpointing": True}
-        running = Side(task, side, arguments)
+        running = start(task, side, arguments)
         step = found[label(side)] = running.step()
         running.close()
         agreement([step], ours.steps, label(side))
@@ -286,14 +260,14 @@ def trl_side(setting: str, head: str, checkpointing: bool = False) -> dict:
 
 def compare_sides(task: Task, arguments: argparse.Namespace) -> dict:
     print_task(task)
-    ours, settings = Side(task, {"name": "ours"}, arguments), {}
+    ours, settings = start(task, {"name": "ours"}, arguments), {}
     ours.step()
     if len(arguments.trl) == 1:
         trl = trl_side(arguments.trl[0], "own", task.checkpointing)
     else:
         trl, settings = find_setting(task, ours, arguments)
     heads = arguments.head or [head for head in HEADS if head != "changed" or not torch.cuda.is_available()]
-    running = [ours, *(Side(task, {**trl, "head": head}, arguments) for head in heads)]
+    running = [ours, *(start(task, {**trl, "head": head}, arguments) for head in heads)]
     for side in running[1:]:  # warms up; not counted
         side.step()
         agreement(side.steps, ours.steps, side.label)
@@ -359,11 +333,6 @@ def ratio_lines(result: dict) -> list[str]:
         lines.append(ratio(f"sft_{who}_over_ours_cpu_{name}", steps, ours[1], "cpu"))
         lines.append(ratio(f"sft_ours_over_{who}_memory_{name}", ours[1], steps, "bytes"))
     return lines
-
-
-def ratio(name: str, above: list[dict], below: list[dict], key: str) -> str:
-    ratios = sorted(a[key] / b[key] for a, b in zip(above, below, strict=True))
-    return f"RATIO {name} {statistics.median(ratios):.2f} {ratios[0]:.2f} {ratios[-1]:.2f}"
 
 
 def main() -> None:

@@ -19,8 +19,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ import psutil
 import torch
 
 from tests.bench.memory import resident
+from tests.bench.side import Failed, Side, answer, ratio
 from trainer.model.cost import Cost
 from trainer.packing import Group
 
@@ -221,7 +220,7 @@ def trl_step(task: Task, side: dict):
 
 
 def serve(task: Task, side: dict) -> None:
-    """Make a step for every line on standard input. Print its seconds and the peak memory so far."""
+    """Answer with the seconds of each step and the peak memory so far."""
     if not torch.cuda.is_available():
         torch.set_num_threads(psutil.cpu_count())
     import peft  # noqa: F401 (import before the first measurement: the memory of imports does not count)
@@ -238,46 +237,21 @@ def serve(task: Task, side: dict) -> None:
         step, cost = our_step(task, side["packing"])
     else:
         step = trl_step(task, side)
-    print(json.dumps({"cost": vars(cost) if cost else None}), flush=True)
-    for _ in sys.stdin:
+
+    def timed() -> dict:
         start = time.perf_counter()
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
-        print(json.dumps({"seconds": seconds, "bytes": most}), flush=True)
+        return {"seconds": seconds, "bytes": most}
+
+    answer({"cost": vars(cost) if cost else None}, timed)
 
 
-class Side:
-    """The parent's handle of a side."""
-
-    def __init__(self, task: Task, side: dict) -> None:
-        self.label = label(side)
-        words = [sys.executable, "-m", "tests.bench.update", "--serve", json.dumps([vars(task), side])]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.cost = self._answer()["cost"]
-        self.steps: list[dict] = []
-        self.step()  # warms up; not counted
-        self.steps.clear()
-
-    def step(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self._answer())
-        return self.steps[-1]["seconds"]
-
-    def _answer(self) -> dict:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.label}: ended with exit code {self.process.wait()}")
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def start(task: Task, side: dict) -> Side:
+    return Side(label(side), "update", vars(task), side).warm_up()
 
 
 def label(side: dict) -> str:
@@ -307,11 +281,11 @@ def best_trl(task: Task) -> tuple[dict, dict[str, float]]:
             if task.prompts * task.group_size % micro_batch:
                 continue
             try:
-                running = Side(task, side)
-            except SystemExit as error:  # out of memory, on a GPU
+                running = start(task, side)
+            except Failed as error:  # out of memory, on a GPU
                 print(f"  {error}", flush=True)
                 continue
-            found[label(side)] = running.step()
+            found[label(side)] = running.step()["seconds"]
             running.close()
             print(f"  {label(side)}: {found[label(side)]:.2f} s", flush=True)
             if found[label(side)] == min(found.values()):
@@ -339,14 +313,14 @@ def compare_sides(task: Task, repeats: int, liger: bool, only_trl: int) -> dict:
         sides.append({**trl, "compact": True, "liger": True})
     running = []
     for batch in [[side] for side in sides] if torch.cuda.is_available() else [sides]:  # a GPU holds one at a time
-        together = [Side(task, side) for side in batch]
+        together = [start(task, side) for side in batch]
         for _ in range(repeats):
             for side in together:
                 side.step()
         for side in together:
             side.close()
         running += together
-    cost = Cost(**running[0].cost)
+    cost = Cost(**running[0].ready["cost"])
     flops = {packing: step_flops(task, cost, packing == "shared") for packing in ("shared", "plain")}
     tokens = sum(len(prompt) + len(r) for prompt, responses in task.groups() for r in responses)
     for side in running:
@@ -379,11 +353,6 @@ def ratio_lines(found: dict) -> list[str]:
     return lines
 
 
-def ratio(name: str, above: list[dict], below: list[dict], key: str) -> str:
-    ratios = sorted(a[key] / b[key] for a, b in zip(above, below, strict=True))
-    return f"RATIO {name} {statistics.median(ratios):.2f} {ratios[0]:.2f} {ratios[-1]:.2f}"
-
-
 # ---- cost against response length and group size
 
 
@@ -393,9 +362,9 @@ def sweep(task: Task, repeats: int) -> list[dict]:
     found = []
     for point in points:
         here = Task(**{**vars(task), **point})
-        running = [Side(here, {"name": "ours", "packing": packing}) for packing in ("shared", "plain")]
-        seconds = [[side.step() for side in running] for _ in range(repeats)]
-        cost = Cost(**running[0].cost)
+        running = [start(here, {"name": "ours", "packing": packing}) for packing in ("shared", "plain")]
+        seconds = [[side.step()["seconds"] for side in running] for _ in range(repeats)]
+        cost = Cost(**running[0].ready["cost"])
         for side in running:
             side.close()
         shared, plain = (statistics.median(column) for column in zip(*seconds, strict=True))
