@@ -43,8 +43,8 @@ PR_SET_PDEATHSIG = 1
 GROUPS, MY_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where Linux shows the limits of control groups, and those of this process."""
 POLL_SECONDS = 1.0
-_given_back = [-math.inf]
-"""When this process last gave freed memory back (time.monotonic)."""
+GROWN = 1.25
+"""How much larger than it needs to be a process may become before it gives freed memory back."""
 
 
 def environment_without_launcher() -> dict[str, str]:
@@ -153,20 +153,47 @@ def how_to_go_on() -> str:
     return "start the same command again to go on" if _stage else "add --resume to go on"
 
 
-def give_freed_memory_back(every: float = 0.0) -> None:
-    """Return to the system what is free in the allocator's heap (glibc; elsewhere nothing is done).
+class Heap:
+    """Returns to the system what is free in the allocator's heap, once holes in it have made the process grow.
 
-    every: seconds; nothing is done within so long of the last time in this process.
-
-    Tensors of other sizes in every micro-batch leave holes in the heap: a run of SmolLM2 on a CPU grew from 9.5 to 13.9 GB in
-    25 steps. 4 GB take 0.2 s. Mapping every large block by itself (M_MMAP_THRESHOLD) also kept it small, but made each
-    update take a quarter longer: every block is faulted in again.
+    Tensors of other sizes in every micro-batch leave holes: a run of SmolLM2 on a CPU grew from 9.5 to 13.9 GB in 25 steps.
+    But memory that was given back is faulted in again. Inside a virtual machine whose host takes what the guest has freed
+    (free page reporting) that cost 3 s per GiB, and after every micro-batch it doubled the time of a step. So it happens
+    between phases of a step, and only when the process is GROWN times as large as in the step after the last time, which
+    had no holes yet. (Mapping every large block by itself, M_MMAP_THRESHOLD, faults every block in again too.)
     """
-    if time.monotonic() < _given_back[0] + every:
-        return
+
+    def __init__(self) -> None:
+        self.needed, self.learning_until = 0, -1
+        """Bytes at most up to the end of that step; -1: no step has begun."""
+
+    def enter(self, step: int) -> bool:
+        """A phase of a step begins. Returns whether memory was given back: with glibc only."""
+        size = resident_bytes()
+        if self.learning_until < 0:
+            self.learning_until = step + 1
+        if step <= self.learning_until:
+            self.needed = max(self.needed, size)
+        elif size > GROWN * self.needed:
+            give_freed_memory_back()
+            self.needed, self.learning_until = 0, step + 1
+            return True
+        return False
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what is free in the allocator's heap (glibc; elsewhere nothing is done). 4 GB take 0.2 s."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux, or another C library
         ctypes.CDLL(None).malloc_trim(0)
-    _given_back[0] = time.monotonic()
 
 
 def _exit_after(parent: int) -> None:

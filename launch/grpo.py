@@ -127,9 +127,9 @@ def dry_run(config: OnlineConfig) -> None:
     rows = check_launch(config, launch)
     from trainer.start.model_check import check_model
 
-    # the shape of a recipe has no tokenizer; a model that cannot be trained has no estimate
-    if list(Path(str(config.model)).glob("tokenizer*")):
-        rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume)
+    shape = not list(Path(str(config.model)).glob("tokenizer*"))  # of a recipe
+    rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume, shape)
+    # a model that cannot be trained has no estimate
     if not any(row.problem for row in rows):
         rows += estimate_memory(config, launch)
     click.echo(format_rows(rows))

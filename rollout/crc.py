@@ -1,6 +1,7 @@
-"""CRC-32 of bytes where they are. On a GPU: the numbers of zlib.crc32, without a copy to main memory.
+"""Checksums of bytes where they are: CRC-32, and a sum that reads memory once.
 
-An adapter of rank 256 on a model of 7B has 2.6 GB in float32, and every hand-over takes its checksums.
+CRC-32 on a GPU gives the numbers of zlib.crc32, without a copy to main memory. An adapter of rank 256 on a model of 7B has
+2.6 GB in float32, and every hand-over takes its checksums.
 
 A CRC is linear: written with XOR for a sum, with w_0 .. w_{n-1} the 4-byte words and Z_k the operator "k zero bytes
 follow" on 32 bits,
@@ -24,6 +25,12 @@ POLYNOMIAL = 0xEDB88320
 BATCH_WORDS = 1 << 25
 """Words of tensors of one size that are folded side by side: 128 MiB, and about four times that in between."""
 
+COLUMNS = 1021
+"""Columns of sum_of_words. A prime: where rows or blocks of a matrix change places, words change columns."""
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number -> the integer of as many bits."""
+AT_ONCE = (1 << 24) // COLUMNS * COLUMNS
+"""Words that are widened at a time: all of them would be 4 GB for the embedding of a 7B model."""
 
 _helper = ThreadPoolExecutor(1, thread_name_prefix="checksums")
 
@@ -119,3 +126,26 @@ def _apply(columns: list[int], word: int) -> int:
 @cache
 def _of_zeros(size: int) -> int:
     return zlib.crc32(bytes(size))
+
+
+def words_of(tensor: Tensor) -> Tensor:
+    """The bits of every number, as an integer."""
+    return tensor.view(WORDS[tensor.element_size()])
+
+
+def sum_of_words(flat: Tensor) -> Tensor:
+    """[] int64, where the tensor is: a sum of its words in which their places count. It sees less than a CRC, and is faster.
+
+    flat: [n] of any dtype. Words in rows of COLUMNS are added up by column, and the sums multiplied by the odd numbers,
+    modulo 2^64: a change of one word changes it, and so does another order, unless each word stays in its column.
+    """
+    size = flat.element_size()
+    # words of 8 bytes where the place in memory allows it
+    wide = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    parts = [flat.view(torch.int64)] if wide else words_of(flat).split(AT_ONCE)
+    sums = torch.zeros(COLUMNS, dtype=torch.int64, device=flat.device)
+    for part in parts:
+        rows, rest = divmod(len(part), COLUMNS)
+        sums += part[: rows * COLUMNS].view(rows, COLUMNS).sum(0, dtype=torch.int64)
+        sums[:rest] += part[rows * COLUMNS :]
+    return (sums * torch.arange(1, 2 * COLUMNS, 2, device=flat.device)).sum()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.errors import RunError
-from rollout.crc import checksums
+from rollout.crc import checksums, sum_of_words
 
 Layout = tuple[tuple[str, tuple[int, ...], str], ...]
 """(name, shape, dtype) of each tensor, in name order."""
@@ -79,8 +79,8 @@ class Parcel:
         return self.kept[2]
 
     def words(self) -> Tensor:
-        """The sum of the buffer's 8-byte words, modulo 2^64; it stays on the device."""
-        return self.buffer.view(torch.int64).sum()
+        """A checksum of the whole buffer, which stays on the device."""
+        return sum_of_words(self.buffer)
 
     def verify(self, manifest: Manifest) -> None:
         """Raises SyncError that names the first tensor whose shape, dtype or bytes differ from the manifest."""

@@ -74,7 +74,7 @@ class VLLMEngine(LocalEngine):
         )
         """Is the adapter added to the sampler's copy of the weights, and not applied beside them?"""
         if lora and not self.merges:
-            refuse_kernels(dtype, on_gpu)
+            refuse_kernels(dtype, on_gpu, base_dtype)
         self.merged: tuple[Parcel, Manifest] | None = None
         sequences = min(sequences, MOST_SEQUENCES["cuda" if on_gpu else "cpu"])
         device = {"kv_cache_memory_bytes": kv_cache_bytes, "enforce_eager": True}  # CUDA graphs exist on GPUs only

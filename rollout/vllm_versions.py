@@ -109,7 +109,9 @@ def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) 
     its numbers lie far apart, and a small update would be rounded away from most of them. dtype: of the trainer's base.
     on_gpu: also True where the weights are the trainer's too.
     """
-    can = dtype == "float32" and any(Path(model_dir).glob("*.safetensors"))
+    folder = Path(model_dir)
+    # a shape for --dry-run has no weights at all
+    can = dtype == "float32" and (any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")))
     if sampler_lora == "merged" and not can:
         raise UserError(
             f"--sampler-lora merged: needs --dtype float32 and safetensors files in {model_dir}; use --sampler-lora kernel"
@@ -117,13 +119,17 @@ def merges_adapter(sampler_lora: str, model_dir: str, dtype: str, on_gpu: bool) 
     return sampler_lora == "merged" or (sampler_lora == "auto" and can and not on_gpu)
 
 
-def refuse_kernels(dtype: str, on_gpu: bool) -> None:
-    """Raises UserError where vLLM's kernels cannot compute an adapter. dtype: of the sampler."""
-    if on_gpu and dtype == "float32":  # its kernels assert it, inside its start
-        raise UserError(
-            "--dtype float32: on a GPU vLLM computes adapters in 16 bits only; use --dtype bfloat16 (in grpo.py and ppo.py also "
-            "--sampler-dtype bfloat16, or --sampler-lora merged), or go on with the CPU: CUDA_VISIBLE_DEVICES= (empty)"
-        )
+def refuse_kernels(dtype: str, on_gpu: bool, base_dtype: str = "") -> None:
+    """Raises UserError where vLLM's kernels cannot compute an adapter. dtype: of the sampler; base_dtype: where it is another."""
+    if not on_gpu or dtype != "float32":  # its kernels assert it, inside its start
+        return
+    problem, cpu = "on a GPU vLLM computes adapters in 16 bits only", "CUDA_VISIBLE_DEVICES= (empty)"
+    if base_dtype not in ("", dtype):
+        raise UserError(f"--sampler-dtype {dtype}: {problem}; leave it out, or go on with the CPU: {cpu}")
+    raise UserError(
+        f"--dtype {dtype}: {problem}; use --dtype bfloat16 (in grpo.py and ppo.py also --sampler-dtype bfloat16, or "
+        f"--sampler-lora merged), or go on with the CPU: {cpu}"
+    )
 
 
 def refuse_dora(config: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ Axes: N rows (responses), T tokens of the longest response, M response tokens si
 V vocabulary, S tokens of the longest prompt with its response.
 """
 
-import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Policy:
     with lora_rank 0, keep a second copy of the checkpoint's weights as the reference. quantize: "nf4" holds the linear
     layers of the base in 4 bits. autocast: matrix products in bfloat16; always so where the base is bfloat16 and an
     adapter, which stays float32, is trained on it. dora: weight-decomposed LoRA (arXiv:2402.09353). attn: "sdpa"
-    (PyTorch's attention kernels), "flash" (flash-attn's) or "auto". date: of a chat template that shows one; default: today.
+    (PyTorch's attention kernels), "flash" (flash-attn's) or "auto". chat: how it is asked; default: as its tokenizer says.
     base: the sampler's weights, to read the frozen ones from.
 
     Raises UserError when model_dir holds no checkpoint or a model that the trainer cannot compute exactly.
@@ -71,11 +70,11 @@ class Policy:
         autocast: bool = False,
         dora: bool = False,
         attn: str = "sdpa",
-        date: datetime.date | None = None,
+        chat: ChatFormat | None = None,
         base: SharedBase | None = None,
     ) -> None:
-        self.tokenizer = load_tokenizer(model_dir)
-        self.chat = ChatFormat(self.tokenizer, model_dir, date)
+        self.chat = chat or ChatFormat(load_tokenizer(model_dir), model_dir)
+        self.tokenizer = self.chat.tokenizer
         self.device, self.sharded, self.lora = device, sharded, None
         # a float32 adapter on a bfloat16 base: autocast makes the products, the small updates stay in float32
         self.autocast = autocast or (dtype == torch.bfloat16 and lora_rank > 0)

@@ -13,6 +13,7 @@ import data.processes
 from data.processes import (
     LAUNCHER_VARIABLES,
     STAGE_OF,
+    Heap,
     control_groups,
     end_with_the_command_above,
     environment_without_launcher,
@@ -102,37 +103,45 @@ def test_nothing_happens_while_the_parent_lives():
 
 
 HOLES = """
-import os
-from pathlib import Path
-from data.processes import give_freed_memory_back
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+from data.processes import give_freed_memory_back, resident_bytes
 
 kept = []
-given = lambda: {given}
-{before}
-for _ in range(3):  # 40 blocks of 8 MiB, each with a small one behind it that stays
+for _ in range(3):  # 40 blocks of 8 MiB, each with a small one behind it that stays; the first round's are mapped each by itself
     blocks = []
     for _ in range(40):
         blocks.append(bytes([1]) * (8 << 20))
         kept.append(bytes([1]) * (100 << 10))
-    full = resident()
+    full = resident_bytes()
     del blocks
-    given()
-print(full - resident())
+{given}
+print(full - resident_bytes() >> 20)
 """
 
 
 def test_freed_blocks_go_back_to_the_system():
-    """At the first call, and not again within `every` seconds of it."""
     freed = {}
-    for given, before in (("every=0", "given()"), ("every=1e9", ""), ("every=1e9", "given()")):
-        words = [sys.executable, "-c", HOLES.format(given=f"give_freed_memory_back({given})", before=before)]
-        freed[given, before] = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    always, first, later = freed.values()
-    assert always > 300 and later < 200, f"MiB of 320: {freed}"
-    assert first < 200, "it was in the first of three rounds"
+    for given in ("give_freed_memory_back()", ""):
+        words = [sys.executable, "-c", HOLES.format(given=given)]
+        freed[given] = int(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    always, never = freed.values()
+    assert always > 300 and never < 200, f"MiB of 320: {freed}"
+
+
+def test_memory_goes_back_only_once_the_process_has_grown(monkeypatch):
+    """Beyond 1.25 of what it needed in the first step and a whole one after it; then what it needs is learned again."""
+    given = []
+    monkeypatch.setattr(data.processes, "give_freed_memory_back", lambda: given.append(True))
+    heap = Heap()
+
+    def enter(step: int, size: int) -> bool:
+        monkeypatch.setattr(data.processes, "resident_bytes", lambda: size)
+        return heap.enter(step)
+
+    sizes = [(7, 40), (7, 90), (8, 60), (8, 100), (9, 120), (9, 125), (10, 60)]  # a run that goes on at step 7
+    assert not any(enter(step, size) for step, size in sizes)
+    assert enter(10, 126)
+    assert not any(enter(step, size) for step, size in [(10, 50), (11, 200), (12, 240)]), "it needs more now"
+    assert enter(12, 251) and len(given) == 2
 
 
 # ---- commands that run other commands

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from data.errors import UserError
 from rollout import LocalEngine, Rollout, Sampling, crc, split
-from rollout.crc import checksums, device_checksums, host_checksums
+from rollout.crc import checksums, device_checksums, host_checksums, sum_of_words
 from rollout.link import join_store, open_store, post_notice, put_signed, read_notice, take_signed
 from rollout.split import (
     REFUSED,
@@ -209,6 +209,29 @@ def test_checksums_where_the_bytes_are_equal_zlibs(monkeypatch):
     assert device_checksums(buffer, spans) == expected
     monkeypatch.setattr(crc, "BATCH_WORDS", 300)  # more batches than one of the tensors of 1,003 bytes
     assert device_checksums(buffer, spans) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n", [1, 7, 1020, 1021, 4096, 5000])
+def test_the_sum_of_words_sees_every_change_and_every_other_order(monkeypatch, n, dtype):
+    monkeypatch.setattr(crc, "AT_ONCE", 2 * crc.COLUMNS)  # in several parts
+    whole = torch.randint(-(1 << 7), 1 << 7, (n + 1,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for first in (0, 1):  # where words of 8 bytes begin, and where they do not
+        tensor = whole[first : first + n]
+        before = sum_of_words(tensor)
+        assert torch.equal(before, sum_of_words(tensor.clone())) or (n * tensor.element_size()) % 8 == 0
+        for place in {0, n // 2, n - 1}:
+            changed = tensor.clone() if first == 0 else whole.clone()[1:]
+            crc.words_of(changed)[place] ^= 1
+            assert sum_of_words(changed[:n]) != before
+        if n > 1:
+            orders = [tensor.flip(0), tensor.roll(1)]
+            if n == 4096:
+                orders += [tensor.view(-1, 8, 64).transpose(0, 1).flatten(), tensor.view(64, 64).T.flatten()]
+            for other in orders:
+                again = whole.clone()
+                again[first : first + n] = other
+                assert sum_of_words(again[first : first + n]) != before
 
 
 def test_checksums_of_a_large_adapter_are_made_by_two_threads():

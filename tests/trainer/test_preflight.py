@@ -5,10 +5,11 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data.files import sealed
 from data.puzzles import Puzzle
@@ -29,6 +30,7 @@ from trainer.start.memory import (
     layer_bytes_per_token,
     rank_memory,
     sampler_memory,
+    score_bytes,
     trained_bytes,
     training_memory,
 )
@@ -177,6 +179,53 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, rank, dtype, c
         checkpointing=checkpointing,
         autocast=autocast,
     )
+    batch = pack([(list(range(5, 405)), [list(range(5, 405)), list(range(7, 407))])])
+    estimate = estimate_when_backward_begins(config, policy, 1200)
+    assert estimate == pytest.approx(kept_by_autograd(policy, batch), rel=0.15)
+
+
+@pytest.mark.slow(3)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gemma", "gemma2", "gemma3_text", "glm4"])
+def test_the_activation_estimate_holds_for_other_families(tmp_path, family):
+    """Whose layers have more norms, and whose attention may make its scores."""
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model(family, **SMALL_SHAPE)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    lengths = {"max_prompt_tokens": 200, "max_response_tokens": 200}
+    config = GrpoConfig(lora_rank=8, dtype="bfloat16", **lengths)
+    policy = Policy(
+        str(tmp_path),
+        lora_rank=8,
+        lora_alpha=8,
+        seed=0,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        chat=SimpleNamespace(tokenizer=None),
+    )
+    batch = pack([(list(range(5, 205)), [list(range(5, 205))]) for _ in range(3)])
+    estimate = estimate_when_backward_begins(config, policy, 1200)
+    scores = score_bytes(config, shape, 1200, on_gpu=False)
+    assert bool(scores) == (family == "gemma2")
+    if scores:  # 4 heads: a token's scores with the 400 places of its row; 10 bytes of gradients in one layer
+        estimate += scores - 10 * 4 * 1200 * 400
+    assert estimate == pytest.approx(kept_by_autograd(policy, batch), rel=0.15)
+
+
+SMALL_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+}
+
+
+def kept_by_autograd(policy: Policy, batch) -> int:
+    """Bytes that the graph of a batch's log-probs holds, the weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -186,18 +235,20 @@ def test_the_activation_estimate_is_what_autograd_keeps(pipeline, rank, dtype, c
             kept[storage.data_ptr()] = max(kept.get(storage.data_ptr(), 0), tensor.numel() * tensor.element_size())
         return tensor
 
-    batch = pack([(list(range(5, 405)), [list(range(5, 405)), list(range(7, 407))])])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = policy.response_logprobs(batch).sum()
-    shape = AutoConfig.from_pretrained(pipeline / "base")
-    size, h, i = getattr(torch, dtype).itemsize, shape.hidden_size, shape.intermediate_size
-    estimate = activation_bytes(config, shape, 1200, False) + autocast_bytes(
-        config, trained_bytes(config, policy.causal_lm), policy.causal_lm
-    )
-    estimate -= 1200 * size * (3 * i + 2 * h)  # gradients of the backward pass, which has not begun
-    if checkpointing:  # the layer that is computed again is not alive yet
-        estimate -= 1200 * layer_bytes_per_token(config, shape, size, False)
-    assert loss.requires_grad and estimate == pytest.approx(sum(kept.values()), rel=0.15)
+        assert policy.response_logprobs(batch).sum().requires_grad
+    return sum(kept.values())
+
+
+def estimate_when_backward_begins(config: GrpoConfig, policy: Policy, tokens: int) -> float:
+    base = policy.causal_lm
+    size, h, i = getattr(torch, config.dtype).itemsize, base.config.hidden_size, base.config.intermediate_size
+    estimate = activation_bytes(config, base, tokens, False)
+    estimate += autocast_bytes(config, trained_bytes(config, base), base)
+    estimate -= tokens * size * (3 * i + 2 * h)  # gradients of the backward pass, which has not begun
+    if config.checkpointing:  # the layer that is computed again is not alive yet
+        estimate -= tokens * layer_bytes_per_token(config, base, size, False)
+    return estimate
 
 
 # The 7B shape on one H200, r = 256, bfloat16, 2 prompts x 5 responses of the paper's lengths, one optimizer step: peak of
@@ -360,7 +411,10 @@ def test_the_dry_run_says_what_would_fit_and_it_does():
             "--quantize nf4 holds the trainer's in 4 bits, and the sampler's in bfloat16",
         ),
         ({"sampler_lora": "merged"}, "--sampler-lora merged writes the adapter into the sampler's weights"),
-        ({"sampler_dtype": "bfloat16"}, "the trainer's is in float32, and the sampler's in bfloat16"),
+        (
+            {"sampler_dtype": "bfloat16"},
+            "the trainer's is in float32 (--dtype), and the sampler's in bfloat16 (--sampler-dtype)",
+        ),
     ],
 )
 def test_where_a_base_cannot_be_shared_it_says_why_and_is_refused_if_asked_for(more, why):
@@ -435,6 +489,80 @@ def test_attention_in_float32_on_a_gpu_holds_its_scores():
         assert training_memory(other, launch(gib=80), base).backward["attention scores"] == 0
 
 
+def test_rows_without_shared_prompts_are_longer():
+    """2 prompts x 4 responses: 2 x (2,000 + 4 x 1,000) tokens, or 8 x 3,000."""
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+    lengths = {"max_prompt_tokens": 2000, "max_response_tokens": 1000, "micro_tokens": 10**6}
+    settings = {"model": str(SHAPE), "dtype": "float32", "prompts_per_step": 2, "group_size": 4, **lengths}
+    shared, plain = (
+        training_memory(GrpoConfig(**settings, packing=packing), launch(nodes=1, ranks=1), base)
+        for packing in ("shared", "plain")
+    )
+    assert plain.backward["activations"] == 2 * shared.backward["activations"]
+    base.config.sliding_window, base.config.use_sliding_window = 4096, True  # then prompts are not shared either
+    windowed = training_memory(GrpoConfig(**settings), launch(nodes=1, ranks=1), base)
+    assert windowed.backward == plain.backward
+    few = GrpoConfig(**settings | {"prompts_per_step": 1, "micro_tokens": 8_000})
+    rows = [training_memory(few, launch(1, 1), base).one_row]
+    base.config.use_sliding_window = False
+    assert [*rows, training_memory(few, launch(1, 1), base).one_row] == [False, True]
+
+
+def test_the_sampler_has_a_slot_of_one_of_vllms_sizes():
+    """Rank 33 gets the slot of 64; an adapter that is added to the sampler's weights needs none."""
+    base = empty_model(str(SHAPE), torch.bfloat16, "sdpa")
+
+    def weights(**more):
+        settings = {"model": str(SHAPE), "dtype": "float32", "sampler_dtype": "bfloat16", **more}
+        return sampler_memory(GrpoConfig(**settings), launch(nodes=1, ranks=1), base).weights
+
+    assert weights(lora_rank=33) == weights(lora_rank=64) > weights(lora_rank=32)
+    slot = 2 * 64 * 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert weights(lora_rank=64) - weights(lora_rank=64, sampler_lora="merged") == slot
+
+
+def test_a_shape_in_float32_can_be_looked_at_for_a_gpu():
+    """Its adapter can only be added to the sampler's weights, and a shape has no files into which it would be."""
+    card = launch(nodes=1, ranks=1, gib=79)
+    settings = {"model": str(SHAPE), "dtype": "float32"}
+    (problem,) = problems(check_launch(GrpoConfig(**settings), card))
+    assert problem.startswith("--dtype float32: on a GPU") and "--sampler-lora merged" in problem
+    assert not problems(check_launch(GrpoConfig(**settings, sampler_lora="merged"), card))
+    (problem,) = problems(check_launch(GrpoConfig(**settings | {"dtype": "bfloat16"}, sampler_dtype="float32"), card))
+    assert problem.startswith("--sampler-dtype float32: on a GPU") and "leave it out" in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"num_hidden_layers": 0}, "config.json says num_hidden_layers 0, which must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "config.json says num_attention_heads 0"),
+        ({"hidden_size": "big"}, "config.json says hidden_size 'big'"),
+        ({"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2}, "a gpt2 has no model.layers and lm_head"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ": a mixture of experts (num_"),
+    ],
+)
+def test_a_dry_run_of_a_shape_that_cannot_be_trained_says_why(tmp_path, settings, problem):
+    model = tmp_path / "shape"
+    model.mkdir()
+    shape = json.loads((SHAPE / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**shape, "architectures": None, **settings}))
+    machine = ["--recipe", "one_gpu_80gb", "--rank-gib", 79]
+    done = run_command("grpo", "--dry-run", "--model", model, *machine)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and problem in said and "Traceback" not in said
+
+
+def test_leaving_out_what_takes_memory_is_among_what_would_fit():
+    """Activations of attention that are kept beside checkpointing."""
+    settings = {**read_recipe(GrpoConfig, "one_gpu_24gb"), "model": str(SHAPE), "keep_attention": True}
+    settings |= {"micro_tokens": 4096, "memory_fraction": 0.8}
+    card = launch(nodes=1, ranks=1, gib=19)
+    (said,) = {problem.rpartition(": ")[2] for problem in problems(estimate_memory(GrpoConfig(**settings), card))}
+    assert said == "--no-keep-attention would fit"
+    assert not problems(estimate_memory(GrpoConfig(**settings | {"keep_attention": False}), card))
+
+
 def test_the_script_for_slurm_runs_on_both_ends_of_the_range():
     """torch 2.11's torchrun knows no --shutdown-timeout; Slurm gives a task one core unless it is told otherwise."""
     script = (ROOT / "launch/recipes/paper.sbatch").read_text()
@@ -490,6 +618,6 @@ def test_a_resumed_run_is_checked_with_the_dtype_that_its_sampler_had(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     again = dataclasses.replace(began, resume=True, sampler_dtype="auto")
     (said,) = problems(check_launch(dataclasses.replace(again, base="shared"), launch()))
-    assert said.startswith("--base shared: the trainer's is in float32, and the sampler's in bfloat16")
+    assert said.startswith("--base shared: the trainer's is in float32 (--dtype), and the sampler's in bfloat16 (")
     assert estimate_memory(again, launch()) == estimate_memory(began, launch())
     assert estimate_memory(again, launch()) != estimate_memory(dataclasses.replace(again, resume=False), launch())

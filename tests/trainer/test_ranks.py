@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
+from data.processes import Heap
 from data.status.notify import note_the_kill
 from data.status.status import NOTIFY_SECONDS, RunStatus
 from launch.grpo import prepare
@@ -245,12 +246,12 @@ def test_what_a_default_run_refuses_ends_its_watch(monkeypatch, tmp_path):
     assert ended == [True]
 
 
-def test_a_rank_on_a_cpu_gives_freed_memory_back_between_phases_and_micro_batches(monkeypatch):
+def test_a_rank_on_a_cpu_looks_at_its_heap_between_phases(monkeypatch):
     """On a GPU it is not in this heap."""
     asked = []
-    monkeypatch.setattr("trainer.ranks.world.give_freed_memory_back", lambda every: asked.append(every))
-    for device in ("cpu", "cuda"):
+    monkeypatch.setattr(Heap, "enter", lambda heap, step: asked.append(step))
+    for device, step in (("cpu", 1), ("cuda", 2)):
         alone = World(rank=0, size=1, device=torch.device(device))
-        alone.enter("update", 1)
+        alone.enter("update", step)
         alone.advance()
-    assert asked == [20.0, 20.0]
+    assert asked == [1]

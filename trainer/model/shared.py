@@ -9,7 +9,7 @@ matrix, and gate and up into another, row under row, so a part is a slice of row
     embed_tokens [V padded, H]               ->   embed_tokens [V, H]
 
 What makes it safe: at the start every view is compared, byte for byte, with the checkpoint's files; at every hand-over each
-must have had no write since, and must add up to the same sum. Only the KV cache sleeps: the weights stay where they are.
+must have had no write since, and must have the same checksum. Only the KV cache sleeps: the weights stay where they are.
 """
 
 import platform
@@ -23,13 +23,12 @@ from torch import Tensor
 
 from data.errors import RunError
 from data.files import weight_files
+from rollout.crc import sum_of_words, words_of
 from trainer.config import OnlineConfig
 
 if TYPE_CHECKING:  # takes seconds to load, and the dry run asks here too
     from transformers import PreTrainedModel
 
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes of a number -> the integer of as many bits: bits are compared and added up, not values."""
 COMPARED = 1 << 24
 """Numbers that are read and compared at a time, so that no second copy of a large matrix is made."""
 
@@ -51,7 +50,7 @@ def why_two_copies(cfg: OnlineConfig, on_gpu: bool) -> str:
     if cfg.sampler_lora == "merged":
         return "--sampler-lora merged writes the adapter into the sampler's weights"
     if (dtype := sampler_dtype(cfg, on_gpu)) != cfg.dtype:
-        return f"the trainer's is in {cfg.dtype}, and the sampler's in {dtype}"
+        return f"the trainer's is in {cfg.dtype} (--dtype), and the sampler's in {dtype} (--sampler-dtype)"
     if cfg.base == "copies":
         return "--base copies"
     if cfg.base == "auto" and not on_gpu:
@@ -151,7 +150,7 @@ class SharedBase:
     def refuse_writes(self) -> None:
         """Raises RunError that names the first weight that was written to since put_into()."""
         # a write in place counts up the version of its tensor and of all its views (q, k and v together); one past autograd
-        # (`.data`, a kernel) does not, but changes the sum
+        # (`.data`, a kernel that lays a matrix out anew) does not, but changes the sum
         found = [name for name, was, now in zip(self.views, self.sums, sums_of(self.views), strict=True) if was != now]
         found += [name for name, view in self.views.items() if view._version != self.versions[name]]
         if found:
@@ -206,24 +205,11 @@ def _same_bytes(view: Tensor, stored) -> bool:
     rows = max(1, COMPARED // max(1, view[0].numel()))
     for first in range(0, len(view), rows):
         read = stored[first : first + rows].to(view.dtype).to(view.device)  # rounded as vLLM rounds: to the nearest
-        if not torch.equal(_words(read), _words(view[first : first + rows])):
+        if not torch.equal(words_of(read), words_of(view[first : first + rows])):
             return False
     return True
 
 
-def _words(tensor: Tensor) -> Tensor:
-    return tensor.view(WORDS[tensor.element_size()])
-
-
 def sums_of(views: dict[str, Tensor]) -> list[int]:
-    """Of each view, the sum of its words. A change of one number changes it."""
-    return torch.stack([_sum(view.flatten()) for view in views.values()]).tolist()
-
-
-def _sum(flat: Tensor) -> Tensor:
-    """The sum of a tensor's words, modulo 2^64; of 8 bytes each where its place in memory allows it."""
-    size = flat.element_size()
-    if flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0:
-        return flat.view(torch.int64).sum()
-    # a GPU widens all words before it adds them: 4 GB for the embedding of a 7B model, so a part at a time
-    return torch.stack([part.sum(dtype=torch.int64) for part in _words(flat).split(COMPARED)]).sum()
+    """The checksum of each view."""
+    return torch.stack([sum_of_words(view.flatten()) for view in views.values()]).tolist()

@@ -13,10 +13,11 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import read_sealed
+from data.prompts import ChatFormat
 from data.puzzles import Puzzle, shared_puzzles
 from rollout import Engine, Sampling
 from trainer.config import OnlineConfig
-from trainer.policy import Policy, Prompt
+from trainer.policy import Prompt
 from trainer.ranks.world import World
 from trainer.record.runfolder import list_checkpoints
 
@@ -39,9 +40,9 @@ class HeldOut:
 class Validator:
     """Answers the held-out puzzles, and remembers after which step the answers were best."""
 
-    def __init__(self, cfg: OnlineConfig, policy: Policy, world: World, out: Path, held_out: HeldOut | None) -> None:
+    def __init__(self, cfg: OnlineConfig, chat: ChatFormat, world: World, out: Path, held_out: HeldOut | None) -> None:
         """held_out: None where the run has no --validate. Raises UserError when no puzzle fits --max-prompt-tokens."""
-        self.cfg, self.chat, self.world, self.out, self.held_out = cfg, policy.chat, world, out, held_out
+        self.cfg, self.chat, self.world, self.out, self.held_out = cfg, chat, world, out, held_out
         self.best: dict[str, Any] = {}
         """{step: from 1, batch_accuracy} with --keep-best; {} before the first validation. Checkpoints keep it."""
         self.prompts: list[Prompt] = []

@@ -32,15 +32,13 @@ from torch.distributed.tensor import DTensor
 
 from data.errors import UserError, first_line
 from data.files import unlock_folders
-from data.processes import give_freed_memory_back, usable_cores
+from data.processes import Heap, usable_cores
 from data.status.status import NOTIFY_SECONDS, RunStatus
 from rollout import Rollout, RunError
 from rollout.link import all_gather_bytes
 from trainer.ranks.watch import JOIN_SECONDS, RankLost, Watch
 
 HANG_SECONDS = 1800.0
-TRIM_SECONDS = 20.0
-"""At least so long between two times that freed memory goes back to the system: what is used again costs time again."""
 NOTIFY_FAILED_SECONDS = 3.0
 """How long a rank that failed, among others, waits for the command of --notify before it says why."""
 TENSOR, KIND = "\0tensor", "\0kind"
@@ -71,6 +69,8 @@ class World:
     """Called when this rank's work has failed: ends threads that use a store."""
     listeners: list[RunStatus] = field(default_factory=list)
     """On rank 0: what is told of every step, of a request to stop and of the end."""
+    heap: Heap = field(default_factory=Heap)
+    """Of this process, where it computes on a CPU."""
 
     @property
     def is_main(self) -> bool:
@@ -82,19 +82,15 @@ class World:
 
     def enter(self, phase: str, step: int) -> None:
         """Tell the watch that this rank begins a phase of a step. step: 1-based."""
-        self._give_freed_memory_back()
+        if self.device.type == "cpu":  # between two phases little of the heap is in use
+            self.heap.enter(step)
         if self.watch:
             self.watch.enter(phase, step)
 
     def advance(self) -> None:
         """Tell the watch that a part of the phase is done: this rank does not hang."""
-        self._give_freed_memory_back()
         if self.watch:
             self.watch.advance()
-
-    def _give_freed_memory_back(self) -> None:
-        if self.device.type == "cpu":  # between two micro-batches, or phases, little of the heap is in use
-            give_freed_memory_back(every=TRIM_SECONDS)
 
     def paced(self, items: list[T]) -> Iterator[T]:
         """The items, one after another; advance() after each."""

@@ -195,7 +195,7 @@ def prepare(cfg: SftConfig, world: World, judge: Judge | None) -> Run:
         answers=answers,
     )
     if world.is_main:
-        print_notes(policy)
+        print_notes(policy.chat)
         for note in filter(None, (note_on_formats(rows, cfg), note_on_warmup(cfg.warmup_steps, run.n_steps))):
             print(f"note: {note}", file=sys.stderr, flush=True)
         counts = f"{len(training)} traces, {len(held_out)} held out, {skipped} too long"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rollout.vllm_versions import MOST_SEQUENCES, prompt_batch
+from rollout.vllm_versions import MOST_SEQUENCES, merges_adapter, prompt_batch, vllm_rank
 from trainer.config import OnlineConfig
 from trainer.model.cost import head_size
 from trainer.model.shared import sampler_dtype, why_two_copies, with_sampler_dtype
@@ -171,6 +171,7 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
         {"checkpointing": True},
         {"micro_tokens": min(cfg.micro_tokens, max(4096, one_row))},
         {"micro_tokens": min(cfg.micro_tokens, one_row)},
+        {"keep_attention": False},
         {"eager": True} if launch.device == "cuda" and cfg.engine == "vllm" else {},
     ]
     if importlib.util.find_spec("bitsandbytes") and cfg.shard == "none":
@@ -193,14 +194,20 @@ def what_would_fit(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> 
                 rank = rank_memory(tried, launch, base)
         if rank.fits(tried, launch) and (cfg.engine != "vllm" or rank.sampler.cache > rank.sampler.response):
             words = {name: value for name, value in values.items() if getattr(cfg, name) != value}
-            flags = [f"--{n.replace('_', '-')}{'' if v is True else f' {v}'}" for n, v in words.items()]
-            return f"{' '.join(flags)} would fit"
+            return f"{' '.join(map(as_option, words, words.values()))} would fit"
     return "take a smaller model, a smaller --lora-rank or shorter responses, or share it out (--shard fsdp, --tensor-parallel)"
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting as it is given on the command line."""
+    name = name.replace("_", "-")
+    return f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}"
 
 
 def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> TrainingMemory:
     """The memory of a rank while it trains. base: the model without its weights."""
     from trainer.logprobs import CHUNK_LOGITS, FEWEST
+    from trainer.model.loading import why_not_shared
 
     size = getattr(torch, cfg.dtype).itemsize
     trainers = max(1, launch.ranks - cfg.ranks_apart)
@@ -214,8 +221,11 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
     trained = trained_bytes(cfg, base)
     eight_bits = cfg.optimizer == "adamw8bit"
     moment = 1 / trained_itemsize(cfg) if eight_bits else 1  # 8 bits: one byte per moment
+    if why_not_shared(base.config):
+        cfg = replace(cfg, packing="plain")  # as the run will
     of_step = cfg.prompts_per_step / (trainers * batch_parts(cfg)[0])
-    of_step *= cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
+    prompts = 1 if cfg.packing == "shared" else cfg.group_size  # copies of each
+    of_step *= prompts * cfg.max_prompt_tokens + cfg.group_size * cfg.max_response_tokens
     tokens = max(min(cfg.micro_tokens, of_step), cfg.max_prompt_tokens + cfg.max_response_tokens)
     return TrainingMemory(
         kept={
@@ -233,9 +243,9 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
         backward={
             # FSDP prefetches: two layers are whole at a time, beside embedding, norm and head
             "gathered layers": 0.0 if shards == 1 else (2 * n_layer + (n_base - n_layer * n_layers)) * size,
-            "activations": activation_bytes(cfg, base.config, tokens, launch.device == "cuda")
+            "activations": activation_bytes(cfg, base, tokens, launch.device == "cuda")
             + autocast_bytes(cfg, trained, base),
-            "attention scores": score_bytes(cfg, base.config, tokens) if launch.device == "cuda" else 0.0,
+            "attention scores": score_bytes(cfg, base.config, tokens, launch.device == "cuda"),
             # of a chunk of at most 1024 tokens: in float32, and rounded for the product with the head (a GPU's kernel writes
             # beside them in float32 too)
             "logits": min(
@@ -249,17 +259,30 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
     )
 
 
-def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float) -> float:
-    """Of one layer's attention on a GPU, where float32 has no kernel and its backward pass holds four score matrices.
+def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> float:
+    """Of attention that makes matrices of scores: capped scores (Gemma 2), and float32 on a GPU, which have no kernel.
 
     With shared prompts the responses to a prompt look at it in one call, and each at itself in another.
     """
-    if cfg.compute_dtype != "float32":
-        return 0.0
     prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
+    if getattr(shape, "attn_logit_softcapping", None):
+        return capped_score_bytes(cfg, shape, tokens, prompt + response)
+    if cfg.compute_dtype != "float32" or not on_gpu:
+        return 0.0
     own = min(tokens - prompt, cfg.group_size * response)
     scores = max(own * prompt, max(prompt, response) ** 2) if cfg.packing == "shared" else (prompt + response) ** 2
-    return 4 * 4.0 * shape.num_attention_heads * scores
+    return 4 * 4.0 * shape.num_attention_heads * scores  # of one layer, in its backward pass
+
+
+def capped_score_bytes(cfg: OnlineConfig, shape: Any, tokens: float, longest: int) -> float:
+    """Of Gemma 2's attention: every token's scores with all `longest` places of its row.
+
+    Every layer keeps their tanh, the softmax in float32 and that rounded; one layer's backward pass has gradients of all three.
+    """
+    size = 2 if cfg.compute_dtype == "bfloat16" else 4
+    kept = size + 4 + (size if size < 4 else 0)
+    layers = 1 if cfg.checkpointing else shape.num_hidden_layers
+    return (layers * kept + size + 2 * 4) * shape.num_attention_heads * tokens * longest
 
 
 def sampler_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) -> SamplerMemory:
@@ -306,9 +329,12 @@ def trained_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> int:
 
 def slot_bytes(cfg: OnlineConfig, base: torch.nn.Module) -> float:
     """Bytes of vLLM's slots for the adapter on a GPU, which are in the dtype of its weights."""
-    if not cfg.lora_rank:
+    if not cfg.lora_rank or cfg.engine != "vllm":
         return 0.0
-    return trained_bytes(cfg, base) / trained_itemsize(cfg) * sampler_itemsize(cfg, on_gpu=True)
+    if merges_adapter(cfg.sampler_lora, str(cfg.model), cfg.dtype, on_gpu=True):
+        return 0.0
+    slot = replace(cfg, lora_rank=vllm_rank(cfg.lora_rank))
+    return trained_bytes(slot, base) / trained_itemsize(cfg) * sampler_itemsize(cfg, on_gpu=True)
 
 
 def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: float) -> float:
@@ -322,20 +348,22 @@ def critic_bytes(cfg: OnlineConfig, weights: float, trained: float, moment: floa
     return (weights if own_base else 0.0) + trained * ((1 if cfg.lora_rank else 0) + 2 * moment)
 
 
-def activation_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> float:
-    """Bytes that a packed row of `tokens` tokens takes when its backward pass begins. shape: the model's configuration."""
+def activation_bytes(cfg: OnlineConfig, base: Any, tokens: float, on_gpu: bool) -> float:
+    """Bytes that a packed row of `tokens` tokens takes when its backward pass begins, without scores of attention."""
+    shape = base.config
     h, size = shape.hidden_size, getattr(torch, cfg.dtype).itemsize
     # with --checkpointing the input of every layer (--keep-attention: and its attention's output), and all of the one layer
     # that is computed again
-    layer, n_layers = layer_bytes_per_token(cfg, shape, size, on_gpu), shape.num_hidden_layers
+    layer, n_layers = layer_bytes_per_token(cfg, base, size, on_gpu), shape.num_hidden_layers
     again = h * size + (attention_bytes(shape, size) if cfg.keep_attention else 0)
     kept = n_layers * again + layer if cfg.checkpointing else n_layers * layer
     # gradients of the three large tensors of the last MLP; what the last norm and the head keep, and two gradients
     return tokens * (kept + 3 * size * shape.intermediate_size + 5 * size * h)
 
 
-def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool) -> float:
+def layer_bytes_per_token(cfg: OnlineConfig, base: Any, size: int, on_gpu: bool) -> float:
     """Bytes that autograd keeps per token of one decoder layer. size: bytes of an activation between layers."""
+    shape = base.config
     h, i = shape.hidden_size, shape.intermediate_size
     kv = shape.num_key_value_heads * head_size(shape)
     q = shape.num_attention_heads * head_size(shape)
@@ -344,9 +372,11 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     again = kernels and cfg.quantize == "none"
     # two norms: the input (PyTorch's operations keep it in float32), and the output, which is the linear layers' input
     norms = 2 * h * ((size if kernels else 4) + (0 if again else size))
+    # the inputs of others: of queries and keys (Qwen 3, OLMo 2), and after attention and MLP (Gemma 2 and 3, GLM-4)
+    norms += (size if kernels else 4) * (sum(norm_widths(base, h, q, kv)) - 2 * h)
     if cfg.lora_rank and cfg.compute_dtype != cfg.dtype:  # --autocast
         # two inputs in float32; q, k, v, gate and up each keep a rounded copy of theirs
-        norms, size = 2 * h * 4 + 5 * h * 2, 2
+        norms, size = 4 * sum(norm_widths(base, h, q, kv)) + 5 * h * 2, 2
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
     gated = kernels and shape.hidden_act == "silu"
     # gate, up and their product; PyTorch's operations keep silu(gate) as well
@@ -354,6 +384,13 @@ def layer_bytes_per_token(cfg: OnlineConfig, shape: Any, size: int, on_gpu: bool
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
     weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
     return norms + attention + mlp + lora + weights_of_norms
+
+
+def norm_widths(base: Any, h: int, q: int, kv: int) -> list[int]:
+    """Numbers per token that each norm of a decoder layer takes. h, q, kv: widths of a layer's input, queries and keys."""
+    of_heads = {"q": q, "k": kv}
+    names = [n for n, m in base.model.layers[0].named_modules() if type(m).__name__.endswith("Norm")]
+    return [of_heads.get(name.rpartition(".")[2].partition("_")[0], h) for name in names]
 
 
 def attention_bytes(shape: Any, size: int) -> int:

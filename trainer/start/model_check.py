@@ -38,10 +38,13 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Settings that a mixture of experts has, each named by some model."""
 
 
-def check_model(model_dir: str, vllm: bool = True, lora: bool = True, begun: bool = False) -> list[Row]:
+def check_model(
+    model_dir: str, vllm: bool = True, lora: bool = True, begun: bool = False, shape_only: bool = False
+) -> list[Row]:
     """The table of a checkpoint, each row with its problem.
 
     vllm: it will also be sampled by vLLM. lora: it will get an adapter. begun: by a run that goes on with it as it is.
+    shape_only: a folder that has no more than a config.json, for --dry-run.
     """
     settings = model_config(model_dir)
     try:
@@ -51,15 +54,17 @@ def check_model(model_dir: str, vllm: bool = True, lora: bool = True, begun: boo
         refuse_unservable(model_dir, read_config(model_dir), vllm)
         base = empty_model(model_dir, torch.float32, "sdpa")  # the structure alone, without weights
         head = head_of(base, model_dir)
-        files = readable_files(Path(model_dir))
+        files = [] if shape_only else readable_files(Path(model_dir))
         rows = [architecture_row(base), head_row(model_dir, base, head)]
-        if not rows[-1].problem:  # it would be said twice
+        if files and not rows[-1].problem:  # it would be said twice
             rows += weights_rows(model_dir, files)
         why = why_not_shared(base.config)
         value = f"one row per response, since {why}" if why else "responses share a prompt"
         rows += [Row(what="packing", value=value), adapter_row(base, lora)]
     except UserError as error:
         rows = [Row(what="architecture", value=str(settings.get("model_type")), problem=str(error))]
+    if shape_only:
+        return rows
     try:
         return rows + chat_rows(ChatFormat(load_tokenizer(model_dir), model_dir), settings)
     except UserError as error:

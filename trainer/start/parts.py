@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from data.prompts import RESPONSE_LAYOUT, normalise_label
+from data.prompts import RESPONSE_LAYOUT, ChatFormat, normalise_label
 from data.puzzles import Puzzle
 from reward.result import nothing_usable
 from reward.scoring import Scorer
@@ -21,7 +21,7 @@ from rollout import Engine
 from rollout.link import Address, join_store, open_store
 from rollout.split import SplitEngine
 from trainer.config import OnlineConfig, TrainingConfig
-from trainer.model.loading import INSTEAD, RUNS_TOO, SHARES_PROMPTS
+from trainer.model.loading import INSTEAD, RUNS_TOO, SHARES_PROMPTS, load_tokenizer
 from trainer.model.merge import sampler_model
 from trainer.model.shared import (
     NotSharedError,
@@ -103,11 +103,13 @@ def prepare(
     # CPUs of two kinds take rank 0's
     cfg = replace(cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0])
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
-    policy, engine = load_policy_and_base(cfg, world)
+    chat = chat_of(cfg)
+    # before vLLM is started (--base shared), which takes a minute: a puzzle that does not fit is said at once
+    prompts = encode_prompts(chat, puzzles, cfg, world)
+    validator = Validator(cfg, chat, world, Path(cfg.out), held_out)
+    policy, engine = load_policy_and_base(cfg, world, chat)
     cfg = replace(cfg, attn=policy.attn)  # what auto took: a replay must know
     critic = make_critic(policy, cfg)
-    prompts = encode_prompts(policy, puzzles, cfg, world)
-    validator = Validator(cfg, policy, world, Path(cfg.out), held_out)
     scorer = Scorer(cfg.reward, cfg.reward_workers, cfg.reward_seconds, on_reply=world.advance)
     out = open_run(cfg, world)  # only now: settings and data are checked
     optimizer = make_optimizer(cfg, list(policy.trainable().values()))
@@ -151,7 +153,7 @@ def share_sampler_base(cfg: TrainingConfig, world: World) -> None:
         world.total(0)
 
 
-def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engine | None]:
+def load_policy_and_base(cfg: OnlineConfig, world: World, chat: ChatFormat) -> tuple[Policy, Engine | None]:
     """(the policy; the sampler, where it is started first because the policy reads its frozen base: --base).
 
     Says in one line what is in memory. Raises UserError for --base shared where there must be two copies.
@@ -165,7 +167,7 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
         place = {"rank": world.rank, "size": world.size, "may_sleep": True}
         engine = make_vllm_engine(cfg, lora, **place, shares_weights=True)
         try:
-            policy = load_policy(cfg, world.device, base=SharedBase(*engine.held_weights()))
+            policy = load_policy(cfg, world.device, base=SharedBase(*engine.held_weights()), chat=chat)
         except NotSharedError as problem:  # of a model type that vLLM holds in another way
             why = str(problem)
             if cfg.base == "shared":
@@ -175,14 +177,24 @@ def load_policy_and_base(cfg: OnlineConfig, world: World) -> tuple[Policy, Engin
     if world.is_main and cfg.engine == "vllm":
         what = f"two copies, the trainer's and the sampler's: {why}" if why else "one copy, which the sampler reads too"
         print(f"frozen base in memory: {what}", flush=True)
-    policy = policy or load_policy(cfg, world.device, cfg.shard == "fsdp")
+    policy = policy or load_policy(cfg, world.device, cfg.shard == "fsdp", chat=chat)
     if engine is not None:
         engine.lora = policy.lora  # with the names of its layers, which only the policy knows
     return policy, engine
 
 
+def chat_of(cfg: TrainingConfig) -> ChatFormat:
+    """How the run's model is asked, on the run's date."""
+    date = datetime.date.fromisoformat(cfg.date) if cfg.date else None
+    return ChatFormat(load_tokenizer(str(cfg.model)), str(cfg.model), date)
+
+
 def load_policy(
-    cfg: TrainingConfig, device: torch.device, sharded: bool = False, base: SharedBase | None = None
+    cfg: TrainingConfig,
+    device: torch.device,
+    sharded: bool = False,
+    base: SharedBase | None = None,
+    chat: ChatFormat | None = None,
 ) -> Policy:
     """The base checkpoint with a new adapter (lora_B = 0): the same values on every rank, since all use one seed."""
     autocast = cfg.autocast and has_bfloat16_products(device)
@@ -211,7 +223,7 @@ def load_policy(
         autocast=autocast,
         dora=not online and cfg.dora,
         attn=cfg.attn,
-        date=datetime.date.fromisoformat(cfg.date) if cfg.date else None,
+        chat=chat or chat_of(cfg),
         base=base,
     )
     if not sharded:
@@ -328,12 +340,12 @@ def make_split_engine(cfg: OnlineConfig, policy: Policy, world: World) -> SplitE
     return engine
 
 
-def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, world: World) -> list[Prompt]:
+def encode_prompts(chat: ChatFormat, puzzles: list[Puzzle], cfg: OnlineConfig, world: World) -> list[Prompt]:
     """The prompts that fit --max-prompt-tokens. Raises UserError if too few are left for a step."""
-    policy.chat.refuse_unwritable(label for puzzle in puzzles for label in (*puzzle.answer, *puzzle.candidates))
+    chat.refuse_unwritable(label for puzzle in puzzles for label in (*puzzle.answer, *puzzle.candidates))
     difficulty = [1 - puzzle.meta[PASS_RATE] if cfg.curriculum else 0.0 for puzzle in puzzles]
     prompts = [
-        Prompt(puzzle=puzzle, ids=policy.chat.prompt_ids(puzzle.chat()), difficulty=hard)
+        Prompt(puzzle=puzzle, ids=chat.prompt_ids(puzzle.chat()), difficulty=hard)
         # of half a million puzzles it takes minutes
         for puzzle, hard in world.paced(list(zip(puzzles, difficulty, strict=True)))
     ]
@@ -344,7 +356,7 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
             f"(longest {max(len(p.ids) for p in prompts)}), fewer than --prompts-per-step {cfg.prompts_per_step}"
         )
     if world.is_main:
-        print_notes(policy)
+        print_notes(chat)
         if odd := [puzzle.id for puzzle in puzzles if not answer_is_offered(puzzle)]:
             print(
                 f"note: the answer of {len(odd)} puzzles, such as {odd[0]}, is not made of their candidates: no response that "
@@ -361,12 +373,12 @@ def encode_prompts(policy: Policy, puzzles: list[Puzzle], cfg: OnlineConfig, wor
             )
         if note := note_on_warmup(cfg.warmup_steps, cfg.steps):
             print(f"note: {note}", flush=True)
-        unknown = policy.tokenizer.unk_token_id
+        unknown = chat.tokenizer.unk_token_id
         lost = sum(prompt.ids.count(unknown) for prompt in fitting) if unknown is not None else 0
         if lost:
             print(
                 f"note: {lost} of {sum(len(prompt.ids) for prompt in fitting)} prompt tokens are unknown to the tokenizer "
-                f"({policy.tokenizer.unk_token}): the model cannot read those genes",
+                f"({chat.tokenizer.unk_token}): the model cannot read those genes",
                 flush=True,
             )
     if world.is_main and len(fitting) < len(prompts):
@@ -400,9 +412,9 @@ def refuse_to_replace(out: Path, *names: str) -> None:
             )
 
 
-def print_notes(policy: Policy) -> None:
+def print_notes(chat: ChatFormat) -> None:
     """Say what is unusual about how the model is asked."""
-    for note in policy.chat.notes:
+    for note in chat.notes:
         print(f"note: {note}", flush=True)
 
 

@@ -95,9 +95,28 @@ def model_config(model_dir: str) -> dict[str, Any]:
             f"--model {model_dir}: no Hugging Face checkpoint there (config.json is missing); to check the paper's "
             "shape without one, name launch/recipes/qwen2.5-7b"
         )
-    return read_settings(folder / "config.json")
+    settings = read_settings(folder / "config.json")
+    for name in SIZES:
+        value = settings.get(name)
+        if value is not None and not isinstance(value, list) and not (isinstance(value, int) and value > 0):
+            raise UserError(
+                f"--model {model_dir}: config.json says {name} {value!r}, which must be a whole number of at least 1; take "
+                "the config.json that belongs to the model"
+            )
+    return settings
 
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Settings of config.json that transformers takes as they are; some models have a list of one for each layer, or null."""
 SCALED = ("linear", "dynamic", "yarn")
 """Kinds of RoPE scaling whose factor is not yet in max_position_embeddings; in the others (llama3, longrope) it is."""
 
@@ -286,7 +305,7 @@ def _adapter_row(cfg: OnlineConfig, launch: Launch, model: dict[str, Any]) -> Ro
         plain = launch.device == "cuda" or not why_two_copies(cfg, on_gpu=False)
         if merges_adapter(cfg.sampler_lora, str(cfg.model), cfg.dtype, plain):
             return Row(what="LoRA", value=f"{value}, added to the sampler's weights")
-        refuse_kernels(cfg.sampler_dtype, launch.device == "cuda")
+        refuse_kernels(cfg.sampler_dtype, launch.device == "cuda", cfg.dtype)
         return Row(what="LoRA", value=f"{value}, in vLLM's slot of {vllm_rank(cfg.lora_rank)}")
     except UserError as error:
         return Row(what="LoRA", value=value, problem=str(error))

@@ -279,6 +279,6 @@ def test_all_ranks_go_on_from_what_rank_0_reads_as_the_best(tmp_path):
     (checkpoint / "state.json").write_text("damaged")
     of_rank_0 = {"step": 10, "batch_accuracy": 0.5}
     world = SimpleNamespace(is_main=False, gather_in_rank_order=lambda mine: [of_rank_0, mine])
-    validator = Validator(GrpoConfig(), SimpleNamespace(chat=None), world, tmp_path, None)
+    validator = Validator(GrpoConfig(), None, world, tmp_path, None)
     validator.restore()
     assert validator.best == of_rank_0
