@@ -45,6 +45,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="of `step`, in each round")
     parser.add_argument("--json", default="runs/bench/against.json")
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1")
+    known = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", f"{arguments.commit}^{{commit}}"], cwd=ROOT, capture_output=True
+    )
+    if known.returncode:
+        parser.error(f"{arguments.commit}: no commit of this repository")
     if arguments.steps < 2:
         parser.error("--steps: at least 2, of which the first is left out")
     if unknown := set(arguments.benchmarks) - set(BENCHMARKS):

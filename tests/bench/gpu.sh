@@ -7,17 +7,30 @@
 #
 # From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
 # fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
-# (490); SLOWER (1), a factor of all limits; TINY=1 for the smallest shapes, on a CPU.
+# (490); SLOWER (1), a factor of all limits, a whole number; TINY=1 for the smallest shapes, on a CPU.
+# Exit code: 1 if a piece failed, 2 if nothing was started.
 set -u
+PIECES="kernels update trl quantized small_bfloat16 small_float32 smollm2 shape_7b shape_7b_warm shape_7b_eager \
+shape_7b_keep sampling shape_7b_copies card_24gb card_8gb"
 [ $# -gt 0 ] || { sed -n '2,6s/^# //p' "$0"; exit 2; }
 OUT=$1
 shift
+for wanted in "$@"; do
+    case " $PIECES " in
+    *" $wanted "*) ;;
+    *) echo "no piece is called $wanted; there are $PIECES" >&2; exit 2 ;;
+    esac
+done
+case ${SLOWER:-1} in
+*[!0-9]* | 0*) echo "SLOWER=$SLOWER: give a whole number of at least 1" >&2; exit 2 ;;
+esac
 PYTHON="${PYTHON:-python3}"
 SMOLLM2="${SMOLLM2:-runs/smollm2}"
 WORK="${WORK:-/dev/shm}/cellpuzzles-gpu"
 export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD" HF_HUB_OFFLINE=1 VLLM_USE_FLASHINFER_SAMPLER=0 PYTHONUNBUFFERED=1
 SMALL="${TINY:+--small}" SHAPE="${TINY:+--tiny}"
 END=$(($(date +%s) + ${SECONDS_IN_ALL:-490}))
+FAILED=0
 mkdir -p "$OUT" "$WORK" || exit 1
 
 result() { echo "RESULT $*" | tee -a "$OUT/results.txt"; }
@@ -38,6 +51,7 @@ piece() {
     code=$?
     grep "^RESULT " "$OUT/$name.log" | tee -a "$OUT/results.txt"
     if [ $code -ne 0 ]; then
+        FAILED=1
         result "${name}_failed exit $code after $(($(date +%s) - start)) s: $(grep -v '^RESULT ' "$OUT/$name.log" | tail -n 1)"
     fi
     result "${name}_wall_s $(($(date +%s) - start))"
@@ -93,7 +107,7 @@ for wanted in "$@"; do
     # what the recipe one_gpu_24gb does, on a card with so many GiB; the table is to be right within 10 %
     card_24gb) run card_24gb 240 qwen2.5-7b --dtype bfloat16 --long --limit-gib 22.5 -- $CARD 0.86 --optimizer "$EIGHT_BITS" ;;
     card_8gb) run card_8gb 160 qwen2.5-1.5b --dtype bfloat16 --limit-gib 7.6 -- $CARD 0.6 ;;
-    *) result "${wanted}_skipped no piece has this name" ;;
     esac
 done
 rm -rf "$WORK"
+exit $FAILED
