@@ -45,6 +45,8 @@ GROUPS, MY_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 POLL_SECONDS = 1.0
 GROWN = 1.25
 """How much larger than it needs to be a process may become before it gives freed memory back."""
+LOOK_SECONDS, SHORT_SECONDS = 1.0, 20.0
+"""At least so long between two looks; between two times that memory is given back because little is free."""
 
 
 def environment_without_launcher() -> dict[str, str]:
@@ -154,31 +156,47 @@ def how_to_go_on() -> str:
 
 
 class Heap:
-    """Returns to the system what is free in the allocator's heap, once holes in it have made the process grow.
+    """Gives what is free in the allocator's heap back to the system, once holes in it have made this process grow.
 
     Tensors of other sizes in every micro-batch leave holes: a run of SmolLM2 on a CPU grew from 9.5 to 13.9 GB in 25 steps.
     But memory that was given back is faulted in again. Inside a virtual machine whose host takes what the guest has freed
-    (free page reporting) that cost 3 s per GiB, and after every micro-batch it doubled the time of a step. So it happens
-    between phases of a step, and only when the process is GROWN times as large as in the step after the last time, which
-    had no holes yet. (Mapping every large block by itself, M_MMAP_THRESHOLD, faults every block in again too.)
+    (free page reporting) that cost up to 3 s per GiB, and after every micro-batch it doubled the time of a step. So it is
+    done when the process is GROWN times as large as in the first steps after the last time, which have few holes yet, or when
+    memory is short. (Mapping every large block by itself, M_MMAP_THRESHOLD, faults every block in again too.)
     """
 
     def __init__(self) -> None:
-        self.needed, self.learning_until = 0, -1
-        """Bytes at most up to the end of that step; -1: no step has begun."""
+        self.step = 0
+        self.needed = 0
+        """Most bytes that the process held since memory was given back, up to the end of step learning_until."""
+        self.learning_until = -1
+        """-1: no step has begun."""
+        self.looked = self.given = -math.inf
+        """Time of the last look, and of the last time that memory was given back."""
 
-    def enter(self, step: int) -> bool:
-        """A phase of a step begins. Returns whether memory was given back: with glibc only."""
-        size = resident_bytes()
-        if self.learning_until < 0:
-            self.learning_until = step + 1
-        if step <= self.learning_until:
+    def enter(self, step: int) -> None:
+        """A phase of a step begins."""
+        self.step = step
+        if self.learning_until < 0:  # loading a model leaves much
+            self._give_back()
+        self._look()
+
+    def look(self) -> None:
+        """A part of a phase is done: the size is looked at once in LOOK_SECONDS at most."""
+        if self.learning_until >= 0 and time.monotonic() > self.looked + LOOK_SECONDS:
+            self._look()
+
+    def _look(self) -> None:
+        self.looked, size = time.monotonic(), resident_bytes()
+        if self.step <= self.learning_until or not self.needed:
             self.needed = max(self.needed, size)
-        elif size > GROWN * self.needed:
-            give_freed_memory_back()
-            self.needed, self.learning_until = 0, step + 1
-            return True
-        return False
+        short = free_memory() < size / 8 and self.looked > self.given + SHORT_SECONDS
+        if size > GROWN * self.needed or short:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        give_freed_memory_back()
+        self.given, self.needed, self.learning_until = time.monotonic(), 0, self.step + 1
 
 
 def resident_bytes() -> int:

@@ -127,8 +127,7 @@ def dry_run(config: OnlineConfig) -> None:
     rows = check_launch(config, launch)
     from trainer.start.model_check import check_model
 
-    shape = not list(Path(str(config.model)).glob("tokenizer*"))  # of a recipe
-    rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume, shape)
+    rows += check_model(str(config.model), config.engine == "vllm", config.lora_rank > 0, config.resume, dry_run=True)
     # a model that cannot be trained has no estimate
     if not any(row.problem for row in rows):
         rows += estimate_memory(config, launch)

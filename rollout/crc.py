@@ -134,10 +134,12 @@ def words_of(tensor: Tensor) -> Tensor:
 
 
 def sum_of_words(flat: Tensor) -> Tensor:
-    """[] int64, where the tensor is: a sum of its words in which their places count. It sees less than a CRC, and is faster.
+    """[] int64, on the tensor's device: a sum of its words that depends on the place of each. Faster than a CRC, and sees less.
 
     flat: [n] of any dtype. Words in rows of COLUMNS are added up by column, and the sums multiplied by the odd numbers,
-    modulo 2^64: a change of one word changes it, and so does another order, unless each word stays in its column.
+    modulo 2^64. A change of one word always changes it; another order does unless words stay in their columns, or
+    those that change places differ in their highest bit only. It is to be compared with that of the same memory: how long a
+    word is depends on where the tensor begins.
     """
     size = flat.element_size()
     # words of 8 bytes where the place in memory allows it

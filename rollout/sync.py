@@ -2,7 +2,7 @@
 
 No file is written and nothing is merged into the base weights. All tensors travel as one buffer of bytes. The manifest
 has one row per tensor: (name, shape, dtype, CRC-32 of its bytes). A canary text then shows that the sampler uses the
-new adapter. In a world of one process the buffer does not travel: it must have had no write, and have the same sum.
+new adapter. In a world of one process the buffer does not travel: it must have had no write, and have the same checksum.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Parcel:
     """Tensors side by side in one buffer of bytes, allocated once per layout and filled again for every version.
 
     buffer: [bytes] uint8. tensors: views into the buffer, by name. spans: (first byte, end) of each tensor.
-    kept: of a parcel that stays in this process, the count of writes and the sum of its bytes, and its manifest.
+    kept: of a parcel that stays in this process, the count of writes, a checksum of the whole, and its manifest.
     """
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
@@ -73,19 +73,19 @@ class Parcel:
         return [(*row, crc) for row, crc in zip(self.layout, crcs, strict=True)]
 
     def keep(self) -> Manifest:
-        """The manifest of a parcel that stays in this process: verify() then compares its sum, and not all checksums."""
-        # PyTorch counts writes in place; one past autograd (`.data`, a kernel) changes the sum. Both before the checksums
-        self.kept = self.buffer._version, self.words(), self.manifest()
+        """The manifest of a parcel that stays in this process: verify() then compares one checksum, and not all."""
+        # PyTorch counts writes in place; one past autograd (`.data`, a kernel) changes the checksum. Both before the manifest
+        self.kept = self.buffer._version, self.checksum(), self.manifest()
         return self.kept[2]
 
-    def words(self) -> Tensor:
-        """A checksum of the whole buffer, which stays on the device."""
+    def checksum(self) -> Tensor:
+        """One of the whole buffer, which stays on the device."""
         return sum_of_words(self.buffer)
 
     def verify(self, manifest: Manifest) -> None:
         """Raises SyncError that names the first tensor whose shape, dtype or bytes differ from the manifest."""
-        version, words, known = self.kept or (0, None, None)
-        if known == manifest and version == self.buffer._version and torch.equal(words, self.words()):
+        version, checksum, known = self.kept or (0, None, None)
+        if known == manifest and version == self.buffer._version and torch.equal(checksum, self.checksum()):
             return
         own = self.manifest()
         if own == manifest:

@@ -8,7 +8,7 @@
 # From the environment: PYTHON (python3); PYTHONPATH (for libraries unpacked beside the machine's own); WORK (a folder on a
 # fast disk with 30 GB, default /dev/shm); SMOLLM2 (the folder of a `make smollm2` run, default runs/smollm2); SECONDS_IN_ALL
 # (490); SLOWER (1), a factor of all limits, a whole number; TINY=1 for the smallest shapes, on a CPU.
-# Exit code: 1 if a piece failed, 2 if nothing was started.
+# Exit code: 1 if a piece failed, 2 if a word is wrong.
 set -u
 PIECES="kernels update trl quantized small_bfloat16 small_float32 smollm2 shape_7b shape_7b_warm shape_7b_eager \
 shape_7b_keep sampling shape_7b_copies card_24gb card_8gb"

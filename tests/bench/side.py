@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -47,8 +48,9 @@ class Side:
 
     def step(self) -> dict:
         """Its answer, with at least "seconds"."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # _answer() says that it has ended
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.steps.append(self._answer())
         return self.steps[-1]
 
@@ -59,7 +61,8 @@ class Side:
         return self
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def _answer(self) -> dict:

@@ -129,19 +129,33 @@ def test_freed_blocks_go_back_to_the_system():
 
 def test_memory_goes_back_only_once_the_process_has_grown(monkeypatch):
     """Beyond 1.25 of what it needed in the first step and a whole one after it; then what it needs is learned again."""
-    given = []
-    monkeypatch.setattr(data.processes, "give_freed_memory_back", lambda: given.append(True))
+    given, free, now = [], [1000], [0.0]
+    monkeypatch.setattr(data.processes, "give_freed_memory_back", lambda: given.append(heap.step))
+    monkeypatch.setattr(data.processes, "free_memory", lambda: free[0])
+    monkeypatch.setattr(data.processes.time, "monotonic", lambda: now[0])
     heap = Heap()
 
-    def enter(step: int, size: int) -> bool:
+    def look(size: int, step: int = 0) -> int:
         monkeypatch.setattr(data.processes, "resident_bytes", lambda: size)
-        return heap.enter(step)
+        now[0] += 2
+        heap.enter(step) if step else heap.look()
+        return len(given)
 
-    sizes = [(7, 40), (7, 90), (8, 60), (8, 100), (9, 120), (9, 125), (10, 60)]  # a run that goes on at step 7
-    assert not any(enter(step, size) for step, size in sizes)
-    assert enter(10, 126)
-    assert not any(enter(step, size) for step, size in [(10, 50), (11, 200), (12, 240)]), "it needs more now"
-    assert enter(12, 251) and len(given) == 2
+    assert look(500) == 0, "no step has begun: many rows are read"
+    sizes = [(40, 7), (90, 7), (60, 8), (100, 0), (120, 9), (125, 0), (60, 10)]  # a run that goes on at step 7
+    assert [look(*each) for each in sizes] == [1] * 7, "what loading has left, once"
+    assert look(126) == 2 and given == [7, 10]
+    assert [look(*each) for each in [(50, 10), (200, 11), (240, 12)]] == [2] * 3, "it needs more now"
+    monkeypatch.setattr(data.processes, "resident_bytes", lambda: 251)
+    heap.look()
+    assert len(given) == 2, "it was looked at less than a second ago"
+    assert look(251, 13) == look(900, 20) == 3, "no look in steps 13 and 14: what it needs is still to be learned"
+    free[0] = 100
+    assert look(800) == 3, "an eighth of its size is free"
+    assert look(801) == 3, "too soon"
+    now[0] += 20
+    assert look(801) == 4
+    assert look(1) == look(801) == 4
 
 
 # ---- commands that run other commands

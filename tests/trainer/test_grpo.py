@@ -195,6 +195,16 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(pipeline, tmp_path):
         assert not out.exists(), arguments
 
 
+@pytest.mark.vllm
+@pytest.mark.slow(2)
+def test_too_few_puzzles_are_refused_before_vllm_starts(pipeline, tmp_path):
+    """--base shared starts it before the trainer's model is loaded."""
+    files = ["--model", pipeline / "base", "--puzzles", pipeline / "puzzles/train.parquet", "--out", tmp_path / "run"]
+    done = run_command("grpo", *files, *SMALL, "--base", "shared", "--prompts-per-step", 1000)
+    assert done.returncode == 2 and "fewer than --prompts-per-step 1000" in done.stderr
+    assert "frozen base in memory" not in done.stdout and not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow(2)
 def test_a_run_that_made_no_step_can_be_started_again(pipeline, tmp_path, length_reward):
     """With the same command or with --resume, and with the setting corrected that was at fault."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import UserError
-from data.processes import Heap
+from data.processes import Heap, module_environment
 from data.status.notify import note_the_kill
 from data.status.status import NOTIFY_SECONDS, RunStatus
 from launch.grpo import prepare
@@ -246,12 +247,30 @@ def test_what_a_default_run_refuses_ends_its_watch(monkeypatch, tmp_path):
     assert ended == [True]
 
 
-def test_a_rank_on_a_cpu_looks_at_its_heap_between_phases(monkeypatch):
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="the system gives no huge pages"
+)
+def test_large_tensors_lie_in_huge_pages():
+    code = "import transformers, trainer, torch; x = torch.ones(1 << 24); print(open('/proc/self/smaps_rollup').read())"
+    words = [sys.executable, "-c", code]
+    found = {}
+    for off in ({}, {"THP_MEM_ALLOC_ENABLE": "0"}):
+        env = {**module_environment(), **off}
+        text = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+        found[bool(off)] = int(re.search(r"AnonHugePages: *(\d+) kB", text)[1])
+    assert found[False] >= found[True] + 48 * 1024, "of the 64 MiB"
+
+
+def test_a_rank_on_a_cpu_looks_at_its_heap_between_phases_and_micro_batches(monkeypatch):
     """On a GPU it is not in this heap."""
     asked = []
     monkeypatch.setattr(Heap, "enter", lambda heap, step: asked.append(step))
+    monkeypatch.setattr(Heap, "look", lambda heap: asked.append("look"))
     for device, step in (("cpu", 1), ("cuda", 2)):
         alone = World(rank=0, size=1, device=torch.device(device))
         alone.enter("update", step)
         alone.advance()
-    assert asked == [1]
+    assert asked == [1, "look"]

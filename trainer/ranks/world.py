@@ -82,13 +82,15 @@ class World:
 
     def enter(self, phase: str, step: int) -> None:
         """Tell the watch that this rank begins a phase of a step. step: 1-based."""
-        if self.device.type == "cpu":  # between two phases little of the heap is in use
+        if self.device.type == "cpu":
             self.heap.enter(step)
         if self.watch:
             self.watch.enter(phase, step)
 
     def advance(self) -> None:
         """Tell the watch that a part of the phase is done: this rank does not hang."""
+        if self.device.type == "cpu":  # between two micro-batches little of the heap is in use
+            self.heap.look()
         if self.watch:
             self.watch.advance()
 

@@ -260,14 +260,18 @@ def training_memory(cfg: OnlineConfig, launch: Launch, base: torch.nn.Module) ->
 
 
 def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> float:
-    """Of attention that makes matrices of scores: capped scores (Gemma 2), and float32 on a GPU, which have no kernel.
+    """Of attention that makes matrices of scores: capped ones (Gemma 2), and with shared prompts in float32 on a GPU.
 
-    With shared prompts the responses to a prompt look at it in one call, and each at itself in another.
+    No kernel computes these.
+
+    Where prompts are shared the responses to a prompt look at it in one call, and each at itself in another.
     """
+    from trainer.model.loading import why_not_shared
+
     prompt, response = cfg.max_prompt_tokens, cfg.max_response_tokens
     if getattr(shape, "attn_logit_softcapping", None):
         return capped_score_bytes(cfg, shape, tokens, prompt + response)
-    if cfg.compute_dtype != "float32" or not on_gpu:
+    if cfg.compute_dtype != "float32" or not on_gpu or why_not_shared(shape):  # its own attention, which has a kernel
         return 0.0
     own = min(tokens - prompt, cfg.group_size * response)
     scores = max(own * prompt, max(prompt, response) ** 2) if cfg.packing == "shared" else (prompt + response) ** 2
@@ -277,7 +281,8 @@ def score_bytes(cfg: OnlineConfig, shape: Any, tokens: float, on_gpu: bool) -> f
 def capped_score_bytes(cfg: OnlineConfig, shape: Any, tokens: float, longest: int) -> float:
     """Of Gemma 2's attention: every token's scores with all `longest` places of its row.
 
-    Every layer keeps their tanh, the softmax in float32 and that rounded; one layer's backward pass has gradients of all three.
+    Every layer keeps their tanh, the softmax in float32 and that rounded; one layer's backward pass holds gradients of the
+    rounded one, and twice of the one in float32.
     """
     size = 2 if cfg.compute_dtype == "bfloat16" else 4
     kept = size + 4 + (size if size < 4 else 0)
@@ -375,21 +380,22 @@ def layer_bytes_per_token(cfg: OnlineConfig, base: Any, size: int, on_gpu: bool)
     # the inputs of others: of queries and keys (Qwen 3, OLMo 2), and after attention and MLP (Gemma 2 and 3, GLM-4)
     norms += (size if kernels else 4) * (sum(norm_widths(base, h, q, kv)) - 2 * h)
     if cfg.lora_rank and cfg.compute_dtype != cfg.dtype:  # --autocast
-        # two inputs in float32; q, k, v, gate and up each keep a rounded copy of theirs
+        # the norms' inputs in float32; q, k, v, gate and up each keep a rounded copy of theirs
         norms, size = 4 * sum(norm_widths(base, h, q, kv)) + 5 * h * 2, 2
     attention = size * (q + 2 * kv) + attention_bytes(shape, size)  # q, k, v, and what attention makes of them
     gated = kernels and shape.hidden_act == "silu"
     # gate, up and their product; PyTorch's operations keep silu(gate) as well
     mlp = size * i * (4 if not gated else 2 if again else 3)
     lora = 7 * size * cfg.lora_rank  # x A of each of the 7 linear layers
-    weights_of_norms = 0 if cfg.lora_rank else 2 * size * h  # trained too: the normalised input
+    # trained too: the normalised input
+    weights_of_norms = 0 if cfg.lora_rank else size * sum(norm_widths(base, h, q, kv))
     return norms + attention + mlp + lora + weights_of_norms
 
 
 def norm_widths(base: Any, h: int, q: int, kv: int) -> list[int]:
     """Numbers per token that each norm of a decoder layer takes. h, q, kv: widths of a layer's input, queries and keys."""
     of_heads = {"q": q, "k": kv}
-    names = [n for n, m in base.model.layers[0].named_modules() if type(m).__name__.endswith("Norm")]
+    names = [n for n, m in base.model.layers[0].named_modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
     return [of_heads.get(name.rpartition(".")[2].partition("_")[0], h) for name in names]
 
 

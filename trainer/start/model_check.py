@@ -21,6 +21,7 @@ from rollout.torch_engine import TorchEngine
 from trainer.model.loading import (
     RUNS_TOO,
     SHARES_PROMPTS,
+    VOCABULARIES,
     Head,
     add_adapter,
     empty_model,
@@ -39,13 +40,18 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_model(
-    model_dir: str, vllm: bool = True, lora: bool = True, begun: bool = False, shape_only: bool = False
+    model_dir: str, vllm: bool = True, lora: bool = True, begun: bool = False, dry_run: bool = False
 ) -> list[Row]:
     """The table of a checkpoint, each row with its problem.
 
     vllm: it will also be sampled by vLLM. lora: it will get an adapter. begun: by a run that goes on with it as it is.
-    shape_only: a folder that has no more than a config.json, for --dry-run.
+    dry_run: the folder may hold no more than a config.json.
     """
+    shape_only = dry_run and not any(
+        found
+        for name in ("tokenizer*", *VOCABULARIES, "*.safetensors", "*.bin")
+        for found in Path(model_dir).glob(name)
+    )
     settings = model_config(model_dir)
     try:
         trained = begun or run_of(Path(model_dir))  # with that attention, and to mend it now would be another model

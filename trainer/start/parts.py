@@ -104,7 +104,7 @@ def prepare(
     cfg = replace(cfg, sampler_dtype=world.gather_in_rank_order(cfg.sampler_dtype)[0])
     stop = StopRequest(world)  # SIGTERM from now on means: finish the step, save, exit 0
     chat = chat_of(cfg)
-    # before vLLM is started (--base shared), which takes a minute: a puzzle that does not fit is said at once
+    # before vLLM is started (--base shared), which takes a minute: too few puzzles that fit are refused at once
     prompts = encode_prompts(chat, puzzles, cfg, world)
     validator = Validator(cfg, chat, world, Path(cfg.out), held_out)
     policy, engine = load_policy_and_base(cfg, world, chat)

@@ -98,7 +98,9 @@ def model_config(model_dir: str) -> dict[str, Any]:
     settings = read_settings(folder / "config.json")
     for name in SIZES:
         value = settings.get(name)
-        if value is not None and not isinstance(value, list) and not (isinstance(value, int) and value > 0):
+        if isinstance(value, list) and name == "intermediate_size":  # one for each layer
+            continue
+        if value is not None and not (isinstance(value, int) and value > 0):
             raise UserError(
                 f"--model {model_dir}: config.json says {name} {value!r}, which must be a whole number of at least 1; take "
                 "the config.json that belongs to the model"
@@ -114,9 +116,8 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
-    "max_position_embeddings",
 )
-"""Settings of config.json that transformers takes as they are; some models have a list of one for each layer, or null."""
+"""Settings of config.json that transformers takes as they are."""
 SCALED = ("linear", "dynamic", "yarn")
 """Kinds of RoPE scaling whose factor is not yet in max_position_embeddings; in the others (llama3, longrope) it is."""
 
