@@ -316,6 +316,21 @@ def test_the_canary_judges_by_distance_and_by_equality():
     )  # nan: named later
 
 
+def test_in_16_bits_rounding_may_grow_with_what_the_adapter_does():
+    """As in a run of SmolLM2 at step 57: 0.184 nats, of the adapter's 0.956. A sampler with half of it, or none, is found."""
+    policy, reference = [-4.0, -6.0], [-4.956, -6.956]
+    canary = Canary(ids=[1, 2, 3], policy=policy, reference=reference, tolerance=0.05)
+    off = [value - 0.06 for value in reference]
+    assert canary.check([-4.184, -6.184], off) == pytest.approx(0.184)
+    for share in (0.5, 1.0, -1.0):  # of the adapter: half of it, or none, or twice as much
+        with pytest.raises(SyncError, match="the sampler is not the policy"):
+            canary.check([value - 0.956 * share for value in policy], off)
+    with pytest.raises(SyncError, match="more than 0.5 "):
+        replace(canary, reference=[-14.0, -16.0]).check([-4.6, -6.6], None)
+    with pytest.raises(SyncError, match=r"more than 0\.0001 "):
+        replace(canary, tolerance=1e-4).check([-4.01, -6.01], reference)
+
+
 def test_a_sampler_that_is_not_the_policy_is_found_by_the_difference_of_its_base():
     """Rounding widens the limit only so far: here the base itself differs by 1 nat."""
     canary = Canary(ids=[1, 2], policy=[-1.0], reference=[-1.0], tolerance=1e-4)
