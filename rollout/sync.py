@@ -159,7 +159,7 @@ class Canary:
         # without an adapter sampler and trainer differ by rounding only; in bfloat16 that can exceed the tolerance
         rounding = 0.0 if off is None or self.reference is None else _mean_difference(off, self.reference)
         effect = 0.0 if self.reference is None else _mean_difference(self.policy, self.reference)
-        share = effect / 3 if self.tolerance > 0.01 else 0.0  # in 16 bits rounding grows with it (0.18 nats; of responses 0.006)
+        share = effect / 3 if self.tolerance > 0.01 else 0.0  # in 16 bits rounding grows with it (LOG.md, 2026-11-29)
         # at most ten times: a sampler with a wrong base must not raise its own limit
         limit = max(self.tolerance, min(max(3 * rounding, share), 10 * self.tolerance))
         if not distance <= limit:  # nan is a failure too

@@ -225,7 +225,7 @@ def test_bfloat16_weights_make_bfloat16_products(pipeline, tmp_path):
 def test_a_sampler_in_bfloat16_beside_a_base_in_float32(pipeline, tmp_path):
     said = start(pipeline, pipeline / "base", tmp_path / "run", "--dtype", "float32", "--sampler-dtype", "bfloat16")
     assert (
-        "two copies, the trainer's and the sampler's: the trainer's is in float32, and the sampler's in bfloat16"
+        "two copies, the trainer's and the sampler's: the trainer's is in float32 (--dtype), and the sampler's in bfloat16"
         in said
     )
     rows = lines(tmp_path / "run/metrics.jsonl")
